@@ -1,0 +1,29 @@
+"""Keye: an adaptive slow-fast video encoder and the video-language model that reads it.
+
+Names are loaded when they are first used, so that `from keye import SlowFastEncoder` needs neither transformers nor
+deepspeed.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "SlowFastEncoder": "keye.encoder",
+    "EncodedVideo": "keye.encoder",
+    "VideoPlan": "keye.slowfast.plan",
+    "KeyeConfig": "keye.model.config",
+    "KeyeForConditionalGeneration": "keye.model.keye",
+    "KeyeProcessor": "keye.prompt.processor",
+}
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str) -> object:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'keye' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])
