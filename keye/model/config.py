@@ -1,0 +1,110 @@
+"""KeyeConfig: a vision tower, a projector and a Qwen3 decoder, with presets from two CPU cores to the released 8B."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
+
+from keye.errors import KeyeError
+
+
+class KeyeVisionConfig(PreTrainedConfig):
+    """The native-resolution vision tower; defaults are SigLIP-so400m-patch14-384 (FACTS §3).
+
+    `position_grid` is the side of the learned position table in patches; `rotary` switches the 2-D RoPE, off only to
+    compare with plain SigLIP.
+    """
+
+    model_type = "keye_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    patch_size: int = 14
+    position_grid: int = 27
+    layer_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rotary: bool = True
+
+
+class KeyeConfig(PreTrainedConfig):
+    """Configuration of `KeyeForConditionalGeneration`.
+
+    `text_config` is any transformers decoder config (Qwen3 by default), the ids are those of the placeholders that
+    visual features replace.
+    """
+
+    model_type = "KeyeVL1_5"
+    sub_configs = {"vision_config": KeyeVisionConfig, "text_config": AutoConfig}
+
+    vision_config: Any = None
+    text_config: Any = None
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = KeyeVisionConfig(**(self.vision_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            values = dict(self.text_config or PRESETS["keye_8b"]["text"])
+            self.text_config = AutoConfig.for_model(values.pop("model_type", "qwen3"), **values)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def preset(cls, name: str, **text: Any) -> "KeyeConfig":
+        """A known size: "tiny" (two CPU cores, minutes), "small" (one GPU), "keye_8b" (the released shapes).
+
+        `text` overrides fields of the decoder's config, `vocab_size` for instance.
+
+        Raises:
+            KeyeError: an unknown name.
+        """
+        if name not in PRESETS:
+            raise KeyeError(f"unknown model preset {name!r}: use one of {', '.join(PRESETS)}")
+        sizes = PRESETS[name]
+        text_config = Qwen3Config(**{**sizes["text"], **text})
+        return cls(
+            vision_config=KeyeVisionConfig(**sizes["vision"]),
+            text_config=text_config,
+            tie_word_embeddings=text_config.tie_word_embeddings,
+        )
+
+
+def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": mlp,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "use_sliding_window": False,
+        **more,
+    }
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "vision": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
+        "text": _qwen3(128, 4, 4, 2, 32, 384, vocab_size=2048, max_position_embeddings=16_384, tie_word_embeddings=True),
+    },
+    "small": {
+        "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
+        "text": _qwen3(768, 16, 12, 4, 64, 2304, vocab_size=151_936, max_position_embeddings=32_768, tie_word_embeddings=True),
+    },
+    "keye_8b": {
+        "vision": {},
+        "text": _qwen3(
+            4096, 36, 32, 8, 128, 12_288, vocab_size=151_936, max_position_embeddings=131_072, tie_word_embeddings=False
+        ),
+    },
+}
+
+AutoConfig.register("keye_vision", KeyeVisionConfig)
+AutoConfig.register("KeyeVL1_5", KeyeConfig)
