@@ -1,0 +1,110 @@
+"""A group of completions shares its prompt: read the prompt once, with gradient, however large the group.
+
+A video prompt is long and its answers are short, so packing G copies of "prompt + completion" would compute the same
+prompt G times. `PrefixTree` lays a mini-batch out as
+
+    prompt 1 · completion 1,1 · … · completion 1,G · prompt 2 · completion 2,1 · …
+
+in which a completion attends to its prompt and to itself, never to its siblings. Attention is the only place where tokens
+meet, so handing `PrefixTree.attention` to the model's `varlen` seam makes the pass exact: the log-probabilities and
+gradients are those of G separate sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+
+@dataclass
+class PrefixTree:
+    """The layout of P prompts and their completions in one packed row of L tokens.
+
+    prompt_lengths: P positive lengths. completion_lengths: for each prompt the positive lengths of its completions.
+    """
+
+    prompt_lengths: list[int]
+    completion_lengths: list[list[int]]
+    _starts: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if min(self.prompt_lengths) < 1 or min(min(lengths) for lengths in self.completion_lengths) < 1:
+            raise ValueError("a PrefixTree needs prompts and completions of at least one token")
+        self._starts = [0]
+        for prompt, completions in zip(self.prompt_lengths, self.completion_lengths, strict=True):
+            self._starts.append(self._starts[-1] + prompt + sum(completions))
+
+    @property
+    def length(self) -> int:
+        """L, tokens in the row."""
+        return self._starts[-1]
+
+    def cu_seqlens(self) -> Tensor:
+        """int32 [P + 1]: where each prompt with its completions begins, and the end."""
+        return torch.tensor(self._starts, dtype=torch.int32)
+
+    def pack(self, prompts: list[Tensor], completions: list[list[Tensor]]) -> Tensor:
+        """Lay P prompts [.., Lp] and their completions [.., Lc] out along the last dimension → [.., L]."""
+        rows = (row for prompt, group in zip(prompts, completions, strict=True) for row in (prompt, *group))
+        return torch.cat(list(rows), dim=-1)
+
+    def predictors(self) -> Tensor:
+        """int64 [T]: for every completion token the place of the token that predicts it.
+
+        A completion's first token is predicted by the last token of the prompt, which all siblings share.
+        """
+        places = []
+        for start, prompt, lengths in zip(self._starts, self.prompt_lengths, self.completion_lengths, strict=False):
+            last, begin = start + prompt - 1, start + prompt
+            for length in lengths:
+                places += [last, *range(begin, begin + length - 1)]
+                begin += length
+        return torch.tensor(places, dtype=torch.long)
+
+    def owner(self) -> Tensor:
+        """int64 [T]: the sequence, counted over all prompts, that each completion token belongs to."""
+        lengths = torch.tensor([length for group in self.completion_lengths for length in group])
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+        """The model's `varlen` seam: q [L, H, D], k and v [L, Hkv, D] → [L, H, D].
+
+        cu_seqlens must be this tree's own: a layout that does not fit would read silently wrong neighbours.
+        """
+        if not causal or cu_seqlens.numel() != len(self._starts) or q.shape[0] != self.length:
+            raise ValueError(f"PrefixTree of {self.length} tokens was given {q.shape[0]} tokens, causal={causal}")
+        outputs = []
+        for start, prompt, lengths in zip(self._starts, self.prompt_lengths, self.completion_lengths, strict=False):
+            trunk, leaves = slice(start, start + prompt), slice(start + prompt, start + prompt + sum(lengths))
+            outputs.append(_attend(q[trunk][None], k[trunk][None], v[trunk][None])[0])
+            outputs.append(_leaves(q[leaves], k[leaves], v[leaves], k[trunk], v[trunk], lengths))
+        return torch.cat(outputs)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, Lq, H, D] against [B, Lk, Hkv, D]; the last query sees every key, the one before all but the last, …"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    if q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def _leaves(q: Tensor, k: Tensor, v: Tensor, trunk_k: Tensor, trunk_v: Tensor, lengths: list[int]) -> Tensor:
+    """Attention of one prompt's completions, flat [sum(lengths), …], to their prompt [Lp, Hkv, D] and themselves.
+
+    The completions become a batch [G, longest]; padding stands at the end, where causality hides it from every real token.
+    """
+    group, longest = len(lengths), max(lengths)
+    sizes = torch.tensor(lengths, device=q.device)
+    real = torch.arange(longest, device=q.device) < sizes[:, None]
+    place = (real.flatten().cumsum(0) - 1).clamp_min(0).view(group, longest)
+    keys, values = (
+        torch.cat([trunk.expand(group, *trunk.shape), leaf[place]], dim=1) for trunk, leaf in ((trunk_k, k), (trunk_v, v))
+    )
+    return _attend(q[place], keys, values)[real]
