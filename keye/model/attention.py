@@ -41,7 +41,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) ->
 
 
 def equal_runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
-    """Consecutive segments of one length as (start, count, length): each run is one batched sdpa call without a copy."""
+    """Consecutive segments of one length as (start, count, length): each run is one batched sdpa call, no copy."""
     runs: list[tuple[int, int, int]] = []
     bounds = cu_seqlens.tolist()
     for start, stop in zip(bounds, bounds[1:], strict=False):

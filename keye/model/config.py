@@ -74,7 +74,9 @@ class KeyeConfig(PreTrainedConfig):
         )
 
 
-def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, **more: Any) -> dict[str, Any]:
+def _qwen3(
+    hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, tie: bool, **more: Any
+) -> dict[str, Any]:
     return {
         "model_type": "qwen3",
         "hidden_size": hidden,
@@ -85,6 +87,7 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, m
         "intermediate_size": mlp,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "use_sliding_window": False,
+        "tie_word_embeddings": tie,
         **more,
     }
 
@@ -92,17 +95,15 @@ def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, m
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "vision": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
-        "text": _qwen3(128, 4, 4, 2, 32, 384, vocab_size=2048, max_position_embeddings=16_384, tie_word_embeddings=True),
+        "text": _qwen3(128, 4, 4, 2, 32, 384, vocab_size=2048, max_position_embeddings=16_384, tie=True),
     },
     "small": {
         "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
-        "text": _qwen3(768, 16, 12, 4, 64, 2304, vocab_size=151_936, max_position_embeddings=32_768, tie_word_embeddings=True),
+        "text": _qwen3(768, 16, 12, 4, 64, 2304, vocab_size=151_936, max_position_embeddings=32_768, tie=True),
     },
     "keye_8b": {
         "vision": {},
-        "text": _qwen3(
-            4096, 36, 32, 8, 128, 12_288, vocab_size=151_936, max_position_embeddings=131_072, tie_word_embeddings=False
-        ),
+        "text": _qwen3(4096, 36, 32, 8, 128, 12_288, vocab_size=151_936, max_position_embeddings=131_072, tie=False),
     },
 }
 

@@ -122,6 +122,8 @@ class KeyeForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, exchange
             )
         if cu_seqlens is not None:
+            if self.config.text_config._attn_implementation != "keye":
+                raise ValueError("packed rows need the attention 'keye': call model.set_attn_implementation('keye')")
             # The decoder builds no mask of its own when it is handed one for each kind of layer.
             attention_mask = dict.fromkeys(self.config.text_config.layer_types)
             kwargs |= {"cu_seqlens": cu_seqlens, "varlen_fn": varlen}

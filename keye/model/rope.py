@@ -48,8 +48,8 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
 
     Args:
         input_ids: `[L]`.
-        blocks: for each kind of placeholder, its token id and the merged sizes `[F, 2]` (rows, columns) of its blocks in
-            the order of the stream.
+        blocks: for each kind of placeholder, its token id and the merged sizes `[F, 2]` (rows, columns) of its blocks
+            in the order of the stream.
 
     Raises:
         ValueError: the placeholders of a kind are not as many as its blocks' cells.
@@ -61,7 +61,7 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
         places = (input_ids == token_id).nonzero(as_tuple=True)[0]
         cells = sizes[:, 0] * sizes[:, 1]
         if len(places) != int(cells.sum()):
-            raise ValueError(f"{len(places)} placeholders of id {token_id} in the text, but {int(cells.sum())} visual tokens")
+            raise ValueError(f"{len(places)} placeholders of id {token_id}, but {int(cells.sum())} visual tokens")
         row, column, _ = block_coordinates(sizes[:, 0], sizes[:, 1])
         inside[0, places], inside[1, places] = row, column
         advance[places] = 0

@@ -1,0 +1,116 @@
+"""Video plans and stills → the token stream; the one place that knows the special tokens.
+
+A video's placeholder expands to one group per frame, in time order (FACTS §2, vLLM's Keye processor):
+
+    slow   <|frame|>12.5 + n × <|video_pad|>
+    fast   <|frame|>13.0<|fast_start|> + n × <|video_pad|> + <|fast_end|>
+
+with the timestamp in seconds to one decimal and n = (height / 28) · (width / 28). The groups stand between
+`<|vision_start|>` and `<|vision_end|>`, which the chat template writes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+FRAME, FAST_START, FAST_END = "<|frame|>", "<|fast_start|>", "<|fast_end|>"
+CLIP_TIME_START, CLIP_TIME_END = "<|clip_time_start|>", "<|clip_time_end|>"
+SPECIAL_TOKENS = (
+    END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD,
+    FRAME, FAST_START, FAST_END, CLIP_TIME_START, CLIP_TIME_END,
+)  # fmt: skip
+
+SLOW, FAST = 0, 1
+IGNORED = -100
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "<|im_start|>{{ message.role }}\n"
+    "{%- if message.content is string -%}{{ message.content }}{%- else -%}"
+    "{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>"
+    "{%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "<|im_end|>\n"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+Tokenize = Callable[[str], list[int]]
+
+
+class Stream:
+    """Expands placeholders into token ids for one tokenizer.
+
+    Args:
+        tokenize: text without special tokens → ids.
+        token_id: special token → id.
+
+    Raises:
+        KeyError: the tokenizer lacks one of `SPECIAL_TOKENS`.
+    """
+
+    def __init__(self, tokenize: Tokenize, token_id: dict[str, int]) -> None:
+        self.tokenize = tokenize
+        self.id = {token: token_id[token] for token in SPECIAL_TOKENS}
+        self._times: dict[str, list[int]] = {}
+
+    def video(self, frame_types: Sequence[int], tokens: Sequence[int], timestamps: Sequence[float] | None) -> list[int]:
+        """Ids of one video's groups; `frame_types` 0 slow, 1 fast; `tokens` per frame; `timestamps` in seconds."""
+        ids: list[int] = []
+        times = [None] * len(tokens) if timestamps is None else timestamps
+        for kind, count, seconds in zip(frame_types, tokens, times, strict=True):
+            ids.append(self.id[FRAME])
+            if seconds is not None:
+                ids += self._time(f"{seconds:.1f}")
+            pads = [self.id[VIDEO_PAD]] * count
+            ids += [self.id[FAST_START], *pads, self.id[FAST_END]] if kind == FAST else pads
+        return ids
+
+    def _time(self, text: str) -> list[int]:
+        if text not in self._times:
+            self._times[text] = self.tokenize(text)
+        return self._times[text]
+
+    def expand(self, ids: Iterable[int], stills: Iterable[int], videos: Iterable[list[int]]) -> list[int]:
+        """Replace each `<|image_pad|>` by its still's token count and each `<|video_pad|>` by its video's groups.
+
+        Raises:
+            ValueError: more or fewer placeholders than stills or videos.
+        """
+        stills, videos = iter(stills), iter(videos)
+        out: list[int] = []
+        try:
+            for token in ids:
+                if token == self.id[IMAGE_PAD]:
+                    out += [token] * next(stills)
+                elif token == self.id[VIDEO_PAD]:
+                    out += next(videos)
+                else:
+                    out.append(token)
+        except StopIteration:
+            raise ValueError("the text holds more placeholders than images or videos were given") from None
+        if next(stills, None) is not None or next(videos, None) is not None:
+            raise ValueError("more images or videos were given than the text holds placeholders")
+        return out
+
+    def labels(self, ids: Tensor) -> Tensor:
+        """`[L]` labels: the assistant's words and their `<|im_end|>`; everything else −100.
+
+        A turn's words begin after `<|im_start|>assistant` and its line break.
+        """
+        opening = torch.tensor([self.id[IM_START], *self.tokenize("assistant\n")])
+        labels = torch.full_like(ids, IGNORED)
+        ends = (ids == self.id[IM_END]).nonzero()[:, 0]
+        for start in (ids == self.id[IM_START]).nonzero()[:, 0].tolist():
+            first = start + len(opening)
+            if torch.equal(ids[start:first], opening):
+                last = ends[ends >= first]
+                stop = int(last[0]) + 1 if len(last) else len(ids)
+                labels[first:stop] = ids[first:stop]
+        return labels
