@@ -6,6 +6,8 @@ transformers' own sdpa.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -30,29 +32,35 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) ->
     Returns:
         `[L, H, D]` in q's dtype.
     """
-    gqa = q.shape[1] != k.shape[1]
+    order, runs = segment_runs(tuple(cu_seqlens.tolist()))
+    if order is not None:
+        order = order.to(q.device)
+        q, k, v = q[order], k[order], v[order]
+    # split, not slices: the gradient of a slice is a full-size tensor of zeros, one for every segment.
+    sizes = [count * length for count, length in runs]
     outputs = []
-    for start, count, length in equal_runs(cu_seqlens):
-        stop = start + count * length
-        q_, k_, v_ = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=causal, enable_gqa=gqa)
+    for (count, length), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        q_, k_, v_ = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
+        out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+    packed = torch.cat(outputs) if len(outputs) != 1 else outputs[0]
+    return packed if order is None else torch.empty_like(packed).index_copy(0, order, packed)
 
 
-def equal_runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
-    """Consecutive segments of one length as (start, count, length): each run is one batched sdpa call, no copy."""
-    runs: list[tuple[int, int, int]] = []
-    bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        length = stop - start
-        if length == 0:
-            continue
-        if runs and runs[-1][2] == length:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
-        else:
-            runs.append((start, 1, length))
-    return runs
+@lru_cache(maxsize=64)
+def segment_runs(bounds: tuple[int, ...]) -> tuple[Tensor | None, list[tuple[int, int]]]:
+    """Segments gathered by length, so that each length is one batched call.
+
+    Returns the token order that brings equal segments together (None when they already are) and the (count, length) of
+    each run.
+    """
+    segments = [(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
+    by_length = sorted(segments, key=lambda s: s[1] - s[0])
+    lengths = [stop - start for start, stop in by_length]
+    runs = [(len(list(group)), length) for length, group in groupby(lengths)]
+    if by_length == segments:
+        return None, runs
+    return torch.cat([torch.arange(start, stop) for start, stop in by_length]), runs
 
 
 def decoder_attention(
