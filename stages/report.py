@@ -1,0 +1,262 @@
+"""One self-contained page about one run: what the encoder decided, what the stages learnt, what GSPO added.
+
+`write(run)` reads only the run's own files and leaves out, by name, whatever has not been run yet:
+
+    plans/<clip>.json, plans/<clip>/*.jpg     a VideoPlan and its frames at the size the model sees them
+    <stage>/metrics.jsonl                     step, loss, tokens_per_second …
+    evaluation/{annealing,annealing_blind,gspo}.json
+    gspo/metrics.jsonl, gspo/eval.json        reward_mean, reward_stderr; held-out reward before and after
+    ablation/ablation.json                    rows of threshold, tokens, slow share, detail, accuracy
+    environment.json, recipe.toml, steps/*.json
+"""
+
+import base64
+import json
+import math
+import tomllib
+from html import escape
+from pathlib import Path
+
+from stages import findings
+from stages.charts import Series, legend, line_chart, row_chart, smooth
+
+STAGES = {
+    "vision": ("Stage 0 · vision", "the vision tower against a text tower, SigLIP loss"),
+    "alignment": ("Stage 1 · alignment", "the projector only"),
+    "multitask": ("Stage 2 · multi-task", "everything"),
+    "annealing": ("Stage 3 · annealing", "everything, context × 16, RoPE base × 8, sequence parallel"),
+}
+FILMSTRIP_FRAMES = 60
+NOT_RUN = '<p class="absent">Not run yet.</p>'
+STYLE = Path(__file__).with_name("report.css")
+
+
+def write(run: str | Path) -> Path:
+    """Write `<run>/report.html` and return its path; parts of the run that do not exist yet are named as such."""
+    run = Path(run)
+    sections = [
+        ("What a video costs", _plans(run)),
+        ("Four stages", _stages(run)),
+        ("What it can see", _accuracy(run)),
+        ("GSPO", _gspo(run)),
+        ("Ablation of the threshold", _ablation(run)),
+        ("How it was run", _environment(run)),
+    ]
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(run.name)} · Keye-VL-1.5</title><style>{STYLE.read_text()}</style></head><body><main>"
+        f'<header><p class="kicker">Keye-VL-1.5 · run</p><h1>{escape(run.name)}</h1>{_verdict(run)}</header>'
+        f"{body}</main></body></html>"
+    )
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """An HTML table; cells are HTML already, the first column is left-aligned and the others are figures."""
+    cells = "".join(f"<th>{h}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def percent(share: float, spread: float | None = None) -> str:
+    """`62.5 % ± 3.1`, or a dash for what was not measured."""
+    if math.isnan(share):
+        return "–"
+    return f"{share * 100:.1f} %" + (f" <small>± {spread * 100:.1f}</small>" if spread else "")
+
+
+def _verdict(run: Path) -> str:
+    tiles = []
+    families = findings.families(run)
+    if families:
+        learnt = [f.family for f in families if f.learnt]
+        said = "families above chance and blind by more than 2 standard errors"
+        tiles.append((f"{len(learnt)} of {len(families)}", said + (f": {', '.join(learnt)}" if learnt else "")))
+    gained = findings.reward(run)
+    if gained:
+        said = f"held-out reward over GSPO, {gained.before:.3f} → {gained.after:.3f}"
+        tiles.append((f"{gained.gain:+.3f}", f"{said} (standard error of the gain {gained.gain_stderr:.3f})"))
+    seconds = sum(s.get("seconds", 0) for s in _steps(run).values())
+    if seconds:
+        tiles.append((f"{seconds / 60:.1f} min", "from the clips to this page"))
+    cards = "".join(f"<div><b>{figure}</b><span>{escape(said)}</span></div>" for figure, said in tiles)
+    return f'<div class="tiles">{cards}</div>'
+
+
+def _plans(run: Path) -> str:
+    plans = {p.stem: json.loads(p.read_text()) for p in sorted((run / "plans").glob("*.json"))}
+    if not plans:
+        return NOT_RUN
+    # The clip with most to tell is shown whole: the one that mixes slow and fast most evenly.
+    fast_share = {name: sum(plan["frame_types"]) / max(len(plan["frame_types"]), 1) for name, plan in plans.items()}
+    shown = min(plans, key=lambda name: abs(fast_share[name] - 0.5))
+    intro = (
+        "<p>A frame that looks like the latest slow frame becomes <b class='fast'>fast</b> and gets fewer tokens; "
+        "any other becomes a new <b class='slow'>slow</b> frame. The pictures are the very patches the model reads.</p>"
+    )
+    rows = []
+    for name, plan in plans.items():
+        types, (h, w), (fh, fw) = plan["frame_types"], plan["slow_size"], plan["fast_size"]
+        slow, fast = types.count(0), types.count(1)
+        tokens, full = slow * h * w // 784 + fast * fh * fw // 784, len(types) * h * w // 784
+        saved = percent(1 - tokens / full if full else math.nan)
+        sizes = [f"{slow} × {h}×{w}", f"{fast} × {fh}×{fw}", f"{tokens:,}", saved]
+        rows.append([escape(name), f"{plan['duration']:.1f} s", str(len(types)), *sizes])
+    overview = table(["clip", "length", "frames", "slow", "fast", "tokens", "saved against all-slow"], rows)
+    return intro + _filmstrip(run, shown, plans[shown]) + _similarity(plans[shown]) + overview
+
+
+def _filmstrip(run: Path, name: str, plan: dict) -> str:
+    pictures = sorted((run / "plans" / name).glob("*.jpg"))[:FILMSTRIP_FRAMES]
+    figures = []
+    for picture, kind, time in zip(pictures, plan["frame_types"], plan["timestamps"], strict=False):
+        source = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+        word = "fast" if kind else "slow"
+        caption = f"<figcaption>{time:.1f} s <b>{word}</b></figcaption>"
+        figures.append(f'<figure class="{word}"><img alt="{word} frame" src="{source}">{caption}</figure>')
+    return f'<div class="strip">{"".join(figures)}</div>' if figures else ""
+
+
+def _similarity(plan: dict) -> str:
+    times, types = plan["timestamps"], plan["frame_types"]
+    similarity = [math.nan if s is None else s for s in plan["similarity"]]
+    threshold = plan.get("settings", {}).get("threshold")
+    series = [Series("similarity with the latest slow frame", times, similarity, "muted")]
+    for kind, word in enumerate(("slow", "fast")):
+        marks = [s if t == kind else math.nan for s, t in zip(similarity, types, strict=True)]
+        series.append(Series(word, times, marks, word, style="marks"))
+    if threshold is not None:
+        ends = [times[0], times[-1]]
+        series.append(Series(f"threshold {threshold:g}", ends, [threshold] * 2, "muted", style="dashed"))
+    return legend(series) + line_chart(series, "seconds", "similarity", width=760)
+
+
+def _stages(run: Path) -> str:
+    charts, rows = [], []
+    for stage, (title, trains) in STAGES.items():
+        log = [row for row in findings.read_jsonl(run / stage / "metrics.jsonl") if "loss" in row]
+        if not log:
+            charts.append(f'<div class="panel"><h3>{title}</h3><p class="note">{trains}</p>{NOT_RUN}</div>')
+            continue
+        steps, losses = [row["step"] for row in log], [row["loss"] for row in log]
+        each = Series("each step", steps, losses, "c0", style="faint")
+        series = [each, Series("smoothed", steps, smooth(losses), "c0")]
+        chart = line_chart(series, "step", "loss", width=420, height=210)
+        charts.append(f'<div class="panel"><h3>{title}</h3><p class="note">{trains}</p>{chart}</div>')
+        speed = [row["tokens_per_second"] for row in log if row.get("tokens_per_second")]
+        tokens = sum(row.get("tokens", 0) for row in log)
+        head, tail = losses[: max(1, len(losses) // 10)], losses[-max(1, len(losses) // 10) :]
+        median = f"{sorted(speed)[len(speed) // 2]:,.0f}" if speed else "–"
+        change = [f"{sum(part) / len(part):.3f}" for part in (head, tail)]
+        rows.append([title, f"{steps[-1]:,}", *change, f"{tokens:,}" if tokens else "–", median])
+    note = '<p class="note">First and last loss are means over a tenth of the steps; tokens/s is the median step.</p>'
+    body = table(["stage", "steps", "first loss", "last loss", "tokens", "tokens/s"], rows) + note if rows else ""
+    return f'<div class="panels">{"".join(charts)}</div>{body}'
+
+
+def _accuracy(run: Path) -> str:
+    rows = findings.families(run)
+    if not rows:
+        return NOT_RUN
+    index, error = list(range(len(rows))), findings.stderr
+    series = [
+        Series("chance", index, [r.chance for r in rows], "muted", style="line"),
+        Series("majority answer", index, [r.majority for r in rows], "muted", style="dashed"),
+        Series("blind (no video)", index, [r.blind for r in rows], "c2", [error(r.blind, r.n) for r in rows], "marks"),
+        Series("after stage 3", index, [r.before for r in rows], "c0", [error(r.before, r.n) for r in rows], "marks"),
+        Series("after GSPO", index, [r.after for r in rows], "c1", [error(r.after, r.n) for r in rows], "marks"),
+    ]
+    learnt, not_learnt = [r.family for r in rows if r.learnt], [r.family for r in rows if not r.learnt]
+    says = "<p>Above both chance and the blind model by more than two standard errors after stage 3: "
+    says += f"<b>{', '.join(learnt) or 'none'}</b>. "
+    says += (
+        f"Not learnt in this run: <b>{', '.join(not_learnt)}</b>.</p>" if not_learnt else "Every one was learnt.</p>"
+    )
+    figures = [
+        [escape(r.family), str(r.n), percent(r.chance), percent(r.majority)]
+        + [percent(share, error(share, r.n)) for share in (r.blind, r.before, r.after)]
+        + ["yes" if r.learnt else "no"]
+        for r in rows
+    ]
+    head = ["family", "questions", "chance", "majority", "blind", "after stage 3", "after GSPO", "learnt"]
+    note = '<p class="note">Held-out clips, drawn with other seeds than those trained on; bars: one standard error.</p>'
+    return says + legend(series) + row_chart([r.family for r in rows], series) + table(head, figures) + note
+
+
+def _gspo(run: Path) -> str:
+    log = [row for row in findings.read_jsonl(run / "gspo" / "metrics.jsonl") if "reward_mean" in row]
+    if not log:
+        return NOT_RUN
+    steps, means = [row["step"] for row in log], [row["reward_mean"] for row in log]
+    each = Series("mean reward of the rollouts", steps, means, "c1", style="faint")
+    series = [each, Series("smoothed", steps, smooth(means, 0.8), "c1")]
+    chart = legend(series) + line_chart(series, "step", "reward", width=760)
+    gained = findings.reward(run)
+    if not gained:
+        return chart + '<p class="absent">The held-out reward has not been measured yet.</p>'
+    sure = "more" if gained.significant else "not more"
+    says = (
+        "<p>On held-out questions the mean reward went "
+        f"from <b>{gained.before:.3f}</b> ± {gained.before_stderr:.3f} to "
+        f"<b>{gained.after:.3f}</b> ± {gained.after_stderr:.3f}: a change of {gained.gain:+.3f} with a standard error "
+        f"of {gained.gain_stderr:.3f}, {sure} than two of them.</p>"
+    )
+    return says + chart
+
+
+def _ablation(run: Path) -> str:
+    report = findings.read_json(run / "ablation" / "ablation.json")
+    rows = report.get("rows", [])
+    if not rows:
+        return NOT_RUN
+    rows = sorted(rows, key=lambda row: row["threshold"])
+    x = [row["threshold"] for row in rows]
+    panels = []
+    for key, title, share in (
+        ("tokens", "visual tokens a clip", False),
+        ("slow_share", "share of slow frames", True),
+        ("detail", "detail kept", False),
+        ("accuracy", "accuracy of the trained model", True),
+    ):
+        y = [math.nan if row.get(key) is None else row[key] for row in rows]
+        if all(math.isnan(v) for v in y):
+            continue
+        spread = [row.get(f"{key}_stderr") or 0.0 for row in rows]
+        dots = Series(title, x, y, "c0", spread, "dots")
+        chart = line_chart([dots], "threshold", title, width=420, height=210, percent=share)
+        panels.append(f'<div class="panel"><h3>{title[0].upper()}{title[1:]}</h3>{chart}</div>')
+    return f'<div class="panels">{"".join(panels)}</div>'
+
+
+def _environment(run: Path) -> str:
+    steps = [[escape(name), f"{step['seconds']:.0f}"] for name, step in _steps(run).items() if "seconds" in step]
+    timings = table(["step", "seconds"], steps) if steps else ""
+    flat = []
+    for key, value in findings.read_json(run / "environment.json").items():
+        said = value if isinstance(value, str) else json.dumps(value)
+        flat.append([escape(key), f"<code>{escape(said)}</code>"])
+    recipe = run / "recipe.toml"
+    text = recipe.read_text() if recipe.exists() else ""
+    seeds = [["seed of " + escape(where), str(seed)] for where, seed in _seeds(tomllib.loads(text))] if text else []
+    source = f"<details><summary>The recipe</summary><pre>{escape(text)}</pre></details>" if text else ""
+    return (timings + (table(["environment", ""], flat + seeds) if flat or seeds else "") + source) or NOT_RUN
+
+
+def _seeds(recipe: dict, where: str = "the recipe") -> list[tuple[str, int]]:
+    found = []
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            found += _seeds(value, key if where == "the recipe" else f"{where}.{key}")
+        elif key == "seed" or key.endswith("_seed"):
+            found.append((where if key == "seed" else f"{where}, {key}", value))
+    return found
+
+
+def _steps(run: Path) -> dict[str, dict]:
+    steps = {p.stem: json.loads(p.read_text()) for p in (run / "steps").glob("*.json")}
+    return dict(sorted(steps.items(), key=lambda item: item[1].get("finished", 0)))
