@@ -1,0 +1,110 @@
+"""The policy: which distribution completions are drawn from, and how likely it finds them.
+
+Sampling (`rl.rollout`) and training share `token_log_probs`, so the log-probabilities of generation and of training are
+of one distribution: softmax(logits / temperature) in float32, without the two placeholder tokens. A completion must not
+hold a placeholder, because the model would look for pixels to put there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from keye.prompt.processor import Sample
+from rl.prefix import PrefixTree
+
+CHUNK = 1024  # rows of float32 log-probabilities [CHUNK, vocab] alive at once
+
+
+@dataclass(frozen=True)
+class Group:
+    """G completions of one prompt.
+
+    sample:      the prompt as the model reads it, with its vision inputs and the `VideoPlan` of every video.
+    completions: G of int64 [Lc], Lc ≥ 1, with the end token where it was reached.
+    log_probs:   G of float32 [Lc], as the rollout engine saw them.
+    finished:    G of bool, whether the end token was reached.
+    texts:       the completions decoded, without special tokens.
+    """
+
+    sample: Sample
+    completions: list[Tensor]
+    log_probs: list[Tensor]
+    finished: list[bool]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The T completion tokens of a list of groups, one after another: log_probs and entropy float32 [T], owner [T]."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    owner: Tensor
+
+
+def token_log_probs(logits: Tensor, temperature: float, banned: tuple[int, ...]) -> Tensor:
+    """logits [.., V] in any dtype → log-probabilities of the sampling distribution, float32 [.., V]."""
+    logits = logits.float() / temperature
+    return logits.index_fill(-1, torch.tensor(banned, device=logits.device), float("-inf")).log_softmax(-1)
+
+
+def banned_tokens(model: nn.Module) -> tuple[int, ...]:
+    """The placeholder ids a completion may not hold."""
+    return model.config.image_token_id, model.config.video_token_id
+
+
+def score(model: nn.Module, groups: list[Group], temperature: float = 1.0) -> Score:
+    """The training forward over the completions of `groups`, every prompt read once (see `rl.prefix`).
+
+    model: `KeyeForConditionalGeneration`, or the DeepSpeed engine around it. With gradients when they are enabled.
+    """
+    device = next(model.parameters()).device
+    tree = PrefixTree(
+        [len(group.sample.input_ids) for group in groups], [[len(c) for c in group.completions] for group in groups]
+    )
+    samples = [group.sample for group in groups]
+    input_ids = tree.pack([s.input_ids for s in samples], [group.completions for group in groups])
+    positions = tree.pack(
+        [s.position_ids for s in samples],
+        [[continued_positions(g.sample, len(c)) for c in g.completions] for g in groups],
+    )
+    logits = model(
+        input_ids=input_ids[None].to(device),
+        position_ids=positions[:, None].to(device),
+        cu_seqlens=tree.cu_seqlens().to(device),
+        varlen=tree.attention,
+        logits_to_keep=tree.predictors().to(device),
+        **vision_inputs(samples, device),
+    ).logits[0]
+    targets = torch.cat([completion for group in groups for completion in group.completions]).to(device)
+    banned = banned_tokens(getattr(model, "module", model))
+    parts = [
+        checkpoint(_score_rows, rows, ids, temperature, banned, use_reentrant=False)
+        for rows, ids in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Score(log_probs, entropy, tree.owner().to(device))
+
+
+def _score_rows(logits: Tensor, targets: Tensor, temperature: float, banned: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and the entropy of each row: logits [R, V], targets [R] → two float32 [R]."""
+    table = token_log_probs(logits, temperature, banned)
+    entropy = torch.special.entr(table.detach().exp()).sum(-1)
+    return table.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def continued_positions(sample: Sample, length: int) -> Tensor:
+    """Positions int64 [3, length] of text that follows a prompt: from its largest position + 1, alike in T, H and W."""
+    first = int(sample.position_ids.max()) + 1
+    return torch.arange(first, first + length).expand(3, -1)
+
+
+def vision_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tensor]:
+    """The pixels and grids of several prompts, each once, in the order in which their placeholders come."""
+    names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    columns = {name: [getattr(s, name) for s in samples if getattr(s, name) is not None] for name in names}
+    return {name: torch.cat(column).to(device) for name, column in columns.items() if column}
