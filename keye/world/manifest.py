@@ -1,0 +1,59 @@
+"""Manifests: JSON Lines in the chat format, one sample a line, media paths relative to the manifest."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from keye.errors import ManifestError
+
+
+def write_manifest(path: str | Path, samples: Iterable[dict[str, Any]]) -> None:
+    """Write samples in order; the same samples give the same bytes. The file appears only when it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(sample, ensure_ascii=False, sort_keys=True) + "\n")
+    part.replace(path)
+
+
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    """One manifest line as a sample; `where` (`file:line`) opens the `ManifestError` for a line that is not one."""
+    try:
+        sample = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ManifestError(
+            f"{where} is not JSON ({error.msg} at column {error.colno}); mend or delete that line"
+        ) from error
+    messages = sample.get("messages") if isinstance(sample, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ManifestError(f'{where} has no messages; each line needs a list "messages" of chat turns')
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ManifestError(f'{where} has a message without "role" or "content"; give both')
+    return sample
+
+
+def iter_manifest(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Samples of a manifest one at a time, blank lines skipped; raises `ManifestError` at the first bad line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ManifestError(f"{path} does not exist; give a .jsonl manifest or make one with python -m keye.world")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ManifestError(f"{path}:{number} is not UTF-8 text; save the manifest as UTF-8") from error
+            if line.strip():
+                yield parse_line(line, f"{path}:{number}")
+
+
+def read_manifest(path: str | Path) -> list[dict[str, Any]]:
+    """All samples of a manifest; `ManifestError` names file and line of what is wrong, or an empty file."""
+    samples = list(iter_manifest(path))
+    if not samples:
+        raise ManifestError(f"{path} is empty; write samples into it with python -m keye.world")
+    return samples
