@@ -51,7 +51,7 @@ class SlowFastEncoder:
     measure: "patch_l1", "patch_cosine", "ssim", a name you registered, or a Measure.
     threshold: a frame less similar than this to the latest slow frame is slow; None takes the measure's own.
     policy: "adaptive", "all_slow", "uniform:N", or a Policy.
-    fast_ratio: tokens of a fast frame as a share of a slow one's. max_tokens: budget of the whole video, never exceeded.
+    fast_ratio: tokens of a fast frame as a share of a slow one's. max_tokens: the whole video's budget, never exceeded.
     min_tokens_per_frame, max_tokens_per_frame: limits of one frame; a token is 28x28 pixels.
     fps: sampling rate. max_frames: at most so many frames, spread evenly; None takes all that the budget can hold.
     tower: (pixel_values, grid_thw) -> features, what `from_pretrained` attaches.
@@ -84,8 +84,10 @@ class SlowFastEncoder:
         if not 0 < self.fast_ratio <= 1:
             raise KeyeError(f"fast_ratio is {self.fast_ratio}; give a share above 0 and at most 1")
         if not 1 <= self.min_tokens_per_frame <= self.max_tokens_per_frame:
-            limits = f"min_tokens_per_frame={self.min_tokens_per_frame}, max_tokens_per_frame={self.max_tokens_per_frame}"
-            raise KeyeError(f"{limits} leave no size for a frame; give 1 <= min <= max")
+            raise KeyeError(
+                f"min_tokens_per_frame={self.min_tokens_per_frame} and max_tokens_per_frame={self.max_tokens_per_frame}"
+                " leave no size for a frame; give 1 <= min <= max"
+            )
         if self.max_tokens < self.min_tokens_per_frame:
             raise KeyeError(
                 f"max_tokens={self.max_tokens} holds not one frame of min_tokens_per_frame={self.min_tokens_per_frame};"
@@ -116,7 +118,7 @@ class SlowFastEncoder:
             raise CheckpointError(f"{directory} holds no preprocessor_config.json; give a directory that a stage wrote")
         settings = json.loads(path.read_text(encoding="utf-8")).get("encoder")
         if not isinstance(settings, dict):
-            raise CheckpointError(f"{path} has no key \"encoder\"; save the processor again")
+            raise CheckpointError(f'{path} has no key "encoder"; save the processor again')
         from keye.model.keye import KeyeForConditionalGeneration
 
         model = KeyeForConditionalGeneration.from_pretrained(directory).eval()
@@ -169,7 +171,7 @@ class SlowFastEncoder:
     def image(
         self, source: ImageSource, *, max_tokens: int = 20_480, min_tokens: int = 4
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A still as (pixel_values [N, 3, 14, 14], grid_thw [1, 3]), of `min_tokens` to `max_tokens` (report: 20,480)."""
+        """A still as (pixel_values [N, 3, 14, 14], grid_thw [1, 3]), at most 20,480 tokens by default (report)."""
         picture = load_image(source)
         return _encode([picture], [fit_size(*picture.shape[1:], min_tokens, max_tokens)])
 

@@ -161,3 +161,15 @@ class VideoPlan:
             *(("warning", text) for text in self.warnings),
         ]
         return "\n".join(f"{name:<8}{text}" for name, text in rows)
+
+    def frame_table(self) -> str:
+        """A line per frame in plain text: time, index, type, similarity, size, tokens."""
+        lines = ["   time  frame  type  similarity       size  tokens"]
+        columns = (self.timestamps, self.frame_indices, self.frame_types, self.similarity, self.tokens_per_frame)
+        for (time, index, kind, score, tokens), (height, width) in zip(
+            zip(*(column.tolist() for column in columns), strict=True), self.frame_sizes, strict=True
+        ):
+            name = "slow" if kind == SLOW else "fast"
+            shown = "-" if math.isnan(score) else f"{score:.3f}"
+            lines.append(f"{time:7.2f}  {index:5d}  {name}  {shown:>10}  {f'{width}x{height}':>9}  {tokens:6d}")
+        return "\n".join(lines)

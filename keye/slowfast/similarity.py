@@ -70,12 +70,13 @@ class PatchL1:
     """Share of the picture that stayed: per patch, the mean absolute RGB difference, soft between "same" and "changed".
 
     Frames are compared at 48–256 tokens in cells of 14 pixels. A cell whose mean difference is below `SAME` (noise,
-    compression flicker) counts as unchanged, above `CHANGED` as wholly changed, linearly between. The score is one minus
-    the mean change, so a cut scores near 0 and a small moving object costs about the area it covers.
+    compression flicker) counts as unchanged, above `CHANGED` as wholly changed, linearly between. The score is one
+    minus the mean change: a cut scores near 0, a small moving object costs about the area it covers. On real clips,
+    below a threshold of 0.3 there are only cuts, at 0.6 strong motion too; 0.9 and above notice small objects.
     """
 
     name = "patch_l1"
-    threshold = 0.7
+    threshold = 0.6
 
     CELL = 14
     SAME, CHANGED = 6.0, 48.0  # of 255

@@ -20,6 +20,7 @@ import torch
 from av.video.frame import VideoFrame
 
 from keye.errors import VideoError
+from keye.slowfast.budget import thin
 from keye.slowfast.image import IMAGE_SUFFIXES, load_image
 
 Source = str | os.PathLike | bytes | BinaryIO | torch.Tensor | np.ndarray
@@ -29,7 +30,7 @@ _TOLERANCE = 1e-4  # seconds; containers round timestamps to their own time base
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame: `index` among the source's frames in presentation order, `time` in seconds, `pixels` uint8 [3, H, W]."""
+    """`index` among the source's frames in presentation order, `time` in seconds, `pixels` uint8 [3, H, W]."""
 
     index: int
     time: float
@@ -80,7 +81,7 @@ def open_clip(
         yield _still_clip(str(source), _Folder(paths), len(paths), timestamps, source_fps or fps, max_frames)
         return
     if timestamps is not None or source_fps is not None:
-        raise VideoError(f"{_name(source)} has its own clock; give timestamps or source_fps only with folders and arrays")
+        raise VideoError(f"{_name(source)} has its own clock; give timestamps and source_fps with folders or arrays")
     container = _open_container(source)
     try:
         yield _Decoder(container, _name(source), fps, max_frames).clip
@@ -215,7 +216,9 @@ class _Decoder:
         if self.broken:
             self.clip.warnings.append(f"{self.broken} damaged pieces of {self.name} could not be decoded")
         if self._end is not None and self._end < times[-1]:
-            self.clip.warnings.append(f"{self.name} ends at {self._end:.2f} s of the {duration:.2f} s it claims to last")
+            self.clip.warnings.append(
+                f"{self.name} ends at {self._end:.2f} s of the {duration:.2f} s it claims to last"
+            )
             self.clip.duration = self._end
         elif self._end is not None:
             self.clip.duration = max(duration, self._end)
@@ -281,8 +284,6 @@ def _still_clip(
     rate: float,
     max_frames: int,
 ) -> Clip:
-    from keye.slowfast.budget import thin
-
     times = [index / rate for index in range(count)] if timestamps is None else [float(time) for time in timestamps]
     if len(times) != count:
         raise VideoError(f"{name} has {count} frames but {len(times)} timestamps; give one for each frame")
