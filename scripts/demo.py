@@ -1,0 +1,271 @@
+"""The whole road in order, each step with its title, its time and its log; a step that is done is not done again.
+
+Called by `bash scripts/demo`, which makes the environment first. See `--help`.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from keye.errors import KeyeError, run
+
+CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
+PRETRAIN, POSTTRAIN = "stages/recipes/tiny.toml", "rl/recipes/tiny.toml"
+# The short form walks the same road with a fraction of the steps: it shows that everything runs, not that it learns.
+SHORT_PRETRAIN = ("vision.steps=6", "alignment.steps=4", "multitask.steps=12", "annealing.steps=4")
+SHORT_POSTTRAIN = ("gspo.steps=2",)
+PLAN_FRAMES = 60
+
+
+class Demo:
+    """One run of the demo in a directory; `step` runs what has to be run and remembers what was.
+
+    run: the run's directory. short: the fraction of the steps that a check needs. clips: real clips.
+    """
+
+    def __init__(self, run_dir: Path, short: bool, clips: list[Path]) -> None:
+        self.run, self.short, self.clips = run_dir, short, clips
+        self.began = time.monotonic()
+        self.keys: dict[str, str] = {}
+        self.number = 0
+        for folder in ("logs", "steps"):
+            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+
+    def step(self, name: str, title: str, after: tuple[str, ...], inputs: object, action: Callable[[], None]) -> None:
+        """Run `action` unless it ended well before with the same `inputs` and the same steps `after` which it comes."""
+        self.number += 1
+        print(f"\n[{self.number}/7] {title}", flush=True)
+        about = json.dumps([name, inputs, [self.keys[step] for step in after]], default=str)
+        self.keys[name] = hashlib.sha256(about.encode()).hexdigest()
+        marker = self.run / "steps" / f"{name}.json"
+        if marker.exists() and json.loads(marker.read_text())["inputs"] == self.keys[name]:
+            print("      done before; --fresh starts over", flush=True)
+            return
+        began = time.monotonic()
+        action()
+        seconds = round(time.monotonic() - began, 1)
+        done = {"title": title, "inputs": self.keys[name], "seconds": seconds, "finished": time.time()}
+        marker.write_text(json.dumps(done) + "\n")
+        print(f"      {seconds:.0f} s", flush=True)
+
+    def call(self, name: str, *command: str) -> None:
+        """Run a Python command with its output on the screen and in `logs/<name>.log`."""
+        log = self.run / "logs" / f"{name}.log"
+        code = stream([sys.executable, *command], log)
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            raise KeyeError(
+                f"{command[0]} ended with code {code}, its output is in {log}; run this again to go on from here"
+            )
+
+    def torchrun(self, name: str, script: str, recipe: str, overrides: tuple[str, ...]) -> None:
+        """Run a training script on two processes (CPU) or on every GPU when there are several."""
+        sets = [word for override in (overrides if self.short else ()) for word in ("--set", override)]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes())]
+        self.call(name, *launch, script, recipe, "--run", str(self.run), *sets)
+
+
+def processes() -> int:
+    """How many processes a training step uses: the GPUs if there are several, else two on the CPU."""
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.device_count() > 1:
+        return torch.cuda.device_count()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return 2
+
+
+def stream(command: list[str], log: Path) -> int:
+    """Run `command`, copy its output to the screen and to `log` as it comes, and return its exit code.
+
+    On a terminal the command gets a terminal of its own, so that its progress bars stay alive.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    reader, writer = pty.openpty() if sys.stdout.isatty() else os.pipe()
+    if sys.stdout.isatty():
+        size = shutil.get_terminal_size()
+        environment |= {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=environment)
+        os.close(writer)
+        while True:
+            try:
+                piece = os.read(reader, 65536)
+            except OSError:  # a pseudo-terminal whose other end is closed
+                break
+            if not piece:
+                break
+            file.write(piece)
+            sys.stdout.buffer.write(piece)
+            sys.stdout.flush()
+    os.close(reader)
+    return process.wait()
+
+
+def plan_clips(demo: Demo) -> None:
+    """Encode the real clips as the model would see them: plan, picture and the frames themselves."""
+    from PIL import Image
+
+    from keye import SlowFastEncoder
+
+    shutil.rmtree(demo.run / "plans", ignore_errors=True)
+    encoder = SlowFastEncoder(max_frames=PLAN_FRAMES)
+    for clip in demo.clips:
+        encoded = encoder(clip)
+        folder = demo.run / "plans" / clip.stem
+        folder.mkdir(parents=True)
+        pictures = encoded.pictures()
+        for i, picture in enumerate(pictures):
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            image.thumbnail((328, 328))
+            image.save(folder / f"{i:04d}.jpg", quality=80)
+        encoded.plan.save(folder.with_suffix(".json"))
+        encoded.plan.plot(folder.with_suffix(".png"), pictures)
+        print("      " + encoded.plan.summary().replace("\n", "\n      "))
+
+
+def evaluate_model(demo: Demo, stage: str, blinds: tuple[bool, ...]) -> None:
+    """Ask a stage's model the held-out questions, with and without the video; `evaluation/<stage>[_blind].json`."""
+    import torch
+
+    from keye import KeyeForConditionalGeneration, KeyeProcessor
+    from keye.evaluation import evaluate
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    directory = demo.run / stage / "model"
+    model = KeyeForConditionalGeneration.from_pretrained(directory).eval()
+    processor = KeyeProcessor.from_pretrained(directory)
+    (demo.run / "evaluation").mkdir(exist_ok=True)
+    for blind in blinds:
+        report = evaluate(model, processor, heldout(demo), limit=4 if demo.short else None, blind=blind)
+        path = demo.run / "evaluation" / f"{stage}{'_blind' if blind else ''}.json"
+        path.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        shares = ", ".join(f"{name} {score.accuracy:.0%}" for name, score in report.families.items())
+        print(f"      {stage}{', blind' if blind else ''}: {shares}", flush=True)
+
+
+def heldout(demo: Demo) -> Path:
+    """The manifest of the held-out questions that the pre-training drew."""
+    return demo.run / "world" / "heldout.jsonl"
+
+
+def closing_table(run_dir: Path) -> str:
+    """The findings as a table of plain text: every family, then the claims."""
+    from stages import findings
+
+    def share(value: float, n: int) -> str:
+        return "–" if math.isnan(value) else f"{value:6.1%} ± {findings.stderr(value, n):.1%}"
+
+    head = ("family", "n", "chance", "majority", "blind", "after stage 3", "after GSPO", "> chance, blind by 2 se")
+    lines = ["{:<10}{:>5}{:>9}{:>10}{:>17}{:>17}{:>17}  {}".format(*head)]
+    families = findings.families(run_dir)
+    for f in families:
+        shares = "".join(f"{share(value, f.n):>17}" for value in (f.blind, f.before, f.after))
+        lines.append(
+            f"{f.family:<10}{f.n:>5}{f.chance:>9.1%}{f.majority:>10.1%}{shares}  {'yes' if f.learnt else 'no'}"
+        )
+    learnt = sum(f.learnt for f in families)
+    lines.append(f"\n{learnt} of {len(families)} families are above chance and blind by more than two standard errors")
+    reward = findings.reward(run_dir)
+    if reward:
+        word = "more" if reward.significant else "NOT more"
+        lines.append(
+            f"held-out reward {reward.before:.3f} ± {reward.before_stderr:.3f} before GSPO, "
+            f"{reward.after:.3f} ± {reward.after_stderr:.3f} after: {reward.gain:+.3f} ± {reward.gain_stderr:.3f}, "
+            f"{word} than two standard errors"
+        )
+    return "\n".join(lines)
+
+
+def check_clips(named: list[str]) -> list[Path]:
+    """The user's clips, or the real ones of the set-up; each must open before anything is trained."""
+    from keye import SlowFastEncoder
+
+    clips = [Path(name) for name in named] or [Path(".cache/clips") / name for name in CLIPS]
+    taken: set[str] = set()
+    for clip in clips:
+        SlowFastEncoder(max_frames=2).plan(clip)
+        if clip.stem in taken:
+            raise KeyeError(f"two clips are called {clip.stem}; rename one, their plans go by name")
+        taken.add(clip.stem)
+    return clips
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.splitlines()[0])
+    parser.add_argument("clips", nargs="*", help="your own clips instead of the three fetched ones")
+    parser.add_argument("--run", type=Path, help="where to write (default runs/demo, or runs/short with --short)")
+    parser.add_argument("--short", action="store_true", help="few steps and questions: a check that everything runs")
+    parser.add_argument("--fresh", action="store_true", help="throw away what the run's directory holds")
+    args = parser.parse_args()
+    clips = check_clips(args.clips)
+    run_dir = args.run or Path("runs/short" if args.short else "runs/demo")
+    if args.fresh and run_dir.exists():
+        if not (run_dir / "steps").is_dir():
+            raise KeyeError(f"{run_dir} is not a run of the demo, so --fresh leaves it alone; name another with --run")
+        shutil.rmtree(run_dir)
+    demo = Demo(run_dir, args.short, clips)
+    follow(demo)
+    from stages import report
+
+    page = report.write(run_dir)
+    print(f"\n{closing_table(run_dir)}\n\n{page.resolve()}\n{(time.monotonic() - demo.began) / 60:.1f} minutes in all")
+
+
+def follow(demo: Demo) -> None:
+    """The seven steps."""
+    files = [(str(clip.resolve()), clip.stat().st_size, clip.stat().st_mtime) for clip in demo.clips]
+    recipes = [Path(recipe).read_text() for recipe in (PRETRAIN, POSTTRAIN)]
+    demo.step("plan", "Real clips: which frames are slow, which fast", (), files, lambda: plan_clips(demo))
+    demo.step(
+        "pretrain",
+        "A drawn video world, then four stages of training on two processes",
+        (),
+        [recipes[0], demo.short],
+        lambda: demo.torchrun("pretrain", "scripts/pretrain.py", PRETRAIN, SHORT_PRETRAIN),
+    )
+    demo.step(
+        "evaluate-before",
+        "Held-out questions to the trained model, and to the same model without the video",
+        ("pretrain",),
+        None,
+        lambda: evaluate_model(demo, "annealing", blinds=(False, True)),
+    )
+    demo.step(
+        "gspo",
+        "GSPO: rewards for right answers",
+        ("pretrain",),
+        [recipes[1], demo.short],
+        lambda: demo.torchrun("gspo", "scripts/posttrain.py", POSTTRAIN, SHORT_POSTTRAIN),
+    )
+    demo.step(
+        "evaluate-after",
+        "The same held-out questions after GSPO",
+        ("gspo",),
+        None,
+        lambda: evaluate_model(demo, "gspo", blinds=(False,)),
+    )
+    demo.step("ablate", "The threshold from low to high", ("plan", "gspo"), None, lambda: ablate(demo))
+    print("\n[7/7] The report", flush=True)
+
+
+def ablate(demo: Demo) -> None:
+    """Sweep the threshold over the real clips and the held-out questions."""
+    model = ["--model", str(demo.run / "gspo" / "model"), "--manifest", str(heldout(demo))]
+    sweep = ["--threshold", "0.3,0.6,0.9" if demo.short else "0.2:0.95:0.15", "--limit", "2" if demo.short else "12"]
+    videos = ["--videos", *map(str, demo.clips), "--max-frames", str(PLAN_FRAMES)]
+    demo.call("ablate", "scripts/ablate.py", *videos, *model, *sweep, "--out", str(demo.run / "ablation"))
+
+
+if __name__ == "__main__":
+    run(main)
