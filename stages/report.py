@@ -56,11 +56,11 @@ def write(run: str | Path) -> Path:
     return path
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table; cells are HTML already, the first column is left-aligned and the others are figures."""
+def table(head: list[str], rows: list[list[str]], kind: str = "figures") -> str:
+    """An HTML table; cells are HTML already. The first column is left-aligned, and all are with `kind` "facts"."""
     cells = "".join(f"<th>{h}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def percent(share: float, spread: float | None = None) -> str:
@@ -244,7 +244,7 @@ def _environment(run: Path) -> str:
     text = recipe.read_text() if recipe.exists() else ""
     seeds = [["seed of " + escape(where), str(seed)] for where, seed in _seeds(tomllib.loads(text))] if text else []
     source = f"<details><summary>The recipe</summary><pre>{escape(text)}</pre></details>" if text else ""
-    return (timings + (table(["environment", ""], flat + seeds) if flat or seeds else "") + source) or NOT_RUN
+    return (timings + (table(["environment", ""], flat + seeds, "facts") if flat or seeds else "") + source) or NOT_RUN
 
 
 def _seeds(recipe: dict, where: str = "the recipe") -> list[tuple[str, int]]:
