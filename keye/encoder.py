@@ -16,6 +16,8 @@ from keye.slowfast.plan import VideoPlan
 from keye.slowfast.similarity import Measure, get_measure, patches, resize
 from keye.slowfast.video import Clip, Frame, Source, open_clip
 
+KEPT_WHOLE = 256 << 20  # bytes of uint8 frames
+
 Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(pixel_values [N, 3, 14, 14], grid_thw [F, 3]) -> features [N / 4, hidden]"""
 
@@ -194,6 +196,12 @@ class SlowFastEncoder:
             times += [frame.time for frame in batch]
             if kept is not None:
                 kept += resize(pixels, largest, "bicubic").unbind()
+        warnings = list(clip.warnings)
+        if clip.wanted > clip.expected and clip.expected == most_frames(self.max_tokens, self.min_tokens_per_frame):
+            warnings.append(
+                f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: max_tokens="
+                f"{self.max_tokens} holds no more of min_tokens_per_frame={self.min_tokens_per_frame}"
+            )
         slow = types.count(SLOW)
         allocation = allocate(
             *clip.size,
@@ -216,11 +224,17 @@ class SlowFastEncoder:
             max_tokens=self.max_tokens,
             duration=clip.duration,
             settings=self.settings,
-            warnings=tuple(clip.warnings),
+            warnings=tuple(warnings),
         )
 
     def _largest_size(self, clip: Clip) -> tuple[int, int]:
-        """The size to keep frames at before the budget is known: the slow size if all frames but one were fast."""
+        """The size to keep frames at before the budget is known, so that memory is bounded however long the clip.
+
+        Small clips are kept as they are and resized once. Of the others no frame can end up larger than the slow size
+        if all frames but one were fast.
+        """
+        if 3 * clip.size[0] * clip.size[1] * clip.expected <= KEPT_WHOLE:
+            return clip.size
         best = allocate(
             *clip.size,
             1,

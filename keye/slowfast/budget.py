@@ -38,8 +38,9 @@ def fit_size(height: int, width: int, min_tokens: int, max_tokens: int) -> tuple
         raise ValueError(f"the range of {min_tokens} to {max_tokens} tokens per frame is empty")
     rows, columns = max(1, round(height / SIDE)), max(1, round(width / SIDE))
     if rows * columns > max_tokens:
-        scale = math.sqrt(max_tokens * SIDE * SIDE / (height * width))
-        rows, columns = max(1, math.floor(height * scale / SIDE)), max(1, math.floor(width * scale / SIDE))
+        # In the order of operations of the release: where a side lands on a multiple of 28, the last bit decides.
+        shrink = math.sqrt((height * width) / (max_tokens * SIDE * SIDE))
+        rows, columns = max(1, math.floor(height / shrink / SIDE)), max(1, math.floor(width / shrink / SIDE))
     elif rows * columns < min_tokens:
         scale = math.sqrt(min_tokens * SIDE * SIDE / (height * width))
         rows, columns = max(1, math.ceil(height * scale / SIDE)), max(1, math.ceil(width * scale / SIDE))

@@ -86,20 +86,29 @@ def _title(figure: object, plan: "VideoPlan", total: float) -> None:
 def _strip_pictures(
     plan: "VideoPlan", frames: Sequence[torch.Tensor] | torch.Tensor | None, end: float
 ) -> dict[int, np.ndarray]:
-    """Pictures [h, w, 3] uint8 of at most 10 frames (16 upright ones), evenly in time; empty without a source."""
+    """Pictures [h, w, 3] uint8 of at most 10 frames (16 upright ones) along the time; empty without a source."""
     places = 10 if plan.source_size[1] >= plan.source_size[0] else 16
     times = plan.timestamps.double().numpy()
     if len(plan) <= places:
         chosen = list(range(len(plan)))
     else:
-        centres = (np.arange(places) + 0.5) * end / places
-        chosen = sorted({max(0, int(np.searchsorted(times, centre, side="right")) - 1) for centre in centres})
+        chosen = sorted({_speaking_frame(plan, times, *span) for span in _spans(end, places)})
     if frames is not None:
         return {index: frames[index].permute(1, 2, 0).numpy() for index in chosen}
     if not Path(plan.source).is_file():
         return {}
     found = read_frames_at(plan.source, [float(times[index]) for index in chosen])
     return {index: frame.pixels.permute(1, 2, 0).numpy() for index, frame in zip(chosen, found, strict=False)}
+
+
+def _spans(end: float, places: int) -> list[tuple[float, float]]:
+    return [(place * end / places, (place + 1) * end / places) for place in range(places)]
+
+
+def _speaking_frame(plan: "VideoPlan", times: np.ndarray, start: float, stop: float) -> int:
+    """The frame that stands for a span of time: its first slow one, else the one on the screen in its middle."""
+    slow = np.flatnonzero((plan.frame_types.numpy() == SLOW) & (times >= start) & (times < stop))
+    return int(slow[0]) if len(slow) else max(0, int(np.searchsorted(times, (start + stop) / 2, side="right")) - 1)
 
 
 def _strip_height(plan: "VideoPlan", pictures: dict[int, np.ndarray]) -> float:

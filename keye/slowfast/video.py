@@ -6,6 +6,7 @@ never index / average rate (wrong for variable frame rates).
 """
 
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -43,13 +44,14 @@ class Clip:
     """An opened source, to be iterated once. `warnings` grows while the frames are read.
 
     name: what to call it; size: (height, width) after rotation; duration: seconds (of damaged files: what was decoded,
-    once it has been read); expected: the most frames the iteration can yield.
+    once it has been read); expected: the most frames the iteration can yield; wanted: what the sampling rate asks for.
     """
 
     name: str
     size: tuple[int, int]
     duration: float
     expected: int
+    wanted: int
     frames: Iterator[Frame]
     warnings: list[str]
 
@@ -155,8 +157,9 @@ class _Decoder:
         self._first = first
         turned = first[2].rotation % 180 != 0
         self.size = (first[2].width, first[2].height) if turned else (first[2].height, first[2].width)
-        times = _sample_times(duration, min(fps, self.rate), max_frames)
-        self.clip = Clip(name, self.size, duration, len(times), iter(()), [])
+        wanted = max(1, math.ceil(duration * min(fps, self.rate) - _TOLERANCE))
+        times = _sample_times(duration, min(fps, self.rate), min(wanted, max_frames), wanted)
+        self.clip = Clip(name, self.size, duration, len(times), wanted, iter(()), [])
         self.clip.frames = self._sampled(times, duration)
 
     def _duration(self) -> float:
@@ -241,12 +244,10 @@ class _Decoder:
         return Frame(index, time, torch.from_numpy(pixels).permute(2, 0, 1))
 
 
-def _sample_times(duration: float, fps: float, max_frames: int) -> list[float]:
-    """Sample times in seconds: i / fps within the clip, or `max_frames` spread evenly; always at least the first."""
-    count = max(1, int(np.ceil(duration * fps - _TOLERANCE)))
-    if count <= max_frames:
-        return [index / fps for index in range(count)]
-    return [index * duration / max_frames for index in range(max_frames)]
+def _sample_times(duration: float, fps: float, count: int, wanted: int) -> list[float]:
+    """`count` sample times in seconds: i / fps where all that are wanted may be had, else evenly over the clip."""
+    step = 1 / fps if count == wanted else duration / count
+    return [index * step for index in range(count)]
 
 
 def _check_array(frames: torch.Tensor) -> torch.Tensor:
@@ -298,10 +299,7 @@ def _still_clip(
     if any(not later > earlier for earlier, later in zip(times, times[1:], strict=False)):
         raise VideoError(f"the timestamps of {name} do not ascend; sort the frames by time")
     kept = thin(count, max_frames)
-    warnings = []
-    if len(kept) < count:
-        warnings.append(f"{len(kept)} of the {count} frames of {name} are used: the budget holds no more")
     frames = (Frame(index, times[index], pixels[index]) for index in kept)
     size = pixels.size if isinstance(pixels, _Folder) else tuple(pixels.shape[2:])
     last = (times[-1] - times[-2]) if count > 1 else 1 / rate
-    return Clip(name, size, times[-1] + last, len(kept), frames, warnings)
+    return Clip(name, size, times[-1] + last, len(kept), count, frames, [])

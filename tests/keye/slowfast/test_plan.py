@@ -1,0 +1,102 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from keye.encoder import SlowFastEncoder
+from keye.errors import VideoError
+from keye.slowfast.plan import VideoPlan
+from tests.keye.slowfast.make import numbered, write_video
+
+scores = st.floats(0, 1, width=32) | st.just(math.nan)
+
+
+def a_plan(types=(0, 1, 1, 0), similarity=(math.nan, 0.97, 0.93, 0.4), **changes) -> VideoPlan:
+    count = len(types)
+    values = {
+        "source": "clip.mp4",
+        "frame_types": torch.tensor(types),
+        "timestamps": torch.arange(count) / 3,
+        "frame_indices": torch.arange(count) * 8,
+        "similarity": torch.tensor(similarity, dtype=torch.float32),
+        "source_size": (720, 1280),
+        "slow_size": (560, 1008),
+        "fast_size": (280, 532),
+        "max_tokens": 5_000,
+        "duration": count / 3,
+        "settings": {"threshold": 0.9, "measure": "patch_l1", "policy": "adaptive", "fps": 3.0, "max_frames": None},
+        "warnings": ("one", "two"),
+    }
+    return VideoPlan(**{**values, **changes})
+
+
+def test_what_it_costs_by_hand():
+    plan = a_plan()
+    assert plan.tokens == 2 * 20 * 36 + 2 * 10 * 19 == 1820
+    assert plan.tokens_per_frame.tolist() == [720, 190, 190, 720]
+    assert plan.frame_sizes == [(560, 1008), (280, 532), (280, 532), (560, 1008)]
+    assert plan.slow_share == 0.5 and len(plan) == 4
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 1]), scores, st.floats(0, 1e5, width=32)), min_size=1, max_size=30))
+def test_json_is_exact(rows):
+    types, similarity, times = zip(*rows, strict=True)
+    plan = a_plan(types, similarity, timestamps=torch.tensor(times, dtype=torch.float32))
+    again = VideoPlan.from_json(plan.to_json())
+    assert again == plan and hash(again) == hash(plan)
+    for name in ("frame_types", "timestamps", "frame_indices", "similarity"):
+        one, other = getattr(plan, name), getattr(again, name)
+        assert one.dtype == other.dtype and torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+    assert again.slow_size == plan.slow_size and again.warnings == plan.warnings and again.settings == plan.settings
+
+
+def test_save_and_load(tmp_path):
+    a_plan().save(tmp_path / "plan.json")
+    assert VideoPlan.load(tmp_path / "plan.json") == a_plan()
+    assert a_plan() != a_plan(duration=9.0)
+
+
+def test_wrong_files_are_one_sentence(tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "torn.json").write_text(a_plan().to_json()[:50])
+    (tmp_path / "other.json").write_text('{"source": "x"}')
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    for name in ("none", "list", "torn", "other", "binary"):
+        with pytest.raises(VideoError, match="make the plan again|does not exist"):
+            VideoPlan.load(tmp_path / f"{name}.json")
+
+
+def test_summary_and_table():
+    text = a_plan().summary()
+    assert "2 frames of 1008x560, 720 tokens each" in text and "1820 of 5000" in text and "2880" in text
+    assert text.count("warning") == 2
+    lines = a_plan().frame_table().splitlines()
+    assert len(lines) == 5 and lines[1].split() == ["0.00", "0", "slow", "-", "1008x560", "720"]
+    assert lines[2].split() == ["0.33", "8", "fast", "0.970", "532x280", "190"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_plot_of_a_file_has_its_filmstrip(tmp_path, count):
+    path = write_video(tmp_path / "clip.mp4", numbered(count * 12 + 1))
+    plan = SlowFastEncoder().plan(path)
+    plan.plot(tmp_path / "with.png")
+    moved = VideoPlan.from_dict({**plan.to_dict(), "source": "gone.mp4"})
+    moved.plot(tmp_path / "without.png")
+    with Image.open(tmp_path / "with.png") as with_strip, Image.open(tmp_path / "without.png") as without:
+        assert with_strip.width == without.width >= 1000 and with_strip.height > without.height
+        assert len(with_strip.convert("RGB").getcolors(1 << 20)) > len(without.convert("RGB").getcolors(1 << 20))
+
+
+def test_plot_of_given_frames(tmp_path):
+    frames = torch.randint(0, 256, (6, 3, 60, 40), dtype=torch.uint8)
+    encoded = SlowFastEncoder(policy="uniform:3")(frames)
+    encoded.plan.plot(tmp_path / "a.png", frames)
+    encoded.plan.plot(tmp_path / "b.svg", encoded.pictures())
+    assert (tmp_path / "b.svg").read_text().lstrip().startswith("<?xml")
+    with pytest.raises(VideoError, match="6 frames but 2 pictures"):
+        encoded.plan.plot(tmp_path / "c.png", frames[:2])
+    with pytest.raises(VideoError, match="cannot be written"):
+        encoded.plan.plot(tmp_path / "none" / "c.png", frames)

@@ -1,0 +1,236 @@
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from keye.encoder import SlowFastEncoder
+from keye.errors import CheckpointError, KeyeError
+from tests.clips import clip
+from tests.keye.slowfast.make import numbered, write_video
+
+TINY = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 100}
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_importing_needs_no_training_packages():
+    code = (
+        "import sys; from keye import SlowFastEncoder, VideoPlan; SlowFastEncoder();"
+        "bad = {'transformers', 'deepspeed', 'datasets', 'accelerate', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_slow_frames_sit_at_the_cuts_of_a_real_clip():
+    plan = SlowFastEncoder(threshold=0.3, fps=5).plan(clip("bikes.mp4"))
+    slow = plan.timestamps[plan.frame_types == 0].tolist()
+    for cut in (1.20, 3.04, 5.48, 7.48, 9.68):
+        assert any(cut - 0.01 <= moment <= cut + 0.25 for moment in slow), (cut, slow)
+    assert len(slow) <= 8  # the first frame, five cuts, and a cyclist who fills the picture
+
+
+def test_the_default_notices_more_than_the_released_measure():
+    ours, released = SlowFastEncoder(fps=5), SlowFastEncoder.released(fps=5)
+    path = clip("bikes.mp4")
+    cuts = (1.20, 3.04, 5.48, 7.48, 9.68)
+
+    def found(plan):
+        slow = plan.timestamps[plan.frame_types == 0]
+        return sum(bool(((slow >= cut - 0.01) & (slow <= cut + 0.25)).any()) for cut in cuts)
+
+    assert found(ours.plan(path)) == 5 >= found(released.plan(path))
+
+
+def test_pixels_are_the_resized_frames():
+    frames = noise(3, 3, 150, 200)
+    encoded = SlowFastEncoder(policy="uniform:2", min_tokens_per_frame=1)(frames)
+    assert encoded.plan.frame_types.tolist() == [0, 1, 0]
+    assert encoded.grid_thw.tolist() == [[1, h // 14, w // 14] for h, w in encoded.plan.frame_sizes]
+    assert encoded.pixel_values.shape == (4 * encoded.plan.tokens, 3, 14, 14)
+    assert encoded.pixel_values.dtype == torch.float32
+    start = 0
+    for frame, size in zip(frames, encoded.plan.frame_sizes, strict=True):
+        resized = torch.nn.functional.interpolate(frame[None], size=size, mode="bicubic", antialias=True)[0]
+        expected = (resized / 255 - 0.5) / 0.5
+        for row in range(0, size[0], 14):
+            for column in range(0, size[1], 14):
+                patch = expected[:, row : row + 14, column : column + 14]
+                assert torch.allclose(encoded.pixel_values[start], patch, atol=1e-6)
+                start += 1
+    assert start == len(encoded.pixel_values)
+
+
+def test_pictures_come_back():
+    frames = noise(2, 3, 112, 112)
+    encoded = SlowFastEncoder(policy="all_slow", **TINY)(frames)
+    assert all(torch.equal(one, other) for one, other in zip(encoded.pictures(), frames, strict=True))
+
+
+@pytest.mark.parametrize("kept_whole", [0, 1 << 30])
+def test_a_large_clip_is_kept_small_and_right(monkeypatch, kept_whole):
+    """Frames are scaled while decoding; the result is that of resizing the full frames, to 1/255 in the mean."""
+    path = clip("bigbuckbunny.mp4")
+    monkeypatch.setattr("keye.encoder.KEPT_WHOLE", kept_whole)
+    encoder = SlowFastEncoder(max_tokens=2000, min_tokens_per_frame=16)
+    encoded = encoder(path)
+    from keye.slowfast.video import open_clip
+
+    with open_clip(path, 2.0, 100) as opened:
+        full = [frame.pixels for frame in opened]
+    for picture, frame, size in zip(encoded.pictures(), full, encoded.plan.frame_sizes, strict=True):
+        direct = torch.nn.functional.interpolate(frame[None], size=size, mode="bicubic", antialias=True)[0]
+        assert float((picture.float() - direct.float()).abs().mean()) < 1.0
+    assert encoded.plan.tokens <= 2000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 12),
+    height=st.integers(1, 120),
+    width=st.integers(1, 120),
+    low=st.integers(1, 12),
+    more=st.integers(0, 30),
+    budget=st.integers(12, 200),
+    ratio=st.floats(0.05, 1),
+    policy=st.sampled_from(["adaptive", "all_slow", "uniform:3"]),
+)
+def test_never_above_the_budget_never_empty(count, height, width, low, more, budget, ratio, policy):
+    encoder = SlowFastEncoder(
+        policy=policy,
+        fast_ratio=ratio,
+        min_tokens_per_frame=low,
+        max_tokens_per_frame=low + more,
+        max_tokens=budget,
+        threshold=0.9,
+    )
+    encoded = encoder(noise(count, 3, height, width))
+    plan = encoded.plan
+    assert 1 <= len(plan) <= count and plan.frame_types[0] == 0
+    assert plan.tokens == len(encoded.pixel_values) // 4 <= budget
+    assert bool(torch.isnan(plan.similarity[0])) and not bool(torch.isnan(plan.similarity[1:]).any())
+    assert bool(plan.warnings) == (len(plan) < count)
+    assert encoded.pixel_values.isfinite().all()
+    assert type(plan).from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("measure", ["patch_l1", "patch_cosine", "ssim"])
+def test_nothing_happens(level, measure):
+    plan = SlowFastEncoder(measure=measure).plan(torch.full((5, 3, 60, 80), level, dtype=torch.uint8))
+    assert plan.frame_types.tolist() == [0, 1, 1, 1, 1]
+    assert plan.similarity[1:].tolist() == pytest.approx([1.0] * 4, abs=1e-5)
+
+
+def test_too_many_frames_are_thinned_with_a_warning(tmp_path):
+    path = write_video(tmp_path / "long.mp4", numbered(250))
+    plan = SlowFastEncoder(fps=25, min_tokens_per_frame=4, max_tokens_per_frame=9, max_tokens=50).plan(path)
+    assert len(plan) == 12 and plan.tokens <= 50
+    assert "12 of 250" in plan.warnings[0]
+    steps = plan.timestamps.diff()
+    assert float(steps.max() - steps.min()) <= 0.05
+    limited = SlowFastEncoder(max_frames=3).plan(path)
+    assert len(limited) == 3 and not limited.warnings
+
+
+def test_plan_and_call_agree():
+    encoder = SlowFastEncoder(fps=3)
+    assert encoder.plan(clip("bikes.mp4")) == encoder(clip("bikes.mp4")).plan
+
+
+def test_presets_and_settings():
+    released, report = SlowFastEncoder.released(), SlowFastEncoder.report(max_tokens=2_000)
+    assert released.settings == {
+        "threshold": 0.9,
+        "measure": "patch_cosine",
+        "policy": "adaptive",
+        "fast_ratio": 0.3,
+        "max_tokens": 65_536,
+        "min_tokens_per_frame": 48,
+        "max_tokens_per_frame": 768,
+        "fps": 2.0,
+        "max_frames": None,
+    }
+    assert report.settings["threshold"] == 0.95 and report.settings["max_tokens"] == 2_000
+    assert SlowFastEncoder.report().max_tokens == 75_000
+    custom = SlowFastEncoder(policy="uniform:5", fps=1.5, max_frames=7)
+    assert SlowFastEncoder(**json.loads(json.dumps(custom.settings))).settings == custom.settings
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"fast_ratio": 0}, "fast_ratio is 0"),
+        ({"min_tokens_per_frame": 9, "max_tokens_per_frame": 8}, "give 1 <= min <= max"),
+        ({"max_tokens": 40}, "max_tokens=40 holds not one frame"),
+        ({"fps": -1}, "fps is -1"),
+        ({"max_frames": 0}, "max_frames is 0"),
+        ({"measure": "psnr"}, "use one of"),
+        ({"policy": "slow"}, "use one of"),
+    ],
+)
+def test_impossible_settings(wrong, match):
+    with pytest.raises(KeyeError, match=match):
+        SlowFastEncoder(**wrong)
+
+
+def test_images(tmp_path):
+    encoder = SlowFastEncoder()
+    picture = noise(3, 100, 60)
+    pixel_values, grid = encoder.image(picture)
+    assert grid.tolist() == [[1, 8, 4]] and pixel_values.shape == (32, 3, 14, 14)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    for source in (
+        tmp_path / "a.png",
+        (tmp_path / "a.png").read_bytes(),
+        Image.open(tmp_path / "a.png"),
+        picture.numpy(),
+    ):
+        assert torch.equal(encoder.image(source)[0], pixel_values)
+    large, grid = encoder.image(noise(3, 900, 900), max_tokens=64)
+    assert grid.tolist() == [[1, 16, 16]] and len(large) == 256
+    assert encoder.image(noise(3, 9, 9))[1].tolist() == [[1, 4, 4]]
+    clear = Image.fromarray(np.zeros((56, 56, 4), dtype=np.uint8))
+    assert torch.equal(encoder.image(clear)[0], torch.ones(16, 3, 14, 14))
+    for wrong in (tmp_path / "none.png", b"no picture", torch.zeros(4, 4)):
+        with pytest.raises(KeyeError):
+            encoder.image(wrong)
+
+
+def test_a_tower_fills_the_features():
+    def tower(pixel_values, grid_thw):
+        assert int(grid_thw.prod(1).sum()) == len(pixel_values)
+        return pixel_values.reshape(len(pixel_values) // 4, -1)
+
+    encoded = SlowFastEncoder(tower=tower, **TINY)(noise(3, 3, 112, 112))
+    assert encoded.features.shape == (encoded.plan.tokens, 4 * 588)
+    assert SlowFastEncoder(**TINY)(noise(3, 3, 112, 112)).features is None
+
+
+def test_a_directory_that_is_no_model(tmp_path):
+    with pytest.raises(CheckpointError, match="no preprocessor_config.json"):
+        SlowFastEncoder.from_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match='no key "encoder"'):
+        SlowFastEncoder.from_pretrained(tmp_path)
+
+
+def test_tiny_clips_are_quick():
+    encoder, frames = SlowFastEncoder(**{**TINY, "max_tokens": 128}), noise(8, 3, 112, 112)
+    encoder(frames)
+    durations = []
+    for _ in range(7):
+        start = time.perf_counter()
+        encoder(frames)
+        durations.append(time.perf_counter() - start)
+    assert min(durations) < 0.05  # about 4 ms on a quiet core
