@@ -1,0 +1,93 @@
+"""What can be evaluated: a benchmark is a named, ordered collection of questions with known answers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from keye.errors import ManifestError
+from keye.world.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: chat `messages` without the answer, media paths relative to `base_dir`."""
+
+    id: str
+    family: str
+    messages: list[dict[str, Any]]
+    answer: str
+    options: list[str] | None = None
+    tolerance: float | None = None
+    base_dir: Path = Path(".")
+
+    def blind(self) -> list[dict[str, Any]]:
+        """The messages without their images and videos: what a model knows that does not look."""
+        return [message | {"content": _words(message["content"])} for message in self.messages]
+
+
+def _words(content: Any) -> Any:
+    if isinstance(content, str):
+        return content
+    return [part for part in content if part.get("type") not in ("image", "video")]
+
+
+class Benchmark(Protocol):
+    """A benchmark has a name and a length and yields its questions, each time in the same order."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Question]: ...
+
+
+class ManifestBenchmark:
+    """The questions of a JSONL manifest: user turns are asked, the last assistant turn is the answer unless
+    `"answer"` gives it.
+
+    families: keep only these; limit: at most so many of each family, the first ones. Raises ManifestError for a
+    missing file, a bad line, an unknown family.
+    """
+
+    def __init__(self, path: str | Path, families: Sequence[str] | None = None, limit: int | None = None) -> None:
+        self.path = Path(path)
+        self.name = self.path.stem
+        self.questions: list[Question] = []
+        samples = read_manifest(self.path)
+        known = dict.fromkeys(str(sample.get("family", "all")) for sample in samples)
+        for family in families or ():
+            if family not in known:
+                raise ManifestError(f"{path} has no family {family!r}; it has {', '.join(known)}")
+        taken = dict.fromkeys(known, 0)
+        for number, sample in enumerate(samples, 1):
+            family = str(sample.get("family", "all"))
+            if (families and family not in families) or (limit is not None and taken[family] >= limit):
+                continue
+            taken[family] += 1
+            self.questions.append(self._question(sample, family, number))
+
+    def _question(self, sample: dict[str, Any], family: str, number: int) -> Question:
+        messages = list(sample["messages"])
+        answer = sample.get("answer")
+        if messages[-1]["role"] == "assistant":
+            said = messages.pop()["content"]
+            if answer is None:
+                answer = said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
+        if answer is None or not messages:
+            raise ManifestError(f"{self.path}: sample {number} has no question or no answer; give both or delete it")
+        return Question(
+            id=str(sample.get("id", number)),
+            family=family,
+            messages=messages,
+            answer=str(answer),
+            options=sample.get("options"),
+            tolerance=sample.get("tolerance"),
+            base_dir=self.path.parent,
+        )
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __iter__(self) -> Iterator[Question]:
+        return iter(self.questions)

@@ -1,0 +1,137 @@
+"""Ask a model every question of a benchmark and grade its replies."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.progress import Progress
+
+from keye.errors import VideoError
+from keye.evaluation.benchmark import Benchmark, ManifestBenchmark, Question
+from keye.evaluation.match import match
+from keye.evaluation.report import Baselines, Outcome, Report, merge
+
+if TYPE_CHECKING:
+    from keye.model.keye import KeyeForConditionalGeneration
+    from keye.prompt.processor import KeyeProcessor, Sample
+
+
+def evaluate(
+    model: "KeyeForConditionalGeneration",
+    processor: "KeyeProcessor",
+    benchmark: Benchmark | str | Path,
+    families: Sequence[str] | None = None,
+    limit: int | None = None,
+    blind: bool = False,
+    temperature: float = 0.0,
+    train: str | Path | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> Report:
+    """Accuracy of `model` on a benchmark, or on a manifest given by its path.
+
+    families, limit: only these families, at most so many questions of each (manifests only). blind: leave out images
+    and videos. temperature: 0 is greedy; otherwise replies are sampled from `seed`. train: the training manifest, from
+    which the majority answers are taken (default: the benchmark itself). rank, world_size: answer only every
+    world_size-th question; `merge` (or `gather` under torch.distributed) joins the reports. A clip that cannot be read
+    is recorded and counts as wrong. Raises ManifestError for a manifest that is not one.
+    """
+    began = time.monotonic()
+    if isinstance(benchmark, str | Path):
+        benchmark = ManifestBenchmark(benchmark, families, limit)
+    questions = list(benchmark)
+    baselines = Baselines(ManifestBenchmark(train) if train else questions)
+    mine = list(enumerate(questions))[rank::world_size]
+    outcomes: list[Outcome] = []
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with Progress(disable=not progress) as bar, torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(seed + rank)
+        task = bar.add_task(f"{benchmark.name}{' (blind)' if blind else ''}", total=len(mine))
+        for start in range(0, len(mine), batch_size):
+            chunk = mine[start : start + batch_size]
+            replies = _replies(model, processor, [q for _, q in chunk], blind, temperature, max_new_tokens)
+            for (index, question), (reply, error) in zip(chunk, replies, strict=True):
+                outcomes.append(_grade(index, question, reply, error, baselines))
+            bar.advance(task, len(chunk))
+    model.train(was_training)
+    settings = {"blind": blind, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    return Report(benchmark.name, outcomes, settings, time.monotonic() - began)
+
+
+def _grade(index: int, question: Question, reply: str, error: str | None, baselines: Baselines) -> Outcome:
+    return Outcome(
+        index=index,
+        id=question.id,
+        family=question.family,
+        prediction=reply,
+        answer=question.answer,
+        correct=error is None and match(reply, question.answer, question.tolerance, question.options),
+        chance=baselines.chance(question),
+        majority=baselines.majority(question),
+        error=error,
+    )
+
+
+def _replies(
+    model: "KeyeForConditionalGeneration",
+    processor: "KeyeProcessor",
+    questions: Sequence[Question],
+    blind: bool,
+    temperature: float,
+    max_new_tokens: int,
+) -> Iterator[tuple[str, str | None]]:
+    """(reply, None) or ("", why the media could not be read) for each question, from one batched generation."""
+    samples: list[Sample] = []
+    errors: list[str | None] = []
+    for question in questions:
+        try:
+            messages = question.blind() if blind else question.messages
+            samples.append(processor.sample(messages, base_dir=question.base_dir, add_generation_prompt=True))
+            errors.append(None)
+        except VideoError as error:
+            errors.append(str(error))
+    replies = iter(generate_replies(model, processor, samples, temperature, max_new_tokens) if samples else ())
+    for error in errors:
+        yield ("", error) if error else (next(replies), None)
+
+
+def generate_replies(
+    model: "KeyeForConditionalGeneration",
+    processor: "KeyeProcessor",
+    samples: "Sequence[Sample]",
+    temperature: float = 0.0,
+    max_new_tokens: int = 32,
+) -> list[str]:
+    """The model's reply to each prompt, generated as one left-padded batch."""
+    batch = processor.collate(samples, padding_side="left")
+    batch.pop("labels", None)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    tokenizer = processor.tokenizer
+    ids = model.generate(
+        **batch,
+        **how,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = ids[:, batch["input_ids"].shape[1] :]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
+
+
+def gather(report: Report) -> Report:
+    """The whole report on every rank of the running process group; the report itself without one."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return report
+    reports: list[Report] = [report] * distributed.get_world_size()
+    distributed.all_gather_object(reports, report)
+    return merge(reports)
