@@ -6,7 +6,6 @@ Called by `bash scripts/demo`, which makes the environment first. See `--help`.
 import argparse
 import hashlib
 import json
-import math
 import os
 import pty
 import shutil
@@ -137,43 +136,37 @@ def plan_clips(demo: Demo) -> None:
 def evaluate_model(demo: Demo, stage: str, blinds: tuple[bool, ...]) -> None:
     """Ask a stage's model the held-out questions, with and without the video; `evaluation/<stage>[_blind].json`."""
     import torch
+    from evaluate import load
 
-    from keye import KeyeForConditionalGeneration, KeyeProcessor
     from keye.evaluation import evaluate
 
     torch.set_num_threads(os.cpu_count() or 1)
-    directory = demo.run / stage / "model"
-    model = KeyeForConditionalGeneration.from_pretrained(directory).eval()
-    processor = KeyeProcessor.from_pretrained(directory)
-    (demo.run / "evaluation").mkdir(exist_ok=True)
+    model, processor = load(str(demo.run / stage / "model"))
+    world = demo.run / "world"
+    limit = 4 if demo.short else None
     for blind in blinds:
-        report = evaluate(model, processor, heldout(demo), limit=4 if demo.short else None, blind=blind)
-        path = demo.run / "evaluation" / f"{stage}{'_blind' if blind else ''}.json"
-        path.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-        shares = ", ".join(f"{name} {score.accuracy:.0%}" for name, score in report.families.items())
-        print(f"      {stage}{', blind' if blind else ''}: {shares}", flush=True)
-
-
-def heldout(demo: Demo) -> Path:
-    """The manifest of the held-out questions that the pre-training drew."""
-    return demo.run / "world" / "heldout.jsonl"
+        # The majority answer is that of the questions trained on: nobody knows the held-out ones beforehand.
+        report = evaluate(model, processor, world / "heldout.jsonl", None, limit, blind, train=world / "train.jsonl")
+        report.save(demo.run / "evaluation" / f"{stage}{'_blind' if blind else ''}.json")
+        print(f"      {stage}{', without the video' if blind else ''}")
+        print("      " + report.table().replace("\n", "\n      "), flush=True)
 
 
 def closing_table(run_dir: Path) -> str:
     """The findings as a table of plain text: every family, then the claims."""
+    from keye.evaluation import Score
     from stages import findings
 
-    def share(value: float, n: int) -> str:
-        return "–" if math.isnan(value) else f"{value:6.1%} ± {findings.stderr(value, n):.1%}"
+    def share(score: Score | None) -> str:
+        return f"{'–' if score is None else f'{score.accuracy:.1%} ± {score.stderr:.1%}':>17}"
 
     head = ("family", "n", "chance", "majority", "blind", "after stage 3", "after GSPO", "> chance, blind by 2 se")
     lines = ["{:<10}{:>5}{:>9}{:>10}{:>17}{:>17}{:>17}  {}".format(*head)]
     families = findings.families(run_dir)
     for f in families:
-        shares = "".join(f"{share(value, f.n):>17}" for value in (f.blind, f.before, f.after))
-        lines.append(
-            f"{f.family:<10}{f.n:>5}{f.chance:>9.1%}{f.majority:>10.1%}{shares}  {'yes' if f.learnt else 'no'}"
-        )
+        baselines = f"{f.before.n:>5}{f.before.chance:>9.1%}{f.before.majority:>10.1%}"
+        shares = "".join(map(share, (f.blind, f.before, f.after)))
+        lines.append(f"{f.family:<10}{baselines}{shares}  {'yes' if f.learnt else 'no'}")
     learnt = sum(f.learnt for f in families)
     lines.append(f"\n{learnt} of {len(families)} families are above chance and blind by more than two standard errors")
     reward = findings.reward(run_dir)
@@ -261,7 +254,7 @@ def follow(demo: Demo) -> None:
 
 def ablate(demo: Demo) -> None:
     """Sweep the threshold over the real clips and the held-out questions."""
-    model = ["--model", str(demo.run / "gspo" / "model"), "--manifest", str(heldout(demo))]
+    model = ["--model", str(demo.run / "gspo" / "model"), "--manifest", str(demo.run / "world" / "heldout.jsonl")]
     sweep = ["--threshold", "0.3,0.6,0.9" if demo.short else "0.2:0.95:0.15", "--limit", "2" if demo.short else "12"]
     videos = ["--videos", *map(str, demo.clips), "--max-frames", str(PLAN_FRAMES)]
     demo.call("ablate", "scripts/ablate.py", *videos, *model, *sweep, "--out", str(demo.run / "ablation"))

@@ -5,31 +5,29 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from keye.evaluation import Score
+
 
 @dataclass(frozen=True)
 class FamilyFinding:
-    """How one family of questions went. Accuracies are shares in [0, 1]; those not yet measured are NaN.
+    """How one family of held-out questions went.
 
-    Attributes:
-        n: questions in the held-out set.
-        chance: accuracy of a uniform guess among the options.
-        majority: accuracy of always giving the most frequent answer of the held-out set.
-        blind, before, after: accuracy without the video, of the annealed model, and of the model after GSPO.
+    before: the annealed model, with its chance and majority baselines. blind: the same model without the video. after:
+    the model after GSPO. None is what was not measured yet.
     """
 
     family: str
-    n: int
-    chance: float
-    majority: float
-    blind: float
-    before: float
-    after: float
+    before: Score
+    blind: Score | None
+    after: Score | None
 
     @property
     def learnt(self) -> bool:
         """Whether the annealed model is above chance and above its blind self by more than two standard errors."""
-        own, blind = stderr(self.before, self.n), stderr(self.blind, self.n)
-        return self.before - self.chance > 2 * own and self.before - self.blind > 2 * math.hypot(own, blind)
+        if self.blind is None or self.before.accuracy - self.before.chance <= 2 * self.before.stderr:
+            return False
+        spread = math.hypot(self.before.stderr, self.blind.stderr)
+        return self.before.accuracy - self.blind.accuracy > 2 * spread
 
 
 @dataclass(frozen=True)
@@ -52,32 +50,16 @@ class RewardFinding:
         return self.gain > 2 * self.gain_stderr
 
 
-def stderr(share: float, n: int) -> float:
-    """Standard error of a share of `n` with two successes and two failures added (Agresti–Coull), so never zero."""
-    if not n or math.isnan(share):
-        return math.nan
-    centre = (share * n + 2) / (n + 4)
-    return math.sqrt(centre * (1 - centre) / (n + 4))
-
-
 def families(run: Path) -> list[FamilyFinding]:
     """Findings per family from `evaluation/{annealing,annealing_blind,gspo}.json`; empty before the first of them."""
     before, blind, after = (
-        read_json(run / "evaluation" / f"{name}.json").get("families", {})
+        {
+            family: Score(**scores)
+            for family, scores in read_json(run / "evaluation" / f"{name}.json").get("families", {}).items()
+        }
         for name in ("annealing", "annealing_blind", "gspo")
     )
-    return [
-        FamilyFinding(
-            family=name,
-            n=int(row["n"]),
-            chance=float(row["chance"]),
-            majority=float(row["majority"]),
-            blind=float(blind.get(name, {}).get("accuracy", math.nan)),
-            before=float(row["accuracy"]),
-            after=float(after.get(name, {}).get("accuracy", math.nan)),
-        )
-        for name, row in before.items()
-    ]
+    return [FamilyFinding(family, score, blind.get(family), after.get(family)) for family, score in before.items()]
 
 
 def reward(run: Path) -> RewardFinding | None:

@@ -17,6 +17,7 @@ import tomllib
 from html import escape
 from pathlib import Path
 
+from keye.evaluation import Score
 from stages import findings
 from stages.charts import Series, legend, line_chart, row_chart, smooth
 
@@ -60,7 +61,9 @@ def table(head: list[str], rows: list[list[str]], kind: str = "figures") -> str:
     """An HTML table; cells are HTML already. The first column is left-aligned, and all are with `kind` "facts"."""
     cells = "".join(f"<th>{h}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def percent(share: float, spread: float | None = None) -> str:
@@ -163,13 +166,18 @@ def _accuracy(run: Path) -> str:
     rows = findings.families(run)
     if not rows:
         return NOT_RUN
-    index, error = list(range(len(rows))), findings.stderr
+    index = list(range(len(rows)))
+
+    def measured(name: str, scores: list[Score | None], colour: str) -> Series:
+        shares = [math.nan if score is None else score.accuracy for score in scores]
+        return Series(name, index, shares, colour, [score.stderr if score else 0.0 for score in scores], "marks")
+
     series = [
-        Series("chance", index, [r.chance for r in rows], "muted", style="line"),
-        Series("majority answer", index, [r.majority for r in rows], "muted", style="dashed"),
-        Series("blind (no video)", index, [r.blind for r in rows], "c2", [error(r.blind, r.n) for r in rows], "marks"),
-        Series("after stage 3", index, [r.before for r in rows], "c0", [error(r.before, r.n) for r in rows], "marks"),
-        Series("after GSPO", index, [r.after for r in rows], "c1", [error(r.after, r.n) for r in rows], "marks"),
+        Series("chance", index, [r.before.chance for r in rows], "muted", style="line"),
+        Series("majority answer", index, [r.before.majority for r in rows], "muted", style="dashed"),
+        measured("blind (no video)", [r.blind for r in rows], "c2"),
+        measured("after stage 3", [r.before for r in rows], "c0"),
+        measured("after GSPO", [r.after for r in rows], "c1"),
     ]
     learnt, not_learnt = [r.family for r in rows if r.learnt], [r.family for r in rows if not r.learnt]
     says = "<p>Above both chance and the blind model by more than two standard errors after stage 3: "
@@ -178,8 +186,8 @@ def _accuracy(run: Path) -> str:
         f"Not learnt in this run: <b>{', '.join(not_learnt)}</b>.</p>" if not_learnt else "Every one was learnt.</p>"
     )
     figures = [
-        [escape(r.family), str(r.n), percent(r.chance), percent(r.majority)]
-        + [percent(share, error(share, r.n)) for share in (r.blind, r.before, r.after)]
+        [escape(r.family), str(r.before.n), percent(r.before.chance), percent(r.before.majority)]
+        + ["–" if score is None else percent(score.accuracy, score.stderr) for score in (r.blind, r.before, r.after)]
         + ["yes" if r.learnt else "no"]
         for r in rows
     ]

@@ -1,0 +1,89 @@
+"""What is wrong with an input is one sentence with the mend, exit code 2 and no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.clips import clip
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "stages/recipes/tiny.toml"
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess, *words: str) -> None:
+    said = result.stderr.strip()
+    assert result.returncode == 2, result.stdout + said
+    assert "Traceback" not in result.stdout + said
+    assert said.startswith("error: ") and "\n" not in said
+    for word in words:
+        assert word in said
+
+
+def test_missing_clip_is_named():
+    assert_one_sentence(script("encode.py", "nowhere/clip.mp4"), "nowhere/clip.mp4")
+
+
+def test_text_file_named_mp4_is_named(tmp_path):
+    path = tmp_path / "notes.mp4"
+    path.write_text("these are notes, not a film\n" * 40)
+    assert_one_sentence(script("encode.py", path), "notes.mp4")
+
+
+def test_truncated_clip_is_encoded_as_far_as_it_goes_and_said_so(tmp_path):
+    whole = clip("bikes.mp4").read_bytes()
+    path = tmp_path / "torn.mp4"
+    path.write_bytes(whole[: len(whole) * 6 // 10])
+    result = script("encode.py", path, "--json", tmp_path / "plan.json")
+    assert "Traceback" not in result.stderr
+    if result.returncode:
+        # This clip's index stands at its end, so that a torn copy holds no frame that can be found.
+        assert_one_sentence(result, "torn.mp4")
+    else:
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        assert plan["frame_types"] and plan["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"), [("annealing.stpes=3", "annealing.steps"), ("alignmint.steps=3", "alignment")]
+)
+def test_unknown_recipe_key_names_the_nearest(tmp_path, override, nearest):
+    result = script("pretrain.py", TINY, "--run", tmp_path / "run", "--set", override)
+    assert_one_sentence(result, override.split("=")[0], nearest)
+
+
+def test_recipe_that_is_not_there_is_named(tmp_path):
+    assert_one_sentence(script("pretrain.py", tmp_path / "mine.toml", "--run", tmp_path / "run"), "mine.toml")
+
+
+def test_demo_refuses_a_bad_clip_before_anything_is_trained(tmp_path):
+    path = tmp_path / "notes.mp4"
+    path.write_text("not a film\n")
+    assert_one_sentence(script("demo.py", path, "--run", tmp_path / "run"), "notes.mp4")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("said", ["0.9:0.1:0.1", "high", "0.1:0.9"])
+def test_ablation_refuses_a_threshold_that_is_no_range(said):
+    assert_one_sentence(script("ablate.py", "--videos", "x.mp4", "--threshold", said), said)
+
+
+def test_manifest_line_that_is_not_json_is_named_with_its_number(tmp_path):
+    manifest = tmp_path / "mine.jsonl"
+    manifest.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n{"messages": [\n')
+    result = script("ablate.py", "--videos", "x.mp4", "--model", tmp_path, "--manifest", manifest)
+    assert_one_sentence(result, "mine.jsonl:2", "not JSON")
+
+
+def test_model_directory_that_is_not_there_is_named(tmp_path):
+    manifest = tmp_path / "mine.jsonl"
+    manifest.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
+    result = script("ablate.py", "--videos", "x.mp4", "--model", tmp_path / "nowhere", "--manifest", manifest)
+    assert_one_sentence(result, "nowhere")

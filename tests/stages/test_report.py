@@ -1,0 +1,99 @@
+"""The report: whole from a part of a run, self-contained, and honest about what was not learnt."""
+
+import json
+import math
+import re
+
+import pytest
+
+from keye.evaluation import Score
+from stages import findings, report
+from stages.charts import Series, line_chart, smooth, ticks
+
+
+def write_evaluation(run, name: str, shares: dict[str, float], n: int = 100) -> None:
+    (run / "evaluation").mkdir(exist_ok=True)
+    families = {
+        family: {"n": n, "accuracy": share, "stderr": 0.04, "chance": 0.25, "majority": 0.3}
+        for family, share in shares.items()
+    }
+    (run / "evaluation" / f"{name}.json").write_text(json.dumps({"families": families}))
+
+
+def write_jsonl(path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_an_empty_run_says_of_every_part_that_it_was_not_run(tmp_path):
+    page = report.write(tmp_path).read_text()
+    assert page.count("Not run yet.") == 5 + 4  # five sections, and each of the four stages
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path):
+    write_evaluation(tmp_path, "annealing", {"count": 0.9})
+    write_jsonl(tmp_path / "vision" / "metrics.jsonl", [{"step": i, "loss": 1 / i} for i in range(1, 9)])
+    page = report.write(tmp_path).read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page and "url(" not in page
+
+
+def test_what_was_not_learnt_is_said_by_name(tmp_path):
+    write_evaluation(tmp_path, "annealing", {"count": 0.9, "motion": 0.27})
+    write_evaluation(tmp_path, "annealing_blind", {"count": 0.2, "motion": 0.25})
+    page = report.write(tmp_path).read_text()
+    assert "Not learnt in this run: <b>motion</b>" in page
+
+
+def test_a_recipe_and_names_are_escaped(tmp_path):
+    (tmp_path / "recipe.toml").write_text('seed = 3\nname = "<script>"\n')
+    page = report.write(tmp_path).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "seed of the recipe" in page
+
+
+@pytest.mark.parametrize(
+    ("before", "blind", "learnt"),
+    [
+        (0.90, 0.20, True),
+        (0.27, 0.10, False),  # not above chance, 0.25
+        (0.60, 0.52, False),  # not above blind: the answers can be guessed without the video
+        (0.90, None, False),  # not yet known
+    ],
+)
+def test_learnt_means_two_standard_errors_above_chance_and_blind(before, blind, learnt):
+    def score(accuracy):
+        return Score(n=100, accuracy=accuracy, stderr=0.04, chance=0.25, majority=0.3)
+
+    finding = findings.FamilyFinding("x", score(before), None if blind is None else score(blind), None)
+    assert finding.learnt is learnt
+
+
+def test_reward_rose_only_if_by_more_than_two_standard_errors(tmp_path):
+    (tmp_path / "gspo").mkdir()
+    for after, rose in ((0.60, True), (0.53, False)):
+        sides = {"before": 0.5, "after": after}
+        evaluated = {side: {"reward_mean": mean, "reward_stderr": 0.02} for side, mean in sides.items()}
+        (tmp_path / "gspo" / "eval.json").write_text(json.dumps(evaluated))
+        assert findings.reward(tmp_path).significant is rose
+
+
+def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert findings.read_jsonl(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_chart_leaves_a_gap_at_nan_and_draws_one_point():
+    chart = line_chart([Series("a", [0, 1, 2, 3, 4], [1, 2, math.nan, 4, 5])], "x", "y")
+    assert chart.count("<polyline") == 2
+    assert "<circle" in line_chart([Series("a", [1], [0.5], style="marks")], "x", "y")
+    assert "no points yet" in line_chart([Series("a", [1], [math.nan])], "x", "y")
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(3, 1234) == [500, 1000]
+
+
+def test_smoothing_does_not_start_from_zero():
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
