@@ -92,10 +92,13 @@ def _qwen3(
     }
 
 
+# At width 128, transformers' initial deviation of 0.02 learns an order of magnitude slower than width ** -0.5.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "vision": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
-        "text": _qwen3(128, 4, 4, 2, 32, 384, vocab_size=2048, max_position_embeddings=16_384, tie=True),
+        "text": _qwen3(
+            128, 4, 4, 2, 32, 384, tie=True, vocab_size=2048, max_position_embeddings=16_384, initializer_range=0.08
+        ),
     },
     "small": {
         "vision": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
