@@ -21,7 +21,7 @@ CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 PRETRAIN, POSTTRAIN = "stages/recipes/tiny.toml", "rl/recipes/tiny.toml"
 # The short form walks the same road with a fraction of the steps: it shows that everything runs, not that it learns.
 SHORT_PRETRAIN = ("vision.steps=6", "alignment.steps=4", "multitask.steps=12", "annealing.steps=4")
-SHORT_POSTTRAIN = ("gspo.steps=2",)
+SHORT_POSTTRAIN = ("gspo.steps=2", "gspo.prompts=8", "heldout.limit=4", "heldout.samples=1")
 PLAN_FRAMES = 60
 
 
