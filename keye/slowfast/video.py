@@ -130,6 +130,9 @@ def _open_container(source: Source) -> av.container.InputContainer:
     if not container.streams.video:
         container.close()
         raise VideoError(f"{name} has no video stream; give a file with pictures in it")
+    if container.streams.video[0].codec_context is None:
+        container.close()
+        raise VideoError(f"{name} is coded in a way that no decoder here knows; convert it to mp4 with H.264")
     return container
 
 
@@ -170,10 +173,14 @@ class _Decoder:
         if self.container.duration and self.container.format.name not in ("gif", "image2"):
             start = max(self.container.start_time or 0, 0)
             return max(self.container.duration - start, 0) / av.time_base
-        ends = [
-            packet.pts + (packet.duration or 0) for packet in self.container.demux(stream) if packet.pts is not None
-        ]
-        self.container.seek(0)
+        ends = []
+        try:
+            for packet in self.container.demux(stream):
+                if packet.pts is not None:
+                    ends.append(packet.pts + (packet.duration or 0))
+            self.container.seek(0)
+        except av.error.FFmpegError:  # a damaged index: what was read before it is all that is known
+            self.broken += 1
         return float((max(ends) - (stream.start_time or 0)) * stream.time_base) if ends else 0.0
 
     def _decode(self) -> Iterator[tuple[int, float, VideoFrame]]:

@@ -166,6 +166,12 @@ def test_errors_name_the_file_and_the_mend(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_codec_is_an_error(tmp_path):
+    content = write_video(tmp_path / "o.mp4", numbered(3)).read_bytes()
+    with pytest.raises(VideoError, match="no decoder here knows"):
+        read(content.replace(b"avc1", b"zzz1"))
+
+
 def test_wrong_clocks_are_errors(tmp_path):
     pixels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(VideoError, match="3 frames but 2 timestamps"):
