@@ -39,20 +39,37 @@ class Demo:
         for folder in ("logs", "steps"):
             (run_dir / folder).mkdir(parents=True, exist_ok=True)
 
-    def step(self, name: str, title: str, after: tuple[str, ...], inputs: object, action: Callable[[], None]) -> None:
-        """Run `action` unless it ended well before with the same `inputs` and the same steps `after` which it comes."""
+    def step(
+        self,
+        name: str,
+        title: str,
+        action: Callable[[], None],
+        after: tuple[str, ...] = (),
+        inputs: object = None,
+        leaves: tuple[str, ...] = (),
+    ) -> None:
+        """Run `action` unless it ended well before with the same `inputs` and the same steps that it comes `after`.
+
+        leaves: what it leaves in the run's directory. After a stop the action finds it and goes on from there; what was
+        made from other inputs is thrown away first.
+        """
         self.number += 1
         print(f"\n[{self.number}/7] {title}", flush=True)
         about = json.dumps([name, inputs, [self.keys[step] for step in after]], default=str)
-        self.keys[name] = hashlib.sha256(about.encode()).hexdigest()
+        key = self.keys[name] = hashlib.sha256(about.encode()).hexdigest()
         marker = self.run / "steps" / f"{name}.json"
-        if marker.exists() and json.loads(marker.read_text())["inputs"] == self.keys[name]:
+        last = json.loads(marker.read_text()) if marker.exists() else {}
+        if last.get("inputs") == key and "seconds" in last:
             print("      done before; --fresh starts over", flush=True)
             return
+        if last and last["inputs"] != key:
+            for left in leaves:
+                shutil.rmtree(self.run / left, ignore_errors=True)
+        marker.write_text(json.dumps({"title": title, "inputs": key}) + "\n")
         began = time.monotonic()
         action()
         seconds = round(time.monotonic() - began, 1)
-        done = {"title": title, "inputs": self.keys[name], "seconds": seconds, "finished": time.time()}
+        done = {"title": title, "inputs": key, "seconds": seconds, "finished": time.time()}
         marker.write_text(json.dumps(done) + "\n")
         print(f"      {seconds:.0f} s", flush=True)
 
@@ -219,36 +236,35 @@ def follow(demo: Demo) -> None:
     """The seven steps."""
     files = [(str(clip.resolve()), clip.stat().st_size, clip.stat().st_mtime) for clip in demo.clips]
     recipes = [Path(recipe).read_text() for recipe in (PRETRAIN, POSTTRAIN)]
-    demo.step("plan", "Real clips: which frames are slow, which fast", (), files, lambda: plan_clips(demo))
+    demo.step("plan", "Real clips: which frames are slow, which fast", lambda: plan_clips(demo), inputs=files)
     demo.step(
         "pretrain",
         "A drawn video world, then four stages of training on two processes",
-        (),
-        [recipes[0], demo.short],
         lambda: demo.torchrun("pretrain", "scripts/pretrain.py", PRETRAIN, SHORT_PRETRAIN),
+        inputs=[recipes[0], demo.short],
+        leaves=("world", "vision", "alignment", "multitask", "annealing"),
     )
     demo.step(
         "evaluate-before",
         "Held-out questions to the trained model, and to the same model without the video",
-        ("pretrain",),
-        None,
         lambda: evaluate_model(demo, "annealing", blinds=(False, True)),
+        after=("pretrain",),
     )
     demo.step(
         "gspo",
         "GSPO: rewards for right answers",
-        ("pretrain",),
-        [recipes[1], demo.short],
         lambda: demo.torchrun("gspo", "scripts/posttrain.py", POSTTRAIN, SHORT_POSTTRAIN),
+        after=("pretrain",),
+        inputs=[recipes[1], demo.short],
+        leaves=("gspo",),
     )
     demo.step(
         "evaluate-after",
         "The same held-out questions after GSPO",
-        ("gspo",),
-        None,
         lambda: evaluate_model(demo, "gspo", blinds=(False,)),
+        after=("gspo",),
     )
-    demo.step("ablate", "The threshold from low to high", ("plan", "gspo"), None, lambda: ablate(demo))
+    demo.step("ablate", "The threshold from low to high", lambda: ablate(demo), after=("plan", "gspo"))
     print("\n[7/7] The report", flush=True)
 
 

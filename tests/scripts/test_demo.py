@@ -24,8 +24,8 @@ def walk(demo, run: Path, first: str, second: str) -> list[str]:
     """Two steps, the second after the first; which of them were run."""
     done: list[str] = []
     walked = demo.Demo(run, False, [])
-    walked.step("one", "One", (), first, lambda: done.append("one"))
-    walked.step("two", "Two", ("one",), second, lambda: done.append("two"))
+    walked.step("one", "One", lambda: done.append("one"), inputs=first)
+    walked.step("two", "Two", lambda: done.append("two"), after=("one",), inputs=second)
     return done
 
 
@@ -39,8 +39,26 @@ def test_a_step_runs_again_only_when_it_or_what_it_comes_after_changed(demo, tmp
 def test_a_step_that_failed_is_not_marked_as_done(demo, tmp_path):
     walked = demo.Demo(tmp_path, False, [])
     with pytest.raises(ZeroDivisionError):
-        walked.step("one", "One", (), "a", lambda: 1 // 0)
+        walked.step("one", "One", lambda: 1 // 0, inputs="a")
     assert walk(demo, tmp_path, "a", "b") == ["one", "two"]
+
+
+def test_a_stopped_step_finds_what_it_left_unless_it_was_of_other_inputs(demo, tmp_path):
+    def attempt(inputs: str) -> bool:
+        """Whether the step found what an earlier attempt left; it always stops halfway."""
+        left, found = tmp_path / "gspo" / "checkpoint", []
+
+        def action() -> None:
+            found.append(left.exists())
+            left.parent.mkdir(exist_ok=True)
+            left.touch()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            demo.Demo(tmp_path, False, []).step("gspo", "GSPO", action, inputs=inputs, leaves=("gspo",))
+        return found[0]
+
+    assert [attempt("a"), attempt("a"), attempt("b")] == [False, True, False]
 
 
 def test_output_is_kept_and_a_failure_names_the_log(demo, tmp_path):
