@@ -1,0 +1,84 @@
+import pytest
+
+from keye.evaluation.match import choose, extract_answer, iou, match, parse_number
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("blue", "blue"),
+        ("<think>red?</think><answer> blue </answer>", "blue"),
+        ("<answer>red</answer> no, <answer>blue</answer>", "blue"),
+        ("<think>it is red</think>\nblue", "blue"),
+        ("<answer>3", "3"),
+        ("<think>never ends", ""),
+        ("so \\boxed{42} it is", "42"),
+        ("blue<|im_end|>", "blue"),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("3 times", "3"), ("at 3.5 seconds.", "3.5"), ("3.5s", "3.5"), ("0:07", "7"), ("1:02:03", "3723"),
+     ("three", "3"), ("Twice", "2"), ("-4", "-4"), ("3 or 4", None), ("no idea", None), ("", None)],
+)  # fmt: skip
+def test_parse_number(text, number):
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "tolerance", "right"),
+    [
+        ("Blue.", "blue", None, True),
+        ("the  Blue", "blue", None, True),
+        ("bluish", "blue", None, False),
+        ("", "blue", None, False),
+        ("3", "3", None, True),
+        ("3.0", "3", None, True),
+        ("3 times", "3", None, True),
+        ("13", "3", None, False),
+        ("3 or 4", "3", None, False),
+        ("3.5", "3", 0.5, True),
+        ("3.6", "3", 0.5, False),
+        ("2.5 seconds", "3", 0.5, True),
+        ("1 2 3 4 5", "3", 0.5, False),
+        ("07", "07", None, True),
+        ("7", "07", None, False),
+        ("07", "7", None, False),
+        ("[0, 0, 100, 100]", "[0, 0, 100, 100]", None, True),
+        ("[0, 0, 100, 50]", "[0, 0, 100, 100]", None, True),
+        ("[0, 0, 100, 49]", "[0, 0, 100, 100]", None, False),
+        ("(0,0),(100,100)", "[0, 0, 100, 100]", None, True),
+        ("[100, 100, 0, 0]", "[0, 0, 100, 100]", None, False),
+        ("0 0 100 100", "[0, 0, 100, 100]", None, False),
+        ("<answer>4</answer>", "4", None, True),
+        ("A red disc at the top left.", "a red disc at the top left", None, True),
+    ],
+)
+def test_match(prediction, answer, tolerance, right):
+    assert match(prediction, answer, tolerance) is right
+
+
+@pytest.mark.parametrize(
+    ("reply", "option"),
+    [("blue", "blue"), ("B", "blue"), ("b", "blue"), ("(B)", "blue"), ("(b)", "blue"), ("B. blue", "blue"),
+     ("B) red", "red"), ("It is blue.", "blue"), ("red or blue", None), ("D", None), ("green", None),
+     ("A blue one", "blue")],
+)  # fmt: skip
+def test_choose_among_words(reply, option):
+    assert choose(reply, ["red", "blue"]) == option
+
+
+def test_choose_among_numbers_and_phrases():
+    assert match("four", "4", options=["1", "4"])
+    assert not match("14", "4", options=["1", "4"])
+    assert match("In the top left corner", "top left", options=["top left", "top right"])
+    assert not match("left", "top left", options=["top left", "top right"])
+
+
+def test_iou_by_hand():
+    assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
+    assert iou((0, 0, 1, 1), (1, 0, 2, 1)) == 0

@@ -1,0 +1,260 @@
+"""Rendered files are decoded again and must show what the manifest says."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from keye.errors import ManifestError
+from keye.world import FAMILIES, Setting, generate, read_manifest, texts
+from keye.world.families import deal, is_heldout, text_items
+from keye.world.scene import COLOURS, shape_mask
+
+VIDEO = ("read", "count", "order", "when", "motion", "find")
+EACH = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("world")
+    for split in ("train", "heldout"):
+        generate(out, split, dict.fromkeys(FAMILIES, EACH), seed=3, workers=1, progress=False)
+    return out
+
+
+def media(sample: dict) -> dict | None:
+    part = sample["messages"][0]["content"][0]
+    return part if part["type"] != "text" else None
+
+
+def frames(root: Path, sample: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Decoded frames [T, H, W, 3] as float and their times in seconds [T]."""
+    with av.open(str(root / media(sample)["video"])) as container:
+        decoded = [(frame.to_ndarray(format="rgb24"), frame.time) for frame in container.decode(video=0)]
+    return np.stack([pixels for pixels, _ in decoded]).astype(float), np.array([time for _, time in decoded])
+
+
+def inside(times: np.ndarray, event: dict) -> np.ndarray:
+    return (times >= event["start"] - 1e-6) & (times < event["end"] - 1e-6)
+
+
+def of(root: Path, family: str, split: str = "train") -> list[dict]:
+    return [sample for sample in read_manifest(root / f"{split}.jsonl") if sample["family"] == family]
+
+
+def nearest_colour(pixels: np.ndarray) -> str:
+    """The palette name nearest to the mean of pixels [n, 3]."""
+    mean = pixels.mean(0)
+    return min(COLOURS, key=lambda name: np.abs(mean - COLOURS[name]).sum())
+
+
+def shape_pixels(pixels: np.ndarray, box: list[int], shape: str) -> np.ndarray:
+    """Pixels [n, 3] of the middle of a shape: its edges are blurred by the codec's halved colour planes."""
+    left, top, right, bottom = box
+    mask = shape_mask(shape, right - left).copy()
+    ring = max(2, (right - left) // 6)
+    mask[:ring] = mask[-ring:] = mask[:, :ring] = mask[:, -ring:] = False
+    height, width = pixels.shape[:2]
+    return pixels[top:bottom, left:right][mask[: height - top, : width - left]]
+
+
+def test_clips_are_h264_with_their_stated_clock(world):
+    for family in VIDEO:
+        sample = of(world, family)[0]
+        with av.open(str(world / media(sample)["video"])) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+            assert (stream.height, stream.width) == tuple(sample["meta"]["size"])
+        _, times = frames(world, sample)
+        np.testing.assert_allclose(times, np.arange(len(times)) / sample["meta"]["fps"], atol=1e-3)
+        assert len(times) == sample["meta"]["duration"] * sample["meta"]["fps"]
+
+
+def test_count_flashes_as_often_as_the_answer_says(world):
+    for sample in of(world, "count"):
+        pixels, times = frames(world, sample)
+        events = sample["meta"]["events"]
+        assert len(events) == int(sample["answer"])
+        lit = np.logical_or.reduce([inside(times, event) for event in events])
+        glow = np.array(
+            [shape_pixels(f, sample["meta"]["box"], sample["meta"]["shape"]).max(-1).mean() for f in pixels]
+        )
+        assert glow[lit].min() > glow[~lit].max() + 80
+        assert np.sum(np.diff(lit.astype(int)) == 1) == len(events), "flashes must not run into one another"
+
+
+def test_when_is_brightest_in_its_half_second(world):
+    for sample in of(world, "when"):
+        pixels, times = frames(world, sample)
+        [event] = sample["meta"]["events"]
+        assert float(sample["answer"]) == event["start"] and event["end"] - event["start"] == 0.5
+        lit, glow = inside(times, event), pixels.mean((1, 2, 3))
+        assert lit.sum() == 2 and glow[lit].min() > glow[~lit].max() + 30
+
+
+def test_find_shows_its_colour_only_during_the_event(world):
+    for sample in of(world, "find"):
+        pixels, times = frames(world, sample)
+        [event] = sample["meta"]["events"]
+        lit = inside(times, event)
+        seen = [nearest_colour(shape_pixels(f, sample["meta"]["box"], sample["meta"]["shape"])) for f in pixels[lit]]
+        assert set(seen) == {sample["answer"]} and len(seen) == 2
+        change = np.abs(np.diff(pixels.mean((1, 2)), axis=0)).sum(1)
+        assert change.argmax() + 1 in (lit.argmax(), lit.argmax() + lit.sum())
+
+
+def test_order_answers_the_colour_that_appears_first(world):
+    for sample in of(world, "order"):
+        first, second = sample["meta"]["events"]
+        assert first["end"] < second["start"]
+        assert sample["answer"] == first["colour"]
+        assert sorted(sample["options"]) == sorted([first["colour"], second["colour"]])
+        pixels, times = frames(world, sample)
+        for event in (first, second):
+            target = np.array(COLOURS[event["colour"]])
+            near = (np.abs(pixels - target).sum(-1) < 90).sum((1, 2))
+            assert near[inside(times, event)].min() > 300
+
+
+def test_motion_goes_where_the_answer_says(world):
+    for sample in of(world, "motion"):
+        pixels, _ = frames(world, sample)
+        near = np.abs(pixels - np.array(COLOURS[sample["meta"]["colour"]])).sum(-1) < 120
+        (y0, x0), (y1, x1) = (np.argwhere(near[index]).mean(0) for index in (0, -1))
+        ways = {"left": x0 - x1, "right": x1 - x0, "up": y0 - y1, "down": y1 - y0}
+        assert max(ways, key=ways.get) == sample["answer"] and ways[sample["answer"]] > 20
+
+
+def test_card_is_visible_exactly_when_the_manifest_says(world):
+    for sample in of(world, "read"):
+        pixels, times = frames(world, sample)
+        [event] = sample["meta"]["events"]
+        left, top, right, bottom = sample["meta"]["box"]
+        border = pixels[:, top + 3 : top + 6, left + 8 : right - 8].mean((1, 2, 3))
+        shown = inside(times, event)
+        assert border[shown].min() > 225 and border[~shown].max() < 200
+        assert 1 <= event["end"] - event["start"] <= 2
+
+
+def test_boxes_and_corners_are_where_the_shape_is(world):
+    for sample in of(world, "image_ground"):
+        pixels = np.asarray(Image.open(world / media(sample)["image"]), float)
+        near = np.argwhere(np.abs(pixels - np.array(COLOURS[sample["meta"]["colour"]])).sum(-1) == 0)
+        (top, left), (bottom, right) = near.min(0), near.max(0) + 1
+        box = np.array(json.loads(sample["answer"])) / 1000 * 112
+        np.testing.assert_allclose(box, [left, top, right, bottom], atol=2)
+        assert all(0 <= value < 1000 for value in json.loads(sample["answer"]))
+    for sample in of(world, "image_place"):
+        pixels = np.asarray(Image.open(world / media(sample)["image"]), float)
+        colour = sample["meta"]["things"][0].split()[0]
+        y, x = np.argwhere(np.abs(pixels - np.array(COLOURS[colour])).sum(-1) == 0).mean(0)
+        assert sample["answer"] == f"{'top' if y < 56 else 'bottom'} {'left' if x < 56 else 'right'}"
+
+
+def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
+    counts = dict.fromkeys(FAMILIES, 10)
+    digests = []
+    for name, workers in (("one", 1), ("two", 2)):
+        generate(tmp_path / name, counts=counts, seed=5, duration=4, workers=workers, progress=False)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        digests.append([(p.relative_to(tmp_path / name), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
+    assert digests[0] == digests[1] and len(digests[0]) > 90
+    other = generate(tmp_path / "other", counts={"count": 1}, seed=6, duration=4, progress=False).parent
+    name = "clips/train-count-00000.mp4"
+    assert (other / name).read_bytes() != (tmp_path / "one" / name).read_bytes()
+
+
+def test_splits_share_no_clip_and_no_text_question(world):
+    seen = defaultdict(set)
+    for split in ("train", "heldout"):
+        for sample in read_manifest(world / f"{split}.jsonl"):
+            part = media(sample)
+            content = (world / part[part["type"]]).read_bytes() if part else None
+            seen[split].add(content or sample["messages"][0]["content"][0]["text"])
+    assert not seen["train"] & seen["heldout"]
+    share = np.mean([is_heldout(question) for question, _ in text_items()])
+    assert 0.15 < share < 0.25
+
+
+@pytest.mark.parametrize("family", ["count", "order", "when", "motion", "find", "image_place"])
+def test_answers_are_balanced_and_the_question_does_not_give_them_away(family):
+    setting, number = Setting(), 900
+    answers, by_phrase = Counter(), defaultdict(Counter)
+    for index in range(number):
+        draft = FAMILIES[family](np.random.default_rng([1, index]), setting, deal(family, setting, 1, index), index)
+        answers[draft.answer] += 1
+        # The words that name the options are put aside: what is left is the phrasing.
+        phrase = draft.question
+        for word in COLOURS:
+            phrase = phrase.replace(word, "*")
+        by_phrase[phrase][draft.options.index(draft.answer) if family == "order" else draft.answer] += 1
+    assert max(answers.values()) - min(answers.values()) <= 1
+    classes = 2 if family == "order" else len(answers)
+    for counted in (c for phrase, c in by_phrase.items() if sum(c.values()) > 200):
+        total = sum(counted.values())
+        spread = 4 * np.sqrt(total / classes)
+        assert max(counted.values()) < total / classes + spread
+
+
+@pytest.mark.parametrize("difficulty", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("duration", [3.0, 6.5])
+def test_every_difficulty_and_length_draws(tmp_path, difficulty, duration):
+    path = generate(
+        tmp_path,
+        counts=dict.fromkeys(FAMILIES, 3),
+        size=(56, 84),
+        duration=duration,
+        difficulty=difficulty,
+        progress=False,
+    )
+    for sample in read_manifest(path):
+        for event in sample["meta"].get("events", []):
+            assert 0 <= event["start"] < event["end"] <= sample["meta"]["duration"]
+            assert event["start"] % 0.5 == 0 and event["end"] % 0.5 == 0
+
+
+def test_two_frames_a_second_land_in_every_half_second():
+    for fps in (2, 4, 8, 24):
+        for duration in (3.0, 4.5, 8.0):
+            setting = Setting(fps=fps, duration=duration)
+            first_to_last = np.linspace(0, setting.frames - 1, setting.cells).round().astype(int)
+            assert [setting.cell(frame) for frame in first_to_last] == list(range(setting.cells))
+
+
+def test_texts_cover_what_manifests_say(world):
+    known = set("".join(texts(samples=30)))
+    for sample in read_manifest(world / "train.jsonl"):
+        assert set(sample["messages"][0]["content"][-1]["text"] + sample["answer"]) <= known
+    assert texts(1, samples=5) == texts(1, samples=5)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{'messages': []}", r"m\.jsonl:2 is not JSON"),
+        ('{"id": 1}', r"m\.jsonl:2 has no messages"),
+        ('{"messages": [{"role": "user"}]}', r'm\.jsonl:2 has a message without "role" or "content"'),
+        ("[1]", r"m\.jsonl:2 has no messages"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, complaint):
+    good = '{"messages": [{"role": "user", "content": "hi"}]}'
+    (tmp_path / "m.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(ManifestError, match=complaint):
+        read_manifest(tmp_path / "m.jsonl")
+
+
+def test_bad_arguments_are_named(tmp_path):
+    with pytest.raises(ManifestError, match="no family 'counting'"):
+        generate(tmp_path, counts={"counting": 1})
+    with pytest.raises(ManifestError, match="no split 'test'"):
+        generate(tmp_path, "test")
+    with pytest.raises(ManifestError, match="duration 1.3"):
+        generate(tmp_path, counts={"count": 1}, duration=1.3)
+    with pytest.raises(ManifestError, match="does not exist"):
+        read_manifest(tmp_path / "none.jsonl")
