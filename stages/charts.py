@@ -184,11 +184,12 @@ def legend(series: Sequence[Series]) -> str:
     return f'<p class="legend">{"".join(swatches)}</p>'
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the pull of its start (each value divided by the weights so far)."""
-    out: list[float] = []
-    total = share = 0.0
-    for value in values:
-        total, share = weight * total + (1 - weight) * value, weight * share + (1 - weight)
-        out.append(total / share)
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a fifteenth of the values around each, fewer on both sides near an end; so it does not lag behind."""
+    half = max(1, len(values) // 30)
+    out = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        around = values[i - reach : i + reach + 1]
+        out.append(sum(around) / len(around))
     return out

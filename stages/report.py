@@ -202,7 +202,7 @@ def _gspo(run: Path) -> str:
         return NOT_RUN
     steps, means = [row["step"] for row in log], [row["reward_mean"] for row in log]
     each = Series("mean reward of the rollouts", steps, means, "c1", style="faint")
-    series = [each, Series("smoothed", steps, smooth(means, 0.8), "c1")]
+    series = [each, Series("smoothed", steps, smooth(means), "c1")]
     chart = legend(series) + line_chart(series, "step", "reward", width=760)
     gained = findings.reward(run)
     if not gained:
@@ -238,7 +238,15 @@ def _ablation(run: Path) -> str:
         dots = Series(title, x, y, "c0", spread, "dots")
         chart = line_chart([dots], "threshold", title, width=420, height=210, percent=share)
         panels.append(f'<div class="panel"><h3>{title[0].upper()}{title[1:]}</h3>{chart}</div>')
-    return f'<div class="panels">{"".join(panels)}</div>'
+    settings = report.get("settings", {})
+    default = settings.get("default_threshold")
+    note = (
+        f"Measure {escape(str(settings.get('measure', '')))}"
+        + (f", whose own threshold is {default:g}. " if default is not None else ". ")
+        + "Detail is the structural similarity of the frames, as the model sees them, with those of an all-slow encoding; "
+        "accuracy is that of the last model on held-out questions about videos, with the threshold changed at inference."
+    )
+    return f'<p class="note">{note}</p><div class="panels">{"".join(panels)}</div>'
 
 
 def _environment(run: Path) -> str:

@@ -95,5 +95,7 @@ def test_ticks_are_round_and_inside():
     assert ticks(3, 1234) == [500, 1000]
 
 
-def test_smoothing_does_not_start_from_zero():
-    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+def test_smoothing_neither_lags_nor_changes_a_straight_line():
+    line = [3.0 * i for i in range(100)]
+    assert smooth(line) == pytest.approx(line)
+    assert smooth([0.0, 3.0, 0.0]) == pytest.approx([0.0, 1.0, 0.0])
