@@ -243,8 +243,8 @@ def _ablation(run: Path) -> str:
     note = (
         f"Measure {escape(str(settings.get('measure', '')))}"
         + (f", whose own threshold is {default:g}. " if default is not None else ". ")
-        + "Detail is the structural similarity of the frames, as the model sees them, with those of an all-slow encoding; "
-        "accuracy is that of the last model on held-out questions about videos, with the threshold changed at inference."
+        + "Detail is the structural similarity of the frames, as the model sees them, with an all-slow encoding; "
+        "accuracy is the last model's on held-out questions about videos, with the threshold changed at inference."
     )
     return f'<p class="note">{note}</p><div class="panels">{"".join(panels)}</div>'
 
