@@ -6,8 +6,8 @@ For a completion y_i of a group of G completions to one prompt, with reward r_i:
     Â_i = (r_i − mean(r)) / std(r)                                         over the group
     J   = mean over sequences of min( s_i Â_i, clip(s_i, 1 − ε_low, 1 + ε_high) Â_i )
 
-There is no KL term. The clip range is narrow (3e-4 below, 4e-4 above), because s_i is a geometric mean over tokens; bf16
-resolves only 1 ± 4e-3, so everything in this file is float32 whatever the model computes in.
+There is no KL term. The clip range is narrow (3e-4 below, 4e-4 above), because s_i is a geometric mean over tokens.
+bf16 resolves only 1 ± 4e-3, so everything in this file is float32 whatever the model computes in.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class GspoOutput:
 def group_advantages(rewards: Tensor) -> Tensor:
     """Rewards [P, G] of G completions for each of P prompts → advantages float32 [P, G].
 
-    Standardised within each group with the population standard deviation. A group whose rewards are all equal has nothing
-    to say: its advantages are exactly zero.
+    Standardised within each group with the population standard deviation. A group whose rewards are all equal has
+    nothing to say: its advantages are exactly zero.
     """
     rewards = rewards.float()
     centred = rewards - rewards.mean(dim=-1, keepdim=True)

@@ -5,9 +5,9 @@ prompt G times. `PrefixTree` lays a mini-batch out as
 
     prompt 1 · completion 1,1 · … · completion 1,G · prompt 2 · completion 2,1 · …
 
-in which a completion attends to its prompt and to itself, never to its siblings. Attention is the only place where tokens
-meet, so handing `PrefixTree.attention` to the model's `varlen` seam makes the pass exact: the log-probabilities and
-gradients are those of G separate sequences.
+in which a completion attends to its prompt and to itself, never to its siblings. Attention is the only place where
+tokens meet, so handing `PrefixTree.attention` to the model's `varlen` seam makes the pass exact: the log-probabilities
+and gradients are those of G separate sequences.
 """
 
 from __future__ import annotations
@@ -98,13 +98,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _leaves(q: Tensor, k: Tensor, v: Tensor, trunk_k: Tensor, trunk_v: Tensor, lengths: list[int]) -> Tensor:
     """Attention of one prompt's completions, flat [sum(lengths), …], to their prompt [Lp, Hkv, D] and themselves.
 
-    The completions become a batch [G, longest]; padding stands at the end, where causality hides it from every real token.
+    The completions become a batch [G, longest]; padding stands at the end, where causality hides it from real tokens.
     """
     group, longest = len(lengths), max(lengths)
     sizes = torch.tensor(lengths, device=q.device)
     real = torch.arange(longest, device=q.device) < sizes[:, None]
     place = (real.flatten().cumsum(0) - 1).clamp_min(0).view(group, longest)
-    keys, values = (
-        torch.cat([trunk.expand(group, *trunk.shape), leaf[place]], dim=1) for trunk, leaf in ((trunk_k, k), (trunk_v, v))
-    )
+    keys = torch.cat([trunk_k.expand(group, *trunk_k.shape), k[place]], dim=1)
+    values = torch.cat([trunk_v.expand(group, *trunk_v.shape), v[place]], dim=1)
     return _attend(q[place], keys, values)[real]

@@ -26,11 +26,13 @@ class RolloutEngine(Protocol):
 class InProcessRollout:
     """Batched sampling with a key-value cache from a model in this process.
 
-    model: `KeyeForConditionalGeneration`, whole on this rank (any ZeRO stage but 3). generator: the source of randomness,
-    on the model's device; its state belongs into a checkpoint. batch: sequences decoded side by side.
+    model: `KeyeForConditionalGeneration`, whole on this rank (any ZeRO stage but 3). generator: the randomness, on the
+    model's device; reseed it to draw the same again. batch: sequences decoded side by side.
     """
 
-    def __init__(self, model: nn.Module, processor: KeyeProcessor, generator: torch.Generator, batch: int = 256) -> None:
+    def __init__(
+        self, model: nn.Module, processor: KeyeProcessor, generator: torch.Generator, batch: int = 256
+    ) -> None:
         self.model = model
         self.processor = processor
         self.generator = generator

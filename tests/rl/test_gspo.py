@@ -52,7 +52,8 @@ def test_loss_is_the_hand_computation():
 )
 def test_clip_cuts_only_the_direction_already_taken(advantage, change, gradient_passes):
     new = torch.tensor([-1.0 + change, -1.0 + change], dtype=torch.float64).requires_grad_()
-    output = gspo_loss(new, torch.full((2,), -1.0, dtype=torch.float64), torch.tensor([0, 0]), torch.tensor([advantage]))
+    old = torch.full((2,), -1.0, dtype=torch.float64)
+    output = gspo_loss(new, old, torch.tensor([0, 0]), torch.tensor([advantage]))
     output.loss.backward()
     assert bool(new.grad.abs().sum() > 0) == gradient_passes
 

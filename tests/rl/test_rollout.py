@@ -32,7 +32,8 @@ def test_log_probs_of_generation_equal_those_of_training(engine, prompts, temper
     scored = score(engine.model, groups, temperature)
     assert scored.log_probs.dtype == torch.float32
     torch.testing.assert_close(scored.log_probs.detach(), seen, atol=2e-5, rtol=1e-4)
-    assert (scored.entropy >= 0).all() and scored.owner.bincount().tolist() == [len(c) for g in groups for c in g.completions]
+    assert (scored.entropy >= 0).all()
+    assert scored.owner.bincount().tolist() == [len(c) for group in groups for c in group.completions]
 
 
 def test_shared_prompt_gives_the_log_probs_and_gradients_of_separate_sequences(engine, prompts):

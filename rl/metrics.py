@@ -1,0 +1,56 @@
+"""One step's numbers over all ranks, as they stand in metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import fmean
+from typing import Any
+
+from rl.heldout import standard_error
+
+
+def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
+    """Metrics of one step from what every rank gathered (see `GspoTrainer.train_step`).
+
+    reward_stderr is taken over prompts, since the answers of a group share their question. clip_fraction and the ratios
+    are over the sequences of informative groups, in all mini-batches; informative is the share of such groups.
+    """
+
+    def flat(name: str) -> list[Any]:
+        return [item for rank in ranks for item in rank[name]]
+
+    earned, families, lengths, updates = flat("earned"), flat("families"), flat("lengths"), flat("updates")
+    rewards = [fmean(e["total"] for e in group) for group in earned]
+    informative = [len({e["total"] for e in group}) > 1 for group in earned]
+    parts = {
+        f"reward/{name}": fmean(e["parts"][name] for group in earned for e in group) for name in earned[0][0]["parts"]
+    }
+    per_family = defaultdict(list)
+    for family, group in zip(families, earned, strict=True):
+        per_family[family] += [e["parts"].get("accuracy", e["total"]) for e in group]
+    ratio = [value for update in updates for value in update["ratio"]]
+    tokens = sum(lengths) + sum(rank["prompt_tokens"] for rank in ranks)
+    return {
+        "step": step,
+        "loss": fmean(update["loss"] for update in updates),
+        "reward_mean": fmean(rewards),
+        "reward_stderr": standard_error(rewards),
+        **parts,
+        **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items())},
+        "informative": fmean(informative),
+        "clip_fraction": fmean(clipped for update in updates for clipped in update["clipped"]),
+        "ratio_mean": fmean(ratio),
+        "ratio_min": min(ratio),
+        "ratio_max": max(ratio),
+        "entropy": fmean(value for update in updates for value in update["entropy"]),
+        "response_length": fmean(lengths),
+        "finished": fmean(flat("finished")),
+        "grad_norm": fmean(update["grad_norm"] for update in updates),
+        "tokens": tokens,
+        "visual_tokens": sum(rank["visual_tokens"] for rank in ranks),
+        "tokens_per_second": tokens / sum(seconds.values()),
+        "seconds": sum(seconds.values()),
+        "seconds_rollout": seconds["rollout"],
+        "seconds_update": seconds["update"],
+        "rejected": sum(rank["rejected"] for rank in ranks),
+    }

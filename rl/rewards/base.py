@@ -1,0 +1,70 @@
+"""The reward protocol, its registry, and the weighted sum that GSPO optimises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from keye.errors import RecipeError
+from rl.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a reward sees: the prompt with its ground truth, the completion's text, and whether it ended by itself."""
+
+    prompt: Prompt
+    text: str
+    finished: bool
+
+
+class Reward(Protocol):
+    """A number for a completion, 0 for worst and 1 for best."""
+
+    def __call__(self, judgement: Judgement) -> float: ...
+
+
+@dataclass(frozen=True)
+class Earned:
+    """total: the weighted sum. parts: each reward by name, unweighted."""
+
+    total: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RewardSum:
+    """Weighted rewards: `terms` maps a name to (weight, reward)."""
+
+    terms: dict[str, tuple[float, Reward]]
+
+    def __call__(self, judgement: Judgement) -> Earned:
+        parts = {name: float(reward(judgement)) for name, (_, reward) in self.terms.items()}
+        return Earned(sum(self.terms[name][0] * value for name, value in parts.items()), parts)
+
+
+_REGISTRY: dict[str, Callable[[], Reward]] = {}
+
+
+def register(name: str) -> Callable[[Callable[[], Reward]], Callable[[], Reward]]:
+    """Make a reward known to recipes under `name`; decorates its class."""
+
+    def add(factory: Callable[[], Reward]) -> Callable[[], Reward]:
+        _REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+def rewards_from(weights: dict[str, float]) -> RewardSum:
+    """The rewards a recipe names with their weights.
+
+    Raises:
+        RecipeError: a name that nobody registered, or no rewards at all.
+    """
+    unknown = sorted(set(weights) - set(_REGISTRY))
+    if unknown or not weights:
+        known = ", ".join(sorted(_REGISTRY))
+        raise RecipeError(f"[rewards] names {unknown[0] if unknown else 'nothing'!r}: use one or more of {known}")
+    return RewardSum({name: (weight, _REGISTRY[name]()) for name, weight in weights.items()})

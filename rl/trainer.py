@@ -1,0 +1,292 @@
+"""The GSPO loop: questions → rollouts → rewards → advantages → mini-batches → metrics.
+
+Every rank owns other questions, answers them with its own copy of the policy and takes part in the same number of
+optimizer steps. Old log-probabilities are those of the training forward in float32, not of the sampler.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from keye.errors import CheckpointError, KeyeError, ManifestError
+from keye.model.keye import KeyeForConditionalGeneration
+from keye.prompt.processor import KeyeProcessor, Sample
+from rl.engine import gather, make_engine
+from rl.gspo import group_advantages, gspo_loss
+from rl.heldout import Answered, ask, compare
+from rl.metrics import step_metrics
+from rl.policy import Group, Score, score
+from rl.prompts import Prompt, PromptStream, load_prompts
+from rl.recipe import RlRecipe, check_world
+from rl.rewards import Earned, Judgement, rewards_from
+from rl.rollout import InProcessRollout
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One rank's share of a step: P prompts with G answers each. rewards, advantages: float32 [P, G]."""
+
+    prompts: list[Prompt]
+    groups: list[Group]
+    earned: list[list[Earned]]
+    rewards: Tensor
+    advantages: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """One mini-batch on one rank: what it scored, the ratios [S] and which were clipped, and the engine's numbers."""
+
+    loss: float
+    entropy: list[float]
+    ratio: list[float]
+    clipped: list[bool]
+    grad_norm: float
+
+
+class GspoTrainer:
+    """Tunes the model of `run/<start>/model` and leaves `run/gspo/{metrics.jsonl, eval.json, checkpoints, model}`.
+
+    Raises:
+        CheckpointError: the stage to start from has left no model.
+        ManifestError: no questions to ask.
+        RecipeError: the recipe does not fit the number of processes.
+    """
+
+    def __init__(self, recipe: RlRecipe, run: str | Path) -> None:
+        self.recipe, self.run = recipe, Path(run)
+        self.out = self.run / "gspo"
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        check_world(recipe, self.world)
+        start = self.run / recipe.gspo.start / "model"
+        if not (start / "config.json").is_file():
+            raise CheckpointError(f"{start} holds no model: run scripts/pretrain.py with --run {run} first")
+        self.processor = KeyeProcessor.from_pretrained(start)
+        self.model = KeyeForConditionalGeneration.from_pretrained(start)
+        self.engine = make_engine(self.model, recipe.gspo)
+        self.generator = torch.Generator(self.engine.device)
+        self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch)
+        self.reward = rewards_from(recipe.rewards)
+        found = load_prompts(self.run / recipe.gspo.manifest, recipe.gspo.families)
+        self.stream = PromptStream(found.prompts, self.processor, recipe.seed, self.rank, self.world)
+        self.stream.rejected |= found.rejected
+        self.step = self.updates = 0
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Measure, train (from the last checkpoint, if there is one), measure again; what `eval.json` holds."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        g = self.recipe.gspo
+        questions = self._questions()
+        self._load()
+        before = self._measure(questions, "before")
+        writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step) if self.rank == 0 else None
+        with self._progress() as bar:
+            task = bar.add_task("gspo", total=g.steps, completed=self.step, said="")
+            while self.step < g.steps:
+                metrics = self.train_step()
+                self._log(metrics, writer)
+                said = f"reward {metrics['reward_mean']:.3f} · {metrics['tokens_per_second']:.0f} tokens/s"
+                bar.update(task, advance=1, said=said)
+                if self.step % g.checkpoint_every == 0 or self.step == g.steps:
+                    self._save()
+        if writer:
+            writer.close()
+        after = self._measure(questions, "after")
+        result = compare(before, after) | {"seed": self.recipe.seed, "rejected": self._rejected()}
+        if self.rank == 0:
+            self._write(self.out / "eval.json", json.dumps(result, indent=1))
+            self.model.save_pretrained(self.out / "model")
+            self.processor.save_pretrained(self.out / "model")
+        dist.barrier()
+        return result
+
+    def train_step(self) -> dict[str, Any]:
+        """One rollout batch and its optimizer steps; metrics over all ranks."""
+        began = time.perf_counter()
+        experience = self._experience()
+        rolled = time.perf_counter()
+        size = len(experience.groups) // self.recipe.gspo.mini_batches
+        parts = [slice(i, i + size) for i in range(0, len(experience.groups), size)]
+        chosen = [self._informative(experience, part) for part in parts]
+        # Scored before the first update: this is the policy that all mini-batches are compared with.
+        with torch.no_grad():
+            old = [score(self.engine, [experience.groups[i] for i in places], self._temperature) for places in chosen]
+        updates = [self._update(experience, places, o) for places, o in zip(chosen, old, strict=True)]
+        self.step += 1
+        seconds = {"rollout": rolled - began, "update": time.perf_counter() - rolled}
+        local = {
+            "families": [prompt.family for prompt in experience.prompts],
+            "earned": [[asdict(e) for e in group] for group in experience.earned],
+            "lengths": [len(c) for group in experience.groups for c in group.completions],
+            "finished": [f for group in experience.groups for f in group.finished],
+            "visual_tokens": sum(group.sample.visual_tokens for group in experience.groups),
+            "prompt_tokens": sum(len(group.sample) for group in experience.groups),
+            "updates": [asdict(update) for update in updates],
+            "rejected": len(self.stream.rejected),
+        }
+        metrics = step_metrics(self.step, gather(local), seconds)
+        return metrics | {"lr": self._learning_rate(), "epoch": self.stream.epoch}
+
+    @property
+    def _temperature(self) -> float:
+        return self.recipe.gspo.temperature
+
+    def _experience(self) -> Experience:
+        """Draw this rank's prompts, answer them, judge the answers."""
+        g = self.recipe.gspo
+        drawn = self.stream.take(g.prompts // self.world)
+        self._seed("rollout", self.step)
+        groups = self.rollout.generate([sample for _, sample in drawn], g.group, g.temperature, g.max_new_tokens)
+        earned = [
+            [self.reward(Judgement(prompt, t, f)) for t, f in zip(group.texts, group.finished, strict=True)]
+            for (prompt, _), group in zip(drawn, groups, strict=True)
+        ]
+        rewards = torch.tensor([[e.total for e in group] for group in earned])
+        return Experience([prompt for prompt, _ in drawn], groups, earned, rewards, group_advantages(rewards))
+
+    @staticmethod
+    def _informative(experience: Experience, part: slice) -> list[int]:
+        """The groups of a mini-batch whose rewards differ; one group at least, since every rank must take part."""
+        places = range(len(experience.groups))[part]
+        return [i for i in places if experience.advantages[i].any()] or [places[0]]
+
+    def _update(self, experience: Experience, places: list[int], old: Score) -> Update:
+        """One optimizer step on the groups at `places`."""
+        g = self.recipe.gspo
+        new = score(self.engine, [experience.groups[i] for i in places], g.temperature)
+        advantages = experience.advantages[places].flatten().to(new.log_probs.device)
+        # DeepSpeed averages gradients over the ranks; the loss is a sum over all ranks' sequences.
+        sequences = g.prompts * g.group / g.mini_batches
+        output = gspo_loss(
+            new.log_probs, old.log_probs, new.owner, advantages, sequences / self.world, g.epsilon_low, g.epsilon_high
+        )
+        self.updates += 1
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.engine.backward(output.loss)
+        self.engine.step()
+        return Update(
+            output.loss.item(),
+            new.entropy.tolist(),
+            output.ratio.tolist(),
+            output.clipped.tolist(),
+            float(self.engine.get_global_grad_norm() or 0.0),
+        )
+
+    def _learning_rate(self) -> float:
+        g = self.recipe.gspo
+        return g.learning_rate * min(1.0, self.updates / g.warmup if g.warmup else 1.0)
+
+    def _seed(self, purpose: str, number: int) -> None:
+        """The sampler's randomness is a function of (seed, purpose, number, rank), so a resumed run draws the same."""
+        kind = {"rollout": 0, "heldout": 1}[purpose]
+        self.generator.manual_seed(((self.recipe.seed * 2 + kind) * 1_000_003 + number) * 4096 + self.rank)
+
+    # --- held-out questions -----------------------------------------------------------------------------------------
+
+    def _questions(self) -> list[tuple[Prompt, Sample]]:
+        """This rank's share of the held-out questions, encoded; at most `limit` of each family over all ranks."""
+        wanted, seen = self.recipe.heldout, {}
+        chosen = []
+        for prompt in load_prompts(self.run / wanted.manifest, self.recipe.gspo.families).prompts:
+            seen[prompt.family] = seen.get(prompt.family, 0) + 1
+            if seen[prompt.family] <= wanted.limit:
+                chosen.append(prompt)
+        questions = []
+        for prompt in chosen[self.rank :: self.world]:
+            try:
+                sample = self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
+                questions.append((prompt, sample))
+            except KeyeError as error:
+                self.stream.rejected[prompt.id] = str(error)
+        if not any(gather(len(questions))):
+            raise ManifestError(f"no question of {self.run / wanted.manifest} can be read: give clips that decode")
+        return questions
+
+    def _measure(self, questions: list[tuple[Prompt, Sample]], name: str) -> list[Answered]:
+        """All ranks' answers to the held-out questions; what was measured before is kept in `<name>.jsonl`."""
+        path = self.out / f"{name}.jsonl"
+        if name == "before" and self.step and path.is_file():
+            return [Answered(**json.loads(line)) for line in path.read_text().splitlines()]
+        wanted, g = self.recipe.heldout, self.recipe.gspo
+        self._seed("heldout", 0)
+        with self._progress() as bar:
+            task = bar.add_task(f"held-out reward {name}", total=len(questions) * self.world, said="")
+            answered = ask(
+                self.rollout, questions, self.reward, wanted.samples, wanted.temperature, g.max_new_tokens,
+                lambda count: bar.advance(task, count * self.world),
+            )  # fmt: skip
+        rows = [one for rank in gather(answered) for one in rank]
+        if self.rank == 0:
+            self._write(path, "\n".join(json.dumps(asdict(row)) for row in rows))
+        return rows
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """A resumable checkpoint `checkpoints/step-N`; the one before it is removed once the new one is whole."""
+        folder = self.out / "checkpoints"
+        state = {"step": self.step, "updates": self.updates, "streams": gather(self.stream.state_dict())}
+        self.engine.save_checkpoint(str(folder), tag=f"step-{self.step}", client_state=state)
+        dist.barrier()
+        if self.rank == 0:
+            for other in folder.glob("step-*"):
+                if other.name != f"step-{self.step}":
+                    shutil.rmtree(other)
+
+    def _load(self) -> None:
+        """Go on from the last checkpoint, and cut the metrics back to it."""
+        folder = self.out / "checkpoints"
+        if not (folder / "latest").is_file():
+            if self.rank == 0:
+                (self.out / "metrics.jsonl").unlink(missing_ok=True)
+            return
+        path, state = self.engine.load_checkpoint(str(folder))
+        if path is None or len(state["streams"]) != self.world:
+            raise CheckpointError(f"{folder} is of another number of processes: start as many, or delete the folder")
+        self.step, self.updates = state["step"], state["updates"]
+        self.stream.load_state_dict(state["streams"][self.rank])
+        log = self.out / "metrics.jsonl"
+        if self.rank == 0 and log.is_file():
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            self._write(log, "\n".join(kept))
+
+    def _rejected(self) -> dict[str, str]:
+        """Every rank's unreadable prompts and lines: which → why."""
+        return {name: why for rank in gather(self.stream.rejected) for name, why in rank.items()}
+
+    # --- what is seen -----------------------------------------------------------------------------------------------
+
+    def _log(self, metrics: dict[str, Any], writer: Any) -> None:
+        if self.rank:
+            return
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(f"gspo/{name}", value, self.step)
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        part = path.with_name(path.name + ".part")
+        part.write_text(text + "\n" if text else "", encoding="utf-8")
+        part.replace(path)
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        rest = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
+        return Progress(*columns, *rest, disable=self.rank > 0)
