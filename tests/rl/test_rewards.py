@@ -1,0 +1,103 @@
+"""Rewards, literally."""
+
+from pathlib import Path
+
+import pytest
+
+from keye.errors import ManifestError, RecipeError
+from rl.prompts import Prompt, PromptStream, load_prompts
+from rl.rewards import Judgement, rewards_from
+
+
+def judged(text: str, answer: str = "3", tolerance: float | None = None, finished: bool = True) -> Judgement:
+    return Judgement(Prompt("a", "count", [], answer, tolerance, (), Path()), text, finished)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "tolerance", "earned"),
+    [
+        ("3", "3", None, 1.0),
+        ("three", "3", None, 1.0),
+        ("4", "3", None, 0.0),
+        ("<think>one, two</think><answer>3</answer>", "3", None, 1.0),
+        ("4.4", "4.0", 0.5, 1.0),
+        ("4.6", "4.0", 0.5, 0.0),
+        ("", "3", None, 0.0),
+    ],
+)
+def test_accuracy(text, answer, tolerance, earned):
+    assert rewards_from({"accuracy": 1.0})(judged(text, answer, tolerance)).parts == {"accuracy": earned}
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "earned"),
+    [
+        ("red", True, 1.0),
+        ("red", False, 0.0),
+        (" \n", True, 0.0),
+        ("red\nblue", True, 0.0),
+        ("<answer>red</answer>", True, 1.0),
+        ("<think>so\nso</think>\n<answer>red</answer>", True, 1.0),
+        ("<answer>red</answer> surely", True, 0.0),
+        ("<think>so<answer>red</answer>", True, 0.0),
+        ("<answer>red</answer><answer>blue</answer>", True, 0.0),
+    ],
+)
+def test_format(text, finished, earned):
+    assert rewards_from({"format": 1.0})(judged(text, finished=finished)).parts == {"format": earned}
+
+
+def test_sum_is_weighted_and_its_parts_are_kept():
+    earned = rewards_from({"accuracy": 1.0, "format": 0.25})(judged("3", finished=False))
+    assert earned.total == 1.0 and earned.parts == {"accuracy": 1.0, "format": 0.0}
+    assert rewards_from({"accuracy": 0.5, "format": 0.25})(judged("3")).total == 0.75
+
+
+def test_an_unknown_reward_is_named():
+    with pytest.raises(RecipeError, match="'acuracy'.*accuracy, format"):
+        rewards_from({"acuracy": 1.0})
+
+
+LINE = '{{"id": "{0}", "family": "{1}", "answer": "3", "messages": [{{"role": "user", "content": "{0}?"}}]}}'
+
+
+def test_a_bad_line_is_left_out_and_named(tmp_path):
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("\n".join([LINE.format("a", "count"), "{not json", LINE.format("b", "order"), "[1]"]))
+    found = load_prompts(manifest)
+    assert [prompt.id for prompt in found.prompts] == ["a", "b"]
+    assert [Path(place).name for place in found.rejected] == ["train.jsonl:2", "train.jsonl:4"]
+    assert [prompt.id for prompt in load_prompts(manifest, ["order"]).prompts] == ["b"]
+    with pytest.raises(ManifestError, match="no question of the families read"):
+        load_prompts(manifest, ["read"])
+    with pytest.raises(ManifestError, match="nowhere.jsonl does not exist"):
+        load_prompts(tmp_path / "nowhere.jsonl")
+
+
+def test_ranks_share_an_epoch_and_a_stream_goes_on_from_its_state(tmp_path, processor):
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("\n".join(LINE.format(name, "count") for name in "abcdef"))
+    prompts = load_prompts(manifest).prompts
+
+    def stream(rank: int, world: int) -> PromptStream:
+        return PromptStream(prompts, processor, seed=3, rank=rank, world=world)
+
+    def ids(source: PromptStream, count: int) -> list[str]:
+        return [prompt.id for prompt, _ in source.take(count)]
+
+    assert sorted(ids(stream(0, 2), 3) + ids(stream(1, 2), 3)) == list("abcdef")
+    first = stream(0, 1)
+    ids(first, 4)
+    resumed = stream(0, 1)
+    resumed.load_state_dict(first.state_dict())
+    assert ids(resumed, 7) == ids(first, 7)
+
+
+def test_a_prompt_whose_clip_is_missing_is_passed_over(tmp_path, processor):
+    manifest = tmp_path / "train.jsonl"
+    video = '[{"type": "video", "video": "gone.mp4"}, {"type": "text", "text": "what?"}]'
+    broken = f'{{"id": "broken", "answer": "3", "messages": [{{"role": "user", "content": {video}}}]}}'
+    manifest.write_text("\n".join([broken, LINE.format("a", "count")]))
+    stream = PromptStream(load_prompts(manifest).prompts, processor, seed=0)
+    assert [prompt.id for prompt, _ in stream.take(3)] == ["a", "a", "a"]
+    assert "gone.mp4" in stream.rejected["broken"]
