@@ -80,15 +80,17 @@ class Demo:
         if code == 130:
             raise KeyboardInterrupt
         if code:
-            raise KeyeError(
-                f"{command[0]} ended with code {code}, its output is in {log}; run this again to go on from here"
-            )
+            raise KeyeError(f"{name} ended with code {code}, its output is in {log}; run this again to go on from here")
 
-    def torchrun(self, name: str, script: str, recipe: str, overrides: tuple[str, ...]) -> None:
-        """Run a training script on two processes (CPU) or on every GPU when there are several."""
-        sets = [word for override in (overrides if self.short else ()) for word in ("--set", override)]
+    def torchrun(self, name: str, *command: str) -> None:
+        """Run a script on two processes (CPU), or on every GPU when there are several."""
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes())]
-        self.call(name, *launch, script, recipe, "--run", str(self.run), *sets)
+        self.call(name, *launch, *command)
+
+    def train(self, name: str, script: str, recipe: str, short: tuple[str, ...]) -> None:
+        """Run a training script on this run, with the overrides `short` in the short form."""
+        sets = [word for override in (short if self.short else ()) for word in ("--set", override)]
+        self.torchrun(name, script, recipe, "--run", str(self.run), *sets)
 
 
 def processes() -> int:
@@ -152,21 +154,15 @@ def plan_clips(demo: Demo) -> None:
 
 def evaluate_model(demo: Demo, stage: str, blinds: tuple[bool, ...]) -> None:
     """Ask a stage's model the held-out questions, with and without the video; `evaluation/<stage>[_blind].json`."""
-    import torch
-    from evaluate import load
-
-    from keye.evaluation import evaluate
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    model, processor = load(str(demo.run / stage / "model"))
     world = demo.run / "world"
-    limit = 4 if demo.short else None
+    # The majority answer is that of the questions trained on: nobody knows the held-out ones beforehand.
+    asked = [str(demo.run / stage / "model"), str(world / "heldout.jsonl"), "--train", str(world / "train.jsonl")]
     for blind in blinds:
-        # The majority answer is that of the questions trained on: nobody knows the held-out ones beforehand.
-        report = evaluate(model, processor, world / "heldout.jsonl", None, limit, blind, train=world / "train.jsonl")
-        report.save(demo.run / "evaluation" / f"{stage}{'_blind' if blind else ''}.json")
-        print(f"      {stage}{', without the video' if blind else ''}")
-        print("      " + report.table().replace("\n", "\n      "), flush=True)
+        name = f"{stage}{'_blind' if blind else ''}"
+        how = [*(["--blind"] if blind else []), *(["--limit", "4"] if demo.short else [])]
+        print(f"      {stage}{', without the video' if blind else ''}", flush=True)
+        out = str(demo.run / "evaluation" / f"{name}.json")
+        demo.torchrun(f"evaluate-{name}", "scripts/evaluate.py", *asked, *how, "--out", out)
 
 
 def closing_table(run_dir: Path) -> str:
@@ -240,7 +236,7 @@ def follow(demo: Demo) -> None:
     demo.step(
         "pretrain",
         "A drawn video world, then four stages of training on two processes",
-        lambda: demo.torchrun("pretrain", "scripts/pretrain.py", PRETRAIN, SHORT_PRETRAIN),
+        lambda: demo.train("pretrain", "scripts/pretrain.py", PRETRAIN, SHORT_PRETRAIN),
         inputs=[recipes[0], demo.short],
         leaves=("world", "vision", "alignment", "multitask", "annealing"),
     )
@@ -253,7 +249,7 @@ def follow(demo: Demo) -> None:
     demo.step(
         "gspo",
         "GSPO: rewards for right answers",
-        lambda: demo.torchrun("gspo", "scripts/posttrain.py", POSTTRAIN, SHORT_POSTTRAIN),
+        lambda: demo.train("gspo", "scripts/posttrain.py", POSTTRAIN, SHORT_POSTTRAIN),
         after=("pretrain",),
         inputs=[recipes[1], demo.short],
         leaves=("gspo",),
@@ -271,7 +267,7 @@ def follow(demo: Demo) -> None:
 def ablate(demo: Demo) -> None:
     """Sweep the threshold over the real clips and the held-out questions."""
     model = ["--model", str(demo.run / "gspo" / "model"), "--manifest", str(demo.run / "world" / "heldout.jsonl")]
-    sweep = ["--threshold", "0.3,0.6,0.9" if demo.short else "0.2:0.95:0.15", "--limit", "2" if demo.short else "12"]
+    sweep = ["--threshold", "0.3,0.6,0.9" if demo.short else "0.2:0.95:0.15", "--limit", "2" if demo.short else "10"]
     videos = ["--videos", *map(str, demo.clips), "--max-frames", str(PLAN_FRAMES)]
     demo.call("ablate", "scripts/ablate.py", *videos, *model, *sweep, "--out", str(demo.run / "ablation"))
 

@@ -63,7 +63,7 @@ def test_a_stopped_step_finds_what_it_left_unless_it_was_of_other_inputs(demo, t
 
 def test_output_is_kept_and_a_failure_names_the_log(demo, tmp_path):
     walked = demo.Demo(tmp_path, False, [])
-    with pytest.raises(KeyeError, match="ended with code 3, its output is in .*logs/bad.log"):
+    with pytest.raises(KeyeError, match="bad ended with code 3, its output is in .*logs/bad.log"):
         walked.call("bad", "-c", "print('halfway'); raise SystemExit(3)")
     assert (tmp_path / "logs" / "bad.log").read_text() == "halfway\n"
 
