@@ -1,0 +1,218 @@
+"""DeepSpeed: processes, the engine around a module, checkpoints that are whole or not there, and resuming.
+
+A checkpoint is a directory `step-N` with DeepSpeed's shards, one `state-R.pt` a rank (loader, RNG) and, written last,
+`complete.json` with the size of every file. A directory without it, or with a file of another size, is torn and passed
+over.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from keye.errors import CheckpointError
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+MARKER = "complete.json"
+KEEP = 2  # checkpoints of a stage that stay on disk
+
+
+def start(threads: int | None = None) -> None:
+    """Join the process group that torchrun or deepspeed launched, or make one of this process alone.
+
+    threads: of torch's CPU work; by default the cores are shared out among the processes of this machine.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if threads is None and not torch.cuda.is_available():
+        threads = max(1, len(os.sched_getaffinity(0)) // local)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Only inference uses the shared-memory all-reduce; left on, its compilation holds up the first start for minutes.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend, limit = ("nccl" if cuda else "gloo"), timedelta(minutes=30)
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        else:
+            dist.init_process_group(backend, timeout=limit)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_precision(precision: str) -> str:
+    """ "auto" → "bf16" on a GPU, "fp32" on a CPU."""
+    return ("bf16" if torch.cuda.is_available() else "fp32") if precision == "auto" else precision
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """Factor on the learning rate at `step` (from 0): linear rise over `warmup` steps, then "cosine" to 0 or "constant"."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def build(
+    module: nn.Module,
+    *,
+    lr: float,
+    steps: int,
+    warmup: int = 0,
+    schedule: str = "constant",
+    weight_decay: float = 0.0,
+    betas: Iterable[float] = (0.9, 0.95),
+    clip: float = 1.0,
+    zero: int = 2,
+    accumulation: int = 1,
+    precision: str = "auto",
+) -> Any:
+    """A DeepSpeed engine that trains the parameters of `module` that want gradients, with AdamW.
+
+    Biases, norms and other vectors are not decayed. `accumulation`: calls of `backward` a step. `backward` divides by
+    that and averages over all ranks; `trainer.Trainer` undoes both.
+    """
+    import deepspeed
+
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=lr, betas=tuple(betas), fused=torch.cuda.is_available()
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps, warmup, schedule)
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": zero, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": resolve_precision(precision) == "bf16"},
+        "steps_per_print": 1 << 30,
+    }
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    return engine
+
+
+def save_checkpoint(engine: Any, directory: str | Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `directory/step-N`; collective. `state`: this rank's own, tensors and plain values (its RNG is added)."""
+    target = Path(directory) / f"step-{step}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(directory), tag=target.name, client_state={"step": step}, save_latest=False)
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    torch.save({"state": state, "rng": rng}, target / f"state-{dist.get_rank()}.pt")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        files = {str(f.relative_to(target)): f.stat().st_size for f in sorted(target.rglob("*")) if f.is_file()}
+        partial = target / (MARKER + ".partial")
+        partial.write_text(json.dumps({"step": step, "world": dist.get_world_size(), "files": files}, indent=1))
+        with partial.open() as handle:
+            os.fsync(handle.fileno())
+        partial.rename(target / MARKER)
+        for old in whole_checkpoints(directory)[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return target
+
+
+def whole_checkpoints(directory: str | Path) -> list[Path]:
+    """Checkpoints under `directory` that were finished and whose files have the sizes they had, oldest first."""
+    found = []
+    for marker in Path(directory).glob(f"step-*/{MARKER}"):
+        try:
+            files = json.loads(marker.read_text())["files"]
+            if all((marker.parent / name).stat().st_size == size for name, size in files.items()):
+                found.append(marker.parent)
+        except (OSError, ValueError, KeyError):
+            continue
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load_checkpoint(engine: Any, directory: str | Path) -> tuple[int, dict[str, Any]] | None:
+    """Put the newest whole checkpoint back into the engine and the RNG; (step, this rank's state), or None without one.
+
+    Raises:
+        CheckpointError: it was written by another number of processes, or does not fit the model.
+    """
+    # Rank 0 looks, so that all ranks take the same one even while files come and go.
+    box = [str(whole_checkpoints(directory)[-1]) if dist.get_rank() == 0 and whole_checkpoints(directory) else None]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is None:
+        return None
+    found = Path(box[0])
+    world = json.loads((found / MARKER).read_text())["world"]
+    if world != dist.get_world_size():
+        raise CheckpointError(
+            f"{found} was written by {world} processes, this run has {dist.get_world_size()}; "
+            "start as many, or remove it to begin the stage anew"
+        )
+    try:
+        _, client = engine.load_checkpoint(str(directory), tag=found.name)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{found} does not fit this model ({reason}); remove it or use its recipe") from error
+    mine = torch.load(found / f"state-{dist.get_rank()}.pt", weights_only=True)
+    torch.set_rng_state(mine["rng"]["cpu"])
+    if "cuda" in mine["rng"]:
+        torch.cuda.set_rng_state(mine["rng"]["cuda"])
+    return client["step"], mine["state"]
+
+
+def prebuild() -> None:
+    """Take one step with a one-layer model, so that set-up meets whatever DeepSpeed has to compile or cannot do."""
+    start()
+    engine = build(nn.Linear(8, 8), lr=1e-3, steps=1)
+    x = torch.randn(1, 8, device=device(), dtype=next(engine.module.parameters()).dtype)
+    engine.backward(engine(x).float().square().mean())
+    engine.step()
+    stop()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m stages.engine")
+    parser.add_argument("--prebuild", action="store_true", help="take one step, so that DeepSpeed is ready to run")
+    if parser.parse_args().prebuild:
+        prebuild()
+        print("DeepSpeed is ready")

@@ -1,0 +1,291 @@
+"""Recipes: a TOML file → frozen dataclasses, every key checked; the whole of what a pre-training run is told.
+
+A recipe has the tables `model`, `processor`, `data` and one table a stage. A key that is not known is an error that
+names the nearest known one; `--set annealing.steps=20` overrides a key from the command line.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from keye.errors import RecipeError
+
+STAGES = ("vision", "alignment", "multitask", "annealing")
+KINDS = ("video", "image", "text")
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What is trained: a preset made anew, or a Keye directory to go on from.
+
+    preset: "tiny", "small" or "keye_8b". path: a Hugging Face directory of a Keye; wins over the preset. tokenizer: a
+    directory or hub id; empty = a byte-level BPE of `vocab_size` entries is trained on the run's own text. text_model
+    and vision_model: directories or hub ids of a Qwen3 and a SigLIP whose weights the preset starts from.
+    """
+
+    preset: str = "tiny"
+    path: str = ""
+    tokenizer: str = ""
+    vocab_size: int = 2048
+    vision_model: str = ""
+    text_model: str = ""
+
+
+@dataclass(frozen=True)
+class ProcessorRecipe:
+    """Arguments of `SlowFastEncoder` (`encoder`) and of its `image` method (`image`: min_tokens, max_tokens)."""
+
+    encoder: dict[str, Any] = field(default_factory=dict)
+    image: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """One manifest (JSONL or Parquet in the chat format), or the part of it that has these families and this kind.
+
+    path: `{run}` stands for the run's directory; a relative path is looked for beside the recipe, then in the working
+    directory. kind: "video", "image" or "text"; lines of other kinds are passed over. weight: share within its kind.
+    stages: the stages that read it; empty = all but `vision`, which reads only what names it.
+    """
+
+    path: str
+    kind: str
+    families: tuple[str, ...] = ()
+    weight: float = 1.0
+    stages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WorldRecipe:
+    """A SlowFastWorld drawn into `{run}/world` before training.
+
+    counts: training samples a family; heldout: held-out ones. settings: further arguments of `keye.world.generate`.
+    """
+
+    counts: dict[str, int]
+    heldout: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the samples come from; `cache_mb`: RAM a process may spend on encoded samples, so that they decode once."""
+
+    sources: tuple[SourceRecipe, ...]
+    world: WorldRecipe | None = None
+    cache_mb: int = 1024
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """What every stage is told.
+
+    steps: optimizer steps. context: tokens a pack holds. packs: packs a step, over all ranks. lr, schedule ("cosine"
+    to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm). zero: DeepSpeed ZeRO stage.
+    sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens. encoder: overrides of
+    `processor.encoder`. checkpointing: recompute activations. save_every: steps between checkpoints.
+    """
+
+    steps: int
+    lr: float
+    context: int = 1024
+    packs: int = 2
+    schedule: str = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.95)
+    clip: float = 1.0
+    zero: int = 2
+    sequence_parallel: int = 1
+    mixture: dict[str, float] = field(default_factory=dict)
+    encoder: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
+    save_every: int = 200
+
+
+@dataclass(frozen=True)
+class VisionRecipe(StageRecipe):
+    """Stage 0 besides: pairs a step over all ranks, and the text tower (a SigLIP one's directory, or its size)."""
+
+    pairs: int = 32
+    text_model: str = ""
+    text_width: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    text_length: int = 48
+
+
+@dataclass(frozen=True)
+class AnnealingRecipe(StageRecipe):
+    """Stage 3 besides: the factor on the RoPE base (report: 1e6 → 8e6)."""
+
+    rope_scale: float = 8.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole pre-training run. precision: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16"."""
+
+    name: str
+    data: DataRecipe
+    model: ModelRecipe = ModelRecipe()
+    processor: ProcessorRecipe = ProcessorRecipe()
+    vision: VisionRecipe | None = None
+    alignment: StageRecipe | None = None
+    multitask: StageRecipe | None = None
+    annealing: AnnealingRecipe | None = None
+    seed: int = 0
+    precision: str = "auto"
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages this recipe has, in order."""
+        return [name for name in STAGES if getattr(self, name) is not None]
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read, override and check a recipe; paths of its sources become absolute.
+
+    Raises:
+        RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; the ready-made ones are in stages/recipes") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not TOML ({error}); mend that line") from None
+    for override in overrides:
+        _override(table, override)
+    recipe = build(Recipe, table, str(path))
+    _check(recipe, str(path))
+    located = [dataclasses.replace(s, path=_located(s.path, path.parent)) for s in recipe.data.sources]
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=tuple(located)))
+
+
+def build(cls: type, table: Any, file: str, prefix: str = "") -> Any:
+    """A table → the frozen dataclass `cls`, typed; `file` and `prefix` name the place in errors."""
+    if not isinstance(table, dict):
+        raise RecipeError(f"{file}: {prefix.rstrip('.')} is not a table; write [{prefix.rstrip('.')}]")
+    hints, known = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise RecipeError(f"{file}: unknown key {prefix}{key}; did you mean {prefix}{near}?")
+    for name, spec in known.items():
+        if name not in table and spec.default is MISSING and spec.default_factory is MISSING:
+            raise RecipeError(f"{file}: {prefix}{name} is missing; write it into the recipe")
+    return cls(**{key: _typed(hints[key], value, file, prefix + key) for key, value in table.items()})
+
+
+def _typed(hint: Any, value: Any, file: str, key: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        hint = next(arg for arg in args if arg is not type(None))
+        return _typed(hint, value, file, key)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, file, key + ".")
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(args[0], item, file, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {k: _typed(args[1], item, file, f"{key}.{k}") for k, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, type) or not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
+        names = {tuple: "a list", dict: "a table"}
+        wanted = names.get(origin) or f"of type {getattr(hint, '__name__', hint)}"
+        raise RecipeError(f"{file}: {key} is {value!r}, but must be {wanted}")
+    return value
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {text}: write --set table.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *path, last = key.strip().split(".")
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {text}: {part} is not a table")
+    table[last] = parsed
+
+
+def _check(recipe: Recipe, file: str) -> None:
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise RecipeError(f"{file}: {message}")
+
+    need(bool(recipe.data.sources), "data.sources is empty; name at least one manifest")
+    need(bool(recipe.stages), f"no stage; add one of the tables {', '.join(STAGES)}")
+    need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
+    for i, source in enumerate(recipe.data.sources):
+        need(source.kind in KINDS, f"data.sources[{i}].kind must be one of {', '.join(KINDS)}")
+        need(source.weight > 0, f"data.sources[{i}].weight must be above 0")
+        need(set(source.stages) <= set(STAGES), f"data.sources[{i}].stages may name only {', '.join(STAGES)}")
+    for name in recipe.stages:
+        stage: StageRecipe = getattr(recipe, name)
+        for key in ("steps", "context", "packs", "sequence_parallel", "save_every"):
+            need(getattr(stage, key) >= 1, f"{name}.{key} must be at least 1")
+        need(stage.lr > 0, f"{name}.lr must be above 0")
+        need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')
+        need(stage.zero in (0, 1, 2), f"{name}.zero must be 0, 1 or 2")
+        need(len(stage.betas) == 2, f"{name}.betas must be two numbers")
+        need(set(stage.mixture) <= set(KINDS), f"{name}.mixture may name only {', '.join(KINDS)}")
+        need(all(share >= 0 for share in stage.mixture.values()), f"{name}.mixture: a share is below 0")
+        total = sum(stage.mixture.values())
+        need(not stage.mixture or abs(total - 1) < 1e-6, f"{name}.mixture adds up to {total:g}, but must to 1")
+
+
+def _located(path: str, base: Path) -> str:
+    if path.startswith("{run}") or "://" in path or Path(path).is_absolute():
+        return path
+    return str((base / path if (base / path).exists() else Path(path)).absolute())
+
+
+def to_toml(recipe: Any) -> str:
+    """The resolved recipe as TOML; `load` reads it back to an equal one."""
+    return "\n".join(_lines(dataclasses.asdict(recipe), "")) + "\n"
+
+
+def _lines(table: dict[str, Any], prefix: str) -> list[str]:
+    plain = {k: v for k, v in table.items() if v is not None and not _is_table(v)}
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in plain.items()]
+    for key, value in table.items():
+        name = prefix + _key(key)
+        if isinstance(value, dict):
+            lines += ["", f"[{name}]", *_lines(value, name + ".")]
+        elif value is not None and _is_table(value):
+            for item in value:
+                lines += ["", f"[[{name}]]", *_lines(item, name + ".")]
+    return lines
+
+
+def _is_table(value: Any) -> bool:
+    many = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(item, dict) for item in value)
+    return isinstance(value, dict) or many
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() else f'"{key}"'
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    return repr(value)
