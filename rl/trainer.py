@@ -7,7 +7,6 @@ optimizer steps. Old log-probabilities are those of the training forward in floa
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +17,9 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from keye.errors import CheckpointError, KeyeError, ManifestError
+from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor, Sample
-from rl.engine import gather, make_engine
 from rl.gspo import group_advantages, gspo_loss
 from rl.heldout import Answered, ask, compare
 from rl.metrics import step_metrics
@@ -30,6 +28,7 @@ from rl.prompts import Prompt, PromptStream, load_prompts
 from rl.recipe import RlRecipe, check_world
 from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
+from stages.engine import build, load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,14 @@ class GspoTrainer:
             raise CheckpointError(f"{start} holds no model: run scripts/pretrain.py with --run {run} first")
         self.processor = KeyeProcessor.from_pretrained(start)
         self.model = KeyeForConditionalGeneration.from_pretrained(start)
-        self.engine = make_engine(self.model, recipe.gspo)
+        self.engine = self._engine()
         self.generator = torch.Generator(self.engine.device)
         self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch)
         self.reward = rewards_from(recipe.rewards)
         found = load_prompts(self.run / recipe.gspo.manifest, recipe.gspo.families)
         self.stream = PromptStream(found.prompts, self.processor, recipe.seed, self.rank, self.world)
         self.stream.rejected |= found.rejected
-        self.step = self.updates = 0
+        self.step = 0
         self.out.mkdir(parents=True, exist_ok=True)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -102,7 +101,7 @@ class GspoTrainer:
                 said = f"reward {metrics['reward_mean']:.3f} · {metrics['tokens_per_second']:.0f} tokens/s"
                 bar.update(task, advance=1, said=said)
                 if self.step % g.checkpoint_every == 0 or self.step == g.steps:
-                    self._save()
+                    save_checkpoint(self.engine, self.out / "checkpoints", self.step, self.stream.state_dict())
         if writer:
             writer.close()
         after = self._measure(questions, "after")
@@ -139,7 +138,7 @@ class GspoTrainer:
             "rejected": len(self.stream.rejected),
         }
         metrics = step_metrics(self.step, gather(local), seconds)
-        return metrics | {"lr": self._learning_rate(), "epoch": self.stream.epoch}
+        return metrics | {"lr": self.engine.get_lr()[0], "epoch": self.stream.epoch}
 
     @property
     def _temperature(self) -> float:
@@ -174,9 +173,6 @@ class GspoTrainer:
         output = gspo_loss(
             new.log_probs, old.log_probs, new.owner, advantages, sequences / self.world, g.epsilon_low, g.epsilon_high
         )
-        self.updates += 1
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
         self.engine.backward(output.loss)
         self.engine.step()
         return Update(
@@ -186,10 +182,6 @@ class GspoTrainer:
             output.clipped.tolist(),
             float(self.engine.get_global_grad_norm() or 0.0),
         )
-
-    def _learning_rate(self) -> float:
-        g = self.recipe.gspo
-        return g.learning_rate * min(1.0, self.updates / g.warmup if g.warmup else 1.0)
 
     def _seed(self, purpose: str, number: int) -> None:
         """The sampler's randomness is a function of (seed, purpose, number, rank), so a resumed run draws the same."""
@@ -237,29 +229,33 @@ class GspoTrainer:
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        """A resumable checkpoint `checkpoints/step-N`; the one before it is removed once the new one is whole."""
-        folder = self.out / "checkpoints"
-        state = {"step": self.step, "updates": self.updates, "streams": gather(self.stream.state_dict())}
-        self.engine.save_checkpoint(str(folder), tag=f"step-{self.step}", client_state=state)
-        dist.barrier()
-        if self.rank == 0:
-            for other in folder.glob("step-*"):
-                if other.name != f"step-{self.step}":
-                    shutil.rmtree(other)
+    def _engine(self) -> Any:
+        """The DeepSpeed engine around the model, without what the recipe freezes."""
+        g = self.recipe.gspo
+        for name in g.freeze:
+            try:
+                self.model.get_submodule(name).requires_grad_(False)
+            except AttributeError:
+                parts = ", ".join(child for child, _ in self.model.named_children())
+                raise RecipeError(f"gspo.freeze names {name!r}: the model's parts are {parts}") from None
+        return build(
+            self.model,
+            lr=g.learning_rate,
+            steps=g.steps * g.mini_batches,
+            warmup=g.warmup,
+            weight_decay=g.weight_decay,
+            betas=g.betas,
+            clip=g.clip,
+            zero=g.zero,
+            precision=g.precision,
+        )
 
     def _load(self) -> None:
-        """Go on from the last checkpoint, and cut the metrics back to it."""
-        folder = self.out / "checkpoints"
-        if not (folder / "latest").is_file():
-            if self.rank == 0:
-                (self.out / "metrics.jsonl").unlink(missing_ok=True)
-            return
-        path, state = self.engine.load_checkpoint(str(folder))
-        if path is None or len(state["streams"]) != self.world:
-            raise CheckpointError(f"{folder} is of another number of processes: start as many, or delete the folder")
-        self.step, self.updates = state["step"], state["updates"]
-        self.stream.load_state_dict(state["streams"][self.rank])
+        """Go on from the last whole checkpoint, and cut the metrics back to it."""
+        found = load_checkpoint(self.engine, self.out / "checkpoints")
+        if found is not None:
+            self.step, state = found
+            self.stream.load_state_dict(state)
         log = self.out / "metrics.jsonl"
         if self.rank == 0 and log.is_file():
             kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
@@ -290,3 +286,10 @@ class GspoTrainer:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         rest = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
         return Progress(*columns, *rest, disable=self.rank > 0)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, on every rank, in order of rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

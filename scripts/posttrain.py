@@ -1,13 +1,12 @@
 """Tune a pre-trained run with GSPO on questions whose answers can be checked.
 
-torchrun --nproc_per_node 2 scripts/posttrain.py rl/recipes/tiny.toml --run runs/demo
+torchrun --nproc_per_node 2 -- scripts/posttrain.py rl/recipes/tiny.toml --run runs/demo
 deepspeed scripts/posttrain.py rl/recipes/keye_8b.toml --run runs/mine --set gspo.steps=200
 """
 
 import argparse
 
 from keye.errors import run
-from rl.engine import join
 from rl.recipe import load
 
 
@@ -19,17 +18,20 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
     recipe = load(args.recipe, args.set)
-    rank, _ = join()
     from rl.trainer import GspoTrainer
+    from stages import engine
 
-    result = GspoTrainer(recipe, args.run).train()
-    if rank == 0:
+    engine.start()
+    trainer = GspoTrainer(recipe, args.run)
+    result = trainer.train()
+    if trainer.rank == 0:
         before, after = result["before"], result["after"]
         print(
             f"held-out reward {before['reward_mean']:.3f} ± {before['reward_stderr']:.3f} → {after['reward_mean']:.3f} "
             f"± {after['reward_stderr']:.3f}; gain {result['gain']:+.3f} ± {result['gain_stderr']:.3f} (paired), "
             f"greedy {result['greedy_gain']:+.3f} ± {result['greedy_gain_stderr']:.3f}"
         )
+    engine.stop()
 
 
 if __name__ == "__main__":
