@@ -1,0 +1,37 @@
+"""RL recipes: the ready-made ones load, and a mistake is one sentence that names the key."""
+
+from pathlib import Path
+
+import pytest
+
+import rl
+from keye.errors import RecipeError
+from rl.recipe import check_world, load
+
+RECIPES = sorted((Path(rl.__file__).parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_ready_made_recipes_load_and_keep_the_clip_of_the_paper(path):
+    recipe = load(path)
+    assert (recipe.gspo.epsilon_low, recipe.gspo.epsilon_high, recipe.gspo.mini_batches) == (3e-4, 4e-4, 4)
+    check_world(recipe, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("gspo.stepz=3", "unknown key gspo.stepz; did you mean gspo.steps?"),
+        ("gspo.steps=many", "gspo.steps is 'many'"),
+        ("gspo.group=1", "gspo.group must be at least 2"),
+        ("gspo.temperature=0", "gspo.temperature must be above 0"),
+    ],
+)
+def test_a_wrong_key_is_named(override, sentence):
+    with pytest.raises(RecipeError, match=sentence.replace("?", r"\?")):
+        load(RECIPES[0], [override])
+
+
+def test_prompts_that_cannot_be_dealt_are_refused():
+    with pytest.raises(RecipeError, match="cannot be dealt to 3 processes in 4 mini-batches: make it a multiple of 12"):
+        check_world(load(RECIPES[0], ["gspo.prompts=32"]), 3)
