@@ -29,6 +29,7 @@ from rl.recipe import RlRecipe, check_world
 from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
 from stages.engine import build, load_checkpoint, save_checkpoint
+from stages.recipe import to_toml
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class GspoTrainer:
         self.stream.rejected |= found.rejected
         self.step = 0
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            self._write(self.out / "recipe.toml", to_toml(recipe))
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ def main() -> None:
             f"± {after['reward_stderr']:.3f}; gain {result['gain']:+.3f} ± {result['gain_stderr']:.3f} (paired), "
             f"greedy {result['greedy_gain']:+.3f} ± {result['greedy_gain_stderr']:.3f}"
         )
+        if result["rejected"]:
+            print(f"{len(result['rejected'])} samples were left out; {args.run}/gspo/eval.json says why")
     engine.stop()
 
 
