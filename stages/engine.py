@@ -78,7 +78,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Factor on the learning rate at `step` (from 0): linear rise over `warmup` steps, then "cosine" to 0 or "constant"."""
+    """Factor on the learning rate at `step` (from 0): linear rise over `warmup` steps, "cosine" to 0 or "constant"."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":

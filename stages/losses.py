@@ -16,7 +16,7 @@ def siglip_loss(
     Args:
         vision, text: `[B, D]` unit vectors of this rank's pairs; B is the same on every rank.
         captions: `[B, T]` token ids; equal captions are positives of one another, as a small world repeats them.
-        scale: scalar log temperature. bias: scalar.
+        scale: `[1]` log temperature. bias: `[1]`.
 
     Returns:
         This rank's part of the mean over all visuals: the sum over ranks is the loss of the joined batch.

@@ -2,8 +2,8 @@
 
 The ranks form a grid: `sequence` neighbours share one pack (sequence group), the groups side by side see different
 packs (data-parallel). DeepSpeed is told nothing of it. Every collective here is differentiable and sums gradients, so
-the gradient of the whole loss is the sum over *all* ranks; DeepSpeed averages over all ranks, and the trainer multiplies
-each rank's loss by their number. That makes ZeRO partition over the whole world, sequence group included.
+the gradient of the whole loss is the sum over *all* ranks; DeepSpeed averages over all ranks, and the trainer scales
+each loss by their number. That makes ZeRO partition over the whole world, sequence group included.
 """
 
 from collections.abc import Callable

@@ -23,16 +23,13 @@ class ModelRecipe:
     """What is trained: a preset made anew, or a Keye directory to go on from.
 
     preset: "tiny", "small" or "keye_8b". path: a Hugging Face directory of a Keye; wins over the preset. tokenizer: a
-    directory or hub id; empty = a byte-level BPE of `vocab_size` entries is trained on the run's own text. text_model
-    and vision_model: directories or hub ids of a Qwen3 and a SigLIP whose weights the preset starts from.
+    directory or hub id; empty = a byte-level BPE of `vocab_size` entries is trained on the world's own text.
     """
 
     preset: str = "tiny"
     path: str = ""
     tokenizer: str = ""
     vocab_size: int = 2048
-    vision_model: str = ""
-    text_model: str = ""
 
 
 @dataclass(frozen=True)

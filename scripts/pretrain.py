@@ -1,0 +1,29 @@
+"""The four pre-training stages of a recipe; the same command again goes on where it stopped."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from keye.errors import run  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", help="a TOML file, such as stages/recipes/tiny.toml")
+    parser.add_argument("--run", help="directory to write to (default runs/<name of the recipe>)")
+    parser.add_argument("--stage", choices=("vision", "alignment", "multitask", "annealing"), help="only this stage")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. annealing.steps=20")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    args = parser.parse_args()
+    from stages.recipe import load
+
+    recipe = load(args.recipe, args.set)
+    from stages.run import pretrain
+
+    pretrain(recipe, args.run or f"runs/{recipe.name}", args.stage)
+
+
+if __name__ == "__main__":
+    run(main)

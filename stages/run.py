@@ -1,0 +1,184 @@
+"""A whole pre-training run in one launch: world, tokenizer, model, then the stages one after the other."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from keye.errors import CheckpointError, KeyeError, RecipeError
+from keye.model.config import KeyeConfig
+from keye.model.keye import KeyeForConditionalGeneration
+from keye.prompt.processor import KeyeProcessor
+from keye.prompt.tokenizer import load_tokenizer, train_tokenizer
+from stages import engine
+from stages import recipe as recipes
+from stages.alignment import Alignment
+from stages.annealing import Annealing
+from stages.data.sources import Cache, Quarantine
+from stages.multitask import Multitask
+from stages.parallel import make_grid
+from stages.recipe import Recipe, StageRecipe
+from stages.stage import open_mixture
+from stages.trainer import Trainer, micro_batches
+from stages.vision import Vision
+
+KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
+DONE = "stage.json"
+
+
+def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
+    """Run all stages of a recipe, or the stage `only`; what is finished is passed over, what was begun goes on.
+
+    Raises:
+        KeyeError: whatever the user can mend.
+    """
+    if only is not None and only not in recipe.stages:
+        raise RecipeError(f"the recipe has no stage {only}; it has {', '.join(recipe.stages)}")
+    run = Path(run)
+    engine.start()
+    seed(recipe.seed)
+    if dist.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.toml").write_text(recipes.to_toml(recipe))
+        (run / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=2) + "\n")
+    _first_rank(lambda: prepare_world(recipe, run))
+    _first_rank(lambda: prepare_tokenizer(recipe, run))
+    cache = Cache(recipe.data.cache_mb << 20)
+    for name in recipe.stages:
+        if only in (None, name):
+            run_stage(name, recipe, run, cache)
+    engine.stop()
+
+
+def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
+    """Train one stage from the model of the one before, and write `run/name/model`."""
+    folder, told = run / name, getattr(recipe, name)
+    if (folder / DONE).exists():
+        _say(f"{name}: finished before, passed over; remove {folder} to train it again")
+        return
+    seed(recipe.seed + 1 + recipes.STAGES.index(name))
+    grid = make_grid(told.sequence_parallel)
+    processor = make_processor(recipe, told, run)
+    model = load_model(name, recipe, run, processor)
+    if told.checkpointing:
+        model.gradient_checkpointing_enable()
+    stage = KINDS[name](told, processor)
+    module = stage.prepare(model).train()
+    quarantine = Quarantine(folder / "quarantine.jsonl")
+    loader = stage.loader(open_mixture(name, recipe, processor, grid, cache, quarantine, str(run)), grid)
+    pairs = getattr(told, "pairs", None)
+    count = micro_batches(name, told.packs if pairs is None else pairs, grid)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    _say(f"{name}: {trained / 1e6:.2f} M parameters, {told.steps} steps, {grid.data_size} × {grid.sequence} ranks")
+    # The pairs of a step are one batch, because each is a negative of every other.
+    trainer = Trainer(
+        stage, module, loader, grid, told, folder, count if pairs is None else 1, recipe.precision
+    )
+    trainer.run()
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
+        (folder / DONE).write_text(json.dumps({"steps": told.steps, "skipped": len(quarantine)}) + "\n")
+    dist.barrier()
+
+
+def load_model(name: str, recipe: Recipe, run: Path, processor: KeyeProcessor) -> KeyeForConditionalGeneration:
+    """The model of the stage before, or the recipe's own for the first."""
+    before = recipe.stages[: recipe.stages.index(name)]
+    if before:
+        path = run / before[-1] / "model"
+        if not (run / before[-1] / DONE).exists():
+            raise CheckpointError(f"{path} is not there yet; run the stage {before[-1]} before {name}")
+    elif recipe.model.path:
+        path = Path(recipe.model.path)
+    else:
+        config = KeyeConfig.preset(recipe.model.preset, vocab_size=len(processor.tokenizer))
+        return KeyeForConditionalGeneration(processor.configure(config)).to(torch.float32)
+    try:
+        return KeyeForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a Keye directory ({str(error).splitlines()[0]}); name another") from error
+
+
+def make_processor(recipe: Recipe, told: StageRecipe, run: Path) -> KeyeProcessor:
+    """The processor with the stage's own encoder settings."""
+    settings = {**recipe.processor.encoder, **told.encoder}
+    try:
+        return KeyeProcessor(load_tokenizer(str(run / "tokenizer")), encoder=settings, image=recipe.processor.image)
+    except TypeError as error:
+        raise RecipeError(f"processor.encoder: {error}; see SlowFastEncoder for what it takes") from error
+
+
+def prepare_world(recipe: Recipe, run: Path) -> None:
+    """Draw the recipe's SlowFastWorld unless it is there."""
+    world = recipe.data.world
+    if world is None:
+        return
+    from keye.world import generate
+
+    settings = dict(world.settings)
+    if "size" in settings:
+        settings["size"] = tuple(settings["size"])
+    for split, counts in (("train", world.counts), ("heldout", world.heldout)):
+        if counts and not (run / "world" / f"{split}.jsonl").exists():
+            generate(run / "world", split, counts=counts, seed=world.seed, **settings)
+
+
+def prepare_tokenizer(recipe: Recipe, run: Path) -> None:
+    """`run/tokenizer`: the recipe's, or one trained on the world's text and the manifests' words."""
+    if (run / "tokenizer").exists():
+        return
+    named = recipe.model.tokenizer or recipe.model.path
+    if named:
+        tokenizer = load_tokenizer(named)
+    else:
+        from keye.world import texts
+
+        tokenizer = train_tokenizer(texts(recipe.seed), recipe.model.vocab_size)
+    tokenizer.save_pretrained(run / "tokenizer")
+
+
+def seed(value: int) -> None:
+    """Seed every generator."""
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def environment(value: int) -> dict[str, object]:
+    """Versions, machine and seed of a run."""
+    names = ("torch", "transformers", "deepspeed", "datasets", "av", "numpy")
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in names},
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "seed": value,
+    }
+
+
+def _first_rank(action) -> None:
+    """Call `action` on rank 0 while the others wait; its mistake is everybody's."""
+    box: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except KeyeError as error:
+            box[0] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is not None:
+        raise KeyeError(box[0])
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)

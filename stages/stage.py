@@ -1,0 +1,116 @@
+"""What a stage is: the module DeepSpeed trains, the batches it trains on, and the loss of one of them."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from keye.model.keye import KeyeForConditionalGeneration
+from keye.prompt.processor import KeyeProcessor, Sample
+from stages.data.loader import Loader
+from stages.data.mixture import Mixture
+from stages.data.packing import Packer, pack
+from stages.data.sources import Cache, Item, Quarantine, Source
+from stages.parallel import Grid, shard
+from stages.recipe import Recipe, SourceRecipe, StageRecipe
+
+
+class Stage(Protocol):
+    """One stage of pre-training."""
+
+    name: str
+
+    def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
+        """Freeze, change what the stage changes, and return the module to train."""
+
+    def loader(self, mixture: Mixture | None, grid: Grid) -> Loader:
+        """This rank's batches, one for each call of `loss`."""
+
+    def weight(self, batch: dict[str, Any], grid: Grid) -> float:
+        """This rank's part of what the summed loss of a step is divided by."""
+
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+        """This rank's part of the batch's summed loss."""
+
+
+class LanguageStage:
+    """Next-token training on packs; the stages 1 to 3 differ in `prepare` alone."""
+
+    name: str
+
+    def __init__(self, recipe: StageRecipe, processor: KeyeProcessor) -> None:
+        self.recipe, self.processor = recipe, processor
+
+    def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
+        """Everything trains."""
+        return model.requires_grad_(True)
+
+    def loader(self, mixture: Mixture | None, grid: Grid) -> Loader:
+        def collate(items: list[Item]) -> dict[str, Any]:
+            row = pack([item.sample for item in items], grid.sequence, self.processor.tokenizer.pad_token_id)
+            return {**row, "kinds": count_kinds(items)}
+
+        packer = None if mixture is None else Packer(mixture, self.recipe.context)
+        return Loader(packer, collate, grid)
+
+    def weight(self, batch: dict[str, Any], grid: Grid) -> float:
+        # One rank of a sequence group speaks for all of its pack.
+        return float((batch["shift_labels"] != -100).sum()) if grid.sequence_rank == 0 else 0.0
+
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+        row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        inputs = shard(
+            row, grid, self.processor.token_id("<|image_pad|>"), self.processor.token_id("<|video_pad|>")
+        )
+        return module(**inputs, num_items_in_batch=1.0).loss
+
+
+def count_kinds(items: list[Item]) -> dict[str, int]:
+    """Kind → tokens."""
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item.kind] = counts.get(item.kind, 0) + item.tokens
+    return counts
+
+
+def visual_samples(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels `[N, 3, 14, 14]` and grids `[F, 3]` of all samples, and each frame's (or still's) sample `[F]`."""
+    pixels, grids, owners = [], [], []
+    for i, s in enumerate(samples):
+        for values, grid in ((s.pixel_values, s.image_grid_thw), (s.pixel_values_videos, s.video_grid_thw)):
+            if values is not None:
+                pixels.append(values)
+                grids.append(grid)
+                owners.append(torch.full((len(grid),), i))
+    return torch.cat(pixels), torch.cat(grids), torch.cat(owners)
+
+
+def open_mixture(
+    name: str, recipe: Recipe, processor: KeyeProcessor, grid: Grid, cache: Cache, quarantine: Quarantine, run: str
+) -> Mixture | None:
+    """The stage's sources with their token shares; None on ranks that are handed their packs."""
+    if grid.sequence_rank:
+        return None
+    stage: StageRecipe = getattr(recipe, name)
+    chosen = [s for s in recipe.data.sources if name in s.stages or (not s.stages and name != "vision")]
+    chosen = [s for s in chosen if not stage.mixture or stage.mixture.get(s.kind, 0) > 0]
+    shares = _shares(name, stage, chosen)
+    shard_ = (grid.data_rank, grid.data_size)
+    sources = []
+    for source, share in shares:
+        located = SourceRecipe(source.path.replace("{run}", run), source.kind, source.families, source.weight)
+        sources.append((Source(located, processor, recipe.seed, cache, quarantine, shard_, stage.context), share))
+    return Mixture(sources)
+
+
+def _shares(name: str, stage: StageRecipe, sources: list[SourceRecipe]) -> list[tuple[SourceRecipe, float]]:
+    from keye.errors import RecipeError
+
+    if not sources:
+        raise RecipeError(f"no data source serves the stage {name}; add one with stages = [\"{name}\"]")
+    weights = {kind: sum(s.weight for s in sources if s.kind == kind) for kind in {s.kind for s in sources}}
+    missing = [kind for kind, share in stage.mixture.items() if share > 0 and kind not in weights]
+    if missing:
+        raise RecipeError(f"{name}.mixture wants {missing[0]}, but no data source of that kind serves the stage")
+    mixture = stage.mixture or {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
+    return [(s, mixture[s.kind] * s.weight / weights[s.kind]) for s in sources]
