@@ -84,7 +84,8 @@ class Demo:
 
     def torchrun(self, name: str, *command: str) -> None:
         """Run a script on two processes (CPU), or on every GPU when there are several."""
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes())]
+        # Behind "--", or torchrun takes --run for one of its own options.
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes()), "--"]
         self.call(name, *launch, *command)
 
     def train(self, name: str, script: str, recipe: str, short: tuple[str, ...]) -> None:

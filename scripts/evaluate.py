@@ -12,7 +12,7 @@ _EXAMPLES = """examples:
   python scripts/evaluate.py runs/demo/annealing/model runs/demo/world/heldout.jsonl
   python scripts/evaluate.py MODEL heldout.jsonl --blind --train train.jsonl --out blind.json
   python scripts/evaluate.py MODEL heldout.jsonl --families count,order --limit 50
-  torchrun --nproc_per_node 2 scripts/evaluate.py MODEL heldout.jsonl          the questions shared by two processes
+  torchrun --nproc_per_node 2 -- scripts/evaluate.py MODEL heldout.jsonl          the questions shared by two processes
 """
 
 
