@@ -48,7 +48,7 @@ class Packer:
     Args:
         mixture: where samples come from; each is at most `context` tokens long.
         context: tokens a pack holds at most.
-        pool: samples looked over; more = fuller packs.
+        pool: samples looked over at least; more = fuller packs.
     """
 
     def __init__(self, mixture: Mixture, context: int, pool: int = 32) -> None:
@@ -57,7 +57,8 @@ class Packer:
 
     def next(self) -> list[Item]:
         """The samples of the next pack."""
-        while len(self.pool) < self.size:
+        # Two contexts' worth, however short the samples: a long pack of short samples needs many of them.
+        while len(self.pool) < self.size or sum(item.tokens for item in self.pool) < 2 * self.context:
             self.pool.append(self.mixture.next())
         chosen, room = [self.pool.pop(0)], self.context
         room -= chosen[0].tokens
