@@ -5,7 +5,6 @@ A checkpoint is a directory `step-N` with DeepSpeed's shards, one `state-R.pt` a
 over.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -198,21 +197,3 @@ def load_checkpoint(engine: Any, directory: str | Path) -> tuple[int, dict[str, 
     if "cuda" in mine["rng"]:
         torch.cuda.set_rng_state(mine["rng"]["cuda"])
     return client["step"], mine["state"]
-
-
-def prebuild() -> None:
-    """Take one step with a one-layer model, so that set-up meets whatever DeepSpeed has to compile or cannot do."""
-    start()
-    engine = build(nn.Linear(8, 8), lr=1e-3, steps=1)
-    x = torch.randn(1, 8, device=device(), dtype=next(engine.module.parameters()).dtype)
-    engine.backward(engine(x).float().square().mean())
-    engine.step()
-    stop()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m stages.engine")
-    parser.add_argument("--prebuild", action="store_true", help="take one step, so that DeepSpeed is ready to run")
-    if parser.parse_args().prebuild:
-        prebuild()
-        print("DeepSpeed is ready")
