@@ -1,0 +1,123 @@
+"""Runs a function on several gloo processes of this machine and brings home what each returned or raised."""
+
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+GRACE = 10.0  # seconds that the other ranks have left once one of them failed
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int = 2, timeout: float = 120, *args: Any) -> list[Any]:
+    """Call `fn(*args)` in `world_size` fresh processes that are joined in a gloo group; each has one thread.
+
+    Args:
+        fn: a function of a module (it is sent by name); what it returns and raises is pickled.
+        timeout: seconds for all of it, start included.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        TimeoutError: a rank was not done in time; all are killed.
+        Exception: the first exception that any rank raised, with its traceback as a note.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context, port = mp.get_context("spawn"), free_port()
+        processes = [
+            context.Process(target=_work, args=(fn, args, rank, world_size, port, timeout, folder), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        late = _wait(processes, timeout)
+        found = {rank: _read(Path(folder) / f"{rank}.pickle") for rank in range(world_size)}
+    failed = [outcome for outcome in found.values() if outcome is not None and outcome["error"] is not None]
+    if failed:
+        first = min(failed, key=lambda outcome: outcome["time"])
+        first["error"].add_note(f"on rank {first['rank']} of {world_size}:\n{first['trace']}")
+        raise first["error"]
+    if late:
+        raise TimeoutError(f"ranks {late} of {world_size} were not done after {timeout} s")
+    lost = {rank: processes[rank].exitcode for rank, outcome in found.items() if outcome is None}
+    if lost:
+        raise RuntimeError(f"ranks ended without a result: {lost} (rank: exit code)")
+    return [found[rank]["result"] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(processes: list[Any], timeout: float) -> list[int]:
+    """Join all, kill those that are late; the ranks killed. A failed rank leaves the others a short time."""
+    deadline = time.monotonic() + timeout
+    while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+        if any(p.exitcode not in (None, 0) for p in processes):
+            deadline = min(deadline, time.monotonic() + GRACE)
+        time.sleep(0.05)
+    late = [rank for rank, p in enumerate(processes) if p.is_alive()]
+    for rank in late:
+        processes[rank].kill()
+    for process in processes:
+        process.join()
+    return late
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return pickle.loads(path.read_bytes()) if path.exists() else None
+
+
+def _work(
+    fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, port: int, timeout: float, folder: str
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    torch.set_num_threads(1)
+    outcome: dict[str, Any] = {"rank": rank, "result": None, "error": None, "trace": ""}
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        outcome["result"] = fn(*args)
+        # Nobody leaves while another still talks to it.
+        if dist.is_initialized():
+            dist.barrier()
+    except Exception as error:
+        outcome |= {"error": error, "trace": traceback.format_exc()}
+    outcome["time"] = time.time()
+    _write(Path(folder) / f"{rank}.pickle", outcome)
+    if dist.is_initialized() and outcome["error"] is None:
+        dist.destroy_process_group()
+    # A rank that failed must not wait for the others in the destructors of its group.
+    os._exit(0 if outcome["error"] is None else 1)
+
+
+def _write(path: Path, outcome: dict[str, Any]) -> None:
+    try:
+        blob = pickle.dumps(outcome)
+        pickle.loads(blob)
+    except Exception as error:
+        said = outcome["error"] if outcome["error"] is not None else f"its result cannot be pickled: {error}"
+        blob = pickle.dumps(outcome | {"result": None, "error": RuntimeError(str(said))})
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(blob)
+    partial.rename(path)

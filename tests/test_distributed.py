@@ -1,0 +1,44 @@
+"""The helper itself: results by rank, the first exception, and the time limit."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from keye.errors import RecipeError
+from tests.distributed import run_distributed
+
+
+def sum_of_ranks(offset: int) -> tuple[int, float]:
+    value = torch.tensor(float(dist.get_rank() + offset))
+    dist.all_reduce(value)
+    return dist.get_rank(), value.item()
+
+
+def fail_on_one() -> None:
+    if dist.get_rank() == 1:
+        raise RecipeError("the reason")
+    dist.barrier()
+
+
+def sleep_on_one() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(600)
+
+
+def test_results_come_back_by_rank():
+    assert run_distributed(sum_of_ranks, 2, 60, 5) == [(0, 11.0), (1, 11.0)]
+
+
+def test_first_exception_is_raised_as_it_was():
+    with pytest.raises(RecipeError, match="the reason") as caught:
+        run_distributed(fail_on_one, 2, 60)
+    assert "on rank 1" in caught.value.__notes__[0]
+
+
+def test_time_limit_ends_what_hangs():
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"\[0, 1\] of 2|\[1\] of 2"):
+        run_distributed(sleep_on_one, 2, 6)
+    assert time.monotonic() - started < 30
