@@ -8,8 +8,7 @@ from pathlib import Path
 
 from keye.errors import RecipeError
 from rl.gspo import EPSILON_HIGH, EPSILON_LOW
-from stages.recipe import _override as override
-from stages.recipe import build
+from stages.recipe import build, override
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ names the nearest known one; `--set annealing.steps=20` overrides a key from the
 
 import dataclasses
 import difflib
+import json
+import re
 import tomllib
 import types
 from dataclasses import MISSING, dataclass, field
@@ -153,13 +155,15 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe; the ready-made ones are in stages/recipes") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML ({error}); mend that line") from None
-    for override in overrides:
-        _override(table, override)
+    for text in overrides:
+        override(table, text)
     recipe = build(Recipe, table, str(path))
     _check(recipe, str(path))
     located = [dataclasses.replace(s, path=_located(s.path, path.parent)) for s in recipe.data.sources]
@@ -203,7 +207,12 @@ def _typed(hint: Any, value: Any, file: str, key: str) -> Any:
     return value
 
 
-def _override(table: dict[str, Any], text: str) -> None:
+def override(table: dict[str, Any], text: str) -> None:
+    """Write "table.key=value" into a recipe's table, in place; what is not a TOML value is taken for a string.
+
+    Raises:
+        RecipeError: no "=", or a way through something that is no table.
+    """
     key, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"--set {text}: write --set table.key=value")
@@ -238,11 +247,23 @@ def _check(recipe: Recipe, file: str) -> None:
         need(stage.lr > 0, f"{name}.lr must be above 0")
         need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')
         need(stage.zero in (0, 1, 2), f"{name}.zero must be 0, 1 or 2")
+        for key in ("warmup", "weight_decay", "clip"):
+            need(getattr(stage, key) >= 0, f"{name}.{key} must not be below 0")
         need(len(stage.betas) == 2, f"{name}.betas must be two numbers")
         need(set(stage.mixture) <= set(KINDS), f"{name}.mixture may name only {', '.join(KINDS)}")
         need(all(share >= 0 for share in stage.mixture.values()), f"{name}.mixture: a share is below 0")
         total = sum(stage.mixture.values())
         need(not stage.mixture or abs(total - 1) < 1e-6, f"{name}.mixture adds up to {total:g}, but must to 1")
+    if recipe.vision is not None:
+        vision, sizes = recipe.vision, ("pairs", "text_width", "text_layers", "text_heads", "text_length")
+        for key in sizes:
+            need(getattr(vision, key) >= 1, f"vision.{key} must be at least 1")
+        need(
+            vision.sequence_parallel == 1,
+            "vision.sequence_parallel must be 1, because its pairs are no sequence to be cut; remove the key",
+        )
+    if recipe.annealing is not None:
+        need(recipe.annealing.rope_scale > 0, "annealing.rope_scale must be above 0")
 
 
 def _located(path: str, base: Path) -> str:
@@ -275,14 +296,15 @@ def _is_table(value: Any) -> bool:
 
 
 def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else f'"{key}"'
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _value(key)
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        # A JSON string is a TOML string but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_value(item) for item in value) + "]"
     return repr(value)

@@ -46,7 +46,7 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     seed(recipe.seed)
     if dist.get_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.toml").write_text(recipes.to_toml(recipe))
+        (run / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
         (run / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=2) + "\n")
     _first_rank(lambda: prepare_world(recipe, run))
     _first_rank(lambda: prepare_tokenizer(recipe, run))

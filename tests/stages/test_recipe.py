@@ -1,0 +1,123 @@
+"""Recipes: what is wrong is named with its key and the mend; what is right comes back the same."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keye.errors import RecipeError
+from stages import recipe as recipes
+from stages.recipe import ProcessorRecipe, SourceRecipe, load, to_toml
+
+READY_MADE = sorted((Path(recipes.__file__).parent / "recipes").glob("*.toml"))
+SMALL = """
+name = "mine"
+[[data.sources]]
+path = "world.jsonl"
+kind = "video"
+[alignment]
+steps = 3
+lr = 1e-3
+[vision]
+steps = 2
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize("path", READY_MADE, ids=lambda path: path.stem)
+def test_ready_made_recipe_loads_and_comes_back_from_its_toml(path, tmp_path):
+    recipe = load(path)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(to_toml(recipe))
+    assert recipe.stages and load(copy) == recipe
+
+
+def test_sources_are_looked_for_beside_the_recipe(small):
+    (small.parent / "world.jsonl").write_text("")
+    assert load(small).data.sources == (SourceRecipe(str(small.parent / "world.jsonl"), "video"),)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("alignment.stpes=3", "unknown key alignment.stpes; did you mean alignment.steps?"),
+        ("alignmint.steps=3", "unknown key alignmint; did you mean alignment?"),
+        ("alignment.rope_scale=8.0", "unknown key alignment.rope_scale"),
+        ("annealing.steps=3", "annealing.lr is missing"),
+        ("alignment.steps=three", "alignment.steps is 'three', but must be of type int"),
+        ("alignment.steps=2.5", "alignment.steps is 2.5, but must be of type int"),
+        ("alignment.steps=true", "alignment.steps is True, but must be of type int"),
+        ("alignment.checkpointing=1", "alignment.checkpointing is 1, but must be of type bool"),
+        ("alignment.betas=0.9", "alignment.betas is 0.9, but must be a list"),
+        ('alignment.betas=["a", "b"]', "alignment.betas[0] is 'a', but must be of type float"),
+        ("alignment.mixture=1", "alignment.mixture is 1, but must be a table"),
+        ("alignment=1", "alignment is not a table"),
+        ("alignment.steps.more=1", "steps is not a table"),
+        ("alignment.steps", "write --set table.key=value"),
+        ("alignment.steps=0", "alignment.steps must be at least 1"),
+        ("alignment.lr=nan", "alignment.lr must be above 0"),
+        ("alignment.warmup=-1", "alignment.warmup must not be below 0"),
+        ("alignment.zero=3", "alignment.zero must be 0, 1 or 2"),
+        ("alignment.mixture.video=0.9", "alignment.mixture adds up to 0.9, but must to 1"),
+        ("alignment.mixture.film=1.0", "alignment.mixture may name only"),
+        ("vision.sequence_parallel=2", "vision.sequence_parallel must be 1"),
+        ("vision.pairs=0", "vision.pairs must be at least 1"),
+        ("precision=fp16", "precision must be"),
+        ("data.sources=[]", "data.sources is empty"),
+    ],
+)
+def test_mistake_is_named_with_its_key(small, override, said):
+    with pytest.raises(RecipeError) as caught:
+        load(small, [override])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_override_writes_nested_keys_and_new_tables(small):
+    recipe = load(
+        small,
+        ["alignment.steps=7", "alignment.lr=1", "name=yours", "alignment.mixture={video = 1.0}",
+         "processor.encoder.max_tokens=64", "annealing.steps=1", "annealing.lr=1e-4"],
+    )  # fmt: skip
+    assert (recipe.alignment.steps, recipe.alignment.lr, recipe.name) == (7, 1.0, "yours")
+    assert isinstance(recipe.alignment.lr, float) and recipe.alignment.mixture == {"video": 1.0}
+    assert recipe.processor.encoder == {"max_tokens": 64}
+    assert recipe.stages == ["vision", "alignment", "annealing"] and recipe.annealing.rope_scale == 8.0
+
+
+@pytest.mark.parametrize("content", [b"steps = [", b"\xff\xfe\x00"], ids=["torn", "binary"])
+def test_file_that_is_not_toml_is_named(tmp_path, content):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match="mine.toml: not TOML"):
+        load(path)
+
+
+def test_missing_file_and_directory_are_named(tmp_path):
+    with pytest.raises(RecipeError, match="nowhere.toml: no such recipe"):
+        load(tmp_path / "nowhere.toml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load(tmp_path)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    name=st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    key=st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    value=st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False), st.booleans(), st.text("a\"\\\n\x7fé")),
+)
+def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, name, key, value):
+    path = tmp_path_factory.mktemp("recipe") / "mine.toml"
+    path.write_text(SMALL)
+    recipe = load(path, ["alignment.steps=9"])
+    table = replace(recipe, name=name, processor=ProcessorRecipe(encoder={key: value}))
+    path.write_text(to_toml(table), encoding="utf-8", newline="")
+    assert load(path) == table
