@@ -85,7 +85,7 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     if dist.get_rank() == 0:
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
-        (folder / DONE).write_text(json.dumps({"steps": told.steps, "skipped": len(quarantine)}) + "\n")
+        (folder / DONE).write_text(json.dumps({"steps": told.steps, "skipped": len(quarantine.rows())}) + "\n")
     dist.barrier()
 
 

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor, Sample
 from stages.data.loader import Loader
@@ -98,16 +99,17 @@ def open_mixture(
     shard_ = (grid.data_rank, grid.data_size)
     sources = []
     for source, share in shares:
-        located = SourceRecipe(source.path.replace("{run}", run), source.kind, source.families, source.weight)
-        sources.append((Source(located, processor, recipe.seed, cache, quarantine, shard_, stage.context), share))
+        made = Source(source, processor, recipe.seed, cache, quarantine, shard_, stage.context, run)
+        sources.append((made, share))
     return Mixture(sources)
 
 
 def _shares(name: str, stage: StageRecipe, sources: list[SourceRecipe]) -> list[tuple[SourceRecipe, float]]:
-    from keye.errors import RecipeError
-
     if not sources:
         raise RecipeError(f"no data source serves the stage {name}; add one with stages = [\"{name}\"]")
+    parts = [(s.path, s.kind, frozenset(s.families)) for s in sources]
+    if len(set(parts)) < len(parts):
+        raise RecipeError(f"the stage {name} reads the same part of a manifest twice; write it once with its weight")
     weights = {kind: sum(s.weight for s in sources if s.kind == kind) for kind in {s.kind for s in sources}}
     missing = [kind for kind, share in stage.mixture.items() if share > 0 and kind not in weights]
     if missing:

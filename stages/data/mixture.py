@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from keye.errors import CheckpointError
 from stages.data.sources import Item, Source
 
 
@@ -39,6 +40,11 @@ class Mixture:
         return {"drawn": dict(self.drawn), "sources": {n: s.state_dict() for n, s in self.sources.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; CheckpointError when other sources made it."""
+        if set(state["sources"]) != set(self.sources):
+            raise CheckpointError(
+                "the checkpoint was made with other data.sources; take the recipe it was made with, or remove it"
+            )
         self.drawn = dict(state["drawn"])
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])

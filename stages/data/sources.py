@@ -43,9 +43,17 @@ class Quarantine:
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = Path(path) if path else None
         self.seen: set[tuple[str, int]] = set()
+        # A resumed run meets the same bad lines again; they may have been mended meanwhile, so only writing is spared.
+        self.written = {(row["file"], row["line"]) for row in self.rows()}
 
     def __len__(self) -> int:
         return len(self.seen)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What all processes have written so far."""
+        if self.path is None or not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
     def add(self, file: str, line: int, reason: str) -> None:
         """Record one bad sample; `line` counts from 1."""
@@ -53,9 +61,9 @@ class Quarantine:
             return
         self.seen.add((file, line))
         logging.getLogger("stages").warning("skipped %s line %d: %s", file, line, reason)
-        if self.path is not None:
+        if self.path is not None and (file, line) not in self.written:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as out:
+            with self.path.open("a", encoding="utf-8") as out:
                 out.write(json.dumps({"file": file, "line": line, "reason": reason}) + "\n")
 
 
@@ -97,6 +105,7 @@ class Source:
         shard: (i, n): this process sees every n-th sample, beginning with the i-th; the same ones in every epoch.
         cache, quarantine: shared by all sources of a process.
         limit: samples of more tokens are quarantined.
+        run: what `{run}` in the recipe's path stands for.
 
     Raises:
         ManifestError: no such file, or nothing in it fits.
@@ -111,17 +120,20 @@ class Source:
         quarantine: Quarantine,
         shard: tuple[int, int] = (0, 1),
         limit: int = 1 << 30,
+        run: str = "",
     ) -> None:
         self.recipe, self.processor, self.seed, self.limit = recipe, processor, seed, limit
         self.cache, self.quarantine = cache, quarantine
+        # Checkpoints know a source by its name, so the name stays when the run's folder moves.
+        self.path = recipe.path.replace("{run}", run)
         self.name = f"{recipe.path}#{recipe.kind}" + "".join(f"+{family}" for family in recipe.families)
         self.settings = json.dumps([processor.encoder, processor.image], sort_keys=True)
-        self.lines = read_lines(recipe.path)
+        self.lines = read_lines(self.path)
         chosen = [i for i, line in enumerate(self.lines) if self._wanted(line, i, report=shard[0] == 0)]
         self.indices = chosen[shard[0] :: shard[1]]
         if not self.indices:
             raise ManifestError(
-                f"{recipe.path}: only {len(chosen)} {recipe.kind} samples of families "
+                f"{self.path}: only {len(chosen)} {recipe.kind} samples of families "
                 f"{', '.join(recipe.families) or '(any)'} for {shard[1]} readers; give more or mend data.sources"
             )
         self.epoch, self.position, self.failures = 0, 0, 0
@@ -135,7 +147,7 @@ class Source:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if report:
                 reason = f"no 'messages' list ({error})" if not isinstance(error, ValueError) else f"not JSON ({error})"
-                self.quarantine.add(self.recipe.path, index + 1, reason)
+                self.quarantine.add(self.path, index + 1, reason)
             return False
         families = self.recipe.families
         return kind == self.recipe.kind and (not families or row.get("family") in families)
@@ -168,8 +180,8 @@ class Source:
 
     def item(self, index: int) -> Item | None:
         """Sample `index` (line − 1) of the manifest, encoded or from the cache; None when it is bad."""
-        key = (self.recipe.path, index, self.settings)
-        if (self.recipe.path, index + 1) in self.quarantine.seen:
+        key = (self.path, index, self.settings)
+        if (self.path, index + 1) in self.quarantine.seen:
             return None
         item = self.cache.get(key)
         if item is None:
@@ -179,7 +191,7 @@ class Source:
             self.cache.put(key, item)
         if item.tokens > self.limit:
             self.quarantine.add(
-                self.recipe.path, index + 1, f"{item.tokens} tokens are more than the context of {self.limit}"
+                self.path, index + 1, f"{item.tokens} tokens are more than the context of {self.limit}"
             )
             return None
         return replace(item, source=self.name)
@@ -187,11 +199,14 @@ class Source:
     def _encode(self, index: int) -> Item | None:
         messages = json.loads(self.lines[index])["messages"]
         try:
-            sample = self.processor.sample(messages, base_dir=Path(self.recipe.path).parent)
+            sample = self.processor.sample(messages, base_dir=Path(self.path).parent)
             if not bool((sample.labels[1:] != -100).any()):
                 raise ManifestError("the assistant says nothing; add an assistant message")
-        except (KeyeError, ValueError, TypeError, KeyError, OSError) as error:
-            self.quarantine.add(self.recipe.path, index + 1, str(error))
+        except KeyeError as error:
+            self.quarantine.add(self.path, index + 1, str(error))
+            return None
+        except Exception as error:  # a template, a decoder or an image library may raise anything at odd content
+            self.quarantine.add(self.path, index + 1, f"{type(error).__name__}: {error}")
             return None
         return Item(sample, self.name, index, self.recipe.kind, caption_of(messages))
 
