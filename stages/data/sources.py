@@ -164,7 +164,8 @@ class Source:
                 self.failures = 0
                 return item
             self.failures += 1
-            if self.failures >= len(self.indices):
+            # The good ones may come first in one epoch and last in the next: with one of n, 2n − 2 bad in a row.
+            if self.failures >= 2 * len(self.indices) - 1:
                 raise ManifestError(
                     f"{self.name}: none of its {len(self.indices)} samples can be used; see quarantine.jsonl for why"
                 )
@@ -202,13 +203,13 @@ class Source:
             sample = self.processor.sample(messages, base_dir=Path(self.path).parent)
             if not bool((sample.labels[1:] != -100).any()):
                 raise ManifestError("the assistant says nothing; add an assistant message")
+            return Item(sample, self.name, index, self.recipe.kind, caption_of(messages))
         except KeyeError as error:
             self.quarantine.add(self.path, index + 1, str(error))
             return None
         except Exception as error:  # a template, a decoder or an image library may raise anything at odd content
             self.quarantine.add(self.path, index + 1, f"{type(error).__name__}: {error}")
             return None
-        return Item(sample, self.name, index, self.recipe.kind, caption_of(messages))
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position}

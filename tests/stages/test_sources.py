@@ -1,0 +1,213 @@
+"""One bad line costs itself alone: it is counted, written to quarantine.jsonl with file and line, and passed over."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from keye.errors import ManifestError
+from stages.data.sources import Cache, Quarantine, Source, caption_of, kind_of
+from stages.recipe import SourceRecipe
+from tests.stages import small
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return small.processor()
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    return small.world(tmp_path_factory.mktemp("world"))
+
+
+def beside(manifest: Path, name: str, rows: list[str]) -> Path:
+    """Another manifest in the same folder."""
+    path = manifest.with_name(name)
+    path.write_text("".join(row + "\n" for row in rows))
+    return path
+
+
+def chat(content: object, answer: str = "red") -> str:
+    return json.dumps({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
+
+
+def clip(name: str) -> str:
+    return chat([{"type": "video", "video": name}, {"type": "text", "text": "how many flashes"}])
+
+
+def rows_of(path: Path) -> dict[int, str]:
+    """Line → reason."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(set(row) == {"file", "line", "reason"} for row in rows)
+    return {row["line"]: row["reason"] for row in rows}
+
+
+def test_bad_clips_are_quarantined_and_the_others_served(manifest, processor, tmp_path):
+    good = [json.dumps(row) for row in small.lines(manifest) if row["family"] == "count"]
+    manifest.with_name("notes.mp4").write_text("these are notes, not a film\n" * 40)
+    torn = manifest.with_name("torn.mp4")
+    torn.write_bytes((manifest.parent / "clips" / "train-count-00000.mp4").read_bytes()[:200])
+    rows = [good[0], '{"messages": [', clip("gone.mp4"), good[1], clip("notes.mp4"), clip(torn.name)]
+    bad = beside(manifest, "bad.jsonl", rows)
+    quarantine = Quarantine(tmp_path / "stage" / "quarantine.jsonl")
+    source = small.source(bad, "video", processor, quarantine)
+    served = [source.next().index for _ in range(10)]
+    assert set(served) == {0, 3} and served.count(0) == served.count(3) == 5
+    assert len(quarantine) == 4
+    reasons = rows_of(tmp_path / "stage" / "quarantine.jsonl")
+    assert set(reasons) == {2, 3, 5, 6}
+    assert "not JSON" in reasons[2] and "gone.mp4" in reasons[3] and "notes.mp4" in reasons[5]
+    assert {row["file"] for row in quarantine.rows()} == {str(bad)}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "3",
+        '"messages"',
+        "{}",
+        '{"messages": null}',
+        '{"messages": "hello"}',
+        '{"messages": [3]}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": [{"role": "user", "content": ["hello"]}]}',
+        '{"messages": [{"role": "user", "content": [{"text": "hello"}]}]}',
+        '{"messages": []}',
+        '{"messages": [{"content": "hello"}]}',
+        '{"messages": [{"role": "user", "content": "hello"}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "hello"}]}',
+        '{"messages": [{"role": 3, "content": "hello"}, {"role": "assistant", "content": ""}]}',
+        '{"messages": [{"role": "assistant", "content": [{"type": "text", "text": 3}]}]}',
+        '{"messages": [{"role": "user", "content": "<|video_pad|>"}, {"role": "assistant", "content": "hello"}]}',
+        '{"messages": [{"role": "user", "content": "\udcff"}, {"role": "assistant", "content": "hello"}]}',
+        "nul \x00 byte",
+    ],
+)
+def test_odd_line_never_stops_a_run(manifest, processor, tmp_path, line):
+    path = manifest.with_name("odd.jsonl")
+    rows = [chat("which colour"), line, chat("which colour", "blue")]
+    path.write_bytes("\n".join(rows).encode(errors="surrogateescape"))
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    source = small.source(path, "text", processor, quarantine)
+    served = {source.next().index for _ in range(6)}
+    assert served >= {0, 2}
+    # Either the line was odd but good, or it was written down.
+    assert (1 in served) != (2 in {row["line"] for row in quarantine.rows()})
+
+
+def test_visual_lines_of_a_wrong_form_are_quarantined(manifest, processor):
+    text = {"type": "text", "text": "which colour"}
+    rows = [
+        chat([{"type": "image"}, text]),
+        chat([{"type": "image", "image": 3}, text]),
+        chat([{"type": "image", "image": "train.jsonl"}, text]),
+        chat([{"type": "image", "image": ""}, text]),
+        chat([{"type": "image", "image": "stills/train-image_read-00000.png"}, text]),
+    ]
+    quarantine = Quarantine()
+    source = small.source(beside(manifest, "stills.jsonl", rows), "image", processor, quarantine)
+    assert {source.next().index for _ in range(6)} == {4}
+    assert {line for _, line in quarantine.seen} == {1, 2, 3, 4}
+
+
+def test_empty_lines_and_unicode_line_ends_keep_the_count(manifest, processor, tmp_path):
+    path = manifest.with_name("lines.jsonl")
+    separator = chat("a\u2028b").replace("\\u2028", "\u2028")
+    path.write_text("\n".join([chat("first"), "", separator, "{"]), encoding="utf-8")
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    source = small.source(path, "text", processor, quarantine)
+    assert source.indices == [0, 2] and set(rows_of(tmp_path / "quarantine.jsonl")) == {4}
+
+
+def test_sample_longer_than_the_context_is_quarantined(manifest, processor):
+    path = beside(manifest, "long.jsonl", [chat("red " * 200), chat("red")])
+    quarantine = Quarantine()
+    source = small.source(path, "text", processor, quarantine, limit=64)
+    assert {source.next().index for _ in range(3)} == {1} and quarantine.seen == {(str(path), 1)}
+
+
+def test_only_bad_lines_is_an_error_that_says_where_to_look(manifest, processor):
+    source = small.source(beside(manifest, "none.jsonl", [clip("gone.mp4")] * 3), "video", processor)
+    with pytest.raises(ManifestError, match="none of its 3 samples can be used; see quarantine.jsonl"):
+        source.next()
+
+
+def test_manifest_that_is_missing_or_too_small_is_named(manifest, processor, tmp_path):
+    with pytest.raises(ManifestError, match="nowhere.jsonl: no such manifest"):
+        small.source(tmp_path / "nowhere.jsonl", "text", processor)
+    with pytest.raises(ManifestError, match="one.jsonl: only 1 text samples"):
+        small.source(beside(manifest, "one.jsonl", [chat("red")]), "text", processor, shard=(1, 2))
+
+
+def test_resumed_run_writes_a_bad_line_once_and_takes_it_when_mended(manifest, processor, tmp_path):
+    path = beside(manifest, "mended.jsonl", [chat("red"), clip("late.mp4"), "{"])
+    clips, file = manifest.parent / "clips", tmp_path / "quarantine.jsonl"
+    for _ in range(2):
+        source = small.source(path, "video", processor, Quarantine(file))
+        with pytest.raises(ManifestError):
+            source.next()
+    assert file.read_text().count("\n") == 2
+    manifest.with_name("late.mp4").write_bytes((clips / "train-count-00000.mp4").read_bytes())
+    assert small.source(path, "video", processor, Quarantine(file)).next().index == 1
+
+
+def test_shards_are_disjoint_and_whole(manifest, processor):
+    shards = [small.source(manifest, "video", processor, shard=(i, 3)).indices for i in range(3)]
+    whole = small.source(manifest, "video", processor).indices
+    assert sorted(sum(shards, [])) == whole and len(whole) == 4
+
+
+def test_families_choose_the_lines(manifest, processor):
+    recipe = SourceRecipe(str(manifest), "image", families=("image_read",))
+    source = Source(recipe, processor, 0, Cache(0), Quarantine())
+    assert {small.lines(manifest)[i]["family"] for i in source.indices} == {"image_read"}
+    with pytest.raises(ManifestError, match="of families count"):
+        Source(SourceRecipe(str(manifest), "image", families=("count",)), processor, 0, Cache(0), Quarantine())
+
+
+def test_run_folder_is_put_into_the_path_but_not_into_the_name(manifest, processor):
+    recipe = SourceRecipe("{run}/train.jsonl", "text")
+    source = Source(recipe, processor, 0, Cache(0), Quarantine(), run=str(manifest.parent))
+    assert source.name == "{run}/train.jsonl#text" and source.next().source == source.name
+
+
+def test_parquet_gives_the_same_samples(manifest, processor, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = [{"messages": row["messages"]} for row in small.lines(manifest) if row["family"] == "text"]
+    datasets.Dataset.from_list(texts).to_parquet(str(tmp_path / "texts.parquet"))
+    one, two = small.source(manifest, "text", processor), small.source(tmp_path / "texts.parquet", "text", processor)
+    for _ in range(4):
+        assert torch.equal(one.next().sample.input_ids, two.next().sample.input_ids)
+
+
+def test_cache_gives_back_the_very_pixels_and_keeps_to_its_limit(manifest, processor):
+    plain = small.source(manifest, "video", processor)
+    plain.cache.limit = 0
+    cached = small.source(manifest, "video", processor)
+    for _ in range(8):
+        one, two = plain.next().sample, cached.next().sample
+        torch.testing.assert_close(two.pixel_values_videos, one.pixel_values_videos, rtol=0, atol=1e-6)
+    assert len(cached.cache.entries) == 4 and not plain.cache.entries
+    used = cached.cache.used
+    tight = small.source(manifest, "video", processor)
+    tight.cache.limit = used // 2
+    for _ in range(8):
+        tight.next()
+    assert 0 < tight.cache.used <= used // 2
+
+
+def test_kind_is_the_dearest_thing_a_chat_holds():
+    image, video, text = ({"type": name} for name in ("image", "video", "text"))
+    assert kind_of([{"role": "user", "content": [image, text]}]) == "image"
+    assert kind_of([{"role": "user", "content": [image]}, {"role": "user", "content": [video]}]) == "video"
+    assert kind_of([{"role": "user", "content": "hello"}]) == "text"
+
+
+def test_caption_is_all_that_the_assistant_says():
+    said = [{"type": "text", "text": "a red disc"}]
+    chat_ = [{"role": "assistant", "content": said}, {"role": "user", "content": "and"}]
+    assert caption_of([*chat_, {"role": "assistant", "content": "a blue one"}]) == "a red disc a blue one"
