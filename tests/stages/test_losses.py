@@ -1,0 +1,111 @@
+"""SigLIP's loss: its value by hand, and two ranks' parts add up to the loss and the gradients of one process."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.losses import siglip_loss
+from stages.parallel import all_gather, sum_over_ranks
+from stages.vision import Contrast, Pooling
+from tests.distributed import run_distributed
+
+PAIRS, WIDTH = 6, 8
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def test_value_of_two_pairs_by_hand():
+    vision = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    captions = torch.tensor([[5, 0], [6, 0]])
+    loss = siglip_loss(vision, text, captions, torch.tensor([2.0]).log(), torch.tensor([-1.0]))
+    # Logits 2 v·t − 1: [[1, −1], [0.2, 0.6]]; the diagonal are positives.
+    wanted = -(log_sigmoid(1) + log_sigmoid(1) + log_sigmoid(-0.2) + log_sigmoid(0.6)) / 2
+    assert loss.item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_equal_captions_are_positives_of_one_another():
+    vision = text = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    scale, bias = torch.zeros(1), torch.zeros(1)
+    same = siglip_loss(vision, text, torch.tensor([[5], [5]]), scale, bias)
+    other = siglip_loss(vision, text, torch.tensor([[5], [6]]), scale, bias)
+    assert same.item() == pytest.approx(-4 * log_sigmoid(1) / 2, abs=1e-6)
+    assert other.item() == pytest.approx(-2 * (log_sigmoid(1) + log_sigmoid(-1)) / 2, abs=1e-6)
+
+
+def loss_of(first: int, last: int) -> tuple[Tensor, list[Tensor]]:
+    """Pairs `first` to `last` → this rank's loss, and the leaves: vision, text, scale, bias."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(PAIRS, WIDTH, generator=generator)[first:last] for _ in range(2)]
+    leaves += [torch.tensor([1.5]), torch.tensor([-2.0])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    captions = torch.tensor([[1], [2], [3], [1], [2], [4]])[first:last]  # some captions stand on both ranks
+    vision, text = (F.normalize(x, dim=-1) for x in leaves[:2])
+    return siglip_loss(vision, text, captions, *leaves[2:]), leaves
+
+
+def part() -> list[Tensor]:
+    half = PAIRS // dist.get_world_size()
+    loss, leaves = loss_of(dist.get_rank() * half, (dist.get_rank() + 1) * half)
+    loss.backward()
+    vision, text, scale, bias = (leaf.grad for leaf in leaves)
+    joined = [all_gather(x).flatten(0, 1) for x in (vision, text)]
+    return [sum_over_ranks(loss), *joined, sum_over_ranks(scale), sum_over_ranks(bias)]
+
+
+def test_two_ranks_equal_one():
+    loss, leaves = loss_of(0, PAIRS)
+    loss.backward()
+    both = run_distributed(part, 2, 60)
+    for rank in both:
+        for got, wanted in zip(rank, [loss.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_pooling_keeps_visuals_apart():
+    torch.manual_seed(0)
+    pool, features = Pooling(WIDTH, 12), torch.randn(10, WIDTH)
+    owner = torch.tensor([0] * 3 + [1] * 6 + [2])
+    together = pool(features, owner, 3)
+    alone = [pool(features[owner == i], torch.zeros(int((owner == i).sum()), dtype=torch.long), 1) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-6, rtol=1e-5)
+
+
+def test_pooling_of_one_patch_is_its_value():
+    torch.manual_seed(0)
+    pool, feature = Pooling(WIDTH, 12), torch.randn(1, WIDTH)
+    torch.testing.assert_close(pool(feature, torch.tensor([0]), 1), pool.out(pool.value(feature)))
+
+
+def test_contrast_learns_to_tell_two_stills_apart():
+    from transformers import SiglipTextConfig, SiglipTextModel
+
+    from keye.model.config import KeyeConfig
+    from keye.model.vision import KeyeVisionModel
+
+    torch.manual_seed(0)
+    vision = KeyeConfig.preset("tiny").vision_config
+    vision.num_hidden_layers = 1
+    text = SiglipTextConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=4, projection_size=32,
+    )  # fmt: skip
+    module = Contrast(KeyeVisionModel(vision), SiglipTextModel(text))
+    pixels = torch.cat([torch.full((4, 3, 14, 14), value) for value in (-0.5, 0.5)])
+    inputs = pixels, torch.tensor([[1, 2, 2]] * 2), torch.tensor([0, 1]), torch.tensor([[3, 0, 0, 0], [4, 0, 0, 0]])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = module(*inputs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]

@@ -1,0 +1,191 @@
+"""A pack cut among processes gives the loss and the gradients of the whole one: Ulysses, shared frames, the grid."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from keye.errors import RecipeError
+from keye.model.attention import varlen
+from keye.model.rope import stream_positions
+from keye.prompt.processor import Sample
+from stages.data.packing import pack
+from stages.parallel import all_gather, make_grid, shard, share_frames, sum_over_ranks, ulysses
+from tests.distributed import run_distributed
+from tests.stages import small
+
+IMAGE, VIDEO = 1, 2
+
+
+def attention_inputs(heads: int, kv_heads: int, length: int = 48) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q `[L, H, D]`, k and v `[L, Hkv, D]` and the gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(length, count, 8) for count in (heads, kv_heads, kv_heads, heads)]
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def attend(heads: int, kv_heads: int, bounds: list[int], causal: bool) -> list[Tensor]:
+    """Output and gradients of q, k, v, whole again, as the ranks compute them."""
+    grid = make_grid(dist.get_world_size())
+    whole = attention_inputs(heads, kv_heads)
+    *parts, upstream = (x.chunk(grid.sequence)[grid.sequence_rank].clone() for x in whole)
+    for x in parts:
+        x.requires_grad_()
+    out = ulysses(grid.sequence_group)(*parts, torch.tensor(bounds, dtype=torch.int32), causal)
+    out.backward(upstream)
+    return [all_gather(x, grid.sequence_group).flatten(0, 1) for x in (out.detach(), *(x.grad for x in parts))]
+
+
+CASES = [
+    (4, 4, [0, 48], True),
+    (4, 2, [0, 11, 12, 30, 48], True),  # packed documents, one of them a single token, one over the cut at 24
+    (4, 1, [0, 20, 48], True),  # fewer KV heads than ranks
+    (6, 3, [0, 24, 48], True),  # KV heads that the ranks do not divide
+    (4, 2, [0, 5, 48], False),
+]
+
+
+def attend_all() -> list[list[Tensor]]:
+    return [attend(*case) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def attended() -> list[list[Tensor]]:
+    return run_distributed(attend_all, 2, 60)[1]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"H{h}_Hkv{kv}_{len(b) - 1}docs" for h, kv, b, _ in CASES])
+def test_ulysses_LHD_equals_one_process(attended, case):
+    heads, kv_heads, bounds, causal = CASES[case]
+    *parts, upstream = attention_inputs(heads, kv_heads)
+    for x in parts:
+        x.requires_grad_()
+    out = varlen(*parts, torch.tensor(bounds, dtype=torch.int32), causal)
+    out.backward(upstream)
+    for got, wanted in zip(attended[case], [out.detach(), *(x.grad for x in parts)], strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def odd_heads() -> None:
+    grid = make_grid(2)
+    q = torch.zeros(4, 3, 8)
+    ulysses(grid.sequence_group)(q, q, q, torch.tensor([0, 8]), True)
+
+
+def test_heads_that_the_ranks_do_not_divide_are_named():
+    with pytest.raises(RecipeError, match="sequence_parallel = 2 does not divide the model's 3 heads"):
+        run_distributed(odd_heads, 2, 60)
+
+
+Sizes = list[tuple[int, int]]
+
+
+def sample(generator: torch.Generator, stills: Sizes, frames: Sizes, words: int) -> Sample:
+    """Stills, then frames, each followed by words; sizes are (rows, columns) of tokens."""
+    ids: list[int] = []
+    for token, sizes in ((IMAGE, stills), (VIDEO, frames)):
+        for rows, columns in sizes:
+            ids += torch.randint(3, 64, (2,), generator=generator).tolist() + [token] * (rows * columns)
+    ids += torch.randint(3, 64, (words,), generator=generator).tolist()
+    input_ids = torch.tensor(ids)
+    grids = [torch.tensor([[1, 2 * h, 2 * w] for h, w in sizes]).reshape(-1, 3) for sizes in (stills, frames)]
+    pixels = [torch.randn(int(grid.prod(1).sum()), 3, 14, 14, generator=generator) for grid in grids]
+    blocks = [(token, grid[:, 1:] // 2) for token, grid in zip((IMAGE, VIDEO), grids, strict=True) if len(grid)]
+    return Sample(
+        input_ids=input_ids,
+        labels=torch.where(input_ids > 2, input_ids, -100),
+        position_ids=stream_positions(input_ids, blocks),
+        pixel_values=pixels[0] if stills else None,
+        image_grid_thw=grids[0] if stills else None,
+        pixel_values_videos=pixels[1] if frames else None,
+        video_grid_thw=grids[1] if frames else None,
+    )
+
+
+def packs() -> dict[str, list[Sample]]:
+    g = torch.Generator().manual_seed(1)
+    return {
+        "stills and frames": [
+            sample(g, [(1, 2)], [], 9),
+            sample(g, [], [(3, 2), (1, 1), (1, 1), (2, 2)], 7),
+            sample(g, [], [], 6),
+            sample(g, [(2, 1)], [(2, 3), (1, 2)], 4),
+        ],
+        "one frame for two ranks": [sample(g, [], [(2, 2)], 12)],
+        "all frames at the end": [sample(g, [], [], 60), sample(g, [], [(2, 2), (2, 2), (1, 3)], 3)],
+        "text alone": [sample(g, [], [], 15), sample(g, [], [], 6)],
+    }
+
+
+def model_gradients(sequence: int) -> dict[str, tuple[float, dict[str, Tensor]]]:
+    """Pack → summed loss and the gradient of every parameter, summed over the ranks."""
+    grid = make_grid(sequence)
+    found = {}
+    for name, samples in packs().items():
+        model = small.model().train()
+        row = pack(samples, 2)
+        loss = model(**shard(row, grid, IMAGE, VIDEO), num_items_in_batch=1.0).loss
+        loss.backward()
+        missing = [key for key, p in model.named_parameters() if p.grad is None]
+        assert not missing, f"every rank touches every parameter, but {missing}"
+        gradients = {key: sum_over_ranks(p.grad) for key, p in model.named_parameters()}
+        found[name] = (float(sum_over_ranks(loss)), gradients)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cut() -> dict[str, tuple[float, dict[str, Tensor]]]:
+    return run_distributed(model_gradients, 2, 90, 2)[0]
+
+
+@pytest.mark.parametrize("name", list(packs()))
+def test_whole_model_on_two_ranks_equals_one(cut, name):
+    loss, gradients = model_gradients(1)[name]
+    got_loss, got = cut[name]
+    assert got_loss == pytest.approx(loss, rel=1e-5)
+    assert got.keys() == gradients.keys()
+    for key, wanted in gradients.items():
+        # Gradients are of a sum over tens of tokens: compared at the scale of each parameter.
+        scale = max(float(wanted.abs().max()), 1e-3)
+        torch.testing.assert_close(got[key] / scale, wanted / scale, atol=1e-5, rtol=0, msg=lambda m, k=key: k + m)
+    visual = [float(value.abs().max()) for key, value in gradients.items() if key.startswith("visual")]
+    assert (max(visual) > 1e-3) == (name != "text alone")
+
+
+def test_one_rank_is_handed_the_pack_itself():
+    row = pack(packs()["stills and frames"], 1)
+    inputs = shard(row, make_grid(1), IMAGE, VIDEO)
+    assert inputs.keys() == row.keys() and all(inputs[name] is row[name] for name in row)
+
+
+def test_frames_are_shared_out_dearest_first():
+    assert share_frames([5.0, 1.0, 4.0, 2.0], 2) == [[0, 1], [2, 3]]
+    assert share_frames([1.0, 1.0, 1.0], 2) == [[0, 2], [1]]
+    assert share_frames([3.0], 2) == [[0], []]
+
+
+@given(st.lists(st.floats(0.1, 100), max_size=40), st.integers(1, 8))
+def test_frames_are_shared_whole_and_within_one_frame_of_even(costs, ranks):
+    shares = share_frames(costs, ranks)
+    assert sorted(sum(shares, [])) == list(range(len(costs))) and all(share == sorted(share) for share in shares)
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0) + 1e-6
+
+
+def places() -> tuple[int, int, int, list[int]]:
+    grid = make_grid(2)
+    return grid.data_rank, grid.sequence_rank, grid.data_size, dist.get_process_group_ranks(grid.sequence_group)
+
+
+@pytest.mark.slow
+def test_grid_of_four_has_two_sequence_groups():
+    first, second = [0, 1], [2, 3]
+    assert run_distributed(places, 4, 60) == [(0, 0, 2, first), (0, 1, 2, first), (1, 0, 2, second), (1, 1, 2, second)]
+
+
+def test_sequence_parallel_that_does_not_divide_the_processes_is_named():
+    with pytest.raises(RecipeError, match="sequence_parallel = 2 does not divide the 1 processes"):
+        make_grid(2)
+    assert make_grid(1).sequence_group is None
