@@ -1,6 +1,8 @@
 """The training loop of every stage: one step as a paragraph, metrics, progress, checkpoints, resume."""
 
 import json
+import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from stages.parallel import Grid, sum_over_ranks
 from stages.recipe import StageRecipe
 from stages.stage import Stage
 
-MAX_BAD_STEPS = 20  # batches in a row whose loss is not finite, before the run is given up
+MAX_BAD_STEPS = 20  # steps in a row with a loss that is not finite, before the run is given up
 
 
 class Trainer:
@@ -34,7 +36,7 @@ class Trainer:
         micro_batches: int, precision: str,
     ) -> None:  # fmt: skip
         self.stage, self.loader, self.grid, self.recipe, self.folder = stage, loader, grid, recipe, folder
-        self.micro_batches, self.bad = micro_batches, 0
+        self.micro_batches, self.bad, self.asked_to_stop, self.stopping = micro_batches, 0, False, False
         self.engine = deep.build(
             module, lr=recipe.lr, steps=recipe.steps, warmup=recipe.warmup, schedule=recipe.schedule,
             weight_decay=recipe.weight_decay, betas=recipe.betas, clip=recipe.clip, zero=recipe.zero,
@@ -51,33 +53,38 @@ class Trainer:
         """One optimizer step: draw, count over all ranks, forward and backward each batch, step."""
         started, stalled = time.perf_counter(), self.loader.stalled
         batches = [_move(self.loader.next()) for _ in range(self.micro_batches)]
-        weights = sum_over_ranks(self._vector(sum(self.stage.weight(batch, self.grid) for batch in batches)))
+        weights = float(sum_over_ranks(self._scalar(sum(self.stage.weight(batch, self.grid) for batch in batches))))
         # DeepSpeed averages over ranks and batches; multiplying by both leaves the plain sum over the global count.
-        factor = self.grid.world * self.micro_batches / max(float(weights), 1e-12)
-        total = 0.0
+        factor = self.grid.world * self.micro_batches / max(weights, 1e-12)
+        total, lr, not_finite = 0.0, self.engine.get_lr()[0], 0
         for batch in batches:
             loss = self.stage.loss(self.engine, batch, self.grid)
             value = float(sum_over_ranks(loss.float()))
-            finite = torch.isfinite(torch.tensor(value)).item()
-            self.bad = 0 if finite else self.bad + 1
+            finite = math.isfinite(value)
+            not_finite += not finite
             self.engine.backward(loss * factor if finite else self._nothing())
+            if not_finite:
+                self._skip()
             self.engine.step()
             total += value if finite else 0.0
+        self.bad = self.bad + 1 if not_finite else 0
         if self.bad > MAX_BAD_STEPS:
             raise KeyeError(f"{self.stage.name}: the loss was not finite {self.bad} times in a row; lower its lr")
         self.step += 1
+        # Signals reach the ranks at different times; asked together, all stop after the same step.
+        self.stopping = float(sum_over_ranks(self._scalar(self.asked_to_stop))) > 0
         kinds = _add_counts([batch["kinds"] for batch in batches], self.grid)
         seconds, tokens = time.perf_counter() - started, sum(kinds.values())
         return {
             "step": self.step,
-            "loss": total / max(float(weights), 1e-12),
+            "loss": total / max(weights, 1e-12),
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
-            "lr": self.engine.get_lr()[0],
+            "lr": lr,
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "seconds": seconds,
             "stall_seconds": self.loader.stalled - stalled,
-            "not_finite": self.bad,
+            "not_finite": not_finite,
             **{f"tokens_{kind}": count for kind, count in kinds.items()},
         }
 
@@ -85,12 +92,32 @@ class Trainer:
         """A loss of zero that touches every parameter: collectives go on as if the batch had been good."""
         return sum((p.nan_to_num() * 0).sum() for p in self.engine.module.parameters() if p.requires_grad)
 
+    def _skip(self) -> None:
+        """Let the optimizer's next step move nothing; the schedule sets the rate anew afterwards."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = 0.0
+
     @staticmethod
-    def _vector(value: float) -> Tensor:
-        return torch.tensor([value], dtype=torch.float32, device=deep.device())
+    def _scalar(value: float) -> Tensor:
+        return torch.tensor(float(value), device=deep.device())
 
     def run(self) -> None:
-        """Train to the last step, writing metrics and checkpoints."""
+        """Train to the last step, writing metrics and checkpoints.
+
+        Raises:
+            KeyeError: SIGTERM came; the step was finished and saved, and the same command goes on from there.
+        """
+        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        try:
+            self._run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self.loader.close()
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self.asked_to_stop = True
+
+    def _run(self) -> None:
         main = self.grid.rank == 0
         self.folder.mkdir(parents=True, exist_ok=True)
         metrics, board = self.folder / "metrics.jsonl", None
@@ -118,11 +145,12 @@ class Trainer:
                 every = max(1, self.recipe.steps // 10)
                 if main and not live and (self.step % every == 0 or self.step == 1):
                     print(f"{self.stage.name} {self.step}/{self.recipe.steps}  {state}", flush=True)
-                if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
+                if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self.stopping:
                     self.save()
+                if self.stopping and self.step < self.recipe.steps:
+                    raise KeyeError(f"{self.stage.name}: stopped at step {self.step}; the same command goes on from it")
         if board is not None:
             board.close()
-        self.loader.close()
 
     def save(self) -> None:
         """A checkpoint of the engine, the loader and the RNG."""

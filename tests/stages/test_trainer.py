@@ -1,0 +1,312 @@
+"""The step is the same however it is spread; a resumed run is the uninterrupted one; what is bad is passed over."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from keye.errors import CheckpointError, KeyeError
+from stages import engine as deep
+from stages import recipe as recipes
+from stages.data.loader import Loader
+from stages.data.mixture import Mixture
+from stages.data.packing import Packer, pack
+from stages.data.sources import Cache, Quarantine
+from stages.engine import MARKER, learning_rate_factor, whole_checkpoints
+from stages.multitask import Multitask
+from stages.parallel import Grid, make_grid
+from stages.recipe import StageRecipe
+from stages.stage import open_mixture
+from stages.trainer import Trainer, micro_batches
+from tests.distributed import run_distributed
+from tests.stages import small
+
+RECIPE = StageRecipe(
+    steps=6, lr=1e-3, context=160, packs=2, warmup=1, weight_decay=0.1, clip=0.5, save_every=2,
+    mixture={"video": 0.6, "image": 0.3, "text": 0.1},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    return small.world(tmp_path_factory.mktemp("world"))
+
+
+class Packs:
+    """A stream of given packs; rank r of n takes every n-th, beginning with the r-th."""
+
+    def __init__(self, rows: list[dict[str, Any]], grid: Grid) -> None:
+        self.rows, self.at, self.size = rows, grid.data_rank, grid.data_size
+
+    def next(self) -> dict[str, Any]:
+        self.at += self.size
+        return self.rows[self.at - self.size]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def read(folder: Path, key: str = "loss") -> list[float]:
+    return [json.loads(line)[key] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- the same global batch on one process, on two with a pack each, on two that share each pack
+
+
+def three_steps(manifest: Path, folder: Path, sequence: int, zero: int) -> tuple[list[float], dict[str, Tensor]]:
+    """Three steps of two packs each, whatever the grid; losses and parameters."""
+    deep.start(threads=1)
+    made, grid = small.processor(), make_grid(sequence)
+    samples = [made.sample(line["messages"], manifest.parent) for line in small.lines(manifest)]
+    # Packs of very unequal numbers of labels, so that a mean of means would show.
+    parts = [samples[0:1], samples[4:12], samples[1:3], samples[5:6], samples[3:7], samples[8:9]]
+    rows = [{**pack(part, 2), "kinds": {"video": 1}} for part in parts]
+    stage, model = Multitask(RECIPE, made), small.model(made).train()
+    loader = Loader(Packs(rows, grid) if grid.sequence_rank == 0 else None, lambda row: row, grid)
+    recipe = replace(RECIPE, zero=zero, sequence_parallel=sequence)
+    count = micro_batches("multitask", RECIPE.packs, grid)
+    trainer = Trainer(stage, model, loader, grid, recipe, folder, count, "fp32")
+    losses = [trainer.train_step()["loss"] for _ in range(3)]
+    loader.close()
+    return losses, parameters(model)
+
+
+def three_steps_of_each(manifest: Path, folder: Path) -> list[tuple[list[float], dict[str, Tensor]]]:
+    return [three_steps(manifest, folder / str(sequence), sequence, zero) for sequence, zero in ((1, 2), (2, 1))]
+
+
+@pytest.fixture(scope="module")
+def alone(manifest, tmp_path_factory) -> tuple[list[float], dict[str, Tensor]]:
+    return run_distributed(three_steps, 1, 100, manifest, tmp_path_factory.mktemp("alone"), 1, 2)[0]
+
+
+@pytest.fixture(scope="module")
+def in_two(manifest, tmp_path_factory) -> list[list[tuple[list[float], dict[str, Tensor]]]]:
+    return run_distributed(three_steps_of_each, 2, 110, manifest, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize(("way", "rank"), [(0, 0), (0, 1), (1, 0), (1, 1)], ids=["dp-0", "dp-1", "sp-0", "sp-1"])
+def test_two_processes_equal_one_after_three_steps(alone, in_two, way, rank):
+    losses, wanted = alone
+    got_losses, got = in_two[rank][way]
+    assert got_losses == pytest.approx(losses, rel=1e-5) and losses[2] < losses[0]
+    for name, value in wanted.items():
+        # Softmax does not see a key's bias: its gradient is rounding noise, which Adam blows up to a whole step.
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(got[name], value, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- stopping, resuming, torn checkpoints
+
+
+class Stopped(Multitask):
+    """Gets SIGTERM while it computes its third step."""
+
+    calls = 0
+
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+        self.calls += 1
+        if self.calls == 2 * RECIPE.packs + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(module, batch, grid)
+
+
+def trainer_of(kind: type[Multitask], manifest: Path, folder: Path, seed: int = 0) -> tuple[Trainer, nn.Module]:
+    made, grid = small.processor(), make_grid(1)
+    sources = tuple(recipes.SourceRecipe(str(manifest), k) for k in ("video", "image", "text"))
+    whole = recipes.Recipe("test", recipes.DataRecipe(sources), multitask=RECIPE)
+    mixture = open_mixture("multitask", whole, made, grid, Cache(1 << 24), Quarantine(), "")
+    stage, model = kind(RECIPE, made), small.model(made, seed).train()
+    loader = stage.loader(mixture, grid)
+    return Trainer(stage, model, loader, grid, RECIPE, folder, RECIPE.packs, "fp32"), model
+
+
+def interrupted(manifest: Path, folder: Path) -> dict[str, Any]:
+    deep.start(threads=1)
+    found: dict[str, Any] = {}
+    whole, model = trainer_of(Multitask, manifest, folder / "whole")
+    whole.run()
+    found["whole"] = parameters(model)
+    begun, _ = trainer_of(Stopped, manifest, folder / "begun")
+    try:
+        begun.run()
+    except KeyeError as error:
+        found["said"] = str(error)
+    found["saved"] = [path.name for path in whole_checkpoints(folder / "begun" / "checkpoints")]
+    # Another beginning, to see that all of it is put back.
+    resumed, model = trainer_of(Multitask, manifest, folder / "begun", seed=1)
+    found["from"] = resumed.step
+    resumed.run()
+    found["resumed"] = parameters(model)
+    newest = folder / "whole" / "checkpoints" / "step-6"
+    with (newest / "state-0.pt").open("ab") as out:
+        out.write(b"!")
+    passed_over, model = trainer_of(Multitask, manifest, folder / "whole", seed=1)
+    found["after a torn one"] = passed_over.step
+    passed_over.run()
+    found["repeated"] = parameters(model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def stopped(manifest, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("stopped")
+    return run_distributed(interrupted, 1, 110, manifest, folder)[0], folder
+
+
+def test_sigterm_saves_at_the_end_of_the_step_and_says_so(stopped):
+    found, _ = stopped
+    assert found["said"] == "multitask: stopped at step 3; the same command goes on from it"
+    assert found["saved"] == ["step-2", "step-3"] and found["from"] == 3
+
+
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(stopped):
+    found, folder = stopped
+    for key in ("loss", "step", "tokens", "lr", "grad_norm", "tokens_video"):
+        assert read(folder / "begun", key) == read(folder / "whole", key), key
+    assert read(folder / "begun", "step") == list(range(1, RECIPE.steps + 1))
+    assert all(torch.equal(found["resumed"][name], value) for name, value in found["whole"].items())
+
+
+def test_torn_checkpoint_is_passed_over_for_the_one_before(stopped):
+    found, _ = stopped
+    assert found["after a torn one"] == 4
+    assert all(torch.equal(found["repeated"][name], value) for name, value in found["whole"].items())
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step}"
+    path.mkdir()
+    (path / "state-0.pt").write_bytes(b"12345")
+    (path / MARKER).write_text(json.dumps({"step": step, "world": 1, "files": {"state-0.pt": 5}}))
+    return path
+
+
+def test_checkpoint_is_whole_or_not_there(tmp_path):
+    paths = [checkpoint(tmp_path, step) for step in (2, 4, 6, 8, 10)]
+    assert whole_checkpoints(tmp_path) == paths  # by number, not by name
+    (paths[0] / MARKER).unlink()
+    (paths[1] / MARKER).write_text('{"step": 4, "fil')
+    (paths[2] / "state-0.pt").write_bytes(b"123")
+    (paths[3] / "state-0.pt").unlink()
+    assert whole_checkpoints(tmp_path) == paths[4:]
+    assert whole_checkpoints(tmp_path / "nowhere") == []
+
+
+def of_another_world(folder: Path) -> None:
+    (folder / "step-1").mkdir(parents=True)
+    (folder / "step-1" / MARKER).write_text(json.dumps({"step": 1, "world": 4, "files": {}}))
+    deep.load_checkpoint(None, folder)
+
+
+def test_checkpoint_of_another_number_of_processes_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="was written by 4 processes, this run has 1"):
+        run_distributed(of_another_world, 1, 60, tmp_path / "checkpoints")
+
+
+# --- losses that are not finite
+
+
+class NotFinite(Multitask):
+    """The loss of some calls (from 0) is not a number."""
+
+    bad: tuple[int, ...] | range = ()
+    calls = -1
+
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+        self.calls += 1
+        loss = super().loss(module, batch, grid)
+        return loss * float("nan") if self.calls in self.bad else loss
+
+
+def not_finite(manifest: Path, folder: Path) -> dict[str, Any]:
+    deep.start(threads=1)
+    trainer, model = trainer_of(NotFinite, manifest, folder)
+    trainer.stage.bad = (3, 4, 5)  # the second batch of step 2, both of step 3
+    values, states = [], []
+    for _ in range(4):
+        values.append(trainer.train_step())
+        states.append(parameters(model))
+    said, trainer.stage.bad = "", range(1000)
+    try:
+        for _ in range(30):
+            trainer.train_step()
+    except KeyeError as error:
+        said = str(error)
+    trainer.loader.close()
+    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(states, states[1:], strict=False)]
+    finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    return {"values": values, "same": same, "said": said, "finite": finite}
+
+
+@pytest.fixture(scope="module")
+def skipped(manifest, tmp_path_factory) -> dict[str, Any]:
+    return run_distributed(not_finite, 1, 110, manifest, tmp_path_factory.mktemp("nan"))[0]
+
+
+def test_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(skipped):
+    assert [value["not_finite"] for value in skipped["values"]] == [0, 1, 2, 0]
+    assert skipped["same"] == [True, True, False] and skipped["finite"]
+    assert all(value["lr"] > 0 for value in skipped["values"])
+
+
+def test_run_is_given_up_when_no_loss_is_finite_any_more(skipped):
+    assert skipped["said"] == "multitask: the loss was not finite 21 times in a row; lower its lr"
+
+
+# --- small pieces
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [learning_rate_factor(step, 10, 2, "cosine") for step in range(11)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[10] == pytest.approx(0)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert [learning_rate_factor(step, 10, 2, "constant") for step in (2, 9)] == [1.0, 1.0]
+
+
+def test_packs_that_the_ranks_cannot_share_are_named():
+    with pytest.raises(KeyeError, match=r"multitask: 3 packs \(or pairs\) a step cannot be shared by 2 ranks"):
+        micro_batches("multitask", 3, Grid(0, 2, 1, None))
+    assert micro_batches("multitask", 6, Grid(0, 4, 2, None)) == 3
+
+
+def test_loader_hands_on_what_its_thread_raises_and_stops():
+    class Broken(Packs):
+        def next(self) -> dict[str, Any]:
+            if self.at == 2:
+                raise KeyeError("the reason")
+            return super().next()
+
+    grid = Grid(0, 1, 1, None)
+    loader = Loader(Broken([{"a": 1}, {"a": 2}], grid), lambda row: row, grid)
+    assert [loader.next(), loader.next()] == [{"a": 1}, {"a": 2}]
+    assert loader.state_dict() == {"at": 2}
+    with pytest.raises(KeyeError, match="the reason"):
+        loader.next()
+    loader.close()
+
+
+def test_loader_state_is_that_of_what_was_handed_out(manifest):
+    made = small.processor()
+    packer = Packer(Mixture([(small.source(manifest, "text", made), 1.0)]), 64, 2)
+    loader = Loader(packer, lambda items: [item.index for item in items], Grid(0, 1, 1, None), ahead=3)
+    first, state, second = loader.next(), loader.state_dict(), loader.next()
+    loader.close()
+    fresh = Packer(Mixture([(small.source(manifest, "text", made), 1.0)]), 64, 2)
+    resumed = Loader(fresh, lambda items: [item.index for item in items], Grid(0, 1, 1, None))
+    resumed.load_state_dict(state)
+    assert resumed.next() == second and first
+    resumed.close()
