@@ -1,33 +1,43 @@
 """Sweep the threshold over clips, and over the held-out questions of a trained model: CSV, JSON and a picture.
 
-python scripts/ablate.py --threshold 0.1:0.9:0.1 --videos DIR --out runs/ablation
-python scripts/ablate.py --videos DIR --model runs/demo/annealing/model --manifest runs/demo/world/heldout.jsonl
+What was measured is written as it comes; the same command again goes on where it stopped.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, run
-from keye.evaluation import ablation
+from keye.evaluation import Report, ablation
+from keye.slowfast.similarity import get_measure
 
+EXAMPLES = """examples:
+  python scripts/ablate.py --videos clips
+  python scripts/ablate.py --videos a.mp4 b.mp4 --threshold 0.1:0.9:0.1 --out runs/ablation
+  python scripts/ablate.py --videos clips --measure patch_cosine --threshold 0.5,0.8:0.98:0.02
+  python scripts/ablate.py --videos clips --model runs/demo/annealing/model --manifest runs/demo/world/heldout.jsonl
+"""
+MEASURE = "patch_l1"
 SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".gif"}
 
 
 def thresholds(text: str) -> list[float]:
-    """`first:last:step`, both ends included, or a list with commas."""
-    try:
-        if ":" not in text:
-            return [float(part) for part in text.split(",")]
-        first, last, step = (float(part) for part in text.split(":"))
-    except ValueError:
-        raise KeyeError(
-            f"--threshold {text} is not first:last:step (0.1:0.9:0.1) or a list (0.5,0.6); write one"
-        ) from None
-    if step <= 0 or last < first:
-        raise KeyeError(f"--threshold {text} is empty; give first <= last and a step above 0")
-    return [round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)]
+    """Numbers and ranges `first:last:step` (both ends included) with commas between them, in ascending order."""
+    found: set[float] = set()
+    for part in text.split(","):
+        try:
+            numbers = [float(number) for number in part.split(":")]
+            first, last, step = numbers if ":" in part else (*numbers, *numbers, 1.0)
+        except ValueError:
+            raise KeyeError(
+                f"--threshold {text} is not first:last:step (0.1:0.9:0.1) or a list (0.5,0.6); write one"
+            ) from None
+        if not (step > 0 and last >= first):
+            raise KeyeError(f"--threshold {text} is empty; give first <= last and a step above 0")
+        found |= {round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)}
+    return sorted(found)
 
 
 def clips(places: list[str]) -> list[Path]:
@@ -43,8 +53,13 @@ def clips(places: list[str]) -> list[Path]:
     return found
 
 
-def accuracy_of(model_dir: str, manifest: str, families: list[str] | None, limit: int | None):
-    """threshold → (accuracy, standard error, questions) of the model on the manifest's questions about videos."""
+def accuracy_of(
+    model_dir: str, manifest: str, families: list[str] | None, limit: int | None, measure: str | None
+) -> tuple[Callable[[float], Report], str]:
+    """(threshold → the model's report on the manifest's questions about videos, the measure's name).
+
+    measure: how frames are compared; None takes the one that the model was trained with.
+    """
     from evaluate import load
 
     from keye import KeyeProcessor
@@ -55,21 +70,31 @@ def accuracy_of(model_dir: str, manifest: str, families: list[str] | None, limit
     about = dict.fromkeys(sample["family"] for sample in read_manifest(manifest) if '"video"' in json.dumps(sample))
     families = families or list(about)
     model, own = load(model_dir)
+    encoder = {**own.encoder, "measure": measure or own.encoder.get("measure", MEASURE)}
 
-    def measure(threshold: float) -> tuple[float, float, int]:
-        processor = KeyeProcessor(own.tokenizer, {**own.encoder, "threshold": threshold}, own.image, own.chat_template)
-        score = evaluate(model, processor, manifest, families, limit).overall
-        return score.accuracy, score.stderr, score.n
+    def ask(threshold: float) -> Report:
+        processor = KeyeProcessor(own.tokenizer, {**encoder, "threshold": threshold}, own.image, own.chat_template)
+        return evaluate(model, processor, manifest, families, limit)
 
-    return measure
+    return ask, encoder["measure"]
+
+
+def stamp(path: str) -> list:
+    """Path, size and time of writing of a file, or of a model directory's weights: what tells that it changed."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    return [str(Path(path).absolute()), *([f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threshold", default="0.1:0.9:0.1", help="first:last:step or a list with commas")
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threshold", default="0.1:0.9:0.1", help="first:last:step, numbers, or both with commas")
     parser.add_argument("--videos", nargs="+", required=True, help="clips or folders of clips")
-    parser.add_argument("--out", default="runs/ablation", help="where to write")
-    parser.add_argument("--measure", default="patch_l1", help="how frames are compared")
+    parser.add_argument("--out", default="runs/ablation", help="where to write (default runs/ablation)")
+    parser.add_argument(
+        "--measure", help="how frames are compared: patch_l1 (default, or the model's), patch_cosine or ssim"
+    )
     parser.add_argument("--max-tokens", type=int, default=65_536, help="budget of a clip")
     parser.add_argument("--max-tokens-per-frame", type=int, default=768)
     parser.add_argument("--max-frames", type=int, default=120, help="frames of a clip that are looked at")
@@ -80,18 +105,26 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.model) != bool(args.manifest):
         raise KeyeError("--model and --manifest go together; give both or neither")
+    wanted, videos = thresholds(args.threshold), clips(args.videos)
+    if args.measure:
+        get_measure(args.measure)
+    name, ask, asked = args.measure or MEASURE, None, None
+    if args.model:
+        families = args.families.split(",") if args.families else None
+        ask, name = accuracy_of(args.model, args.manifest, families, args.limit, args.measure)
+        asked = {"model": stamp(args.model), "manifest": stamp(args.manifest), "families": families}
+        asked |= {"limit": args.limit, "measure": name}
     settings = {
-        "measure": args.measure,
+        "measure": name,
         "max_tokens": args.max_tokens,
         "max_tokens_per_frame": args.max_tokens_per_frame,
         "max_frames": args.max_frames,
     }
-    measure = None
-    if args.model:
-        measure = accuracy_of(args.model, args.manifest, args.families and args.families.split(","), args.limit)
-    rows, details = ablation.sweep(clips(args.videos), thresholds(args.threshold), settings, measure)
-    default = SlowFastEncoder(measure=args.measure).threshold
+    default = SlowFastEncoder(**settings).threshold
+    rows, details = ablation.sweep(videos, wanted, settings, ask, args.out, asked)
     ablation.save(args.out, rows, details, {**settings, "default_threshold": default})
+    for row in rows:
+        print(ablation.line(row))
     print(f"written: {args.out}/ablation.csv, ablation.json and ablation.png")
 
 

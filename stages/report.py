@@ -6,7 +6,7 @@
     <stage>/metrics.jsonl                     step, loss, tokens_per_second …
     evaluation/{annealing,annealing_blind,gspo}.json
     gspo/metrics.jsonl, gspo/eval.json        reward_mean, reward_stderr; held-out reward before and after
-    ablation/ablation.json                    rows of threshold, tokens, slow share, detail, accuracy
+    ablation/ablation.json                    rows of threshold, tokens, slow share, PSNR, SSIM, accuracy
     environment.json, recipe.toml, steps/*.json
 """
 
@@ -228,7 +228,8 @@ def _ablation(run: Path) -> str:
     for key, title, share in (
         ("tokens", "visual tokens a clip", False),
         ("slow_share", "share of slow frames", True),
-        ("detail", "detail kept", False),
+        ("psnr", "detail kept, PSNR in dB", False),
+        ("ssim", "detail kept, SSIM", False),
         ("accuracy", "accuracy of the trained model", True),
     ):
         y = [math.nan if row.get(key) is None else row[key] for row in rows]
@@ -243,7 +244,7 @@ def _ablation(run: Path) -> str:
     note = (
         f"Measure {escape(str(settings.get('measure', '')))}"
         + (f", whose own threshold is {default:g}. " if default is not None else ". ")
-        + "Detail is the structural similarity of the frames, as the model sees them, with an all-slow encoding; "
+        + "Detail is how near the frames, as the model sees them, come to the original ones at their own size; "
         "accuracy is the last model's on held-out questions about videos, with the threshold changed at inference."
     )
     return f'<p class="note">{note}</p><div class="panels">{"".join(panels)}</div>'

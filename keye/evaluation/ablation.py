@@ -1,21 +1,37 @@
 """Sweep the similarity threshold: what a video costs, what share is slow, what detail is kept, what it is worth.
 
-The report gives a threshold and no ablation of it; this is the ablation.
+The report gives a threshold and no ablation of it; this is the ablation. A sweep writes what it finds as it comes, and
+one that was interrupted goes on where it stopped as long as the settings are the same.
 """
 
 import csv
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from keye.encoder import SlowFastEncoder
+from keye.encoder import KEPT_WHOLE, SlowFastEncoder
+from keye.evaluation.report import Report
+from keye.slowfast.budget import SIDE, fit_size, most_frames
 from keye.slowfast.similarity import resize
+from keye.slowfast.video import open_clip
+
+REFERENCE_TOKENS = 768
+"""Original frames above so many tokens (28 × 28 pixels each) are compared at that size, to bound memory."""
+LOSSLESS = 60.0
+"""Decibels at which PSNR is cut off: it is infinite for a frame that the model sees as it is."""
+CSV, STATE, ANSWERS = "ablation.csv", "state.json", "accuracy.jsonl"
+MEANS = ("tokens", "tokens_share", "slow_share", "psnr", "ssim")
 
 
 @dataclass(frozen=True)
@@ -27,134 +43,317 @@ class AblationRow:
         tokens: visual tokens a clip.
         tokens_share: tokens as a share of what the clip costs with every frame slow.
         slow_share: share of the frames that are slow.
-        detail: structural similarity (in [0, 1], luma) between the frames as the model sees them, enlarged again, and
-            the same frames with every one slow.
+        psnr: of the frames as the model sees them, enlarged again, with the original ones; decibels, RGB, ≤ 60.
+        ssim: the same with structural similarity, of luma, at most 1.
         accuracy, accuracy_stderr: of the trained model on the held-out questions, with this threshold at inference.
         questions: how many were asked.
+        families: family of questions → n, accuracy, stderr, chance, majority.
     """
 
     threshold: float
     tokens: float
     tokens_share: float
     slow_share: float
-    detail: float
+    psnr: float
+    ssim: float
     accuracy: float = math.nan
     accuracy_stderr: float = math.nan
     questions: int = 0
+    families: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def sweep(
     clips: Sequence[str | Path],
     thresholds: Sequence[float],
     settings: dict | None = None,
-    accuracy: Callable[[float], tuple[float, float, int]] | None = None,
-    progress: Callable[[str], None] = print,
+    accuracy: Callable[[float], Report] | None = None,
+    out: str | Path | None = None,
+    asked: dict | None = None,
+    progress: bool = True,
 ) -> tuple[list[AblationRow], list[dict]]:
-    """Encode every clip at every threshold.
+    """Encode every clip at every threshold, and ask a model its questions at every threshold.
 
     Args:
         settings: further arguments of `SlowFastEncoder`.
-        accuracy: threshold → (accuracy, standard error, questions) of a model.
-        progress: called with a line for every threshold.
+        accuracy: threshold → what a model's answers were worth.
+        out: directory for the partial results; what is there of the same settings is not measured again.
+        asked: plain values that say which model and questions `accuracy` stands for; answers found in `out` are of use
+            only when they were given for the same.
+        progress: show a bar, or lines where the output is no terminal.
 
     Returns:
         One row per threshold, and one dict per clip and threshold.
+
+    Raises:
+        VideoError: a clip that cannot be read.
     """
     settings = {key: value for key, value in (settings or {}).items() if key not in ("threshold", "policy")}
-    references = {str(clip): SlowFastEncoder(**settings, policy="all_slow")(clip) for clip in clips}
-    pictures = {clip: encoded.pictures() for clip, encoded in references.items()}
-    seen: dict[tuple, float] = {}
-    rows, details = [], []
+    encoder = {**SlowFastEncoder(**settings).settings, "threshold": None, "reference_tokens": REFERENCE_TOKENS}
+    store = Store(out, encoder, asked)
+    with _progress(progress) as show:
+        for done, clip in enumerate(clips):
+            missing = [t for t in thresholds if store.key(clip, t) not in store.clips]
+            for entry in measure_clip(clip, missing, settings) if missing else ():
+                store.add_clip(clip, entry)
+            show("clips", done + 1, len(clips), Path(clip).name)
+        for done, threshold in enumerate(thresholds if accuracy else ()):
+            if threshold not in store.answers:
+                store.add_answers(threshold, accuracy(threshold))
+            score = store.answers[threshold]["accuracy"]
+            show("questions", done + 1, len(thresholds), f"threshold {threshold:g}: accuracy {score:.1%}")
+    details = [store.clips[store.key(clip, threshold)] for threshold in thresholds for clip in clips]
+    rows = []
     for threshold in thresholds:
-        encoder = SlowFastEncoder(**settings, threshold=threshold)
-        here = []
-        for clip, reference in references.items():
-            encoded = encoder(clip)
-            plan = encoded.plan
-            scores = []
-            for i, picture in enumerate(encoded.pictures()):
-                # A frame at a size it was already seen at need not be compared again.
-                key = (clip, i, tuple(picture.shape))
-                if key not in seen:
-                    seen[key] = detail(picture, pictures[clip][i])
-                scores.append(seen[key])
-            here.append(
-                {
-                    "clip": Path(clip).name,
-                    "threshold": threshold,
-                    "frames": len(plan),
-                    "tokens": plan.tokens,
-                    "tokens_share": plan.tokens / reference.plan.tokens,
-                    "slow_share": plan.slow_share,
-                    "detail": float(np.mean(scores)),
-                }
-            )
-        details += here
-        means = {k: float(np.mean([c[k] for c in here])) for k in ("tokens", "tokens_share", "slow_share", "detail")}
-        rows.append(AblationRow(threshold, **means, **_accuracy(accuracy, threshold)))
-        progress(line(rows[-1]))
+        here = [entry for entry in details if entry["threshold"] == threshold]
+        means = {key: float(np.mean([entry[key] for entry in here])) for key in MEANS}
+        rows.append(AblationRow(threshold, **means, **(store.answers.get(threshold, {}) if accuracy else {})))
     return rows, details
 
 
-def detail(picture: torch.Tensor, reference: torch.Tensor) -> float:
-    """Structural similarity with `reference` uint8 [3, H, W] of `picture` uint8 [3, h, w], enlarged to its size."""
-    if picture.shape != reference.shape:
-        picture = resize(picture[None], tuple(reference.shape[1:]), "bicubic")[0]
+def measure_clip(clip: str | Path, thresholds: Sequence[float], settings: dict) -> Iterator[dict]:
+    """One dict per threshold: what the clip costs and what is kept of its frames."""
+    base = SlowFastEncoder(**settings, policy="all_slow")
+    originals, source, times = sampled(clip, base)
+    clock = {} if times is None else {"timestamps": times}
+    all_slow = base.plan(source, **clock).tokens
+    seen: dict[tuple, tuple[float, float]] = {}
+    for threshold in thresholds:
+        encoded = SlowFastEncoder(**settings, threshold=threshold)(source, **clock)
+        scores = []
+        for i, picture in enumerate(encoded.pictures()):
+            # A frame at a size it was already seen at need not be compared again.
+            key = (i, tuple(picture.shape))
+            if key not in seen:
+                seen[key] = detail(picture, originals[i])
+            scores.append(seen[key])
+        psnr, ssim = np.mean(scores, axis=0)
+        yield {
+            "clip": Path(clip).name,
+            "threshold": threshold,
+            "frames": len(encoded.plan),
+            "tokens": encoded.plan.tokens,
+            "tokens_share": encoded.plan.tokens / all_slow,
+            "slow_share": encoded.plan.slow_share,
+            "psnr": float(psnr),
+            "ssim": float(ssim),
+        }
+
+
+def sampled(
+    clip: str | Path, encoder: SlowFastEncoder
+) -> tuple[list[torch.Tensor], str | Path | torch.Tensor, list[float] | None]:
+    """The frames that `encoder` samples, uint8 [3, H, W] at their source size, or at `REFERENCE_TOKENS` if larger.
+
+    Besides: what to encode the clip from, again and again: its frames [T, 3, H, W] and their times where they fit into
+    memory, so that it is decoded once; else the clip itself and None.
+    """
+    limit = most_frames(encoder.max_tokens, encoder.min_tokens_per_frame)
+    limit = limit if encoder.max_frames is None else min(limit, encoder.max_frames)
+    with open_clip(clip, encoder.fps, limit) as opened:
+        height, width = opened.size
+        large = height * width > REFERENCE_TOKENS * SIDE * SIDE
+        size = fit_size(height, width, 1, REFERENCE_TOKENS) if large else opened.size
+        whole = 3 * height * width * opened.expected <= KEPT_WHOLE
+        originals, frames, times = [], [], []
+        for frame in opened:
+            originals.append(resize(frame.pixels[None], size, "bicubic")[0])
+            if whole:
+                frames.append(frame.pixels)
+                times.append(frame.time)
+    return originals, torch.stack(frames) if whole else clip, times if whole else None
+
+
+def detail(picture: torch.Tensor, original: torch.Tensor) -> tuple[float, float]:
+    """(PSNR in dB of RGB, SSIM of luma) of `picture` uint8 [3, h, w], at the size of `original` uint8 [3, H, W]."""
+    shown = resize(picture[None], tuple(original.shape[1:]), "bicubic")[0]
+    if torch.equal(shown, original):
+        return LOSSLESS, 1.0
+    psnr = peak_signal_noise_ratio(original.numpy(), shown.numpy(), data_range=255)
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    one, two = ((p.float() * luma).sum(0).numpy() for p in (picture, reference))
-    return float(structural_similarity(one, two, data_range=255.0))
+    one, two = ((p.float() * luma).sum(0).numpy() for p in (original, shown))
+    return min(float(psnr), LOSSLESS), float(structural_similarity(one, two, data_range=255.0))
+
+
+class Store:
+    """What was measured: in memory, and in `out` as it comes, so that an interrupted sweep goes on.
+
+    `ablation.csv` holds a line per clip and threshold, `accuracy.jsonl` one per threshold, `state.json` what both were
+    measured with. Half a last line, as a killed process leaves it, is dropped.
+    """
+
+    def __init__(self, out: str | Path | None, encoder: dict, asked: dict | None) -> None:
+        self.out = None if out is None else Path(out)
+        self.clips: dict[tuple, dict] = {}
+        self.answers: dict[float, dict] = {}
+        if self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        state = json.loads(json.dumps({"encoder": encoder, "asked": asked}))
+        before = _read_state(self.out / STATE)
+        if before.get("encoder") == state["encoder"]:
+            found = {(e.pop("path"), e.pop("bytes"), e["threshold"]): e for e in _read_csv(self.out / CSV)}
+            # A clip that changed since has another size.
+            self.clips = {key: entry for key, entry in found.items() if key == self.key(key[0], key[2])}
+        if before == state:
+            self.answers = _read_answers(self.out / ANSWERS)
+        (self.out / CSV).unlink(missing_ok=True)
+        (self.out / ANSWERS).unlink(missing_ok=True)
+        _replace(self.out / STATE, json.dumps(state, indent=1) + "\n")
+        for (path, size, _), entry in self.clips.items():
+            self._append_clip(path, size, entry)
+        for threshold, answers in self.answers.items():
+            self._append_answers(threshold, answers)
+
+    @staticmethod
+    def key(clip: str | Path, threshold: float) -> tuple[str, int, float]:
+        """What a line of the table is known by: the clip's path and size, and the threshold."""
+        path = Path(clip).absolute()
+        return str(path), path.stat().st_size if path.is_file() else 0, threshold
+
+    def add_clip(self, clip: str | Path, entry: dict) -> None:
+        """Keep one clip at one threshold."""
+        path, size, threshold = self.key(clip, entry["threshold"])
+        self.clips[path, size, threshold] = entry
+        if self.out is not None:
+            self._append_clip(path, size, entry)
+
+    def add_answers(self, threshold: float, report: Report) -> None:
+        """Keep what a model's answers were worth at one threshold."""
+        overall, families = report.overall, {name: asdict(score) for name, score in report.families.items()}
+        scores = {"accuracy": overall.accuracy, "accuracy_stderr": overall.stderr, "questions": overall.n}
+        self.answers[threshold] = {**scores, "families": families}
+        if self.out is not None:
+            self._append_answers(threshold, self.answers[threshold])
+
+    def _append_clip(self, path: str, size: int, entry: dict) -> None:
+        line = {**entry, "path": path, "bytes": size}
+        new = not (self.out / CSV).exists()
+        with (self.out / CSV).open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(line))
+            if new:
+                writer.writeheader()
+            writer.writerow(line)
+
+    def _append_answers(self, threshold: float, answers: dict) -> None:
+        with (self.out / ANSWERS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"threshold": threshold, **answers}) + "\n")
 
 
 def line(row: AblationRow) -> str:
     """A row as one line of text."""
     said = f"threshold {row.threshold:.2f}: {row.tokens:8.0f} tokens a clip ({row.tokens_share:4.0%} of all-slow), "
-    said += f"{row.slow_share:4.0%} slow, detail {row.detail:.3f}"
+    said += f"{row.slow_share:4.0%} slow, detail {row.psnr:.1f} dB, SSIM {row.ssim:.3f}"
     return said if math.isnan(row.accuracy) else f"{said}, accuracy {row.accuracy:.1%} ± {row.accuracy_stderr:.1%}"
 
 
 def save(out: str | Path, rows: Sequence[AblationRow], details: Sequence[dict], settings: dict) -> None:
-    """Write `ablation.csv` (a line per clip and threshold), `ablation.json` (rows, settings) and `ablation.png`."""
+    """Write `ablation.json` (rows, clips, settings), `ablation.png`, and `ablation.csv` unless a sweep wrote it."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "ablation.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(details[0]))
-        writer.writeheader()
-        writer.writerows(details)
+    if not (out / CSV).exists():
+        with (out / CSV).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(details[0]))
+            writer.writeheader()
+            writer.writerows(details)
     plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()} for row in rows]
     report = {"settings": settings, "rows": plain, "clips": list(details)}
-    (out / "ablation.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    _replace(out / "ablation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     draw(out / "ablation.png", rows, details)
 
 
 def draw(path: Path, rows: Sequence[AblationRow], details: Sequence[dict]) -> None:
-    """Curves over the threshold: tokens, slow share and detail (a thin line a clip, a thick one the mean), accuracy."""
+    """Curves over the threshold: thin lines for clips and families of questions, thick ones for their mean."""
     from matplotlib.figure import Figure
 
-    x = [row.threshold for row in rows]
-    panels = [
-        ("tokens_share", "tokens, share of all-slow"),
-        ("slow_share", "share of slow frames"),
-        ("detail", "detail"),
-    ]
+    panels = {
+        "tokens_share": "tokens, share of all-slow",
+        "slow_share": "share of slow frames",
+        "psnr": "detail: PSNR with the original, dB",
+        "ssim": "detail: SSIM with the original",
+    }
     if not all(math.isnan(row.accuracy) for row in rows):
-        panels.append(("accuracy", "accuracy of the trained model"))
+        panels["accuracy"] = "accuracy of the trained model"
+    x = [row.threshold for row in rows]
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         if key == "accuracy":
+            for family in dict.fromkeys(name for row in rows for name in row.families):
+                y = [row.families.get(family, {}).get("accuracy", math.nan) for row in rows]
+                axes.plot(x, y, linewidth=1, alpha=0.6, label=family)
             spread = [row.accuracy_stderr for row in rows]
-            axes.errorbar(x, [row.accuracy for row in rows], yerr=spread, color="#1d6fb8", marker="o", capsize=2)
+            thick = {"color": "#1d6fb8", "marker": "o", "capsize": 2, "linewidth": 2.4, "label": "all"}
+            axes.errorbar(x, [row.accuracy for row in rows], yerr=spread, **thick)
         else:
             for clip in dict.fromkeys(entry["clip"] for entry in details):
-                y = [entry[key] for entry in details if entry["clip"] == clip]
-                axes.plot(x, y, linewidth=1, alpha=0.6, label=clip)
+                points = [(entry["threshold"], entry[key]) for entry in details if entry["clip"] == clip]
+                axes.plot(*zip(*points, strict=True), linewidth=1, alpha=0.6, label=clip)
             axes.plot(x, [getattr(row, key) for row in rows], color="#1d6fb8", linewidth=2.4, label="mean")
         axes.set(title=title, xlabel="threshold")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    for axes in {figure.axes[0], figure.axes[len(panels) - 1]}:
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=140)
 
 
-def _accuracy(measure: Callable[[float], tuple[float, float, int]] | None, threshold: float) -> dict:
-    names = [field.name for field in fields(AblationRow)][-3:]
-    return dict(zip(names, measure(threshold), strict=True)) if measure else {}
+@contextmanager
+def _progress(wanted: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+    """A function of (what, done, of how many, the latest) that moves a bar with the time left, or prints a line."""
+    live = wanted and sys.stdout.isatty()
+    began: dict[str, float] = {}
+    columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[latest]}"), disable=not live) as bar:
+        tasks: dict[str, Any] = {}
+        last = time.monotonic()
+
+        def show(what: str, done: int, total: int, latest: str) -> None:
+            nonlocal last
+            if what not in tasks:
+                tasks[what], began[what] = bar.add_task(what, total=total, latest=""), last
+            last = time.monotonic()
+            bar.update(tasks[what], completed=done, latest=latest)
+            if wanted and not live:
+                left = (last - began[what]) / done * (total - done)
+                print(f"{what} {done}/{total}  {latest}" + (f", about {left:.0f} s left" if left else ""), flush=True)
+
+        yield show
+
+
+def _read_state(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_csv(path: Path) -> list[dict]:
+    kinds = {"clip": str, "path": str, "frames": int, "tokens": int, "bytes": int}
+    entries = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                try:
+                    entry = {key: kinds.get(key, float)(value) for key, value in row.items()}
+                except (TypeError, ValueError):
+                    continue
+                if {"path", "bytes", "threshold", *MEANS} <= entry.keys():
+                    entries.append(entry)
+    return entries
+
+
+def _read_answers(path: Path) -> dict[float, dict]:
+    answers = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            continue
+        answers[entry.pop("threshold")] = entry
+    return answers
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is whole or as it was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
