@@ -46,17 +46,22 @@ def make_grid(sequence: int = 1) -> Grid:
         RecipeError: `sequence` does not divide the number of processes.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world % sequence:
-        raise RecipeError(
-            f"sequence_parallel = {sequence} does not divide the {world} processes; "
-            f"start a multiple of {sequence} or lower it with --set STAGE.sequence_parallel=…"
-        )
+    check_sequence(sequence, world)
     group = None
     if sequence > 1:
         for first in range(0, world, sequence):
             made = dist.new_group(list(range(first, first + sequence)))
             group = made if first <= rank < first + sequence else group
     return Grid(rank, world, sequence, group)
+
+
+def check_sequence(sequence: int, world: int) -> None:
+    """RecipeError when `world` processes cannot be cut into groups of `sequence`."""
+    if world % sequence:
+        raise RecipeError(
+            f"sequence_parallel = {sequence} does not divide the {world} processes; "
+            f"start a multiple of {sequence} or lower it with --set STAGE.sequence_parallel=…"
+        )
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

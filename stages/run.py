@@ -1,5 +1,6 @@
 """A whole pre-training run in one launch: world, tokenizer, model, then the stages one after the other."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from keye.encoder import SlowFastEncoder
 from keye.errors import CheckpointError, KeyeError, RecipeError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
@@ -23,9 +25,9 @@ from stages.alignment import Alignment
 from stages.annealing import Annealing
 from stages.data.sources import Cache, Quarantine
 from stages.multitask import Multitask
-from stages.parallel import make_grid
+from stages.parallel import Grid, check_sequence, make_grid
 from stages.recipe import Recipe, StageRecipe
-from stages.stage import open_mixture
+from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
 from stages.vision import Vision
 
@@ -44,6 +46,7 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     run = Path(run)
     engine.start()
     seed(recipe.seed)
+    _first_rank(lambda: check(recipe, run, only))
     if dist.get_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
@@ -55,6 +58,47 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
         if only in (None, name):
             run_stage(name, recipe, run, cache)
     engine.stop()
+
+
+def check(recipe: Recipe, run: Path, only: str | None) -> None:
+    """Find before anything is trained what would stop a later stage; KeyeError names it."""
+    for source in recipe.data.sources:
+        if "{run}" not in source.path and not Path(source.path).is_file():
+            raise RecipeError(f"{source.path}: no such manifest; mend data.sources in the recipe or make it first")
+    unknown = set(recipe.processor.image) - {"min_tokens", "max_tokens"}
+    if unknown:
+        raise RecipeError(f"processor.image: unknown key {min(unknown)}; it takes min_tokens and max_tokens")
+    before = recipe.stages[: recipe.stages.index(only)] if only is not None else []
+    if before and not (run / before[-1] / DONE).exists():
+        raise CheckpointError(f"{run / before[-1]} is not finished; run the stage {before[-1]} before {only}")
+    check_finished(recipe, run, only)
+    world = dist.get_world_size()
+    for name in recipe.stages:
+        if only in (None, name) and not (run / name / DONE).exists():
+            told = getattr(recipe, name)
+            make_encoder(recipe, told)
+            choose_sources(name, recipe)
+            check_sequence(told.sequence_parallel, world)
+            micro_batches(name, getattr(told, "pairs", told.packs), Grid(0, world, told.sequence_parallel, None))
+
+
+def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
+    """CheckpointError when a stage that would be passed over was trained with another recipe than this one."""
+    for name in recipe.stages:
+        if only in (None, name) and (run / name / DONE).exists():
+            trained = json.loads((run / name / DONE).read_text()).get("recipe")
+            told = stage_table(getattr(recipe, name))
+            changed = [key for key in told if trained is not None and trained.get(key) != told[key]]
+            if changed:
+                raise CheckpointError(
+                    f"{name} was finished with {changed[0]} = {trained.get(changed[0])!r}, but the recipe says "
+                    f"{told[changed[0]]!r}; remove {run / name} to train it again, or take another --run"
+                )
+
+
+def stage_table(told: StageRecipe) -> dict[str, object]:
+    """A stage's recipe as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(told)))
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
@@ -73,19 +117,17 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     module = stage.prepare(model).train()
     quarantine = Quarantine(folder / "quarantine.jsonl")
     loader = stage.loader(open_mixture(name, recipe, processor, grid, cache, quarantine, str(run)), grid)
-    pairs = getattr(told, "pairs", None)
-    count = micro_batches(name, told.packs if pairs is None else pairs, grid)
+    count = micro_batches(name, getattr(told, "pairs", told.packs), grid)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     _say(f"{name}: {trained / 1e6:.2f} M parameters, {told.steps} steps, {grid.data_size} × {grid.sequence} ranks")
     # The pairs of a step are one batch, because each is a negative of every other.
-    trainer = Trainer(
-        stage, module, loader, grid, told, folder, count if pairs is None else 1, recipe.precision
-    )
-    trainer.run()
+    batches = 1 if name == "vision" else count
+    Trainer(stage, module, loader, grid, told, folder, batches, recipe.precision).run()
     if dist.get_rank() == 0:
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
-        (folder / DONE).write_text(json.dumps({"steps": told.steps, "skipped": len(quarantine.rows())}) + "\n")
+        done = {"steps": told.steps, "skipped": len(quarantine.rows()), "recipe": stage_table(told)}
+        (folder / DONE).write_text(json.dumps(done) + "\n")
     dist.barrier()
 
 
@@ -94,8 +136,6 @@ def load_model(name: str, recipe: Recipe, run: Path, processor: KeyeProcessor) -
     before = recipe.stages[: recipe.stages.index(name)]
     if before:
         path = run / before[-1] / "model"
-        if not (run / before[-1] / DONE).exists():
-            raise CheckpointError(f"{path} is not there yet; run the stage {before[-1]} before {name}")
     elif recipe.model.path:
         path = Path(recipe.model.path)
     else:
@@ -107,13 +147,19 @@ def load_model(name: str, recipe: Recipe, run: Path, processor: KeyeProcessor) -
         raise CheckpointError(f"{path}: not a Keye directory ({str(error).splitlines()[0]}); name another") from error
 
 
+def make_encoder(recipe: Recipe, told: StageRecipe) -> SlowFastEncoder:
+    """The stage's encoder; RecipeError names a setting that it does not take."""
+    settings = {**recipe.processor.encoder, **told.encoder}
+    try:
+        return SlowFastEncoder(**settings)
+    except TypeError as error:
+        raise RecipeError(f"processor.encoder: {error}; see SlowFastEncoder for what it takes") from error
+
+
 def make_processor(recipe: Recipe, told: StageRecipe, run: Path) -> KeyeProcessor:
     """The processor with the stage's own encoder settings."""
     settings = {**recipe.processor.encoder, **told.encoder}
-    try:
-        return KeyeProcessor(load_tokenizer(str(run / "tokenizer")), encoder=settings, image=recipe.processor.image)
-    except TypeError as error:
-        raise RecipeError(f"processor.encoder: {error}; see SlowFastEncoder for what it takes") from error
+    return KeyeProcessor(load_tokenizer(str(run / "tokenizer")), encoder=settings, image=recipe.processor.image)
 
 
 def prepare_world(recipe: Recipe, run: Path) -> None:

@@ -93,15 +93,23 @@ def open_mixture(
     if grid.sequence_rank:
         return None
     stage: StageRecipe = getattr(recipe, name)
-    chosen = [s for s in recipe.data.sources if name in s.stages or (not s.stages and name != "vision")]
-    chosen = [s for s in chosen if not stage.mixture or stage.mixture.get(s.kind, 0) > 0]
-    shares = _shares(name, stage, chosen)
     shard_ = (grid.data_rank, grid.data_size)
     sources = []
-    for source, share in shares:
+    for source, share in choose_sources(name, recipe):
         made = Source(source, processor, recipe.seed, cache, quarantine, shard_, stage.context, run)
         sources.append((made, share))
     return Mixture(sources)
+
+
+def choose_sources(name: str, recipe: Recipe) -> list[tuple[SourceRecipe, float]]:
+    """The sources that a stage reads, each with its share of the tokens.
+
+    Raises:
+        RecipeError: there is none, or none of a kind that the stage's mixture wants.
+    """
+    stage: StageRecipe = getattr(recipe, name)
+    chosen = [s for s in recipe.data.sources if name in s.stages or (not s.stages and name != "vision")]
+    return _shares(name, stage, [s for s in chosen if not stage.mixture or stage.mixture.get(s.kind, 0) > 0])
 
 
 def _shares(name: str, stage: StageRecipe, sources: list[SourceRecipe]) -> list[tuple[SourceRecipe, float]]:

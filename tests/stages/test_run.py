@@ -1,0 +1,163 @@
+"""A whole run: all stages from one recipe; what is finished is passed over, unless the recipe says something else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from keye.errors import KeyeError
+from keye.model.keye import KeyeForConditionalGeneration
+from stages.recipe import load
+from stages.run import check, pretrain
+from tests.distributed import run_distributed
+from tests.stages import small
+
+RECIPE = """
+name = "test"
+[model]
+tokenizer = "TOKENIZER"
+[processor.encoder]
+max_tokens = 16
+min_tokens_per_frame = 1
+max_tokens_per_frame = 4
+[processor.image]
+min_tokens = 1
+max_tokens = 4
+[data.world.settings]
+size = [56, 84]
+duration = 3.0
+[data.world.counts]
+count = 4
+image_read = 4
+text = 4
+[[data.sources]]
+path = "{run}/world/train.jsonl"
+kind = "image"
+stages = ["vision"]
+[[data.sources]]
+path = "{run}/world/train.jsonl"
+kind = "video"
+[[data.sources]]
+path = "{run}/world/train.jsonl"
+kind = "text"
+[vision]
+steps = 2
+lr = 1e-3
+pairs = 2
+text_width = 32
+text_layers = 1
+[alignment]
+steps = 2
+lr = 1e-3
+context = 128
+[annealing]
+steps = 1
+lr = 1e-4
+context = 256
+packs = 1
+zero = 1
+sequence_parallel = SEQUENCE
+"""
+STAGES = ("vision", "alignment", "annealing")
+
+
+def go(recipe: Path, run: Path, overrides: list[str], only: str | None) -> None:
+    pretrain(load(recipe, overrides), run, only)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "test.toml"
+    small.processor().tokenizer.save_pretrained(path.parent / "tokenizer")
+    path.write_text(RECIPE.replace("SEQUENCE", "1").replace("TOKENIZER", str(path.parent / "tokenizer")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "test"
+    run_distributed(go, 1, 150, recipe, folder, [], None)
+    return folder
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+
+
+def written(run: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for stage in STAGES for path in (run / stage).rglob("*")}
+
+
+def test_each_stage_leaves_a_model_metrics_and_its_recipe(run):
+    for stage in STAGES:
+        lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+        done = json.loads((run / stage / "stage.json").read_text())
+        assert [line["step"] for line in lines] == list(range(1, done["steps"] + 1))
+        assert done["skipped"] == 0 and done["recipe"]["steps"] == done["steps"]
+        model = KeyeForConditionalGeneration.from_pretrained(run / stage / "model")
+        theta = model.config.text_config.rope_parameters["rope_theta"]
+        assert theta == (8e6 if stage == "annealing" else 1e6)
+    assert load(run / "recipe.toml").stages == list(STAGES)
+    assert json.loads((run / "environment.json").read_text())["processes"] == 1
+
+
+def test_only_what_a_stage_trains_changes(run):
+    before, after = (load_file(run / stage / "model" / "model.safetensors") for stage in ("vision", "alignment"))
+    changed = {name for name, value in after.items() if not torch.equal(before[name], value)}
+    assert changed and all(name.startswith("projector") for name in changed)
+
+
+def test_finished_stages_are_passed_over(run, recipe, capfd):
+    before = written(run)
+    run_distributed(go, 1, 100, recipe, run, [], None)
+    assert written(run) == before
+    assert capfd.readouterr().out.count("finished before, passed over") == 3
+
+
+def test_finished_stage_with_another_recipe_is_named_with_the_mend(run, recipe):
+    before, told = written(run), (run / "recipe.toml").read_text()
+    with pytest.raises(KeyeError) as caught:
+        run_distributed(go, 1, 100, recipe, run, ["alignment.steps=3"], None)
+    said = str(caught.value)
+    assert said.startswith("alignment was finished with steps = 2, but the recipe says 3; remove ")
+    assert str(run / "alignment") in said and "another --run" in said
+    assert written(run) == before and (run / "recipe.toml").read_text() == told
+
+
+def test_stage_before_must_be_there(alone, recipe, tmp_path):
+    with pytest.raises(KeyeError, match="run the stage alignment before annealing"):
+        check(load(recipe), tmp_path / "run", "annealing")
+    check(load(recipe), tmp_path / "run", "vision")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("annealing.encoder.max_tokens_per_frame=0", "max_tokens_per_frame=0"),
+        ("annealing.encoder.maximum=3", "processor.encoder: .*maximum.*SlowFastEncoder"),
+        ("processor.image.maximum=3", "processor.image: unknown key maximum"),
+        ("annealing.sequence_parallel=2", "sequence_parallel = 2 does not divide the 1 processes"),
+        ("annealing.mixture={image = 0.5, text = 0.5}", "annealing.mixture wants image"),
+        ('data.sources=[{path = "gone.jsonl", kind = "text"}]', "gone.jsonl: no such manifest"),
+    ],
+)
+def test_what_would_stop_a_later_stage_is_said_before_the_first(alone, recipe, tmp_path, override, said):
+    with pytest.raises(KeyeError, match=said):
+        check(load(recipe, [override]), tmp_path / "run", None)
+
+
+def test_stage_that_the_recipe_has_not_is_named(recipe, tmp_path):
+    with pytest.raises(KeyeError, match="the recipe has no stage multitask; it has vision, alignment, annealing"):
+        pretrain(load(recipe), tmp_path / "run", "multitask")
+
+
+@pytest.mark.slow
+def test_two_processes_run_all_stages(recipe, tmp_path):
+    path = tmp_path / "two.toml"
+    path.write_text(recipe.read_text().replace("sequence_parallel = 1", "sequence_parallel = 2"))
+    run_distributed(go, 2, 240, path, tmp_path / "run", [], None)
+    assert all((tmp_path / "run" / stage / "stage.json").exists() for stage in STAGES)
