@@ -1,18 +1,16 @@
 """Two processes with half the prompts each compute the loss and the gradient of one with all of them."""
 
-import socket
-import tempfile
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import Sample
 from rl.gspo import group_advantages, gspo_loss
 from rl.policy import Group, score
+from tests.distributed import run_distributed
 
 VOCABULARY, GROUP = 64, 3
 REWARDS = [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.5, 0.5, 0.5]]
@@ -58,10 +56,8 @@ def loss_of(model: KeyeForConditionalGeneration, places: list[int], sequences: f
     return gspo_loss(new.log_probs, old, new.owner, advantages, sequences).loss
 
 
-def worker(rank: int, port: int, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = policy()
+def half_of_the_prompts() -> dict[str, Any]:
+    rank, model = dist.get_rank(), policy()
     # Gradients are averaged over ranks, as DeepSpeed does, so the divisor is the global count over their number.
     loss = loss_of(model, [rank, rank + 2], 4 * GROUP / 2)
     loss.backward()
@@ -69,19 +65,11 @@ def worker(rank: int, port: int, out: str) -> None:
     for value in (*gradients.values(), loss.detach()):
         dist.all_reduce(value)
         value /= 2
-    if rank == 0:
-        torch.save({"loss": loss.detach(), "gradients": gradients}, out)
-    dist.destroy_process_group()
+    return {"loss": loss.detach(), "gradients": gradients}
 
 
 def test_two_processes_equal_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "two.pt")
-        mp.spawn(worker, (port, out), nprocs=2)
-        two = torch.load(out, weights_only=True)
+    two = run_distributed(half_of_the_prompts, 2, 90)[0]
     model = policy()
     loss = loss_of(model, [0, 1, 2, 3], 4 * GROUP)
     loss.backward()
