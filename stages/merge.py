@@ -7,6 +7,7 @@ The report ends pre-training so: the same model is annealed on several mixtures,
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def check_alike(models: Sequence[Weights]) -> None:
         key = _difference(first.config, model.config)
         if key is not None:
             raise CheckpointError(f"config.json of {both} differ in {key}; merge models that were trained alike")
-        if _bytes(first.directory / "tokenizer.json") != _bytes(model.directory / "tokenizer.json"):
+        if _vocabulary(first.directory) != _vocabulary(model.directory):
             raise CheckpointError(f"tokenizer.json of {both} differ; merge models that share a vocabulary")
 
 
@@ -145,12 +146,13 @@ def _means(models: Sequence[Weights], shares: Sequence[float], progress: bool) -
     live = progress and sys.stdout.isatty()
     columns = (TextColumn("merging"), BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, disable=not live) as bar:
-        task = bar.add_task("", total=sum(sizes))
+        task, began = bar.add_task("", total=sum(sizes)), time.monotonic()
         for i, (name, size) in enumerate(zip(names, sizes, strict=True), 1):
             yield name, _mean(models, shares, name)
             bar.advance(task, size)
             if progress and not live and i * 10 // len(names) > (i - 1) * 10 // len(names):
-                print(f"merging: {i} of {len(names)} tensors", flush=True)
+                left = (time.monotonic() - began) / sum(sizes[:i]) * sum(sizes[i:])
+                print(f"merging: {i} of {len(names)} tensors, about {left:.0f} s left", flush=True)
 
 
 def _mean(models: Sequence[Weights], shares: Sequence[float], name: str) -> Tensor:
@@ -221,5 +223,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error}); save the model again") from error
 
 
-def _bytes(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
+def _vocabulary(directory: Path) -> tuple[Any, Any] | None:
+    """What tokenizer.json says of which token has which id; not how it was last told to pad or cut."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    values = _read_json(path)
+    return values.get("model"), values.get("added_tokens")

@@ -291,8 +291,9 @@ def draw(path: Path, rows: Sequence[AblationRow], details: Sequence[dict]) -> No
         axes.set(title=title, xlabel="threshold")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in {figure.axes[0], figure.axes[len(panels) - 1]}:
-        axes.legend(frameon=False, fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    if "accuracy" in panels:
+        figure.axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=140)
 
 

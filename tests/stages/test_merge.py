@@ -19,7 +19,7 @@ def save(path: Path, seed: int, dtype: torch.dtype = torch.float32, **text: obje
     torch.manual_seed(seed)
     config = KeyeConfig.preset("tiny", **{"vocab_size": 384, "num_hidden_layers": 2, **text})
     KeyeForConditionalGeneration(config).to(dtype).save_pretrained(path)
-    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "padding": null}')
     (path / "preprocessor_config.json").write_text('{"encoder": {}}')
     return path
 
@@ -91,10 +91,16 @@ def test_models_that_are_not_alike_are_refused_by_name(models: list[Path], tmp_p
     with pytest.raises(CheckpointError, match=r"differ in text_config\.rope_parameters\.rope_theta"):
         merge([models[0], far], out)
     words = save(tmp_path / "words", 0)
-    (words / "tokenizer.json").write_text("[]")
+    (words / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
     with pytest.raises(CheckpointError, match="share a vocabulary"):
         merge([models[0], words], out)
     assert not out.exists() and not (tmp_path / "merged.partial").exists()
+
+
+def test_tokenizers_may_differ_in_how_they_pad(models: list[Path], tmp_path: Path):
+    other = save(tmp_path / "other", 1)
+    (other / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "padding": {"strategy": "BatchLongest"}}')
+    assert merge([models[0], other], tmp_path / "merged", progress=False).is_dir()
 
 
 def test_torn_file_and_place_in_use_are_refused(models: list[Path], tmp_path: Path):
