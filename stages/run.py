@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 
 from keye.encoder import SlowFastEncoder
 from keye.errors import CheckpointError, KeyeError, RecipeError
@@ -44,6 +45,7 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     if only is not None and only not in recipe.stages:
         raise RecipeError(f"the recipe has no stage {only}; it has {', '.join(recipe.stages)}")
     run = Path(run)
+    transformers.utils.logging.disable_progress_bar()
     engine.start()
     seed(recipe.seed)
     _first_rank(lambda: check(recipe, run, only))

@@ -83,6 +83,9 @@ class Vision:
                     num_attention_heads=self.recipe.text_heads,
                     max_position_embeddings=self.recipe.text_length,
                     projection_size=width,
+                    bos_token_id=None,
+                    eos_token_id=self.processor.tokenizer.eos_token_id,
+                    pad_token_id=self.processor.tokenizer.pad_token_id,
                 )
             )
         return Contrast(model.visual, text).requires_grad_(True)
