@@ -151,7 +151,7 @@ def row_chart(rows: Sequence[str], series: Sequence[Series], *, width: int = 760
 
     "marks" are round dots with error bars; any other style is a short upright stroke (a reference such as chance).
     """
-    left, right, top, bottom = 104, 18, 8, 30
+    left, right, top, bottom = 128, 18, 8, 30
     height = top + bottom + row_height * len(rows)
 
     def px(share: float) -> float:

@@ -13,19 +13,25 @@ class FamilyFinding:
     """How one family of held-out questions went.
 
     before: the annealed model, with its chance and majority baselines. blind: the same model without the video. after:
-    the model after GSPO. None is what was not measured yet.
+    the model after GSPO. None is what was not measured yet. pictures: whether there is anything to be blind to.
     """
 
     family: str
     before: Score
     blind: Score | None
     after: Score | None
+    pictures: bool = True
 
     @property
     def learnt(self) -> bool:
-        """Whether the annealed model is above chance and above its blind self by more than two standard errors."""
-        if self.blind is None or self.before.accuracy - self.before.chance <= 2 * self.before.stderr:
+        """Whether the annealed model is above chance and above its blind self by more than two standard errors.
+
+        Words alone are judged by chance alone.
+        """
+        if self.before.accuracy - self.before.chance <= 2 * self.before.stderr:
             return False
+        if self.blind is None:
+            return not self.pictures
         spread = math.hypot(self.before.stderr, self.blind.stderr)
         return self.before.accuracy - self.blind.accuracy > 2 * spread
 
@@ -59,7 +65,10 @@ def families(run: Path) -> list[FamilyFinding]:
         }
         for name in ("annealing", "annealing_blind", "gspo")
     )
-    return [FamilyFinding(family, score, blind.get(family), after.get(family)) for family, score in before.items()]
+    return [
+        FamilyFinding(family, score, blind.get(family), after.get(family), pictures=not blind or family in blind)
+        for family, score in before.items()
+    ]
 
 
 def reward(run: Path) -> RewardFinding | None:

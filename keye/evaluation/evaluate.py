@@ -37,16 +37,19 @@ def evaluate(
     """Accuracy of `model` on a benchmark, or on a manifest given by its path.
 
     families, limit: only these families, at most so many questions of each (manifests only). blind: leave out images
-    and videos. temperature: 0 is greedy; otherwise replies are sampled from `seed`. train: the training manifest, from
-    which the majority answers are taken (default: the benchmark itself). rank, world_size: answer only every
-    world_size-th question; `merge` (or `gather` under torch.distributed) joins the reports. A clip that cannot be read
-    is recorded and counts as wrong. Raises ManifestError for a manifest that is not one.
+    and videos, and the questions that have none. temperature: 0 is greedy; otherwise replies are sampled from `seed`.
+    train: the training manifest, from which the majority answers are taken (default: the benchmark itself). rank,
+    world_size: answer only every world_size-th question; `merge` (or `gather` under torch.distributed) joins the
+    reports. A clip that cannot be read is recorded and counts as wrong. Raises ManifestError for a manifest that is
+    not one.
     """
     began = time.monotonic()
     if isinstance(benchmark, str | Path):
         benchmark = ManifestBenchmark(benchmark, families, limit)
     questions = list(benchmark)
     baselines = Baselines(ManifestBenchmark(train) if train else questions)
+    if blind:
+        questions = [question for question in questions if question.blind() != question.messages]
     mine = list(enumerate(questions))[rank::world_size]
     outcomes: list[Outcome] = []
     was_training = model.training

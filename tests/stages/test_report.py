@@ -68,6 +68,13 @@ def test_learnt_means_two_standard_errors_above_chance_and_blind(before, blind, 
     assert finding.learnt is learnt
 
 
+def test_a_family_of_words_alone_is_judged_by_chance(tmp_path):
+    write_evaluation(tmp_path, "annealing", {"count": 0.9, "text": 0.8})
+    assert not any(f.learnt for f in findings.families(tmp_path))
+    write_evaluation(tmp_path, "annealing_blind", {"count": 0.2})
+    assert [f.learnt for f in findings.families(tmp_path)] == [True, True]
+
+
 def test_reward_rose_only_if_by_more_than_two_standard_errors(tmp_path):
     (tmp_path / "gspo").mkdir()
     for after, rose in ((0.60, True), (0.53, False)):

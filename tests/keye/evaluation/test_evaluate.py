@@ -60,7 +60,8 @@ def test_blind_questions_carry_no_pictures(world, pair):
     (moved := world.with_name("elsewhere.jsonl")).write_text(
         world.read_text().replace("clips/", "no/").replace("stills/", "no/")
     )
-    assert not evaluate(*pair, moved, max_new_tokens=1, blind=True).failed
+    report = evaluate(*pair, moved, max_new_tokens=1, blind=True)
+    assert not report.failed and "count" in report.families and "text" not in report.families
 
 
 def test_an_unreadable_clip_is_counted_as_wrong_and_named(world, pair):
