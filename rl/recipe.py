@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from keye.errors import RecipeError
 from rl.gspo import EPSILON_HIGH, EPSILON_LOW
-from stages.recipe import build, override
+from stages.recipe import build, read
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRec
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe; the ready-made ones are in rl/recipes") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not TOML ({error}); mend that line") from None
-    for text in overrides:
-        override(table, text)
+    table = read(path, overrides, "rl/recipes")
     recipe = build(RlRecipe, table, str(path))
     _check(recipe, str(path))
     return recipe

@@ -154,20 +154,30 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
+    table = read(path, overrides, "stages/recipes")
+    recipe = build(Recipe, table, str(path))
+    _check(recipe, str(path))
+    located = [dataclasses.replace(s, path=_located(s.path, path.parent)) for s in recipe.data.sources]
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=tuple(located)))
+
+
+def read(path: Path, overrides: list[str] | tuple[str, ...], ready_made: str) -> dict[str, Any]:
+    """The overridden table of a TOML file, unchecked; `ready_made` is where an error says that recipes can be found.
+
+    Raises:
+        RecipeError: no such file, not TOML, or an override that is not KEY=VALUE.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe; the ready-made ones are in stages/recipes") from None
+        raise RecipeError(f"{path}: no such recipe; the ready-made ones are in {ready_made}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML ({error}); mend that line") from None
     for text in overrides:
         override(table, text)
-    recipe = build(Recipe, table, str(path))
-    _check(recipe, str(path))
-    located = [dataclasses.replace(s, path=_located(s.path, path.parent)) for s in recipe.data.sources]
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=tuple(located)))
+    return table
 
 
 def build(cls: type, table: Any, file: str, prefix: str = "") -> Any:
