@@ -8,7 +8,7 @@ from keye.errors import KeyeError
 
 
 class KeyeVisionConfig(PreTrainedConfig):
-    """The native-resolution vision tower; defaults are SigLIP-so400m-patch14-384 (FACTS §3).
+    """The native-resolution vision tower; defaults are SigLIP-so400m-patch14-384 (the released tower).
 
     `position_grid` is the side of the learned position table in patches; `rotary` switches the 2-D RoPE, off only to
     compare with plain SigLIP.

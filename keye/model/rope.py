@@ -18,8 +18,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def vision_tables(grid_thw: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[N, 1, head_dim]` of every patch's (row, column), frames in raster order.
 
-    A quarter of the head turns with the row, a quarter with the column, and the half is repeated (FACTS: SigLIP with
-    36 + 36 dims of 72). grid_thw: `[F, 3]` rows (1, h, w) in patches.
+    A quarter of the head turns with the row, a quarter with the column, and the half is repeated, as in
+    the release (36 + 36 of 72). grid_thw: `[F, 3]` rows (1, h, w) in patches.
     """
     row, column, _ = block_coordinates(grid_thw[:, 1] * grid_thw[:, 0], grid_thw[:, 2])
     frequency = theta ** -(torch.arange(0, head_dim // 2, 2, device=grid_thw.device).float() / (head_dim // 2))
@@ -44,7 +44,7 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
     """3-D positions `[3, L]` of one token stream: text counts on, each image or frame is one block in time.
 
     A block that starts at s has T = s, H = s + row, W = s + column, and the next text token stands at the block's
-    largest position + 1 (Qwen2-VL's rule with t = 1; FACTS §2).
+    largest position + 1 (Qwen2-VL's rule with t = 1, as in vLLM's Keye).
 
     Args:
         input_ids: `[L]`.
@@ -73,7 +73,7 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
 class MultimodalRotary(nn.Module):
     """M-RoPE in the place of a transformers decoder's `rotary_emb`; text (T = H = W) equals the 1-D rotary exactly.
 
-    Frequencies are dealt to (T, H, W) in contiguous sections of 16/24/24 of 64, scaled to the head (FACTS §3).
+    Frequencies are dealt to (T, H, W) in contiguous sections of 16/24/24 of 64, scaled to the head (released config).
     """
 
     def __init__(self, head_dim: int, theta: float) -> None:

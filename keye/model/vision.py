@@ -1,7 +1,7 @@
 """The native-resolution vision tower: SigLIP's layers over any frame sizes, with interpolated positions and 2-D RoPE.
 
 Parameter names are SigLIP's, so that its weights load as they are. Frames of all sizes run in one packed call; each
-frame is a segment of its own (FACTS §3).
+frame is a segment of its own (as in the release).
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """Video plans and stills → the token stream; the one place that knows the special tokens.
 
-A video's placeholder expands to one group per frame, in time order (FACTS §2, vLLM's Keye processor):
+A video's placeholder expands to one group per frame, in time order (vLLM's Keye processor):
 
     slow   <|frame|>12.5 + n × <|video_pad|>
     fast   <|frame|>13.0<|fast_start|> + n × <|video_pad|> + <|fast_end|>
