@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keye.prompt.processor import KeyeProcessor, Sample
+from keye.prompt.stream import IM_END
 from rl.policy import Group, banned_tokens, token_log_probs
 
 
@@ -37,7 +38,7 @@ class InProcessRollout:
         self.processor = processor
         self.generator = generator
         self.batch = batch
-        self.end = processor.token_id("<|im_end|>")
+        self.end = processor.token_id(IM_END)
 
     @torch.no_grad()
     def generate(self, samples: list[Sample], group_size: int, temperature: float, max_new_tokens: int) -> list[Group]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor, Sample
+from keye.prompt.stream import IMAGE_PAD, VIDEO_PAD
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
 from stages.data.packing import Packer, pack
@@ -61,7 +62,7 @@ class LanguageStage:
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
         row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         inputs = shard(
-            row, grid, self.processor.token_id("<|image_pad|>"), self.processor.token_id("<|video_pad|>")
+            row, grid, self.processor.token_id(IMAGE_PAD), self.processor.token_id(VIDEO_PAD)
         )
         return module(**inputs, num_items_in_batch=1.0).loss
 

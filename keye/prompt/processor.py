@@ -14,7 +14,16 @@ from keye.encoder import EncodedVideo, SlowFastEncoder
 from keye.errors import ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
-from keye.prompt.stream import CHAT_TEMPLATE, IGNORED, IMAGE_PAD, SPECIAL_TOKENS, VIDEO_PAD, Stream
+from keye.prompt.stream import (
+    CHAT_TEMPLATE,
+    IGNORED,
+    IMAGE_PAD,
+    SPECIAL_TOKENS,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    Stream,
+)
 from keye.slowfast.plan import VideoPlan
 
 Message = dict[str, Any]
@@ -93,8 +102,8 @@ class KeyeProcessor(ProcessorMixin):
     def configure(self, config: KeyeConfig) -> KeyeConfig:
         """Write this tokenizer's placeholder ids into a model's config."""
         config.image_token_id, config.video_token_id = self.token_id(IMAGE_PAD), self.token_id(VIDEO_PAD)
-        config.vision_start_token_id = self.token_id("<|vision_start|>")
-        config.vision_end_token_id = self.token_id("<|vision_end|>")
+        config.vision_start_token_id = self.token_id(VISION_START)
+        config.vision_end_token_id = self.token_id(VISION_END)
         config.text_config.eos_token_id = self.tokenizer.eos_token_id
         config.text_config.pad_token_id = self.tokenizer.pad_token_id
         return config
