@@ -6,7 +6,6 @@ never index / average rate (wrong for variable frame rates).
 """
 
 import io
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,25 +17,13 @@ from typing import BinaryIO
 import av
 import numpy as np
 import torch
-from av.video.frame import VideoFrame
 
 from keye.errors import VideoError
 from keye.slowfast.budget import thin
+from keye.slowfast.decode import Frame, open_decoder
 from keye.slowfast.image import IMAGE_SUFFIXES, load_image
 
 Source = str | os.PathLike | bytes | BinaryIO | torch.Tensor | np.ndarray
-
-_SMALL = 320 * 240  # pixels
-_TOLERANCE = 1e-4  # seconds; containers round timestamps to their own time base
-
-
-@dataclass(frozen=True)
-class Frame:
-    """`index` among the source's frames in presentation order, `time` in seconds, `pixels` uint8 [3, H, W]."""
-
-    index: int
-    time: float
-    pixels: torch.Tensor
 
 
 @dataclass
@@ -87,7 +74,16 @@ def open_clip(
         raise VideoError(f"{_name(source)} has its own clock; give timestamps and source_fps with folders or arrays")
     container = _open_container(source)
     try:
-        yield _Decoder(container, _name(source), fps, max_frames).clip
+        decoder = open_decoder(container, _name(source), fps, max_frames)
+        container = decoder  # closes whichever container its latest pass reads
+        clip = Clip(decoder.name, decoder.size, decoder.duration, decoder.expected, decoder.wanted, iter(()), [])
+
+        def frames() -> Iterator[Frame]:
+            yield from decoder.frames()
+            clip.duration, clip.warnings[:] = decoder.duration, decoder.warnings
+
+        clip.frames = frames()
+        yield clip
     finally:
         container.close()
 
@@ -96,7 +92,8 @@ def read_frames_at(source: Source, times: Sequence[float]) -> list[Frame]:
     """The frames on the screen at the given ascending times (seconds) of a video file, for a handful of pictures."""
     container = _open_container(source)
     try:
-        return list(_Decoder(container, _name(source), 1.0, 1).at(times))
+        container = open_decoder(container, _name(source), 1.0, 1)
+        return list(container.frames_at(times))
     finally:
         container.close()
 
@@ -134,127 +131,6 @@ def _open_container(source: Source) -> av.container.InputContainer:
         container.close()
         raise VideoError(f"{name} is coded in a way that no decoder here knows; convert it to mp4 with H.264")
     return container
-
-
-class _Decoder:
-    """Decodes one video stream in presentation order and picks the frames on the screen at the sample times."""
-
-    def __init__(self, container: av.container.InputContainer, name: str, fps: float, max_frames: int):
-        self.container, self.name = container, name
-        self.stream = container.streams.video[0]
-        # On small frames a pool of threads costs more than the decoding itself (2-3 times slower at 112x112).
-        self.small = self.stream.codec_context.width * self.stream.codec_context.height <= _SMALL
-        if self.small:
-            self.stream.codec_context.thread_count = 1
-        else:
-            self.stream.thread_type = "AUTO"
-        self.reformatter = av.video.reformatter.VideoReformatter()
-        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0) or 25.0
-        self.broken = 0
-        duration = self._duration()
-        self._decoded = self._decode()
-        try:
-            first = next(self._decoded)
-        except StopIteration:
-            raise VideoError(f"no frame of {name} can be decoded; replace it or encode it again") from None
-        self._first = first
-        turned = first[2].rotation % 180 != 0
-        self.size = (first[2].width, first[2].height) if turned else (first[2].height, first[2].width)
-        wanted = max(1, math.ceil(duration * min(fps, self.rate) - _TOLERANCE))
-        times = _sample_times(duration, min(fps, self.rate), min(wanted, max_frames), wanted)
-        self.clip = Clip(name, self.size, duration, len(times), wanted, iter(()), [])
-        self.clip.frames = self._sampled(times, duration)
-
-    def _duration(self) -> float:
-        """Seconds, by the stream, else by the timestamps of its packets, else by the container."""
-        stream = self.stream
-        if stream.duration:
-            return float(stream.duration * stream.time_base)
-        if self.container.duration and self.container.format.name not in ("gif", "image2"):
-            start = max(self.container.start_time or 0, 0)
-            return max(self.container.duration - start, 0) / av.time_base
-        ends = []
-        try:
-            for packet in self.container.demux(stream):
-                if packet.pts is not None:
-                    ends.append(packet.pts + (packet.duration or 0))
-            self.container.seek(0)
-        except av.error.FFmpegError:  # a damaged index: what was read before it is all that is known
-            self.broken += 1
-        return float((max(ends) - (stream.start_time or 0)) * stream.time_base) if ends else 0.0
-
-    def _decode(self) -> Iterator[tuple[int, float, VideoFrame]]:
-        """Every frame that can be decoded: (index, seconds from the first frame's clock, frame)."""
-        start: float | None = None
-        index = 0
-        latest = -1 / self.rate
-        packets = self.container.demux(self.stream)
-        while True:
-            try:
-                packet = next(packets)
-                frames = packet.decode()
-            except (StopIteration, EOFError):
-                return
-            except av.error.FFmpegError:
-                self.broken += 1
-                if self.broken > 10_000:  # a demuxer that never gets past a broken place
-                    return
-                continue
-            for frame in frames:
-                self.broken += bool(frame.is_corrupt)
-                time = frame.time if frame.time is not None else latest + 1 / self.rate + (start or 0.0)
-                start = time if start is None else start
-                if time - start <= latest:  # a clock that stands still or jumps back: go on at the stream's rate
-                    time = start + latest + 1 / self.rate
-                latest = time - start
-                yield index, latest, frame
-                index += 1
-
-    def at(self, times: Sequence[float]) -> Iterator[Frame]:
-        """The frame on the screen at each of the ascending times, none twice; stops decoding after the last."""
-        held: tuple[int, float, VideoFrame] | None = self._first
-        wanted = 0
-        for following in self._decoded:
-            showing = wanted
-            while wanted < len(times) and times[wanted] < following[1] - _TOLERANCE:
-                wanted += 1
-            if wanted > showing:
-                yield self._frame(held)
-            held = following
-            if wanted == len(times):
-                return
-        self._end = held[1] + (float(held[2].duration * held[2].time_base) if held[2].duration else 1 / self.rate)
-        if wanted < len(times) and times[wanted] < max(self._end, held[1] + _TOLERANCE):
-            yield self._frame(held)
-
-    def _sampled(self, times: Sequence[float], duration: float) -> Iterator[Frame]:
-        self._end: float | None = None
-        yield from self.at(times)
-        if self.broken:
-            self.clip.warnings.append(f"{self.broken} damaged pieces of {self.name} could not be decoded")
-        if self._end is not None and self._end < times[-1]:
-            self.clip.warnings.append(
-                f"{self.name} ends at {self._end:.2f} s of the {duration:.2f} s it claims to last"
-            )
-            self.clip.duration = self._end
-        elif self._end is not None:
-            self.clip.duration = max(duration, self._end)
-
-    def _frame(self, decoded: tuple[int, float, VideoFrame]) -> Frame:
-        index, time, frame = decoded
-        turns = round(frame.rotation / 90) % 4
-        height, width = self.size if turns % 2 == 0 else self.size[::-1]
-        threads = 1 if self.small else None
-        pixels = self.reformatter.reformat(frame, width, height, "rgb24", threads=threads).to_ndarray()
-        if turns:
-            pixels = np.ascontiguousarray(np.rot90(pixels, turns))
-        return Frame(index, time, torch.from_numpy(pixels).permute(2, 0, 1))
-
-
-def _sample_times(duration: float, fps: float, count: int, wanted: int) -> list[float]:
-    """`count` sample times in seconds: i / fps where all that are wanted may be had, else evenly over the clip."""
-    step = 1 / fps if count == wanted else duration / count
-    return [index * step for index in range(count)]
 
 
 def _check_array(frames: torch.Tensor) -> torch.Tensor:
