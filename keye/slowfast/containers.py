@@ -1,0 +1,56 @@
+"""Opening one media file with FFmpeg, so that nothing but that file is ever read.
+
+FFmpeg follows what is written in files: playlists (HLS, DASH, ffconcat, SDP) name other files and network addresses,
+and a name such as `concat:a|b` or `http://…` is opened as a protocol. In a data set these are other people's words. So
+only self-contained formats are admitted, only the `file` protocol, and paths are always given as paths.
+"""
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+
+from keye.errors import VideoError
+
+# Formats that hold their own pictures. FFmpeg knows many more; those left out name other files (hls, dash, concat,
+# image2, sdp, imf, …), talk to devices and networks, hold no video, or are of old games that nobody keeps safe.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,kux,live_flv,asf,ogg,mxf,nut,dv,rm,wtv,gxf,"
+    "ivf,obu,av1,h261,h263,h264,hevc,vvc,evc,vc1,vc1test,cavsvideo,dirac,mjpeg,mjpeg_2000,yuv4mpegpipe,swf,gif,apng,"
+    "dnxhd,dhav,lmlm4,nsv,ivr"
+)
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0\r", b"v=0\n", b"<MPD", b"<SmoothStreamingMedia", b"<?xml", b"[playlist]")
+
+
+def open_container(target: str | os.PathLike | BinaryIO, name: str) -> av.container.InputContainer:
+    """Open a path or a seekable binary file, called `name` in messages; VideoError if it is no video to be decoded."""
+    inside = isinstance(target, str | os.PathLike)
+    options = {"protocol_whitelist": "file" if inside else "none", "format_whitelist": _FORMATS}
+    try:
+        container = av.open(f"file:{Path(target).absolute()}" if inside else target, container_options=options)
+    except (av.error.FFmpegError, ValueError, OverflowError, MemoryError, UnicodeError) as error:
+        if _head(target).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(_PLAYLISTS):
+            raise VideoError(f"{name} is a playlist, which only names videos; give the video itself") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"{name} is not a readable video ({reason}); replace it or convert it to mp4") from error
+    problem = None
+    if not container.streams.video:
+        problem = "has no video stream; give a file with pictures in it"
+    elif container.streams.video[0].codec_context is None:
+        problem = "is coded in a way that no decoder here knows; convert it to mp4 with H.264"
+    if problem:
+        container.close()
+        raise VideoError(f"{name} {problem}")
+    return container
+
+
+def _head(target: str | os.PathLike | BinaryIO) -> bytes:
+    try:
+        if isinstance(target, str | os.PathLike):
+            with open(target, "rb") as file:
+                return file.read(64)
+        target.seek(0)
+        return target.read(64)
+    except (OSError, ValueError):
+        return b""
