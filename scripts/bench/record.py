@@ -1,0 +1,193 @@
+"""What a part of the bench leaves behind: a JSON file with its claims and tables, and the document made of all of them.
+
+A part is a script of its own, `python scripts/bench/<part>.py [--quick] [--out DIR]`, and writes DIR/<part>.json when
+it has measured. README.md beside this file has the format.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "docs" / "results" / "encoder"
+QUICK_OUT = ROOT / ".cache" / "bench" / "quick"
+SHOWN = ("keye-vl-utils", "decord", "opencv-python-headless", "scikit-image", "torch", "numpy", "av")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim, its goal, the figure measured and whether it meets the goal (None: nothing was promised)."""
+
+    claim: str
+    goal: str
+    figure: str
+    ratio: str = ""
+    met: bool | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures behind the claims, as they stand in the document."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | int | float]]
+
+
+def arguments(about: str) -> argparse.ArgumentParser:
+    """The options that every part has; read them with `parse`."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="a fraction of the work: shows that it runs, proves nothing"
+    )
+    parser.add_argument("--out", type=Path, help="where the JSON goes (docs/results/encoder, or .cache with --quick)")
+    return parser
+
+
+def out_of(args: argparse.Namespace) -> Path:
+    """The folder that the results go to."""
+    return args.out or (QUICK_OUT if args.quick else OUT)
+
+
+def save(
+    out: Path,
+    part: str,
+    claims: Sequence[Claim],
+    tables: Sequence[Table] = (),
+    *,
+    seconds: float,
+    quick: bool,
+    seeds: dict[str, int] | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write `<out>/<part>.json`, whole or not at all, print the claims, and return the path.
+
+    seconds: how long it took. seeds: what was drawn with which seed. notes: sentences that stand under the tables.
+    """
+    record = {
+        "part": part,
+        "command": command(part),
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        "seconds": round(seconds, 1),
+        "quick": quick,
+        "machine": machine(),
+        "versions": versions(),
+        "seeds": seeds or {},
+        "claims": [asdict(claim) for claim in claims],
+        "tables": [asdict(table) for table in tables],
+        "notes": list(notes),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{part}.json"
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    scratch.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+    for claim in claims:
+        print(f"{_mark(claim.met):8} {claim.claim}: {claim.figure} (goal: {claim.goal})", flush=True)
+    return path
+
+
+def command(part: str) -> str:
+    """The command line as anybody can type it: without the folder that the results go to."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return " ".join(["python", f"scripts/bench/{part}.py", *map(shlex.quote, words)])
+
+
+def machine() -> dict[str, str | int | float]:
+    """Cores that may be used, processor, memory, system and the load as it is now; no name of the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cores": cores,
+        "cpu": _line("/proc/cpuinfo", "model name") or platform.machine(),
+        "ram_gb": round(int((_line("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) / 2**20, 1),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _line(path: str, key: str) -> str:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def versions() -> dict[str, str]:
+    """Package → version of what is compared and what both stand on, as far as it is there."""
+    site = ROOT / ".cache" / "bench" / "site"
+    if str(site) not in sys.path:
+        sys.path.append(str(site))  # last: the environment's own packages go first
+    found = {}
+    for name in SHOWN:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def document(out: Path, order: Sequence[str]) -> str:
+    """The document in Markdown: all claims in one table, then every part with its tables, in `order`."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))}
+    records = [found[part] for part in order if part in found and "claims" in found[part]]
+    lines = [
+        "# The slow-fast encoder, measured",
+        "",
+        "Against `keye-vl-utils` 1.5.2 with decord and OpenCV. All of it again: `python scripts/bench/encoder.py`; one"
+        " part: `--part NAME`.",
+        "The clips come out of public packages (scripts/bench/corpus.py); none was made for the purpose unless it says"
+        " so.",
+        "",
+        "| claim | goal | measured | ratio | goal met |",
+        "|---|---|---|---|---|",
+    ]
+    for record in records:
+        for claim in record["claims"]:
+            cells = [claim["claim"], claim["goal"], claim["figure"], claim["ratio"], _mark(claim["met"])]
+            lines.append(_row(cells))
+    missing = [part for part in order if part not in {record["part"] for record in records}]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    for record in records:
+        lines += ["", *_section(record)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(record: dict) -> list[str]:
+    machine_line = "{cores} cores of {cpu}, {ram_gb} GB, {system}; load {load} at the end".format(**record["machine"])
+    quick = " **Quick: a fraction of the work, which proves nothing.**" if record["quick"] else ""
+    lines = [
+        f"## {record['part'].capitalize()}",
+        "",
+        f"`{record['command']}` · {record['date']} · {record['seconds']:.0f} s · {machine_line}.{quick}",
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".",
+    ]
+    if record["seeds"]:
+        lines[-1] += " Seeds: " + ", ".join(f"{name} {seed}" for name, seed in record["seeds"].items()) + "."
+    for table in record["tables"]:
+        lines += ["", f"{table['title']}:", "", _row(table["columns"]), _row(["---"] * len(table["columns"]))]
+        lines += [_row(row) for row in table["rows"]]
+    for note in record["notes"]:
+        lines += ["", note]
+    return lines
+
+
+def _row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _mark(met: bool | None) -> str:
+    return {True: "yes", False: "**no**", None: "–"}[met]
