@@ -1,0 +1,1 @@
+"""The encoder in other people's models: Qwen-VL processors of transformers, and keye-vl-utils by one import."""
