@@ -1,44 +1,114 @@
-"""A still picture as uint8 RGB [3, H, W], from a path, bytes, a file object, a PIL image or an array."""
+"""A still picture as uint8 RGB [3, H, W], from a path, a URL, bytes, a file object, a PIL image or an array."""
 
 import io
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from keye.errors import VideoError
+from keye.slowfast.fetch import UrlRules, data_bytes, download, file_path, scheme_of, url_name
 
 ImageSource = str | os.PathLike | bytes | BinaryIO | Image.Image | torch.Tensor | np.ndarray
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {
+    *(".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"),
+}
+BACKGROUND = "white"  # what transparent pixels lie on
 
 
-def load_image(source: ImageSource) -> torch.Tensor:
-    """The picture as uint8 [3, H, W], turned as its EXIF says, transparency laid on white; VideoError if unreadable."""
+def load_image(source: ImageSource, urls: UrlRules | None = None) -> torch.Tensor:
+    """The picture as uint8 [3, H, W], turned as its EXIF says, transparency laid on white; VideoError if unreadable.
+
+    source: a path, a URL (`file:`, `data:`; `http(s):` if `urls` allows), bytes, a binary file object, a PIL image, or
+    uint8 values [3, H, W], [H, W, 3] or [H, W]. Of a moving picture the first is taken.
+    """
     if isinstance(source, torch.Tensor | np.ndarray):
-        pixels = torch.as_tensor(source)
-        if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape:
-            found = f"{str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)}"
-            raise VideoError(f"an image must be uint8 [3, H, W], not {found}; permute or convert it")
-        return pixels
+        return _from_values(source)
     if isinstance(source, Image.Image):
-        return _rgb(source)
-    if isinstance(source, str | os.PathLike) and not Path(source).is_file():
+        with _plain_errors("the image"):
+            return rgb(source)
+    with ExitStack() as stack:
+        name, opened = _open(source, urls, stack)
+        with open_image(opened, name) as image, _plain_errors(name):
+            return rgb(image)
+
+
+def open_image(opened: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
+    """A picture file, called `name` in messages, opened with Pillow; its pixels are not read yet."""
+    with _plain_errors(name):
+        return Image.open(opened)
+
+
+def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple[str, str | os.PathLike | BinaryIO]:
+    """(what to call it, what Pillow is to open)"""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"the image of {len(source)} bytes", io.BytesIO(source)
+    if hasattr(source, "read"):
+        return str(getattr(source, "name", "the image")), source
+    scheme = scheme_of(source)
+    if scheme == "data":
+        return url_name(source), io.BytesIO(data_bytes(source))
+    if scheme not in (None, "file"):
+        return url_name(source), stack.enter_context(download(source, urls))
+    if not isinstance(source, str | os.PathLike):
+        raise VideoError(f"an image cannot be a {type(source).__name__}; give a path, bytes or uint8 values")
+    path = file_path(source) if scheme else Path(source)
+    if not os.path.isfile(path):
         raise VideoError(f"{source} does not exist; check the path")
-    name = str(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "the image"))
+    return str(source), path
+
+
+def _from_values(source: torch.Tensor | np.ndarray) -> torch.Tensor:
+    # Of a numpy array one picture is copied: its strides may be negative and its memory read-only.
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8:
+        source = torch.from_numpy(np.array(source))
+    if str(source.dtype) in ("uint8", "torch.uint8") and 0 not in source.shape:
+        if source.ndim == 3 and source.shape[0] == 3:
+            return source
+        if source.ndim == 3 and source.shape[2] == 3:
+            return source.permute(2, 0, 1)
+        if source.ndim == 2:
+            return source.expand(3, *source.shape)
+    found = f"{str(source.dtype).removeprefix('torch.')} {list(source.shape)}"
+    raise VideoError(f"an image must be uint8 [3, H, W], [H, W, 3] or [H, W], not {found}; permute or convert it")
+
+
+@contextmanager
+def _plain_errors(name: str) -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{name} is not a readable image; replace it or convert it to png") from error
+        with warnings.catch_warnings():
+            # A picture of 100 million pixels is no attack; at twice the size Pillow's own error ends it.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except VideoError:
+        raise
+    except Exception as error:  # damaged files make the readers of single formats raise almost anything
+        raise VideoError(
+            f"{name} is not a readable image ({reason(error)}); replace it or convert it to png"
+        ) from error
 
 
-def _rgb(image: Image.Image) -> torch.Tensor:
+def reason(error: Exception) -> str:
+    """Why, in a few words of one line."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no known format"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0][:120]
+
+
+def rgb(image: Image.Image) -> torch.Tensor:
+    """A PIL image's current frame as uint8 [3, H, W], turned as its EXIF says, transparency laid on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I;16"):  # Pillow would clip all but the darkest to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

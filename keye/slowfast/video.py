@@ -1,49 +1,87 @@
-"""A video as a stream of sampled frames with true timestamps: files of any kind through PyAV, image folders, arrays.
+"""Any source of video as a clip of sampled frames with true timestamps: files, URLs, pictures, folders, arrays, lists.
 
-Nothing here keeps frames: a clip is iterated once and what is kept of each frame is up to the reader, so memory does
-not grow with the length of the file. Times are seconds from the start of the video stream, by presentation timestamp,
-never index / average rate (wrong for variable frame rates).
+Nothing here keeps frames: what is kept of each is up to the reader, so memory does not grow with the length of the
+clip. Times are seconds from the start of the video stream, by presentation timestamp, never index / average rate
+(wrong for variable frame rates).
 """
 
 import io
+import math
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
-import av
 import numpy as np
 import torch
+from PIL import Image
 
 from keye.errors import VideoError
-from keye.slowfast.budget import thin
+from keye.slowfast.containers import open_container
 from keye.slowfast.decode import Frame, open_decoder
-from keye.slowfast.image import IMAGE_SUFFIXES, load_image
+from keye.slowfast.fetch import UrlRules, data_bytes, download, file_path, scheme_of, url_name
+from keye.slowfast.image import load_image, open_image, reason
+from keye.slowfast.stills import Moving, Pictures, Spool, Stills, Values, clock, image_paths, moves
 
-Source = str | os.PathLike | bytes | BinaryIO | torch.Tensor | np.ndarray
+Source = (
+    str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | torch.Tensor | np.ndarray | Image.Image | Iterable
+)
+
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6", b"\0\0\0\x0cjP  ")
+_STREAMS_OF_JPEGS = {".mjpg", ".mjpeg"}
 
 
-@dataclass
-class Clip:
-    """An opened source, to be iterated once. `warnings` grows while the frames are read.
+class Reader(Protocol):
+    """One kind of source, opened and ready to be read any number of times. See `Clip` for the attributes."""
 
-    name: what to call it; size: (height, width) after rotation; duration: seconds (of damaged files: what was decoded,
-    once it has been read); expected: the most frames the iteration can yield; wanted: what the sampling rate asks for.
-    """
-
-    name: str
     size: tuple[int, int]
     duration: float
     expected: int
     wanted: int
-    frames: Iterator[Frame]
     warnings: list[str]
 
+    def frames(self) -> Iterator[Frame]: ...
+
+    def frames_at(self, times: Sequence[float]) -> Iterator[Frame]: ...
+
+
+class Clip:
+    """An opened source. Iterating it yields its frames; iterating it again is a second pass, which reads it again.
+
+    name: what to call it; size: (height, width) after rotation; duration: seconds (of damaged files: what was decoded,
+    once it has been read); expected: the most frames an iteration can yield; wanted: what the sampling asks for before
+    `max_frames`; warnings: what is wrong with the source, complete once it has been read.
+    """
+
+    def __init__(self, name: str, reader: Reader):
+        self.name, self._reader = name, reader
+
     def __iter__(self) -> Iterator[Frame]:
-        return self.frames
+        return self._reader.frames()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._reader.size
+
+    @property
+    def duration(self) -> float:
+        return self._reader.duration
+
+    @property
+    def expected(self) -> int:
+        return self._reader.expected
+
+    @property
+    def wanted(self) -> int:
+        return self._reader.wanted
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._reader.warnings
 
 
 @contextmanager
@@ -54,135 +92,172 @@ def open_clip(
     *,
     timestamps: Sequence[float] | torch.Tensor | None = None,
     source_fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    num_frames: int | None = None,
+    urls: UrlRules | None = None,
 ) -> Iterator[Clip]:
-    """Open a source for sampling at `fps` frames per second, evenly at most `max_frames` over the clip.
+    """Open a source for sampling at `fps` frames per second, evenly at most `max_frames`.
 
-    source: a file's path, its bytes or a binary file object; a folder of images in natural order; or uint8 frames
-    [T, 3, H, W]. Of folders and arrays every frame is used, at `timestamps` (seconds) or at `source_fps` frames per
-    second (default: `fps`). Files are sampled at min(fps, their own rate): for each time i / fps the frame that is on
-    the screen, so never the same frame twice. Raises VideoError when nothing can be read.
+    source, with its own clock: a video or moving picture (GIF, WebP, …) as a path, a `file:` or `data:` URL, bytes or
+    a binary file object, read from its beginning. Sampled at min(fps, its own rate): for each time i / fps the frame
+    that is on the screen, so never the same frame twice.
+    source, without: a still picture (also a PIL image or uint8 [3, H, W]), a folder of images in natural order, uint8
+    frames [T, 3, H, W] or [T, H, W, 3], a list or iterator of pictures (PIL images, uint8 arrays, paths). Every frame
+    is used, at `timestamps` (seconds) or at `source_fps` frames per second (default: `fps`).
+    start, end: only [start, end) seconds of the source, beginning with the frame on the screen at `start`.
+    num_frames: so many frames, evenly over that range, instead of `fps` or every frame.
+    urls: what may be downloaded; without it an `http(s):` URL is an error.
+    Raises VideoError when nothing can be read.
     """
-    if isinstance(source, torch.Tensor | np.ndarray):
-        pixels = _check_array(torch.as_tensor(source))
-        yield _still_clip("frames", pixels, len(pixels), timestamps, source_fps or fps, max_frames)
-        return
-    if isinstance(source, str | os.PathLike) and Path(source).is_dir():
-        paths = _image_paths(Path(source))
-        yield _still_clip(str(source), _Folder(paths), len(paths), timestamps, source_fps or fps, max_frames)
-        return
-    if timestamps is not None or source_fps is not None:
-        raise VideoError(f"{_name(source)} has its own clock; give timestamps and source_fps with folders or arrays")
-    container = _open_container(source)
-    try:
-        decoder = open_decoder(container, _name(source), fps, max_frames)
-        container = decoder  # closes whichever container its latest pass reads
-        clip = Clip(decoder.name, decoder.size, decoder.duration, decoder.expected, decoder.wanted, iter(()), [])
-
-        def frames() -> Iterator[Frame]:
-            yield from decoder.frames()
-            clip.duration, clip.warnings[:] = decoder.duration, decoder.warnings
-
-        clip.frames = frames()
-        yield clip
-    finally:
-        container.close()
+    _check_request(fps, max_frames, source_fps, start, end, num_frames)
+    with ExitStack() as stack:
+        sampling = (fps, max_frames, start, end, num_frames)
+        yield _open(source, sampling, timestamps, source_fps, urls, stack)
 
 
-def read_frames_at(source: Source, times: Sequence[float]) -> list[Frame]:
-    """The frames on the screen at the given ascending times (seconds) of a video file, for a handful of pictures."""
-    container = _open_container(source)
-    try:
-        container = open_decoder(container, _name(source), 1.0, 1)
-        return list(container.frames_at(times))
-    finally:
-        container.close()
+def read_frames_at(source: Source, times: Sequence[float], *, urls: UrlRules | None = None) -> list[Frame]:
+    """The frames on the screen at the given ascending times (seconds) of a source, for a handful of pictures."""
+    with ExitStack() as stack:
+        clip = _open(source, (1.0, 1, None, None, None), None, None, urls, stack)
+        return list(clip._reader.frames_at(times))
 
 
-def _name(source: Source) -> str:
-    if isinstance(source, str | os.PathLike):
-        return str(source)
-    if isinstance(source, bytes):
-        return f"{len(source)} bytes"
-    return str(getattr(source, "name", "file object"))
-
-
-def _open_container(source: Source) -> av.container.InputContainer:
-    name = _name(source)
-    if isinstance(source, str | os.PathLike):
-        if not Path(source).exists():
-            raise VideoError(f"{name} does not exist; check the path")
-        target: object = str(source)
-    elif isinstance(source, bytes | bytearray | memoryview):
-        target = io.BytesIO(source)
-    elif hasattr(source, "read"):
-        seekable = getattr(source, "seekable", lambda: False)()
-        target = source if seekable else io.BytesIO(source.read())
-    else:
-        raise VideoError(f"a video cannot be a {type(source).__name__}; give a path, bytes, a file or uint8 frames")
-    try:
-        container = av.open(target, mode="r")
-    except (av.error.FFmpegError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"{name} is not a readable video ({reason}); replace it or convert it to mp4") from error
-    if not container.streams.video:
-        container.close()
-        raise VideoError(f"{name} has no video stream; give a file with pictures in it")
-    if container.streams.video[0].codec_context is None:
-        container.close()
-        raise VideoError(f"{name} is coded in a way that no decoder here knows; convert it to mp4 with H.264")
-    return container
-
-
-def _check_array(frames: torch.Tensor) -> torch.Tensor:
-    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or 0 in frames.shape:
-        found = f"{str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}"
-        raise VideoError(f"frames must be uint8 [T, 3, H, W] with T >= 1, not {found}; permute or convert them")
-    return frames
-
-
-class _Folder(Sequence):
-    """A folder's images, loaded one at a time."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-        self.size = tuple(load_image(paths[0]).shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        pixels = load_image(self.paths[index])
-        if tuple(pixels.shape[1:]) != self.size:
-            sizes = f"{pixels.shape[2]}x{pixels.shape[1]} pixels and the first {self.size[1]}x{self.size[0]}"
-            raise VideoError(f"{self.paths[index]} has {sizes}; give a folder of images of one size")
-        return pixels
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    def natural(path: Path) -> list[int | str]:
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-    paths = sorted((path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=natural)
-    if not paths:
-        raise VideoError(f"{folder} holds no images; give a folder of {', '.join(sorted(IMAGE_SUFFIXES))} files")
-    return paths
-
-
-def _still_clip(
-    name: str,
-    pixels: Sequence[torch.Tensor] | torch.Tensor,
-    count: int,
-    timestamps: Sequence[float] | torch.Tensor | None,
-    rate: float,
+def _check_request(
+    fps: float,
     max_frames: int,
+    source_fps: float | None,
+    start: float | None,
+    end: float | None,
+    num_frames: int | None,
+) -> None:
+    for key, rate in (("fps", fps), ("source_fps", source_fps)):
+        if rate is not None and not 0 < rate < math.inf:
+            raise VideoError(f"{key} is {rate}; give a rate above 0")
+    for key, count in (("max_frames", max_frames), ("num_frames", num_frames)):
+        if count is not None and (count < 1 or count != int(count)):
+            raise VideoError(f"{key} is {count}; give a whole number of 1 or more")
+    for key, time in (("start", start), ("end", end)):
+        if time is not None and not 0 <= time < math.inf:
+            raise VideoError(f"{key} is {time}; give seconds from the beginning, 0 or more")
+    if end is not None and (start or 0) >= end:
+        raise VideoError(f"start={start or 0:g} is not before end={end:g}; give a range of seconds that is not empty")
+
+
+def _open(
+    source: Source,
+    sampling: tuple[float, int, float | None, float | None, int | None],
+    timestamps: Sequence[float] | torch.Tensor | None,
+    source_fps: float | None,
+    urls: UrlRules | None,
+    stack: ExitStack,
 ) -> Clip:
-    times = [index / rate for index in range(count)] if timestamps is None else [float(time) for time in timestamps]
-    if len(times) != count:
-        raise VideoError(f"{name} has {count} frames but {len(times)} timestamps; give one for each frame")
-    if any(not later > earlier for earlier, later in zip(times, times[1:], strict=False)):
-        raise VideoError(f"the timestamps of {name} do not ascend; sort the frames by time")
-    kept = thin(count, max_frames)
-    frames = (Frame(index, times[index], pixels[index]) for index in kept)
-    size = pixels.size if isinstance(pixels, _Folder) else tuple(pixels.shape[2:])
-    last = (times[-1] - times[-2]) if count > 1 else 1 / rate
-    return Clip(name, size, times[-1] + last, len(kept), count, frames, [])
+    """The clip of any source; what must be closed or deleted in the end goes on the stack."""
+    name, opened = _resolve(source, urls, stack)
+    if not isinstance(opened, Sequence):
+        picture = _picture(name, opened)
+        if picture is not None and picture is not opened:
+            stack.enter_context(picture)
+        if picture is not None and not moves(picture):
+            opened = [load_image(picture)]
+        elif timestamps is not None or source_fps is not None:
+            raise VideoError(f"{name} has its own clock; give timestamps and source_fps with folders or arrays")
+        elif picture is not None:
+            again = nullcontext(picture) if picture is opened else None
+            return Clip(name, Moving(name, lambda: again or _picture(name, opened), *sampling))
+        else:
+            decoder = open_decoder(open_container(opened, name), name, *sampling)
+            stack.callback(decoder.close)
+            return Clip(name, decoder)
+    fps, *rest = sampling
+    times, last = clock(name, len(opened), timestamps, source_fps or fps)
+    return Clip(name, Stills(name, opened, times, last, *rest))
+
+
+def _resolve(
+    source: Source, urls: UrlRules | None, stack: ExitStack
+) -> tuple[str, Sequence[torch.Tensor] | Path | BinaryIO | Image.Image]:
+    """(what to call the source, its pictures | its file's path | a seekable file | an opened picture)"""
+    if isinstance(source, torch.Tensor | np.ndarray):
+        return "frames", Values(source) if source.ndim > 3 else [load_image(source)]
+    if isinstance(source, Image.Image):
+        return "the image", source
+    scheme = scheme_of(source)
+    if scheme == "data":
+        return url_name(source), io.BytesIO(data_bytes(source))
+    if scheme not in (None, "file"):
+        return url_name(source), stack.enter_context(download(source, urls))
+    if isinstance(source, str | os.PathLike):
+        return _resolve_path(str(source), file_path(source) if scheme else Path(source))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"{memoryview(source).nbytes} bytes", io.BytesIO(source)
+    if hasattr(source, "read"):
+        name = getattr(source, "name", None)
+        name = name if isinstance(name, str) else "file object"
+        return name, _seekable(source, name, stack)
+    if not isinstance(source, Iterable) or isinstance(source, Mapping | Set):
+        kind = type(source).__name__
+        raise VideoError(f"a video cannot be a {kind}; give a path, bytes, a file, uint8 frames or a list of pictures")
+    if isinstance(source, Sequence):
+        name, pictures = (
+            f"a list of {len(source)} pictures",
+            Pictures(f"a list of {len(source)} pictures", source, urls),
+        )
+    else:
+        name = "an iterator of pictures"
+        pictures = Spool(name, source, urls, stack.enter_context(tempfile.TemporaryFile(prefix="keye-")))
+    if not len(pictures):
+        raise VideoError(f"{name} has no picture; give one or more")
+    return name, pictures
+
+
+def _resolve_path(name: str, path: Path) -> tuple[str, Sequence[torch.Tensor] | Path]:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            return name, Pictures(name, image_paths(path))
+    except FileNotFoundError:
+        raise VideoError(f"{name} does not exist; check the path") from None
+    except (OSError, ValueError) as error:  # no permission, a name too long or with a zero byte
+        raise VideoError(f"{name[:200]} cannot be read ({reason(error)}); check the path") from error
+    if not stat.S_ISREG(mode):
+        raise VideoError(f"{name} is no ordinary file; open it and give the file object")
+    return name, path
+
+
+def _seekable(file: BinaryIO, name: str, stack: ExitStack) -> BinaryIO | Path:
+    """The file at its beginning; of a stream that cannot go back a copy on disk, deleted in the end."""
+    try:
+        if getattr(file, "seekable", lambda: False)():
+            file.seek(0)
+            if isinstance(file.read(1), bytes):
+                file.seek(0)
+                return file
+            raise TypeError
+        copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="keye-"))
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+    except TypeError as error:
+        raise VideoError(f'{name} gives text; open it in binary mode, "rb"') from error
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{name} cannot be read ({reason(error)}); open it again") from error
+    return Path(copy.name)
+
+
+def _picture(name: str, opened: Path | BinaryIO | Image.Image) -> Image.Image | None:
+    """The file opened with Pillow, None if by its first bytes it is no picture."""
+    if isinstance(opened, Image.Image):
+        return opened
+    try:
+        if isinstance(opened, Path):
+            with open(opened, "rb") as file:
+                head = file.read(16)
+        else:
+            opened.seek(0)
+            head = opened.read(16)
+            opened.seek(0)
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{name} cannot be read ({reason(error)}); check the file") from error
+    streams = isinstance(opened, Path) and opened.suffix.lower() in _STREAMS_OF_JPEGS
+    kinds = head.startswith(_PICTURES), head[:4] + head[8:12] == b"RIFFWEBP", head[4:12] in (b"ftypavif", b"ftypavis")
+    return open_image(opened, name) if any(kinds) and not streams else None

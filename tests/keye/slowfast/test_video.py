@@ -157,7 +157,7 @@ def test_errors_name_the_file_and_the_mend(tmp_path):
         (tmp_path / "bare", "bare holds no images"),
         (b"", "0 bytes is not a readable video"),
         (3, "cannot be a int"),
-        (torch.zeros(3, 4, 4, 3, dtype=torch.uint8), r"uint8 \[T, 3, H, W\].*not uint8 \[3, 4, 4, 3\]"),
+        (torch.zeros(3, 4, 4, 4, dtype=torch.uint8), r"uint8 \[T, 3, H, W\].*not uint8 \[3, 4, 4, 4\]"),
         (torch.zeros(3, 3, 4, 4), "not float32"),
         (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), "T >= 1"),
     ]:
