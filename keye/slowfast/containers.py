@@ -45,6 +45,15 @@ def open_container(target: str | os.PathLike | BinaryIO, name: str) -> av.contai
     return container
 
 
+def reopen(container: av.container.InputContainer, name: str) -> av.container.InputContainer:
+    """Close a container that `open_container` opened and open the same file anew, at its beginning."""
+    file = container.file.file if container.file is not None else None
+    container.close()
+    if file is not None:
+        file.seek(0)
+    return open_container(container.name.removeprefix("file:") if file is None else file, name)
+
+
 def _head(target: str | os.PathLike | BinaryIO) -> bytes:
     try:
         if isinstance(target, str | os.PathLike):

@@ -14,6 +14,7 @@ import torch
 from av.video.frame import VideoFrame
 
 from keye.errors import VideoError
+from keye.slowfast.containers import reopen
 
 _SMALL = 320 * 240  # pixels
 _TOLERANCE = 1e-4  # seconds; containers round timestamps to their own time base
@@ -40,7 +41,8 @@ def open_decoder(
     """The decoder of a container's first video stream, called `name` in messages, sampled at `fps` frames per second.
 
     At most `max_frames` frames, evenly over the clip. start, end: only [start, end) seconds; num_frames: so many
-    frames, evenly over that range, instead of `fps`. `close` it in the end, which closes the container. Raises VideoError when no frame can be decoded.
+    frames, evenly over that range, instead of `fps`. `close` it in the end, which closes the container. Raises
+    VideoError when no frame can be decoded.
     """
     return Decoder(container, name, fps, max_frames, start, end, num_frames)
 
@@ -116,11 +118,7 @@ class Decoder:
         """The frame on the screen at each of the ascending times (seconds), none twice; a new pass."""
         if not self._fresh:
             self.broken = 0
-            name, file = self.container.name, self.container.file
-            if file is not None:
-                file.seek(0)
-            self.container.close()
-            self._open(av.open(name if file is None else file, mode="r"))
+            self._open(reopen(self.container, self.name))
             self._rewind()
         self._fresh = False
         return self._at(times)
