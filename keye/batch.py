@@ -1,0 +1,397 @@
+"""Many videos through one encoder: in several processes, in bounded memory, and past the videos that fail.
+
+A worker is a Python of its own that reads one clip at a time from its standard input's pipe, so a script needs no
+`if __name__ == "__main__"`, and a codec that brings its process down costs that one clip. Plans come back as JSON,
+pixels as a file of uint8 patches that is read and removed as soon as it is wanted.
+"""
+
+import contextlib
+import os
+import pickle
+import queue
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+from keye import errors
+from keye.cache import Cache, add_features, named_settings, pack, unpack, without_tower
+from keye.slowfast.plan import VideoPlan
+
+if TYPE_CHECKING:
+    from keye.encoder import EncodedVideo, SlowFastEncoder
+
+MOST_WORKERS = 8
+"""By default; each decodes with threads of its own."""
+
+_SERVE = "from keye.batch import serve; serve()"
+_SENT = str | os.PathLike | bytes | list | tuple | np.ndarray | torch.Tensor  # a file object stays where it is open
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A video that could not be encoded: its place among the sources, its name, and a sentence that says why."""
+
+    index: int
+    source: str
+    reason: str
+    kind: str = "VideoError"
+
+    def raise_(self) -> None:
+        """Raise it as the KeyeError that it was; anything else than a KeyeError is raised as a VideoError."""
+        kind = getattr(errors, self.kind, None)
+        known = isinstance(kind, type) and issubclass(kind, errors.KeyeError)
+        raise (kind if known else errors.VideoError)(self.reason)
+
+
+class Done(NamedTuple):
+    """One source that is finished: a result or a failure."""
+
+    index: int
+    source: object
+    result: "VideoPlan | EncodedVideo | None"
+    failure: Failure | None
+
+
+@dataclass(frozen=True)
+class Results(Sequence):
+    """The result of every source in their order, None where it failed; `failures` says why, in the same order."""
+
+    items: list["VideoPlan | EncodedVideo | None"]
+    failures: list[Failure]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    @property
+    def succeeded(self) -> list["VideoPlan | EncodedVideo"]:
+        """The results without the failed ones, no longer in step with the sources."""
+        return [item for item in self.items if item is not None]
+
+    def summary(self) -> str:
+        """What came out in plain text: a line on all, then a line for each failure."""
+        plans = [item if isinstance(item, VideoPlan) else item.plan for item in self.succeeded]
+        line = f"{len(plans)} of {len(self)} videos, {sum(plan.tokens for plan in plans):,} tokens"
+        failed = [f"failed: {failure.source}: {failure.reason}" for failure in self.failures]
+        return "\n".join([line, *failed])
+
+
+def encode_many(
+    encoder: "SlowFastEncoder",
+    sources: Iterable[object],
+    *,
+    workers: int | None = None,
+    cache: Cache | str | os.PathLike | None = None,
+    pixels: bool = False,
+    progress: bool | None = None,
+    on_error: str = "collect",
+    **options: object,
+) -> Results:
+    """Plan (or with `pixels` encode) every source; results in the order of the sources, failures at the end.
+
+    workers: processes; 0 or 1 works in this one; None takes as many as there are processors, at most 8. cache: a Cache
+    or a folder for one. progress: a bar on stderr; None shows it where stderr is a terminal. on_error: "collect" goes
+    on past a bad video, "raise" stops at the first. options: `start`, `end`, `num_frames`… as for `encoder.plan`.
+    For more videos than fit into memory as pixels take `iter_many`.
+    """
+    if on_error not in ("collect", "raise"):
+        raise errors.KeyeError(f'on_error={on_error!r} is not known; use "collect" or "raise"')
+    total = len(sources) if hasattr(sources, "__len__") else None
+    shown = sys.stderr.isatty() if progress is None else progress
+    found: dict[int, Done] = {}
+    running = iter_many(encoder, sources, workers=workers, cache=cache, pixels=pixels, **options)
+    with contextlib.closing(running), _bar(total, shown) as advance:
+        for done in running:
+            if done.failure and on_error == "raise":
+                done.failure.raise_()
+            found[done.index] = done
+            advance(done)
+    ordered = [found[index] for index in range(len(found))]
+    return Results([done.result for done in ordered], [done.failure for done in ordered if done.failure])
+
+
+def iter_many(
+    encoder: "SlowFastEncoder",
+    sources: Iterable[object],
+    *,
+    workers: int | None = None,
+    cache: Cache | str | os.PathLike | None = None,
+    pixels: bool = False,
+    **options: object,
+) -> Iterator[Done]:
+    """Yield each source as soon as it is finished, in any order; arguments as for `encode_many`.
+
+    At most two sources per worker are under way, however long the iterable and however slow the reader, so memory
+    does not grow with their number. Features of an encoder with a vision tower are computed here, not in the workers.
+    """
+    if workers is not None and workers < 0:
+        raise errors.KeyeError(f"workers is {workers}; give 0 (none but this process) or more")
+    cache = cache if cache is None or isinstance(cache, Cache) else Cache(cache)
+    if cache is not None:
+        named_settings(encoder)  # says at once what would fail for every video
+    count = _count(workers, sources)
+    unsendable = _unsendable(encoder) if count > 1 else None
+    if unsendable and workers is not None:
+        raise errors.KeyeError(f"{unsendable}, so other processes cannot use it; give workers=0")
+    if count < 2 or unsendable:
+        return _here(_Work(encoder, cache, pixels, options), sources)
+    return _elsewhere(encoder, _Work(without_tower(encoder), cache, pixels, options), sources, count)
+
+
+def _count(workers: int | None, sources: Iterable[object]) -> int:
+    if workers is not None:
+        return workers
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    several = len(sources) if hasattr(sources, "__len__") else MOST_WORKERS
+    return min(processors, MOST_WORKERS, several)
+
+
+def _unsendable(encoder: "SlowFastEncoder") -> str | None:
+    """Why an encoder cannot be sent to another process; None when it can."""
+    if encoder.tower is not None and hasattr(encoder.measure, "attach"):
+        return f"the measure {getattr(encoder.measure, 'name', '')!r} looks through the vision tower in this process"
+    for kind in ("measure", "policy"):
+        made_by = type(getattr(encoder, kind))
+        if made_by.__module__ == "__main__":
+            return f"the {kind} {made_by.__name__} is defined in the script itself, not in a module"
+    try:
+        pickle.dumps(without_tower(encoder))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        return f"the encoder cannot be pickled ({error})"
+    return None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done with each source."""
+
+    encoder: "SlowFastEncoder"
+    cache: Cache | None
+    pixels: bool
+    options: dict
+
+    def __call__(self, source: object) -> "VideoPlan | EncodedVideo":
+        if self.cache is not None:
+            return (self.cache.encode if self.pixels else self.cache.plan)(self.encoder, source, **self.options)
+        return (self.encoder if self.pixels else self.encoder.plan)(source, **self.options)
+
+
+def _here(work: _Work, sources: Iterable[object], first: int = 0) -> Iterator[Done]:
+    for index, source in enumerate(sources, first):
+        try:
+            yield Done(index, source, work(source), None)
+        except Exception as error:  # noqa: BLE001 - one bad video must not end the others
+            yield Done(index, source, None, _failure(index, source, type(error).__name__, _sentence(error)))
+
+
+def _elsewhere(encoder: "SlowFastEncoder", work: _Work, sources: Iterable[object], count: int) -> Iterator[Done]:
+    """Hand sources to `count` workers, each minded by a thread that starts it anew when it dies."""
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+    results: queue.SimpleQueue = queue.SimpleQueue()
+    folder = Path(tempfile.mkdtemp(prefix="keye-"))
+    workers = [_Worker(work, folder, jobs, results) for _ in range(count)]
+    try:
+        for worker in workers:
+            worker.start()
+        waiting, pending = iter(enumerate(sources)), {}
+        while True:
+            for index, source in waiting:
+                if not isinstance(source, _SENT):
+                    yield from _here(replace(work, encoder=encoder), [source], index)
+                    continue
+                pending[index] = source
+                jobs.put((index, source))
+                if len(pending) >= 2 * count:
+                    break
+            if not pending:
+                return
+            index, answer = results.get()
+            source = pending.pop(index)
+            if isinstance(answer, BaseException):
+                raise answer
+            kind, value, counts = answer
+            if work.cache is not None:
+                work.cache.count(*counts)
+            yield _finished(encoder, index, source, kind, value)
+    finally:
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            worker.join()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finished(encoder: "SlowFastEncoder", index: int, source: object, kind: str, answer: str) -> Done:
+    if kind == "plan":
+        return Done(index, source, VideoPlan.from_json(answer), None)
+    if kind == "pixels":
+        video = unpack(answer)
+        os.unlink(answer)
+        return Done(index, source, add_features(encoder, video), None)
+    return Done(index, source, None, _failure(index, source, kind, answer))
+
+
+def _failure(index: int, source: object, kind: str, reason: str) -> Failure:
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else f"source {index} ({type(source).__name__})"
+    return Failure(index, name, reason, kind)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, errors.KeyeError):
+        return str(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class _Worker(threading.Thread):
+    """A thread that feeds one process with jobs, one at a time, and passes its answers on."""
+
+    def __init__(self, work: _Work, folder: Path, jobs: queue.SimpleQueue, results: queue.SimpleQueue):
+        super().__init__(daemon=True)
+        self.work, self.folder, self.jobs, self.results = work, folder, jobs, results
+        self.process: subprocess.Popen | None = None
+        self.stopped = threading.Event()
+        self.lock = threading.Lock()  # between starting a process and stopping it
+
+    def run(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            index, source = job
+            try:
+                answer = self._ask(source)
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for the answer
+                answer = error
+            if self.stopped.is_set():
+                return
+            self.results.put((index, answer))
+
+    def stop(self) -> None:
+        """End the process at once, whatever it is doing, and the thread after it."""
+        with self.lock:
+            self.stopped.set()
+            if self.process:
+                self.process.kill()
+        self.jobs.put(None)
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(timeout)
+        if self.process:
+            with contextlib.suppress(OSError):  # what was not sent any more
+                self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait()
+
+    def _ask(self, source: object) -> tuple[str, str, tuple[int, ...]]:
+        """(kind of answer, answer, what the cache counted) of the process, which is started if there is none."""
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        try:
+            _send(self.process.stdin, source)
+            return _receive(self.process.stdout)
+        except (EOFError, OSError):
+            code = self.process.wait()
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return "VideoError", f"the process that read it died ({how}); convert the video, or leave it out", ()
+
+    def _start(self) -> None:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with self.lock:
+            if self.stopped.is_set():
+                raise EOFError
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
+        with contextlib.suppress(OSError):  # it died already: the question after this finds out
+            _send(self.process.stdin, (self.work, str(self.folder)))
+
+
+def _send(pipe: BinaryIO, value: object) -> None:
+    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    pipe.write(len(data).to_bytes(8, "little"))
+    pipe.write(data)
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO) -> object:
+    length = pipe.read(8)
+    if len(length) < 8:
+        raise EOFError
+    data = pipe.read(int.from_bytes(length, "little"))
+    return pickle.loads(data)
+
+
+def serve() -> None:
+    """A worker's life: read the work, then answer one source after another until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us in its own time
+    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not fall among the answers
+    torch.set_num_threads(1)
+    try:
+        try:
+            work, folder = _receive(questions)
+        except (ImportError, AttributeError) as error:  # a class of the user's that is not to be found here
+            work, folder = error, ""
+        while True:
+            _send(answers, _answer(work, _receive(questions), folder))
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def _answer(work: _Work | Exception, source: object, folder: str) -> tuple[str, str, tuple[int, ...]]:
+    if isinstance(work, Exception):
+        return "KeyeError", f"a worker process cannot build the encoder ({work}); give workers=0", ()
+    before = work.cache.counts if work.cache else ()
+    try:
+        result = work(source)
+        if isinstance(result, VideoPlan):
+            kind, answer = "plan", result.to_json()
+        else:
+            kind, answer = "pixels", str(Path(folder) / f"{secrets.token_hex(8)}.safetensors")
+            pack(result, answer)
+    except Exception as error:  # noqa: BLE001 - one bad video must not end the others
+        kind, answer = type(error).__name__, _sentence(error)
+    after = work.cache.counts if work.cache else ()
+    return kind, answer, tuple(new - old for new, old in zip(after, before, strict=True))
+
+
+@contextlib.contextmanager
+def _bar(total: int | None, shown: bool) -> Iterator[Callable[[Done], None]]:
+    """How far it is and how long it takes, on stderr, or nothing; yields what to call with each finished source."""
+    if not shown:
+        yield lambda done: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    left = (bars.TextColumn("left"), bars.TimeRemainingColumn(), bars.TextColumn("{task.fields[failed]}", style="red"))
+    columns = (bars.TextColumn("videos"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), *left)
+    with bars.Progress(*columns, console=console, transient=True) as progress:
+        task, failed = progress.add_task("", total=total, failed=""), 0
+        began = time.monotonic()
+
+        def advance(done: Done) -> None:
+            nonlocal failed
+            failed += done.failure is not None
+            progress.update(task, advance=1, failed=f"{failed} failed" if failed else "")
+            if not console.is_terminal and total:  # a log gets ten lines
+                ready = int(progress.tasks[0].completed)
+                if ready * 10 // total > (ready - 1) * 10 // total:
+                    seconds = (time.monotonic() - began) * (total - ready) / ready
+                    print(f"{ready} of {total} videos, {failed} failed, {seconds:.0f} s left", file=sys.stderr)
+
+        yield advance

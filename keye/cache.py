@@ -1,0 +1,396 @@
+"""Plans and encoded videos on disk, found again by what the video holds and how it is encoded.
+
+An entry's key is the BLAKE2b of the file's bytes (not its name), of the encoder's settings and of the arguments, so a
+renamed file is found and a changed one is not. A folder of entries serves any number of processes without locks: an
+entry is written beside its place and moved there whole. Nothing is ever unpickled: plans are JSON, pictures
+safetensors, both with a checksum.
+
+    cache = Cache("~/.cache/keye", max_bytes=50 << 30)
+    plan = cache.plan(encoder, "clip.mp4")
+    video = cache.encode(encoder, "clip.mp4")
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+import keye
+from keye.errors import KeyeError
+from keye.slowfast.plan import VideoPlan
+
+if TYPE_CHECKING:
+    from keye.encoder import EncodedVideo, SlowFastEncoder
+
+FORMAT = 1
+"""Raised when entries of old are no longer what the same encoder would make now."""
+
+_BLOCK = 4096  # bytes; entries are counted in whole blocks, as file systems do
+_FRESH = 2 * 10**9  # ns; a file younger than this may change again without its time changing
+_ABANDONED = 3600  # s; what a process that died left half written
+_HERE = "\0source\0"  # stands for the clip's name inside warnings
+_ROWS = 4096  # patches unpacked at once
+
+
+class Cache:
+    """Plans and encoded videos in `directory`, at most about `max_bytes` of them, the least recently used go first.
+
+    hits, misses: how often an entry was there; rebuilt: how many of the misses were damaged entries. A URL's content
+    is not known before it is fetched, so URLs pass through uncached. A measure of your own is known by its registered
+    name: give it another name when you change what it does.
+    """
+
+    def __init__(self, directory: str | os.PathLike, max_bytes: int = 10 << 30):
+        if max_bytes < _BLOCK:
+            raise KeyeError(f"max_bytes={max_bytes} holds no entry; give {_BLOCK} or more")
+        self.directory, self.max_bytes = Path(directory).expanduser().resolve(), max_bytes
+        self.hits = self.misses = self.rebuilt = 0
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KeyeError(f"{directory} cannot hold a cache ({error.strerror}); give a folder to write in") from error
+        if not self._usage.exists():
+            self._evict()
+
+    def plan(self, encoder: "SlowFastEncoder", source: object, **options: object) -> VideoPlan:
+        """`encoder.plan(source, **options)`, remembered. KeyeError when the encoder's settings do not say what it is.
+
+        The plan's `source` is the name asked for now, whatever the file was called when the plan was made.
+        """
+        key, stamp = self._key(encoder, source, options), _stamp(source)
+        if key is None:
+            return encoder.plan(source, **options)
+        plan = self._found(self._path("plans", key), _read_plan)
+        if plan is None:
+            plan = encoder.plan(source, **options)
+            if _stamp(source) == stamp:
+                self._store_plan(key, plan)
+        return _renamed(plan, source)
+
+    def encode(self, encoder: "SlowFastEncoder", source: object, **options: object) -> "EncodedVideo":
+        """`encoder(source, **options)`, remembered bit for bit (as uint8 pictures); `features` are computed anew."""
+        key, stamp = self._key(encoder, source, options), _stamp(source)
+        if key is None:
+            return encoder(source, **options)
+        video = self._found(self._path("frames", key), unpack)
+        if video is None:
+            video = without_tower(encoder)(source, **options)
+            if _stamp(source) == stamp:
+                self._store(self._path("frames", key), lambda path: pack(video, path))
+                self._store_plan(key, video.plan)
+        return add_features(encoder, replace(video, plan=_renamed(video.plan, source)))
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """(hits, misses, rebuilt) so far."""
+        return self.hits, self.misses, self.rebuilt
+
+    def count(self, hits: int = 0, misses: int = 0, rebuilt: int = 0) -> None:
+        """Add what another process counted on the same cache."""
+        self.hits, self.misses, self.rebuilt = self.hits + hits, self.misses + misses, self.rebuilt + rebuilt
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes the entries take; exact after each eviction."""
+        with contextlib.suppress(OSError):
+            return self._usage.stat().st_size * _BLOCK
+        return 0
+
+    @property
+    def _usage(self) -> Path:
+        """A sparse file whose length is the number of blocks in use: appending to it adds, in any process."""
+        return self.directory / "usage"
+
+    def _path(self, kind: str, key: str) -> Path:
+        return self.directory / kind / key[:2] / (key + (".safetensors" if kind == "frames" else ".json"))
+
+    def _key(self, encoder: "SlowFastEncoder", source: object, options: dict) -> str | None:
+        settings = named_settings(encoder)
+        content = self._content(source)
+        if content is None:
+            return None
+        given = {name: _plain(value) for name, value in options.items() if value is not None and name != "urls"}
+        what = [FORMAT, keye.__version__, content, _lasting_name(source), settings, given]
+        return _hash(json.dumps(what, sort_keys=True).encode())
+
+    def _content(self, source: object) -> str | None:
+        """Hash of what a source holds; None for a URL or for what nobody here can read without using it up."""
+        if isinstance(source, str | os.PathLike):
+            return None if "://" in str(source) else self._path_content(Path(source))
+        if isinstance(source, bytes | bytearray | memoryview):
+            return _hash(source)
+        if isinstance(source, torch.Tensor | np.ndarray):
+            return _array_content(np.ascontiguousarray(source))
+        if isinstance(source, list | tuple):
+            parts = [self._content(part) for part in source]
+            return None if None in parts else _hash(json.dumps(["list", *parts]).encode())
+        if hasattr(source, "tobytes") and hasattr(source, "mode"):  # a PIL picture
+            return _hash(source.tobytes(), source.mode, source.size)
+        if hasattr(source, "seek") and hasattr(source, "tell"):
+            start = source.tell()
+            content = hashlib.file_digest(source, _blake).hexdigest()
+            source.seek(start)
+            return content
+        return None
+
+    def _path_content(self, path: Path) -> str | None:
+        try:
+            if path.is_dir():
+                inside = sorted(part for part in path.iterdir() if part.is_file())
+                return _hash(json.dumps(["folder", *((one.name, self._path_content(one)) for one in inside)]).encode())
+            about = path.stat()
+            known = self._path("files", _hash(b"", path.absolute(), about.st_size, about.st_mtime_ns))
+            content = self._found(known, _read_text, counted=False)
+            if content is None:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, _blake).hexdigest()
+                if time.time_ns() - about.st_mtime_ns > _FRESH:
+                    self._store(known, lambda to: _write_json(to, content))
+        except OSError:
+            return None  # the encoder says what is wrong with it
+        return content
+
+    def _found(self, path: Path, read: Callable[[Path], object], counted: bool = True) -> object | None:
+        """What `read` makes of an entry, or None when it is missing or damaged."""
+        found, damaged = None, False
+        try:
+            found = read(path)
+            now = time.time_ns()
+            os.utime(path, ns=(now, now))
+        except FileNotFoundError:
+            pass
+        except OSError:
+            pass  # a read-only cache still serves: what was read before its time could not be set is good
+        except Exception:  # noqa: BLE001 - whatever a damaged file makes its reader say
+            damaged = True
+        if counted:
+            self.count(found is not None, found is None, damaged)
+        return found
+
+    def _store_plan(self, key: str, plan: VideoPlan) -> None:
+        anywhere = tuple(text.replace(plan.source, _HERE) for text in plan.warnings) if plan.source else plan.warnings
+        values = replace(plan, warnings=anywhere).to_dict()
+        self._store(self._path("plans", key), lambda path: _write_json(path, values))
+
+    def _store(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Put an entry in its place whole; a full or read-only disk means that it is not remembered, no more."""
+        part = path.with_name(f"{secrets.token_hex(8)}.part")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                write(part)
+                size = _blocks(part.stat().st_size)
+                if size * _BLOCK > self.max_bytes // 2:
+                    return  # it would drive out everything else
+                now = time.time_ns()
+                os.utime(part, ns=(now, now))
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+            with open(self._usage, "ab") as usage:
+                usage.write(bytes(size))
+                usage.flush()
+                used = usage.tell()
+            if used * _BLOCK > self.max_bytes:
+                self._evict()
+
+    def _evict(self) -> None:
+        """Count what is there and remove the least recently used down to 90 % of the limit.
+
+        Run once in so many writes as make a tenth of the limit, so its cost per write does not grow with the cache.
+        Two processes may do it at once: both remove the same entries.
+        """
+        entries = sorted(self._entries())
+        used = sum(blocks for _, blocks, _ in entries)
+        for _, blocks, path in entries:
+            if used * _BLOCK <= 0.9 * self.max_bytes:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+            used -= blocks
+        with contextlib.suppress(OSError):
+            part = self.directory / f"{secrets.token_hex(8)}.part"
+            with part.open("wb") as usage:
+                usage.truncate(used)
+            os.replace(part, self._usage)
+
+    def _entries(self) -> Iterator[tuple[int, int, Path]]:
+        """(when last used in ns, blocks, path) of every entry; what dead processes left is removed on the way."""
+        for path in self.directory.glob("*/??/*"):
+            with contextlib.suppress(OSError):
+                about = path.stat()
+                if path.suffix == ".part":
+                    if time.time() - about.st_mtime > _ABANDONED:
+                        path.unlink()
+                    continue
+                yield about.st_mtime_ns, _blocks(about.st_size), path
+
+
+def named_settings(encoder: "SlowFastEncoder") -> dict:
+    """The settings that build this encoder again; KeyeError when it holds an object that no name brings back."""
+    for kind, label in (("measure", "name"), ("policy", "spec")):
+        if not isinstance(getattr(getattr(encoder, kind), label, None), str):
+            raise KeyeError(f"the encoder's {kind} has no {label}, so its plans cannot be cached; give it one")
+    if encoder.tower is not None and hasattr(encoder.measure, "attach"):
+        raise KeyeError(
+            f"the measure {encoder.measure.name!r} depends on the vision tower's weights, which a cache cannot tell"
+            " apart; use another measure, or no cache"
+        )
+    settings = encoder.settings
+    try:
+        again = type(encoder)(**settings)
+    except KeyeError as error:
+        raise KeyeError(f"the encoder cannot be cached, since its settings do not build it: {error}") from error
+    for kind, name in (("measure", settings["measure"]), ("policy", settings["policy"])):
+        if not _alike(getattr(again, kind), getattr(encoder, kind)):
+            raise KeyeError(
+                f"the encoder's {kind} is not the one that the name {name!r} stands for, so its plans cannot be cached;"
+                " register it under a name of its own"
+            )
+    return settings
+
+
+def _alike(one: object, other: object) -> bool:
+    if type(one) is not type(other):
+        return False
+    try:
+        return bool(getattr(one, "__dict__", None) == getattr(other, "__dict__", None))
+    except (RuntimeError, ValueError):  # tensors and arrays have no single truth
+        return False
+
+
+def without_tower(encoder: "SlowFastEncoder") -> "SlowFastEncoder":
+    """The same encoder, yielding pixels only."""
+    if encoder.tower is None:
+        return encoder
+    bare = copy.copy(encoder)
+    bare.tower = None
+    return bare
+
+
+def add_features(encoder: "SlowFastEncoder", video: "EncodedVideo") -> "EncodedVideo":
+    """The video with the features of the encoder's tower, if it holds one."""
+    if encoder.tower is None:
+        return video
+    with torch.inference_mode():
+        return replace(video, features=encoder.tower(video.pixel_values, video.grid_thw))
+
+
+def pack(video: "EncodedVideo", path: str | os.PathLike) -> None:
+    """Write pixels and plan as safetensors; uint8 where that loses nothing, which is a quarter of the size."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    pixels = video.pixel_values
+    codes = torch.empty(pixels.shape, dtype=torch.uint8)
+    for start in range(0, len(pixels), _ROWS):
+        codes[start : start + _ROWS] = ((pixels[start : start + _ROWS] + 1) * 127.5).round_().clamp_(0, 255)
+    exact = pixels.dtype == torch.float32 and torch.equal(_decode(codes), pixels)
+    tensors = {"patches": codes if exact else pixels.contiguous(), "grid_thw": video.grid_thw.contiguous()}
+    plan = video.plan.to_json()
+    try:
+        save_file(tensors, path, metadata={"plan": plan, "checksum": _checksum(tensors, plan)})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def unpack(path: str | os.PathLike) -> "EncodedVideo":
+    """The video that `pack` wrote, bit for bit; ValueError (or what safetensors raises) when the file is damaged."""
+    from safetensors import safe_open
+
+    from keye.encoder import EncodedVideo
+
+    os.stat(path)  # FileNotFoundError as of any other file
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in ("patches", "grid_thw")}
+    if _checksum(tensors, about["plan"]) != about["checksum"]:
+        raise ValueError(f"{path} is damaged")
+    pixels = tensors["patches"]
+    pixels = _decode(pixels) if pixels.dtype == torch.uint8 else pixels.clone()
+    return EncodedVideo(pixels, tensors["grid_thw"].clone(), VideoPlan.from_json(about["plan"]))
+
+
+def _decode(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 as float32 in [-1, 1], by the very operations that the encoder uses."""
+    return codes.to(torch.float32).div_(127.5).sub_(1)
+
+
+def _checksum(tensors: dict[str, torch.Tensor], plan: str) -> str:
+    digest = _blake(plan.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(memoryview(tensors[name].numpy()).cast("B") if tensors[name].numel() else b"")
+    return digest.hexdigest()
+
+
+def _read_plan(path: Path) -> VideoPlan:
+    return VideoPlan.from_dict(_read_text(path))
+
+
+def _read_text(path: Path) -> object:
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept["checksum"] != _hash(json.dumps(kept["value"]).encode()):
+        raise ValueError(f"{path} is damaged")
+    return kept["value"]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps({"checksum": _hash(json.dumps(value).encode()), "value": value}), encoding="utf-8")
+
+
+def _renamed(plan: VideoPlan, source: object) -> VideoPlan:
+    """The plan under the name it is asked for by; what has no name of its own keeps the one it was planned under."""
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else plan.source
+    return replace(plan, source=name, warnings=tuple(text.replace(_HERE, name) for text in plan.warnings))
+
+
+def _stamp(source: object) -> tuple[int, int] | None:
+    """Size and time of a file, to see whether it changed while it was read."""
+    with contextlib.suppress(OSError):
+        if isinstance(source, str | os.PathLike):
+            about = os.stat(source)
+            return about.st_size, about.st_mtime_ns
+    return None
+
+
+def _lasting_name(source: object) -> list[str] | None:
+    """What of the name that a plan gets must be part of the key; paths are named afresh each time."""
+    if isinstance(source, str | os.PathLike):
+        return None
+    parts = source if isinstance(source, list | tuple) else ()
+    inside = [str(part) for part in parts if isinstance(part, str | os.PathLike)]
+    return [type(source).__name__, str(getattr(source, "name", "")), *inside]
+
+
+def _array_content(array: np.ndarray) -> str:
+    return _hash(memoryview(array).cast("B") if array.size else b"", array.dtype, array.shape)
+
+
+def _blake(data: bytes | memoryview = b"") -> "hashlib._Hash":
+    return hashlib.blake2b(data, digest_size=20)
+
+
+def _hash(data: bytes | memoryview, *about: object) -> str:
+    digest = _blake("|".join(map(str, about)).encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _plain(value: object) -> object:
+    """Options as JSON takes them: tensors and arrays as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _blocks(size: int) -> int:
+    return -(-size // _BLOCK)

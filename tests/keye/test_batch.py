@@ -1,0 +1,184 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from keye.batch import encode_many, iter_many
+from keye.cache import Cache
+from keye.encoder import SlowFastEncoder
+from keye.errors import KeyeError, VideoError
+from keye.slowfast.plan import VideoPlan
+from keye.slowfast.similarity import register
+from tests.keye.slowfast.make import numbered, write_video
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 100}
+
+
+@register
+class Fatal:
+    """A stand-in for a codec with a fault: frames 48 high end the process, 80 high hang it."""
+
+    name, threshold = "fatal_in_tests", 0.5
+
+    def prepare(self, frames):
+        if frames.shape[2] == 48:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if frames.shape[2] == 80:
+            time.sleep(600)
+        return frames.float().mean((1, 2, 3))
+
+    def compare(self, reference, features):
+        return 1 - (features - reference).abs() / 255
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> list[Path]:
+    """Six clips of different lengths; the third is no video."""
+    folder = tmp_path_factory.mktemp("videos")
+    paths = [write_video(folder / f"{index}.mp4", numbered(10 + 12 * index)) for index in range(6)]
+    paths[2].write_text("no video")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def deadly(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("deadly")
+    heights = (64, 48, 64, 64)
+    return [write_video(folder / f"{i}.mp4", numbered(20, height=height)) for i, height in enumerate(heights)]
+
+
+def children() -> set[int]:
+    """Processes that this one started and that are still there."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "keye.batch" in line}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_results_in_order_and_failures_at_the_end(videos, workers, tmp_path):
+    encoder = SlowFastEncoder(**TINY)
+    results = encode_many(encoder, videos, workers=workers, cache=tmp_path / "cache")
+    assert [None if plan is None else plan.source for plan in results] == [
+        None if index == 2 else str(path) for index, path in enumerate(videos)
+    ]
+    assert all(plan == encoder.plan(plan.source) for plan in results.succeeded) and len(results) == 6
+    (failure,) = results.failures
+    assert (failure.index, failure.source, failure.kind) == (2, str(videos[2]), "VideoError")
+    with pytest.raises(VideoError) as alone:
+        encoder.plan(videos[2])
+    assert failure.reason == str(alone.value)
+    lines = results.summary().splitlines()
+    assert lines[0].startswith("5 of 6 videos") and f"{sum(plan.tokens for plan in results.succeeded):,}" in lines[0]
+    assert len(lines) == 2 and str(videos[2]) in lines[1]
+    assert not children()
+
+
+def test_pixels_and_features_from_workers_equal_those_made_here(videos, tmp_path):
+    tower = SlowFastEncoder(**TINY, tower=lambda pixels, grid: pixels.flatten(1).mean(1)[::4, None])
+    cache = Cache(tmp_path / "cache")
+    sources = [videos[0], videos[1].read_bytes(), torch.from_numpy(numbered(3)).permute(0, 3, 1, 2), videos[0]]
+    with videos[3].open("rb") as file:
+        results = encode_many(tower, [*sources, file], workers=2, cache=cache, pixels=True)
+    assert not results.failures
+    for source, video in zip([*sources, videos[3]], results, strict=True):
+        plain = tower(source)
+        assert torch.equal(video.pixel_values, plain.pixel_values) and torch.equal(video.features, plain.features)
+        assert torch.equal(video.grid_thw, plain.grid_thw) and video.plan == plain.plan
+    assert cache.hits + cache.misses == 5 and cache.misses >= 4
+    assert len(list(cache.directory.glob("frames/*/*"))) == cache.misses - (cache.misses == 5)
+
+
+def test_a_worker_that_dies_costs_one_clip(deadly):
+    results = encode_many(SlowFastEncoder(measure=Fatal(), **TINY), deadly, workers=2)
+    assert [plan is None for plan in results] == [False, True, False, False]
+    assert len(results.failures) == 1 and "SIGSEGV" in results.failures[0].reason
+
+
+def test_raise_stops_at_the_first(videos):
+    with pytest.raises(VideoError, match="2.mp4"):
+        encode_many(SlowFastEncoder(**TINY), videos, workers=0, on_error="raise")
+
+
+def test_a_long_stream_of_sources_is_read_as_it_is_needed(videos):
+    given = 0
+
+    def sources():
+        nonlocal given
+        while True:
+            given += 1
+            yield videos[0]
+
+    running = iter_many(SlowFastEncoder(**TINY), sources(), workers=0)
+    assert [next(running).index for _ in range(5)] == [0, 1, 2, 3, 4] and given == 5
+    running.close()
+
+
+def test_memory_is_bounded_and_closing_does_not_wait_for_a_clip_that_hangs(tmp_path):
+    hanging = write_video(tmp_path / "hangs.mp4", numbered(10, height=80))
+    quick = write_video(tmp_path / "quick.mp4", numbered(10))
+    given, before = 0, threading.active_count()
+
+    def sources():
+        nonlocal given
+        for source in [hanging, *[quick] * 30, hanging, *[quick] * 100]:
+            given += 1
+            yield source
+
+    running = iter_many(SlowFastEncoder(measure=Fatal(), **TINY), sources(), workers=2)
+    for taken in range(30):
+        assert isinstance(next(running).result, VideoPlan) and given <= taken + 4
+    assert len(children()) == 2
+    running.close()
+    assert not children() and threading.active_count() == before
+
+
+SCRIPT = """
+import sys
+from keye.batch import encode_many
+from keye.encoder import SlowFastEncoder
+from tests.keye.test_batch import Fatal
+print(encode_many(SlowFastEncoder(measure=Fatal()), sys.argv[1:], workers=2, progress=True))
+"""
+
+
+def test_ctrl_c_ends_everything(tmp_path):
+    videos = [write_video(tmp_path / f"{i}.mp4", numbered(10, height=80 if i else 64)) for i in range(10)]
+    command = [sys.executable, "-c", SCRIPT, *map(str, videos)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if line.startswith("1 of 10 videos"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) != 0
+    rest = process.stderr.read()  # ends only when no worker holds the pipe any more
+    assert "KeyboardInterrupt" in rest and rest.count("Traceback") == 1
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 0)
+        pytest.fail("a worker was left behind")
+
+
+def test_settings_that_cannot_work_are_said_at_once(videos):
+    encoder = SlowFastEncoder(**TINY)
+    with pytest.raises(KeyeError, match="workers is -1"):
+        encode_many(encoder, videos, workers=-1)
+    with pytest.raises(KeyeError, match="on_error"):
+        encode_many(encoder, videos, on_error="ignore")
+    encoder.measure = type("Local", (Fatal,), {"__module__": "__main__"})()
+    with pytest.raises(KeyeError, match="defined in the script itself"):
+        encode_many(encoder, videos, workers=2)
+    assert len(encode_many(encoder, videos).failures) == 1  # by default it is done here instead
+
+
+def test_progress_goes_to_stderr_and_only_when_wanted(videos, capsys):
+    encode_many(SlowFastEncoder(**TINY), videos, workers=0)
+    assert capsys.readouterr() == ("", "")
+    encode_many(SlowFastEncoder(**TINY), videos, workers=0, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "6 of 6 videos, 1 failed" in shown.err
