@@ -21,13 +21,13 @@ class Allocation:
     tokens: int
 
 
-def size_tokens(size: tuple[int, int]) -> int:
-    """Tokens of one frame of `size` (height, width), both multiples of 28."""
-    return (size[0] // SIDE) * (size[1] // SIDE)
+def size_tokens(size: tuple[int, int], side: int = SIDE) -> int:
+    """Tokens of one frame of `size` (height, width), both multiples of `side`."""
+    return (size[0] // side) * (size[1] // side)
 
 
-def fit_size(height: int, width: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
-    """The size (height, width), multiples of 28, nearest to the given one with `min_tokens <= tokens <= max_tokens`.
+def fit_size(height: int, width: int, min_tokens: int, max_tokens: int, side: int = SIDE) -> tuple[int, int]:
+    """The size (height, width), multiples of `side`, nearest to the given one that has `min_tokens` to `max_tokens`.
 
     The aspect ratio is kept as closely as the grid allows; both limits always hold, so a ribbon or a range as narrow as
     [7, 7] gives up some of the aspect instead. Raises ValueError for sizes below 1 pixel or an empty range.
@@ -36,17 +36,17 @@ def fit_size(height: int, width: int, min_tokens: int, max_tokens: int) -> tuple
         raise ValueError(f"a frame of {height}x{width} pixels has no area")
     if not 1 <= min_tokens <= max_tokens:
         raise ValueError(f"the range of {min_tokens} to {max_tokens} tokens per frame is empty")
-    rows, columns = max(1, round(height / SIDE)), max(1, round(width / SIDE))
+    rows, columns = max(1, round(height / side)), max(1, round(width / side))
     if rows * columns > max_tokens:
         # In the order of operations of the release: where a side lands on a multiple of 28, the last bit decides.
-        shrink = math.sqrt((height * width) / (max_tokens * SIDE * SIDE))
-        rows, columns = max(1, math.floor(height / shrink / SIDE)), max(1, math.floor(width / shrink / SIDE))
+        shrink = math.sqrt((height * width) / (max_tokens * side * side))
+        rows, columns = max(1, math.floor(height / shrink / side)), max(1, math.floor(width / shrink / side))
     elif rows * columns < min_tokens:
-        scale = math.sqrt(min_tokens * SIDE * SIDE / (height * width))
-        rows, columns = max(1, math.ceil(height * scale / SIDE)), max(1, math.ceil(width * scale / SIDE))
+        scale = math.sqrt(min_tokens * side * side / (height * width))
+        rows, columns = max(1, math.ceil(height * scale / side)), max(1, math.ceil(width * scale / side))
     if not min_tokens <= rows * columns <= max_tokens:
         rows, columns = _nearest_grid(height / width, min_tokens, max_tokens)
-    return rows * SIDE, columns * SIDE
+    return rows * side, columns * side
 
 
 def _nearest_grid(aspect: float, min_tokens: int, max_tokens: int) -> tuple[int, int]:
@@ -78,6 +78,8 @@ def allocate(
     min_tokens: int,
     max_tokens_per_frame: int,
     max_tokens: int,
+    side: int = SIDE,
+    fast_tokens: int | None = None,
 ) -> Allocation:
     """The largest frame sizes for `slow` + `fast` frames of `height` x `width` whose real total is <= `max_tokens`.
 
@@ -87,14 +89,17 @@ def allocate(
     """
     if slow + fast < 1 or min(slow, fast) < 0:
         raise ValueError(f"{slow} slow and {fast} fast frames make no video")
-    if slow + fast > most_frames(max_tokens, min_tokens):
+    if slow * min_tokens + fast * (fast_tokens or min_tokens) > max_tokens:
         raise ValueError(f"{slow + fast} frames of at least {min_tokens} tokens exceed the budget of {max_tokens}")
 
     def at(limit: int) -> Allocation:
-        slow_size = fit_size(height, width, min_tokens, limit)
-        slow_tokens = size_tokens(slow_size)
-        fast_size = fit_size(*slow_size, min_tokens, fast_limit(slow_tokens, ratio, min_tokens))
-        return Allocation(slow_size, fast_size, slow * slow_tokens + fast * size_tokens(fast_size))
+        slow_size = fit_size(height, width, min_tokens, limit, side)
+        slow_tokens = size_tokens(slow_size, side)
+        if fast_tokens is None:
+            fast_size = fit_size(height, width, min_tokens, fast_limit(slow_tokens, ratio, min_tokens), side)
+        else:
+            fast_size = fit_size(height, width, 1, fast_tokens, side)
+        return Allocation(slow_size, fast_size, slow * slow_tokens + fast * size_tokens(fast_size, side))
 
     best = at(max_tokens_per_frame)
     if best.tokens <= max_tokens:

@@ -1,117 +1,183 @@
 """Who is slow and who is fast: a policy judges each frame by its similarity with the latest slow frame.
 
-The first frame is always slow (report §3.1). The judgement is made frame by frame in presentation order, so it works
-on a stream with the memory of one slow frame, and a batch gives the same answer as a stream.
+The first frame is always slow (report §3.1). Most policies judge frame by frame in presentation order, so they work on
+a stream with the memory of one slow frame, and a batch gives the same answer as a stream; adaptive_budget and
+two_stream see the whole clip first.
+
+    walk = Walk(measure, get_policy("adaptive:max_gap=16", threshold), Limits(size=(720, 1280), ratio=0.3, ...))
+    for frames in batches:                      # uint8 [T, 3, H, W]
+        types, scores = walk.step(frames)       # both empty where the policy is not `online`
+    decisions = walk.finish()                   # Decisions: types, scores, positions, warnings, threshold, max_tokens
+    limits.allocate(slow, fast, fast_tokens=policy.fast_tokens, max_tokens=decisions.max_tokens)
+
+Entry i of the decisions shows the sampled frame `positions[i]`. `policy.most_frames(max_tokens, min_tokens)` says how
+many frames may be sampled so that their minimum fits. A live stream takes `Walk(..., remember=False)`: `step` answers,
+nothing is kept, and there is no `finish`.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from dataclasses import fields
+from typing import get_args
 
 import torch
 
 from keye.errors import KeyeError
+from keye.slowfast.policies import (
+    FAST,
+    SLOW,
+    Adaptive,
+    AllSlow,
+    Course,
+    Decisions,
+    Limits,
+    Policy,
+    Seen,
+    Strided,
+    Uniform,
+)
 from keye.slowfast.similarity import Measure
+from keye.slowfast.wholeclip import AdaptiveBudget, Gathered, TwoStream
 
-SLOW, FAST = 0, 1
+__all__ = [
+    "FAST",
+    "SLOW",
+    "Adaptive",
+    "AdaptiveBudget",
+    "AllSlow",
+    "Decisions",
+    "Limits",
+    "Policy",
+    "Seen",
+    "Strided",
+    "TwoStream",
+    "Uniform",
+    "Walk",
+    "get_policy",
+    "known_policies",
+]
 
-
-class Policy(Protocol):
-    """Decides whether a frame is slow. `spec` is the text that `get_policy` turns back into the policy."""
-
-    @property
-    def spec(self) -> str: ...
-
-    def is_slow(self, index: int, similarity: float, gap: int) -> bool:
-        """Judge frame `index` (>= 1), its `similarity` in [0, 1] with the latest slow frame, `gap` frames before it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Adaptive:
-    """The report's rule: slow when the similarity with the latest slow frame is below `threshold`, else fast."""
-
-    threshold: float
-    spec: str = "adaptive"
-
-    def is_slow(self, index: int, similarity: float, gap: int) -> bool:
-        return similarity < self.threshold
+_POLICIES = {kind.name: kind for kind in (Adaptive, AdaptiveBudget, AllSlow, Strided, TwoStream, Uniform)}
 
 
-@dataclass(frozen=True)
-class AllSlow:
-    """Every frame is slow: what a video model without a fast pathway does."""
-
-    spec: str = "all_slow"
-
-    def is_slow(self, index: int, similarity: float, gap: int) -> bool:
-        return True
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """One slow frame in every `every`, whatever the picture shows: the baseline at a fixed share of slow frames."""
-
-    every: int = 4
-
-    @property
-    def spec(self) -> str:
-        return f"uniform:{self.every}"
-
-    def is_slow(self, index: int, similarity: float, gap: int) -> bool:
-        return gap >= self.every
-
-
-POLICIES = ("adaptive", "all_slow", "uniform[:N]")
+def known_policies() -> list[str]:
+    """The names `get_policy` knows."""
+    return sorted(_POLICIES)
 
 
 def get_policy(spec: str, threshold: float) -> Policy:
-    """The policy named by `spec`: adaptive, all_slow, uniform or uniform:N (one slow frame in N, 4 by default)."""
-    name, _, argument = spec.partition(":")
-    if name == "adaptive" and not argument:
-        return Adaptive(threshold)
-    if name == "all_slow" and not argument:
-        return AllSlow()
-    if name == "uniform" and not argument:
-        return Uniform()
-    if name == "uniform" and argument.isdecimal() and int(argument) > 0:
-        return Uniform(int(argument))
-    raise KeyeError(f"policy {spec!r} is not known; use one of {', '.join(POLICIES)}, N being 1 or more")
+    """The policy that `spec` stands for: "name", "name:value" or "name:key=value,key=value".
+
+    adaptive and adaptive_budget take `threshold` and the keys max_gap, min_gap, hysteresis and cut, adaptive_budget
+    also one of share and tokens; uniform:N and strided:N one slow frame in N; two_stream slow and fast_tokens;
+    all_slow nothing. An unknown name, key or value is a KeyeError that lists what is known.
+    """
+    name, colon, text = spec.partition(":")
+    if name not in _POLICIES:
+        raise KeyeError(f"policy {spec!r} is not known; use one of {', '.join(known_policies())}")
+    kind = _POLICIES[name]
+    known = {option.name: option.type for option in fields(kind) if option.name != "threshold"}
+    options: dict[str, int | float] = {}
+    for part in text.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals and kind.value is not None:
+            key, value = kind.value, key
+        if key not in known:
+            choice = f"use {', '.join(known)}, each with =" if known else "it has none"
+            raise KeyeError(f"policy {spec!r}: {part.strip()!r} is not an option of {name}; {choice}")
+        if key in options:
+            raise KeyeError(f"policy {spec!r}: {key} is given twice; give it once")
+        options[key] = _number(spec, key, value, int in (known[key], *get_args(known[key])))
+    if "threshold" in (option.name for option in fields(kind)):
+        options["threshold"] = threshold
+    return kind(**options)
+
+
+def _number(spec: str, key: str, text: str, whole: bool) -> int | float:
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        kind = "whole number" if whole else "number"
+        raise KeyeError(f"policy {spec!r}: {key} is {text!r}; give a {kind}") from None
 
 
 class Walk:
-    """Walks along a clip and types its frames; it remembers the features of the latest slow frame and nothing else."""
+    """Walks along a clip and types its frames, the same however they come in batches.
 
-    def __init__(self, measure: Measure, policy: Policy):
-        self.measure, self.policy = measure, policy
-        self._index = 0
-        self._gap = 0
+    For a policy that is `online` it holds the features of the latest slow frame (and of the latest frame, where the
+    policy looks back), for the others those of all frames until `finish`. limits: what adaptive_budget counts tokens
+    by. remember: keep types and scores for `finish`; without, memory is constant however long the stream.
+    """
+
+    def __init__(self, measure: Measure, policy: Policy, limits: Limits | None = None, *, remember: bool = True):
+        if not policy.online and not remember:
+            raise KeyeError(
+                f"policy {policy.spec} sees the whole clip before it decides, so it cannot follow a stream; use another"
+            )
+        self.measure, self.policy, self.limits = measure, policy, limits
+        self._remember = remember
+        self._types: list[int] = []
+        self._scores: list[float] = []
+        self._blocks: list[torch.Tensor] = []
+        self._course = Course()
         self._reference: torch.Tensor | None = None
+        self._latest: torch.Tensor | None = None
 
     def step(self, frames: torch.Tensor) -> tuple[list[int], list[float]]:
-        """Type the next frames [T, 3, H, W] uint8; returns T types (0 slow, 1 fast) and T similarities (NaN first)."""
+        """Type the next frames [T, 3, H, W] uint8; returns T types (0 slow, 1 fast) and T similarities (NaN first).
+
+        Both lists are empty where the policy is not `online`.
+        """
+        if not len(frames):
+            return [], []
         features = self.measure.prepare(frames)
+        if not self.policy.online:
+            self._blocks.append(features.clone())  # not a view: the caller may use the frames' memory again
+            return [], []
+        types, scores = self._judge(features)
+        if self._remember:
+            self._types += types
+            self._scores += scores
+        return types, scores
+
+    def finish(self) -> Decisions:
+        """What was decided about all the frames; for policies that are not `online` this is where it happens."""
+        if not self._remember:
+            raise ValueError("a walk that remembers nothing has nothing to finish")
+        if self.policy.online:
+            return Decisions(self._types, self._scores, list(range(len(self._types))))
+        if not self._blocks:
+            return Decisions([], [], [])
+        if self.limits is None:
+            raise ValueError(f"policy {self.policy.spec} needs the limits of the clip")
+        return self.policy.decide(Gathered(self.measure, self._blocks), self.limits)
+
+    def _judge(self, features: torch.Tensor) -> tuple[list[int], list[float]]:
         types: list[int] = []
         scores: list[float] = []
-        if self._reference is None and len(features):
-            self._accept(features[0])
+        if self._reference is None:
+            self._reference = features[0].clone()  # not a view: the batch it came from must be freed
             types.append(SLOW)
-            scores.append(float("nan"))
+            scores.append(math.nan)
         while len(types) < len(features):
             # Scoring ahead in a batch is wasted once a slow frame turns up, so the batch grows only while none does.
             start = len(types)
-            ahead = features[start : start + self._gap + 1]
-            for offset, score in enumerate(self.measure.compare(self._reference, ahead).tolist()):
-                self._gap += 1
-                slow = self.policy.is_slow(self._index, score, self._gap)
+            ahead = features[start : start + self._course.gap + 1]
+            for index, score in enumerate(self.measure.compare(self._reference, ahead).tolist(), start):
+                slow = self._course.judge(self.policy, score, self._look_back(features, index, score))
                 types.append(SLOW if slow else FAST)
                 scores.append(score)
                 if slow:
-                    self._accept(features[start + offset])
+                    self._reference = features[index].clone()
                     break
-                self._index += 1
+        if self.policy.looks_back:
+            self._latest = features[-1].clone()
         return types, scores
 
-    def _accept(self, features: torch.Tensor) -> None:
-        self._reference = features.clone()  # not a view: the batch it came from must be freed
-        self._index += 1
-        self._gap = 0
+    def _look_back(self, features: torch.Tensor, index: int, score: float) -> float:
+        """Similarity of features[index] with the frame just before, which may be of an earlier batch."""
+        if not self.policy.looks_back:
+            return math.nan
+        if self._course.gap == 0:  # the frame just before is the latest slow one
+            return score
+        before = features[index - 1] if index else self._latest
+        return self.measure.compare(before, features[index : index + 1]).item()
