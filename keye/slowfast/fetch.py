@@ -113,7 +113,7 @@ def download(url: str, rules: UrlRules | None) -> Iterator[Path]:
             file.flush()
         except (OSError, http.client.HTTPException) as error:  # ssl.SSLError and time-outs are OSErrors
             reason = getattr(error, "verify_message", "") or getattr(error, "strerror", None) or str(error)
-            reason = reason or type(error).__name__
+            reason = " ".join((reason or type(error).__name__).split())[:120]
             raise VideoError(f"{name} cannot be downloaded ({reason}); check the URL") from error
         yield Path(file.name)
 
@@ -145,7 +145,7 @@ def _request(url: str, rules: UrlRules, deadline: float, file: tempfile._Tempora
         connection.request("GET", target, headers=_HEADERS)
         response = connection.getresponse()
         if response.status in _REDIRECTS and response.getheader("Location"):
-            return urljoin(url, response.getheader("Location"))
+            return _follow(url, response.getheader("Location"))
         if response.status != 200:
             raise VideoError(f"{name} answers {response.status} {response.reason}".rstrip() + "; check the URL")
         if response.getheader("Content-Encoding", "identity").lower() != "identity":
@@ -158,6 +158,13 @@ def _request(url: str, rules: UrlRules, deadline: float, file: tempfile._Tempora
         cut.cancel()
         connection.close()
     return None
+
+
+def _follow(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise VideoError(f"{url_name(url)} redirects to what is not a valid URL; check the URL") from error
 
 
 def _cut(connected: socket.socket) -> None:

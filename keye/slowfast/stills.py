@@ -239,7 +239,10 @@ class Moving:
 
 def moves(picture: Image.Image) -> bool:
     """Whether a file opened with Pillow is a moving picture."""
-    return picture.format in _MOVING and getattr(picture, "is_animated", False)
+    try:
+        return picture.format in _MOVING and getattr(picture, "is_animated", False)
+    except Exception:  # the second frame is looked for, and damaged files make Pillow raise almost anything
+        return False
 
 
 def _turned_size(picture: Image.Image) -> tuple[int, int]:

@@ -61,7 +61,12 @@ class Clip:
         self.name, self._reader = name, reader
 
     def __iter__(self) -> Iterator[Frame]:
-        return self._reader.frames()
+        frame = None
+        for frame in self._reader.frames():
+            yield frame
+        if frame is None:  # nothing before the damage, or all of what was asked for lies behind it
+            why = "; ".join(self.warnings) or "none can be decoded"
+            raise VideoError(f"no frame of {self.name} is there to be used ({why}); give another range or another file")
 
     @property
     def size(self) -> tuple[int, int]:
