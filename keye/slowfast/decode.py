@@ -1,12 +1,17 @@
 """The frames of one video file that are on the screen at the sample times, decoded with PyAV.
 
-Nothing here keeps frames: memory does not grow with the length of the file. Times are seconds from the first frame, by
-presentation timestamp, never index / average rate (wrong for variable frame rates).
+Where the packets of the file tell enough (`index`), only what the sampled frames depend on is decoded; the pixels,
+times and indices are those of decoding everything, which is what is done once anything comes out otherwise than the
+index says. Decoding runs in a thread, a few frames ahead of the reader. No more frames are held: memory does not grow
+with the length of the file but for the index. Times are seconds from the first frame, by presentation timestamp, never
+index / average rate (wrong for variable frame rates).
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import av
 import numpy as np
@@ -14,10 +19,17 @@ import torch
 from av.video.frame import VideoFrame
 
 from keye.errors import VideoError
+from keye.slowfast.ahead import Ahead
+from keye.slowfast.bitstream import FLUSH
 from keye.slowfast.containers import reopen
+from keye.slowfast.index import TOLERANCE, Index, Plan, read_index
+from keye.slowfast.picture import Painter
 
 _SMALL = 320 * 240  # pixels
-_TOLERANCE = 1e-4  # seconds; containers round timestamps to their own time base
+_AHEAD = 3  # frames
+_FAR = 4 << 20  # bytes of packets from which on going to a place is cheaper than reading on to it
+_SEEKABLE = {"mov", "matroska"}
+_MOST_BROKEN = 10_000  # errors in one pass: a demuxer that never gets past a broken place
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,14 @@ class Frame:
     index: int
     time: float
     pixels: torch.Tensor
+
+
+Decoded = tuple[int, float, VideoFrame]
+"""(index, seconds, frame)"""
+
+
+class _Unexpected(Exception):
+    """What came out of the decoder, or out of the file, is not what the index says."""
 
 
 def open_decoder(
@@ -48,7 +68,11 @@ def open_decoder(
 
 
 class Decoder:
-    """Decodes one video stream in presentation order and picks the frames on the screen at the sample times."""
+    """Picks the frames on the screen at the sample times of one video stream, in presentation order.
+
+    size: (height, width) after turning; duration: seconds, of damaged files what was decoded once it has been read;
+    expected: the most frames a pass yields; wanted: what the sampling asks for; warnings: complete after a pass.
+    """
 
     def __init__(
         self,
@@ -62,137 +86,264 @@ class Decoder:
     ):
         self.name = name
         self.warnings: list[str] = []
-        self._open(container)
+        self._ahead: Ahead[Frame] | None = None
+        self._use(container)
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0) or 25.0
-        self.broken = 0
-        self.duration = self._claimed = self._duration()
-        self._rewind()
-        first = self._first[2]
-        turned = first.rotation % 180 != 0
-        self.size = (first.width, first.height) if turned else (first.height, first.width)
+        self._index = read_index(container, self.stream, self.rate)
+        self._moved = True  # whether the container has been read from
+        if self._index is not None and self._index.uncertain:
+            self._index = self._index.beginning_with(self._first_pts())
+        self._claimed, self.duration = self._durations()
+        self._painter = Painter(name, 1 if self._small else None)
         begin = min(max(start or 0.0, 0.0), self.duration)
         length = min(self.duration if end is None else end, self.duration) - begin
         if length <= 0 and begin > 0:
             raise VideoError(f"{name} lasts {self.duration:.2f} s; give a start and an end within it")
         fps = min(fps, self.rate)
-        self.wanted = max(1, math.ceil(length * fps - _TOLERANCE)) if num_frames is None else num_frames
+        self.wanted = max(1, math.ceil(length * fps - TOLERANCE)) if num_frames is None else num_frames
         self.expected = min(self.wanted, max_frames)
         step = 1 / fps if num_frames is None and self.expected == self.wanted else length / self.expected
         self.times = [begin + index * step for index in range(self.expected)]
-        self._fresh = True
-
-    def _open(self, container: av.container.InputContainer) -> None:
-        self.container = container
-        self.stream = container.streams.video[0]
-        # On small frames a pool of threads costs more than the decoding itself (2-3 times slower at 112x112).
-        self.small = self.stream.codec_context.width * self.stream.codec_context.height <= _SMALL
-        if self.small:
-            self.stream.codec_context.thread_count = 1
-        else:
-            self.stream.thread_type = "AUTO"
-        self.reformatter = av.video.reformatter.VideoReformatter()
-
-    def _rewind(self) -> None:
-        self._decoded = self._decode()
-        try:
-            self._first = next(self._decoded)
-        except StopIteration:
-            raise VideoError(f"no frame of {self.name} can be decoded; replace it or encode it again") from None
+        self._begun = self._begin(self.times)
+        if self._begun is None:
+            reason = f" ({self._reason})" if self._reason else ""
+            place = f" after {begin:.2f} s" if begin else ""
+            raise VideoError(f"no frame of {name}{place} can be decoded{reason}; replace it or encode it again")
+        self.size = self._painter.size
 
     def frames(self) -> Iterator[Frame]:
-        """The sampled frames; each call is a new pass over the file. Sets `duration` and `warnings` at its end."""
-        self._end: float | None = None
-        self.warnings.clear()
-        yield from self.frames_at(self.times)
-        if self.broken:
-            self.warnings.append(f"{self.broken} damaged pieces of {self.name} could not be decoded")
-        if self._end is not None and self._end < self.times[-1]:
-            self.warnings.append(
-                f"{self.name} ends at {self._end:.2f} s of the {self._claimed:.2f} s it claims to last"
-            )
-            self.duration = self._end
-        elif self._end is not None:
-            self.duration = max(self._claimed, self._end)
+        """The sampled frames; each call is a new pass over the file and ends the one before.
+
+        At its end it sets `warnings`, and `duration` where the file is shorter than it claims.
+        """
+        yield from self._pass(self.times)
+        self._finish()
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Frame]:
         """The frame on the screen at each of the ascending times (seconds), none twice; a new pass."""
-        if not self._fresh:
-            self.broken = 0
-            self._open(reopen(self.container, self.name))
-            self._rewind()
-        self._fresh = False
-        return self._at(times)
+        self._begun = None
+        return self._pass(times)
 
-    def _duration(self) -> float:
-        """Seconds, by the stream, else by the timestamps of its packets, else by the container."""
+    def close(self) -> None:
+        """End the pass that is running and close the container."""
+        self._stop()
+        self._begun = None
+        self.container.close()
+
+    def _use(self, container: av.container.InputContainer) -> None:
+        self.container, self._moved = container, False
+        self.stream = container.streams.video[0]
+        # On small frames a pool of threads costs more than the decoding itself (2-3 times slower at 112x112).
+        self._small = self.stream.codec_context.width * self.stream.codec_context.height <= _SMALL
+        if self._small:
+            self.stream.codec_context.thread_count = 1
+        else:
+            self.stream.thread_type = "AUTO"
+
+    def _first_pts(self) -> int | None:
+        """The timestamp of the first frame that comes out of the decoder."""
+        self._rewind()
+        try:
+            return next((frame.pts for packet in self.container.demux(self.stream) for frame in packet.decode()), None)
+        except (av.error.FFmpegError, EOFError):
+            return None
+
+    def _rewind(self) -> None:
+        """Be at the beginning of the file, with an empty decoder."""
+        if self._moved and self._index is not None and self._seekable():
+            self.container.seek(int(self._index.dts[0]), stream=self.stream)
+        elif self._moved:
+            self._use(reopen(self.container, self.name))
+        self._moved = True
+
+    def _seekable(self) -> bool:
+        return not _SEEKABLE.isdisjoint(self.container.format.name.split(","))
+
+    def _durations(self) -> tuple[float, float]:
+        """Seconds (that the file claims to last, that it lasts as far as is known before decoding)."""
         stream = self.stream
-        if stream.duration:
-            return float(stream.duration * stream.time_base)
-        if self.container.duration and self.container.format.name not in ("gif", "image2"):
+        claimed = float(stream.duration * stream.time_base) if stream.duration else 0.0
+        if self._index is not None:
+            end = self._index.end
+            torn = len(self._index.pts) < stream.frames and claimed > end + 1 / self.rate
+            return (claimed if torn else end), end
+        if claimed:
+            return claimed, claimed
+        if self.container.duration and self.container.format.name != "gif":
             start = max(self.container.start_time or 0, 0)
-            return max(self.container.duration - start, 0) / av.time_base
+            claimed = max(self.container.duration - start, 0) / av.time_base
+            return claimed, claimed
         ends = []
+        self._rewind()
         try:
             for packet in self.container.demux(stream):
                 if packet.pts is not None:
                     ends.append(packet.pts + (packet.duration or 0))
-            self.container.seek(0)
-        except av.error.FFmpegError:  # a damaged index: what was read before it is all that is known
-            self.broken += 1
-        return float((max(ends) - (stream.start_time or 0)) * stream.time_base) if ends else 0.0
+        except av.error.FFmpegError:  # a damaged file: what was read before it is all that is known
+            pass
+        claimed = float((max(ends) - (stream.start_time or 0)) * stream.time_base) if ends else 0.0
+        return claimed, claimed
 
-    def _decode(self) -> Iterator[tuple[int, float, VideoFrame]]:
-        """Every frame that can be decoded: (index, seconds from the first frame's clock, frame)."""
-        start: float | None = None
+    def _begin(self, times: Sequence[float]) -> Iterator[Decoded] | None:
+        """A pass that has its first frame; None where there is none."""
+        self._halt = threading.Event()
+        self._broken, self._reason = 0, ""
+        self._end: float | None = None
+        self._painter.notes.clear()
+        decoded = self._decoded(times)
+        first = next(decoded, None)
+        if first is None:
+            return None
+        self._painter.size = self._painter.size or self._painter.measure(first[2])
+        return chain([first], decoded)
+
+    def _pass(self, times: Sequence[float]) -> Iterator[Frame]:
+        self._stop()
+        begun = self._begun or self._begin(times)
+        self._begun = None
+        if begun is None:
+            return
+        frames = (Frame(index, time, self._painter.paint(frame, time)) for index, time, frame in begun)
+        ahead = self._ahead = Ahead(frames, _AHEAD, self._halt)
+        try:
+            yield from ahead
+        finally:
+            ahead.close()
+        if self._ahead is not ahead:
+            raise VideoError(f"another reading of {self.name} has begun; open it twice to read it twice at once")
+
+    def _stop(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _finish(self) -> None:
+        notes = list(self._painter.notes.values())
+        if self._broken:
+            notes.append(f"{self._broken} damaged pieces of {self.name} could not be decoded")
+        if self._end is not None and self._end < max(self.times[-1], self._claimed - 1.0):
+            notes.append(f"{self.name} ends at {self._end:.2f} s of the {self._claimed:.2f} s it claims to last")
+            self.duration = self._end
+        elif self._end is not None:
+            self.duration = max(self.duration, self._end)
+        self.warnings[:] = notes
+
+    def _decoded(self, times: Sequence[float]) -> Iterator[Decoded]:
+        """The frame on the screen at each of the times: by the index, and by decoding everything once that fails."""
+        given = -1.0
+        if self._index is not None:
+            try:
+                for decoded in self._planned(self._index, times):
+                    given = decoded[1]
+                    yield decoded
+                self._end = self._index.end
+                return
+            except (_Unexpected, av.error.FFmpegError, EOFError):
+                self._index = None
+        if self._halt.is_set():
+            return
+        for decoded in self._showing(times):
+            if decoded[1] > given:
+                yield decoded
+
+    def _planned(self, index: Index, times: Sequence[float]) -> Iterator[Decoded]:
+        """The frames on the screen at the times, decoding no more than they need; _Unexpected if that goes wrong."""
+        asked = index.showing(times)
+        if len(asked) == 0:
+            return
+        plan = index.plan(asked)
+        due = np.flatnonzero(plan.decode[index.frames[: asked[-1] + 1]])
+        turn = 0
+        for frame in self._fed(index, plan):
+            number = due[turn]
+            packet = index.frames[number]
+            if frame.pts != index.pts[packet] or frame.is_corrupt:
+                raise _Unexpected
+            if plan.wanted[packet]:
+                yield int(number), float(index.times[number]), frame
+            turn += 1
+            if turn == len(due):
+                return
+        raise _Unexpected
+
+    def _fed(self, index: Index, plan: Plan) -> Iterator[VideoFrame]:
+        """What the decoder makes of the packets that are to be decoded."""
+        self._rewind()
+        context = self.stream.codec_context
+        packets, place = self._packets(index), 0
+        fed = False
+        for target in np.flatnonzero(plan.decode).tolist():
+            far = index.offsets[target] - index.offsets[place] > _FAR
+            if far and target in plan.fresh and self._seekable():
+                yield from context.decode(None) if fed else ()
+                self.container.seek(int(index.dts[target]), stream=self.stream)
+                packets, fed = self._packets(index), False
+            place, packet = next(((at, packet) for at, packet in packets if at >= target), (-1, None))
+            if place != target:
+                raise _Unexpected
+            if fed and index.restarts[target] == FLUSH and target in plan.fresh:
+                yield from context.decode(None)
+                context.flush_buffers()
+            yield from packet.decode()
+            fed = True
+        yield from context.decode(None)
+
+    def _packets(self, index: Index) -> Iterator[tuple[int, av.Packet]]:
+        """(number, packet) from where the container is; _Unexpected unless they are as in the index."""
+        number = None
+        for packet in self.container.demux(self.stream):
+            if self._halt.is_set() or packet.pts is None:
+                return
+            if number is None:
+                number = next(iter(np.flatnonzero((index.pts == packet.pts) & (index.dts == packet.dts))), -1)
+            if not 0 <= number < len(index.pts) or index.pts[number] != packet.pts:
+                raise _Unexpected
+            yield int(number), packet
+            number += 1
+
+    def _showing(self, times: Sequence[float]) -> Iterator[Decoded]:
+        """The frames on the screen at the ascending times, decoding everything until the last."""
+        held: Decoded | None = None
+        wanted = 0
+        for following in self._everything():
+            showing = wanted
+            while held and wanted < len(times) and times[wanted] < following[1] - TOLERANCE:
+                wanted += 1
+            if wanted > showing:
+                yield held
+            held = following
+            if wanted == len(times):
+                return
+        if held is None or self._halt.is_set():
+            return
+        self._end = held[1] + (float(held[2].duration * held[2].time_base) if held[2].duration else 1 / self.rate)
+        if wanted < len(times) and times[wanted] < max(self._end, held[1] + TOLERANCE):
+            yield held
+
+    def _everything(self) -> Iterator[Decoded]:
+        """Every frame that can be decoded."""
+        self._rewind()
+        first: int | None = None
         index = 0
         latest = -1 / self.rate
         packets = self.container.demux(self.stream)
-        while True:
+        while not self._halt.is_set() and self._broken < _MOST_BROKEN:
             try:
                 packet = next(packets)
                 frames = packet.decode()
             except (StopIteration, EOFError):
                 return
-            except av.error.FFmpegError:
-                self.broken += 1
-                if self.broken > 10_000:  # a demuxer that never gets past a broken place
-                    return
+            except av.error.FFmpegError as error:
+                self._broken += 1
+                self._reason = error.strerror
                 continue
             for frame in frames:
-                self.broken += bool(frame.is_corrupt)
-                time = frame.time if frame.time is not None else latest + 1 / self.rate + (start or 0.0)
-                start = time if start is None else start
-                if time - start <= latest:  # a clock that stands still or jumps back: go on at the stream's rate
-                    time = start + latest + 1 / self.rate
-                latest = time - start
-                yield index, latest, frame
+                self._broken += bool(frame.is_corrupt)
+                time = latest + 1 / self.rate  # of frames without a time, or of a clock that stands still or jumps back
+                if frame.pts is not None:
+                    first = frame.pts if first is None else first
+                    read = (frame.pts - first) / float(1 / frame.time_base)
+                    time = read if read > latest else time
+                latest = time
+                yield index, time, frame
                 index += 1
-
-    def close(self) -> None:
-        self.container.close()
-
-    def _at(self, times: Sequence[float]) -> Iterator[Frame]:
-        held: tuple[int, float, VideoFrame] | None = self._first
-        wanted = 0
-        for following in self._decoded:
-            showing = wanted
-            while wanted < len(times) and times[wanted] < following[1] - _TOLERANCE:
-                wanted += 1
-            if wanted > showing:
-                yield self._frame(held)
-            held = following
-            if wanted == len(times):
-                return
-        self._end = held[1] + (float(held[2].duration * held[2].time_base) if held[2].duration else 1 / self.rate)
-        if wanted < len(times) and times[wanted] < max(self._end, held[1] + _TOLERANCE):
-            yield self._frame(held)
-
-    def _frame(self, decoded: tuple[int, float, VideoFrame]) -> Frame:
-        index, time, frame = decoded
-        turns = round(frame.rotation / 90) % 4
-        height, width = self.size if turns % 2 == 0 else self.size[::-1]
-        threads = 1 if self.small else None
-        pixels = self.reformatter.reformat(frame, width, height, "rgb24", threads=threads).to_ndarray()
-        if turns:
-            pixels = np.ascontiguousarray(np.rot90(pixels, turns))
-        return Frame(index, time, torch.from_numpy(pixels).permute(2, 0, 1))

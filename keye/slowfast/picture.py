@@ -1,0 +1,81 @@
+"""Decoded frames as RGB pixels: colours as the file tags them, turned as its display matrix says, all of one size."""
+
+import av
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+
+from keye.errors import VideoError
+
+_HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
+
+
+class Painter:
+    """Makes uint8 [3, H, W] of decoded frames, and notes what is lost in it in `notes`, a sentence each.
+
+    The matrix (BT.601, BT.709, BT.2020) and the range of luma are those of the file's tags, BT.601 and limited where
+    it has none, as FFmpeg takes them. More than 8 bits are rounded; transparent pixels lie on white, as in images.
+    `size`, (height, width) after turning, is that of the first frame; later frames of other sizes are resized to it.
+    """
+
+    def __init__(self, name: str, threads: int | None):
+        self.name, self.threads = name, threads
+        self.size: tuple[int, int] | None = None
+        self.notes: dict[str, str] = {}
+        self._reformatter = av.video.reformatter.VideoReformatter()
+
+    def measure(self, frame: VideoFrame) -> tuple[int, int]:
+        """A frame's (height, width) after turning."""
+        return (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+
+    def paint(self, frame: VideoFrame, time: float) -> torch.Tensor:
+        """uint8 [3, H, W] of the frame at `time` seconds, H and W being `size`."""
+        self.size = self.size or self.measure(frame)
+        self._note(frame, time)
+        turns = _turns(frame)
+        height, width = self.size[::-1] if turns % 2 else self.size
+        see_through = frame.format.name != "pal8" and any(part.is_alpha for part in frame.format.components)
+        form = "rgba" if see_through or frame.format.name == "pal8" else "rgb24"
+        try:
+            shown = self._reformatter.reformat(frame, width, height, form, threads=self.threads)
+        except (av.error.FFmpegError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise VideoError(
+                f"frames of {self.name} cannot be shown ({frame.format.name}: {reason}); convert it to mp4"
+            ) from error
+        pixels = shown.to_ndarray()
+        if form == "rgba":
+            pixels = _on_white(pixels)
+        if turns:
+            pixels = np.ascontiguousarray(np.rot90(pixels, turns))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _note(self, frame: VideoFrame, time: float) -> None:
+        found = self.measure(frame)
+        if found != self.size and "size" not in self.notes:
+            self.notes["size"] = (
+                f"{self.name} changes from {self.size[1]}x{self.size[0]} to {found[1]}x{found[0]} at {time:.2f} s"
+                "; what follows is resized to the first size"
+            )
+        if frame.color_trc in _HDR and "hdr" not in self.notes:
+            self.notes["hdr"] = (
+                f"{self.name} is HDR ({_HDR[frame.color_trc]}); it is shown without tone mapping, too pale"
+            )
+        if frame.interlaced_frame and "interlaced" not in self.notes:
+            self.notes["interlaced"] = (
+                f"{self.name} is interlaced; its frames are used whole, with combs where something moves"
+            )
+
+
+def _turns(frame: VideoFrame) -> int:
+    """Quarter turns to the left."""
+    return round(frame.rotation / 90) % 4
+
+
+def _on_white(pixels: np.ndarray) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of RGBA ones laid on white."""
+    alpha = pixels[..., 3:]
+    if alpha.min() == 255:
+        return np.ascontiguousarray(pixels[..., :3])
+    wide = pixels[..., :3].astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
+    return ((wide + 127) // 255).astype(np.uint8)
