@@ -188,36 +188,47 @@ class Moving:
         """opener: gives the file opened with Pillow, once for every pass."""
         self.name, self.opener = name, opener
         self.warnings: list[str] = []
-        self.times, self.size, at = [], (0, 0), 0.0
+        self.times, self.size, at, shortest = [], (0, 0), 0.0, math.inf
         for picture in self._play(self.warnings):
             self.size = self.size if self.times else _turned_size(picture)
             self.times.append(at)
             delay = picture.info.get("duration", 0)
-            at += delay / 1000 if delay > 10 else 0.1  # as browsers play the delays that nobody means
+            delay = delay / 1000 if delay > 10 else 0.1  # as browsers play the delays that nobody means
+            at, shortest = at + delay, min(shortest, delay)
         if not self.times:
             raise VideoError(f"{name} holds no picture that can be read; replace it or save it again")
         self.duration = at
-        rate = min(fps, len(self.times) / at)
         begin = start or 0.0
         _check_start(name, begin, at)
         length = min(at if end is None else end, at) - begin
-        self.wanted = max(1, math.ceil(length * rate - _TOLERANCE)) if num_frames is None else num_frames
-        count = min(self.wanted, max_frames)
-        step = 1 / rate if num_frames is None and count == self.wanted else length / count
-        self._samples = [begin + index * step for index in range(count)]
-        self.expected = len({_showing(self.times, time) for time in self._samples})
+        rate = min(fps, 1 / shortest)
+        count = max(1, math.ceil(length * rate - _TOLERANCE)) if num_frames is None else num_frames
+        self._chosen = self._shown(begin, 1 / rate if num_frames is None else length / count, count)
+        self.wanted = len(self._chosen)
+        if self.wanted > max_frames:
+            self._chosen = self._shown(begin, length / max_frames, max_frames)
+        self.expected = len(self._chosen)
+
+    def _shown(self, begin: float, step: float, count: int) -> list[int]:
+        """The frames on the screen at the times begin + i * step, i < count, none twice."""
+        # Frame by frame, as a file of a few bytes can claim to last for years.
+        firsts = [max(0, math.ceil((time - begin - _TOLERANCE) / step)) for time in self.times] + [count]
+        return [index for index in range(len(self.times)) if firsts[index] < min(firsts[index + 1], count)]
 
     def frames(self) -> Iterator[Frame]:
         """The sampled frames; each call is a new pass over the file."""
-        return self.frames_at(self._samples)
+        return self._pick(self._chosen)
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Frame]:
-        """The frame on the screen at each of the ascending times, none twice; stops reading after the last."""
-        chosen = {_showing(self.times, time) for time in times}
+        """The frame on the screen at each of the ascending times, none twice."""
+        return self._pick([_showing(self.times, time) for time in times])
+
+    def _pick(self, chosen: Sequence[int]) -> Iterator[Frame]:
+        wanted = set(chosen)
         for index, picture in enumerate(self._play([])):
-            if index in chosen:
+            if index in wanted:
                 yield Frame(index, self.times[index], rgb(picture))
-            if index >= max(chosen, default=0):
+            if index >= max(wanted, default=0):
                 return
 
     def _play(self, warnings: list[str]) -> Iterator[Image.Image]:

@@ -164,7 +164,7 @@ def _open(
         if picture is not None and picture is not opened:
             stack.enter_context(picture)
         if picture is not None and not moves(picture):
-            opened = [load_image(picture)]
+            opened = [load_image(opened)]
         elif timestamps is not None or source_fps is not None:
             raise VideoError(f"{name} has its own clock; give timestamps and source_fps with folders or arrays")
         elif picture is not None:
