@@ -2,21 +2,27 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 
-from keye.errors import CheckpointError, KeyeError
-from keye.slowfast.budget import PATCH, allocate, fit_size, most_frames, size_tokens
+from keye.errors import CheckpointError, KeyeError, VideoError
+from keye.slowfast.budget import SIDE, fit_size, size_tokens
+from keye.slowfast.fetch import UrlRules
 from keye.slowfast.image import ImageSource, load_image
-from keye.slowfast.pathways import SLOW, Policy, Walk, get_policy
+from keye.slowfast.keep import Keeper
+from keye.slowfast.pathways import SLOW, Limits, Policy, Walk, get_policy
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.similarity import Measure, get_measure, patches, resize
 from keye.slowfast.video import Clip, Frame, Source, open_clip
 
-KEPT_WHOLE = 256 << 20  # bytes of uint8 frames
+if TYPE_CHECKING:
+    from keye.batch import Results
+
+BATCH = 64 << 20  # bytes of full-size frames that are scored and resized together
 
 Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(pixel_values [N, 3, 14, 14], grid_thw [F, 3]) -> features [N / 4, hidden]"""
@@ -28,6 +34,7 @@ class EncodedVideo:
 
     pixel_values: float32 [N, 3, 14, 14] in [-1, 1], frame after frame in time order, raster patch order in each.
     grid_thw: LongTensor [T, 3], a row (1, height / 14, width / 14) per frame. plan: the VideoPlan.
+    (14 is half of the encoder's `token_side`.)
     features: [plan.tokens, hidden] when the encoder holds a vision tower, else None.
     """
 
@@ -38,24 +45,52 @@ class EncodedVideo:
 
     def pictures(self) -> list[torch.Tensor]:
         """The frames as the model sees them, uint8 [3, h, w] each."""
-        frames, start = [], 0
+        frames, start, patch = [], 0, self.pixel_values.shape[-1]
         for _, rows, columns in self.grid_thw.tolist():
-            grid = self.pixel_values[start : start + rows * columns].reshape(rows, columns, 3, PATCH, PATCH)
+            grid = self.pixel_values[start : start + rows * columns].reshape(rows, columns, 3, patch, patch)
             start += rows * columns
-            picture = grid.permute(2, 0, 3, 1, 4).reshape(3, rows * PATCH, columns * PATCH)
+            picture = grid.permute(2, 0, 3, 1, 4).reshape(3, rows * patch, columns * patch)
             frames.append(((picture + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
         return frames
+
+
+class Sampling(TypedDict, total=False):
+    """What may be said about reading one source, see `open_clip`: which part of it, how many frames, whose clock."""
+
+    timestamps: Sequence[float] | torch.Tensor | None
+    source_fps: float | None
+    start: float | None
+    end: float | None
+    num_frames: int | None
+
+
+@dataclass(frozen=True)
+class FrameDecision:
+    """What a stream decided about one frame.
+
+    index: its place, from 0. time: seconds. frame_type: 0 slow, 1 fast. similarity: in [0, 1], with the latest slow
+    frame before it; NaN for the first. size: (height, width) that it gets in a video whose budget does not bind.
+    """
+
+    index: int
+    time: float
+    frame_type: int
+    similarity: float
+    size: tuple[int, int]
 
 
 class SlowFastEncoder:
     """Adaptive slow-fast video encoding (report §3.1), usable without any model.
 
-    measure: "patch_l1", "patch_cosine", "ssim", a name you registered, or a Measure.
+    measure: how frames are compared: a name of `known_measures()`, one that you registered, or a Measure.
     threshold: a frame less similar than this to the latest slow frame is slow; None takes the measure's own.
-    policy: "adaptive", "all_slow", "uniform:N", or a Policy.
+    policy: who is slow: "adaptive", "adaptive:max_gap=16", "adaptive_budget:share=0.2", "all_slow", "uniform:4", … (all
+    in `keye.slowfast.pathways`), or a Policy.
     fast_ratio: tokens of a fast frame as a share of a slow one's. max_tokens: the whole video's budget, never exceeded.
     min_tokens_per_frame, max_tokens_per_frame: limits of one frame; a token is 28x28 pixels.
     fps: sampling rate. max_frames: at most so many frames, spread evenly; None takes all that the budget can hold.
+    token_side: pixels along one side of a token, two patches: 28 for Keye-VL and Qwen2.5-VL, 32 for Qwen3-VL.
+    urls: what may be downloaded; without it a URL is an error.
     tower: (pixel_values, grid_thw) -> features, what `from_pretrained` attaches.
     """
 
@@ -70,6 +105,8 @@ class SlowFastEncoder:
         max_tokens_per_frame: int = 768,
         fps: float = 2.0,
         max_frames: int | None = None,
+        token_side: int = SIDE,
+        urls: UrlRules | None = None,
         tower: Tower | None = None,
     ):
         self.measure = get_measure(measure) if isinstance(measure, str) else measure
@@ -79,8 +116,10 @@ class SlowFastEncoder:
         self.max_tokens = max_tokens
         self.min_tokens_per_frame, self.max_tokens_per_frame = min_tokens_per_frame, max_tokens_per_frame
         self.fps, self.max_frames = fps, max_frames
-        self.tower = tower
+        self.token_side, self.urls, self.tower = token_side, urls, tower
         self._check()
+        if tower is not None and hasattr(self.measure, "attach"):
+            self.measure.attach(tower)
 
     def _check(self) -> None:
         if not 0 < self.fast_ratio <= 1:
@@ -97,6 +136,10 @@ class SlowFastEncoder:
             )
         if not self.fps > 0:
             raise KeyeError(f"fps is {self.fps}; give a rate above 0")
+        if self.token_side < 2 or self.token_side % 2:
+            raise KeyeError(
+                f"token_side is {self.token_side}; a token is two patches wide: give an even number of pixels"
+            )
         if self.max_frames is not None and self.max_frames < 1:
             raise KeyeError(f"max_frames is {self.max_frames}; give 1 or more, or none for no limit but the budget's")
 
@@ -139,115 +182,142 @@ class SlowFastEncoder:
             "max_tokens_per_frame": self.max_tokens_per_frame,
             "fps": self.fps,
             "max_frames": self.max_frames,
+            "token_side": self.token_side,
         }
 
-    def plan(
-        self,
-        source: Source,
-        *,
-        timestamps: Sequence[float] | torch.Tensor | None = None,
-        source_fps: float | None = None,
-    ) -> VideoPlan:
+    def plan(self, source: Source, **sampling: Unpack[Sampling]) -> VideoPlan:
         """Decide about a video without encoding it; no frame is kept. Arguments and errors: see `open_clip`."""
-        with self._open(source, timestamps, source_fps) as clip:
-            return self._walk(clip, None)
+        with self._open(source, sampling) as clip:
+            return self._walk(clip, None)[0]
 
-    def __call__(
-        self,
-        source: Source,
-        *,
-        timestamps: Sequence[float] | torch.Tensor | None = None,
-        source_fps: float | None = None,
-    ) -> EncodedVideo:
-        """Plan and encode a video in one pass over it. Arguments and errors: see `open_clip`."""
-        kept: list[torch.Tensor] = []
-        with self._open(source, timestamps, source_fps) as clip:
-            plan = self._walk(clip, kept)
-        pixel_values, grid_thw = _encode(kept, plan.frame_sizes)
+    def __call__(self, source: Source, **sampling: Unpack[Sampling]) -> EncodedVideo:
+        """Plan and encode a video. Arguments and errors: see `open_clip`.
+
+        One pass over the clip; a second one where frames had to be kept too small, or not at all (a policy that sees
+        the whole clip before it decides, on a large clip).
+        """
+        with self._open(source, sampling) as clip:
+            keeper = Keeper(self._limits(clip.size), clip.expected, self.policy)
+            plan, positions = self._walk(clip, keeper)
+            frames = _entries(clip, keeper, positions, plan.frame_sizes)
+            pixel_values, grid_thw = _encode(frames, plan.frame_sizes, self.token_side)
         features = None
         if self.tower is not None:
             with torch.inference_mode():
                 features = self.tower(pixel_values, grid_thw)
         return EncodedVideo(pixel_values, grid_thw, plan, features)
 
+    def stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator["FrameDecision"]:
+        """Decide about live video frame by frame: a decision as each frame arrives, the memory of one slow frame.
+
+        frames: uint8 [3, H, W], each as it is or as (seconds, frame); without seconds they are 1 / fps apart. Every
+        frame is used, as of an array given to `plan`, and the types and similarities are those of that plan. Raises
+        KeyeError for a policy that decides only once it has seen the whole clip.
+        """
+        if not self.policy.online:
+            raise KeyeError(
+                f"policy {self.policy.spec} decides once it has seen the whole clip; stream with adaptive, all_slow,"
+                " uniform or strided"
+            )
+        return self._stream(frames)
+
+    def _stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator["FrameDecision"]:
+        walk, sizes, first = Walk(self.measure, self.policy, remember=False), None, None
+        for index, given in enumerate(frames):
+            time, frame = given if isinstance(given, tuple) else (index / self.fps, given)
+            frame = load_image(frame)
+            if sizes is None:
+                first = tuple(frame.shape[1:])
+                free = self._limits(first, max_tokens=2 * self.max_tokens_per_frame)
+                allocation = free.allocate(1, 1, fast_tokens=self.policy.fast_tokens)
+                sizes = (allocation.slow_size, allocation.fast_size)
+            elif tuple(frame.shape[1:]) != first:
+                raise VideoError(
+                    f"frame {index} is {frame.shape[2]}x{frame.shape[1]} pixels and the first {first[1]}x{first[0]};"
+                    " give frames of one size"
+                )
+            (kind,), (score,) = walk.step(frame[None])
+            yield FrameDecision(index, float(time), kind, score, sizes[kind])
+
+    def encode_many(self, sources: Sequence[Source], **options: object) -> "Results":
+        """Plan or encode many videos with worker processes, a progress bar and a cache: `keye.batch.encode_many`."""
+        from keye.batch import encode_many
+
+        return encode_many(self, sources, **options)
+
     def image(
         self, source: ImageSource, *, max_tokens: int = 20_480, min_tokens: int = 4
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A still as (pixel_values [N, 3, 14, 14], grid_thw [1, 3]), at most 20,480 tokens by default (report)."""
         picture = load_image(source)
-        return _encode([picture], [fit_size(*picture.shape[1:], min_tokens, max_tokens)])
+        size = fit_size(*picture.shape[1:], min_tokens, max_tokens, self.token_side)
+        return _encode([picture], [size], self.token_side)
 
-    def _open(self, source: Source, timestamps: Sequence[float] | torch.Tensor | None, source_fps: float | None):
-        limit = most_frames(self.max_tokens, self.min_tokens_per_frame)
-        limit = limit if self.max_frames is None else min(limit, self.max_frames)
-        return open_clip(source, self.fps, limit, timestamps=timestamps, source_fps=source_fps)
+    @property
+    def most_frames(self) -> int:
+        """The most frames of a video that are looked at: what the budget holds of the smallest, or `max_frames`."""
+        limit = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
+        return limit if self.max_frames is None else min(limit, self.max_frames)
 
-    def _walk(self, clip: Clip, kept: list[torch.Tensor] | None) -> VideoPlan:
-        """Type the clip's frames as they come; with a list, keep them there, no larger than they can be needed."""
-        walk = Walk(self.measure, self.policy)
-        largest = self._largest_size(clip)
-        indices, times, types, scores = [], [], [], []
-        for batch in _batches(clip, 8):
-            pixels = torch.stack([frame.pixels for frame in batch])
-            batch_types, batch_scores = walk.step(pixels)
-            types += batch_types
-            scores += batch_scores
-            indices += [frame.index for frame in batch]
-            times += [frame.time for frame in batch]
-            if kept is not None:
-                kept += resize(pixels, largest, "bicubic").unbind()
-        warnings = list(clip.warnings)
-        if clip.wanted > clip.expected and clip.expected == most_frames(self.max_tokens, self.min_tokens_per_frame):
-            warnings.append(
-                f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: max_tokens="
-                f"{self.max_tokens} holds no more of min_tokens_per_frame={self.min_tokens_per_frame}"
-            )
-        slow = types.count(SLOW)
-        allocation = allocate(
-            *clip.size,
-            slow,
-            len(types) - slow,
+    def _open(self, source: Source, sampling: "Sampling"):
+        return open_clip(source, self.fps, self.most_frames, urls=self.urls, **sampling)
+
+    def _limits(self, size: tuple[int, int], max_tokens: int | None = None) -> Limits:
+        return Limits(
+            size,
             ratio=self.fast_ratio,
             min_tokens=self.min_tokens_per_frame,
             max_tokens_per_frame=self.max_tokens_per_frame,
-            max_tokens=self.max_tokens,
+            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
+            side=self.token_side,
         )
-        return VideoPlan(
+
+    def _walk(self, clip: Clip, keeper: Keeper | None) -> tuple[VideoPlan, list[int]]:
+        """Type the clip's frames as they come; the plan, and the position among the sampled frames of each entry."""
+        limits = self._limits(clip.size)
+        walk = Walk(self.measure, self.policy, limits)
+        indices, times = [], []
+        for batch in _batches(clip):
+            pixels = torch.stack([frame.pixels for frame in batch])
+            types, _ = walk.step(pixels)
+            indices += [frame.index for frame in batch]
+            times += [frame.time for frame in batch]
+            if keeper is not None:
+                keeper.add(pixels, types)
+        decided = walk.finish()
+        slow = decided.types.count(SLOW)
+        allocation = limits.allocate(
+            slow, len(decided.types) - slow, fast_tokens=self.policy.fast_tokens, max_tokens=decided.max_tokens
+        )
+        plan = VideoPlan(
             source=clip.name,
-            frame_types=torch.tensor(types, dtype=torch.long),
-            timestamps=torch.tensor(times, dtype=torch.float32),
-            frame_indices=torch.tensor(indices, dtype=torch.long),
-            similarity=torch.tensor(scores, dtype=torch.float32),
+            frame_types=torch.tensor(decided.types, dtype=torch.long),
+            timestamps=torch.tensor([times[position] for position in decided.positions], dtype=torch.float32),
+            frame_indices=torch.tensor([indices[position] for position in decided.positions], dtype=torch.long),
+            similarity=torch.tensor(decided.scores, dtype=torch.float32),
             source_size=clip.size,
             slow_size=allocation.slow_size,
             fast_size=allocation.fast_size,
             max_tokens=self.max_tokens,
             duration=clip.duration,
-            settings=self.settings,
-            warnings=tuple(warnings),
+            settings=self.settings if decided.threshold is None else {**self.settings, "threshold": decided.threshold},
+            warnings=(*clip.warnings, *self._thinned(clip), *decided.warnings),
         )
+        return plan, decided.positions
 
-    def _largest_size(self, clip: Clip) -> tuple[int, int]:
-        """The size to keep frames at before the budget is known, so that memory is bounded however long the clip.
-
-        Small clips are kept as they are and resized once. Of the others no frame can end up larger than the slow size
-        if all frames but one were fast.
-        """
-        if 3 * clip.size[0] * clip.size[1] * clip.expected <= KEPT_WHOLE:
-            return clip.size
-        best = allocate(
-            *clip.size,
-            1,
-            clip.expected - 1,
-            ratio=self.fast_ratio,
-            min_tokens=self.min_tokens_per_frame,
-            max_tokens_per_frame=self.max_tokens_per_frame,
-            max_tokens=self.max_tokens,
-        ).slow_size
-        return best if best[0] * best[1] < clip.size[0] * clip.size[1] else clip.size
+    def _thinned(self, clip: Clip) -> list[str]:
+        most = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
+        if not (clip.wanted > clip.expected == most):
+            return []
+        return [
+            f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: max_tokens="
+            f"{self.max_tokens} holds no more of min_tokens_per_frame={self.min_tokens_per_frame}"
+        ]
 
 
-def _batches(clip: Clip, size: int) -> list[Frame]:
+def _batches(clip: Clip) -> Iterator[list[Frame]]:
+    """The clip's frames, as many together as are worth it and fit into a bounded memory."""
+    size = max(1, min(8, BATCH // (3 * clip.size[0] * clip.size[1])))
     batch: list[Frame] = []
     for frame in clip:
         batch.append(frame)
@@ -258,14 +328,31 @@ def _batches(clip: Clip, size: int) -> list[Frame]:
         yield batch
 
 
-def _encode(frames: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames uint8 [3, h, w] at their sizes (height, width) as (pixel_values [N, 3, 14, 14], grid_thw [T, 3])."""
-    pixel_values = torch.empty(4 * sum(map(size_tokens, sizes)), 3, PATCH, PATCH)
+def _entries(
+    clip: Clip, keeper: Keeper, positions: Sequence[int], sizes: Sequence[tuple[int, int]]
+) -> Iterator[torch.Tensor]:
+    """The frame [3, H, W] uint8 of each entry of a plan, from what was kept or from a second pass over the clip."""
+    if keeper.serve(positions, sizes):
+        yield from (keeper.frames[position] for position in positions)
+        return
+    entry = 0
+    for position, frame in enumerate(clip):
+        while entry < len(positions) and positions[entry] == position:
+            yield frame.pixels
+            entry += 1
+
+
+def _encode(
+    frames: Iterable[torch.Tensor], sizes: Sequence[tuple[int, int]], side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames uint8 [3, h, w] at their sizes (height, width) as (pixel_values [N, 3, p, p], grid_thw [T, 3])."""
+    patch = side // 2
+    pixel_values = torch.empty(4 * sum(size_tokens(size, side) for size in sizes), 3, patch, patch)
     start = 0
     for frame, size in zip(frames, sizes, strict=True):
-        cut = patches(resize(frame[None], size, "bicubic"), PATCH)[0]
+        cut = patches(resize(frame[None], size, "bicubic"), patch)[0]
         end = start + len(cut)
         pixel_values[start:end] = cut
         start = end
     pixel_values.div_(127.5).sub_(1)
-    return pixel_values, torch.tensor([(1, height // PATCH, width // PATCH) for height, width in sizes])
+    return pixel_values, torch.tensor([(1, height // patch, width // patch) for height, width in sizes])

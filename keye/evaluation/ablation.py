@@ -20,9 +20,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from keye.encoder import KEPT_WHOLE, SlowFastEncoder
+from keye.encoder import SlowFastEncoder
 from keye.evaluation.report import Report
-from keye.slowfast.budget import SIDE, fit_size, most_frames
+from keye.slowfast.budget import SIDE, fit_size
+from keye.slowfast.keep import WHOLE
 from keye.slowfast.similarity import resize
 from keye.slowfast.video import open_clip
 
@@ -147,13 +148,11 @@ def sampled(
     Besides: what to encode the clip from, again and again: its frames [T, 3, H, W] and their times where they fit into
     memory, so that it is decoded once; else the clip itself and None.
     """
-    limit = most_frames(encoder.max_tokens, encoder.min_tokens_per_frame)
-    limit = limit if encoder.max_frames is None else min(limit, encoder.max_frames)
-    with open_clip(clip, encoder.fps, limit) as opened:
+    with open_clip(clip, encoder.fps, encoder.most_frames) as opened:
         height, width = opened.size
         large = height * width > REFERENCE_TOKENS * SIDE * SIDE
         size = fit_size(height, width, 1, REFERENCE_TOKENS) if large else opened.size
-        whole = 3 * height * width * opened.expected <= KEPT_WHOLE
+        whole = 3 * height * width * opened.expected <= WHOLE
         originals, frames, times = [], [], []
         for frame in opened:
             originals.append(resize(frame.pixels[None], size, "bicubic")[0])

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from keye.encoder import SlowFastEncoder
-from keye.errors import CheckpointError, KeyeError
+from keye.errors import CheckpointError, KeyeError, VideoError
+from keye.slowfast.keep import Keeper
+from keye.slowfast.pathways import Limits, get_policy
+from keye.slowfast.video import open_clip
 from tests.clips import clip
 from tests.keye.slowfast.make import numbered, write_video
 
@@ -81,11 +83,9 @@ def test_pictures_come_back():
 def test_a_large_clip_is_kept_small_and_right(monkeypatch, kept_whole):
     """Frames are scaled while decoding; the result is that of resizing the full frames, to 1/255 in the mean."""
     path = clip("bigbuckbunny.mp4")
-    monkeypatch.setattr("keye.encoder.KEPT_WHOLE", kept_whole)
+    monkeypatch.setattr("keye.slowfast.keep.WHOLE", kept_whole)
     encoder = SlowFastEncoder(max_tokens=2000, min_tokens_per_frame=16)
     encoded = encoder(path)
-    from keye.slowfast.video import open_clip
-
     with open_clip(path, 2.0, 100) as opened:
         full = [frame.pixels for frame in opened]
     for picture, frame, size in zip(encoded.pictures(), full, encoded.plan.frame_sizes, strict=True):
@@ -160,6 +160,7 @@ def test_presets_and_settings():
         "max_tokens_per_frame": 768,
         "fps": 2.0,
         "max_frames": None,
+        "token_side": 28,
     }
     assert report.settings["threshold"] == 0.95 and report.settings["max_tokens"] == 2_000
     assert SlowFastEncoder.report().max_tokens == 75_000
@@ -175,6 +176,7 @@ def test_presets_and_settings():
         ({"max_tokens": 40}, "max_tokens=40 holds not one frame"),
         ({"fps": -1}, "fps is -1"),
         ({"max_frames": 0}, "max_frames is 0"),
+        ({"token_side": 27}, "token_side is 27"),
         ({"measure": "psnr"}, "use one of"),
         ({"policy": "slow"}, "use one of"),
     ],
@@ -225,12 +227,70 @@ def test_a_directory_that_is_no_model(tmp_path):
         SlowFastEncoder.from_pretrained(tmp_path)
 
 
-def test_tiny_clips_are_quick():
-    encoder, frames = SlowFastEncoder(**{**TINY, "max_tokens": 128}), noise(8, 3, 112, 112)
-    encoder(frames)
-    durations = []
-    for _ in range(7):
-        start = time.perf_counter()
-        encoder(frames)
-        durations.append(time.perf_counter() - start)
-    assert min(durations) < 0.05  # about 4 ms on a quiet core
+@pytest.mark.parametrize("policy", ["adaptive", "adaptive:max_gap=2", "all_slow", "uniform:3", "strided:2"])
+def test_a_stream_decides_as_the_plan_does(policy):
+    encoder = SlowFastEncoder(policy=policy, fps=4)
+    with open_clip(clip("bikes.mp4"), 4, 100) as opened:
+        frames = [(frame.time, frame.pixels) for frame in opened]
+    plan = encoder.plan(torch.stack([pixels for _, pixels in frames]), timestamps=[time for time, _ in frames])
+    taken = []
+
+    def camera():
+        for frame in frames:
+            taken.append(frame)
+            yield frame
+
+    for count, decision in enumerate(encoder.stream(camera()), start=1):
+        assert len(taken) == count  # nothing is read ahead
+        assert decision.frame_type == plan.frame_types[decision.index]
+        assert decision.time == pytest.approx(float(plan.timestamps[decision.index]))
+        assert np.array_equal(np.float32(decision.similarity), plan.similarity[decision.index], equal_nan=True)
+        assert decision.size == (plan.slow_size, plan.fast_size)[decision.frame_type]
+    assert count == len(plan)
+
+
+def test_what_cannot_be_streamed():
+    with pytest.raises(KeyeError, match="once it has seen the whole clip"):
+        SlowFastEncoder(policy="two_stream").stream([])
+    with pytest.raises(VideoError, match="frame 1 is 30x30 pixels and the first 40x40"):
+        list(SlowFastEncoder().stream([noise(3, 40, 40), noise(3, 30, 30)]))
+
+
+@pytest.mark.parametrize("policy", ["adaptive_budget:share=0.2", "two_stream:slow=3,fast_tokens=4"])
+def test_policies_that_see_the_whole_clip_read_a_large_one_twice(monkeypatch, policy):
+    encoder = SlowFastEncoder(policy=policy, max_tokens=2000, min_tokens_per_frame=4)
+    once = encoder(clip("bikes.mp4"))
+    monkeypatch.setattr("keye.slowfast.keep.WHOLE", 0)
+    twice = encoder(clip("bikes.mp4"))
+    assert once.plan == twice.plan and torch.equal(once.pixel_values, twice.pixel_values)
+
+
+def test_the_slow_frames_of_two_streams_are_in_both():
+    frames = noise(9, 3, 112, 112)
+    encoded = SlowFastEncoder(policy="two_stream:slow=3,fast_tokens=4", min_tokens_per_frame=4)(frames)
+    plan, pictures = encoded.plan, encoded.pictures()
+    assert plan.frame_indices.tolist().count(0) == 2 and len(plan) == 12
+    for index, kind, picture in zip(plan.frame_indices.tolist(), plan.frame_types.tolist(), pictures, strict=True):
+        size = (plan.slow_size, plan.fast_size)[kind]
+        assert tuple(picture.shape[1:]) == size
+        expected = torch.nn.functional.interpolate(frames[index][None], size=size, mode="bicubic", antialias=True)[0]
+        assert torch.equal(picture, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), count=st.integers(1, 60), budget=st.integers(60, 400), ratio=st.floats(0.1, 1))
+def test_what_is_kept_serves_and_stays_within_a_multiple_of_the_budget(data, count, budget, ratio):
+    """Whatever the types turn out to be, frames are kept large enough, and together little more than the budget."""
+    limits = Limits((700, 900), ratio=ratio, min_tokens=1, max_tokens_per_frame=100, max_tokens=budget)
+    policy = get_policy("adaptive", 0.5)
+    keeper = Keeper(limits, count, policy)
+    keeper._whole = False
+    types = [0] + data.draw(st.lists(st.integers(0, 1), min_size=count - 1, max_size=count - 1))
+    for kind in types:
+        keeper.add(torch.zeros(1, 3, 700, 900, dtype=torch.uint8), [kind])
+    slow = types.count(0)
+    allocation = limits.allocate(slow, count - slow)
+    sizes = [(allocation.slow_size, allocation.fast_size)[kind] for kind in types]
+    kept = sum(frame.shape[1] * frame.shape[2] for frame in keeper.frames) / 28**2
+    assert kept <= budget * (1 + np.log(count)) + 1
+    assert keeper.serve(range(count), sizes)

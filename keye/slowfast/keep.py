@@ -1,0 +1,60 @@
+"""Frames kept until their sizes are known: the budget is shared out only once every frame has its type.
+
+Small clips are kept whole and resized once. Of larger ones a frame is kept no larger than it can still be needed: the
+most a slow frame can get is what it gets if all frames still to come are fast, and this bound falls with every slow
+frame. So what is kept is bounded by the token budget (in uint8, about twice its pixels), however long the clip.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from keye.slowfast.pathways import SLOW, Limits, Policy
+from keye.slowfast.similarity import resize
+
+WHOLE = 256 << 20  # bytes of uint8 frames that are kept as they are
+Size = tuple[int, int]
+
+
+class Keeper:
+    """Keeps the sampled frames of one clip of which at most `expected` come.
+
+    A policy that sees the whole clip before it decides leaves the types open when a frame comes; then only clips that
+    can be kept whole are kept, and `frames` stays empty for the others: read them again.
+    """
+
+    def __init__(self, limits: Limits, expected: int, policy: Policy):
+        self._limits, self._expected, self._policy = limits, expected, policy
+        height, width = limits.size
+        self._whole = 3 * height * width * expected <= WHOLE
+        self._slow = 0
+        self._bounds: tuple[Size, Size] = (limits.size, limits.size)
+        self.frames: list[torch.Tensor] = []
+
+    def add(self, pixels: torch.Tensor, types: Sequence[int]) -> None:
+        """Keep the next frames [T, 3, H, W] uint8 of the given types (0 slow, 1 fast; empty if not known yet)."""
+        if self._whole:
+            self.frames += pixels.unbind()
+        elif self._policy.online:
+            for frame, kind in zip(pixels, types, strict=True):
+                if kind == SLOW:
+                    self._slow += 1
+                    rest = max(self._expected - self._slow, 0)
+                    allocation = self._limits.allocate(self._slow, rest, fast_tokens=self._policy.fast_tokens)
+                    self._bounds = (self._smaller(allocation.slow_size), self._smaller(allocation.fast_size))
+                self.frames.append(resize(frame[None], self._bounds[kind], "bicubic")[0])
+
+    def serve(self, positions: Sequence[int], sizes: Sequence[Size]) -> bool:
+        """Whether frame `positions[i]` was kept large enough for `sizes[i]`, for all i."""
+        if not self.frames:
+            return False
+        kept = [tuple(frame.shape[1:]) for frame in self.frames]
+        return all(
+            kept[position] == self._limits.size or (kept[position][0] >= size[0] and kept[position][1] >= size[1])
+            for position, size in zip(positions, sizes, strict=True)
+        )
+
+    def _smaller(self, size: Size) -> Size:
+        """`size`, or the clip's own where that is smaller."""
+        own = self._limits.size
+        return size if size[0] * size[1] < own[0] * own[1] else own
