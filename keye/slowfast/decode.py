@@ -175,6 +175,7 @@ class Decoder:
             return claimed, claimed
         ends = []
         self._rewind()
+        stream = self.stream  # rewinding may have opened the file anew
         try:
             for packet in self.container.demux(stream):
                 if packet.pts is not None:
