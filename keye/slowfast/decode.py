@@ -162,7 +162,7 @@ class Decoder:
     def _durations(self) -> tuple[float, float]:
         """Seconds (that the file claims to last, that it lasts as far as is known before decoding)."""
         stream = self.stream
-        claimed = float(stream.duration * stream.time_base) if stream.duration else 0.0
+        claimed = float(max(stream.duration or 0, 0) * stream.time_base)
         if self._index is not None:
             end = self._index.end
             torn = len(self._index.pts) < stream.frames and claimed > end + 1 / self.rate
@@ -182,7 +182,7 @@ class Decoder:
                     ends.append(packet.pts + (packet.duration or 0))
         except av.error.FFmpegError:  # a damaged file: what was read before it is all that is known
             pass
-        claimed = float((max(ends) - (stream.start_time or 0)) * stream.time_base) if ends else 0.0
+        claimed = float(max(max(ends) - (stream.start_time or 0), 0) * stream.time_base) if ends else 0.0
         return claimed, claimed
 
     def _begin(self, times: Sequence[float]) -> Iterator[Decoded] | None:
