@@ -74,10 +74,11 @@ class KeyeProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
-        self.encoder, self.image = dict(encoder or {}), dict(image or {})
+        self._encoder = SlowFastEncoder(**(encoder or {}))
+        # All settings, also those left to their defaults: a saved model must not change with a later default.
+        self.encoder, self.image = self._encoder.settings, dict(image or {})
         ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
         self._stream = Stream(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], ids)
-        self._encoder = SlowFastEncoder(**self.encoder)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
