@@ -1,15 +1,23 @@
-"""How many tokens a slow and a fast frame get: pure integers, and the total after rounding is never above the budget.
+"""How many tokens a slow and a fast frame get: integers, and the total after rounding is never above the budget.
 
-A token is 28x28 pixels (2x2 vision patches of 14). Sizes follow the usual "smart resize": aspect kept, sides rounded to
-multiples of 28, scaled down or up into the allowed range (report §3.1; keye-vl-utils 1.5.2). Where the release returns
-the first size *over* the budget, the search here only ever accepts sizes whose real total fits.
+A token is a square of pixels, 28x28 in Keye-VL (2x2 vision patches of 14). Sizes follow the usual "smart resize":
+aspect kept, sides rounded to whole tokens, scaled down or up into the allowed range (report §3.1; keye-vl-utils 1.5.2).
+While the budget does not bind they are the release's. Where it binds, the release returns the first size *over* it;
+here the pairs of a slow and a fast grid whose aspects are near the picture's are weighed, and only one whose real total
+fits is taken.
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 PATCH = 14
 SIDE = 28  # pixels along one side of a token
+
+Grid = tuple[int, int, int]
+"""(tokens, rows, columns)"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,28 @@ def _nearest_grid(aspect: float, min_tokens: int, max_tokens: int) -> tuple[int,
     return best
 
 
+@lru_cache(maxsize=256)
+def near_grids(height: int, width: int, min_tokens: int, max_tokens: int) -> tuple[Grid, ...]:
+    """The grids of `min_tokens` to `max_tokens` whose aspect is at most 9/8 of the picture's and at least 8/9.
+
+    In ascending order of tokens. With nine rows or columns on the short side and more that always allows one more or
+    one less than the exact number; with fewer, some sizes have no grid near enough.
+    """
+    grids = []
+    fewest = math.isqrt(8 * min_tokens * height // (9 * width))
+    for rows in range(max(1, fewest), math.isqrt(9 * max_tokens * height // (8 * width)) + 1):
+        first = max(-(-8 * rows * width // (9 * height)), -(-min_tokens // rows))
+        last = min(9 * rows * width // (8 * height), max_tokens // rows)
+        grids += [(rows * columns, rows, columns) for columns in range(max(1, first), last + 1)]
+    return tuple(sorted(grids))
+
+
+def aspect_error(height: int, width: int, grid: Grid) -> float:
+    """How far the aspect of a grid is from that of the picture, as a factor of 1 or more."""
+    one, other = grid[1] * width, grid[2] * height
+    return max(one, other) / min(one, other)
+
+
 def fast_limit(slow_tokens: int, ratio: float, min_tokens: int) -> int:
     """The most tokens a fast frame may have beside slow frames of `slow_tokens` (report: 30 %)."""
     return max(int(ratio * slow_tokens), min_tokens)
@@ -81,39 +111,173 @@ def allocate(
     side: int = SIDE,
     fast_tokens: int | None = None,
 ) -> Allocation:
-    """The largest frame sizes for `slow` + `fast` frames of `height` x `width` whose real total is <= `max_tokens`.
+    """The sizes of `slow` + `fast` frames of `height` x `width` whose real total is at most `max_tokens`.
 
-    Binary search on the tokens of a slow frame in [`min_tokens`, `max_tokens_per_frame`]; a fast frame has at most
-    `max(int(ratio * slow tokens), min_tokens)`. Raises ValueError when even `min_tokens` for each frame is too much:
-    thin the frames to `most_frames` first.
+    A slow frame has `min_tokens` to `max_tokens_per_frame`, a fast one `min_tokens` to `fast_limit`; or, with
+    `fast_tokens`, about that many and no more, whatever the ratio and the minimum say. `side`: pixels along a token.
+
+    If the largest sizes fit, they are taken. Else the candidates are pairs of `near_grids`, and the plain sizes that
+    the release's binary search would find if it kept to the budget. No pair is taken that spends less than those,
+    unless it spends 98 % of the budget; pairs that do go first; among them the one with the least loss, which is the
+    product, each a factor of 1 or more, of both grids' aspect error, of how far a fast frame is below its limit, and,
+    squared, the total below the budget (else a row that makes as much of an error as it spends would never be added).
+
+    Raises ValueError when even `min_tokens` for each frame is too much: thin the frames to `most_frames` first.
     """
     if slow + fast < 1 or min(slow, fast) < 0:
         raise ValueError(f"{slow} slow and {fast} fast frames make no video")
-    if slow * min_tokens + fast * (fast_tokens or min_tokens) > max_tokens:
-        raise ValueError(f"{slow + fast} frames of at least {min_tokens} tokens exceed the budget of {max_tokens}")
+    fixed = None if fast_tokens is None else _pooled_size(height, width, fast_tokens, side)
+    least = slow * min_tokens + fast * (size_tokens(fixed, side) if fixed else min_tokens)
+    if least > max_tokens:
+        raise ValueError(f"{slow + fast} frames take {least} tokens at least, which exceeds the budget of {max_tokens}")
+    case = _Case(height, width, slow, fast, ratio, min_tokens, max_tokens_per_frame, max_tokens, side, fixed)
+    largest = case.plain(max_tokens_per_frame)
+    return largest if largest.tokens <= max_tokens else case.fill()
 
-    def at(limit: int) -> Allocation:
-        slow_size = fit_size(height, width, min_tokens, limit, side)
-        slow_tokens = size_tokens(slow_size, side)
-        if fast_tokens is None:
-            fast_size = fit_size(height, width, min_tokens, fast_limit(slow_tokens, ratio, min_tokens), side)
-        else:
-            fast_size = fit_size(height, width, 1, fast_tokens, side)
-        return Allocation(slow_size, fast_size, slow * slow_tokens + fast * size_tokens(fast_size, side))
 
-    best = at(max_tokens_per_frame)
-    if best.tokens <= max_tokens:
+def bounds(
+    height: int,
+    width: int,
+    slow: int,
+    frames: int,
+    *,
+    ratio: float,
+    min_tokens: int,
+    max_tokens_per_frame: int,
+    max_tokens: int,
+    side: int = SIDE,
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) that no slow and no fast frame exceeds if `slow` or more of `frames` frames are slow.
+
+    For those who must keep frames before all of them have a type. A bound of its own, since one slow frame more does
+    not always make `allocate` choose fewer rows: it may choose other columns.
+    """
+    spare = max_tokens - frames * min_tokens
+    slow_tokens = min(max_tokens_per_frame, min_tokens + max(spare, 0) // slow)
+    # A fast frame above the minimum has slow ones of 1 / ratio its tokens beside it.
+    all_as_fast = slow / ratio + frames - slow
+    fast_tokens = min(fast_limit(slow_tokens, ratio, min_tokens), max(min_tokens, int(max_tokens / all_as_fast + 1e-6)))
+
+    def box(tokens: int) -> tuple[int, int]:
+        odd = _odd_sizes(height, width, min_tokens, side)[min(tokens, 4 * min_tokens) - min_tokens]
+        sides = _longest(height, width, tokens) * side, _longest(width, height, tokens) * side
+        return max(odd[0], sides[0]), max(odd[1], sides[1])
+
+    return box(slow_tokens), box(fast_tokens)
+
+
+def _longest(one: int, other: int, tokens: int) -> int:
+    """The most tokens along `one` of a grid of `tokens` that is near the aspect or no further off than by rounding."""
+    near = math.isqrt(9 * tokens * one // (8 * other))
+    # Rounding may leave the other side a whole token short of what this one asks for.
+    short = max(1.0, (math.sqrt(1 + 4 * tokens * other / one) - 1) / 2)
+    return max(near, int(min((short + 1) * one / other + 1, tokens / short) + 1e-6))
+
+
+@lru_cache(maxsize=64)
+def _odd_sizes(height: int, width: int, min_tokens: int, side: int) -> list[tuple[int, int]]:
+    """The longest sides of the plain sizes with at most `min_tokens`, one more, … four times as many tokens.
+
+    So near the minimum a range may be so narrow that its grids are further off in aspect.
+    """
+    longest = [(1, 1)] * (3 * min_tokens + 1)
+    for limit in range(min_tokens, 4 * min_tokens + 1):
+        size = fit_size(height, width, min_tokens, limit, side)
+        place = size_tokens(size, side) - min_tokens
+        longest[place] = (max(longest[place][0], size[0]), max(longest[place][1], size[1]))
+    return list(accumulate(longest, lambda one, other: (max(one[0], other[0]), max(one[1], other[1]))))
+
+
+def _pooled_size(height: int, width: int, tokens: int, side: int) -> tuple[int, int]:
+    """The size with at most `tokens` tokens that gives up least of them and of the aspect, 98 % of them if it can."""
+    plain = fit_size(height, width, 1, tokens, side)
+
+    def loss(grid: Grid) -> tuple:
+        return grid[0] * 50 < tokens * 49, aspect_error(height, width, grid) * (tokens / grid[0]), grid
+
+    grid = min([_grid(plain, side), *near_grids(height, width, 1, tokens)], key=loss)
+    return grid[1] * side, grid[2] * side
+
+
+def _grid(size: tuple[int, int], side: int) -> Grid:
+    return size_tokens(size, side), size[0] // side, size[1] // side
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What `allocate` was asked; fast_size: that of all fast frames, where it is fixed."""
+
+    height: int
+    width: int
+    slow: int
+    fast: int
+    ratio: float
+    min_tokens: int
+    max_tokens_per_frame: int
+    max_tokens: int
+    side: int
+    fast_size: tuple[int, int] | None
+
+    def fast_limit(self, slow_tokens: int) -> int:
+        if self.fast_size is not None:
+            return size_tokens(self.fast_size, self.side)
+        return fast_limit(slow_tokens, self.ratio, self.min_tokens)
+
+    def plain_fast(self, limit: int) -> tuple[int, int]:
+        return self.fast_size or fit_size(self.height, self.width, self.min_tokens, limit, self.side)
+
+    def plain(self, limit: int) -> Allocation:
+        """What plain resizing gives for slow frames of at most `limit` tokens."""
+        slow_size = fit_size(self.height, self.width, self.min_tokens, limit, self.side)
+        return self.allocation(slow_size, self.plain_fast(self.fast_limit(size_tokens(slow_size, self.side))))
+
+    def allocation(self, slow_size: tuple[int, int], fast_size: tuple[int, int]) -> Allocation:
+        tokens = self.slow * size_tokens(slow_size, self.side) + self.fast * size_tokens(fast_size, self.side)
+        return Allocation(slow_size, fast_size, tokens)
+
+    def best_plain(self) -> Allocation:
+        """The largest of the plain sizes that fit, by binary search on the tokens of a slow frame."""
+        best, low, high = self.plain(self.min_tokens), self.min_tokens, self.max_tokens_per_frame
+        while high - low > 1:
+            middle = (low + high) // 2
+            trial = self.plain(middle)
+            if trial.tokens <= self.max_tokens:
+                low = middle
+                best = max(best, trial, key=lambda allocation: allocation.tokens)
+            else:
+                high = middle
         return best
-    best, low, high = at(min_tokens), min_tokens, max_tokens_per_frame
-    while high - low > 1:
-        middle = (low + high) // 2
-        trial = at(middle)
-        if trial.tokens <= max_tokens:
-            low = middle
-            best = max(best, trial, key=lambda allocation: allocation.tokens)
-        else:
-            high = middle
-    return best
+
+    def fill(self) -> Allocation:
+        """The pair of grids that fills the budget with the least loss; see `allocate`."""
+        plain = self.best_plain()
+        enough = -(-self.max_tokens * 49 // 50)
+        least = min(plain.tokens, enough)
+        near = near_grids(self.height, self.width, self.min_tokens, self.max_tokens_per_frame)
+        best: tuple[bool, float] = (True, math.inf)
+        pair = plain.slow_size, plain.fast_size
+        for slow_grid in sorted({*near, _grid(plain.slow_size, self.side)}):
+            limit, spare = self.fast_limit(slow_grid[0]), self.max_tokens - self.slow * slow_grid[0]
+            if spare < self.fast or (self.fast and best < (False, limit * self.fast / spare)):
+                break  # with larger slow frames the fast ones would lose more than the best pair as a whole
+            slow_loss = aspect_error(self.height, self.width, slow_grid) if self.slow else 1.0
+            for fast_grid in self._fast_grids(near, limit, least - self.max_tokens + spare, spare):
+                tokens = self.slow * slow_grid[0] + self.fast * fast_grid[0]
+                fast_loss = aspect_error(self.height, self.width, fast_grid) * (limit / fast_grid[0])
+                loss = slow_loss * (fast_loss if self.fast else 1.0) * (self.max_tokens / tokens) ** 2
+                if (tokens < enough, loss) < best:
+                    best = (tokens < enough, loss)
+                    pair = tuple((rows * self.side, columns * self.side) for _, rows, columns in (slow_grid, fast_grid))
+        return self.allocation(*pair)
+
+    def _fast_grids(self, near: tuple[Grid, ...], limit: int, least: int, spare: int) -> list[Grid]:
+        """Grids with which all the fast frames together have `least` to `spare` tokens, each at most `limit`."""
+        plain = _grid(self.plain_fast(limit), self.side)
+        grids = [plain] if least <= self.fast * plain[0] <= spare else []
+        if self.fast and self.fast_size is None:
+            start = bisect_left(near, (-(-least // self.fast),))
+            grids += near[start : bisect_right(near, (min(limit, spare // self.fast), math.inf))]
+        return grids
 
 
 def most_frames(max_tokens: int, min_tokens: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from keye.errors import KeyeError
-from keye.slowfast.budget import SIDE, Allocation, allocate
+from keye.slowfast.budget import SIDE, Allocation, allocate, bounds, most_frames
 
 if TYPE_CHECKING:
     from keye.slowfast.wholeclip import Gathered
@@ -61,6 +61,19 @@ class Limits:
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,
             side=self.side,
             fast_tokens=fast_tokens,
+        )
+
+    def bounds(self, slow: int, frames: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Sizes that no slow and no fast frame exceeds if `slow` or more of `frames` frames are slow."""
+        return bounds(
+            *self.size,
+            slow,
+            frames,
+            ratio=self.ratio,
+            min_tokens=self.min_tokens,
+            max_tokens_per_frame=self.max_tokens_per_frame,
+            max_tokens=self.max_tokens,
+            side=self.side,
         )
 
 
@@ -116,7 +129,7 @@ class Policy:
 
     def most_frames(self, max_tokens: int, min_tokens: int) -> int:
         """How many sampled frames a budget of `max_tokens` can hold; at least 1 where it holds one of `min_tokens`."""
-        return max_tokens // min_tokens
+        return most_frames(max_tokens, min_tokens)
 
 
 class Course:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from keye.errors import KeyeError
-from keye.slowfast.budget import size_tokens, thin
+from keye.slowfast.budget import most_frames, size_tokens, thin
 from keye.slowfast.policies import FAST, SLOW, Adaptive, Course, Decisions, Limits, Policy, check, check_count
 from keye.slowfast.similarity import Measure
 
@@ -92,7 +92,7 @@ class AdaptiveBudget(Adaptive):
         check(self, "share", self.share is None or 0 < self.share <= 1, "a share above 0 and at most 1")
 
     def most_frames(self, max_tokens: int, min_tokens: int) -> int:
-        return max(1, min(max_tokens, self.tokens or max_tokens) // min_tokens)
+        return max(1, most_frames(min(max_tokens, self.tokens or max_tokens), min_tokens))
 
     def decide(self, clip: Gathered, limits: Limits) -> Decisions:
         if self.share is not None:
