@@ -22,6 +22,9 @@ QUICK_OUT = ROOT / ".cache" / "bench" / "quick"
 SHOWN = ("keye-vl-utils", "decord", "opencv-python-headless", "scikit-image", "torch", "numpy", "av")
 
 
+LOAD = os.getloadavg()[0]  # before this part put any of its own on the machine
+
+
 @dataclass(frozen=True)
 class Claim:
     """One claim, its goal, the figure measured and whether it meets the goal (None: nothing was promised)."""
@@ -42,9 +45,10 @@ class Table:
     rows: Sequence[Sequence[str | int | float]]
 
 
-def arguments(about: str) -> argparse.ArgumentParser:
-    """The options that every part has; read them with `parse`."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str, examples: str = "") -> argparse.ArgumentParser:
+    """A parser with the options that every part has."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, epilog=examples, formatter_class=layout)
     parser.add_argument(
         "--quick", action="store_true", help="a fraction of the work: shows that it runs, proves nothing"
     )
@@ -105,14 +109,14 @@ def command(part: str) -> str:
 
 
 def machine() -> dict[str, str | int | float]:
-    """Cores that may be used, processor, memory, system and the load as it is now; no name of the machine."""
+    """Cores that may be used, processor, memory, system and the load before the start; no name of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cores": cores,
         "cpu": _line("/proc/cpuinfo", "model name") or platform.machine(),
         "ram_gb": round(int((_line("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) / 2**20, 1),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "load": round(os.getloadavg()[0], 2),
+        "load": round(LOAD, 2),
     }
 
 
@@ -147,8 +151,8 @@ def document(out: Path, order: Sequence[str]) -> str:
         "",
         "Against `keye-vl-utils` 1.5.2 with decord and OpenCV. All of it again: `python scripts/bench/encoder.py`; one"
         " part: `--part NAME`.",
-        "The clips come out of public packages (scripts/bench/corpus.py); none was made for the purpose unless it says"
-        " so.",
+        "Real clips come out of public packages (scripts/bench/corpus.py); drawn clips and long films are made here, from"
+        " fixed seeds.",
         "",
         "| claim | goal | measured | ratio | goal met |",
         "|---|---|---|---|---|",
@@ -166,7 +170,7 @@ def document(out: Path, order: Sequence[str]) -> str:
 
 
 def _section(record: dict) -> list[str]:
-    machine_line = "{cores} cores of {cpu}, {ram_gb} GB, {system}; load {load} at the end".format(**record["machine"])
+    machine_line = "{cores} cores of {cpu}, {ram_gb} GB, {system}; load {load} at the start".format(**record["machine"])
     quick = " **Quick: a fraction of the work, which proves nothing.**" if record["quick"] else ""
     lines = [
         f"## {record['part'].capitalize()}",
