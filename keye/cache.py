@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
 import keye
 from keye.errors import KeyeError
+from keye.slowfast.fetch import scheme_of
+from keye.slowfast.image import load_image
 from keye.slowfast.plan import VideoPlan
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ FORMAT = 1
 
 _BLOCK = 4096  # bytes; entries are counted in whole blocks, as file systems do
 _FRESH = 2 * 10**9  # ns; a file younger than this may change again without its time changing
-_ABANDONED = 3600  # s; what a process that died left half written
+_ABANDONED = 3600  # s; then a part belongs to a process that died
 _HERE = "\0source\0"  # stands for the clip's name inside warnings
 _ROWS = 4096  # patches unpacked at once
 
@@ -126,18 +129,19 @@ class Cache:
     def _content(self, source: object) -> str | None:
         """Hash of what a source holds; None for a URL or for what nobody here can read without using it up."""
         if isinstance(source, str | os.PathLike):
-            return None if "://" in str(source) else self._path_content(Path(source))
+            return None if scheme_of(source) else self._path_content(Path(source))
         if isinstance(source, bytes | bytearray | memoryview):
             return _hash(source)
         if isinstance(source, torch.Tensor | np.ndarray):
-            return _array_content(np.ascontiguousarray(source))
+            return _array_content(np.asarray(source))
         if isinstance(source, list | tuple):
             parts = [self._content(part) for part in source]
             return None if None in parts else _hash(json.dumps(["list", *parts]).encode())
-        if hasattr(source, "tobytes") and hasattr(source, "mode"):  # a PIL picture
-            return _hash(source.tobytes(), source.mode, source.size)
-        if hasattr(source, "seek") and hasattr(source, "tell"):
+        if isinstance(source, Image.Image) and getattr(source, "n_frames", 1) == 1:
+            return _array_content(load_image(source).numpy())
+        if hasattr(source, "seekable") and source.seekable():
             start = source.tell()
+            source.seek(0)  # where the encoder begins, too
             content = hashlib.file_digest(source, _blake).hexdigest()
             source.seek(start)
             return content
@@ -374,7 +378,8 @@ def _lasting_name(source: object) -> list[str] | None:
 
 
 def _array_content(array: np.ndarray) -> str:
-    return _hash(memoryview(array).cast("B") if array.size else b"", array.dtype, array.shape)
+    data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+    return _hash(data, array.dtype, array.shape)
 
 
 def _blake(data: bytes | memoryview = b"") -> "hashlib._Hash":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from keye.errors import VideoError
-from keye.slowfast.budget import size_tokens
+from keye.slowfast.budget import SIDE, size_tokens
 from keye.slowfast.pathways import SLOW
 
 
@@ -18,11 +18,15 @@ from keye.slowfast.pathways import SLOW
 class VideoPlan:
     """What each of a clip's T sampled frames is and costs. Two plans are equal when their JSON is.
 
+    Entries are in the order in which the model reads them. A frame may stand there twice, slow and then fast, with the
+    same time and index (policy two_stream).
+
     source: the clip's name (its path, when it has one).
     frame_types: LongTensor [T], 0 slow, 1 fast. timestamps: FloatTensor [T], seconds from the start of the stream.
     frame_indices: LongTensor [T], among the source's frames in presentation order.
     similarity: FloatTensor [T] in [0, 1], with the latest slow frame before it; NaN for the first.
-    source_size: (height, width) in pixels after rotation. slow_size, fast_size: (height, width), multiples of 28.
+    source_size: (height, width) in pixels after rotation. slow_size, fast_size: (height, width), multiples of
+    `side`.
     max_tokens: the budget. duration: seconds. settings: the encoder's. warnings: sentences on what is not as asked.
     """
 
@@ -49,15 +53,69 @@ class VideoPlan:
         return hash(self.to_json())
 
     @property
+    def side(self) -> int:
+        """Pixels along one side of a token: 28, or what the encoder's `token_side` says."""
+        return self.settings.get("token_side", SIDE)
+
+    @property
+    def slow_tokens(self) -> int:
+        """Tokens of one slow frame."""
+        return size_tokens(self.slow_size, self.side)
+
+    @property
+    def fast_tokens(self) -> int:
+        """Tokens of one fast frame."""
+        return size_tokens(self.fast_size, self.side)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(slow, fast) entries."""
+        slow = int((self.frame_types == SLOW).sum())
+        return slow, len(self) - slow
+
+    @property
     def tokens(self) -> int:
         """Visual tokens the language model will see; never above `max_tokens`."""
-        slow = int((self.frame_types == SLOW).sum())
-        return slow * size_tokens(self.slow_size) + (len(self) - slow) * size_tokens(self.fast_size)
+        slow, fast = self.counts
+        return slow * self.slow_tokens + fast * self.fast_tokens
 
     @property
     def tokens_per_frame(self) -> torch.Tensor:
         """LongTensor [T]."""
-        return torch.where(self.frame_types == SLOW, size_tokens(self.slow_size), size_tokens(self.fast_size))
+        return torch.where(self.frame_types == SLOW, self.slow_tokens, self.fast_tokens)
+
+    @property
+    def all_slow_tokens(self) -> int:
+        """What the same frames would cost if each were there once and slow."""
+        return len(self.frame_indices.unique()) * self.slow_tokens
+
+    @property
+    def saved(self) -> float:
+        """Share of `all_slow_tokens` that is not spent."""
+        return 1 - self.tokens / self.all_slow_tokens
+
+    @property
+    def frame_ends(self) -> torch.Tensor:
+        """FloatTensor [T], seconds: when the next frame takes the place of each; the last one's is the plan's end."""
+        times = torch.cat([self.timestamps.unique(), self.timestamps.new_tensor([self.span[1]])])
+        return times[torch.searchsorted(times[:-1], self.timestamps, right=True)]
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Seconds from and to which the plan reaches: the clip, or the part of it that was sampled."""
+        times = self.timestamps.unique().tolist()
+        if len(times) < 2:
+            last = times[0] + 1 / self.settings.get("fps", 1.0)
+            return 0.0 if self.duration > times[0] else times[0], max(self.duration, last)
+        gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        first, last = times[0] if times[0] > gap else 0.0, times[-1] + gap
+        return first, self.duration if times[-1] < self.duration <= last + gap else last
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of the video that the plan covers."""
+        start, end = self.span
+        return self.tokens / (end - start)
 
     @property
     def frame_sizes(self) -> list[tuple[int, int]]:
@@ -135,7 +193,7 @@ class VideoPlan:
             raise VideoError(f"{path} is not a video plan but binary; make the plan again") from error
 
     def plot(self, path: str | os.PathLike, frames: Sequence[torch.Tensor] | torch.Tensor | None = None) -> None:
-        """Draw the plan into a PNG, PDF or SVG: filmstrip, slow and fast lanes, similarity curve.
+        """Draw the plan into a PNG, PDF or SVG: filmstrip, tokens per frame and per second, similarity curve.
 
         frames: T pictures uint8 [3, h, w] for the filmstrip; by default they are read again from `source`, and the
         strip is left out when that is no longer there (bytes, arrays).
@@ -144,32 +202,75 @@ class VideoPlan:
 
         draw_plan(self, path, frames)
 
+    def to_html(
+        self,
+        path: str | os.PathLike | None = None,
+        frames: Sequence[torch.Tensor] | torch.Tensor | None = None,
+    ) -> str:
+        """The plan as one HTML page that needs nothing else, written to `path` if one is given; frames as in `plot`.
+
+        A timeline to be looked along frame by frame (mouse, touch or arrow keys), every frame in a table, settings and
+        warnings. The pictures in it take at most about 2 MB.
+        """
+        from keye.slowfast.page import plan_page
+
+        text = plan_page(self, frames)
+        if path is not None:
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise VideoError(
+                    f"the page cannot be written to {path} ({error.strerror}); give a file in a folder that exists"
+                ) from error
+        return text
+
     def summary(self) -> str:
         """A short table in plain text."""
-        slow = int((self.frame_types == SLOW).sum())
-        fast = len(self) - slow
+        return "\n".join(f"{name:<8}{text}" for name, text in self.facts())
+
+    def facts(self) -> list[tuple[str, str]]:
+        """(what, value) rows of `summary`."""
+        slow, fast = self.counts
 
         def size(pixels: tuple[int, int]) -> str:
             return f"{pixels[1]}x{pixels[0]}"
 
-        all_slow = len(self) * size_tokens(self.slow_size)
-        rows = [
+        kinds = [("slow", slow, self.slow_size, self.slow_tokens), ("fast", fast, self.fast_size, self.fast_tokens)]
+        return [
             ("source", f"{self.source}  {size(self.source_size)}, {self.duration:.2f} s"),
-            ("slow", f"{slow} frames of {size(self.slow_size)}, {size_tokens(self.slow_size)} tokens each"),
-            ("fast", f"{fast} frames of {size(self.fast_size)}, {size_tokens(self.fast_size)} tokens each"),
-            ("tokens", f"{self.tokens} of {self.max_tokens}; all slow it would be {all_slow}"),
+            *(
+                (name, f"{count} frame{'s' * (count != 1)} of {size(pixels)}, {tokens} tokens each")
+                for name, count, pixels, tokens in kinds
+                if count
+            ),
+            (
+                "tokens",
+                f"{self.tokens} of {self.max_tokens}, {self.tokens_per_second:.0f} a second;"
+                f" all slow it would be {self.all_slow_tokens} ({self.saved:.0%} saved)",
+            ),
             *(("warning", text) for text in self.warnings),
         ]
-        return "\n".join(f"{name:<8}{text}" for name, text in rows)
+
+    def frame_rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """(time, index, type, similarity, size, tokens) of every frame as text."""
+        columns = (self.timestamps, self.frame_indices, self.frame_types, self.similarity, self.tokens_per_frame)
+        return [
+            (
+                f"{time:.2f}",
+                str(index),
+                "slow" if kind == SLOW else "fast",
+                "-" if math.isnan(score) else f"{score:.3f}",
+                f"{width}x{height}",
+                str(tokens),
+            )
+            for (time, index, kind, score, tokens), (height, width) in zip(
+                zip(*(column.tolist() for column in columns), strict=True), self.frame_sizes, strict=True
+            )
+        ]
 
     def frame_table(self) -> str:
         """A line per frame in plain text: time, index, type, similarity, size, tokens."""
         lines = ["   time  frame  type  similarity       size  tokens"]
-        columns = (self.timestamps, self.frame_indices, self.frame_types, self.similarity, self.tokens_per_frame)
-        for (time, index, kind, score, tokens), (height, width) in zip(
-            zip(*(column.tolist() for column in columns), strict=True), self.frame_sizes, strict=True
-        ):
-            name = "slow" if kind == SLOW else "fast"
-            shown = "-" if math.isnan(score) else f"{score:.3f}"
-            lines.append(f"{time:7.2f}  {index:5d}  {name}  {shown:>10}  {f'{width}x{height}':>9}  {tokens:6d}")
+        for time, index, kind, score, size, tokens in self.frame_rows():
+            lines.append(f"{time:>7}  {index:>5}  {kind}  {score:>10}  {size:>9}  {tokens:>6}")
         return "\n".join(lines)

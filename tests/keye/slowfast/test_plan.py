@@ -33,12 +33,60 @@ def a_plan(types=(0, 1, 1, 0), similarity=(math.nan, 0.97, 0.93, 0.4), **changes
     return VideoPlan(**{**values, **changes})
 
 
+def two_stream_plan() -> VideoPlan:
+    """Three frames, the first and the last there twice."""
+    return a_plan(
+        (0, 1, 1, 0, 1),
+        (math.nan, 1.0, 0.2, 0.1, 1.0),
+        timestamps=torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]),
+        frame_indices=torch.tensor([0, 0, 12, 25, 25]),
+        duration=1.2,
+        settings={"policy": "two_stream:slow=2,fast_tokens=190", "measure": "patch_l1", "threshold": 0.5},
+    )
+
+
 def test_what_it_costs_by_hand():
     plan = a_plan()
     assert plan.tokens == 2 * 20 * 36 + 2 * 10 * 19 == 1820
     assert plan.tokens_per_frame.tolist() == [720, 190, 190, 720]
     assert plan.frame_sizes == [(560, 1008), (280, 532), (280, 532), (560, 1008)]
-    assert plan.slow_share == 0.5 and len(plan) == 4
+    assert plan.slow_share == 0.5 and len(plan) == 4 and plan.counts == (2, 2)
+    assert plan.all_slow_tokens == 2880 and plan.saved == 1 - 1820 / 2880
+    assert plan.tokens_per_second == pytest.approx(1820 / (4 / 3))
+    assert plan.frame_ends.tolist() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3])
+
+
+def test_a_token_of_another_size():
+    plan = a_plan(settings={"token_side": 32}, slow_size=(640, 1152), fast_size=(320, 608))
+    assert plan.side == 32 and a_plan().side == 28
+    assert plan.tokens == 2 * 20 * 36 + 2 * 10 * 19 and plan.tokens_per_frame.tolist() == [720, 190, 190, 720]
+    assert "1152x640, 720 tokens each" in plan.summary() and plan.frame_table().split()[-1] == "720"
+
+
+def test_a_frame_that_is_there_twice():
+    plan = two_stream_plan()
+    assert plan.tokens == 2 * 720 + 3 * 190 and plan.all_slow_tokens == 3 * 720
+    assert plan.frame_ends.tolist() == [0.5, 0.5, 1.0, pytest.approx(1.2), pytest.approx(1.2)]
+    assert plan.tokens_per_second == pytest.approx(plan.tokens / 1.2)
+    assert VideoPlan.from_json(plan.to_json()) == plan and len(plan.frame_table().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("times", "duration", "span"),
+    [
+        ([0.0, 0.5, 1.0], 1.3, (0.0, 1.3)),  # a whole clip
+        ([0.04, 0.5, 1.0], 1.5, (0.0, 1.5)),  # one whose first frame comes late
+        ([0.0, 0.5, 1.0], 1.0, (0.0, 1.5)),  # one that claims to end with its last frame
+        ([10.0, 10.5, 11.0], 60.0, (10.0, 11.5)),  # part of one
+        ([0.0], 7.0, (0.0, 7.0)),
+        ([0.0], 0.0, (0.0, 1 / 3)),
+    ],
+)
+def test_what_part_of_the_clip_it_covers(times, duration, span):
+    count = len(times)
+    plan = a_plan([0] * count, [math.nan] * count, timestamps=torch.tensor(times), duration=duration)
+    assert plan.span == pytest.approx(span)
+    assert plan.tokens_per_second == pytest.approx(720 * count / (span[1] - span[0]))
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 1]), scores, st.floats(0, 1e5, width=32)), min_size=1, max_size=30))
