@@ -151,8 +151,8 @@ def document(out: Path, order: Sequence[str]) -> str:
         "",
         "Against `keye-vl-utils` 1.5.2 with decord and OpenCV. All of it again: `python scripts/bench/encoder.py`; one"
         " part: `--part NAME`.",
-        "Real clips come out of public packages (scripts/bench/corpus.py); drawn clips and long films are made here, from"
-        " fixed seeds.",
+        "Real clips come out of public packages (scripts/bench/corpus.py); drawn clips and long films are made by the"
+        " bench from fixed seeds.",
         "",
         "| claim | goal | measured | ratio | goal met |",
         "|---|---|---|---|---|",
