@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -161,18 +161,19 @@ def _keep(seed: int, one: dict) -> dict:
 class Worker:
     """A process that plans files, seen from outside."""
 
-    def __init__(self, seed: int):
-        command = [sys.executable, __file__, "--worker", "--seed", str(seed)]
+    def __init__(self, command: Sequence[str]):
+        """command: what starts it; once it has answered a line of its own it takes questions."""
+        KEPT.mkdir(parents=True, exist_ok=True)
         self.log = open(KEPT / f"worker_{os.getpid()}_{threading.get_ident()}.log", "ab")  # noqa: SIM115
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(command, env=environment, **pipes)
         self.batches = 0
-        self._answer(120.0, math.inf)
+        self.ready = self._answer(120.0, math.inf)["outcome"] == "ready"
 
-    def plan(self, index: int) -> dict:
-        """What became of the file of this index."""
-        answer = self._ask(f"{index}\n", STUCK, HANG)
+    def plan(self, index: int, stuck: float = STUCK, hang: float = HANG) -> dict:
+        """What became of the file of this index; a "hang" after so many seconds by the clock or of work."""
+        answer = self._ask(f"{index}\n", stuck, hang)
         return {"index": index, **answer}
 
     def memory(self) -> dict:
@@ -226,7 +227,10 @@ class Worker:
 def _renew(worker: Worker | None, seed: int) -> Worker:
     if worker is not None:
         worker.close()
-    return Worker(seed)
+    worker = Worker([sys.executable, __file__, "--worker", "--seed", str(seed)])
+    if not worker.ready:
+        raise RuntimeError(f"a worker does not start; {worker.log.name} says why")
+    return worker
 
 
 def work(seed: int) -> int:
@@ -235,12 +239,11 @@ def work(seed: int) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     paths = seed_files(KEPT / "seeds")
     files = [path.read_bytes() for path in paths]
-    for way, (path, content) in enumerate(zip(paths, files, strict=True)):  # what is loaded once is no leak
-        found = plan_one(content, path.name, way)
-        if found["outcome"] != "planned":
-            print(json.dumps({"outcome": "exception", "detail": f"undamaged {path.name}: {found}"}), file=sys.stderr)
-    for way, path in enumerate([paths[0]] * 8):
-        plan_one(path.read_bytes()[:4096], path.name, way)
+    for path, content in zip(paths, files, strict=True):  # what is loaded once, and the buffers of a size, are no leak
+        for way in (0, 7):
+            found = plan_one(content, path.name, way)
+            if found["outcome"] != "planned":
+                print(f"undamaged {path.name}: {found}", file=sys.stderr)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     held = _held()
     answers = os.fdopen(os.dup(1), "w", buffering=1)

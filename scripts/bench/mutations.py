@@ -109,11 +109,11 @@ def mutate(files: Sequence[bytes], seed: int, index: int) -> tuple[int, bytes, s
 
 
 def _place(content: bytearray, rng: random.Random, most: int) -> slice:
-    """A range of at most `most` bytes; half of the time near an end, where headers and indexes are."""
+    """A range of at most `most` bytes; one time in three near an end, where headers and indexes are."""
     length = rng.randint(1, max(1, min(most, len(content))))
     start = rng.randrange(max(1, len(content) - length))
     near = rng.randrange(min(2048, max(1, len(content) - length)))
-    start = rng.choice((start, start, near, max(0, len(content) - length - near)))
+    start = rng.choice((start,) * 5 + (near, near, max(0, len(content) - length - near)))
     return slice(start, start + length)
 
 
