@@ -296,7 +296,7 @@ class Decoder:
             if self._halt.is_set() or packet.pts is None:
                 return
             if number is None:
-                number = next(iter(np.flatnonzero((index.pts == packet.pts) & (index.dts == packet.dts))), -1)
+                number = next(iter(np.flatnonzero(index.pts == packet.pts)), -1)
             if not 0 <= number < len(index.pts) or index.pts[number] != packet.pts:
                 raise _Unexpected
             yield int(number), packet

@@ -29,8 +29,8 @@ class Index:
     pts, dts: int64 [packets] in the stream's time base. offsets: int64 [packets], bytes of the stream before each.
     restarts: int8 [packets], see `bitstream`. needless: bool [packets], what no other picture is predicted from.
     frames: int64 [frames], each frame's packet. times: float64 [frames], seconds from the first frame. end: seconds,
-    when the last frame leaves the screen. uncertain: whether frames precede that of the first packet; decoders may
-    drop those.
+    when the last frame leaves the screen. second: in units of the time base. uncertain: whether frames precede that
+    of the first packet; decoders may drop those.
     """
 
     pts: np.ndarray
@@ -41,6 +41,7 @@ class Index:
     frames: np.ndarray
     times: np.ndarray
     end: float
+    second: float
     uncertain: bool
 
     def beginning_with(self, pts: int | None) -> "Index | None":
@@ -48,9 +49,10 @@ class Index:
         found = np.flatnonzero(self.pts[self.frames] == (math.nan if pts is None else pts))
         if len(found) == 0:
             return None
-        times = self.times[found[0] :]
-        end = self.end - float(times[0])
-        return replace(self, frames=self.frames[found[0] :], times=times - times[0], end=end, uncertain=False)
+        frames = self.frames[found[0] :]
+        times = (self.pts[frames] - pts) / self.second
+        end = float(times[-1]) + self.end - float(self.times[-1])
+        return replace(self, frames=frames, times=times, end=end, uncertain=False)
 
     def showing(self, moments: Sequence[float]) -> np.ndarray:
         """int64 [n]: the frames on the screen at ascending moments (seconds), none twice, none after the end."""
@@ -146,5 +148,6 @@ def read_index(container: av.container.InputContainer, stream: av.VideoStream, r
         frames=frames,
         times=times,
         end=float(times[-1]) + (length / second if length else 1 / rate),
+        second=second,
         uncertain=bool((clock[first_group] < clock[0]).any()),
     )
