@@ -11,7 +11,7 @@ budget      `video_total_pixels` is never exceeded, and a fast frame never costs
 any clip    under half a second, damaged, black, of one frame, of any aspect; video_start, video_end and nframes work.
 upright     rotation of videos and EXIF of images are obeyed; transparency is laid on white.
 URLs        are loaded only when `urls` allows it.
-memory      one copy of the frames, no second one while types are found.
+memory      a clip's frames are held once, and nothing else that grows with it.
 
 An `encoder` brings another measure, policy or budget than the released ones.
 """
@@ -29,7 +29,7 @@ from PIL import Image
 
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, ManifestError, VideoError
-from keye.slowfast.budget import SIDE, fit_size, most_frames
+from keye.slowfast.budget import SIDE, fit_size
 from keye.slowfast.containers import open_container
 from keye.slowfast.fetch import UrlRules, data_bytes, download, scheme_of, url_name
 from keye.slowfast.image import load_image
@@ -65,6 +65,7 @@ def process_vision_info(
     if conversations is None and vision_infos is None:
         raise ManifestError("process_vision_info got no messages; give conversations or vision_infos")
     infos = extract_vision_info(conversations) if vision_infos is None else vision_infos
+    urls = encoder.urls if urls is None and encoder is not None else urls
     images: list[Image.Image] = []
     videos: list[torch.Tensor] = []
     described: list[dict[str, Any]] = []
@@ -174,18 +175,16 @@ def _configured(encoder: SlowFastEncoder | None, ele: Element, side: int) -> Slo
     for key, name in (("min_frame_similarity", "threshold"), ("fps", "fps"), ("max_frames", "max_frames")):
         if key in ele:
             changed[name] = ele[key]
-    return SlowFastEncoder(**{**base.settings, "measure": base.measure, **changed}) if changed else base
-
-
-def _limit(encoder: SlowFastEncoder) -> int:
-    most = most_frames(encoder.max_tokens, encoder.min_tokens_per_frame)
-    return most if encoder.max_frames is None else min(most, encoder.max_frames)
+    if not changed:
+        return base
+    kept = {"measure": base.measure} if "threshold" in changed else {"measure": base.measure, "policy": base.policy}
+    return SlowFastEncoder(**{**base.settings, **kept, **changed})
 
 
 def _by_time(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames [T, 3, H, W] and times [T] of what is on the screen at i / fps seconds."""
     wanted = {"start": ele.get("video_start"), "end": ele.get("video_end"), "num_frames": ele.get("nframes")}
-    with open_clip(_plain(ele["video"]), encoder.fps, _limit(encoder), urls=urls, **wanted) as clip:
+    with open_clip(_plain(ele["video"]), encoder.fps, encoder.most_frames, urls=urls, **wanted) as clip:
         frames = torch.empty(clip.expected, 3, *clip.size, dtype=torch.uint8)
         times = []
         for frame in clip:
@@ -208,7 +207,7 @@ def _by_index(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> 
         elif isinstance(source, str | Path) and not Path(source).is_file():
             raise VideoError(f"{source} is no file; check the path")
         rate, shown = _frame_times(io.BytesIO(local) if isinstance(local, bytes) else local, name)
-        count = max(1, min(int(len(shown) / rate * min(encoder.fps, rate)), _limit(encoder)))
+        count = max(1, min(int(len(shown) / rate * min(encoder.fps, rate)), encoder.most_frames))
         indices = torch.linspace(0, len(shown) - 1, count).round().long()
         frames = read_frames_at(local, [shown[index] for index in indices.tolist()])
     if not frames:
@@ -242,7 +241,7 @@ def _listed(
     sources = list(ele["video"])
     if not sources:
         raise VideoError("a list of 0 images is no video; give one or more")
-    kept = torch.linspace(0, len(sources) - 1, min(len(sources), _limit(encoder))).round().long().tolist()
+    kept = torch.linspace(0, len(sources) - 1, min(len(sources), encoder.most_frames)).round().long().tolist()
     pictures = []
     for index in kept:
         source = sources[index]

@@ -130,7 +130,7 @@ def to_qwen(
     encoder = SlowFastEncoder(token_side=side) if encoder is None else encoder
     conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
     parts = [part for conversation in conversations for part in _visual_parts(conversation)]
-    stills = [load_image(source) for kind, source in parts if kind == "image"]
+    stills = [load_image(source, encoder.urls) for kind, source in parts if kind == "image"]
     clips = [_fitting(clip_frames(source, encoder), side) for kind, source in parts if kind == "video"]
     texts = [_render(processor, conversation, add_generation_prompt) for conversation in conversations]
     text_kwargs: dict[str, Any] = {"padding": True, "return_tensors": "pt"}

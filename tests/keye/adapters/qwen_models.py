@@ -4,6 +4,8 @@ They need torchvision, which the environment has not and must not have (a build 
 transformers), so they run in a process of their own that has it on its path.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -28,7 +30,10 @@ from keye.adapters.qwen import clip_frames, to_qwen, visual_tokens  # noqa: E402
 from keye.errors import KeyeError, ManifestError, VideoError  # noqa: E402
 from keye.prompt.tokenizer import train_tokenizer  # noqa: E402
 from tests.clips import clip  # noqa: E402
+from tests.docs.examples import lay_out  # noqa: E402
+from tests.docs.examples import run as run_examples
 
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "encoder.md"
 TOKENIZER = train_tokenizer(["What is seen in these videos? A bike. <12.5 seconds>"], 300)
 SIDES = {"qwen2_5": 28, "qwen3": 32}
 FAMILIES = tuple(SIDES)
@@ -260,3 +265,14 @@ def test_what_does_not_fit_is_said():
         to_qwen(processor, [{"role": "user", "content": [{"type": "video", "video": noise(2)}, spoken]}])
     with pytest.raises(KeyeError, match="Tokenizer.* has no patch_size"):
         to_qwen(TOKENIZER, question(noise(2)))
+
+
+def test_the_example_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+    lay_out(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = Path("Qwen/Qwen3-VL-8B-Instruct")  # a folder of that name goes before the hub
+    make_model("qwen3").save_pretrained(path)
+    PROCESSORS["qwen3"].save_pretrained(path)
+    failed = run_examples(GUIDE, ["In Qwen-VL models"])
+    printed = capsys.readouterr().out
+    assert not failed and "tokens in mode video" in printed, printed

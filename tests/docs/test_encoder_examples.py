@@ -1,0 +1,58 @@
+"""Every example of the guide to the encoder runs, and its tables name all there is."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from keye.slowfast.pathways import known_policies
+from keye.slowfast.similarity import known_measures
+from tests.docs.examples import lay_out, sections
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "docs" / "encoder.md"
+ELSEWHERE = {"In Qwen-VL models"}  # needs torchvision: run by tests/keye/adapters/qwen_models.py
+WITH_DATASETS = "In datasets.map"
+
+
+def run(folder: Path, titles: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.docs.examples", str(GUIDE), *titles],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_examples_run_and_need_neither_transformers_nor_datasets(tmp_path):
+    lay_out(tmp_path)
+    titles = [title for title in sections(GUIDE) if title not in {*ELSEWHERE, WITH_DATASETS}]
+    assert len(titles) >= 9
+    result = run(tmp_path, titles)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
+    assert result.stdout.splitlines()[-1].strip() == "== loaded:"
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_the_example_with_datasets_runs(tmp_path):
+    lay_out(tmp_path)
+    result = run(tmp_path, [WITH_DATASETS])
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
+
+
+def test_the_tables_name_every_measure_and_policy():
+    text = GUIDE.read_text(encoding="utf-8")
+    named = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)", row)}
+    assert set(known_measures()) | set(known_policies()) <= named
+
+
+def test_the_contents_lead_to_the_headings():
+    text = GUIDE.read_text(encoding="utf-8")
+    links = re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", text)
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert [title for title, _ in links] == headings
+    for title, anchor in links:
+        assert anchor == re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
