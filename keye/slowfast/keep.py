@@ -2,7 +2,7 @@
 
 Small clips are kept whole and resized once. Of larger ones a frame is kept no larger than it can still be needed: the
 most a slow frame can get is what it gets if all frames still to come are fast, and this bound falls with every slow
-frame. So what is kept is bounded by the token budget (in uint8, about twice its pixels), however long the clip.
+frame. So what is kept is bounded by the token budget (in uint8, up to 2.5 times its pixels), however long the clip.
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ class Keeper:
                 if kind == SLOW:
                     self._slow += 1
                     rest = max(self._expected - self._slow, 0)
-                    allocation = self._limits.allocate(self._slow, rest, fast_tokens=self._policy.fast_tokens)
-                    self._bounds = (self._smaller(allocation.slow_size), self._smaller(allocation.fast_size))
+                    slow_bound, fast_bound = self._limits.bounds(self._slow, self._slow + rest)
+                    self._bounds = (self._smaller(slow_bound), self._smaller(fast_bound))
                 self.frames.append(resize(frame[None], self._bounds[kind], "bicubic")[0])
 
     def serve(self, positions: Sequence[int], sizes: Sequence[Size]) -> bool:

@@ -292,5 +292,5 @@ def test_what_is_kept_serves_and_stays_within_a_multiple_of_the_budget(data, cou
     allocation = limits.allocate(slow, count - slow)
     sizes = [(allocation.slow_size, allocation.fast_size)[kind] for kind in types]
     kept = sum(frame.shape[1] * frame.shape[2] for frame in keeper.frames) / 28**2
-    assert kept <= budget * (1 + np.log(count)) + 1
+    assert kept <= 2 * budget * (1 + np.log(count))  # a box holds all grids that may come
     assert keeper.serve(range(count), sizes)
