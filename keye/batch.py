@@ -103,10 +103,10 @@ def encode_many(
 ) -> Results:
     """Plan (or with `pixels` encode) every source; results in the order of the sources, failures at the end.
 
-    workers: processes; 0 or 1 works in this one; None takes as many as there are processors, at most 8. cache: a Cache
-    or a folder for one. progress: a bar on stderr; None shows it where stderr is a terminal. on_error: "collect" goes
-    on past a bad video, "raise" stops at the first. options: `start`, `end`, `num_frames`… as for `encoder.plan`.
-    For more videos than fit into memory as pixels take `iter_many`.
+    workers: processes; 0 or 1 works in this one; None takes as many as there are processors, at most 8 and one for
+    every four sources. cache: a Cache or a folder for one. progress: a bar on stderr; None shows it where stderr is a
+    terminal. on_error: "collect" goes on past a bad video, "raise" stops at the first. options: `start`, `end`,
+    `num_frames`… as for `encoder.plan`. For more videos than fit into memory as pixels take `iter_many`.
     """
     if on_error not in ("collect", "raise"):
         raise errors.KeyeError(f'on_error={on_error!r} is not known; use "collect" or "raise"')
@@ -114,7 +114,7 @@ def encode_many(
     shown = sys.stderr.isatty() if progress is None else progress
     found: dict[int, Done] = {}
     running = iter_many(encoder, sources, workers=workers, cache=cache, pixels=pixels, **options)
-    with contextlib.closing(running), _bar(total, shown) as advance:
+    with contextlib.closing(running), progress_bar(total, shown) as advance:
         for done in running:
             if done.failure and on_error == "raise":
                 done.failure.raise_()
@@ -156,8 +156,8 @@ def _count(workers: int | None, sources: Iterable[object]) -> int:
     if workers is not None:
         return workers
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    several = len(sources) if hasattr(sources, "__len__") else MOST_WORKERS
-    return min(processors, MOST_WORKERS, several)
+    worth = len(sources) // 4 if hasattr(sources, "__len__") else MOST_WORKERS  # starting one takes seconds
+    return min(processors, MOST_WORKERS, worth)
 
 
 def _unsendable(encoder: "SlowFastEncoder") -> str | None:
@@ -369,7 +369,7 @@ def _answer(work: _Work | Exception, source: object, folder: str) -> tuple[str, 
 
 
 @contextlib.contextmanager
-def _bar(total: int | None, shown: bool) -> Iterator[Callable[[Done], None]]:
+def progress_bar(total: int | None, shown: bool) -> Iterator[Callable[[Done], None]]:
     """How far it is and how long it takes, on stderr, or nothing; yields what to call with each finished source."""
     if not shown:
         yield lambda done: None

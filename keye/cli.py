@@ -1,14 +1,45 @@
 """The `keye` command: one subcommand per thing that needs no training."""
 
 import argparse
+import contextlib
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from keye import errors
+from keye.tables import print_facts, print_table, seconds
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts"}
+
+EXAMPLES = """examples:
+  keye encode clip.mp4                                 what it costs
+  keye encode clip.mp4 --frames --plot plan.png        every frame, and a picture of the plan
+  keye encode clip.mp4 --html plan.html --start 1:30 --end 2:00
+  keye encode clip.mp4 --policy adaptive_budget:tokens=8000
+  keye encode videos/ --json plans/ --workers 4 --cache ~/.cache/keye
+  keye encode frames/ --released --max-tokens 16000 --pixels clip.safetensors
+  keye encode https://example.org/clip.mp4 --url
+"""
+
+
+POLICY_HELP = (
+    "who is slow: POLICIES; options after a colon, as in uniform:4, adaptive:max_gap=16, adaptive_budget:share=0.25 or"
+    " two_stream:slow=10,fast_tokens=16"
+)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help that looks up known names when it is shown: importing them takes longer than all the rest."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        from keye.slowfast.pathways import known_policies
+        from keye.slowfast.similarity import known_measures
+
+        known = {"MEASURES": known_measures, "POLICIES": known_policies}
+        return re.sub("MEASURES|POLICIES", lambda found: ", ".join(known[found[0]]()), action.help)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,33 +53,54 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_encode(commands: argparse._SubParsersAction) -> None:
-    """`keye encode`: plan videos, print what they cost, save plans and pictures."""
+    """`keye encode`: plan videos, print what they cost, save plans, pictures and pixels."""
     parser = commands.add_parser(
         "encode",
         help="plan a video: which frames are slow, which fast, what it costs",
         description="Plan videos: which frames are slow, which fast, and how many tokens each costs.",
+        epilog=EXAMPLES,
+        formatter_class=_Help,
     )
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="a file, or a folder of videos or of frames")
-    preset = parser.add_mutually_exclusive_group()
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="a file, a folder of videos or of frames, or a URL")
+    encoder = parser.add_argument_group("the encoder")
+    preset = encoder.add_mutually_exclusive_group()
     preset.add_argument("--released", action="store_true", help="the settings of keye-vl-utils 1.5.2")
     preset.add_argument("--report", action="store_true", help="the settings of the technical report")
     preset.add_argument("--model", metavar="DIR", help="the settings and the vision tower of a trained model")
-    parser.add_argument("--measure", help="patch_l1, patch_cosine or ssim")
-    parser.add_argument("--threshold", type=float, help="slow below this similarity with the latest slow frame")
-    parser.add_argument("--policy", help="adaptive, all_slow or uniform:N")
-    parser.add_argument("--fast-ratio", type=float, help="tokens of a fast frame as a share of a slow one's")
-    parser.add_argument("--max-tokens", type=int, help="budget of a whole video")
-    parser.add_argument("--min-tokens-per-frame", type=int)
-    parser.add_argument("--max-tokens-per-frame", type=int)
-    parser.add_argument("--fps", type=float, help="frames sampled per second")
-    parser.add_argument("--max-frames", type=int, help="at most so many frames, spread evenly")
-    parser.add_argument("--frames", action="store_true", help="print a line for every frame")
-    parser.add_argument("--json", metavar="PATH", help="save the plan; a folder when there are several videos")
-    parser.add_argument("--plot", metavar="PATH", help="draw the plan; a folder when there are several videos")
-    parser.add_argument(
-        "--pixels", metavar="PATH", help="save patches (and features) as safetensors; a folder likewise"
-    )
+    encoder.add_argument("--measure", metavar="NAME", help="how frames are compared: MEASURES")
+    encoder.add_argument("--threshold", type=float, metavar="X", help="slow below this similarity")
+    encoder.add_argument("--policy", metavar="SPEC", help=POLICY_HELP)
+    encoder.add_argument("--fast-ratio", type=float, metavar="X", help="tokens of a fast frame as a share of a slow's")
+    encoder.add_argument("--max-tokens", type=int, metavar="N", help="budget of a whole video")
+    encoder.add_argument("--min-tokens-per-frame", type=int, metavar="N", help="no frame gets fewer")
+    encoder.add_argument("--max-tokens-per-frame", type=int, metavar="N", help="no frame gets more")
+    encoder.add_argument("--token-side", type=int, metavar="PIXELS", help="28 for Keye and Qwen2.5-VL, 32 for Qwen3-VL")
+    sampling = parser.add_argument_group("which frames are looked at")
+    sampling.add_argument("--fps", type=float, metavar="X", help="frames sampled per second")
+    sampling.add_argument("--max-frames", type=int, metavar="N", help="at most so many frames, spread evenly")
+    sampling.add_argument("--num-frames", type=int, metavar="N", help="so many, spread evenly, whatever the length")
+    sampling.add_argument("--start", type=_time, metavar="TIME", help="from here on: seconds, or 1:30, or 1:02:03.5")
+    sampling.add_argument("--end", type=_time, metavar="TIME", help="up to here")
+    sampling.add_argument("--url", action="store_true", help="download http(s) URLs, though not from private addresses")
+    output = parser.add_argument_group("what is written; PATH is a folder when there are several videos")
+    output.add_argument("--frames", action="store_true", help="print a line for every frame")
+    output.add_argument("--json", metavar="PATH", help="the plan")
+    output.add_argument("--plot", metavar="PATH", help="a picture of the plan (.png, .pdf or .svg)")
+    output.add_argument("--html", metavar="PATH", help="a page to look along the video, frame by frame")
+    output.add_argument("--pixels", metavar="PATH", help="patches (and features) as safetensors")
+    many = parser.add_argument_group("many videos")
+    many.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor, at most 8)")
+    many.add_argument("--cache", metavar="DIR", help="remember plans and pixels here, by content and settings")
     parser.set_defaults(call=encode)
+
+
+def _time(text: str) -> float:
+    """Seconds of "90", "1:30" or "1:02:03.5"."""
+    match = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds, or 1:30, or 1:02:03.5")
+    hours, minutes, rest = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + rest
 
 
 SETTINGS = (
@@ -61,14 +113,19 @@ SETTINGS = (
     "max_tokens_per_frame",
     "fps",
     "max_frames",
+    "token_side",
 )
+SAMPLING = ("start", "end", "num_frames")
 
 
 def make_encoder(arguments: argparse.Namespace):
     """The SlowFastEncoder that the arguments describe."""
     from keye.encoder import SlowFastEncoder
+    from keye.slowfast.fetch import UrlRules
 
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
+    if arguments.url:
+        given["urls"] = UrlRules()
     if arguments.model:
         encoder = SlowFastEncoder.from_pretrained(arguments.model)
         return SlowFastEncoder(**{**encoder.settings, **given}, tower=encoder.tower) if given else encoder
@@ -77,25 +134,52 @@ def make_encoder(arguments: argparse.Namespace):
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Plan every video; a video that cannot be read is reported and makes the exit code 2, the others go on."""
-    encoder = make_encoder(arguments)
+    """Plan every video; one that cannot be read is reported at the end and makes the exit code 2, the others go on."""
+    from keye.batch import iter_many, progress_bar
+    from keye.cache import Cache
+
     videos = [video for given in arguments.videos for video in _videos(given)]
-    failures = 0
-    for number, video in enumerate(videos):
-        try:
-            _encode_one(encoder, video, arguments, len(videos) > 1)
-        except errors.VideoError as error:
-            failures += 1
-            print(f"error: {error}", file=sys.stderr)
-        if number + 1 < len(videos):
-            print()
+    names = _names(videos)
+    cache = Cache(arguments.cache) if arguments.cache else None
+    began = time.perf_counter()
+    running = iter_many(
+        make_encoder(arguments),
+        videos,
+        workers=arguments.workers,
+        cache=cache,
+        pixels=bool(arguments.pixels or arguments.model),
+        **{name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None},
+    )
+    shown, failures = [None] * len(videos), []
+    progress = progress_bar(len(videos), len(videos) > 1 and sys.stderr.isatty())
+    with contextlib.closing(running), progress as advance:
+        for done in running:
+            try:
+                if done.failure:
+                    done.failure.raise_()
+                shown[done.index] = _Shown(names[done.index], done.result, arguments, len(videos) > 1)
+            except errors.VideoError as error:
+                failures.append((done.index, str(error).replace("urls=UrlRules()", "--url")))
+            advance(done)
+    took = [("took", f"{time.perf_counter() - began:.2f} s")]
+    if cache is not None:
+        damaged = f", {cache.rebuilt} were damaged" if cache.rebuilt else ""
+        took.append(("cache", f"{cache.hits} of {cache.hits + cache.misses} were there{damaged}"))
+    if len(videos) == 1:
+        for one in filter(None, shown):
+            print_facts([*one.facts, *took])
+            one.print_frames()
+    else:
+        _print_all(shown, names, took)
+    for index, reason in sorted(failures):
+        print(f"error: {reason if videos[index] in reason else f'{videos[index]}: {reason}'}", file=sys.stderr)
     if failures and len(videos) > 1:
-        print(f"{failures} of {len(videos)} videos could not be planned", file=sys.stderr)
+        print(f"{len(failures)} of {len(videos)} videos could not be planned", file=sys.stderr)
     return 2 if failures else 0
 
 
 def _videos(given: str) -> list[str]:
-    """The videos in a folder, or the thing itself: a file, a folder of frames, or something missing (named later)."""
+    """The videos in a folder, or the thing itself: a file, a folder of frames, a URL, or something missing."""
     path = Path(given)
     inside = (
         sorted(str(file) for file in path.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES) if path.is_dir() else []
@@ -103,40 +187,82 @@ def _videos(given: str) -> list[str]:
     return inside or [given]
 
 
-def _encode_one(encoder, video: str, arguments: argparse.Namespace, several: bool) -> None:
-    start = time.perf_counter()
-    encoded = encoder(video) if arguments.pixels or arguments.model else None
-    plan = encoded.plan if encoded else encoder.plan(video)
-    seconds = time.perf_counter() - start
-    print(plan.summary())
-    if encoded and encoded.features is not None:
-        print(f"{'features':<8} {list(encoded.features.shape)}")
-    print(f"{'took':<8}{seconds:.2f} s")
-    if arguments.frames:
-        print(plan.frame_table())
-    if arguments.json:
-        plan.save(path := _output(arguments.json, video, ".json", several))
-        print(f"{'plan':<8}{path}")
-    if arguments.plot:
-        plan.plot(path := _output(arguments.plot, video, ".png", several))
-        print(f"{'figure':<8}{path}")
-    if arguments.pixels:
-        from safetensors.torch import save_file
-
-        tensors = {"pixel_values": encoded.pixel_values, "grid_thw": encoded.grid_thw}
-        if encoded.features is not None:
-            tensors["features"] = encoded.features
-        path = _output(arguments.pixels, video, ".safetensors", several)
-        save_file(tensors, path, metadata={"plan": plan.to_json()})
-        print(f"{'pixels':<8}{path}")
+def _names(videos: Sequence[str]) -> list[str]:
+    """What to call each video and what is written about it: its file's name, or the whole path if that is not one."""
+    twice = Counter(Path(video).name for video in videos)
+    return [video if twice[Path(video).name] > 1 or not Path(video).name else Path(video).name for video in videos]
 
 
-def _output(given: str, video: str, suffix: str, several: bool) -> Path:
+class _Shown:
+    """What is kept of one encoded video to be printed when all are done; its files are written at once."""
+
+    def __init__(self, name: str, result: object, arguments: argparse.Namespace, several: bool):
+        plan = getattr(result, "plan", result)
+        slow, fast = plan.counts
+        self.name, self.warnings, self.tokens, self.duration = name, plan.warnings, plan.tokens, plan.duration
+        self.row = [name, seconds(plan.duration), str(slow), str(fast), f"{plan.tokens:,}", f"{plan.saved:.0%}"]
+        self.rows = plan.frame_rows() if arguments.frames else None
+        self.facts = plan.facts()
+        if getattr(result, "features", None) is not None:
+            self.facts.append(("features", str(list(result.features.shape))))
+        writers: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+            "json": ("plan", ".json", plan.save),
+            "plot": ("figure", ".png", plan.plot),
+            "html": ("page", ".html", plan.to_html),
+            "pixels": ("pixels", ".safetensors", lambda path: _save_pixels(result, path)),
+        }
+        for option, (what, suffix, write) in writers.items():
+            if given := getattr(arguments, option):
+                path = _output(given, name, suffix, several)
+                write(path)
+                self.facts.append((what, str(path)))
+
+    def print_frames(self) -> None:
+        if self.rows is not None:
+            print_table(("time", "frame", "type", "similarity", "size", "tokens"), self.rows, left=(2,))
+
+
+def _print_all(shown: Sequence[_Shown | None], names: Sequence[str], took: list[tuple[str, str]]) -> None:
+    """A row for every video, their sum, then warnings and frames."""
+    good = [one for one in shown if one]
+    rows = []
+    for one, name in zip(shown, names, strict=True):
+        count = len(one.warnings) if one else 0
+        rows.append([*one.row, str(count or "")] if one else [name, "", "", "", "", "failed", ""])
+    total = [
+        f"{len(good)} videos",
+        seconds(sum(one.duration for one in good)),
+        *(f"{sum(int(one.row[column]) for one in good)}" for column in (2, 3)),
+        f"{sum(one.tokens for one in good):,}",
+        "",
+        str(sum(len(one.warnings) for one in good) or ""),
+    ]
+    print_table(("video", "duration", "slow", "fast", "tokens", "saved", "warnings"), rows, total=total)
+    print_facts([*(("warning", text) for one in good for text in one.warnings), *took])
+    for one in good:
+        if one.rows is not None:
+            print(f"\n{one.name}")
+            one.print_frames()
+
+
+def _save_pixels(encoded: object, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"pixel_values": encoded.pixel_values, "grid_thw": encoded.grid_thw}
+    if encoded.features is not None:
+        tensors["features"] = encoded.features
+    save_file(tensors, path, metadata={"plan": encoded.plan.to_json()})
+
+
+def _output(given: str, name: str, suffix: str, several: bool) -> Path:
     """Where to write: the path as given, or a file named after the video in the folder given; folders are made."""
     path = Path(given)
     if several or path.is_dir():
-        path = path / (Path(video).name + suffix)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        path = path / (re.sub(r"[^\w.\- ()+,]+", "_", name).strip("_")[-150:] + suffix)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.KeyeError(f"the folder {path.parent} cannot be made ({error.strerror}); give another") from error
     return path
 
 

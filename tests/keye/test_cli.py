@@ -1,3 +1,6 @@
+import io
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -6,9 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from keye.cli import main
+from keye.cli import EXAMPLES, build_parser, main
+from keye.slowfast.pathways import known_policies
 from keye.slowfast.plan import VideoPlan
+from keye.slowfast.similarity import known_measures
 from tests.clips import ClipsMissing, clip, fetch_clips
+from tests.keye.slowfast.make import numbered, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +27,9 @@ def test_encode_prints_saves_and_draws(tmp_path, capsys):
     )
     shown = capsys.readouterr().out
     plan = VideoPlan.load(outputs["json"])
-    assert code == 0 and f"{plan.tokens} of 300" in shown and plan.frame_table() in shown
+    assert code == 0 and f"{plan.tokens} of 300" in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert all(row.split() in lines for row in plan.frame_table().splitlines())
     assert outputs["png"].read_bytes().startswith(b"\x89PNG")
     with safe_open(outputs["safetensors"], "pt") as file:
         assert file.get_slice("pixel_values").get_shape() == [4 * plan.tokens, 3, 14, 14]
@@ -35,6 +43,83 @@ def test_a_folder_goes_on_after_a_bad_video(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "error: " in captured.err and "a.mp4 is not a readable video" in captured.err and "1 of 2" in captured.err
     assert VideoPlan.load(tmp_path / "plans" / "b.mp4.json").settings["threshold"] == 0.95
+
+
+def test_a_row_for_every_video_and_what_is_written(tmp_path, capsys):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_video(tmp_path / folder / "clip.mp4", numbered(40))
+    (tmp_path / "one" / "bad.mp4").write_text("text")
+    command = ["encode", str(tmp_path / "one"), str(tmp_path / "two"), "--cache", str(tmp_path / "cache")]
+    command += ["--num-frames", "4", "--start", "0:00.5", "--frames", "--html", str(tmp_path / "pages")]
+    shown = []
+    for workers in ("2", "0"):
+        assert main([*command, "--workers", workers, "--json", str(tmp_path / f"plans{workers}")]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("error: ") == 1 and "1 of 3 videos" in captured.err
+        shown.append(captured.out)
+    first, second = ([line for line in text.splitlines() if not line.startswith("took")] for text in shown)
+    assert "0 of 3 were there" in shown[0] and "2 of 3 were there" in shown[1]
+    assert [line for line in first if "were there" not in line] == [line for line in second if "were there" not in line]
+    assert len(list((tmp_path / "pages").iterdir())) == 2  # the same name twice, in two folders
+    plans = [VideoPlan.load(path) for path in sorted((tmp_path / "plans2").iterdir())]
+    assert plans == [VideoPlan.load(path) for path in sorted((tmp_path / "plans0").iterdir())]
+    rows = {line.split()[0]: line.split()[-5:] for line in first if "clip.mp4" in line and len(line.split()) > 3}
+    for plan in plans:
+        assert len(plan) == 4 and plan.timestamps.min() >= 0.4
+        assert rows[plan.source][:4] == ["s", *map(str, plan.counts), f"{plan.tokens:,}"]
+        at = first.index(plan.source) + 1
+        frames = plan.frame_table().splitlines()
+        assert [line.split() for line in first[at : at + 5]] == [line.split() for line in frames]
+    assert any(line.split()[:2] == ["2", "videos"] for line in first)
+
+
+class Terminal(io.StringIO):
+    """Output that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_colours_and_brackets_stay_what_they_are(tmp_path, monkeypatch):
+    write_video(tmp_path / "[red]clip[!].mp4", numbered(30))
+    (tmp_path / "bad.mp4").write_text("text")
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    for videos in ([str(tmp_path)], [str(tmp_path / "[red]clip[!].mp4"), "--frames"]):
+        main(["encode", *videos, "--workers", "0"])
+    text = shown.getvalue()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert "\x1b[" in text and plain.count("[red]clip[!].mp4") == 2 and "failed" in plain and "similarity" in plain
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1:30", 90), ("1:02:03.5", 3723.5), ("0.25", 0.25)])
+def test_times(text, seconds):
+    parsed = build_parser().parse_args(["encode", "x.mp4", "--end", text])
+    assert parsed.end == seconds
+
+
+def test_help_names_what_is_known(capsys):
+    with pytest.raises(SystemExit):
+        main(["encode", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in [*known_measures(), *known_policies()]) and "examples:" in shown
+    for example in (line.split("  ")[1] for line in EXAMPLES.splitlines()[1:]):
+        command, *rest = shlex.split(example)
+        assert command == "keye" and build_parser().parse_args(rest).videos
+    for wrong in ("1:2:3:4", "x", "-1:00"):
+        with pytest.raises(SystemExit):
+            main(["encode", "x.mp4", f"--start={wrong}"])
+        assert "is no time" in capsys.readouterr().err
+
+
+def test_a_url_is_only_fetched_when_asked_for(capsys):
+    assert main(["encode", "http://127.0.0.1:9/clip.mp4"]) == 2
+    assert main(["encode", "http://127.0.0.1:9/clip.mp4", "--url"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ") and "give --url" in first and second.startswith("error: ")
+    assert "127.0.0.1" in second and "private" in second
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
