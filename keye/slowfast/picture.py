@@ -8,6 +8,7 @@ from av.video.frame import VideoFrame
 from keye.errors import VideoError
 
 _HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
+_BT2020 = 9  # its primaries
 
 
 class Painter:
@@ -34,21 +35,31 @@ class Painter:
         self._note(frame, time)
         turns = _turns(frame)
         height, width = self.size[::-1] if turns % 2 else self.size
-        see_through = frame.format.name != "pal8" and any(part.is_alpha for part in frame.format.components)
-        form = "rgba" if see_through or frame.format.name == "pal8" else "rgb24"
-        try:
-            shown = self._reformatter.reformat(frame, width, height, form, threads=self.threads)
-        except (av.error.FFmpegError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise VideoError(
-                f"frames of {self.name} cannot be shown ({frame.format.name}: {reason}); convert it to mp4"
-            ) from error
-        pixels = shown.to_ndarray()
-        if form == "rgba":
+        see_through = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
+        form = "rgba" if see_through else "rgb24"
+        pixels = self._convert(frame, width, height, form).to_ndarray()
+        if see_through:
             pixels = _on_white(pixels)
         if turns:
             pixels = np.ascontiguousarray(np.rot90(pixels, turns))
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _convert(self, frame: VideoFrame, width: int, height: int, form: str) -> VideoFrame:
+        try:
+            return self._reformatter.reformat(frame, width, height, form, threads=self.threads)
+        except (av.error.FFmpegError, ValueError):  # a matrix that FFmpeg does not know, such as YCgCo or ICtCp
+            wide = frame.color_primaries == _BT2020
+        matrix = "BT2020" if wide else "ITU709"
+        try:
+            shown = self._reformatter.reformat(
+                frame, width, height, form, src_colorspace=matrix, dst_colorspace=matrix, threads=self.threads
+            )
+        except (av.error.FFmpegError, ValueError) as error:
+            reason = f"{frame.format.name}: {getattr(error, 'strerror', None) or error}"
+            raise VideoError(f"frames of {self.name} cannot be shown ({reason}); convert it to mp4") from error
+        name = "BT.2020" if wide else "BT.709"
+        self.notes["matrix"] = f"{self.name} has colours of a rare kind ({frame.colorspace}); they are taken for {name}"
+        return shown
 
     def _note(self, frame: VideoFrame, time: float) -> None:
         found = self.measure(frame)

@@ -17,12 +17,13 @@ def write_video(
     rotation: int = 0,
     codec: str = "libx264",
     options: dict[str, str] | None = None,
+    pixel_format: str = "yuv420p",
 ) -> Path:
     """Write frames [T, H, W, 3] uint8 at `rate`, or at the given times in milliseconds (variable frame rate)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height = frames.shape[2], frames.shape[1]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pixel_format
         stream.options = options or {}
         if rotation:
             stream.set_display_rotation(rotation)
