@@ -97,7 +97,7 @@ class SlowFastEncoder:
     def __init__(
         self,
         threshold: float | None = None,
-        measure: str | Measure = "patch_l1",
+        measure: str | Measure = "change",
         policy: str | Policy = "adaptive",
         fast_ratio: float = 0.3,
         max_tokens: int = 65_536,
@@ -333,7 +333,8 @@ def _entries(
 ) -> Iterator[torch.Tensor]:
     """The frame [3, H, W] uint8 of each entry of a plan, from what was kept or from a second pass over the clip."""
     if keeper.serve(positions, sizes):
-        yield from (keeper.frames[position] for position in positions)
+        for position, following in zip(positions, [*positions[1:], -1], strict=True):
+            yield keeper.frames[position] if following == position else keeper.release(position)
         return
     entry = 0
     for position, frame in enumerate(clip):

@@ -19,7 +19,6 @@ EXAMPLES = """examples:
   python scripts/ablate.py --videos clips --measure patch_cosine --threshold 0.5,0.8:0.98:0.02
   python scripts/ablate.py --videos clips --model runs/demo/annealing/model --manifest runs/demo/world/heldout.jsonl
 """
-MEASURE = "patch_l1"
 SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".gif"}
 
 
@@ -70,7 +69,7 @@ def accuracy_of(
     about = dict.fromkeys(sample["family"] for sample in read_manifest(manifest) if '"video"' in json.dumps(sample))
     families = families or list(about)
     model, own = load(model_dir)
-    encoder = {**own.encoder, "measure": measure or own.encoder.get("measure", MEASURE)}
+    encoder = {**own.encoder, "measure": measure or own.encoder["measure"]}
 
     def ask(threshold: float) -> Report:
         processor = KeyeProcessor(own.tokenizer, {**encoder, "threshold": threshold}, own.image, own.chat_template)
@@ -93,7 +92,7 @@ def main() -> None:
     parser.add_argument("--videos", nargs="+", required=True, help="clips or folders of clips")
     parser.add_argument("--out", default="runs/ablation", help="where to write (default runs/ablation)")
     parser.add_argument(
-        "--measure", help="how frames are compared: patch_l1 (default, or the model's), patch_cosine or ssim"
+        "--measure", help="how frames are compared: change (default, or the model's), patch_cosine, ssim, …"
     )
     parser.add_argument("--max-tokens", type=int, default=65_536, help="budget of a clip")
     parser.add_argument("--max-tokens-per-frame", type=int, default=768)
@@ -108,7 +107,7 @@ def main() -> None:
     wanted, videos = thresholds(args.threshold), clips(args.videos)
     if args.measure:
         get_measure(args.measure)
-    name, ask, asked = args.measure or MEASURE, None, None
+    name, ask, asked = args.measure or SlowFastEncoder().measure.name, None, None
     if args.model:
         families = args.families.split(",") if args.families else None
         ask, name = accuracy_of(args.model, args.manifest, families, args.limit, args.measure)
