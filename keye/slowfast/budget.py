@@ -73,17 +73,17 @@ def _nearest_grid(aspect: float, min_tokens: int, max_tokens: int) -> tuple[int,
 
 @lru_cache(maxsize=256)
 def near_grids(height: int, width: int, min_tokens: int, max_tokens: int) -> tuple[Grid, ...]:
-    """The grids of `min_tokens` to `max_tokens` whose aspect is at most 9/8 of the picture's and at least 8/9.
+    """The grids of `min_tokens` to `max_tokens` whose aspect is at most 6/5 of the picture's and at least 5/6.
 
-    In ascending order of tokens. With nine rows or columns on the short side and more that always allows one more or
-    one less than the exact number; with fewer, some sizes have no grid near enough.
+    In ascending order of tokens. So much a frame of six rows is off with one row more or less; of 48 tokens in all,
+    plain resizing can be off by more.
     """
     grids = []
-    fewest = math.isqrt(8 * min_tokens * height // (9 * width))
-    for rows in range(max(1, fewest), math.isqrt(9 * max_tokens * height // (8 * width)) + 1):
-        first = max(-(-8 * rows * width // (9 * height)), -(-min_tokens // rows))
-        last = min(9 * rows * width // (8 * height), max_tokens // rows)
-        grids += [(rows * columns, rows, columns) for columns in range(max(1, first), last + 1)]
+    fewest = math.isqrt(5 * min_tokens * height // (6 * width))
+    for rows in range(max(1, fewest), math.isqrt(6 * max_tokens * height // (5 * width)) + 1):
+        first = max(1, -(-5 * rows * width // (6 * height)), -(-min_tokens // rows))
+        last = min(6 * rows * width // (5 * height), max_tokens // rows)
+        grids += [(rows * columns, rows, columns) for columns in range(first, last + 1)]
     return tuple(sorted(grids))
 
 
@@ -168,10 +168,12 @@ def bounds(
 
 def _longest(one: int, other: int, tokens: int) -> int:
     """The most tokens along `one` of a grid of `tokens` that is near the aspect or no further off than by rounding."""
-    near = math.isqrt(9 * tokens * one // (8 * other))
-    # Rounding may leave the other side a whole token short of what this one asks for.
-    short = max(1.0, (math.sqrt(1 + 4 * tokens * other / one) - 1) / 2)
-    return max(near, int(min((short + 1) * one / other + 1, tokens / short) + 1e-6))
+    near = math.isqrt(6 * tokens * one // (5 * other))
+    # Rounding leaves the other side at most a token shorter and this one at most a token longer than the aspect asks:
+    # rounded <= (short + 1) * aspect + 1, and rounded * short <= tokens.
+    aspect = one / other
+    short = (math.sqrt((aspect + 1) ** 2 + 4 * aspect * tokens) - aspect - 1) / (2 * aspect)
+    return max(near, int(tokens / max(short, 1.0) + 1e-6))
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keye.slowfast.budget import allocate, bounds, fast_limit, fit_size, near_grids, size_tokens, thin
@@ -79,16 +79,17 @@ def test_limits_hold_everywhere(height, width, slow, fast, ratio, low, more, max
         assert fast_tokens <= fixed
 
 
+def is_near(height, width, rows, columns):
+    return Fraction(5, 6) <= Fraction(rows * width, columns * height) <= Fraction(6, 5)
+
+
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 80), st.integers(0, 300))
 def test_near_grids_are_all_there_are(height, width, low, more):
-    def near(rows, columns):
-        return Fraction(8, 9) <= Fraction(rows * width, columns * height) <= Fraction(9, 8)
-
     expected = [
         (rows * columns, rows, columns)
         for rows in range(1, low + more + 1)
         for columns in range(-(-low // rows), (low + more) // rows + 1)
-        if near(rows, columns)
+        if is_near(height, width, rows, columns)
     ]
     assert list(near_grids(height, width, low, low + more)) == sorted(expected)
 
@@ -151,7 +152,7 @@ def test_no_pair_is_better(height, aspect, slow, fast, ratio, low, more, spend):
         return tokens * 50 < budget * 49, factor * Fraction(budget, tokens) ** 2
 
     grids = [(r, c) for r in range(1, high + 1) for c in range(-(-low // r), high // r + 1)]
-    near = [grid for grid in grids if error(grid) <= Fraction(9, 8)]
+    near = [grid for grid in grids if is_near(height, width, *grid)]
     pairs = {released}
     for slow_grid in {*near, released[0]}:
         fast_grids = [grid for grid in near if math.prod(grid) <= limit(slow_grid)] if fast else []
@@ -192,7 +193,7 @@ def test_the_released_sizes_where_the_budget_does_not_bind(size, slow_size, fast
     ("slow", "first_over", "ours"),
     [
         (1365, 7 * 7, 6 * 8),  # 1365 * 48 = 65,520
-        (292, 15 * 15, 14 * 15),  # 292 * 210 = 61,320; 14 x 16 has the aspect 7/8, below 8/9
+        (292, 15 * 15, 14 * 16),  # 292 * 224 = 65,408
     ],
 )
 def test_the_release_exceeds_where_we_do_not(slow, first_over, ours):
@@ -208,6 +209,9 @@ def test_a_binding_budget_is_spent():
 
 
 @settings(max_examples=200, deadline=None)
+@example(42, 5.0, 1, 10, 1.0, 1, 15, 165, 0)
+@example(42, 2.0, 2, 0, 1.0, 2, 3, 2, 0)
+@example(20, 1.0, 1, 1, 0.75, 3, 3, 4, 0)
 @given(
     st.integers(20, 3000),
     st.floats(0.2, 5.0),
@@ -217,9 +221,9 @@ def test_a_binding_budget_is_spent():
     st.integers(1, 60),
     st.integers(0, 700),
     st.integers(0, 30_000),
-    st.data(),
+    st.integers(0, 200),
 )
-def test_bounds_hold_for_all_that_may_come(height, aspect, slow, more, ratio, low, above, spare, data):
+def test_bounds_hold_for_all_that_may_come(height, aspect, slow, more, ratio, low, above, spare, later):
     width, frames = max(1, round(height * aspect)), slow + more
     settings_ = {
         "ratio": ratio,
@@ -228,7 +232,7 @@ def test_bounds_hold_for_all_that_may_come(height, aspect, slow, more, ratio, lo
         "max_tokens": frames * low + spare,
     }
     slow_bound, fast_bound = bounds(height, width, slow, frames, **settings_)
-    later = data.draw(st.integers(slow, frames))
+    later = min(slow + later, frames)
     allocation = allocate(height, width, later, frames - later, **settings_)
     assert allocation.slow_size[0] <= slow_bound[0] and allocation.slow_size[1] <= slow_bound[1]
     if later < frames:
@@ -236,7 +240,7 @@ def test_bounds_hold_for_all_that_may_come(height, aspect, slow, more, ratio, lo
 
 
 def test_fixed_fast_frames():
-    # A wide picture has no 4 x 4 with an aspect near its own: 3 x 5. A square one has.
+    # For a wide picture 4 x 4 is not near its aspect, and 3 x 5 is. For a square one it is.
     assert allocate(720, 1280, 10, 50, fast_tokens=16, **RELEASED).fast_size == (84, 140)
     assert allocate(512, 512, 10, 50, fast_tokens=16, **RELEASED).fast_size == (112, 112)
     # 2 slow frames and 10 fast ones of 16 tokens in 500: (500 - 160) / 2 = 170 for a slow one, of which 13 x 13 = 169.
