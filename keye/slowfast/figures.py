@@ -1,5 +1,6 @@
 """Pictures of a plan: filmstrip on a true time axis, tokens per frame and per second, the similarity curve."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from keye.errors import VideoError
 from keye.slowfast.pathways import FAST, SLOW
 from keye.slowfast.video import read_frames_at
+from keye.tables import seconds
 
 if TYPE_CHECKING:
     from keye.slowfast.plan import VideoPlan
@@ -47,9 +49,10 @@ def draw_plan(plan: "VideoPlan", path: str | os.PathLike, frames: Pictures | Non
         axis.tick_params(colors=QUIET, labelsize=8)
         axis.spines[["left", "bottom"]].set_color("#ced4da")
         axis.set_axisbelow(True)
-        axis.yaxis.set_label_coords(-0.04, 0.5)
+        axis.set_xticks(*zip(*time_ticks(*plan.span), strict=True))
     for axis in axes[:-1]:
         axis.tick_params(labelbottom=False, bottom=False)
+        axis.yaxis.set_label_coords(-0.044, 0.5)
     _title(figure, plan, total)
     if pictures:
         _draw_strip(axes[0], plan, lanes, pictures, heights[0])
@@ -138,6 +141,15 @@ def pictures_of(plan: "VideoPlan", entries: Sequence[int], frames: Pictures | No
     return {entry: frame.pixels.permute(1, 2, 0).numpy() for entry, frame in zip(entries, found, strict=False)}
 
 
+def time_ticks(start: float, end: float, most: int = 7) -> list[tuple[float, str]]:
+    """(seconds, text) of at most about `most` round times: "2.5 s" below a minute, then as a clock shows them."""
+    steps = [base * 10**power for power in range(-3, 1) for base in (1, 2, 5)] + [10, 15, 30, 60, 120, 300, 600, 1800]
+    steps += [3600 * hours for hours in (1, 2, 6, 12, 24, 48, 120, 240, 720)]
+    step = next((step for step in steps if (end - start) / step <= most), end - start)
+    times = [number * step for number in range(math.ceil(start / step - 1e-6), math.floor(end / step + 1e-6) + 1)]
+    return [(time, f"{time:.10g} s" if step < 1 or time < 60 else seconds(time)) for time in times]
+
+
 def shown_threshold(plan: "VideoPlan") -> float | None:
     """The threshold, where the policy goes by it."""
     adaptive = plan.settings.get("policy", "adaptive").startswith("adaptive")
@@ -147,10 +159,11 @@ def shown_threshold(plan: "VideoPlan") -> float | None:
 def _title(figure: object, plan: "VideoPlan", total: float) -> None:
     slow, fast = plan.counts
     height, width = plan.source_size
-    left = _MARGIN[0]
-    figure.text(left, 1 - 0.2 / total, Path(plan.source).name, fontsize=13, weight="bold", color=INK, va="center")
+    left, name = _MARGIN[0], Path(plan.source).name
+    name = name if len(name) <= 100 else f"{name[:60]} … {name[-35:]}"
+    figure.text(left, 1 - 0.2 / total, name, fontsize=13, weight="bold", color=INK, va="center", parse_math=False)
     says = (
-        f"{width}×{height}, {plan.duration:.1f} s   ·   {slow} slow + {fast} fast frames   ·   "
+        f"{width}×{height}, {seconds(plan.duration)}   ·   {slow} slow + {fast} fast frames   ·   "
         f"{plan.tokens:,} of {plan.max_tokens:,} tokens"
     )
     if plan.saved >= 0.005:
@@ -241,11 +254,10 @@ def _draw_similarity(axis: object, plan: "VideoPlan") -> None:
     axis.set_ylabel(
         f"similarity with the\nlatest slow frame\n({plan.settings.get('measure', 'measure')})", fontsize=8, color=QUIET
     )
-    axis.set_xlabel("seconds", fontsize=8, color=QUIET)
     axis.grid(color="#f1f3f5", zorder=0)
     axis.legend(
         loc="upper right",
-        bbox_to_anchor=(1.0, -0.12),
+        bbox_to_anchor=(1.0, -0.14),
         ncols=3,
         frameon=False,
         fontsize=8,

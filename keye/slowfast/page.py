@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 import keye
-from keye.slowfast.figures import Lanes, Pictures, pictures_of, shown_threshold, strip_frames
+from keye.slowfast.figures import Lanes, Pictures, pictures_of, shown_threshold, strip_frames, time_ticks
 from keye.slowfast.page_parts import SCRIPT, STYLE
 from keye.slowfast.pathways import FAST, SLOW
+from keye.tables import seconds
 
 if TYPE_CHECKING:
     from keye.slowfast.plan import VideoPlan
@@ -94,7 +95,7 @@ def _figures(plan: "VideoPlan") -> str:
     slow, fast = plan.counts
     height, width = plan.source_size
     tiles = [
-        (f"{plan.duration:.2f} s", f"{width}×{height}"),
+        (seconds(plan.duration), f"{width}×{height}"),
         (f"{slow + fast}", "frame" if slow + fast == 1 else "frames"),
         (f"{slow}", f"slow, {plan.slow_tokens} tokens each", "slow"),
         (f"{fast}", f"fast, {plan.fast_tokens} tokens each", "fast"),
@@ -201,20 +202,10 @@ def _similarity(plan: "VideoPlan", x: np.ndarray, bottom: float, threshold: floa
 
 
 def _ticks(start: float, end: float) -> str:
-    steps = [base * 10**power for power in range(-3, 6) for base in (1, 2, 5)] + [15, 30, 60, 120, 300, 600, 1800, 3600]
-    step = min(step for step in sorted(steps) if (end - start) / step <= 6)
-    marks = []
-    for number in range(math.ceil(start / step - 1e-9), math.floor(end / step + 1e-9) + 1):
-        share = (number * step - start) / (end - start)
-        marks.append(f'<span style="left:{100 * share:.3f}%">{_clock(number * step, step)}</span>')
-    return "".join(marks)
-
-
-def _clock(seconds: float, step: float) -> str:
-    if step < 1 or seconds < 60:
-        return f"{seconds:.10g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    return "".join(
+        f'<span style="left:{100 * (time - start) / (end - start):.3f}%">{text}</span>'
+        for time, text in time_ticks(start, end)
+    )
 
 
 def _frame_table(plan: "VideoPlan") -> str:

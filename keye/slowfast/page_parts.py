@@ -22,7 +22,7 @@ justify-content:flex-end;border-top:3px solid var(--line)}
 .warnings{background:var(--warn);color:var(--warn-ink);border-radius:8px;margin:16px 0;padding:10px 12px 10px 30px;
 overflow-wrap:anywhere}
 .viewer{display:flex;flex-wrap:wrap;gap:16px;align-items:center;margin:16px 0}
-.viewer img{width:320px;max-width:100%;height:200px;object-fit:contain;object-position:left}
+.viewer img{height:200px;max-width:100%;object-fit:contain}
 #facts{display:grid;grid-template-columns:auto auto;gap:2px 14px;margin:0;font-variant-numeric:tabular-nums}
 #facts dt{color:var(--quiet)}
 #facts dd{margin:0}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from keye.encoder import SlowFastEncoder
 from keye.errors import VideoError
-from keye.slowfast.figures import Lanes, pictures_of, strip_frames
+from keye.slowfast.figures import Lanes, pictures_of, strip_frames, time_ticks
 from keye.slowfast.page import MOST_BYTES
 from tests.keye.slowfast.make import number_of, numbered, write_video
 from tests.keye.slowfast.test_plan import a_plan, two_stream_plan
@@ -82,6 +82,17 @@ def test_no_token_is_lost_between_the_windows(steps, bins):
 def test_blocks_of_one_time_are_stacked():
     lanes = Lanes.of(two_stream_plan())
     assert lanes.bottoms.tolist() == [0, 720, 0, 0, 720] and lanes.top == 910
+
+
+@given(st.floats(0, 1e5), st.floats(0.01, 1e7))
+@settings(deadline=None)
+def test_the_marks_of_the_time_axis_are_round_and_few(start, length):
+    marks = time_ticks(start, start + length)
+    assert len(marks) <= 8 and (len(marks) >= 2 or length < 1)
+    for time, text in marks:
+        assert start - 1e-3 * length <= time <= start + 1.001 * length
+        parts = [float(part) for part in text.removesuffix(" s").split(":")]
+        assert sum(part * 60**place for place, part in enumerate(reversed(parts))) == pytest.approx(time, abs=1e-6)
 
 
 def test_the_strip_tells_the_story_in_order():
