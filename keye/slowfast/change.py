@@ -1,8 +1,8 @@
 """The default measure: how much of the picture changed in a way that light, noise, coding or a tremor cannot explain.
 
 Both frames are reduced to a small grid of cells, four along the side of a token. What remains of their difference
-after the light has been accounted for counts, the more the more it is gathered in one place: a person who enters a
-still view covers one per cent of it, and scattered noise far more.
+after the camera's move and the light have been accounted for counts, the more the more it is gathered in one place: a
+person who enters a still view covers one per cent of it, and scattered noise far more.
 """
 
 import torch
@@ -13,56 +13,87 @@ from keye.slowfast.similarity import register, resize
 
 CELL = 7  # pixels at the size of comparison
 PER_TOKEN = SIDE // CELL  # cells along a token
+SAMPLES = 6  # pixels read along a cell, where there are as many
 
 
 @register
 class Change:
     """One minus the change between two frames, half of it by its strongest places and half by the picture as a whole.
 
-    Frames are compared at 48-256 tokens, as the mean RGB of cells of 7 pixels (12 kB a frame). The first frame is lit
-    like the second (`light`), and per cell the difference that remains is reduced by what a tremor of a fraction of a
-    cell, rounding and the noise seen all over the picture would make (`residual`). The changed shares of the tokens are
-    averaged by their fourth power, so that few wholly changed tokens weigh more than many slightly changed ones. To
-    this local change comes a global one: the smaller of how far the tokens' mean colours moved and of how far the
-    distribution of colours did. Motion moves the first alone, light the second alone, a cut both.
+    Frames are compared at 48-256 tokens, as the mean RGB of cells of 7 pixels (12 kB a frame). The first frame follows
+    a camera that moved by up to two cells (`follow`) and is lit like the second (`light`); per cell, the difference
+    that remains is reduced by what a shift of a fraction of a cell, rounding and the noise seen all over the picture
+    would make (`residual`). The changed shares of the tokens are averaged by their fourth power, so that few wholly
+    changed tokens weigh more than many slightly changed ones. To this local change comes a global one (`whole`): the
+    smaller of how far the tokens' mean colours moved and of how far the distribution of colours did. Motion moves the
+    first alone, light the second alone, a cut both. The constants were tuned with scripts/bench/recall.py on the clips
+    that it calls tuning.
 
     Every sum is one of whole numbers, so a frame scores the same in any batch and on any device.
     """
 
     name = "change"
-    threshold = 0.84
+    threshold = 0.86
 
     GLOBAL = 0.5  # weight of the global change
+    REACH = 2  # cells that a camera's move is followed
+    FOLLOW = 0.75  # a move is followed when it takes the difference below this share of what it is without
     LIGHT_GAIN = (0.4, 2.5)
     LIGHT_OFFSET = 48.0  # of 255
     ROUNDING = 3.0  # differences up to this are nothing
     TREMOR = 0.2  # of the local contrast: a shift by a fifth of a cell
-    LIT = 0.15  # of the change in light: how wrong its account may be
+    LIT = 0.25  # of the change in light: how wrong its account may be
     NOISE, NOISE_MAX = 1.5, 6.0  # how many times the noise is taken off; beyond the maximum it is change
     COLOUR = 1.5  # weight of a difference in colour, relative to one in luminance
-    SAME, CHANGED = 4.0, 40.0  # what is left of the difference in a cell that is the same, and in one wholly changed
+    SAME = 4.0  # what is left of the difference in a cell that counts as the same
+    CHANGED, CHANGED_MAX, BUSY = 30.0, 100.0, 3.0  # … as wholly changed: where it was flat, at most, per local contrast
 
     def prepare(self, frames: torch.Tensor) -> torch.Tensor:
         """Mean RGB of the cells, [T, 3, h, w] uint8 with h and w multiples of 4."""
-        height, width = fit_size(*frames.shape[-2:], 48, 256)
-        return resize(frames, (height // CELL, width // CELL)).contiguous()
+        height, width = (side // CELL for side in fit_size(*frames.shape[-2:], 48, 256))
+        # Of large pictures every other (third, …) pixel is enough for a cell's mean, and far quicker to read.
+        step = max(1, min(frames.shape[-2] // (SAMPLES * height), frames.shape[-1] // (SAMPLES * width)))
+        return resize(frames[..., ::step, ::step], (height, width)).contiguous()
 
     def compare(self, reference: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         first, second = reference[None].float(), features.float()
+        first, inside = self.follow(first, second)
         gain, offset = self.light(tokens(first), tokens(second))
-        lit = (gain * first + offset).clamp(0, 255).round()
+        lit = torch.where(inside, (gain * first + offset).clamp(0, 255).round(), second)
         changed = self.residual(first, lit, second)
         fourth = (changed**4).double().sum(1) / changed.shape[1] / (255.0 * PER_TOKEN**2) ** 4
         local = fourth.sqrt().sqrt()
         return (1 - (1 - self.GLOBAL) * local - self.GLOBAL * self.whole(lit, second)).clamp(0, 1).float()
 
+    def follow(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first frame [1, 3, h, w] moved as the camera did for each of the second [T, 3, h, w], and where it shows.
+
+        All moves of up to `REACH` cells are tried on the grey pictures, at every second cell.
+        """
+        reach, (height, width) = self.REACH, first.shape[-2:]
+
+        def moves(cells: torch.Tensor) -> torch.Tensor:
+            return cells.unfold(-2, height, 1).unfold(-2, width, 1)  # [..., h, w] to [..., down, across, h, w]
+
+        shows = F.pad(first.new_ones(height, width), (reach,) * 4)
+        places = moves(shows)[..., ::2, ::2]
+        greys = moves(F.pad(first.sum(1)[0], (reach,) * 4))[..., ::2, ::2]
+        errors = ((greys - second.sum(1)[:, None, None, ::2, ::2]).abs() * places).sum((-2, -1)) / places.sum((-2, -1))
+        errors = errors.flatten(1)
+        still = errors.shape[1] // 2
+        least, best = (errors + 1e-3 * torch.arange(errors.shape[1], device=errors.device)).min(1)
+        best = torch.where(least < self.FOLLOW * errors[:, still], best, still)
+        down, across = best // (2 * reach + 1), best % (2 * reach + 1)
+        moved = moves(F.pad(first, (reach,) * 4, mode="replicate"))[0].permute(1, 2, 0, 3, 4)
+        return moved[down, across], moves(shows)[down, across][:, None] > 0
+
     def light(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gain and offset [T, 3, 1, 1] that turn the colours [1, 3, P] of the first frame's tokens into [T, 3, P].
+        """Gain and offset [T, 3, 1, 1] that turn the colours [T, 3, P] of the first frame's tokens into the second's.
 
         Least squares for each colour, three times, each time over the tokens that the last one explained. Where the
         frames do not resemble each other (a cut) the light is left as it is.
         """
-        first, second = first.expand_as(second).double(), second.double()
+        first, second = first.double(), second.double()
         counted = torch.ones_like(second)
         for _ in range(3):
             number = counted.sum(-1, keepdim=True)
@@ -80,13 +111,14 @@ class Change:
         return gain[..., None].float(), offset[..., None].float()
 
     def residual(self, first: torch.Tensor, lit: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """How much each token changed, [T, P] int64 from 0 to 255 * cells in a token; arguments [T or 1, 3, h, w]."""
+        """How much each token changed, [T, P] int64 from 0 to 255 * cells in a token; arguments [T, 3, h, w]."""
         difference = second - lit
         luminance = (77 * difference[:, :1] + 150 * difference[:, 1:2] + 29 * difference[:, 2:]) / 256
         colour = (difference[:, ::2] - luminance).abs()
         grey_lit, grey_second = lit.mean(1, keepdim=True), second.mean(1, keepdim=True)
-        contrast = torch.maximum(_contrast(grey_lit), _contrast(grey_second))
-        allowed = self.ROUNDING + self.TREMOR * contrast + self.LIT * (lit - first).abs().amax(1, keepdim=True)
+        slopes = _contrast(grey_lit), _contrast(grey_second)
+        relit = (lit - first).abs().amax(1, keepdim=True)
+        allowed = self.ROUNDING + self.TREMOR * torch.maximum(*slopes) + self.LIT * relit
         over = (luminance.abs() - allowed + self.ROUNDING).clamp(min=0).mul(16).round()
         noise = tokens(over)[:, 0].div(16)
         noise = noise.kthvalue((2 * noise.shape[-1] + 4) // 5, dim=-1).values.clamp(max=self.NOISE_MAX)
@@ -95,7 +127,10 @@ class Change:
         left = left + self.COLOUR * (colour - allowed).clamp(min=0).sum(1, keepdim=True)
         # Over 2x2 cells: what is connected stays, a lone cell loses three quarters.
         left = F.avg_pool2d(F.pad(left, (0, 1, 0, 1), mode="replicate").mul(16).round(), 2, stride=1) / 16
-        changed = ((left - self.SAME) / (self.CHANGED - self.SAME)).clamp(0, 1).mul(255).round()
+        # A line on blank paper is all there is to see there; the same difference amid texture is not. 3x3 cells.
+        busy = F.max_pool2d(torch.minimum(*slopes), 3, stride=1, padding=1)
+        wholly = (self.CHANGED + self.BUSY * busy).clamp(max=self.CHANGED_MAX)
+        changed = ((left - self.SAME) / (wholly - self.SAME)).clamp(0, 1).mul(255).round()
         return tokens(changed)[:, 0].mul(PER_TOKEN**2).round().long()
 
     def whole(self, lit: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
