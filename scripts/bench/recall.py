@@ -8,18 +8,18 @@ many frames cannot spend its share: what it did spend is in the results. `wasted
 nuisances (light, noise, flicker, trembling, fades, a pointer) that were made slow.
 
     python scripts/bench/recall.py                      # held-out clips, writes docs/results/encoder/recall.json
-    python scripts/bench/recall.py --split tuning --out -
+    python scripts/bench/recall.py --split tuning
 
 The split was made before tuning (scripts/bench/scenes.py for the drawn clips, REAL below) and is never crossed.
 """
 
-import argparse
 import bisect
-import json
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,8 @@ from keye.errors import run  # noqa: E402
 from keye.slowfast.similarity import Measure, get_measure  # noqa: E402
 from keye.slowfast.video import open_clip  # noqa: E402
 from scripts.bench.corpus import film, film_cuts, real_clips  # noqa: E402
+from scripts.bench.recall_claims import claims, tables  # noqa: E402
+from scripts.bench.record import QUICK_OUT, arguments, markdown, out_of, save  # noqa: E402
 from scripts.bench.scenes import HELD_OUT_SEEDS, TUNING_SEEDS, Scene, Span, reel, scenes  # noqa: E402
 
 FPS = 2.0
@@ -192,9 +194,9 @@ def seen(clip: Sampled, slow: Sequence[int]) -> list[bool]:
 def nuisance_frames(clip: Sampled) -> set[int]:
     """The sampled frames at which only a nuisance happens; those soon after a true change are not among them."""
     chosen = set()
-    for i, time in enumerate(clip.times[1:], 1):
-        near = any(event.start - 1e-3 <= time <= event.end + 2 * WITHIN for event in clip.events)
-        if not near and any(span.start <= time <= span.end for span in clip.nuisances):
+    for i, moment in enumerate(clip.times[1:], 1):
+        near = any(event.start - 1e-3 <= moment <= event.end + 2 * WITHIN for event in clip.events)
+        if not near and any(span.start <= moment <= span.end for span in clip.nuisances):
             chosen.add(i)
     return chosen
 
@@ -251,46 +253,30 @@ def measure_all(clips_to_judge: Iterable[Sampled], measures: Sequence[Measure]) 
     return results
 
 
-def table(results: dict[str, dict]) -> str:
-    """A Markdown table of the recall over all clips, by kind of change, at each setting."""
-    groups = ["all", *sorted({group for group in GROUPS.values()})]
-    lines = [f"| setting | measure | slow | {' | '.join(groups)} | wasted |", "|" + "---|" * (len(groups) + 4)]
-    for setting, measures in results["all"].items():
-        for name, result in measures.items():
-            cells = [f"{result['changes'][g]['recall']:.0%}" if g in result["changes"] else "–" for g in groups]
-            wasted = "–" if result["wasted"] is None else f"{result['wasted']:.0%}"
-            lines.append(f"| {setting} | {name} | {result['share']:.1%} | {' | '.join(cells)} | {wasted} |")
-    return "\n".join(lines)
-
-
-def by_clip(results: dict[str, dict], setting: str) -> str:
-    """A Markdown table of the recall of each kind of clip at one setting."""
-    names = list(results["all"][setting])
-    lines = [f"| clips at {setting} | changes | {' | '.join(names)} |", "|" + "---|" * (len(names) + 2)]
-    for kind, settings in results.items():
-        row = settings[setting]
-        changes = row[names[0]]["changes"].get("all", {"of": 0})["of"]
-        cells = [f"{r['changes']['all']['recall']:.0%}" if changes else f"({r['share']:.0%} slow)" for r in row.values()]
-        lines.append(f"| {kind} | {changes} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--split", choices=["tuning", "held-out"], default="held-out", help="which clips")
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), help="measures to compare with uniform")
     parser.add_argument("--short", action="store_true", help="without the reel and the film")
-    parser.add_argument("--out", default="docs/results/encoder/recall.json", help="where the JSON goes; - for none")
     args = parser.parse_args()
-    results = measure_all(clips(args.split, not args.short), [get_measure(name) for name in args.measures])
-    print(table(results), by_clip(results, "10%"), sep="\n\n")
-    if args.out != "-":
-        seeds = TUNING_SEEDS if args.split == "tuning" else HELD_OUT_SEEDS
-        record = {"command": "python scripts/bench/recall.py --split " + args.split, "seeds": list(seeds)}
-        record |= {"fps": FPS, "within": WITHIN, "split": args.split, "results": results}
-        path = ROOT / args.out
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    began = time.monotonic()
+    chosen = clips(args.split, not (args.short or args.quick))
+    results = measure_all(islice(chosen, 6 if args.quick else None), [get_measure(name) for name in args.measures])
+    about = tables(results, sorted(set(GROUPS.values())))
+    for found in about:
+        print("", *markdown(found), sep="\n")
+    tuning = args.split == "tuning"
+    seeds = TUNING_SEEDS if tuning else HELD_OUT_SEEDS
+    save(
+        QUICK_OUT if tuning and args.out is None else out_of(args),  # what was tuned on proves nothing
+        "recall-tuning" if tuning else "recall",
+        [] if tuning else claims(results),
+        about,
+        seconds=time.monotonic() - began,
+        quick=args.quick,
+        seeds={"drawn clips": ", ".join(map(str, seeds)), "reel": 7},
+        notes=["`wasted`: the share of the frames at which only a nuisance happens that were made slow."],
+    )
 
 
 if __name__ == "__main__":

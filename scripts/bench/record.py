@@ -69,7 +69,7 @@ def save(
     *,
     seconds: float,
     quick: bool,
-    seeds: dict[str, int] | None = None,
+    seeds: dict[str, int | str] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
     """Write `<out>/<part>.json`, whole or not at all, print the claims, and return the path.
@@ -182,11 +182,16 @@ def _section(record: dict) -> list[str]:
     if record["seeds"]:
         lines[-1] += " Seeds: " + ", ".join(f"{name} {seed}" for name, seed in record["seeds"].items()) + "."
     for table in record["tables"]:
-        lines += ["", f"{table['title']}:", "", _row(table["columns"]), _row(["---"] * len(table["columns"]))]
-        lines += [_row(row) for row in table["rows"]]
+        lines += ["", *markdown(Table(**table))]
     for note in record["notes"]:
         lines += ["", note]
     return lines
+
+
+def markdown(table: Table) -> list[str]:
+    """The lines of a table in Markdown, under its title."""
+    head = [f"{table.title}:", "", _row(table.columns), _row(["---"] * len(table.columns))]
+    return [*head, *(_row(row) for row in table.rows)]
 
 
 def _row(cells: Sequence[object]) -> str:

@@ -1,0 +1,103 @@
+"""What the recall of changes says about the claims: `recall.py` measures, here it is put into sentences and tables."""
+
+from collections.abc import Iterable
+
+from scripts.bench.record import Claim, Table
+
+DEFAULT, RELEASED = "change", "patch_cosine"
+RIVALS = ("ssim", "mse", "uniform")
+FILM = "film of the trailer"
+STATIC = "vtest.avi held-out"
+SETTINGS = {
+    "released": "as many slow frames as the release makes at 0.9",
+    "10%": "10 % of the frames slow",
+    "20%": "20 % of the frames slow",
+}
+Results = dict[str, dict[str, dict[str, dict]]]
+"""{"all" or a kind of clip: {setting: {measure: {"slow", "frames", "share", "wasted", "changes": {group: …}}}}}"""
+
+
+def claims(results: Results) -> list[Claim]:
+    """The claims that the results allow; those about clips that were not there are left out."""
+    found = [_against_all(results["all"], setting) for setting in ("released", "10%")]
+    if FILM in results:
+        found += [_cuts(results[FILM], setting) for setting in ("released", "10%")]
+    found += [_small(results["all"], "drawn and real clips", setting) for setting in ("10%", "20%")]
+    if STATIC in results:
+        found.append(_small(results[STATIC], "people in a static view (vtest.avi)", "10%"))
+    return [claim for claim in found if claim is not None]
+
+
+def _recall(result: dict, group: str) -> float:
+    return result["changes"][group]["recall"]
+
+
+def _against_all(measures: dict[str, dict], setting: str) -> Claim | None:
+    names = [name for name in (RELEASED, *RIVALS) if name in measures]
+    if DEFAULT not in measures or not names or "all" not in measures[DEFAULT]["changes"]:
+        return None
+    own = _recall(measures[DEFAULT], "all")
+    others = {name: _recall(measures[name], "all") for name in names}
+    shown = ", ".join(f"{name} {value:.0%}" for name, value in others.items())
+    return Claim(
+        f"recall of changes, {SETTINGS[setting]}, held-out clips",
+        f"above {', '.join(names)}",
+        f"{DEFAULT} {own:.0%}; {shown}",
+        _times(own, others.get(RELEASED)),
+        own > max(others.values()),
+    )
+
+
+def _cuts(measures: dict[str, dict], setting: str) -> Claim | None:
+    if not {DEFAULT, RELEASED} <= set(measures):
+        return None
+    own, theirs = (measures[name]["changes"]["cut"] for name in (DEFAULT, RELEASED))
+    spent = f"{measures[DEFAULT]['slow']} and {measures[RELEASED]['slow']} slow frames"
+    return Claim(
+        f"recall of cuts in ten minutes of animation, {SETTINGS[setting]}",
+        "≥ 2 × the release's",
+        f"{own['seen']} of {own['of']} against {theirs['seen']} ({spent})",
+        _times(own["recall"], theirs["recall"]),
+        own["seen"] > 0 and own["seen"] >= 2 * theirs["seen"],
+    )
+
+
+def _small(measures: dict[str, dict], where: str, setting: str) -> Claim | None:
+    group = "small"
+    if not {DEFAULT, RELEASED} <= set(measures) or group not in measures[DEFAULT]["changes"]:
+        return None
+    own, theirs = (measures[name]["changes"][group] for name in (DEFAULT, RELEASED))
+    spent = f"{measures[DEFAULT]['slow']} and {measures[RELEASED]['slow']} slow frames"
+    return Claim(
+        f"recall of small moving things, {where}, {SETTINGS[setting]}",
+        "above 0 and above the release's",
+        f"{own['seen']} of {own['of']} against {theirs['seen']} ({spent})",
+        _times(own["recall"], theirs["recall"]),
+        own["seen"] > theirs["seen"],
+    )
+
+
+def _times(own: float, theirs: float | None) -> str:
+    return f"{own / theirs:.2f} ×" if theirs else ""
+
+
+def tables(results: Results, groups: Iterable[str]) -> list[Table]:
+    """Recall by kind of change at every setting, and by kind of clip at 10 %."""
+    groups = ["all", *groups]
+    rows = []
+    for setting, measures in results["all"].items():
+        for name, result in measures.items():
+            cells = [f"{_recall(result, g):.0%}" if g in result["changes"] else "–" for g in groups]
+            wasted = "–" if result["wasted"] is None else f"{result['wasted']:.0%}"
+            rows.append((setting, name, f"{result['share']:.1%}", *cells, wasted))
+    found = [Table("Recall by kind of change", ("setting", "measure", "slow", *groups, "wasted"), rows)]
+    for setting in ("released", "10%"):
+        names = list(results["all"][setting])
+        rows = []
+        for kind, settings in results.items():
+            of = settings[setting]
+            changes = of[names[0]]["changes"].get("all", {"of": 0})["of"]
+            cells = [f"{_recall(r, 'all'):.0%}" if changes else f"({r['share']:.0%} slow)" for r in of.values()]
+            rows.append((kind, changes, *cells))
+        found.append(Table(f"Recall by kind of clip, {SETTINGS[setting]}", ("clips", "changes", *names), rows))
+    return found
