@@ -19,12 +19,12 @@ Results = dict[str, dict[str, dict[str, dict]]]
 
 def claims(results: Results) -> list[Claim]:
     """The claims that the results allow; those about clips that were not there are left out."""
-    found = [_against_all(results["all"], setting) for setting in ("released", "10%")]
+    found = [_against_all(results["all"][setting], setting) for setting in ("released", "10%")]
     if FILM in results:
-        found += [_cuts(results[FILM], setting) for setting in ("released", "10%")]
-    found += [_small(results["all"], "drawn and real clips", setting) for setting in ("10%", "20%")]
+        found += [_cuts(results[FILM][setting], setting) for setting in ("released", "10%")]
+    found += [_small(results["all"][setting], "drawn and real clips", setting) for setting in ("10%", "20%")]
     if STATIC in results:
-        found.append(_small(results[STATIC], "people in a static view (vtest.avi)", "10%"))
+        found.append(_small(results[STATIC]["10%"], "people in a static view (vtest.avi)", "10%"))
     return [claim for claim in found if claim is not None]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.bench import corpus, encoder, identity, pixels, plan, record, released
+from scripts.bench import corpus, encoder, identity, pixels, plan, recall_claims, record, released
 from tests.clips import clip
 
 SIZE = (72, 128)
@@ -231,6 +231,33 @@ def test_pixels_are_close_and_what_is_changed_is_seen(films, monkeypatch):
     plain = pixels.full_frames
     monkeypatch.setattr(pixels, "full_frames", lambda *of: (frame // 2 for frame in plain(*of)))
     assert pixels.differences(films[True]).mean > 10
+
+
+# recall
+
+
+def spent(slow: int, **seen: tuple[int, int]) -> dict:
+    """What one measure made of some clips: slow frames of 100, and (seen, all) of each kind of change."""
+    changes = {kind: {"seen": n, "of": of, "recall": n / of} for kind, (n, of) in seen.items()}
+    return {"slow": slow, "frames": 100, "share": slow / 100, "wasted": None, "changes": changes}
+
+
+def test_claims_of_recall_are_met_only_by_what_was_seen():
+    good, poor = spent(10, all=(8, 10), cut=(4, 4), small=(4, 6)), spent(9, all=(2, 10), cut=(2, 4), small=(0, 6))
+    better = spent(10, all=(9, 10), cut=(3, 4), small=(6, 6))
+    shares = {"change": good, "patch_cosine": poor, "ssim": poor, "mse": poor, "uniform": poor}
+    beaten = {**shares, "uniform": better}
+    results = {
+        "all": {"released": shares, "10%": beaten, "20%": {**shares, "change": poor}},
+        recall_claims.FILM: {"released": shares, "10%": {**shares, "patch_cosine": better}},
+    }
+    found = recall_claims.claims(results)
+    assert [claim.met for claim in found] == [True, False, True, False, True, False]
+    assert [claim.ratio for claim in found] == ["4.00 ×", "4.00 ×", "2.00 ×", "1.33 ×", "", ""]
+    assert found[2].figure == "4 of 4 against 2 (10 and 9 slow frames)"
+    kinds, by_clip, _ = recall_claims.tables(results, ["cut", "small"])
+    assert kinds.rows[0] == ("released", "change", "10.0%", "80%", "100%", "67%", "–")
+    assert by_clip.rows[1] == (recall_claims.FILM, 10, "80%", "20%", "20%", "20%", "20%")
 
 
 # record and encoder
