@@ -2,10 +2,12 @@
 
 Every clip is sampled at 2 frames a second and typed by the adaptive rule (each frame against the latest slow one). A
 change counts as seen when a new slow frame lies within 0.75 s of it, not before. For each clip and measure the
-threshold is set so that as many slow frames are spent as the released measure spends at its 0.9, and as 5, 10, 20 and
-30 % of the frames; and once every measure runs at its own default threshold. A measure that says "the same" of too
-many frames cannot spend its share: what it did spend is in the results. `wasted` is the share of the frames inside
-nuisances (light, noise, flicker, trembling, fades, a pointer) that were made slow.
+threshold is set so that as many slow frames are spent as the released measure spends at its 0.9; as 5, 10, 20 and 30 %
+of the frames; and as the clip has changes, plus the first frame. "together" sets one threshold for all clips of at
+most 200 frames, so that static clips can spend little and others much; and once every measure runs at its own default
+threshold. A measure that says "the same" of too many frames cannot spend its share: what it did spend is in the
+results. `wasted` is the share of the frames inside nuisances (light, noise, flicker, trembling, fades, a pointer) that
+were made slow.
 
     python scripts/bench/recall.py                      # held-out clips, writes docs/results/encoder/recall.json
     python scripts/bench/recall.py --split tuning
@@ -38,6 +40,9 @@ from scripts.bench.scenes import HELD_OUT_SEEDS, TUNING_SEEDS, Scene, Span, reel
 FPS = 2.0
 WITHIN = 0.75  # seconds after a change
 SHARES = (0.05, 0.1, 0.2, 0.3)
+TOGETHER = (0.1, 0.2, 0.3)
+SHORT = 200  # frames; clips of at most as many share a threshold in "together"
+BISECTIONS = 18
 MEASURES = ("change", "patch_cosine", "patch_l1", "ssim", "mse", "lab")
 GROUPS = {
     "cut": "cuts",
@@ -149,7 +154,7 @@ def _sampled(scene: Scene) -> Sampled:
 class Scores:
     """The similarities of a clip's frames with those after them, worked out as far as walks need them."""
 
-    AHEAD = 16
+    AHEAD = 4  # at first, and then as far again as the latest slow frame is away
 
     def __init__(self, measure: Measure, frames: torch.Tensor):
         self.measure = measure
@@ -162,15 +167,16 @@ class Scores:
         for i in range(1, count):
             row, gap = self.rows[slow[-1]], i - slow[-1]
             if len(row) < gap:
-                row += self.measure.compare(self.features[slow[-1]], self.features[i : i + self.AHEAD]).tolist()
+                ahead = self.features[i : i + max(self.AHEAD, gap)]
+                row += self.measure.compare(self.features[slow[-1]], ahead).tolist()
             if row[gap - 1] < threshold:
                 slow.append(i)
         return slow
 
     def spend(self, count: int) -> list[int]:
         """The slow frames at the threshold that spends as nearly `count` as it can, rather fewer than more."""
-        low, high, best = 0.0, 1.0, self.walk(1.0)
-        for _ in range(22):
+        low, high, best = 0.0, 1.0, min([0], self.walk(1.0), key=lambda slow: abs(len(slow) - count))
+        for _ in range(BISECTIONS):
             middle = (low + high) / 2
             slow = self.walk(middle)
             if (abs(len(slow) - count), len(slow)) < (abs(len(best) - count), len(best)):
@@ -179,6 +185,20 @@ class Scores:
                 return slow
             low, high = (middle, high) if len(slow) < count else (low, middle)
         return best
+
+
+def spend_together(scores: Sequence[Scores], share: float) -> list[list[int]]:
+    """The slow frames of each clip at the one threshold that spends at most `share` of all their frames."""
+    low, high, total = 0.0, 1.0, sum(len(one.features) for one in scores)
+    best = [[0] for _ in scores]
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        slow = [one.walk(middle) for one in scores]
+        if sum(map(len, slow)) <= share * total:
+            low, best = middle, slow
+        else:
+            high = middle
+    return best
 
 
 def seen(clip: Sampled, slow: Sequence[int]) -> list[bool]:
@@ -233,20 +253,39 @@ def measure_all(clips_to_judge: Iterable[Sampled], measures: Sequence[Measure]) 
     """{"all" or a clip's kind: {setting: {measure: result}}} over the clips."""
     tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
     released = get_measure("patch_cosine")
-    for clip in clips_to_judge:
+    short: list[Sampled] = []
+    scores_of_short: dict[str, list[Scores]] = defaultdict(list)
+
+    def count(clip: Sampled, setting: str, name: str, slow: Sequence[int]) -> None:
         kind = clip.name.rsplit("-", 1)[0] if clip.name[-1].isdigit() and "." not in clip.name else clip.name
+        for group in ("all", kind):
+            tallies[group, setting, name].add(clip, slow)
+
+    for clip in clips_to_judge:
         total = len(clip.times)
         reference = len(Scores(released, clip.frames).walk(released.threshold))
         targets = {"released": reference} | {f"{share:.0%}": max(2, round(share * total)) for share in SHARES}
-        walks = {(setting, "uniform"): evenly(count, total) for setting, count in targets.items()}
+        targets["as changes"] = 1 + len(clip.events)
+        for setting, target in targets.items():
+            count(clip, setting, "uniform", evenly(target, total))
         for measure in measures:
             scores = Scores(measure, clip.frames)
-            walks |= {(setting, measure.name): scores.spend(count) for setting, count in targets.items()}
-            walks["default", measure.name] = scores.walk(measure.threshold)
-        for (setting, name), slow in walks.items():
-            for group in ("all", kind):
-                tallies[group, setting, name].add(clip, slow)
+            for setting, target in targets.items():
+                count(clip, setting, measure.name, scores.spend(target))
+            count(clip, "default", measure.name, scores.walk(measure.threshold))
+            if total <= SHORT:
+                scores_of_short[measure.name].append(scores)
+        if total <= SHORT:
+            short.append(clip)
+        clip.frames = clip.frames[:0]
         print(f"{clip.name}: {total} frames", file=sys.stderr)
+    for share in TOGETHER:
+        setting = f"together {share:.0%}"
+        for clip in short:
+            count(clip, setting, "uniform", evenly(max(2, round(share * len(clip.times))), len(clip.times)))
+        for name, scores in scores_of_short.items():
+            for clip, slow in zip(short, spend_together(scores, share), strict=True):
+                count(clip, setting, name, slow)
     results: dict[str, dict] = {}
     for (group, setting, name), tally in tallies.items():
         results.setdefault(group, {}).setdefault(setting, {})[name] = tally.result()

@@ -51,7 +51,7 @@ def _against_all(measures: dict[str, dict], setting: str) -> Claim | None:
 def _cuts(measures: dict[str, dict], setting: str) -> Claim | None:
     if not {DEFAULT, RELEASED} <= set(measures):
         return None
-    own, theirs = (measures[name]["changes"]["cut"] for name in (DEFAULT, RELEASED))
+    own, theirs = (measures[name]["changes"]["cuts"] for name in (DEFAULT, RELEASED))
     spent = f"{measures[DEFAULT]['slow']} and {measures[RELEASED]['slow']} slow frames"
     return Claim(
         f"recall of cuts in ten minutes of animation, {SETTINGS[setting]}",

@@ -33,7 +33,7 @@ HEIGHT, WIDTH = 360, 640
 TUNING_SEEDS, HELD_OUT_SEEDS = (0, 1), (2, 3, 4)
 TUNING_PHOTOGRAPHS = ("astronaut", "coffee", "camera", "brick", "gravel")
 HELD_OUT_PHOTOGRAPHS = ("chelsea", "rocket", "coins", "grass", "moon")
-WORDS = "slow fast frame token visual detail change motion picture keye video clip stage patch long short budget".split()
+WORDS = "slow fast frame token visual detail change motion picture keye video clip stage patch long short".split()
 
 
 @dataclass(frozen=True)
@@ -424,9 +424,7 @@ def _small_frames(path: Path) -> list[tuple[float, np.ndarray]]:
     """The (time, pixels [HEIGHT, WIDTH, 3]) of a clip at 10 frames a second, stretched to the reel's shape."""
     with open_clip(str(path), FPS, 1 << 20) as clip:
         size = (WIDTH, HEIGHT)
-        return [
-            (f.time, np.asarray(Image.fromarray(f.pixels.permute(1, 2, 0).numpy()).resize(size))) for f in clip
-        ]
+        return [(f.time, np.asarray(Image.fromarray(f.pixels.permute(1, 2, 0).numpy()).resize(size))) for f in clip]
 
 
 def main() -> None:
