@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from keye import errors
-from keye.cache import Cache, add_features, named_settings, pack, unpack, without_tower
+from keye.cache import Cache, add_features, named_settings, without_tower
+from keye.packed import pack, unpack
 from keye.slowfast.plan import VideoPlan
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """Plans and encoded videos on disk, found again by what the video holds and how it is encoded.
 
-An entry's key is the BLAKE2b of the file's bytes (not its name), of the encoder's settings and of the arguments, so a
-renamed file is found and a changed one is not. A folder of entries serves any number of processes without locks: an
-entry is written beside its place and moved there whole. Nothing is ever unpickled: plans are JSON, pictures
-safetensors, both with a checksum.
+An entry's key is the BLAKE2b of the file's bytes (not its name), of the encoder's settings, of the arguments and of the
+code, so a renamed file is found and a changed one is not, and no entry outlives a change of a measure. A folder of
+entries serves any number of processes without locks: an entry is written beside its place and moved there whole.
+Nothing is ever unpickled: plans are JSON, pictures safetensors, both with a checksum.
 
     cache = Cache("~/.cache/keye", max_bytes=50 << 30)
     plan = cache.plan(encoder, "clip.mp4")
@@ -12,22 +12,26 @@ safetensors, both with a checksum.
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import av
 import numpy as np
 import torch
 from PIL import Image
 
 import keye
 from keye.errors import KeyeError
+from keye.packed import blake, pack, unpack
 from keye.slowfast.fetch import scheme_of
 from keye.slowfast.image import load_image
 from keye.slowfast.plan import VideoPlan
@@ -36,21 +40,20 @@ if TYPE_CHECKING:
     from keye.encoder import EncodedVideo, SlowFastEncoder
 
 FORMAT = 1
-"""Raised when entries of old are no longer what the same encoder would make now."""
+"""Of the entries; raised when older ones are to be left alone."""
 
 _BLOCK = 4096  # bytes; entries are counted in whole blocks, as file systems do
 _FRESH = 2 * 10**9  # ns; a file younger than this may change again without its time changing
 _ABANDONED = 3600  # s; then a part belongs to a process that died
 _HERE = "\0source\0"  # stands for the clip's name inside warnings
-_ROWS = 4096  # patches unpacked at once
 
 
 class Cache:
     """Plans and encoded videos in `directory`, at most about `max_bytes` of them, the least recently used go first.
 
     hits, misses: how often an entry was there; rebuilt: how many of the misses were damaged entries. A URL's content
-    is not known before it is fetched, so URLs pass through uncached. A measure of your own is known by its registered
-    name: give it another name when you change what it does.
+    is not known before it is fetched, so URLs pass through uncached. A measure of your own must be registered, and is
+    known by its name and by the file that it is defined in.
     """
 
     def __init__(self, directory: str | os.PathLike, max_bytes: int = 10 << 30):
@@ -123,7 +126,8 @@ class Cache:
         if content is None:
             return None
         given = {name: _plain(value) for name, value in options.items() if value is not None and name != "urls"}
-        what = [FORMAT, keye.__version__, content, _lasting_name(source), settings, given]
+        code = _code(type(encoder.measure).__module__, type(encoder.policy).__module__)
+        what = [FORMAT, code, content, _lasting_name(source), settings, given]
         return _hash(json.dumps(what, sort_keys=True).encode())
 
     def _content(self, source: object) -> str | None:
@@ -142,7 +146,7 @@ class Cache:
         if hasattr(source, "seekable") and source.seekable():
             start = source.tell()
             source.seek(0)  # where the encoder begins, too
-            content = hashlib.file_digest(source, _blake).hexdigest()
+            content = hashlib.file_digest(source, blake).hexdigest()
             source.seek(start)
             return content
         return None
@@ -157,7 +161,7 @@ class Cache:
             content = self._found(known, _read_text, counted=False)
             if content is None:
                 with path.open("rb") as file:
-                    content = hashlib.file_digest(file, _blake).hexdigest()
+                    content = hashlib.file_digest(file, blake).hexdigest()
                 if time.time_ns() - about.st_mtime_ns > _FRESH:
                     self._store(known, lambda to: _write_json(to, content))
         except OSError:
@@ -290,54 +294,6 @@ def add_features(encoder: "SlowFastEncoder", video: "EncodedVideo") -> "EncodedV
         return replace(video, features=encoder.tower(video.pixel_values, video.grid_thw))
 
 
-def pack(video: "EncodedVideo", path: str | os.PathLike) -> None:
-    """Write pixels and plan as safetensors; uint8 where that loses nothing, which is a quarter of the size."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    pixels = video.pixel_values
-    codes = torch.empty(pixels.shape, dtype=torch.uint8)
-    for start in range(0, len(pixels), _ROWS):
-        codes[start : start + _ROWS] = ((pixels[start : start + _ROWS] + 1) * 127.5).round_().clamp_(0, 255)
-    exact = pixels.dtype == torch.float32 and torch.equal(_decode(codes), pixels)
-    tensors = {"patches": codes if exact else pixels.contiguous(), "grid_thw": video.grid_thw.contiguous()}
-    plan = video.plan.to_json()
-    try:
-        save_file(tensors, path, metadata={"plan": plan, "checksum": _checksum(tensors, plan)})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def unpack(path: str | os.PathLike) -> "EncodedVideo":
-    """The video that `pack` wrote, bit for bit; ValueError (or what safetensors raises) when the file is damaged."""
-    from safetensors import safe_open
-
-    from keye.encoder import EncodedVideo
-
-    os.stat(path)  # FileNotFoundError as of any other file
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in ("patches", "grid_thw")}
-    if _checksum(tensors, about["plan"]) != about["checksum"]:
-        raise ValueError(f"{path} is damaged")
-    pixels = tensors["patches"]
-    pixels = _decode(pixels) if pixels.dtype == torch.uint8 else pixels.clone()
-    return EncodedVideo(pixels, tensors["grid_thw"].clone(), VideoPlan.from_json(about["plan"]))
-
-
-def _decode(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 as float32 in [-1, 1], by the very operations that the encoder uses."""
-    return codes.to(torch.float32).div_(127.5).sub_(1)
-
-
-def _checksum(tensors: dict[str, torch.Tensor], plan: str) -> str:
-    digest = _blake(plan.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(memoryview(tensors[name].numpy()).cast("B") if tensors[name].numel() else b"")
-    return digest.hexdigest()
-
-
 def _read_plan(path: Path) -> VideoPlan:
     return VideoPlan.from_dict(_read_text(path))
 
@@ -382,14 +338,21 @@ def _array_content(array: np.ndarray) -> str:
     return _hash(data, array.dtype, array.shape)
 
 
-def _blake(data: bytes | memoryview = b"") -> "hashlib._Hash":
-    return hashlib.blake2b(data, digest_size=20)
-
-
 def _hash(data: bytes | memoryview, *about: object) -> str:
-    digest = _blake("|".join(map(str, about)).encode())
+    digest = blake("|".join(map(str, about)).encode())
     digest.update(data)
     return digest.hexdigest()
+
+
+@functools.cache
+def _code(*modules: str) -> str:
+    """Hash of the code that makes plans and pixels, and of the libraries under it: what changes it changes them."""
+    here = Path(__file__).parent
+    files = {here / "encoder.py", here / "packed.py", *(here / "slowfast").glob("*.py")}
+    files |= {Path(sys.modules[name].__file__) for name in modules if getattr(sys.modules.get(name), "__file__", None)}
+    codes = [path.read_bytes() for path in sorted(files, key=lambda path: path.name) if path.is_file()]
+    under = [library.__version__.partition("+")[0] for library in (keye, torch, av)]
+    return _hash(b"".join(codes), *map(len, codes), *under)
 
 
 def _plain(value: object) -> object:

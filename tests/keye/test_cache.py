@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import random
@@ -14,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from keye.cache import Cache, pack, unpack
+from keye.cache import Cache, _code
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, VideoError
+from keye.packed import pack, unpack
+from keye.slowfast.similarity import get_measure
 from tests.keye.slowfast.make import numbered, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,6 +242,38 @@ def test_an_encoder_that_no_name_brings_back_is_refused(video, cache):
     encoder.policy = Nameless()
     with pytest.raises(KeyeError, match="policy has no spec"):
         cache.encode(encoder, video)
+
+
+MEASURE = """
+import torch
+from keye.slowfast.similarity import register
+
+@register
+class Mine:
+    name, threshold = "mine_in_a_file", {threshold}
+
+    def prepare(self, frames):
+        return frames.float().mean((1, 2, 3))
+
+    def compare(self, reference, features):
+        return 1 - (features - reference).abs() / 255 * {strength}
+"""
+
+
+def test_other_code_of_a_measure_is_another_key(tmp_path, video, cache, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    plans = []
+    for number, strength in enumerate((1, 1, 200)):
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        (tmp_path / "mine.py").write_text(MEASURE.format(threshold=0.5, strength=strength))
+        os.utime(tmp_path / "mine.py", (number, number))  # else the compiled file of the same second is taken
+        importlib.invalidate_caches()
+        importlib.import_module("mine")
+        _code.cache_clear()  # as in a new process
+        encoder = SlowFastEncoder(measure="mine_in_a_file", **TINY)
+        plans.append(cache.plan(encoder, video))
+        assert plans[-1] == encoder.plan(video) and get_measure("mine_in_a_file").threshold == 0.5
+    assert (cache.hits, cache.misses) == (1, 2) and plans[0] == plans[1] != plans[2]
 
 
 TWO = """
