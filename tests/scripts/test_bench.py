@@ -243,8 +243,8 @@ def spent(slow: int, **seen: tuple[int, int]) -> dict:
 
 
 def test_claims_of_recall_are_met_only_by_what_was_seen():
-    good, poor = spent(10, all=(8, 10), cut=(4, 4), small=(4, 6)), spent(9, all=(2, 10), cut=(2, 4), small=(0, 6))
-    better = spent(10, all=(9, 10), cut=(3, 4), small=(6, 6))
+    good, poor = spent(10, all=(8, 10), cuts=(4, 4), small=(4, 6)), spent(9, all=(2, 10), cuts=(2, 4), small=(0, 6))
+    better = spent(10, all=(9, 10), cuts=(3, 4), small=(6, 6))
     shares = {"change": good, "patch_cosine": poor, "ssim": poor, "mse": poor, "uniform": poor}
     beaten = {**shares, "uniform": better}
     results = {
@@ -255,7 +255,7 @@ def test_claims_of_recall_are_met_only_by_what_was_seen():
     assert [claim.met for claim in found] == [True, False, True, False, True, False]
     assert [claim.ratio for claim in found] == ["4.00 ×", "4.00 ×", "2.00 ×", "1.33 ×", "", ""]
     assert found[2].figure == "4 of 4 against 2 (10 and 9 slow frames)"
-    kinds, by_clip, _ = recall_claims.tables(results, ["cut", "small"])
+    kinds, by_clip, _ = recall_claims.tables(results, ["cuts", "small"])
     assert kinds.rows[0] == ("released", "change", "10.0%", "80%", "100%", "67%", "–")
     assert by_clip.rows[1] == (recall_claims.FILM, 10, "80%", "20%", "20%", "20%", "20%")
 
