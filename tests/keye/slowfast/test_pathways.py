@@ -208,6 +208,8 @@ def test_tokens_by_hand():
     rich = decide(levels, AdaptiveBudget(0.9, tokens=60_000))
     assert rich.types.count(0) == 9 and rich.threshold == 1
     assert rich.warnings == ["6689 tokens of 60000 are spent with 9 slow frames of 10: no more frames differ"]
+    every = decide([0, 60] * 5, AdaptiveBudget(0.9, tokens=60_000))
+    assert every.warnings == ["7200 tokens of 60000 are spent with 10 slow frames of 10: that is every frame"]
     assert "above max_tokens=65536" in decide(levels, AdaptiveBudget(0.9, tokens=70_000)).warnings[0]
 
 
