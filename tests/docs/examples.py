@@ -1,9 +1,12 @@
-"""The Python of a Markdown guide: what stands under one heading is one script, run in a folder with clips.
+"""The examples of a Markdown guide: what stands under one heading is one script, run in a folder with clips.
+
+Blocks marked python, and the lines of blocks marked bash that call `keye`.
 
 python -m tests.docs.examples docs/encoder.md ["heading" ...]      # in the folder; all headings by default
 """
 
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -12,21 +15,26 @@ from tests.clips import fetch_clips
 
 
 def sections(guide: Path) -> dict[str, str]:
-    """The blocks marked python under each second-level heading, joined; lines keep their numbers."""
+    """The examples under each second-level heading as Python; lines keep the numbers that they have in the guide."""
     found: dict[str, str] = {}
-    title, inside = "", False
-    lines = guide.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
+    title, language = "", None
+    for number, line in enumerate(guide.read_text(encoding="utf-8").splitlines()):
         if heading := re.fullmatch(r"## (.+)", line):
             title = heading[1]
         if line.startswith("```"):
-            inside = line == "```python"
-            if inside:  # as many empty lines as stand before it, so that errors name the guide's line
-                text = found.setdefault(title, "")
-                found[title] += "\n" * (number + 1 - text.count("\n"))
-        elif inside:
-            found[title] += line + "\n"
+            language = line[3:] if language is None else None
+        elif language == "bash" and line.startswith("keye "):
+            command = shlex.split(line, comments=True)[1:]
+            _add(found, title, number, f"import keye.cli; assert keye.cli.main({command!r}) == 0")
+        elif language == "python":
+            _add(found, title, number, line)
     return found
+
+
+def _add(found: dict[str, str], title: str, number: int, line: str) -> None:
+    """Put the line where it stands in the guide, behind empty lines."""
+    text = found.get(title, "")
+    found[title] = text + "\n" * (number - text.count("\n")) + line + "\n"
 
 
 def lay_out(folder: Path) -> None:

@@ -30,11 +30,12 @@ def run(folder: Path, titles: list[str]) -> subprocess.CompletedProcess:
 def test_examples_run_and_need_neither_transformers_nor_datasets(tmp_path):
     lay_out(tmp_path)
     titles = [title for title in sections(GUIDE) if title not in {*ELSEWHERE, WITH_DATASETS}]
-    assert len(titles) >= 9
+    assert len(titles) >= 10
     result = run(tmp_path, titles)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
     assert result.stdout.splitlines()[-1].strip() == "== loaded:"
-    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    for made in ("plan.png", "clip.html", "plans"):
+        assert (tmp_path / made).exists(), made
 
 
 def test_the_example_with_datasets_runs(tmp_path):

@@ -31,7 +31,7 @@ from keye.errors import KeyeError, ManifestError, VideoError  # noqa: E402
 from keye.prompt.tokenizer import train_tokenizer  # noqa: E402
 from tests.clips import clip  # noqa: E402
 from tests.docs.examples import lay_out  # noqa: E402
-from tests.docs.examples import run as run_examples
+from tests.docs.examples import run as run_examples  # noqa: E402
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "encoder.md"
 TOKENIZER = train_tokenizer(["What is seen in these videos? A bike. <12.5 seconds>"], 300)
@@ -88,7 +88,8 @@ def question(*sources, image=None) -> list[dict]:
 
 
 def encoder(family: str, **settings) -> SlowFastEncoder:
-    return SlowFastEncoder(**{"max_tokens": 900, "min_tokens_per_frame": 2, "token_side": SIDES[family], **settings})
+    own = {"measure": "patch_l1", "max_tokens": 900, "min_tokens_per_frame": 2, "token_side": SIDES[family]}
+    return SlowFastEncoder(**{**own, **settings})
 
 
 def noise(count: int, height: int = 96, width: int = 128) -> torch.Tensor:

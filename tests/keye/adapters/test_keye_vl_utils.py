@@ -3,6 +3,7 @@
 import base64
 import io
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from keye.errors import KeyeError, ManifestError, VideoError
 from keye.slowfast.budget import size_tokens
 from keye.slowfast.fetch import UrlRules
 from tests.clips import clip
+from tests.keye.slowfast.make import number_of, numbered, write_video
 
 TOKEN = 28 * 28
 
@@ -86,6 +88,17 @@ def test_with_its_sampling_all_is_as_released(name, keys, expected, numbers, rat
     assert values["timestamps"][0].dtype == torch.float32
     assert values["timestamps"][0].tolist() == pytest.approx([number / rate for number in numbers], abs=1e-4)
     assert (*values["height"], *values["width"], *values["fast_height"], *values["fast_width"]) == sizes
+
+
+def test_its_sampling_spreads_over_the_frame_numbers_of_any_clip(tmp_path):
+    times = np.cumsum(np.random.default_rng(2).integers(5, 90, 70)).tolist()
+    path = write_video(tmp_path / "a.mp4", numbered(70), times_ms=times, options={"bf": "3", "crf": "10"})
+    with av.open(str(path)) as container:
+        rate = float(container.streams.video[0].average_rate)
+    _, videos, values = process_vision_info(video(path, fps=4), sampling="index")
+    expected = torch.linspace(0, 69, int(70 / rate * 4)).round().int().tolist()
+    assert [number_of(frame) for frame in videos[0]] == expected
+    assert values["timestamps"][0].tolist() == pytest.approx([number / rate for number in expected])
 
 
 @pytest.mark.parametrize(
