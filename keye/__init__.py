@@ -21,7 +21,12 @@ __all__ = list(_WHERE)
 
 def __getattr__(name: str) -> object:
     if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
+        try:
+            return getattr(importlib.import_module(_WHERE[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            raise ImportError(f"{name} needs transformers, which is not installed: pip install 'keye[model]'") from None
     raise AttributeError(f"module 'keye' has no attribute {name!r}")
 
 

@@ -34,6 +34,15 @@ def test_importing_needs_no_training_packages():
     assert result.returncode == 0, result.stderr
 
 
+def test_without_transformers_the_model_says_what_to_install():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"  # as if it were not installed
+        "import keye; keye.SlowFastEncoder(); keye.KeyeProcessor"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "pip install 'keye[model]'" in result.stderr.splitlines()[-1]
+
+
 def test_slow_frames_sit_at_the_cuts_of_a_real_clip():
     plan = SlowFastEncoder(threshold=0.3, measure="patch_l1", fps=5).plan(clip("bikes.mp4"))
     slow = plan.timestamps[plan.frame_types == 0].tolist()
