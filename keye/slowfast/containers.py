@@ -28,7 +28,11 @@ def open_container(target: str | os.PathLike | BinaryIO, name: str) -> av.contai
     inside = isinstance(target, str | os.PathLike)
     options = {"protocol_whitelist": "file" if inside else "none", "format_whitelist": _FORMATS}
     try:
-        container = av.open(f"file:{Path(target).absolute()}" if inside else target, container_options=options)
+        container = av.open(
+            f"file:{Path(target).absolute()}" if inside else target,
+            container_options=options,
+            metadata_errors="replace",  # titles in unknown encodings
+        )
     except (av.error.FFmpegError, OSError, ValueError, OverflowError, MemoryError) as error:
         if _head(target).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(_PLAYLISTS):
             raise VideoError(f"{name} is a playlist, which only names videos; give the video itself") from error
