@@ -111,6 +111,11 @@ class Decoder:
             raise VideoError(f"no frame of {name}{place} can be decoded{reason}; replace it or encode it again")
         self.size = self._painter.size
 
+    @property
+    def selective(self) -> bool:
+        """Whether no more is decoded than the sampled frames need; it turns False when that has gone wrong."""
+        return self._index is not None
+
     def frames(self) -> Iterator[Frame]:
         """The sampled frames; each call is a new pass over the file and ends the one before.
 
