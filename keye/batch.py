@@ -308,13 +308,13 @@ class _Worker(threading.Thread):
             return "VideoError", f"the process that read it died ({how}); convert the video, or leave it out", ()
 
     def _start(self) -> None:
-        paths = os.pathsep.join(path for path in sys.path if path)
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with self.lock:
             if self.stopped.is_set():
                 raise EOFError
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                [sys.executable, "-P", "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
         with contextlib.suppress(OSError):  # it died already: the question after this finds out
             _send(self.process.stdin, (self.work, str(self.folder)))

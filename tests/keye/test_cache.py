@@ -47,8 +47,13 @@ def same(one, other) -> bool:
     return features and pixels and torch.equal(one.grid_thw, other.grid_thw) and one.plan == other.plan
 
 
-def test_what_comes_back_is_what_went_in(video, cache):
-    encoder = SlowFastEncoder(**TINY)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"policy": "two_stream:slow=1,fast_tokens=4"}, {"policy": "adaptive_budget:share=0.5"}, {"token_side": 32}],
+    ids=lambda more: next(map(str, more.values()), "default"),
+)
+def test_what_comes_back_is_what_went_in(video, cache, more):
+    encoder = SlowFastEncoder(**TINY, **more)
     plain = encoder(video)
     for round_ in range(2):
         assert cache.plan(encoder, video) == plain.plan
