@@ -147,7 +147,7 @@ def bounds(
     max_tokens: int,
     side: int = SIDE,
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) that no slow and no fast frame exceeds if `slow` or more of `frames` frames are slow.
+    """(height, width) that no slow and no fast frame exceeds if `slow` (1 or more) or more of `frames` frames are slow.
 
     For those who must keep frames before all of them have a type. A bound of its own, since one slow frame more does
     not always make `allocate` choose fewer rows: it may choose other columns.
