@@ -249,7 +249,7 @@ class SlowFastEncoder:
         self, source: ImageSource, *, max_tokens: int = 20_480, min_tokens: int = 4
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A still as (pixel_values [N, 3, 14, 14], grid_thw [1, 3]), at most 20,480 tokens by default (report)."""
-        picture = load_image(source)
+        picture = load_image(source, self.urls)
         size = fit_size(*picture.shape[1:], min_tokens, max_tokens, self.token_side)
         return _encode([picture], [size], self.token_side)
 
