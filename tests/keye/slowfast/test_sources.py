@@ -5,6 +5,7 @@ import io
 import os
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -395,12 +396,23 @@ def test_nothing_but_the_file_itself_is_opened(kind, suffix, tmp_path, video, se
 
 def test_the_playlists_would_be_followed_without_the_guard(tmp_path, video):
     # What makes the test above worth something: FFmpeg, left alone, plays the other file.
-    import av
-
     (tmp_path / "segment.mp4").write_bytes(video.read_bytes())
     (tmp_path / "list.mp4").write_text(PLAYLISTS["concat"].format("segment.mp4"))
     with av.open(str(tmp_path / "list.mp4")) as container:
         assert container.format.name == "concat" and next(container.decode(video=0)).width == 96
+
+
+def test_a_title_in_an_unknown_encoding_is_no_reason_to_refuse(video, tmp_path):
+    path = tmp_path / "titled.mkv"
+    with av.open(str(video)) as source, av.open(str(path), "w") as container:
+        container.metadata["title"] = "a film by Bjork"
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    path.write_bytes(path.read_bytes().replace(b"Bjork", b"Bj\xf6rk"))
+    assert numbers(path) == list(range(0, 40, 5))
 
 
 def test_names_that_ffmpeg_reads_as_protocols_and_patterns_are_names(tmp_path, video, monkeypatch):
