@@ -14,6 +14,7 @@ from keye.adapters.keye_vl_utils import extract_vision_info, process_vision_info
 from keye.errors import KeyeError, ManifestError, VideoError
 from keye.slowfast.budget import size_tokens
 from keye.slowfast.fetch import UrlRules
+from keye.slowfast.pathways import Policy, Seen
 from tests.clips import clip
 from tests.keye.slowfast.make import number_of, numbered, write_video
 
@@ -39,6 +40,10 @@ def noise(seed: int, height: int = 200, width: int = 300) -> Image.Image:
 
 def flat(colour) -> Image.Image:
     return Image.new("RGB", (300, 200), colour)
+
+
+def as_frame(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 SEQUENCE = [
@@ -231,12 +236,33 @@ def test_the_budget_holds_where_the_release_exceeds_it():
         assert 0.9 * tokens < cost <= tokens
 
 
+def test_the_limits_of_a_frame_hold():
+    frames = [noise(1, 480, 640), noise(2, 480, 640), *[flat("red").resize((640, 480))] * 3]
+    for fewest, most in ((48, 100), (100, 300), (200, 200)):
+        limits = {"min_pixels": fewest * TOKEN, "max_pixels": most * TOKEN}
+        _, _, values = process_vision_info(video(torch.stack(list(map(as_frame, frames))), **limits))
+        slow = size_tokens((values["height"][0], values["width"][0]))
+        fast = size_tokens((values["fast_height"][0], values["fast_width"][0]))
+        assert fewest <= fast <= max(fewest, 0.3 * slow) and 0.8 * most < slow <= most
+
+
 def test_an_encoder_brings_its_own_decisions():
     encoder = SlowFastEncoder(policy="all_slow", max_tokens=100_000, max_tokens_per_frame=100)
     _, _, values = process_vision_info(video(clip("bikes.mp4")), encoder=encoder)
     assert set(types(values)[0]) == {"0"} and values["height"][0] * values["width"][0] <= 100 * TOKEN
-    _, videos, values = process_vision_info(video(clip("bikes.mp4"), fps=1, max_frames=5), encoder=encoder)
-    assert set(types(values)[0]) == {"0"} and len(videos[0]) == 5
+
+    class Thirds(Policy):
+        """A policy of one's own, which no text stands for."""
+
+        name = "thirds"
+        spec = "thirds"
+
+        def is_slow(self, seen: Seen) -> bool:
+            return seen.index % 3 == 0
+
+    encoder = SlowFastEncoder(policy=Thirds())
+    _, _, values = process_vision_info(video(clip("bikes.mp4"), fps=1, max_frames=5), encoder=encoder)
+    assert types(values) == ["01101"]
 
 
 def test_mistakes_are_said():
