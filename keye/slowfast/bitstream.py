@@ -33,8 +33,7 @@ Reader = Callable[[av.Packet], Nature | None]
 
 def packet_reader(context: av.VideoCodecContext) -> Reader | None:
     """What reads the packets of a stream; None for a codec whose packets are not to be judged."""
-    name = context.codec.canonical_name if hasattr(context.codec, "canonical_name") else context.codec.name
-    name = _DECODERS.get(name, name)
+    name = context.codec.canonical_name  # of the coding, whichever decoder it is
     extradata = context.extradata or b""
     if name == "h264":
         size = (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
@@ -47,10 +46,7 @@ def packet_reader(context: av.VideoCodecContext) -> Reader | None:
     return (lambda packet: Nature(CLEAN)) if context.codec.intra_only else None
 
 
-_DECODERS = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}
-
-
-def _nal_units(data: bytes, size: int) -> Iterator[tuple[int, int]]:
+def _nal_units(data: bytes | memoryview, size: int) -> Iterator[tuple[int, int]]:
     """(start, end) of the NAL units, after lengths of `size` bytes, or after start codes where `size` is 0."""
     at = 0
     while size and at + size < len(data):
@@ -68,7 +64,7 @@ def _nal_units(data: bytes, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _h264(packet: av.Packet, size: int) -> Nature | None:
-    data = bytes(packet)
+    data = memoryview(packet) if size else bytes(packet)
     pictures, reference, restart, sets = 0, False, NO, b""
     for start, end in _nal_units(data, size):
         if end > len(data) or start >= end:
@@ -78,10 +74,10 @@ def _h264(packet: av.Packet, size: int) -> Nature | None:
             pictures += 1
             reference = reference or data[start] & 0x60 != 0
             restart = CLEAN if kind == 5 else restart
-        elif kind == 6 and packet.is_keyframe and restart == NO and _recovers_at_once(data[start + 1 : end]):
+        elif kind == 6 and packet.is_keyframe and restart == NO and _recovers_at_once(bytes(data[start + 1 : end])):
             restart = FLUSH
         elif kind in (7, 8, 13, 15):
-            sets += data[start:end].rstrip(b"\0")
+            sets += bytes(data[start:end]).rstrip(b"\0")
     return Nature(restart, reference, sets=sets) if pictures else None
 
 
@@ -104,7 +100,7 @@ def _recovers_at_once(message: bytes) -> bool:
 
 
 def _hevc(packet: av.Packet, size: int) -> Nature | None:
-    data = bytes(packet)
+    data = memoryview(packet) if size else bytes(packet)
     found: Nature | None = None
     sets = b""
     for start, end in _nal_units(data, size):
@@ -117,7 +113,7 @@ def _hevc(packet: av.Packet, size: int) -> Nature | None:
             restart = CLEAN if kind in (19, 20) else FLUSH if 16 <= kind <= 21 else NO
             found = Nature(restart, kind > 14 or kind % 2 == 1, (data[start + 1] & 7) - 1)
         elif kind in (32, 33, 34):
-            sets += data[start:end].rstrip(b"\0")
+            sets += bytes(data[start:end]).rstrip(b"\0")
     return found and found._replace(sets=sets)
 
 

@@ -1,8 +1,8 @@
 """Which packets of a video stream must be decoded to have the frames on the screen at some times.
 
 One pass over the packets, without decoding, gives the time of every frame; the packets' headers say where decoding can
-begin and what nothing is predicted from. It takes some microseconds per packet and keeps 26 bytes for each, the one
-thing here that grows with a file: 3 MB for an hour.
+begin and what nothing is predicted from. It takes some 10 µs per packet, and keeps 42 bytes for each, the one thing
+here that grows with a file: 4 MB for an hour.
 """
 
 import math

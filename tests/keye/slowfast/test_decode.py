@@ -240,6 +240,24 @@ def test_a_film_cut_at_an_open_group_begins_with_what_can_be_decoded(whole, tmp_
     decoder.close()
 
 
+@pytest.mark.parametrize("name", ["open.mp4", "hevc.mp4", "no_b.mp4"])
+def test_an_edit_list_cuts_frames_off(whole, name):
+    """The frames before the cut are decoded for those after it, but neither shown nor counted."""
+    content = bytearray(whole(name)[0].read_bytes())
+    place = content.find(b"elst") + 12  # duration in milliseconds, first time in the media's time scale
+    length, first = (int.from_bytes(content[at : at + 4], "big") for at in (place, place + 4))
+    scale = content.find(b"mdhd") + 16
+    frame = int.from_bytes(content[scale : scale + 4], "big") // 25
+    content[place : place + 8] = (length - 600).to_bytes(4, "big") + (first + 7 * frame).to_bytes(4, "big")
+    frames, end = decode_all(io.BytesIO(bytes(content)))
+    assert len(frames) == 25
+    for fps in (60.0, 3.0):
+        decoder = opened(io.BytesIO(bytes(content)), fps)
+        compare(decoder, frames, end)
+        assert decoder.selective and not decoder.warnings
+        decoder.close()
+
+
 @pytest.mark.parametrize("name", ["b.mkv", "no_b.mp4", "vp9.webm"])
 def test_missing_and_broken_packets_are_as_decoding_everything(whole, tmp_path, name):
     """Where the index turns out wrong, what has been given stays, and the rest is that of decoding everything."""
