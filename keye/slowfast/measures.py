@@ -6,12 +6,13 @@ go frame by frame: what is computed for one frame fits its cache, and what is co
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from keye.errors import KeyeError
 from keye.slowfast.budget import PATCH, SIDE, fit_size
 from keye.slowfast.colour import rgb_to_hsv, rgb_to_lab
-from keye.slowfast.similarity import patches, register, resize
+from keye.slowfast.similarity import copy, over_threads, patches, register, resize
 
 Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -77,7 +78,7 @@ class PatchCosine:
     cosine is high for almost any two pictures and most cuts pass unseen: kept as the baseline.
 
     Scores are the release's to the bit: a cosine so near 0.7 that the order of additions could decide is computed
-    again in the order of the release. Features are bytes: HSV [3, P, 784] of P patches, then their P float32 norms.
+    again in the order of the release. Features are bytes: HSV [P, 2352] of P patches, a pixel's three together.
     """
 
     name = "patch_cosine"
@@ -87,55 +88,54 @@ class PatchCosine:
     UNSURE = 1e-4  # more than float32 can be off by, over 2352 terms none of which is negative
     BLACK = 0.01
     EPSILON = 1e-8
-    TOGETHER = 128  # patches whose HSV is computed at a time: they fit the cache
+    TOGETHER = 32  # patches at a time on a processor: their float copies fit its cache
 
     def prepare(self, frames: torch.Tensor) -> torch.Tensor:
-        frames = _at_comparison_size(frames)
-        count, _, height, width = frames.shape
-        total, pixels = (height // SIDE) * (width // SIDE), SIDE * SIDE
-        features = frames.new_empty(count, total * (3 * pixels + 4))
-        values, norms = self._parts(features)
-        for frame, hsv, norm in zip(frames, values, norms, strict=True):
-            rgb = frame.view(3, height // SIDE, SIDE, width // SIDE, SIDE).permute(0, 1, 3, 2, 4)
-            rgb = rgb.reshape(3, total, pixels)
-            for start in range(0, total, self.TOGETHER):
-                chunk = slice(start, start + self.TOGETHER)
-                converted = rgb_to_hsv(rgb[:, chunk])
-                hsv[:, chunk] = converted
-                lengths = torch.linalg.vector_norm(converted.float(), dim=-1)
-                torch.linalg.vector_norm(lengths, dim=0, out=norm[chunk])
+        height, width = fit_size(*frames.shape[-2:], 48, 256)
+        rows, columns = height // SIDE, width // SIDE
+        features = frames.new_empty(len(frames), rows * columns, SIDE * SIDE * 3)
+
+        def convert(frame: torch.Tensor, values: torch.Tensor) -> None:
+            pixels = resize(frame[None], (height, width))[0].permute(1, 2, 0)
+            strips = rgb_to_hsv(pixels).view(rows, SIDE, columns, SIDE * 3)
+            copy(strips.transpose(1, 2), values.view(rows, columns, SIDE, SIDE * 3))
+
+        over_threads(convert, frames, features)
         return features
 
     def compare(self, reference: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        values, norms = self._parts(features)
-        reference_values, reference_norms = self._parts(reference)
-        reference_planes = reference_values.float()
-        cosine = torch.cat([self._products(reference_planes, piece) for piece in _pieces(values)])
-        cosine /= (reference_norms * norms).clamp(min=self.EPSILON)
+        products, norms, reference_norms = self._products(reference, features)
+        cosine = products / (reference_norms * norms).clamp(min=self.EPSILON)
         counted = (reference_norms >= self.BLACK) | (norms >= self.BLACK)
         unsure = (((cosine - self.SIMILAR).abs() < self.UNSURE) & counted).any(-1)
         for index in unsure.nonzero().flatten().tolist():
-            cosine[index] = self._released_cosine(reference_values, values[index])
+            cosine[index] = self._released_cosine(reference, features[index])
         similar = ((cosine > self.SIMILAR) & counted).sum(-1).float()
         total = counted.sum(-1).float()
         return torch.where(total > 0, similar / total.clamp(min=1), torch.ones_like(total))
 
-    @staticmethod
-    def _parts(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of features [..., bytes]: the HSV values uint8 [..., 3, P, 784] and the norms float32 [..., P]."""
-        pixels = SIDE * SIDE
-        total = features.shape[-1] // (3 * pixels + 4)
-        values = features[..., : total * 3 * pixels].unflatten(-1, (3, total, pixels))
-        return values, features[..., total * 3 * pixels :].view(torch.float32)
-
-    @staticmethod
-    def _products(reference: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Inner products [T, P] of values uint8 [T, 3, P, 784] with a reference float32 [3, P, 784]."""
-        return sum(values[:, plane].float().mul_(reference[plane]).sum(-1) for plane in range(3))
+    def _products(self, reference: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Inner products with the reference [T, P], norms [T, P] and the reference's norms [P], float32."""
+        if features.device.type != "cpu":
+            values, other = features.float(), reference.float()
+            return (values * other).sum(-1), values.norm(dim=-1), other.norm(dim=-1)
+        # NumPy's inner products need one pass and no second copy, and leave torch's threads asleep.
+        products, norms = np.empty((2, *features.shape[:2]), np.float32)
+        reference_norms = np.empty(len(reference), np.float32)
+        for start in range(0, len(reference), self.TOGETHER):
+            chunk = slice(start, start + self.TOGETHER)
+            other = reference[chunk].numpy().astype(np.float32)
+            np.vecdot(other, other, out=reference_norms[chunk])
+            for frame, product, norm in zip(features.numpy(), products, norms, strict=True):
+                values = frame[chunk].astype(np.float32)
+                np.vecdot(values, other, out=product[chunk])
+                np.vecdot(values, values, out=norm[chunk])
+        return tuple(torch.from_numpy(part) for part in (products, np.sqrt(norms), np.sqrt(reference_norms)))
 
     def _released_cosine(self, reference: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Cosines [P] of HSV uint8 [3, P, 784], with the operations of the release in its order, on the CPU."""
-        first, second = (hsv.cpu().transpose(0, 1).flatten(1).float() for hsv in (reference, values))
+        """Cosines [P] of HSV uint8 [P, 2352], with the operations of the release in its order, on the CPU."""
+        # The release has the three channels of a patch one after the other.
+        first, second = (v.cpu().unflatten(-1, (-1, 3)).transpose(1, 2).flatten(1).float() for v in (reference, values))
         first_norm, second_norm = (torch.norm(v, p=2, dim=-1, keepdim=True) + self.EPSILON for v in (first, second))
         return ((first / first_norm) * (second / second_norm)).sum(dim=-1).to(reference.device)
 

@@ -7,8 +7,11 @@ the package are in `measures` and `change`.
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -64,12 +67,48 @@ def _load_our_own() -> None:
 
 
 def resize(frames: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
-    """Frames [T, 3, H, W] uint8 resized to `size` (height, width) with antialiasing, rounded to uint8."""
+    """Frames [T, 3, H, W] uint8 resized to `size` (height, width) with antialiasing, rounded to uint8.
+
+    On the CPU several frames are spread over the threads that torch may use: its own kernel does one after the other.
+    """
     if tuple(frames.shape[-2:]) == tuple(size):
         return frames
-    # The uint8 kernels are about three times faster on channels-last memory, and give the same bytes.
-    frames = frames.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(frames, size=size, mode=mode, antialias=True, align_corners=False)
+    # The uint8 kernels are about three times faster on channels-last memory, and give the same bytes. Flattened and
+    # unflattened, a single frame has the strides by which torch knows that memory, too.
+    pixels = frames.permute(0, 2, 3, 1).contiguous()
+    frames = pixels.flatten(0, 1).unflatten(0, pixels.shape[:2]).permute(0, 3, 1, 2)
+    if frames.device.type != "cpu" or len(frames) < 2 or torch.get_num_threads() < 2:
+        return F.interpolate(frames, size=size, mode=mode, antialias=True, align_corners=False)
+    resized = frames.new_empty(len(frames), *size, 3)
+
+    def one(frame: torch.Tensor, place: torch.Tensor) -> None:
+        copy(resize(frame[None], size, mode)[0].permute(1, 2, 0), place)
+
+    over_threads(one, frames, resized)
+    return resized.permute(0, 3, 1, 2)
+
+
+def over_threads(work: Callable[..., None], *tensors: torch.Tensor) -> None:
+    """Call `work` for each row of the tensors together, over as many threads as torch may use, on the CPU.
+
+    For kernels that do one frame after the other by themselves. The threads are of this call alone: a pool that outlived
+    it would be missing in a process forked from this one.
+    """
+    threads = min(torch.get_num_threads(), len(tensors[0])) if tensors[0].device.type == "cpu" else 1
+    if threads < 2:
+        for rows in zip(*tensors, strict=True):
+            work(*rows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, *tensors))
+
+
+def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """`target.copy_(source)` in this thread alone, where torch would set all of its threads to work on the CPU."""
+    if target.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)
 
 
 def patches(frames: torch.Tensor, side: int = SIDE) -> torch.Tensor:
