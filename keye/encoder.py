@@ -298,7 +298,7 @@ class SlowFastEncoder:
             source_size=clip.size,
             slow_size=allocation.slow_size,
             fast_size=allocation.fast_size,
-            max_tokens=self.max_tokens,
+            max_tokens=self.max_tokens if decided.max_tokens is None else decided.max_tokens,
             duration=clip.duration,
             settings=self.settings if decided.threshold is None else {**self.settings, "threshold": decided.threshold},
             warnings=(*clip.warnings, *self._thinned(clip), *decided.warnings),

@@ -303,3 +303,8 @@ def test_what_is_kept_serves_and_stays_within_a_multiple_of_the_budget(data, cou
     kept = sum(frame.shape[1] * frame.shape[2] for frame in keeper.frames) / 28**2
     assert kept <= 4 * budget * (1 + np.log(count))  # a box holds all grids that may come
     assert keeper.serve(range(count), sizes)
+
+
+def test_a_policys_own_budget_is_the_plans():
+    plan = SlowFastEncoder(policy="adaptive_budget:tokens=700", measure="patch_l1").plan(clip("bikes.mp4"))
+    assert plan.max_tokens == 700 and plan.tokens <= 700
