@@ -224,6 +224,11 @@ class Worker:
                 self.process.wait()
         self.process.stdout.close()
         self.log.close()
+        for left in KEPT.glob(f"now_{self.process.pid}_*"):  # what a worker that died was reading
+            left.unlink()
+        log = Path(self.log.name)
+        if log.exists() and log.stat().st_size == 0:
+            log.unlink()
 
 
 def _renew(worker: Worker | None, seed: int) -> Worker:
