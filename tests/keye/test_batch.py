@@ -48,13 +48,6 @@ def videos(tmp_path_factory) -> list[Path]:
     return paths
 
 
-@pytest.fixture(scope="module")
-def deadly(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("deadly")
-    heights = (64, 48, 64, 64)
-    return [write_video(folder / f"{i}.mp4", numbered(20, height=height)) for i, height in enumerate(heights)]
-
-
 def children() -> set[int]:
     """Processes that this one started and that are still there."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
@@ -63,20 +56,24 @@ def children() -> set[int]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_in_order_and_failures_at_the_end(videos, workers, tmp_path):
-    encoder = SlowFastEncoder(**TINY)
-    results = encode_many(encoder, videos, workers=workers, cache=tmp_path / "cache")
-    assert [None if plan is None else plan.source for plan in results] == [
-        None if index == 2 else str(path) for index, path in enumerate(videos)
-    ]
-    assert all(plan == encoder.plan(plan.source) for plan in results.succeeded) and len(results) == 6
-    (failure,) = results.failures
+    """A clip that is no video and, where there are workers, one that brings its process down."""
+    encoder = SlowFastEncoder(measure="fatal_in_tests", **TINY)
+    deadly = [write_video(tmp_path / "deadly.mp4", numbered(20, height=48))] if workers else []
+    results = encode_many(encoder, [*videos, *deadly, videos[1]], workers=workers, cache=tmp_path / "cache")
+    names = [*map(str, videos), *[None for _ in deadly], str(videos[1])]
+    names[2] = None
+    assert [plan and plan.source for plan in results] == names
+    assert all(plan == encoder.plan(plan.source) for plan in results.succeeded) and len(results.succeeded) == 6
+    failure, *died = results.failures
     assert (failure.index, failure.source, failure.kind) == (2, str(videos[2]), "VideoError")
     with pytest.raises(VideoError) as alone:
         encoder.plan(videos[2])
     assert failure.reason == str(alone.value)
+    assert [(one.index, one.source, "SIGSEGV" in one.reason) for one in died] == [(6, str(one), True) for one in deadly]
     lines = results.summary().splitlines()
-    assert lines[0].startswith("5 of 6 videos") and f"{sum(plan.tokens for plan in results.succeeded):,}" in lines[0]
-    assert len(lines) == 2 and str(videos[2]) in lines[1]
+    assert lines[0].startswith(f"6 of {len(names)} videos")
+    assert f" {sum(plan.tokens for plan in results.succeeded):,} tokens" in lines[0]
+    assert len(lines) == 2 + len(deadly) and str(videos[2]) in lines[1]
     assert not children()
 
 
@@ -93,12 +90,6 @@ def test_pixels_and_features_from_workers_equal_those_made_here(videos, tmp_path
         assert torch.equal(video.grid_thw, plain.grid_thw) and video.plan == plain.plan
     assert cache.hits + cache.misses == 5 and cache.misses >= 4
     assert len(list(cache.directory.glob("frames/*/*"))) == cache.misses - (cache.misses == 5)
-
-
-def test_a_worker_that_dies_costs_one_clip(deadly):
-    results = encode_many(SlowFastEncoder(measure=Fatal(), **TINY), deadly, workers=2)
-    assert [plan is None for plan in results] == [False, True, False, False]
-    assert len(results.failures) == 1 and "SIGSEGV" in results.failures[0].reason
 
 
 def test_raise_stops_at_the_first(videos):
@@ -148,6 +139,7 @@ print(encode_many(SlowFastEncoder(measure=Fatal()), sys.argv[1:], workers=2, pro
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_everything(tmp_path):
     videos = [write_video(tmp_path / f"{i}.mp4", numbered(10, height=80 if i else 64)) for i in range(10)]
     command = [sys.executable, "-c", SCRIPT, *map(str, videos)]
