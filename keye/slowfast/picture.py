@@ -38,7 +38,8 @@ class Painter:
         see_through = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
         if any(part.bits < 8 for part in frame.format.components):  # which FFmpeg spreads to 8 bits only this way
             frame = self._convert(frame, width, height, "rgb24")
-        # Planes are converted to and copied faster than interleaved colours, and are what the measures want.
+        # FFmpeg converts to planes faster than to interleaved colours, more than 8 bits also more exactly (0.3 of a
+        # level instead of 1.5), and planes are what the measures want.
         shown = self._convert(frame, width, height, "gbrap" if see_through else "gbrp")
         green, blue, red, *alpha = (_rows(plane)[:height, :width] for plane in shown.planes)
         pixels = np.stack([red, green, blue])

@@ -46,7 +46,7 @@ def decode_all(path: Path) -> tuple[list[Decoded], float]:
         for frame in container.decode(stream):
             first = frame.pts if first is None else first
             seconds = len(found) / rate if frame.pts is None else float((frame.pts - first) * frame.time_base)
-            found.append((seconds, _digest(frame.to_ndarray(format="rgb24"))))
+            found.append((seconds, _digest(frame.to_ndarray(format="gbrp"))))
             end = seconds + (float(frame.duration * frame.time_base) if frame.duration else 1 / rate)
             if len(found) == WHOLE:
                 break
