@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from keye.slowfast.pathways import known_policies
 from keye.slowfast.similarity import known_measures
 from tests.docs.examples import lay_out, sections
@@ -38,6 +40,7 @@ def test_examples_run_and_need_neither_transformers_nor_datasets(tmp_path):
         assert (tmp_path / made).exists(), made
 
 
+@pytest.mark.slow
 def test_the_example_with_datasets_runs(tmp_path):
     lay_out(tmp_path)
     result = run(tmp_path, [WITH_DATASETS])

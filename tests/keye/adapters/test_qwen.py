@@ -85,6 +85,7 @@ def test_an_unknown_mode_is_said():
         visual_tokens(plan_of([0]), "frames")
 
 
+@pytest.mark.slow
 def test_on_processors_and_models_of_transformers():
     folder = fetch_torchvision()
     if folder is None:
