@@ -5,8 +5,6 @@ many (`compare`). `register` adds your own under a name that recipes and the com
 the package are in `measures` and `change`.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -60,9 +58,8 @@ def get_measure(name: str) -> Measure:
 def _load_our_own() -> None:
     """Import the modules whose measures register themselves; they import this one, hence not at the top."""
     yours = dict(_MEASURES)
-    for module in ("keye.slowfast.measures", "keye.slowfast.change"):
-        if importlib.util.find_spec(module):
-            importlib.import_module(module)
+    from keye.slowfast import change, measures  # noqa: F401
+
     _MEASURES.update(yours)  # a name you took before stays yours
 
 
@@ -91,8 +88,8 @@ def resize(frames: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") 
 def over_threads(work: Callable[..., None], *tensors: torch.Tensor) -> None:
     """Call `work` for each row of the tensors together, over as many threads as torch may use, on the CPU.
 
-    For kernels that do one frame after the other by themselves. The threads are of this call alone: a pool that outlived
-    it would be missing in a process forked from this one.
+    For kernels that do one frame after the other by themselves. The threads are of this call alone: a pool that
+    outlived it would be missing in a process forked from this one.
     """
     threads = min(torch.get_num_threads(), len(tensors[0])) if tensors[0].device.type == "cpu" else 1
     if threads < 2:
