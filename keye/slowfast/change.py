@@ -132,13 +132,18 @@ class Change:
         left = (luminance.abs() - allowed).clamp(min=0)
         left = left + self.COLOUR * (colour - allowed).clamp(min=0).sum(1, keepdim=True)
         # Over 2x2 cells: what is connected stays, a lone cell loses three quarters.
-        left = F.avg_pool2d(F.pad(left, (0, 1, 0, 1), mode="replicate").mul(16).round(), 2, stride=1) / 16
+        left = F.pad(left, (0, 1, 0, 1), mode="replicate").mul(16).round()
+        left = left[..., 1:, :] + left[..., :-1, :]
+        left = (left[..., 1:] + left[..., :-1]) / 64
         # A line on blank paper is all there is to see there; the same difference amid texture is not. 3x3 cells.
-        busy = F.max_pool2d(torch.minimum(*slopes), 3, stride=1, padding=1)
+        busy = F.pad(torch.minimum(*slopes), (1, 1, 1, 1), mode="replicate")
+        busy = torch.maximum(torch.maximum(busy[..., 1:-1, :], busy[..., :-2, :]), busy[..., 2:, :])
+        busy = torch.maximum(torch.maximum(busy[..., 1:-1], busy[..., :-2]), busy[..., 2:])
         wholly = (self.CHANGED + self.BUSY * busy).clamp(max=self.CHANGED_MAX)
         changed = ((left - self.SAME) / (wholly - self.SAME)).clamp(0, 1).mul(255).round()
-        places = F.avg_pool2d(changed, PER_TOKEN, stride=PER_TOKEN // 2)
-        return places.flatten(1).mul(PER_TOKEN**2).round().long()
+        halves = _sums(changed, PER_TOKEN // 2)
+        halves = halves[..., 1:, :] + halves[..., :-1, :]
+        return (halves[..., 1:] + halves[..., :-1]).flatten(1).long()
 
     def whole(self, lit: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """The global change [T] in [0, 1] from the first frame in the second's light [T, 3, h, w] to the second."""
@@ -150,7 +155,13 @@ class Change:
 
 def tokens(cells: torch.Tensor) -> torch.Tensor:
     """Means over tokens [T, C, P] of cells [T, C, h, w]."""
-    return F.avg_pool2d(cells, PER_TOKEN).flatten(2)
+    return (_sums(cells, PER_TOKEN) / PER_TOKEN**2).flatten(2)
+
+
+def _sums(cells: torch.Tensor, side: int) -> torch.Tensor:
+    """Sums over squares of `side` cells; adding slices is several times faster than pooling."""
+    rows = sum(cells[..., i::side, :] for i in range(1, side)) + cells[..., ::side, :]
+    return sum(rows[..., i::side] for i in range(1, side)) + rows[..., ::side]
 
 
 def _correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -171,9 +182,9 @@ def _contrast(grey: torch.Tensor) -> torch.Tensor:
 
 def _histogram(cells: torch.Tensor) -> torch.Tensor:
     """Counts [T, 128] of the colours of cells [T, 3, h, w] 0-255: eight steps of luminance, four by four of colour."""
-    red, green, blue = cells.long().unbind(1)
+    red, green, blue = cells.int().unbind(1)
     luminance = (77 * red + 150 * green + 29 * blue) >> 8
     blueness, redness = ((blue - luminance + 128) >> 6).clamp(0, 3), ((red - luminance + 128) >> 6).clamp(0, 3)
-    bins = ((luminance >> 5) * 16 + blueness * 4 + redness).flatten(1)
+    bins = ((luminance >> 5) * 16 + blueness * 4 + redness).flatten(1).long()
     counts = torch.zeros(len(cells), 128, dtype=torch.long, device=cells.device)
     return counts.scatter_add_(1, bins, torch.ones_like(bins))
