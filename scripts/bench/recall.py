@@ -35,7 +35,8 @@ from keye.slowfast.video import open_clip  # noqa: E402
 from scripts.bench.corpus import film, film_cuts, real_clips  # noqa: E402
 from scripts.bench.recall_claims import claims, tables  # noqa: E402
 from scripts.bench.record import QUICK_OUT, arguments, markdown, out_of, save  # noqa: E402
-from scripts.bench.scenes import HELD_OUT_SEEDS, TUNING_SEEDS, Scene, Span, reel, scenes  # noqa: E402
+from scripts.bench.reel import reel  # noqa: E402
+from scripts.bench.scenes import HELD_OUT_SEEDS, TUNING_SEEDS, Scene, Span, scenes  # noqa: E402
 
 FPS = 2.0
 WITHIN = 0.75  # seconds after a change

@@ -1,9 +1,9 @@
 """Clips drawn with exact ground truth: when the picture really changes, and when only light, noise or coding does.
 
-Twelve kinds of ten-second clips at 640x360 over the photographs inside scikit-image, coded as H.264: cuts, dissolves,
+Thirteen kinds of ten-second clips at 640x360 over the photographs inside scikit-image, coded as H.264: cuts, dissolves,
 slides and screencasts that grow line by line, small walkers and objects before a still background; and what must not
 count: light, sensor noise, flicker of low bit rates, fades, a trembling camera. Seeds and photographs are split: tune
-a measure on `TUNING_SEEDS` only, report `HELD_OUT_SEEDS`. A reel strings shots of real clips together.
+a measure on `TUNING_SEEDS` only, report `HELD_OUT_SEEDS`.
 Run it to render all: `python scripts/bench/scenes.py`.
 """
 
@@ -23,7 +23,6 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from scipy import ndimage  # noqa: E402
 
 from keye.errors import run  # noqa: E402
-from keye.slowfast.video import open_clip  # noqa: E402
 from keye.world.render import write_mp4  # noqa: E402
 from scripts.bench.corpus import FOLDER, locked  # noqa: E402
 
@@ -386,45 +385,6 @@ def scene(kind: str, seed: int) -> Scene:
 def scenes(seeds: Sequence[int], kinds: Sequence[str] = tuple(KINDS)) -> list[Scene]:
     """The clips of all kinds and of the given seeds."""
     return [scene(kind, seed) for seed in seeds for kind in kinds]
-
-
-def reel(name: str, sources: Sequence[tuple[Path, float, float]], shots: int, seed: int) -> Scene:
-    """`shots` pieces of 1.5 to 5 seconds cut out of (path, from, to seconds) in a drawn order, at 640x360, 10 fps.
-
-    Neighbours are from different sources or at least four seconds apart in one. Times of cuts are exact.
-    """
-    folder = FOLDER / "scenes"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{shots}-{seed}.mp4"
-    record = path.with_suffix(".json")
-    with locked(str(path)):
-        if not (path.is_file() and record.is_file()):
-            draw = np.random.default_rng(seed)
-            stock = [[f for f in _small_frames(p) if start <= f[0] < end] for p, start, end in sources]
-            weights = np.array([len(frames) for frames in stock], float) ** 0.5
-            frames: list[np.ndarray] = []
-            cuts: list[float] = []
-            last = (-1, 0)
-            while len(cuts) < shots:
-                pick = int(draw.choice(len(stock), p=weights / weights.sum()))
-                count = min(int(draw.integers(15, 51)), len(stock[pick]))
-                at = int(draw.integers(0, len(stock[pick]) - count + 1))
-                if pick == last[0] and abs(at - last[1]) < 4 * FPS + count:
-                    continue
-                last = (pick, at)
-                cuts.append(len(frames) / FPS)
-                frames += [pixels for _, pixels in stock[pick][at : at + count]]
-            write_mp4(path, frames, FPS, 26)
-            spans = [asdict(Span("cut", time, time)) for time in cuts[1:]]
-            record.write_text(json.dumps({"events": spans}, indent=1) + "\n")
-    return Scene(name, path, [Span(**span) for span in json.loads(record.read_text())["events"]])
-
-
-def _small_frames(path: Path) -> list[tuple[float, np.ndarray]]:
-    """The (time, pixels [HEIGHT, WIDTH, 3]) of a clip at 10 frames a second, stretched to the reel's shape."""
-    with open_clip(str(path), FPS, 1 << 20) as clip:
-        size = (WIDTH, HEIGHT)
-        return [(f.time, np.asarray(Image.fromarray(f.pixels.permute(1, 2, 0).numpy()).resize(size))) for f in clip]
 
 
 def main() -> None:
