@@ -22,7 +22,7 @@ from keye.errors import VideoError
 from keye.slowfast.ahead import Ahead
 from keye.slowfast.bitstream import FLUSH
 from keye.slowfast.containers import reopen
-from keye.slowfast.index import TOLERANCE, Index, Plan, read_index
+from keye.slowfast.index import TOLERANCE, Index, Plan, packets_of, read_index
 from keye.slowfast.picture import Painter
 
 _SMALL = 320 * 240  # pixels
@@ -149,7 +149,9 @@ class Decoder:
         """The timestamp of the first frame that comes out of the decoder."""
         self._rewind()
         try:
-            return next((frame.pts for packet in self.container.demux(self.stream) for frame in packet.decode()), None)
+            return next(
+                (frame.pts for packet in packets_of(self.container, self.stream) for frame in packet.decode()), None
+            )
         except (av.error.FFmpegError, EOFError):
             return None
 
@@ -182,7 +184,7 @@ class Decoder:
         self._rewind()
         stream = self.stream  # rewinding may have opened the file anew
         try:
-            for packet in self.container.demux(stream):
+            for packet in packets_of(self.container, stream):
                 if packet.pts is not None:
                     ends.append(packet.pts + (packet.duration or 0))
         except av.error.FFmpegError:  # a damaged file: what was read before it is all that is known
@@ -236,11 +238,11 @@ class Decoder:
 
     def _decoded(self, times: Sequence[float]) -> Iterator[Decoded]:
         """The frame on the screen at each of the times: by the index, and by decoding everything once that fails."""
-        given = -1.0
+        count, given = 0, -1.0
         if self._index is not None:
             try:
                 for decoded in self._planned(self._index, times):
-                    given = decoded[1]
+                    count, given = decoded[0] + 1, decoded[1]
                     yield decoded
                 self._end = self._index.end
                 return
@@ -248,9 +250,11 @@ class Decoder:
                 self._index = None
         if self._halt.is_set():
             return
-        for decoded in self._showing(times):
-            if decoded[1] > given:
-                yield decoded
+        for number, time, frame in self._showing(times):
+            if time > given:
+                count = max(count, number)  # the index counted frames that do not exist
+                yield count, time, frame
+                count += 1
 
     def _planned(self, index: Index, times: Sequence[float]) -> Iterator[Decoded]:
         """The frames on the screen at the times, decoding no more than they need; _Unexpected if that goes wrong."""
@@ -297,7 +301,7 @@ class Decoder:
     def _packets(self, index: Index) -> Iterator[tuple[int, av.Packet]]:
         """(number, packet) from where the container is; _Unexpected unless they are as in the index."""
         number = None
-        for packet in self.container.demux(self.stream):
+        for packet in packets_of(self.container, self.stream):
             if self._halt.is_set() or packet.pts is None:
                 return
             if number is None:
@@ -332,8 +336,9 @@ class Decoder:
         first: int | None = None
         index = 0
         latest = -1 / self.rate
-        packets = self.container.demux(self.stream)
+        packets = packets_of(self.container, self.stream)
         while not self._halt.is_set() and self._broken < _MOST_BROKEN:
+            packet = None
             try:
                 packet = next(packets)
                 frames = packet.decode()
@@ -342,6 +347,8 @@ class Decoder:
             except av.error.FFmpegError as error:
                 self._broken += 1
                 self._reason = error.strerror
+                if packet is None:  # reading failed, which ended the iterator; what comes after may be whole
+                    packets = packets_of(self.container, self.stream)
                 continue
             for frame in frames:
                 self._broken += bool(frame.is_corrupt)

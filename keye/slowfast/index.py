@@ -7,7 +7,7 @@ here that grows with a file: 4 MB for an hour.
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import av
@@ -91,6 +91,20 @@ class Plan:
     fresh: frozenset[int]
 
 
+def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of a stream from where the container is, and an empty one at the end of the file.
+
+    PyAV stumbles over packets of streams that appear on the way, in damaged or joined transport streams; they are not
+    of this stream and are passed over.
+    """
+    while True:
+        try:
+            yield from container.demux(stream)
+            return
+        except IndexError:
+            continue
+
+
 def read_index(container: av.container.InputContainer, stream: av.VideoStream, rate: float) -> Index | None:
     """The index of a stream, from its first packet on; None when only decoding can tell what is in it.
 
@@ -106,7 +120,7 @@ def read_index(container: av.container.InputContainer, stream: av.VideoStream, r
     restarts, layers, flags = array("b"), array("b"), array("b")
     sets, last, length = None, -math.inf, 0
     try:
-        for packet in container.demux(stream):
+        for packet in packets_of(container, stream):
             if packet.size == 0 and packet.pts is None and packet.dts is None:
                 continue  # the end
             odd = packet.size == 0 or packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata")
