@@ -247,9 +247,9 @@ class Decoder:
                 self._end = self._index.end
                 return
             except (_Unexpected, av.error.FFmpegError, EOFError):
+                if self._halt.is_set():  # nothing is wrong with the file; nobody reads on
+                    return
                 self._index = None
-        if self._halt.is_set():
-            return
         for number, time, frame in self._showing(times):
             if time > given:
                 count = max(count, number)  # the index counted frames that do not exist
