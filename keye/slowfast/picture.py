@@ -38,13 +38,20 @@ class Painter:
         see_through = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
         if any(part.bits < 8 for part in frame.format.components):  # which FFmpeg spreads to 8 bits only this way
             frame = self._convert(frame, width, height, "rgb24")
-        # FFmpeg converts to planes faster than to interleaved colours, more than 8 bits also more exactly (0.3 of a
-        # level instead of 1.5), and planes are what the measures want.
-        shown = self._convert(frame, width, height, "gbrap" if see_through else "gbrp")
-        green, blue, red, *alpha = (_rows(plane)[:height, :width] for plane in shown.planes)
-        pixels = np.stack([red, green, blue])
-        if see_through:
-            pixels = _on_white(pixels, alpha[0])
+        deep = any(part.bits > 8 for part in frame.format.components)
+        if see_through or deep or width % 32 == 0:
+            # FFmpeg converts to planes faster than to interleaved colours, more than 8 bits also more exactly (0.3 of
+            # a level instead of 1.5), and planes are what the measures want.
+            shown = self._convert(frame, width, height, "gbrap" if see_through else "gbrp")
+            green, blue, red, *alpha = (_rows(plane)[:height, :width] for plane in shown.planes)
+            pixels = np.stack([red, green, blue])
+            if see_through:
+                pixels = _on_white(pixels, alpha[0])
+        else:
+            # Its fast way from 8-bit yuv420p to planes leaves the last columns of other widths unwritten.
+            (plane,) = self._convert(frame, width, height, "rgb24").planes
+            rows = _rows(plane)[:height, : 3 * width].reshape(height, width, 3)
+            pixels = np.ascontiguousarray(rows.transpose(2, 0, 1))
         if turns:
             pixels = np.ascontiguousarray(np.rot90(pixels, turns, axes=(1, 2)))
         return torch.from_numpy(pixels)
