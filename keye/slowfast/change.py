@@ -34,7 +34,7 @@ class Change:
     """
 
     name = "change"
-    threshold = 0.87
+    threshold = 0.85
 
     GLOBAL = 0.5  # weight of the global change
     REACH = 2  # cells that a camera's move is followed
