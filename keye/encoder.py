@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
@@ -16,7 +17,7 @@ from keye.slowfast.image import ImageSource, load_image
 from keye.slowfast.keep import Keeper
 from keye.slowfast.pathways import SLOW, Limits, Policy, Walk, get_policy
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.similarity import Measure, get_measure, patches, resize
+from keye.slowfast.similarity import Measure, beside_decoding, get_measure, patches, resize
 from keye.slowfast.video import Clip, Frame, Source, open_clip
 
 if TYPE_CHECKING:
@@ -277,14 +278,15 @@ class SlowFastEncoder:
         limits = self._limits(clip.size)
         walk = Walk(self.measure, self.policy, limits)
         indices, times = [], []
-        for batch in _batches(clip):
-            pixels = torch.stack([frame.pixels for frame in batch])
-            types, _ = walk.step(pixels)
-            indices += [frame.index for frame in batch]
-            times += [frame.time for frame in batch]
-            if keeper is not None:
-                keeper.add(pixels, types)
-        decided = walk.finish()
+        with nullcontext() if hasattr(self.measure, "attach") else beside_decoding():  # a tower takes all threads
+            for batch in _batches(clip):
+                pixels = torch.stack([frame.pixels for frame in batch])
+                types, _ = walk.step(pixels)
+                indices += [frame.index for frame in batch]
+                times += [frame.time for frame in batch]
+                if keeper is not None:
+                    keeper.add(pixels, types)
+            decided = walk.finish()
         slow = decided.types.count(SLOW)
         allocation = limits.allocate(
             slow, len(decided.types) - slow, fast_tokens=self.policy.fast_tokens, max_tokens=decided.max_tokens

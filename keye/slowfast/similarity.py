@@ -5,8 +5,9 @@ many (`compare`). `register` adds your own under a name that recipes and the com
 the package are in `measures` and `change`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -74,7 +75,7 @@ def resize(frames: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") 
     # unflattened, a single frame has the strides by which torch knows that memory, too.
     pixels = frames.permute(0, 2, 3, 1).contiguous()
     frames = pixels.flatten(0, 1).unflatten(0, pixels.shape[:2]).permute(0, 3, 1, 2)
-    if frames.device.type != "cpu" or len(frames) < 2 or torch.get_num_threads() < 2:
+    if frames.device.type != "cpu" or len(frames) < 2 or allowed_threads() < 2:
         return F.interpolate(frames, size=size, mode=mode, antialias=True, align_corners=False)
     resized = frames.new_empty(len(frames), *size, 3)
 
@@ -85,13 +86,41 @@ def resize(frames: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") 
     return resized.permute(0, 3, 1, 2)
 
 
+_threads: int | None = None  # what torch may use, while `beside_decoding` takes all but one from it
+
+
+@contextmanager
+def beside_decoding() -> Iterator[None]:
+    """Let torch's operations here run in one thread each; `over_threads` goes on to use all that torch may.
+
+    Threads that decode video want the same cores. Those of torch wait for one another by spinning, so that an operation
+    on a small tensor, which they share out as well, takes milliseconds instead of microseconds.
+    """
+    global _threads
+    if _threads is not None:
+        yield
+        return
+    _threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_threads)
+        _threads = None
+
+
+def allowed_threads() -> int:
+    """How many threads the work on frames may be spread over."""
+    return _threads or torch.get_num_threads()
+
+
 def over_threads(work: Callable[..., None], *tensors: torch.Tensor) -> None:
     """Call `work` for each row of the tensors together, over as many threads as torch may use, on the CPU.
 
     For kernels that do one frame after the other by themselves. The threads are of this call alone: a pool that
     outlived it would be missing in a process forked from this one.
     """
-    threads = min(torch.get_num_threads(), len(tensors[0])) if tensors[0].device.type == "cpu" else 1
+    threads = min(allowed_threads(), len(tensors[0])) if tensors[0].device.type == "cpu" else 1
     if threads < 2:
         for rows in zip(*tensors, strict=True):
             work(*rows)
