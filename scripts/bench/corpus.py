@@ -8,6 +8,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -230,18 +231,20 @@ def _unpack(archive: Path, member: str, target: Path) -> None:
         raise CorpusError(f"{archive.name} holds no readable {member} ({error}); its clips are left out") from error
 
 
-def film(seconds: int, bframes: bool, size: tuple[int, int] = (720, 1280)) -> Path:
+def film(seconds: int, bframes: bool, size: tuple[int, int] = (720, 1280), coloured: bool = True) -> Path:
     """A long H.264 film (25 fps, about 2 Mbit/s at 720p, a key frame at least every 250) of `size` (height, width).
 
     Made once of the animated trailer: pieces of 1.5 to 9 seconds in a drawn order, each cropped, mirrored and coloured
-    in its own way, so that no stretch comes twice. Beyond ten minutes the ten-minute film follows itself, its packets
-    copied. `film_cuts` tells where the pieces meet. Raises CorpusError without the trailer.
+    in its own way, so that no stretch comes twice. coloured=False leaves the hues alone, as a film's palette is: a
+    recoloured shot is a gift to a measure that looks at hue. Beyond ten minutes the ten-minute film follows itself, its
+    packets copied. `film_cuts` tells where the pieces meet. Raises CorpusError without the trailer.
     """
     folder = FOLDER / "films"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{seconds}s-{size[0]}p-{'bframes' if bframes else 'plain'}.mp4"
+    kind = ("bframes" if bframes else "plain") + ("" if coloured else "-natural")
+    path = folder / f"{seconds}s-{size[0]}p-{kind}.mp4"
     if seconds > LONGEST:
-        part = film(LONGEST, bframes, size)
+        part = film(LONGEST, bframes, size, coloured)
         with locked(path.name):
             if not path.is_file():
                 _repeat(part, path, -(-seconds // LONGEST))
@@ -249,16 +252,27 @@ def film(seconds: int, bframes: bool, size: tuple[int, int] = (720, 1280)) -> Pa
     with locked(path.name):
         if not path.is_file():
             paths = real_clips([FILMED])
-            render(paths[FILMED], path, seconds, bframes, size)
+            render(paths[FILMED], path, seconds, bframes, size, coloured)
     return path
 
 
-def film_cuts(path: Path) -> list[float]:
-    """The times (seconds, ascending) at which pieces of a rendered film meet."""
-    return [piece["time"] for piece in json.loads(path.with_suffix(".json").read_text())["pieces"]][1:]
+def film_cuts(path: Path, inside: Sequence[float] = ()) -> list[float]:
+    """The times (seconds, ascending) of a rendered film's cuts: where pieces meet, and the source's own `inside` them.
+
+    inside: times in seconds of the source's cuts.
+    """
+    pieces = json.loads(path.with_suffix(".json").read_text())["pieces"]
+    ends = [piece["time"] for piece in pieces[1:]] + [math.inf]
+    own = [
+        piece["time"] + cut - piece["start"]
+        for piece, end in zip(pieces, ends, strict=True)
+        for cut in inside
+        if piece["start"] < cut < piece["start"] + min(piece["seconds"], end - piece["time"])
+    ]
+    return sorted([*ends[:-1], *own])
 
 
-def render(source: Path, path: Path, seconds: int, bframes: bool, size: tuple[int, int]) -> None:
+def render(source: Path, path: Path, seconds: int, bframes: bool, size: tuple[int, int], coloured: bool = True) -> None:
     """Write a film of drawn pieces of `source` to `path`, and beside it, as JSON, where they are from."""
     draw = random.Random(SEED)
     total = round(seconds * RATE)
@@ -277,6 +291,8 @@ def render(source: Path, path: Path, seconds: int, bframes: bool, size: tuple[in
             task = progress.add_task(f"rendering {path.name}", total=total)
             while written < total:
                 piece = _draw_piece(draw, length, pieces[-1] if pieces else None)
+                if not coloured:
+                    piece |= {"hue": 0.0, "saturation": 1.0}
                 pieces.append({"time": written / RATE, **piece})
                 for frame in _play(clip, piece, size):
                     frame.pts, frame.time_base = written, Fraction(1, RATE)
