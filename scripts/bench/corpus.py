@@ -256,20 +256,21 @@ def film(seconds: int, bframes: bool, size: tuple[int, int] = (720, 1280), colou
     return path
 
 
-def film_cuts(path: Path, inside: Sequence[float] = ()) -> list[float]:
-    """The times (seconds, ascending) of a rendered film's cuts: where pieces meet, and the source's own `inside` them.
+def film_cuts(path: Path) -> list[float]:
+    """The times (seconds, ascending) at which pieces of a rendered film meet."""
+    return [piece["time"] for piece in json.loads(path.with_suffix(".json").read_text())["pieces"]][1:]
 
-    inside: times in seconds of the source's cuts.
-    """
+
+def film_times(path: Path, moments: Sequence[float]) -> list[float]:
+    """When (seconds, ascending) a rendered film shows the given moments (seconds) of the clip it is made of."""
     pieces = json.loads(path.with_suffix(".json").read_text())["pieces"]
     ends = [piece["time"] for piece in pieces[1:]] + [math.inf]
-    own = [
-        piece["time"] + cut - piece["start"]
+    return [
+        piece["time"] + moment - piece["start"]
         for piece, end in zip(pieces, ends, strict=True)
-        for cut in inside
-        if piece["start"] < cut < piece["start"] + min(piece["seconds"], end - piece["time"])
+        for moment in sorted(moments)
+        if piece["start"] < moment < piece["start"] + min(piece["seconds"], end - piece["time"])
     ]
-    return sorted([*ends[:-1], *own])
 
 
 def render(source: Path, path: Path, seconds: int, bframes: bool, size: tuple[int, int], coloured: bool = True) -> None:

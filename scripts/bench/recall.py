@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from keye.errors import run  # noqa: E402
 from keye.slowfast.similarity import Measure, get_measure  # noqa: E402
 from keye.slowfast.video import open_clip  # noqa: E402
-from scripts.bench.corpus import film, film_cuts, real_clips  # noqa: E402
+from scripts.bench.corpus import film, film_cuts, film_times, real_clips  # noqa: E402
 from scripts.bench.recall_claims import claims, tables  # noqa: E402
 from scripts.bench.record import QUICK_OUT, arguments, markdown, out_of, save  # noqa: E402
 from scripts.bench.reel import reel  # noqa: E402
@@ -62,21 +62,20 @@ def _at(kind: str, *times: float, last: float = 0.0) -> list[Span]:
     return [Span(kind, time, time + last) for time in times]
 
 
+# Hard cuts are the jumps between consecutive frames, looked at one by one. Gradual changes of the trailer begin when
+# half of the new picture shows and end when it is all there.
+TRAILER = [
+    *_at("cut", 24.71, 36.0, 37.5, 41.17, 43.71),
+    *_at("fade", 0.6, 10.3, 14.4, 32.4, 47.1, last=0.5),
+    *_at("fade", 52.17),
+]
 REAL = {
-    # Hard cuts are the jumps between consecutive frames, looked at one by one. Gradual changes of the trailer begin
-    # when half of the new picture shows and end when it is all there.
     "tuning": {
         "bikes.mp4": _at("cut", 1.20, 3.04, 5.48, 7.48, 9.68),
         "display-dual-monitors.webm": _at("cut", 1.0, 3.27, 35.67),
         "a.mp4": _at("text", 1.95, 5.0, last=0.35),
     },
-    "held-out": {
-        "trailer_bbb.mp4": [
-            *_at("cut", 24.71, 36.0, 37.5, 41.17, 43.71),
-            *_at("fade", 0.6, 10.3, 14.4, 32.4, 47.1, last=0.5),
-            *_at("fade", 52.17),
-        ],
-    },
+    "held-out": {"trailer_bbb.mp4": TRAILER},
 }
 # People who enter or leave the still view of vtest.avi: where a patch of at least 500 pixels that differs by more than
 # 35 from the median of all frames touches the border and none did within 80 pixels and 1.5 s before; each of the 23
@@ -127,8 +126,7 @@ def clips(split: str, long: bool = True) -> Iterator[Sampled]:
     if long:
         yield _sampled(_reel(split, paths))
     if long and split == "held-out" and "trailer_bbb.mp4" in paths:
-        path = film(600, bframes=False, size=(360, 640))
-        yield _sampled(Scene("film of the trailer", path, _at("cut", *film_cuts(path))))
+        yield _sampled(_film())
 
 
 def _reel(split: str, paths: dict[str, Path]) -> Scene:
@@ -144,6 +142,14 @@ def _reel(split: str, paths: dict[str, Path]) -> Scene:
     }[split]  # fmt: skip
     sources = [(paths[name], start, end) for name, start, end in pieces if name in paths]
     return reel(f"reel {split}", sources, 120, seed=7)
+
+
+def _film() -> Scene:
+    """Ten minutes of animation in its own hues: cuts where its pieces meet, and those (and the fades) inside them."""
+    path = film(600, bframes=False, size=(360, 640), coloured=False)
+    cuts = sorted([*film_cuts(path), *film_times(path, [span.start for span in TRAILER if span.kind == "cut"])])
+    fades = film_times(path, [span.start for span in TRAILER if span.kind == "fade"])
+    return Scene("film of the trailer", path, [*_at("cut", *cuts), *_at("fade", *fades, last=0.5)])
 
 
 def _sampled(scene: Scene) -> Sampled:

@@ -306,3 +306,9 @@ def test_every_part_has_a_script_with_the_common_options():
         command = [sys.executable, str(encoder.HERE / f"{part}.py"), "--help"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "--quick" in shown and "--out" in shown, part
+
+
+def test_where_a_film_shows_a_moment_of_its_source(tmp_path):
+    pieces = [{"time": 0.0, "start": 10.0, "seconds": 4.0}, {"time": 4.0, "start": 2.0, "seconds": 9.0}]
+    (tmp_path / "film.json").write_text(json.dumps({"pieces": pieces}))
+    assert corpus.film_times(tmp_path / "film.mp4", [10.5, 3.0, 20.0]) == [0.5, 5.0, 12.5]
