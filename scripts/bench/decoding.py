@@ -134,7 +134,7 @@ def ratios(found: dict[str, list[tuple[float, float]]], name: str) -> tuple[floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = arguments(__doc__, "python scripts/bench/decoding.py my.mp4 other.webm --out /tmp/here")
+    parser = arguments(__doc__, "python scripts/bench/decoding.py my.mp4 other.webm --out runs/bench")
     parser.add_argument("clips", nargs="*", type=Path, help="clips to take (the real clips, and two films for speed)")
     args = parser.parse_args(argv)
     began = time.perf_counter()
