@@ -19,10 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import KeyeError, run  # noqa: E402
-from scripts.bench.corpus import film  # noqa: E402
+from scripts.bench.corpus import FOLDER, film  # noqa: E402
 from scripts.bench.record import Claim, Table, arguments, out_of, save  # noqa: E402
 from scripts.bench.released import load_released  # noqa: E402
 
+KEPT = FOLDER / "plan-rounds.jsonl"
 BARE = ("bare AUTO", "bare FRAME", "bare SLICE")
 NAMES = {
     "ours": "our plan, default settings",
@@ -97,8 +98,15 @@ def work(name: str, path: Path) -> None:
     print(json.dumps({"seconds": seconds, "cpu": cpu, "imports_mb": before, "peak_mb": peak_mb(), **figures}))
 
 
-def measure(name: str, path: Path) -> dict:
-    """One contender on one film in a fresh process: seconds, CPU seconds, MB at the peak, and its figures."""
+def measure(name: str, path: Path, turn: int = 0) -> dict:
+    """One contender on one film in a fresh process: seconds, CPU seconds, MB at the peak, and its figures.
+
+    What was measured is kept in `KEPT` as it comes; there a bench that was stopped finds it again (`--resume`).
+    """
+    known = [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.is_file() else []
+    for one in known:
+        if (one["name"], one["film"], one["turn"]) == (name, path.name, turn):
+            return one
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--film", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -106,6 +114,8 @@ def measure(name: str, path: Path) -> dict:
         raise KeyeError(f"{NAMES[name]} failed on {path.name} ({last}); run this again")
     found = json.loads(result.stdout.strip().splitlines()[-1])
     print(f"  {path.name:24} {NAMES[name]:40} {found['seconds']:7.1f} s {found['peak_mb']:7.0f} MB", flush=True)
+    with KEPT.open("a") as file:
+        file.write(json.dumps({"name": name, "film": path.name, "turn": turn, **found}) + "\n")
     return found
 
 
@@ -120,7 +130,7 @@ class Race:
             once = [*names, *(["released"] if turn < released_rounds else [])]
             # Each round starts elsewhere, so that no contender always comes after the same one.
             for name in once[turn % len(once) :] + once[: turn % len(once)]:
-                self.rounds.setdefault(name, []).append(measure(name, path))
+                self.rounds.setdefault(name, []).append(measure(name, path, turn))
         self.rounds["encode"] = [measure("encode", path)]
 
     def seconds(self, name: str) -> list[float]:
@@ -148,7 +158,17 @@ class Race:
             cpu = statistics.median(turn["cpu"] for turn in turns)
             figures = [turns[-1].get(key, "") for key in ("frames", "slow", "tokens", "decoded")]
             median = f"{statistics.median(seconds):.1f}"
-            found.append((NAMES[name], len(turns), median, spread, f"{cpu:.1f}", f"{self.peak(name):.0f}", *figures))
+            found.append(
+                (
+                    NAMES[name],
+                    len(turns),
+                    median,
+                    spread,
+                    f"{cpu:.1f}",
+                    f"{self.peak(name):.0f}",
+                    *figures,
+                )
+            )
         return found
 
 
@@ -210,6 +230,8 @@ def hour_claims(hours: dict[str, dict], short: Race) -> list[Claim]:
 def bench(args: argparse.Namespace) -> None:
     """Race on both films, then plan the long one, and write the results."""
     began = time.monotonic()
+    if not args.resume:
+        KEPT.unlink(missing_ok=True)
     seconds, size, minutes = (12, (180, 320), "12-second") if args.quick else (600, (720, 1280), "10-minute 720p")
     load_released()
     races = {}
@@ -239,6 +261,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of ours and of bare decoding (default 3)")
     parser.add_argument("--released-rounds", type=int, default=2, help="of them with the release (default 2)")
+    parser.add_argument("--resume", action="store_true", help="go on with what a stopped bench had measured")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--film", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
