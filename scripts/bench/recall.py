@@ -303,9 +303,9 @@ NOTES = [
     "`wasted`: the share of the frames at which only a nuisance happens that were made slow.",
     "A clip of 20 frames with five changes has two slow frames at 10 %, the first among them: no measure can see more"
     " than one change there.",
-    "The reel and the film set shots side by side that have little to do with each other, so that most colours change at"
-    " their cuts: the release sees about three quarters of them there, and twice its recall cannot be had. A long film"
-    " that is cut within one palette was not found in any package.",
+    "The reel and the film set shots side by side that have little to do with each other, so that most colours change"
+    " at their cuts: the release sees about three quarters of them there, and twice its recall cannot be had. A long"
+    " film that is cut within one palette was not found in any package.",
 ]
 
 
