@@ -192,7 +192,7 @@ def test_a_race_takes_turns_and_its_ratios_are_medians_of_rounds(monkeypatch):
     }
     order = []
 
-    def measured(name, path):
+    def measured(name, path, turn=0):
         order.append(name)
         mb = 1500 if name == "ours released" else 200
         return {"seconds": seconds[name][order.count(name) - 1], "cpu": 1.0, "peak_mb": mb}
