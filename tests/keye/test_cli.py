@@ -46,9 +46,9 @@ def test_a_folder_goes_on_after_a_bad_video(tmp_path, capsys):
 
 
 def test_a_row_for_every_video_and_what_is_written(tmp_path, capsys):
-    for folder in ("one", "two"):
+    for folder, count in (("one", 40), ("two", 41)):  # the same content would be in the cache for whoever comes second
         (tmp_path / folder).mkdir()
-        write_video(tmp_path / folder / "clip.mp4", numbered(40))
+        write_video(tmp_path / folder / "clip.mp4", numbered(count))
     (tmp_path / "one" / "bad.mp4").write_text("text")
     command = ["encode", str(tmp_path / "one"), str(tmp_path / "two"), "--cache", str(tmp_path / "cache")]
     command += ["--num-frames", "4", "--start", "0:00.5", "--frames", "--html", str(tmp_path / "pages")]
