@@ -23,7 +23,6 @@ from scripts.bench.corpus import FOLDER, film  # noqa: E402
 from scripts.bench.record import Claim, Table, arguments, out_of, save  # noqa: E402
 from scripts.bench.released import load_released  # noqa: E402
 
-KEPT = FOLDER / "plan-rounds.jsonl"
 BARE = ("bare AUTO", "bare FRAME", "bare SLICE")
 NAMES = {
     "ours": "our plan, default settings",
@@ -101,11 +100,12 @@ def work(name: str, path: Path) -> None:
 def measure(name: str, path: Path, turn: int = 0) -> dict:
     """One contender on one film in a fresh process: seconds, CPU seconds, MB at the peak, and its figures.
 
-    What was measured is kept in `KEPT` as it comes; there a bench that was stopped finds it again (`--resume`).
+    What was measured is kept as it comes; there a bench that was stopped finds it again (`--resume`).
     """
-    known = [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.is_file() else []
+    kept = rounds_of(path)
+    known = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
     for one in known:
-        if (one["name"], one["film"], one["turn"]) == (name, path.name, turn):
+        if (one["name"], one["turn"]) == (name, turn):
             return one
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, "--film", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -114,9 +114,15 @@ def measure(name: str, path: Path, turn: int = 0) -> dict:
         raise KeyeError(f"{NAMES[name]} failed on {path.name} ({last}); run this again")
     found = json.loads(result.stdout.strip().splitlines()[-1])
     print(f"  {path.name:24} {NAMES[name]:40} {found['seconds']:7.1f} s {found['peak_mb']:7.0f} MB", flush=True)
-    with KEPT.open("a") as file:
-        file.write(json.dumps({"name": name, "film": path.name, "turn": turn, **found}) + "\n")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.open("a") as file:
+        file.write(json.dumps({"name": name, "turn": turn, **found}) + "\n")
     return found
+
+
+def rounds_of(path: Path) -> Path:
+    """Where the rounds of a film are kept."""
+    return FOLDER / "rounds" / f"{path.stem}.jsonl"
 
 
 class Race:
@@ -230,18 +236,20 @@ def hour_claims(hours: dict[str, dict], short: Race) -> list[Claim]:
 def bench(args: argparse.Namespace) -> None:
     """Race on both films, then plan the long one, and write the results."""
     began = time.monotonic()
-    if not args.resume:
-        KEPT.unlink(missing_ok=True)
     seconds, size, minutes = (12, (180, 320), "12-second") if args.quick else (600, (720, 1280), "10-minute 720p")
     load_released()
+    long = film(seconds * 6, False, size)
+    films = {bframes: film(seconds, bframes, size) for bframes in (False, True)}
+    if not args.resume:
+        for path in (*films.values(), long):
+            rounds_of(path).unlink(missing_ok=True)
     races = {}
     claims: list[Claim] = []
     tables: list[Table] = []
-    for bframes in (False, True):
-        race = races[bframes] = Race(film(seconds, bframes, size), args.rounds, args.released_rounds)
+    for bframes in films:
+        race = races[bframes] = Race(films[bframes], args.rounds, args.released_rounds)
         claims += claims_of(race, bframes, minutes)
         tables.append(Table(f"{minutes} film {'with' if bframes else 'without'} B-frames", COLUMNS, race.rows()))
-    long = film(seconds * 6, False, size)
     hours = {name: measure(name, long) for name in ("ours", "ours released")}
     claims += hour_claims(hours, races[False])
     keys = ("seconds", "cpu", "peak_mb", "frames", "slow", "tokens")
