@@ -1,11 +1,14 @@
 """Items made in a background thread, a few ahead of their reader."""
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
+_open: "weakref.WeakSet[Ahead]" = weakref.WeakSet()
 
 
 class Ahead(Iterator[Item]):
@@ -21,6 +24,7 @@ class Ahead(Iterator[Item]):
         self._done = False
         self._thread = threading.Thread(target=_make, args=(items, self._queue, halt), daemon=True, name="keye-decode")
         self._thread.start()
+        _open.add(self)
 
     def __next__(self) -> Item:
         if self._done:
@@ -36,6 +40,7 @@ class Ahead(Iterator[Item]):
     def close(self) -> None:
         self._done = True
         self._halt.set()
+        _open.discard(self)
         while self._thread.is_alive():
             try:  # a thread that waits for room in the queue
                 self._queue.get_nowait()
@@ -57,3 +62,10 @@ def _make(items: Iterator[Item], made: queue.Queue, halt: threading.Event) -> No
     except BaseException as error:
         problem = error
     made.put((None, problem, False))
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is inside the decoder while the interpreter ends would abort the process."""
+    for ahead in list(_open):
+        ahead.close()

@@ -37,6 +37,7 @@ class Loader:
         self._state = stream.state_dict() if stream is not None else {}
         self._queue: queue.Queue[Any] | None = None
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
 
     @property
     def _reads(self) -> bool:
@@ -65,7 +66,8 @@ class Loader:
 
     def _start(self) -> None:
         self._queue, self._stop = queue.Queue(self.ahead), threading.Event()
-        threading.Thread(target=self._work, args=(self._queue, self._stop), daemon=True).start()
+        self._thread = threading.Thread(target=self._work, args=(self._queue, self._stop), daemon=True)
+        self._thread.start()
 
     def _work(self, out: "queue.Queue[Any]", stop: threading.Event) -> None:
         while not stop.is_set():
@@ -83,8 +85,10 @@ class Loader:
                 return
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread and wait for it: one that is decoding while the interpreter ends would abort the process."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch that was handed out."""

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -297,6 +299,22 @@ def test_loader_hands_on_what_its_thread_raises_and_stops():
     with pytest.raises(KeyeError, match="the reason"):
         loader.next()
     loader.close()
+
+
+def test_closed_loader_has_no_thread_left():
+    """A thread that is in the decoder while the interpreter ends aborts the process."""
+
+    class Slow(Packs):
+        def next(self) -> dict[str, Any]:
+            time.sleep(0.3)
+            return super().next()
+
+    grid, before = Grid(0, 1, 1, None), set(threading.enumerate())
+    loader = Loader(Slow([{"a": 1}] * 9, grid), lambda row: row, grid)
+    loader.next()
+    assert set(threading.enumerate()) - before
+    loader.close()
+    assert not set(threading.enumerate()) - before
 
 
 def test_loader_state_is_that_of_what_was_handed_out(manifest):

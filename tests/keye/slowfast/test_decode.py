@@ -2,6 +2,8 @@
 
 import gc
 import io
+import subprocess
+import sys
 import threading
 import weakref
 from fractions import Fraction
@@ -482,3 +484,20 @@ def test_torn_and_bitten_files_never_hang(whole):
             assert ascending(frames)
             assert all(tuple(frame.pixels.shape[1:]) == decoder.size for frame in frames)
             decoder.close()
+
+
+def test_threads_have_ended_when_the_interpreter_does():
+    """Handlers run last in, first out: the one of this script sees what those of the package have left."""
+    script = """
+import atexit, threading, time
+atexit.register(lambda: print([t.name for t in threading.enumerate()]))
+from keye.slowfast.ahead import Ahead
+def items():
+    while True:
+        time.sleep(0.1)
+        yield 1
+kept = Ahead(items(), 2, threading.Event())
+print(next(kept))
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stdout.split("\n")[:2]) == (0, ["1", "['MainThread']"]), told.stderr
