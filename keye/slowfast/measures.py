@@ -110,9 +110,10 @@ class PatchCosine:
         products, norms, reference_norms = self._products(reference, features)
         cosine = products / (reference_norms * norms).clamp(min=self.EPSILON)
         counted = (reference_norms >= self.BLACK) | (norms >= self.BLACK)
-        unsure = (((cosine - self.SIMILAR).abs() < self.UNSURE) & counted).any(-1)
-        for index in unsure.nonzero().flatten().tolist():
-            cosine[index] = self._released_cosine(reference, features[index])
+        unsure = ((cosine - self.SIMILAR).abs() < self.UNSURE) & counted
+        if unsure.any():
+            frame, patch = unsure.nonzero(as_tuple=True)
+            cosine[frame, patch] = self._released_cosine(reference[patch], features[frame, patch])
         similar = ((cosine > self.SIMILAR) & counted).sum(-1).float()
         total = counted.sum(-1).float()
         return torch.where(total > 0, similar / total.clamp(min=1), torch.ones_like(total))
