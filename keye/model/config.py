@@ -32,7 +32,8 @@ class KeyeConfig(PreTrainedConfig):
     """Configuration of `KeyeForConditionalGeneration`.
 
     `text_config` is any transformers decoder config (Qwen3 by default), the ids are those of the placeholders that
-    visual features replace.
+    visual features replace. `attention` names the kernel of packed attention, in the tower and in packed rows of the
+    decoder: "auto" or one of `keye.model.attention.BACKENDS`.
     """
 
     model_type = "KeyeVL1_5"
@@ -45,6 +46,7 @@ class KeyeConfig(PreTrainedConfig):
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     tie_word_embeddings: bool = False
+    attention: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, PreTrainedConfig):
