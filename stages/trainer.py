@@ -67,6 +67,7 @@ class Trainer:
                 self._skip()
             self.engine.step()
             total += value if finite else 0.0
+        not_finite += self._overflowed()
         self.bad = self.bad + 1 if not_finite else 0
         if self.bad > MAX_BAD_STEPS:
             raise KeyeError(f"{self.stage.name}: the loss was not finite {self.bad} times in a row; lower its lr")
@@ -74,6 +75,7 @@ class Trainer:
         # Signals reach the ranks at different times; asked together, all stop after the same step.
         self.stopping = float(sum_over_ranks(self._scalar(self.asked_to_stop))) > 0
         kinds = _add_counts([batch["kinds"] for batch in batches], self.grid)
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
         seconds, tokens = time.perf_counter() - started, sum(kinds.values())
         return {
             "step": self.step,
@@ -81,7 +83,7 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "lr": lr,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "grad_norm": norm if math.isfinite(norm) else None,  # JSON knows no infinity
             "seconds": seconds,
             "stall_seconds": self.loader.stalled - stalled,
             "not_finite": not_finite,
@@ -96,6 +98,16 @@ class Trainer:
         """Let the optimizer's next step move nothing; the schedule sets the rate anew afterwards."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 0.0
+
+    def _overflowed(self) -> bool:
+        """Whether the engine left the step out because a gradient was not finite though every loss was.
+
+        It leaves out the schedule's step with it, which is made up for here.
+        """
+        overflowed = bool(getattr(self.engine.optimizer, "overflow", False))
+        if overflowed:
+            self.engine.lr_scheduler.step()
+        return overflowed
 
     @staticmethod
     def _scalar(value: float) -> Tensor:
@@ -139,7 +151,8 @@ class Trainer:
                     with metrics.open("a") as out:
                         out.write(json.dumps(values) + "\n")
                     for name, value in values.items():
-                        board.add_scalar(name, value, self.step)
+                        if value is not None:
+                            board.add_scalar(name, value, self.step)
                 state = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
                 bar.update(task, completed=self.step, state=state)
                 every = max(1, self.recipe.steps // 10)

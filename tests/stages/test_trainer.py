@@ -234,6 +234,35 @@ class NotFinite(Multitask):
         return loss * float("nan") if self.calls in self.bad else loss
 
 
+class Explodes(NotFinite):
+    """The loss is finite, but the gradient of some calls is not: that of a root at 0."""
+
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+        self.calls += 1
+        loss = Multitask.loss(self, module, batch, grid)
+        return loss + (loss * 0).sqrt() if self.calls in self.bad else loss
+
+
+def explodes(manifest: Path, folder: Path) -> tuple[list[dict[str, Any]], bool, bool]:
+    deep.start(threads=1)
+    trainer, model = trainer_of(Explodes, manifest, folder)
+    trainer.stage.bad = (3,)  # the second batch of step 2
+    values, before = [trainer.train_step()], parameters(model)
+    values.append(trainer.train_step())
+    same = all(torch.equal(value, before[name]) for name, value in parameters(model).items())
+    values.append(trainer.train_step())
+    trainer.loader.close()
+    return values, same, all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted(manifest, tmp_path):
+    values, same, finite = run_distributed(explodes, 1, 110, manifest, tmp_path / "run")[0]
+    assert [value["not_finite"] for value in values] == [0, 1, 0] and same and finite
+    assert all(torch.isfinite(torch.tensor(value["loss"])) for value in values)
+    steps = [values[i + 1]["lr"] != values[i]["lr"] for i in range(2)]
+    assert steps == [True, True]  # the schedule goes on
+
+
 def not_finite(manifest: Path, folder: Path) -> dict[str, Any]:
     deep.start(threads=1)
     trainer, model = trainer_of(NotFinite, manifest, folder)
