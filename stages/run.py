@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from stages.vision import Vision
 
 KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
+WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 
 
 def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
@@ -70,9 +72,9 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
     unknown = set(recipe.processor.image) - {"min_tokens", "max_tokens"}
     if unknown:
         raise RecipeError(f"processor.image: unknown key {min(unknown)}; it takes min_tokens and max_tokens")
-    before = recipe.stages[: recipe.stages.index(only)] if only is not None else []
-    if before and not (run / before[-1] / DONE).exists():
-        raise CheckpointError(f"{run / before[-1]} is not finished; run the stage {before[-1]} before {only}")
+    earlier = before(recipe, only) if only is not None else []
+    if earlier and not (run / earlier[-1] / DONE).exists():
+        raise CheckpointError(f"{run / earlier[-1]} is not finished; run the stage {earlier[-1]} before {only}")
     check_finished(recipe, run, only)
     world = dist.get_world_size()
     for name in recipe.stages:
@@ -85,17 +87,36 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
 
 
 def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
-    """CheckpointError when a stage that would be passed over was trained with another recipe than this one."""
+    """CheckpointError when a stage that would be passed over is not what this recipe and run would make.
+
+    That is one trained with another recipe, or one that began from weights that the stage before it no longer has.
+    """
     for name in recipe.stages:
         if only in (None, name) and (run / name / DONE).exists():
-            trained = json.loads((run / name / DONE).read_text()).get("recipe")
-            told = stage_table(getattr(recipe, name))
+            done = json.loads((run / name / DONE).read_text())
+            trained, told = done.get("recipe"), stage_table(getattr(recipe, name))
             changed = [key for key in told if trained is not None and trained.get(key) != told[key]]
             if changed:
                 raise CheckpointError(
                     f"{name} was finished with {changed[0]} = {trained.get(changed[0])!r}, but the recipe says "
                     f"{told[changed[0]]!r}; remove {run / name} to train it again, or take another --run"
                 )
+            if done.get("start") != made(recipe, run, name):
+                raise CheckpointError(
+                    f"{name} was trained from other weights than {run / before(recipe, name)[-1]} has now; remove "
+                    f"{run / name} to train it again, or take another --run"
+                )
+
+
+def before(recipe: Recipe, name: str) -> list[str]:
+    """The stages of a recipe that come before one of them."""
+    return recipe.stages[: recipe.stages.index(name)]
+
+
+def made(recipe: Recipe, run: Path, name: str) -> str | None:
+    """What tells apart the weights that stage `name` begins with: the mark that the stage before left, if any."""
+    marks = [run / stage / DONE for stage in before(recipe, name)[-1:]]
+    return json.loads(marks[0].read_text()).get("made") if marks and marks[0].exists() else None
 
 
 def stage_table(told: StageRecipe) -> dict[str, object]:
@@ -128,16 +149,22 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     if dist.get_rank() == 0:
         model.save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
-        done = {"steps": told.steps, "skipped": len(quarantine.rows()), "recipe": stage_table(told)}
+        done = {
+            "steps": told.steps,
+            "skipped": len(quarantine.rows()),
+            "recipe": stage_table(told),
+            "made": uuid.uuid4().hex,
+            "start": made(recipe, run, name),
+        }
         (folder / DONE).write_text(json.dumps(done) + "\n")
     dist.barrier()
 
 
 def load_model(name: str, recipe: Recipe, run: Path, processor: KeyeProcessor) -> KeyeForConditionalGeneration:
     """The model of the stage before, or the recipe's own for the first."""
-    before = recipe.stages[: recipe.stages.index(name)]
-    if before:
-        path = run / before[-1] / "model"
+    earlier = before(recipe, name)
+    if earlier:
+        path = run / earlier[-1] / "model"
     elif recipe.model.path:
         path = Path(recipe.model.path)
     else:
@@ -165,12 +192,22 @@ def make_processor(recipe: Recipe, told: StageRecipe, run: Path) -> KeyeProcesso
 
 
 def prepare_world(recipe: Recipe, run: Path) -> None:
-    """Draw the recipe's SlowFastWorld unless it is there."""
+    """Draw the recipe's SlowFastWorld unless it is there; CheckpointError when another one is."""
     world = recipe.data.world
     if world is None:
         return
     from keye.world import generate
 
+    told, record = json.loads(json.dumps(dataclasses.asdict(world))), run / "world" / WORLD
+    found = json.loads(record.read_text()) if record.exists() else told
+    changed = [key for key in told if found.get(key) != told[key]]
+    if changed:
+        raise CheckpointError(
+            f"{run / 'world'} was drawn with {changed[0]} = {found.get(changed[0])!r}, but data.world says "
+            f"{told[changed[0]]!r}; take another --run, or remove {run} to begin anew"
+        )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(told) + "\n")
     settings = dict(world.settings)
     if "size" in settings:
         settings["size"] = tuple(settings["size"])

@@ -1,6 +1,7 @@
 """A whole run: all stages from one recipe; what is finished is passed over, unless the recipe says something else."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,27 @@ def test_finished_stage_with_another_recipe_is_named_with_the_mend(run, recipe):
     assert said.startswith("alignment was finished with steps = 2, but the recipe says 3; remove ")
     assert str(run / "alignment") in said and "another --run" in said
     assert written(run) == before and (run / "recipe.toml").read_text() == told
+
+
+def test_another_world_than_the_one_that_was_drawn_is_named(run, recipe):
+    before = written(run)
+    with pytest.raises(KeyeError, match=r"world was drawn with seed = 0, but data\.world says 1; take another --run"):
+        run_distributed(go, 1, 100, recipe, run, ["data.world.seed=1"], None)
+    assert written(run) == before
+
+
+def test_stage_after_one_that_was_trained_again_is_named(alone, run, recipe, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    check(load(recipe), again, None)
+    done = json.loads((again / "alignment" / "stage.json").read_text())
+    (again / "alignment" / "stage.json").write_text(json.dumps({**done, "made": "anew"}))
+    with pytest.raises(KeyeError, match="annealing was trained from other weights than .*alignment has now; remove "):
+        check(load(recipe), again, None)
+    check(load(recipe), again, "alignment")
+    shutil.rmtree(again / "alignment")  # to be trained again, which the annealing would not follow
+    with pytest.raises(KeyeError, match="annealing was trained from other weights than"):
+        check(load(recipe), again, None)
 
 
 def test_stage_before_must_be_there(alone, recipe, tmp_path):
