@@ -44,26 +44,25 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-def vision_tables(grid_thw: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[N, 1, head_dim]` of every patch's (row, column), frames in raster order.
+def vision_tables(row: Tensor, column: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[N, 1, head_dim]` float32 of patches at `row`, `column` `[N]` of their frames.
 
     A quarter of the head turns with the row, a quarter with the column, and the half is repeated, as in
-    the release (36 + 36 of 72). grid_thw: `[F, 3]` rows (1, h, w) in patches.
+    the release (36 + 36 of 72).
     """
-    row, column, _ = block_coordinates(grid_thw[:, 1] * grid_thw[:, 0], grid_thw[:, 2])
-    frequency = theta ** -(torch.arange(0, head_dim // 2, 2, device=grid_thw.device).float() / (head_dim // 2))
+    frequency = theta ** -(torch.arange(0, head_dim // 2, 2, device=row.device).float() / (head_dim // 2))
     angle = torch.cat((row[:, None] * frequency, column[:, None] * frequency), dim=-1)
-    angle = torch.cat((angle, angle), dim=-1)[:, None]
-    return angle.cos(), angle.sin()
+    return tuple(torch.cat((half, half), dim=-1)[:, None] for half in (angle.cos(), angle.sin()))
 
 
-def block_coordinates(heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def block_coordinates(heights: Tensor, widths: Tensor, total: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Row, column and block number of every cell of blocks laid one after another in raster order.
 
-    heights, widths: `[F]`. Returns three LongTensors `[sum(heights * widths)]`.
+    heights, widths: `[F]`. total: sum(heights * widths) where it is known, which spares a GPU the wait for it.
+    Returns three LongTensors `[total]`.
     """
     sizes = heights * widths
-    block = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    block = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=total)
     offset = torch.arange(len(block), device=sizes.device) - (sizes.cumsum(0) - sizes)[block]
     width = widths[block]
     return offset // width, offset % width, block

@@ -5,6 +5,7 @@ frame is a segment of its own (as in the release).
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,21 @@ from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
 
 
+class Places(NamedTuple):
+    """Where every patch of a packed batch stands: LongTensors `[N]`, its frame's sides and its place in it."""
+
+    row: Tensor
+    column: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def places_of(frames: Tensor, total: int) -> Places:
+    """frames: `[F, 2]` sides in patches, `total` patches in raster order."""
+    row, column, frame = block_coordinates(frames[:, 0], frames[:, 1], total)
+    return Places(row, column, frames[frame, 0], frames[frame, 1])
+
+
 class VisionEmbeddings(nn.Module):
     """Patches → vectors, plus the learned position table read bilinearly at the frame's own size."""
 
@@ -25,20 +41,31 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
         self.position_embedding = nn.Embedding(self.grid**2, config.hidden_size)
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """pixel_values `[N, 3, P, P]`, grid_thw `[F, 3]` → `[N, width]`."""
+    def forward(self, pixel_values: Tensor, places: Places) -> Tensor:
+        """pixel_values `[N, 3, P, P]` → `[N, width]`; positions are added in float32."""
         weight = self.patch_embedding.weight
         patches = F.linear(pixel_values.flatten(1).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
-        table = self.position_embedding.weight.T.unflatten(1, (self.grid, self.grid))[None].float()
-        sizes = [tuple(row) for row in grid_thw.tolist()]
-        positions = {size: self._interpolate(table, size) for size in set(sizes)}
-        return patches + torch.cat([positions[size] for size in sizes]).to(patches.dtype)
+        return (patches + self.positions(places)).to(patches.dtype)
 
-    @staticmethod
-    def _interpolate(table: Tensor, size: tuple[int, int, int]) -> Tensor:
-        frames, height, width = size
-        resized = F.interpolate(table, (height, width), mode="bilinear", align_corners=False)
-        return resized[0].flatten(1).T.repeat(frames, 1)
+    def positions(self, places: Places) -> Tensor:
+        """The table read bilinearly (`align_corners=False`) at every patch: `[N, width]` float32.
+
+        One call for frames of any number of sizes: the four neighbours of a patch are one weighted bag of rows.
+        """
+        top, bottom, down = self._between(places.row, places.height)
+        left, right, along = self._between(places.column, places.width)
+        above, below = top * self.grid, bottom * self.grid
+        cells = torch.stack((above + left, above + right, below + left, below + right), dim=1)
+        weights = torch.stack(((1 - down) * (1 - along), (1 - down) * along, down * (1 - along), down * along), dim=1)
+        table = self.position_embedding.weight.float()
+        return F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
+
+    def _between(self, cell: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The two cells of the table that the centre of cell `cell` of `count` lies between, and how far along."""
+        # In whole numbers up to the last division, so that a side of `grid` cells falls on the table exactly.
+        place = ((2 * cell + 1) * self.grid - count).clamp(min=0)
+        first = place // (2 * count)
+        return first, (first + 1).clamp(max=self.grid - 1), (place % (2 * count)).float() / (2 * count)
 
 
 class VisionAttention(nn.Module):
@@ -103,13 +130,14 @@ class KeyeVisionModel(nn.Module):
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`."""
-        x = self.embeddings(pixel_values, grid_thw)
-        sizes = (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])
-        cu_seqlens = F.pad(sizes.cumsum(0), (1, 0))
-        heads = self.config.num_attention_heads
+        frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
+        places = places_of(frames, len(pixel_values))
+        cu_seqlens = F.pad(frames.prod(dim=1).cumsum(0), (1, 0))
+        x = self.embeddings(pixel_values, places)
         tables = None
         if self.config.rotary:
-            tables = vision_tables(grid_thw, self.config.hidden_size // heads, self.config.rope_theta)
+            head_dim = self.config.hidden_size // self.config.num_attention_heads
+            tables = vision_tables(places.row, places.column, head_dim, self.config.rope_theta)
         for layer in self.encoder.layers:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, cu_seqlens, tables, use_reentrant=False)
@@ -130,14 +158,17 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor, grid_thw: Tensor) -> Tensor:
         """features `[N, width]` → `[N / 4, hidden]`, in raster order of the merged grid."""
-        merged = features[merge_order(grid_thw)].flatten(1)
+        merged = features[merge_order(grid_thw, len(features))].flatten(1)
         return self.linear_2(F.gelu(self.linear_1(self.pre_norm(merged))))
 
 
-def merge_order(grid_thw: Tensor) -> Tensor:
-    """Indices `[N / 4, 4]` of the patches of every 2×2 square: top-left, top-right, bottom-left, bottom-right."""
+def merge_order(grid_thw: Tensor, total: int | None = None) -> Tensor:
+    """Indices `[N / 4, 4]` of the patches of every 2×2 square: top-left, top-right, bottom-left, bottom-right.
+
+    total: N where it is known, which spares a GPU the wait for it.
+    """
     heights, widths = grid_thw[:, 0] * grid_thw[:, 1], grid_thw[:, 2]
-    row, column, block = block_coordinates(heights // 2, widths // 2)
+    row, column, block = block_coordinates(heights // 2, widths // 2, None if total is None else total // 4)
     first = ((heights * widths).cumsum(0) - heights * widths)[block]
     corner = first + 2 * row * widths[block] + 2 * column
     return torch.stack((corner, corner + 1, corner + widths[block], corner + widths[block] + 1), dim=1)
