@@ -1,0 +1,83 @@
+"""How many floating-point operations a forward pass takes, from the config and the sizes alone.
+
+A multiplication and an addition are two. What grows with the number of tokens (`linear`: every matrix product with a
+weight) is kept apart from what grows with the square of a segment (`quadratic`: scores and their products with the
+values, for the pairs that may see one another). Norms, activations and rotations are left out, as is usual: they are
+under a hundredth. A training step takes three times as many, whatever is recomputed on the way.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+TRAINING = 3  # forward, gradients of the activations, gradients of the weights
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a forward pass that grow with the tokens, and with the square of each segment."""
+
+    linear: int = 0
+    quadratic: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.quadratic
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.linear + other.linear, self.quadratic + other.quadratic)
+
+
+def attention_pairs(lengths: Iterable[int], causal: bool) -> int:
+    """Pairs of a query and a key that see one another inside segments of these lengths."""
+    return sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
+
+
+def tower_layers(vision: Any, patches: Iterable[int]) -> Flops:
+    """The tower's layers (a KeyeVisionConfig) over frames of so many patches each."""
+    patches = list(patches)
+    width = vision.hidden_size
+    weights = 4 * width * width + 2 * width * vision.intermediate_size
+    layers = vision.num_hidden_layers
+    return Flops(2 * sum(patches) * weights * layers, 4 * width * attention_pairs(patches, causal=False) * layers)
+
+
+def tower(vision: Any, frames: Iterable[tuple[int, int]]) -> Flops:
+    """The whole tower over frames of (height, width) patches: patch embedding and layers."""
+    patches = [height * width for height, width in frames]
+    embedding = 2 * sum(patches) * 3 * vision.patch_size**2 * vision.hidden_size
+    return Flops(embedding) + tower_layers(vision, patches)
+
+
+def projector(vision_width: int, hidden_size: int, patches: int) -> Flops:
+    """2×2 patches → one token: two linear layers on a quarter of the patches."""
+    merged = 4 * vision_width
+    return Flops(2 * (patches // 4) * (merged * merged + merged * hidden_size))
+
+
+def decoder(text: Any, lengths: Iterable[int]) -> Flops:
+    """The decoder's layers (a transformers config with gated MLPs) over documents of these lengths, packed or not."""
+    lengths = list(lengths)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    weights = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    layers = text.num_hidden_layers
+    return Flops(2 * sum(lengths) * weights * layers, 4 * queries * attention_pairs(lengths, causal=True) * layers)
+
+
+def head(text: Any, rows: int) -> Flops:
+    """Logits of so many positions."""
+    return Flops(2 * rows * text.hidden_size * text.vocab_size)
+
+
+def forward(config: Any, frames: Iterable[tuple[int, int]], lengths: Iterable[int], rows: int) -> Flops:
+    """A whole pass of a KeyeConfig.
+
+    frames: (height, width) in patches of every frame and image. lengths: tokens of every document, visual ones
+    included. rows: positions that get logits, in training those with a label.
+    """
+    frames = list(frames)
+    vision, text = config.vision_config, config.text_config
+    patches = sum(height * width for height, width in frames)
+    seen = tower(vision, frames) + projector(vision.hidden_size, text.hidden_size, patches)
+    return seen + decoder(text, lengths) + head(text, rows)
