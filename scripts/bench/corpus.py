@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -275,35 +276,44 @@ def film_times(path: Path, moments: Sequence[float]) -> list[float]:
 
 def render(source: Path, path: Path, seconds: int, bframes: bool, size: tuple[int, int], coloured: bool = True) -> None:
     """Write a film of drawn pieces of `source` to `path`, and beside it, as JSON, where they are from."""
-    draw = random.Random(SEED)
-    total = round(seconds * RATE)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    with av.open(str(source)) as clip, av.open(str(part), "w", format="mp4") as film_file:
-        stream = clip.streams.video[0]
-        stream.thread_type = "AUTO"
+    draw, total, pieces = random.Random(SEED), round(seconds * RATE), []
+
+    def frames(clip: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+        stream, shown = clip.streams.video[0], 0
         length = float(stream.duration * stream.time_base)
+        while True:
+            piece = _draw_piece(draw, length, pieces[-1] if pieces else None)
+            if not coloured:
+                piece |= {"hue": 0.0, "saturation": 1.0}
+            pieces.append({"time": shown / RATE, **piece})
+            for frame in play(clip, piece, size):
+                yield frame
+                shown += 1
+
+    with av.open(str(source)) as clip:
+        record = {"source": source.name, "seed": SEED, "pieces": pieces}
+        write_film(path, frames(clip), total, bframes, size, record)
+
+
+def write_film(
+    path: Path, frames: Iterator[av.VideoFrame], total: int, bframes: bool, size: tuple[int, int], record: dict
+) -> None:
+    """Encode the first `total` of the yuv420p `frames` of `size` to `path`, and then `record` as JSON beside it.
+
+    A film is there when its MP4 is, which comes last.
+    """
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    with av.open(str(part), "w", format="mp4") as film_file, _progress() as progress:
         output = film_file.add_stream("libx264", rate=RATE)
         output.height, output.width = size
         output.pix_fmt = "yuv420p"
         output.bit_rate = max(100_000, 2_000_000 * size[0] * size[1] // (720 * 1280))
         output.options = {"preset": "veryfast", "g": "250", "bf": "3" if bframes else "0"}
-        pieces, written = [], 0
-        with _progress() as progress:
-            task = progress.add_task(f"rendering {path.name}", total=total)
-            while written < total:
-                piece = _draw_piece(draw, length, pieces[-1] if pieces else None)
-                if not coloured:
-                    piece |= {"hue": 0.0, "saturation": 1.0}
-                pieces.append({"time": written / RATE, **piece})
-                for frame in _play(clip, piece, size):
-                    frame.pts, frame.time_base = written, Fraction(1, RATE)
-                    film_file.mux(output.encode(frame))
-                    written += 1
-                    progress.advance(task)
-                    if written == total:
-                        break
+        wanted = progress.track(islice(frames, total), total, description=f"rendering {path.name}")
+        for number, frame in enumerate(wanted):
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            film_file.mux(output.encode(frame))
         film_file.mux(output.encode(None))
-    record = {"source": source.name, "seed": SEED, "pieces": pieces}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     os.replace(part, path)
 
@@ -325,7 +335,7 @@ def _draw_piece(draw: random.Random, length: float, last: dict | None) -> dict:
     }
 
 
-def _play(clip: av.container.InputContainer, piece: dict, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
+def play(clip: av.container.InputContainer, piece: dict, size: tuple[int, int]) -> Iterator[av.VideoFrame]:
     """The frames of a piece in yuv420p at `size` (height, width), one for each frame of the source."""
     stream = clip.streams.video[0]
     share, x, y = piece["crop"]
@@ -375,12 +385,8 @@ def _repeat(source: Path, path: Path, times: int) -> None:
 
 
 def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-    )
+    share = TextColumn("{task.percentage:.0f} %")
+    columns = (TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
 
 
