@@ -1,5 +1,6 @@
-"""KeyeConfig: a vision tower, a projector and a Qwen3 decoder, with presets from two CPU cores to the released 8B."""
+"""KeyeConfig: a vision tower, a projector and a decoder, with presets from two CPU cores to the released 8B."""
 
+import copy
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
@@ -31,9 +32,10 @@ class KeyeVisionConfig(PreTrainedConfig):
 class KeyeConfig(PreTrainedConfig):
     """Configuration of `KeyeForConditionalGeneration`.
 
-    `text_config` is any transformers decoder config (Qwen3 by default), the ids are those of the placeholders that
-    visual features replace. `attention` names the kernel of packed attention, in the tower and in packed rows of the
-    decoder: "auto" or one of `keye.model.attention.BACKENDS`.
+    `text_config` is a transformers decoder's (`keye.model.decoder`; Qwen3 by default), the ids are those of the
+    placeholders that visual features replace. `tie_word_embeddings` is the decoder's when left out. `attention` names
+    the kernel of packed attention, in the tower and in packed rows of the decoder: "auto" or one of
+    `keye.model.attention.BACKENDS`.
     """
 
     model_type = "KeyeVL1_5"
@@ -45,15 +47,21 @@ class KeyeConfig(PreTrainedConfig):
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = None
     attention: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = KeyeVisionConfig(**(self.vision_config or {}))
-        if not isinstance(self.text_config, PreTrainedConfig):
+        if isinstance(self.text_config, PreTrainedConfig):
+            # It may belong to a model of its own, whose attention must not change with this one's.
+            self.text_config = copy.deepcopy(self.text_config)
+        else:
             values = dict(self.text_config or PRESETS["keye_8b"]["text"])
             self.text_config = AutoConfig.for_model(values.pop("model_type", "qwen3"), **values)
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -69,11 +77,7 @@ class KeyeConfig(PreTrainedConfig):
             raise KeyeError(f"unknown model preset {name!r}: use one of {', '.join(PRESETS)}")
         sizes = PRESETS[name]
         text_config = Qwen3Config(**{**sizes["text"], **text})
-        return cls(
-            vision_config=KeyeVisionConfig(**sizes["vision"]),
-            text_config=text_config,
-            tie_word_embeddings=text_config.tie_word_embeddings,
-        )
+        return cls(vision_config=KeyeVisionConfig(**sizes["vision"]), text_config=text_config)
 
 
 def _qwen3(

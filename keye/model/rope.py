@@ -80,7 +80,7 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
             in the order of the stream.
 
     Raises:
-        ValueError: the placeholders of a kind are not as many as its blocks' cells.
+        ValueError: the placeholders of a kind are not as many as its blocks' cells, or text stands inside a block.
     """
     device = input_ids.device
     advance = torch.ones_like(input_ids)
@@ -90,35 +90,71 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
         cells = sizes[:, 0] * sizes[:, 1]
         if len(places) != int(cells.sum()):
             raise ValueError(f"{len(places)} placeholders of id {token_id}, but {int(cells.sum())} visual tokens")
+        last = cells.cumsum(0) - 1
+        if bool((places[last] - places[last - cells + 1] != cells - 1).any()):
+            raise ValueError(f"the placeholders of id {token_id} do not stand in blocks of the sizes given")
         row, column, _ = block_coordinates(sizes[:, 0], sizes[:, 1])
         inside[0, places], inside[1, places] = row, column
         advance[places] = 0
-        advance[places[cells.cumsum(0) - 1]] = sizes.amax(dim=1)
+        advance[places[last]] = sizes.amax(dim=1)
     start = advance.cumsum(0) - advance
     return torch.stack((start, start + inside[0], start + inside[1]))
+
+
+def batch_positions(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    blocks: list[tuple[int, Tensor]],
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Positions `[3, B, L]`, each row or packed document counted from its own first token; 0 where nothing is.
+
+    Args:
+        input_ids: `[B, L]`.
+        attention_mask: `[B, L]`, 0 on the padding of either side.
+        blocks: as in `stream_positions`, over all rows one after another.
+        cu_seqlens: `[D + 1]` bounds of the documents of one packed row (B = 1, no mask).
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    positions = input_ids.new_zeros(3, *input_ids.shape)
+    counts = real.sum(dim=1) if cu_seqlens is None else cu_seqlens.to(input_ids.device).diff()
+    if len(stream := input_ids[real]):
+        # All as one stream; what stood before a row or document is then taken off again.
+        together = stream_positions(stream, blocks)
+        first = (counts.cumsum(0) - counts).clamp(max=len(stream) - 1)
+        positions[:, real] = together - together[0, first].repeat_interleave(counts)
+    return positions
 
 
 class MultimodalRotary(nn.Module):
     """M-RoPE in the place of a transformers decoder's `rotary_emb`; text (T = H = W) equals the 1-D rotary exactly.
 
-    Frequencies are dealt to (T, H, W) in contiguous sections of 16/24/24 of 64, scaled to the head (released config).
+    Args:
+        own: the class it stands for, which computes frequencies from a config.
+        frequencies: float32 `[head_dim / 2]`, the decoder's own, whatever base and scaling they come from.
+        scale: what cosines and sines are multiplied by (YaRN's attention factor; 1 elsewhere).
+        sections: how many frequencies turn with (T, H, W), in this order; 16/24/24 of 64, scaled to the head, when
+            left out (released config).
     """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(
+        self, own: type[nn.Module], frequencies: Tensor, scale: float = 1.0, sections: list[int] | None = None
+    ) -> None:
         super().__init__()
-        half = head_dim // 2
+        self.own = own
+        half = len(frequencies)
         time, height = round(half * 16 / 64), round(half * 24 / 64)
-        self.sections = (time, height, half - time - height)
-        self.head_dim, self.theta = head_dim, theta
+        self.sections = list(sections) if sections else [time, height, half - time - height]
+        # A plain attribute: neither `model.to(torch.bfloat16)` nor loading through the meta device touches it.
+        self.frequencies, self.scale = frequencies, scale
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """x gives dtype and device; position_ids `[3, B, L]` or `[B, L]`. Returns cos, sin `[B, L, head_dim]`."""
         if position_ids.ndim == 2:
             position_ids = position_ids.expand(3, *position_ids.shape)
-        exponent = torch.arange(0, self.head_dim, 2, device=x.device).float() / self.head_dim
-        frequencies = (1.0 / self.theta**exponent).split(self.sections)
+        frequencies = self.frequencies.to(x.device, non_blocking=True).split(self.sections)
         parts = [p.to(x.device)[..., None].float() * f for p, f in zip(position_ids, frequencies, strict=True)]
         angle = torch.cat(parts, dim=-1)
         angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return (angle.cos() * self.scale).to(x.dtype), (angle.sin() * self.scale).to(x.dtype)

@@ -180,14 +180,8 @@ def test_images_and_videos_in_one_stream_fill_their_own_places(model: KeyeForCon
     video, image = stream([(2, 2)], 1), stream([(1, 2)], 2, IMAGE)
     ids = torch.cat((video["input_ids"], image["input_ids"]), dim=1)
     with torch.no_grad():
-        embeds = model._embed(
-            ids,
-            image["pixel_values"],
-            image["image_grid_thw"],
-            video["pixel_values_videos"],
-            video["video_grid_thw"],
-            None,
-        )
+        pixels = image["pixel_values"], image["image_grid_thw"], video["pixel_values_videos"], video["video_grid_thw"]
+        embeds = model._embed(ids, model._features(*pixels, None, None))
         frames = model.encode_vision(video["pixel_values_videos"], video["video_grid_thw"])
         stills = model.encode_vision(image["pixel_values"], image["image_grid_thw"])
     torch.testing.assert_close(embeds[ids == VIDEO], frames)
@@ -219,7 +213,9 @@ def test_rope_base_survives_saving(model: KeyeForConditionalGeneration, tmp_path
     model.set_rope_theta(8e6)
     model.save_pretrained(tmp_path)
     model.set_rope_theta(1e6)
-    assert KeyeForConditionalGeneration.from_pretrained(tmp_path).language_model.rotary_emb.theta == 8e6
+    again = KeyeForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.config.text_config.rope_parameters["rope_theta"] == 8e6
+    torch.testing.assert_close(again.language_model.rotary_emb.frequencies[1], torch.tensor(8e6 ** (-2 / 32)))
 
 
 def test_released_preset_has_the_published_shapes() -> None:

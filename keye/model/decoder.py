@@ -1,0 +1,83 @@
+"""A decoder of transformers made Keye's: its rotary turned into M-RoPE, and a plain refusal of what cannot be.
+
+Qwen3, Qwen2 and Llama are the families whose every row is compared with transformers; another one is taken when its
+rotary and its attention are of the same make.
+"""
+
+import warnings
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig
+
+from keye.errors import KeyeError
+from keye.model.rope import MultimodalRotary
+
+COMPARED = ("qwen3", "qwen2", "llama")
+# Functions that a decoder's own head or attention applies, which the head and the packed attention here do not.
+FOREIGN = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+def build_decoder(config: PreTrainedConfig) -> nn.Module:
+    """The decoder of `config` without its head, with M-RoPE in the place of its rotary.
+
+    Raises:
+        KeyeError: a decoder whose positions M-RoPE cannot carry, or that computes what this model would leave out.
+    """
+    decoder = AutoModel.from_config(config)
+    name = config.model_type
+    if not hasattr(decoder, "rotary_emb") or not hasattr(decoder, "embed_tokens"):
+        raise KeyeError(f"text_config: a {name} decoder has no rotary to replace; use one of {', '.join(COMPARED)}")
+    for key in FOREIGN:
+        if getattr(config, key, None) not in (None, 0, 1):
+            raise KeyeError(f"text_config.{key}: Keye's head does not apply it; use one of {', '.join(COMPARED)}")
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise KeyeError(f"text_config.layer_types: {', '.join(sorted(unknown))} is no attention that Keye can pack")
+    decoder.rotary_emb = multimodal_rotary(type(decoder.rotary_emb), config)
+    if name not in COMPARED:
+        warnings.warn(
+            f"a {name} decoder is built as it is, but only {', '.join(COMPARED)} are compared with transformers",
+            stacklevel=2,
+        )
+    return decoder
+
+
+def multimodal_rotary(own: type[nn.Module], config: PreTrainedConfig) -> MultimodalRotary:
+    """M-RoPE with the frequencies and the scale that the decoder's own rotary class computes from its config.
+
+    Raises:
+        KeyeError: frequencies that change with the length or the layer, or that turn only a part of the head, or in
+            another order than half-split.
+    """
+    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise KeyeError(
+            f"text_config.rope_parameters: '{kind}' changes its frequencies with the length, which would turn cached "
+            "and packed tokens differently; use 'default', 'linear', 'llama3' or 'yarn'"
+        )
+    with torch.device("cpu"):  # values are needed even where the model is being built without any (meta device)
+        rotary = own(config=config)
+        frequencies = getattr(rotary, "inv_freq", None)
+        if frequencies is None:
+            raise KeyeError(f"text_config: {own.__name__} has a rotary for each kind of layer, not one")
+        sections = config.rope_parameters.get("mrope_section")
+        if sections and sum(sections) != len(frequencies):
+            raise KeyeError(f"text_config.rope_parameters.mrope_section: {sections} must sum to {len(frequencies)}")
+        scale = float(getattr(rotary, "attention_scaling", 1.0))
+        ours = MultimodalRotary(own, frequencies.detach().float().clone(), scale, sections)
+        probe = torch.zeros(1, 8), torch.arange(8)[None]
+        pairs = zip(rotary(*probe), ours(*probe), strict=True)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if 2 * len(frequencies) != head or not all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs):
+        raise KeyeError(f"text_config: {own.__name__} turns only a part of the head, or pairs its halves otherwise")
+    return ours
+
+
+def refuse_windows(config: PreTrainedConfig) -> None:
+    """KeyeError when the decoder looks back through a window: packed attention has none and would see more."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window and (not kinds or "sliding_attention" in kinds):
+        raise KeyeError(
+            f"text_config.sliding_window = {window}: packed attention has no window; set it to null (and "
+            "layer_types to full_attention), or give padded rows instead of cu_seqlens"
+        )
