@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-from keye.encoder import EncodedVideo, SlowFastEncoder
-from keye.errors import ManifestError
+from keye.encoder import SlowFastEncoder
+from keye.errors import KeyeError, ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
+from keye.prompt.fit import encode_media
+from keye.prompt.messages import Message, Visual, located, read_chat
+from keye.prompt.reply import Thinking
+from keye.prompt.settings import CallSettings, call_settings
+from keye.prompt.spelling import Spelling
 from keye.prompt.stream import (
     CHAT_TEMPLATE,
     IGNORED,
@@ -24,9 +29,10 @@ from keye.prompt.stream import (
     VISION_START,
     Stream,
 )
+from keye.slowfast.fetch import UrlRules
 from keye.slowfast.plan import VideoPlan
 
-Message = dict[str, Any]
+PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 @dataclass
@@ -35,7 +41,7 @@ class Sample:
 
     input_ids, labels: LongTensor `[L]`; labels are unshifted, −100 outside the assistant's words. position_ids
     `[3, L]`. Patches float32 `[N, 3, 14, 14]` and grids `[F, 3]` of the stills and of all videos' frames, in stream
-    order. plans: what was decided about each video.
+    order. plans: what was decided about each video. warnings: sentences on stills made smaller to fit.
     """
 
     input_ids: Tensor
@@ -46,6 +52,7 @@ class Sample:
     pixel_values_videos: Tensor | None = None
     video_grid_thw: Tensor | None = None
     plans: list[VideoPlan] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -57,6 +64,21 @@ class Sample:
         return sum(int(g.prod(1).sum()) // 4 for g in grids)
 
 
+class KeyeInputs(BatchFeature):
+    """Model inputs, to be given to `model(**inputs)` and `generate(**inputs)`, and what was decided about the videos.
+
+    plans: the `VideoPlan`s of each row's videos, in stream order. num_frames: LongTensor `[videos]`, how many rows of
+    `video_grid_thw` belong to each. warnings: of each row, of its plans and stills. These are attributes, no entries:
+    a model has no use for them, and `generate` refuses what it does not know.
+    """
+
+    def __init__(self, data: dict[str, Any], samples: Sequence[Sample]) -> None:
+        super().__init__(data)
+        self.plans = [sample.plans for sample in samples]
+        self.num_frames = torch.tensor([len(plan) for plans in self.plans for plan in plans], dtype=torch.long)
+        self.warnings = [[*(w for plan in s.plans for w in plan.warnings), *s.warnings] for s in samples]
+
+
 class KeyeProcessor(ProcessorMixin):
     """Tokenizer + slow-fast encoder.
 
@@ -64,6 +86,7 @@ class KeyeProcessor(ProcessorMixin):
         tokenizer: any fast tokenizer that knows the stream's special tokens (`keye.prompt.tokenizer`).
         encoder: the arguments of `SlowFastEncoder`; its defaults when left out.
         image: the arguments of `SlowFastEncoder.image` (`min_tokens`, `max_tokens`).
+        urls: what may be downloaded, a right of this process and never saved; without it an http(s) URL is an error.
     """
 
     def __init__(
@@ -72,21 +95,27 @@ class KeyeProcessor(ProcessorMixin):
         encoder: dict[str, Any] | None = None,
         image: dict[str, Any] | None = None,
         chat_template: str | None = None,
+        urls: UrlRules | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
-        self._encoder = SlowFastEncoder(**(encoder or {}))
+        self._encoder = SlowFastEncoder(**(encoder or {}), urls=urls)
         # All settings, also those left to their defaults: a saved model must not change with a later default.
         self.encoder, self.image = self._encoder.settings, dict(image or {})
         ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-        self._stream = Stream(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], ids)
+        self._spelling = Spelling(tokenizer)
+        self._stream = Stream(self._spelling.ids, ids)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
         return ["tokenizer"]
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """The entries of what a call returns; those of the media where there are media."""
+        return ["input_ids", "attention_mask", "position_ids", *PIXELS]
+
     def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        return {k: v for k, v in values.items() if not k.startswith("_")}
+        return {"encoder": self.encoder, "image": self.image, "processor_class": type(self).__name__}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
         """Write tokenizer, template and settings; `preprocessor_config.json` lets the encoder be loaded alone."""
@@ -110,41 +139,85 @@ class KeyeProcessor(ProcessorMixin):
         return config
 
     def sample(
-        self, messages: Sequence[Message], base_dir: str | Path = ".", add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        base_dir: str | Path = ".",
+        add_generation_prompt: bool = False,
+        max_length: int | None = None,
+        thinking: Thinking = None,
+        continue_final_message: bool = False,
+        last_turn_only: bool = False,
     ) -> Sample:
-        """One conversation → `Sample`; paths of images and videos are relative to `base_dir`.
+        """One conversation → `Sample`; what a message may hold says `keye.prompt.messages`.
 
-        A video may also be an `EncodedVideo`, frames uint8 `[T, 3, H, W]` or anything else the encoder takes.
+        Args:
+            base_dir: what relative paths are relative to.
+            add_generation_prompt: open the assistant's turn behind the last message.
+            max_length: at most so many tokens: videos and then stills are made smaller until the chat fits.
+            thinking: True, False: `/think`, `/no_think` behind the last question where an answer is to follow, else
+                behind each question answered (where its message does not say it); "as_answered": as each answer does.
+            continue_final_message: the last message, the assistant's, stays open to be gone on with.
+            last_turn_only: labels for the last of the assistant's turns alone.
 
         Raises:
             ManifestError: a message that is not in the chat format.
             VideoError: a clip or image that cannot be read.
+            KeyeError: settings that make no sense, or a chat that cannot be made to fit.
         """
-        images, videos = [], []
-        for part in _visual_parts(messages):
-            kind = part["type"]
-            source = part.get(kind, part.get("path", part.get("url")))
-            if source is None:
-                raise ManifestError(f"a {kind} element names no file: write {{'type': '{kind}', '{kind}': PATH}}")
-            (images if kind == "image" else videos).append(_located(source, Path(base_dir)))
-        text = self._render(messages, add_generation_prompt)
-        return self.build(text, images, videos)
+        text, visuals = self._chat(messages, base_dir, add_generation_prompt, thinking, continue_final_message)
+        return self._build(text, visuals, max_length, last_turn_only)
 
-    def build(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Sample:
-        """Rendered text with one placeholder per image and video → `Sample`."""
-        stills = [self._encoder.image(image, **self.image) for image in images]
-        encoded = [v if isinstance(v, EncodedVideo) else self._encoder(v) for v in videos]
-        groups = [
-            self._stream.video(
-                v.plan.frame_types.tolist(), v.plan.tokens_per_frame.tolist(), v.plan.timestamps.tolist()
+    def build(
+        self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), max_length: int | None = None
+    ) -> Sample:
+        """Rendered text with one placeholder per image and video, and these in order → `Sample`."""
+        stills = [Visual("image", located("image", image, Path())) for image in images]
+        clips = [Visual("video", located("video", video, Path())) for video in videos]
+        return self._build(text, [*stills, *clips], max_length)
+
+    def _chat(
+        self,
+        messages: Sequence[Message],
+        base_dir: str | Path,
+        add_generation_prompt: bool,
+        thinking: Thinking,
+        continue_final_message: bool,
+        chat_template: str | None = None,
+    ) -> tuple[str, list[Visual]]:
+        """A conversation as rendered text, and the media of its placeholders."""
+        generating = add_generation_prompt or continue_final_message
+        chat = read_chat(messages, base_dir, self._spelling.guard, thinking, generating)
+        if continue_final_message and (add_generation_prompt or chat.messages[-1]["role"] != "assistant"):
+            raise ManifestError(
+                "continue_final_message goes on with the assistant's last message; let the chat end with one, and leave"
+                " add_generation_prompt out"
             )
-            for v in encoded
-        ]
-        counts = [int(grid.prod()) // 4 for _, grid in stills]
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        input_ids = torch.tensor(self._stream.expand(ids, counts, groups), dtype=torch.long)
+        text = self.tokenizer.apply_chat_template(
+            chat.messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template or self.chat_template,
+        )
+        return text, chat.visuals
+
+    def _build(
+        self, text: str, visuals: Sequence[Visual], max_length: int | None = None, last_turn_only: bool = False
+    ) -> Sample:
+        ids = self._spelling.ids(text)
+        placeholders = [ids.count(self.token_id(token)) for token in (IMAGE_PAD, VIDEO_PAD)]
+        given = [sum(visual.kind == kind for visual in visuals) for kind in ("image", "video")]
+        if placeholders != given:
+            raise ManifestError(
+                f"the text holds placeholders of {placeholders[0]} images and {placeholders[1]} videos, and {given[0]}"
+                f" images and {given[1]} videos were given; write one {IMAGE_PAD} or {VIDEO_PAD} for each"
+            )
+        media = encode_media(visuals, self._encoder, self.image, self._stream, len(ids) - sum(given), max_length)
+        stills, videos = media.stills, media.videos
+        expanded = self._stream.expand(ids, media.still_tokens, media.groups(self._stream))
+        input_ids = torch.tensor(expanded, dtype=torch.long)
         image_grid = torch.cat([grid for _, grid in stills]) if stills else None
-        video_grid = torch.cat([v.grid_thw for v in encoded]) if encoded else None
+        video_grid = torch.cat([v.grid_thw for v in videos]) if videos else None
         blocks = [
             (self.token_id(token), grid[:, 1:] // 2)
             for token, grid in ((IMAGE_PAD, image_grid), (VIDEO_PAD, video_grid))
@@ -152,19 +225,25 @@ class KeyeProcessor(ProcessorMixin):
         ]
         return Sample(
             input_ids=input_ids,
-            labels=self._stream.labels(input_ids),
+            labels=self._stream.labels(input_ids, last_turn_only),
             position_ids=stream_positions(input_ids, blocks),
             pixel_values=torch.cat([pixels for pixels, _ in stills]) if stills else None,
             image_grid_thw=image_grid,
-            pixel_values_videos=torch.cat([v.pixel_values for v in encoded]) if encoded else None,
+            pixel_values_videos=torch.cat([v.pixel_values for v in videos]) if videos else None,
             video_grid_thw=video_grid,
-            plans=[v.plan for v in encoded],
+            plans=[v.plan for v in videos],
+            warnings=media.warnings,
         )
 
-    def collate(self, samples: Sequence[Sample], padding_side: str = "right") -> dict[str, Tensor]:
-        """Samples → one padded batch: input_ids, attention_mask, labels `[B, L]`, position_ids `[3, B, L]`, pixels."""
-        length = max(len(s) for s in samples)
-        rows = len(samples)
+    def collate(
+        self, samples: Sequence[Sample], padding_side: str = "right", length: int | None = None
+    ) -> dict[str, Tensor]:
+        """Samples → one padded batch: input_ids, attention_mask, labels `[B, L]`, position_ids `[3, B, L]`, pixels.
+
+        length: pad to so many tokens where the longest sample has fewer.
+        """
+        longest = max(len(s) for s in samples)
+        length, rows = max(longest, length or 0), len(samples)
         batch = {
             "input_ids": torch.full((rows, length), self.tokenizer.pad_token_id),
             "attention_mask": torch.zeros(rows, length, dtype=torch.long),
@@ -177,7 +256,7 @@ class KeyeProcessor(ProcessorMixin):
             batch["attention_mask"][row, at] = 1
             batch["labels"][row, at] = sample.labels
             batch["position_ids"][:, row, at] = sample.position_ids
-        for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+        for name in PIXELS:
             parts = [getattr(s, name) for s in samples if getattr(s, name) is not None]
             if parts:
                 batch[name] = torch.cat(parts)
@@ -186,60 +265,103 @@ class KeyeProcessor(ProcessorMixin):
     def apply_chat_template(
         self,
         conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        chat_template: str | None = None,
         tokenize: bool = False,
         return_dict: bool = True,
         add_generation_prompt: bool = False,
-        **_: Any,
+        continue_final_message: bool = False,
+        thinking: Thinking = None,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Chat messages, or a list of such lists, → text (`tokenize=False`), ids or `BatchFeature` of model inputs."""
-        batched = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = conversation if batched else [conversation]
+        """Chat messages, or a list of such lists, → text (`tokenize=False`), ids or `KeyeInputs`.
+
+        thinking: see `sample`. return_assistant_tokens_mask: also `assistant_masks` `[B, L]`, 1 where the assistant
+        speaks. The rest (`max_length`, `truncation`, `padding`, `padding_side`, `return_tensors`, `images_kwargs`,
+        `videos_kwargs`) is as for a call of the processor; what is not known is refused.
+        """
+        settings = call_settings(kwargs)
+        batched = not isinstance(conversation, str) and bool(conversation) and not hasattr(conversation[0], "keys")
+        chats = [
+            self._chat(messages, ".", add_generation_prompt, thinking, continue_final_message, chat_template)
+            for messages in (conversation if batched else [conversation])
+        ]
         if not tokenize:
-            texts = [self._render(messages, add_generation_prompt) for messages in conversations]
+            texts = [text for text, _ in chats]
             return texts if batched else texts[0]
-        samples = [self.sample(m, add_generation_prompt=add_generation_prompt) for m in conversations]
-        inputs = self.collate(samples, "left" if add_generation_prompt else "right")
-        inputs.pop("labels")
-        return BatchFeature(inputs) if return_dict else inputs["input_ids"]
+        generating = add_generation_prompt or continue_final_message
+        rows = [(text, settings.configured(visuals)) for text, visuals in chats]
+        inputs = self._inputs(rows, settings, "left" if generating else "right", return_assistant_tokens_mask)
+        return inputs if return_dict else inputs["input_ids"]
 
     def __call__(
-        self, text: str | Sequence[str], images: Sequence[Any] = (), videos: Sequence[Any] = (), **_: Any
-    ) -> BatchFeature:
-        """Rendered text(s) with placeholders, and the images and videos they name in order, → model inputs."""
+        self,
+        text: str | Sequence[str] | None = None,
+        images: Any = None,
+        videos: Any = None,
+        **kwargs: Any,
+    ) -> KeyeInputs:
+        """Rendered text(s) with placeholders, and the images and videos they name in order, → model inputs.
+
+        Args:
+            text: a text or a list of them. Special tokens in it are special: render chats with `apply_chat_template`.
+            images, videos: one, a list of all, or a list of lists, one for each text. A list of frames counts as one
+                video only inside a list.
+            padding: True, "longest" (both the default), "max_length" or False; padding_side: "left" (the default) or
+                "right".
+            max_length: at most so many tokens a row, by smaller videos and stills; with truncation=False only the
+                length of `padding="max_length"`. truncation=True alone takes the tokenizer's limit.
+            images_kwargs, videos_kwargs: options of every image and video, see `keye.prompt.options`.
+            return_tensors: "pt".
+
+        Raises:
+            KeyeError: an unknown argument, or what `sample` raises.
+        """
+        if text is None:
+            raise KeyeError(f"the processor got no text; give one with {IMAGE_PAD} or {VIDEO_PAD} for each medium")
+        settings = call_settings(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        images, videos, samples = list(images or ()), list(videos or ()), []
-        for one in texts:
-            n, m = one.count(IMAGE_PAD), one.count(VIDEO_PAD)
-            samples.append(self.build(one, images[:n], videos[:m]))
-            images, videos = images[n:], videos[m:]
-        inputs = self.collate(samples, "left")
-        inputs.pop("labels")
-        return BatchFeature(inputs)
+        rows = []
+        dealt = [self._dealt(texts, kind, given) for kind, given in (("image", images), ("video", videos))]
+        for one, stills, clips in zip(texts, *dealt, strict=True):
+            rows.append((one, settings.configured([*stills, *clips])))
+        return self._inputs(rows, settings, "left")
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=self.chat_template,
-        )
+    def _dealt(self, texts: Sequence[str], kind: str, given: Any) -> list[list[Visual]]:
+        """The media of one kind, dealt to the texts by their placeholders."""
+        pad = IMAGE_PAD if kind == "image" else VIDEO_PAD
+        counts = [text.count(pad) for text in texts]
+        if given is None:
+            given = []
+        elif not isinstance(given, list | tuple):
+            given = [given]
+        nested = len(given) == len(texts) and all(isinstance(part, list | tuple) for part in given)
+        if nested and (kind == "image" or [len(part) for part in given] == counts):
+            given = [medium for part in given for medium in part]
+        if len(given) != sum(counts):
+            many = f"{len(given)} {kind}s were given for {sum(counts)} placeholders"
+            raise ManifestError(f"{many}; write one {pad} for each")
+        media = iter([Visual(kind, located(kind, medium, Path())) for medium in given])
+        return [[next(media) for _ in range(count)] for count in counts]
 
-
-def _visual_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    parts = []
-    for message in messages:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ManifestError("a message needs 'role' and 'content': write {'role': 'user', 'content': [...]}")
-        if not isinstance(message["content"], str):
-            parts += [part for part in message["content"] if part.get("type") in ("image", "video")]
-    return parts
-
-
-def _located(source: Any, base: Path) -> Any:
-    """A relative path is looked for beside the manifest; URLs, tensors and encoded videos stay as they are."""
-    if isinstance(source, str) and "://" in source or not isinstance(source, str | Path):
-        return source
-    return base / source
+    def _inputs(
+        self,
+        rows: Sequence[tuple[str, list[Visual]]],
+        settings: CallSettings,
+        padding_side: str,
+        masks: bool = False,
+    ) -> KeyeInputs:
+        limit = settings.limit(self.tokenizer.model_max_length)
+        samples = [self._build(text, visuals, limit) for text, visuals in rows]
+        if settings.padding is False and len({len(sample) for sample in samples}) > 1:
+            raise KeyeError("padding is False and the rows differ in length; give padding=True or one row")
+        length = settings.max_length if settings.padding == "max_length" else None
+        batch: dict[str, Any] = self.collate(samples, settings.padding_side or padding_side, length)
+        labels = batch.pop("labels")
+        if masks:
+            batch["assistant_masks"] = (labels != IGNORED).long()
+        return KeyeInputs(batch, samples)
 
 
 AutoProcessor.register(KeyeConfig, KeyeProcessor)
+AutoTokenizer.register(KeyeConfig, fast_tokenizer_class=PreTrainedTokenizerFast)

@@ -23,6 +23,12 @@ SPECIAL_TOKENS = (
     END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD,
     FRAME, FAST_START, FAST_END, CLIP_TIME_START, CLIP_TIME_END,
 )  # fmt: skip
+# What words may hold, in questions and in answers: times (report §4) and the places of Qwen's tokenizers. They open
+# and close nothing of the stream itself.
+CONTENT_TOKENS = (
+    CLIP_TIME_START, CLIP_TIME_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+    "<|quad_start|>", "<|quad_end|>",
+)  # fmt: skip
 
 SLOW, FAST = 0, 1
 IGNORED = -100
@@ -33,8 +39,8 @@ CHAT_TEMPLATE = """
 {{ '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string -%}{{ message.content }}{%- else -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- if part.type in ('image', 'image_url') -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type in ('video', 'video_url') -%}<|vision_start|><|video_pad|><|vision_end|>
 {%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
@@ -61,6 +67,13 @@ class Stream:
         self.tokenize = tokenize
         self.id = {token: token_id[token] for token in SPECIAL_TOKENS}
         self._times: dict[str, list[int]] = {}
+
+    def time_tokens(self, seconds: float) -> int:
+        """The most tokens that the time of a frame takes, of all times up to `seconds`.
+
+        A character is at most one token; what a tokenizer puts before a text of its own is counted, too.
+        """
+        return len(f"{seconds:.1f}") + len(self.tokenize("0")) - 1
 
     def video(self, frame_types: Sequence[int], tokens: Sequence[int], timestamps: Sequence[float] | None) -> list[int]:
         """Ids of one video's groups; `frame_types` 0 slow, 1 fast; `tokens` per frame; `timestamps` in seconds."""
@@ -101,18 +114,21 @@ class Stream:
             raise ValueError("more images or videos were given than the text holds placeholders")
         return out
 
-    def labels(self, ids: Tensor) -> Tensor:
-        """`[L]` labels: the assistant's words and their `<|im_end|>`; everything else −100.
+    def labels(self, ids: Tensor, last_turn_only: bool = False) -> Tensor:
+        """`[L]` labels: the assistant's words and their `<|im_end|>`, or those of its last turn; everything else −100.
 
         A turn's words begin after `<|im_start|>assistant` and its line break.
         """
         opening = torch.tensor([self.id[IM_START], *self.tokenize("assistant\n")])
         labels = torch.full_like(ids, IGNORED)
         ends = (ids == self.id[IM_END]).nonzero()[:, 0]
-        for start in (ids == self.id[IM_START]).nonzero()[:, 0].tolist():
+        starts = (ids == self.id[IM_START]).nonzero()[:, 0].tolist()
+        for start in reversed(starts):
             first = start + len(opening)
             if torch.equal(ids[start:first], opening):
                 last = ends[ends >= first]
                 stop = int(last[0]) + 1 if len(last) else len(ids)
                 labels[first:stop] = ids[first:stop]
+                if last_turn_only:
+                    break
         return labels

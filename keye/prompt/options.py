@@ -1,0 +1,135 @@
+"""What a message may say about one image or video beside its source: limits, sampling, and the encoder's settings.
+
+Names are those of `SlowFastEncoder` and `open_clip`; those of Qwen-style messages are read, too, where they mean the
+same (qwen-vl-utils, keye-vl-utils 1.5.2). Anything else is refused by name. What may be downloaded (`urls`) and the
+side of a token are no matter of a message.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from keye.encoder import Sampling, SlowFastEncoder
+from keye.errors import KeyeError, ManifestError
+
+Options = dict[str, Any]
+
+SAMPLING = ("start", "end", "num_frames", "source_fps", "timestamps")
+SETTINGS = (
+    "threshold", "measure", "policy", "fast_ratio", "max_tokens", "min_tokens_per_frame", "max_tokens_per_frame", "fps",
+    "max_frames",
+)  # fmt: skip
+LIMITS = ("min_tokens", "max_tokens")
+FEWEST, MOST = 4, 20_480  # tokens of a still where nothing else is said, as `SlowFastEncoder.image` has it (report)
+PIXELS = ("min_pixels", "max_pixels")  # of a still or of one frame
+TOTAL = "video_total_pixels"
+ALIASES = {
+    "video_start": "start",
+    "video_end": "end",
+    "nframes": "num_frames",
+    "sample_fps": "source_fps",
+    "total_pixels": TOTAL,
+    "min_frame_similarity": "threshold",
+}
+KNOWN = {"image": (*LIMITS, *PIXELS), "video": (*SAMPLING, *SETTINGS, *PIXELS, TOTAL)}
+_WORDS = ("measure", "policy")
+_WHOLE = (*LIMITS, "num_frames", "min_tokens_per_frame", "max_tokens_per_frame", "max_frames")
+
+
+def read_options(kind: str, given: Mapping[str, Any]) -> Options:
+    """The options of an image or video under their own names; None says nothing.
+
+    Raises:
+        ManifestError: an unknown name, one given twice, or a value of the wrong type.
+    """
+    options: Options = {}
+    for key, value in given.items():
+        name = ALIASES.get(key, key) if kind == "video" else key
+        if value is None:
+            continue
+        if name not in KNOWN[kind]:
+            raise ManifestError(f"{kind} element: {key} is not known; use {', '.join(KNOWN[kind])}")
+        if name in options:
+            raise ManifestError(f"{kind} element: {key} is given twice, as {name} too; give it once")
+        options[name] = _checked(kind, key, name, value)
+    return options
+
+
+def _checked(kind: str, key: str, name: str, value: Any) -> Any:
+    if name in _WORDS:
+        right, wanted = isinstance(value, str), "a name"
+    elif name == "timestamps":
+        value = value.tolist() if hasattr(value, "tolist") else value
+        right = isinstance(value, list | tuple) and all(map(_number, value))
+        wanted = "a list of seconds"
+    elif name in _WHOLE:
+        right, wanted = _number(value) and value == int(value) and value >= 1, "a whole number of 1 or more"
+        value = int(value) if right else value
+    else:
+        right, wanted = _number(value) and value >= 0, "a number of 0 or more"
+    if not right:
+        raise ManifestError(f"{kind} element: {key} is {value!r}; give {wanted}")
+    return value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def still_limits(encoder: SlowFastEncoder, image: Mapping[str, int], options: Options) -> dict[str, int]:
+    """`min_tokens` and `max_tokens` of one still: the processor's, changed by the element's options."""
+    area = encoder.token_side**2
+    told = {name: options[name] for name in LIMITS if name in options}
+    told |= _from_pixels(options, area, *LIMITS)
+    return {**image, **_widened(dict(zip(LIMITS, (FEWEST, MOST), strict=True)) | image, told, *LIMITS)}
+
+
+def video_encoder(encoder: SlowFastEncoder, options: Options) -> tuple[SlowFastEncoder, Sampling]:
+    """The encoder of one video, with what its element sets, and what the element says about sampling it."""
+    area = encoder.token_side**2
+    frame = ("min_tokens_per_frame", "max_tokens_per_frame")
+    changes = {name: options[name] for name in SETTINGS if name in options}
+    changes |= _from_pixels(options, area, *frame)
+    changes |= _widened(encoder.settings, changes, *frame)
+    if TOTAL in options:
+        changes["max_tokens"] = int(options[TOTAL]) // area
+    sampling: Sampling = {name: options[name] for name in SAMPLING if name in options}
+    return (adjusted(encoder, **changes) if changes else encoder), sampling
+
+
+def _from_pixels(options: Options, area: int, least: str, most: str) -> dict[str, int]:
+    """Limits in pixels as limits in tokens that keep to them."""
+    limits = {}
+    if "min_pixels" in options:
+        limits[least] = max(1, math.ceil(options["min_pixels"] / area))
+    if "max_pixels" in options:
+        limits[most] = max(1, int(options["max_pixels"]) // area)
+    return limits
+
+
+def _widened(base: Mapping[str, Any], told: Mapping[str, Any], least: str, most: str) -> dict[str, int]:
+    """The limits that were told; where only one was, the other gives way to it.
+
+    Raises:
+        KeyeError: both were told, and leave nothing between them.
+    """
+    low, high = told.get(least, base[least]), told.get(most, base[most])
+    if low > high:
+        if least in told and most in told:
+            raise KeyeError(f"{least}={low} is above {most}={high}; give a range that is not empty")
+        low, high = (low, low) if least in told else (high, high)
+    return {name: value for name, value in ((least, low), (most, high)) if name in told or value != base[name]}
+
+
+def adjusted(encoder: SlowFastEncoder, **changes: Any) -> SlowFastEncoder:
+    """The same encoder with some settings changed; measure and policy stay the objects they are where they can.
+
+    A new measure brings its own threshold unless one is given, and a threshold belongs to the policy, which is then
+    built again from its text.
+    """
+    kept: dict[str, Any] = {"urls": encoder.urls, "measure": encoder.measure, "policy": encoder.policy}
+    if "measure" in changes and changes["measure"] != encoder.measure.name:
+        changes = {"threshold": None, **changes}
+    if "threshold" in changes:
+        kept["policy"] = encoder.policy.spec
+    return SlowFastEncoder(**{**encoder.settings, **kept, **changes})
