@@ -17,9 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "docs" / "results" / "encoder"
+RESULTS = ROOT / "docs" / "results"
+OUT = RESULTS / "encoder"
 QUICK_OUT = ROOT / ".cache" / "bench" / "quick"
-SHOWN = ("keye-vl-utils", "decord", "opencv-python-headless", "scikit-image", "torch", "numpy", "av")
+SHOWN = (
+    "keye-vl-utils", "decord", "opencv-python-headless", "scikit-image", "torch", "transformers", "numpy", "av"
+)  # fmt: skip
+ENCODER = """# The slow-fast encoder, measured
+
+Against `keye-vl-utils` 1.5.2 with decord and OpenCV. All of it again: `python scripts/bench/encoder.py`; one part: \
+`--part NAME`.
+Real clips come out of public packages (scripts/bench/corpus.py); drawn clips and long films are made by the bench \
+from fixed seeds."""
 
 
 LOAD = os.getloadavg()[0]  # before this part put any of its own on the machine
@@ -45,20 +54,24 @@ class Table:
     rows: Sequence[Sequence[str | int | float]]
 
 
-def arguments(about: str, examples: str = "") -> argparse.ArgumentParser:
-    """A parser with the options that every part has."""
+def arguments(about: str, examples: str = "", results: str = "encoder") -> argparse.ArgumentParser:
+    """A parser with the options that every part has; `results` is the folder of docs/results that it belongs to."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=examples, formatter_class=layout)
     parser.add_argument(
         "--quick", action="store_true", help="a fraction of the work: shows that it runs, proves nothing"
     )
-    parser.add_argument("--out", type=Path, help="where the JSON goes (docs/results/encoder, or .cache with --quick)")
+    parser.add_argument(
+        "--out", type=Path, help=f"where the JSON goes (docs/results/{results}, or .cache with --quick)"
+    )
+    parser.set_defaults(results=results)
     return parser
 
 
 def out_of(args: argparse.Namespace) -> Path:
     """The folder that the results go to."""
-    return args.out or (QUICK_OUT if args.quick else OUT)
+    quick = QUICK_OUT if args.results == "encoder" else QUICK_OUT.with_name(f"quick_{args.results}")
+    return args.out or (quick if args.quick else RESULTS / args.results)
 
 
 def save(
@@ -71,14 +84,16 @@ def save(
     quick: bool,
     seeds: dict[str, int | str] | None = None,
     notes: Sequence[str] = (),
+    script: str = "",
 ) -> Path:
     """Write `<out>/<part>.json`, whole or not at all, print the claims, and return the path.
 
     seconds: how long it took. seeds: what was drawn with which seed. notes: sentences that stand under the tables.
+    script: the script's name where it is not the part's.
     """
     record = {
         "part": part,
-        "command": command(part),
+        "command": command(script or part),
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "seconds": round(seconds, 1),
         "quick": quick,
@@ -99,13 +114,13 @@ def save(
     return path
 
 
-def command(part: str) -> str:
+def command(script: str) -> str:
     """The command line as anybody can type it: without the folder that the results go to."""
     words = sys.argv[1:]
     if "--out" in words:
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
-    return " ".join(["python", f"scripts/bench/{part}.py", *map(shlex.quote, words)])
+    return " ".join(["python", f"scripts/bench/{script}.py", *map(shlex.quote, words)])
 
 
 def machine() -> dict[str, str | int | float]:
@@ -142,17 +157,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def document(out: Path, order: Sequence[str]) -> str:
-    """The document in Markdown: all claims in one table, then every part with its tables, in `order`."""
+def document(out: Path, order: Sequence[str], head: str = ENCODER) -> str:
+    """The document in Markdown: its head, all claims in one table, then every part with its tables, in `order`."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))}
     records = [found[part] for part in order if part in found and "claims" in found[part]]
     lines = [
-        "# The slow-fast encoder, measured",
-        "",
-        "Against `keye-vl-utils` 1.5.2 with decord and OpenCV. All of it again: `python scripts/bench/encoder.py`; one"
-        " part: `--part NAME`.",
-        "Real clips come out of public packages (scripts/bench/corpus.py); drawn clips and long films are made by the"
-        " bench from fixed seeds.",
+        *head.splitlines(),
         "",
         "| claim | goal | measured | ratio | goal met |",
         "|---|---|---|---|---|",
