@@ -1,13 +1,14 @@
 """One varlen attention call for the whole model: packed segments in, packed segments out.
 
-`varlen` is the only attention the vision tower and packed training use. Transformers' decoders reach it under the
-attention name "keye" (see `decoder_attention`); for padded batches and cached generation the same name falls back to
-transformers' own sdpa.
+`varlen` is the only attention the vision tower and packed training use; which kernel computes it is chosen once for a
+device, dtype and head size (`keye.model.backends`), or named by `KeyeConfig.attention`. Transformers' decoders reach
+it under the attention name "keye" (see `decoder_attention`); for padded batches and cached generation the same name is
+transformers' own sdpa, without its copies of shared key heads.
 """
 
+import math
 from collections.abc import Callable
-from functools import lru_cache
-from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,51 +17,120 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from keye.errors import KeyeError
+from keye.model.backends import BACKENDS, available, check_name, choose, fused, run
+from keye.model.segments import segments_of
+
+__all__ = ["BACKENDS", "Varlen", "available", "check_name", "choose", "decoder_attention", "varlen"]
+
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, bool], Tensor]
 """(q [L, H, D], k [L, Hkv, D], v [L, Hkv, D], cu_seqlens [S + 1], causal) → [L, H, D]."""
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Attention inside each segment of a packed sequence; segments never see one another.
 
     Args:
         q: `[L, H, D]` queries.
-        k, v: `[L, Hkv, D]` keys and values, Hkv divides H (grouped-query attention).
-        cu_seqlens: `[S + 1]` integer boundaries, from 0 to L.
+        k, v: `[L, Hkv, D]` keys and values, Hkv divides H (grouped-query attention; heads are not copied).
+        cu_seqlens: `[S + 1]` integer boundaries, from 0 to L, on any device; segments may be empty. Its values are
+            read once for all layers, so it must not be changed in place.
         causal: whether a token sees only itself and earlier tokens of its segment.
+        scale: what scores are multiplied with before the softmax, D ** -0.5 by default.
+        backend: "auto" or a name of `BACKENDS`.
 
     Returns:
-        `[L, H, D]` in q's dtype.
+        `[L, H, D]` in q's dtype; under autocast in autocast's, as every matrix product.
+
+    Raises:
+        KeyeError: a backend that is unknown or cannot run here, boundaries or heads that do not fit.
     """
-    order, runs = segment_runs(tuple(cu_seqlens.tolist()))
-    if order is not None:
-        order = order.to(q.device)
-        q, k, v = q[order], k[order], v[order]
-    # split, not slices: the gradient of a slice is a full-size tensor of zeros, one for every segment.
-    sizes = [count * length for count, length in runs]
-    outputs = []
-    for (count, length), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        q_, k_, v_ = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
-        out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    packed = torch.cat(outputs) if len(outputs) != 1 else outputs[0]
-    return packed if order is None else torch.empty_like(packed).index_copy(0, order, packed)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise KeyeError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: the first must be a multiple")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if torch.compiler.is_compiling():
+        return _compiled(q, k, v, cu_seqlens, causal, scale, backend)
+    return _eager(q, k, v, cu_seqlens, causal, scale, backend)
 
 
-@lru_cache(maxsize=64)
-def segment_runs(bounds: tuple[int, ...]) -> tuple[Tensor | None, list[tuple[int, int]]]:
-    """Segments gathered by length, so that each length is one batched call.
+def _eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, backend: str) -> Tensor:
+    segments = segments_of(cu_seqlens)
+    if segments.total != len(q):
+        raise KeyeError(f"cu_seqlens bounds {segments.total} tokens, but the packed row has {len(q)}")
+    name = choose(backend, q.device, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
+    return run(name, q, k, v, segments, causal, scale) if len(q) else q.clone()
 
-    Returns the token order that brings equal segments together (None when they already are) and the (count, length) of
-    each run.
+
+def _compiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, backend: str) -> Tensor:
+    """The same inside `torch.compile`, without a graph break and for any boundaries.
+
+    The fused kernels take boundaries from the device and are handed L as the longest segment, which only widens their
+    grid. The others are called one by one for segments whose number the compiler cannot know, so they are one opaque
+    operator to it, whose backward pass computes the forward again.
     """
-    segments = [(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
-    by_length = sorted(segments, key=lambda s: s[1] - s[0])
-    lengths = [stop - start for start, stop in by_length]
-    runs = [(len(list(group)), length) for length, group in groupby(lengths)]
-    if by_length == segments:
-        return None, runs
-    return torch.cat([torch.arange(start, stop) for start, stop in by_length]), runs
+    name = _constant_choice(backend, q.device, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
+    if name in ("sdpa", "plain"):
+        return torch.ops.keye.packed_attention(q, k, v, cu_seqlens, causal, scale, name)
+    bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
+    return fused(name, q, k, v, bounds, q.shape[0], causal, scale)
+
+
+@torch.compiler.assume_constant_result
+def _constant_choice(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int) -> str:
+    return choose(backend, device, dtype, head_dim, groups)
+
+
+@torch.library.custom_op("keye::packed_attention", mutates_args=())
+def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, backend: str) -> Tensor:
+    out = _eager(q, k, v, cu_seqlens, causal, scale, backend)
+    return out.contiguous()
+
+
+@torch.library.custom_op("keye::packed_attention_backward", mutates_args=())
+def _packed_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Inside an operator autograd is off for good; a function's vector-Jacobian product is not.
+    _, pull = torch.func.vjp(lambda *x: _eager(*x, cu_seqlens, causal, scale, backend), q, k, v)
+    return tuple(x.contiguous().clone() for x in pull(grad))
+
+
+@_packed.register_fake
+def _packed_shape(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, backend: str
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@_packed_backward.register_fake
+def _packed_backward_shape(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.causal, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.keye.packed_attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, ctx.backend)
+    return *grads, None, None, None, None
+
+
+_packed.register_autograd(_gradients, setup_context=_keep)
 
 
 def decoder_attention(
@@ -72,13 +142,72 @@ def decoder_attention(
     *,
     cu_seqlens: Tensor | None = None,
     varlen_fn: Varlen | None = None,
-    **kwargs: object,
+    attention: str = "auto",
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transformers' attention interface (`[B, H, L, D]`): packed when `cu_seqlens` is given, otherwise sdpa."""
+    """Transformers' attention interface: query `[B, H, L, D]`, key and value `[B, Hkv, L', D]` → `[B, L, H, D]`.
+
+    Packed when `cu_seqlens` is given, by `varlen` with the backend `attention`, or by `varlen_fn` in its place (a
+    trainer's seam); otherwise sdpa, with everything transformers' own knows.
+
+    Raises:
+        KeyeError: what packed attention does not compute: dropout, a sliding window shorter than a segment, a cache,
+            more than one row, or scores that are capped or biased.
+    """
     if cu_seqlens is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _padded(module, query, key, value, attention_mask, **kwargs)
+    _check_packed(query, key, cu_seqlens, kwargs)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return (varlen_fn or varlen)(q, k, v, cu_seqlens, True).unsqueeze(0), None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    own = q.shape[-1] ** -0.5
+    scale = own if kwargs.get("scaling") is None else kwargs["scaling"]
+    if varlen_fn is None:
+        out = varlen(q, k, v, cu_seqlens, causal, scale=scale, backend=attention)
+    else:  # the seam scales by D ** -0.5, whatever the decoder wants
+        out = varlen_fn(q if math.isclose(scale, own) else q * (scale / own), k, v, cu_seqlens, causal)
+    return out.unsqueeze(0), None
+
+
+def _check_packed(query: Tensor, key: Tensor, cu_seqlens: Tensor, kwargs: dict[str, Any]) -> None:
+    if len(query) != 1 or key.shape[2] != query.shape[2]:
+        raise KeyeError(
+            f"packed attention takes one row and no cache, got {len(query)} rows of {query.shape[2]} queries on "
+            f"{key.shape[2]} keys: leave cu_seqlens out for padded batches and generation"
+        )
+    if kwargs.get("dropout"):
+        raise KeyeError(
+            f"text_config.attention_dropout = {kwargs['dropout']}: packed attention knows no dropout; set it to 0"
+        )
+    window = kwargs.get("sliding_window")
+    if window and segments_of(cu_seqlens).longest > window:
+        raise KeyeError(
+            f"text_config.sliding_window = {window} is shorter than the longest packed document "
+            f"({segments_of(cu_seqlens).longest} tokens), and packed attention has no window: set it to null, or give "
+            "padded rows instead of cu_seqlens"
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise KeyeError(f"this decoder's attention asks for {name!r}, which packed attention does not compute")
+
+
+def _padded(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' sdpa; where it would copy key heads for the queries that share them, the same without copies."""
+    groups = query.shape[1] // key.shape[1]
+    foreign = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    single = query.shape[2] == 1
+    if groups == 1 or foreign or (mask is None and not single) or (mask is not None and mask.shape[1] != 1):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    options = {"attn_mask": mask, "dropout_p": kwargs.get("dropout", 0.0), "scale": kwargs.get("scaling")}
+    if single:  # one new token: the heads that share a key stand as its queries
+        out = F.scaled_dot_product_attention(query.unflatten(1, (-1, groups)).squeeze(3), key, value, **options)
+        return out.flatten(1, 2)[:, None], None
+    if query.device.type != "cpu":  # no fused GPU kernel takes both a mask and groups
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("keye", decoder_attention)

@@ -1,0 +1,87 @@
+"""The segments of a packed row, read from the device once and kept for all layers of a forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby, pairwise
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from keye.errors import KeyeError
+
+Runs = list[tuple[int, int]]
+
+
+@dataclass
+class Segments:
+    """Lengths of the segments that are not empty, in order, and what kernels need of them."""
+
+    lengths: tuple[int, ...]
+    total: int = field(init=False)
+    longest: int = field(init=False)
+    _bounds: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _orders: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.total, self.longest = sum(self.lengths), max(self.lengths, default=0)
+        self._neighbours: Runs = [(len(list(group)), length) for length, group in groupby(self.lengths)]
+        self._gathered: Runs = [(len(list(group)), length) for length, group in groupby(sorted(self.lengths))]
+
+    @classmethod
+    def of_lengths(cls, lengths: tuple[int, ...]) -> Segments:
+        """Segments of these lengths; empty ones are left out, as they hold nothing to compute."""
+        return cls(tuple(length for length in lengths if length))
+
+    def bounds_on(self, device: torch.device) -> Tensor:
+        """int32 `[S + 1]` on `device`, from 0 to L, copied there once."""
+        if device not in self._bounds:
+            self._bounds[device] = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device)
+        return self._bounds[device]
+
+    def runs(self, token_bytes: int, call_bytes: int, device: torch.device) -> tuple[Tensor | None, Runs]:
+        """Segments as runs (count, length) of equal ones, each of which is one batched call.
+
+        Args:
+            token_bytes: what it costs to move a token, call_bytes: what a call costs, in the same unit.
+
+        Returns:
+            The token order `[L]` that brings equal segments together and their runs, where that is cheaper; otherwise
+            None and the runs of neighbours that happen to be equal.
+        """
+        saved = len(self._neighbours) - len(self._gathered)
+        if saved * call_bytes <= self.total * token_bytes:
+            return None, self._neighbours
+        if device not in self._orders:
+            starts = [0, *accumulate(self.lengths)]
+            by_length = sorted(zip(self.lengths, starts, strict=False))
+            order = torch.cat([torch.arange(start, start + length) for length, start in by_length])
+            self._orders[device] = order.to(device)
+        return self._orders[device], self._gathered
+
+
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def segments_of(cu_seqlens: Tensor) -> Segments:
+    """The segments that `cu_seqlens` `[S + 1]` (integers, any device) bounds.
+
+    Reading them waits for the device, so it is done once for a tensor, however many layers ask. The tensor must not be
+    changed in place while it is used; where torch counts such changes (everywhere but in inference mode) a change is
+    noticed.
+
+    Raises:
+        KeyeError: boundaries that do not start at 0 or that fall.
+    """
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    known = _read.get(cu_seqlens)
+    if known is not None and known[0] == version:
+        return known[1]
+    bounds = cu_seqlens.tolist()
+    lengths = tuple(stop - start for start, stop in pairwise(bounds))
+    if not bounds or bounds[0] != 0 or min(lengths, default=0) < 0:
+        raise KeyeError(f"cu_seqlens must rise from 0 to the number of tokens, got {bounds[:8]}")
+    segments = Segments.of_lengths(lengths)
+    _read[cu_seqlens] = (version, segments)
+    return segments
