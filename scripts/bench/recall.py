@@ -11,6 +11,7 @@ were made slow.
 
     python scripts/bench/recall.py                      # held-out clips, writes docs/results/encoder/recall.json
     python scripts/bench/recall.py --split tuning
+    python scripts/bench/recall.py --clips "film with continuity"      # one clip or kind of clips, into .cache
 
 The split was made before tuning (scripts/bench/scenes.py for the drawn clips, REAL below) and is never crossed.
 """
@@ -19,8 +20,9 @@ import bisect
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -29,14 +31,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from keye.errors import run  # noqa: E402
+from keye.errors import KeyeError, run  # noqa: E402
 from keye.slowfast.similarity import Measure, get_measure  # noqa: E402
 from keye.slowfast.video import open_clip  # noqa: E402
+from scripts.bench.continuity import SEED, continuity_film, cuts  # noqa: E402
 from scripts.bench.corpus import film, film_cuts, film_times, real_clips  # noqa: E402
-from scripts.bench.recall_claims import claims, tables  # noqa: E402
+from scripts.bench.recall_claims import CONTINUITY, FILM, claims, tables  # noqa: E402
 from scripts.bench.record import QUICK_OUT, arguments, markdown, out_of, save  # noqa: E402
 from scripts.bench.reel import reel  # noqa: E402
-from scripts.bench.scenes import HELD_OUT_SEEDS, TUNING_SEEDS, Scene, Span, scenes  # noqa: E402
+from scripts.bench.scenes import HELD_OUT_SEEDS, KINDS, TUNING_SEEDS, Scene, Span, scene  # noqa: E402
 
 FPS = 2.0
 WITHIN = 0.75  # seconds after a change
@@ -47,6 +50,7 @@ BISECTIONS = 18
 MEASURES = ("change", "patch_cosine", "patch_l1", "ssim", "mse", "lab")
 GROUPS = {
     "cut": "cuts",
+    "inner cut": "inner cuts",  # to another view of the same place
     "dissolve": "gradual",
     "fade": "gradual",
     "text": "text",
@@ -91,13 +95,17 @@ STILL = {"tuning": (), "held-out": ("tree.avi", "world.mp4")}
 
 @dataclass
 class Sampled:
-    """A clip as the encoder samples it: `times` in seconds and `frames` [T, 3, H, W] uint8, with its ground truth."""
+    """A clip as the encoder samples it: `times` in seconds and `frames` [T, 3, H, W] uint8, with its ground truth.
+
+    apart: it is reported by itself and does not count among all clips.
+    """
 
     name: str
     times: list[float]
     frames: torch.Tensor
     events: list[Span] = field(default_factory=list)
     nuisances: list[Span] = field(default_factory=list)
+    apart: bool = False
 
 
 def sample(path: Path, name: str, start: float = 0.0, end: float = 1e9) -> Sampled:
@@ -107,26 +115,37 @@ def sample(path: Path, name: str, start: float = 0.0, end: float = 1e9) -> Sampl
     return Sampled(name, [time for time, _ in kept], torch.stack([pixels for _, pixels in kept]))
 
 
-def clips(split: str, long: bool = True) -> Iterator[Sampled]:
-    """The clips of a split, one at a time; `long` adds the reel and, held out, the film."""
+def clips(split: str, long: bool = True) -> dict[str, Callable[[], Sampled]]:
+    """The clips of a split by name, each rendered and read when called for; `long` adds the reel and the films."""
     paths = real_clips()
-    for scene in scenes(TUNING_SEEDS if split == "tuning" else HELD_OUT_SEEDS):
-        yield _sampled(scene)
-    for name, events in REAL[split].items():
-        if name in paths:
-            yield _sampled(Scene(name, paths[name], events))
-    for name in STILL[split]:
-        if name in paths:
-            yield _sampled(Scene(name, paths[name], nuisances=[Span("still", 0, 1e9)]))
+    found: dict[str, Callable[[], Scene]] = {}
+    for seed in TUNING_SEEDS if split == "tuning" else HELD_OUT_SEEDS:
+        found |= {f"{kind}-{seed}": partial(scene, kind, seed) for kind in KINDS}
+    found |= {name: partial(Scene, name, paths[name], events) for name, events in REAL[split].items() if name in paths}
+    still = [Span("still", 0, 1e9)]
+    found |= {name: partial(Scene, name, paths[name], [], still) for name in STILL[split] if name in paths}
+    sampled = {name: partial(_sampled, make) for name, make in found.items()}
     if "vtest.avi" in paths:
-        first, last = (0.0, HALF) if split == "tuning" else (HALF, 1e9)
-        clip = sample(paths["vtest.avi"], f"vtest.avi {split}", first, last)
-        clip.events = _at("enter", *PEOPLE[split], last=0.5)
-        yield clip
+        sampled[f"vtest.avi {split}"] = partial(_people, split, paths["vtest.avi"])
     if long:
-        yield _sampled(_reel(split, paths))
+        sampled[f"reel {split}"] = partial(_sampled, partial(_reel, split, paths))
     if long and split == "held-out" and "trailer_bbb.mp4" in paths:
-        yield _sampled(_film())
+        sampled |= {FILM: partial(_sampled, _film), CONTINUITY: partial(_sampled, _continuity, apart=True)}
+    return sampled
+
+
+def kind_of(name: str) -> str:
+    """The kind of a drawn clip; of others their name."""
+    return name.rsplit("-", 1)[0] if name[-1].isdigit() and "." not in name else name
+
+
+def chosen(found: dict[str, Callable[[], Sampled]], names: Sequence[str] | None) -> list[Callable[[], Sampled]]:
+    """Those of the clips that are named, by name or kind; all without names."""
+    known = {kind_of(name) for name in found} | set(found)
+    if unknown := sorted(set(names or ()) - known):
+        known_names = ", ".join(sorted(map(kind_of, found)))
+        raise KeyeError(f"--clips {', '.join(unknown)}: there is no such clip here; name some of {known_names}")
+    return [make for name, make in found.items() if names is None or {name, kind_of(name)} & set(names)]
 
 
 def _reel(split: str, paths: dict[str, Path]) -> Scene:
@@ -149,12 +168,26 @@ def _film() -> Scene:
     path = film(600, bframes=False, size=(360, 640), coloured=False)
     cuts = sorted([*film_cuts(path), *film_times(path, [span.start for span in TRAILER if span.kind == "cut"])])
     fades = film_times(path, [span.start for span in TRAILER if span.kind == "fade"])
-    return Scene("film of the trailer", path, [*_at("cut", *cuts), *_at("fade", *fades, last=0.5)])
+    return Scene(FILM, path, [*_at("cut", *cuts), *_at("fade", *fades, last=0.5)])
 
 
-def _sampled(scene: Scene) -> Sampled:
-    clip = sample(scene.path, scene.name)
-    clip.events, clip.nuisances = scene.events, scene.nuisances
+def _continuity() -> Scene:
+    """Ten minutes of animation cut as films are; decided before it was scored: it stays apart from the other clips."""
+    path = continuity_film()
+    return Scene(CONTINUITY, path, [Span("inner cut" if inner else "cut", time, time) for time, inner in cuts(path)])
+
+
+def _people(split: str, path: Path) -> Sampled:
+    first, last = (0.0, HALF) if split == "tuning" else (HALF, 1e9)
+    clip = sample(path, f"vtest.avi {split}", first, last)
+    clip.events = _at("enter", *PEOPLE[split], last=0.5)
+    return clip
+
+
+def _sampled(make: Callable[[], Scene], apart: bool = False) -> Sampled:
+    made = make()
+    clip = sample(made.path, made.name)
+    clip.events, clip.nuisances, clip.apart = made.events, made.nuisances, apart
     return clip
 
 
@@ -257,15 +290,14 @@ class Tally:
 
 
 def measure_all(clips_to_judge: Iterable[Sampled], measures: Sequence[Measure]) -> dict[str, dict]:
-    """{"all" or a clip's kind: {setting: {measure: result}}} over the clips."""
+    """{"all" or a clip's kind: {setting: {measure: result}}} over the clips; "all" are those that are not apart."""
     tallies: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
     released = get_measure("patch_cosine")
     short: list[Sampled] = []
     scores_of_short: dict[str, list[Scores]] = defaultdict(list)
 
     def count(clip: Sampled, setting: str, name: str, slow: Sequence[int]) -> None:
-        kind = clip.name.rsplit("-", 1)[0] if clip.name[-1].isdigit() and "." not in clip.name else clip.name
-        for group in ("all", kind):
+        for group in (*(() if clip.apart else ("all",)), kind_of(clip.name)):
             tallies[group, setting, name].add(clip, slow)
 
     for clip in clips_to_judge:
@@ -304,8 +336,13 @@ NOTES = [
     "A clip of 20 frames with five changes has two slow frames at 10 %, the first among them: no measure can see more"
     " than one change there.",
     "The reel and the film set shots side by side that have little to do with each other, so that most colours change"
-    " at their cuts: the release sees about three quarters of them there, and twice its recall cannot be had. A long"
-    " film that is cut within one palette was not found in any package.",
+    " at their cuts: the release sees about three quarters of them there, and twice its recall cannot be had.",
+    "The film with continuity is cut as films are, most cuts within one place and its palette"
+    " (scripts/bench/continuity.py). Its design was fixed before any measure had run on it, and no measure was tuned on"
+    " it. By a decision made then, it does not count among all clips, whose figures stay comparable with earlier ones.",
+    "On that film, too, the release sees more than half of the cuts at either setting, so that twice its recall cannot"
+    " be had. Of the 134 cuts of a true ten-minute animated film, which was not to be had here, it is known to see 24 %"
+    " with 113 slow frames: the film made here is still easier on it.",
 ]
 
 
@@ -314,23 +351,26 @@ def main() -> None:
     parser.add_argument("--split", choices=["tuning", "held-out"], default="held-out", help="which clips")
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), help="measures to compare with uniform")
     parser.add_argument("--short", action="store_true", help="without the reel and the film")
+    parser.add_argument("--clips", nargs="+", help="only these clips or kinds of clips; the results go into .cache")
     args = parser.parse_args()
     began = time.monotonic()
-    chosen = clips(args.split, not (args.short or args.quick))
-    results = measure_all(islice(chosen, 6 if args.quick else None), [get_measure(name) for name in args.measures])
+    wanted = chosen(clips(args.split, not (args.short or args.quick)), args.clips)
+    to_judge = (make() for make in islice(wanted, 6 if args.quick else None))
+    results = measure_all(to_judge, [get_measure(name) for name in args.measures])
     about = tables(results, sorted(set(GROUPS.values())))
     for found in about:
         print("", *markdown(found), sep="\n")
     tuning = args.split == "tuning"
     seeds = TUNING_SEEDS if tuning else HELD_OUT_SEEDS
     save(
-        QUICK_OUT if tuning and args.out is None else out_of(args),  # what was tuned on proves nothing
+        # what was tuned on proves nothing, and some of the clips are not the whole
+        QUICK_OUT if (tuning or args.clips) and args.out is None else out_of(args),
         "recall-tuning" if tuning else "recall",
         [] if tuning else claims(results),
         about,
         seconds=time.monotonic() - began,
         quick=args.quick,
-        seeds={"drawn clips": ", ".join(map(str, seeds)), "reel": 7},
+        seeds={"drawn clips": ", ".join(map(str, seeds)), "reel": 7, "film with continuity": SEED},
         notes=NOTES,
     )
 

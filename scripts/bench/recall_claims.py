@@ -7,6 +7,7 @@ from scripts.bench.record import Claim, Table
 DEFAULT, RELEASED = "change", "patch_cosine"
 RIVALS = ("ssim", "mse", "uniform")
 FILM = "film of the trailer"
+CONTINUITY = "film with continuity"  # its changes are cuts, and nothing but cuts
 STATIC = "vtest.avi held-out"
 SETTINGS = {
     "released": "as many slow frames as the release makes at 0.9",
@@ -21,11 +22,14 @@ Results = dict[str, dict[str, dict[str, dict]]]
 
 def claims(results: Results) -> list[Claim]:
     """The claims that the results allow; those about clips that were not there are left out."""
-    compared = [name for name in ("released", "10%", "as changes", "together 20%") if name in results["all"]]
-    found = [_against_all(results["all"][setting], setting) for setting in compared]
-    if FILM in results:
-        found += [_cuts(results[FILM][setting], setting) for setting in ("released", "10%")]
-    found += [_small(results["all"][setting], "drawn and real clips", setting) for setting in ("10%", "20%")]
+    everything = results.get("all", {})  # which some clips do not count among
+    compared = [name for name in ("released", "10%", "as changes", "together 20%") if name in everything]
+    found = [_against_all(everything[setting], setting) for setting in compared]
+    for film, about, group in ((FILM, "", "cuts"), (CONTINUITY, " cut within scenes", "all")):
+        if film in results:
+            found += [_cuts(results[film][setting], about, group, setting) for setting in ("released", "10%")]
+    small = [setting for setting in ("10%", "20%") if setting in everything]
+    found += [_small(everything[setting], "drawn and real clips", setting) for setting in small]
     if STATIC in results:
         found.append(_small(results[STATIC]["10%"], "people in a static view (vtest.avi)", "10%"))
     return [claim for claim in found if claim is not None]
@@ -51,13 +55,13 @@ def _against_all(measures: dict[str, dict], setting: str) -> Claim | None:
     )
 
 
-def _cuts(measures: dict[str, dict], setting: str) -> Claim | None:
+def _cuts(measures: dict[str, dict], about: str, group: str, setting: str) -> Claim | None:
     if not {DEFAULT, RELEASED} <= set(measures):
         return None
-    own, theirs = (measures[name]["changes"]["cuts"] for name in (DEFAULT, RELEASED))
+    own, theirs = (measures[name]["changes"][group] for name in (DEFAULT, RELEASED))
     spent = f"{measures[DEFAULT]['slow']} and {measures[RELEASED]['slow']} slow frames"
     return Claim(
-        f"recall of cuts in ten minutes of animation, {SETTINGS[setting]}",
+        f"recall of cuts in ten minutes of animation{about}, {SETTINGS[setting]}",
         "≥ 2 × the release's",
         f"{own['seen']} of {own['of']} against {theirs['seen']} ({spent})",
         _times(own["recall"], theirs["recall"]),
@@ -85,22 +89,46 @@ def _times(own: float, theirs: float | None) -> str:
 
 
 def tables(results: Results, groups: Iterable[str]) -> list[Table]:
-    """Recall by kind of change at every setting, and by kind of clip at 10 %."""
-    groups = ["all", *groups]
+    """Recall by kind of change at every setting, by kind of clip at two, and of the film with continuity."""
+    found = []
+    if "all" in results:
+        found.append(_by_change(results["all"], groups))
+    found += [_by_clip(results, setting) for setting in ("released", "10%")]
+    if CONTINUITY in results:
+        found.append(_by_cut(results[CONTINUITY]))
+    return found
+
+
+def _by_change(settings: dict[str, dict[str, dict]], groups: Iterable[str]) -> Table:
+    judged = [result for measures in settings.values() for result in measures.values()]
+    shown = ["all", *(group for group in groups if any(group in result["changes"] for result in judged))]
     rows = []
-    for setting, measures in results["all"].items():
+    for setting, measures in settings.items():
         for name, result in measures.items():
-            cells = [f"{_recall(result, g):.0%}" if g in result["changes"] else "–" for g in groups]
+            cells = [f"{_recall(result, g):.0%}" if g in result["changes"] else "–" for g in shown]
             wasted = "–" if result["wasted"] is None else f"{result['wasted']:.0%}"
             rows.append((setting, name, f"{result['share']:.1%}", *cells, wasted))
-    found = [Table("Recall by kind of change", ("setting", "measure", "slow", *groups, "wasted"), rows)]
-    for setting in ("released", "10%"):
-        names = list(results["all"][setting])
-        rows = []
-        for kind, settings in results.items():
-            of = settings[setting]
-            changes = of[names[0]]["changes"].get("all", {"of": 0})["of"]
-            cells = [f"{_recall(r, 'all'):.0%}" if changes else f"({r['share']:.0%} slow)" for r in of.values()]
-            rows.append((kind, changes, *cells))
-        found.append(Table(f"Recall by kind of clip, {SETTINGS[setting]}", ("clips", "changes", *names), rows))
-    return found
+    return Table("Recall by kind of change", ("setting", "measure", "slow", *shown, "wasted"), rows)
+
+
+def _by_clip(results: Results, setting: str) -> Table:
+    names: list[str] = []
+    rows = []
+    for kind, settings in results.items():
+        of = settings[setting]
+        names = names or list(of)
+        changes = of[names[0]]["changes"].get("all", {"of": 0})["of"]
+        cells = [f"{_recall(r, 'all'):.0%}" if changes else f"({r['share']:.0%} slow)" for r in of.values()]
+        rows.append((kind, changes, *cells))
+    return Table(f"Recall by kind of clip, {SETTINGS[setting]}", ("clips", "changes", *names), rows)
+
+
+def _by_cut(settings: dict[str, dict[str, dict]]) -> Table:
+    rows = []
+    for setting, measures in settings.items():
+        for name, result in measures.items():
+            counts = [result["changes"][group] for group in ("all", "inner cuts", "cuts")]
+            cells = [f"{count['seen']} of {count['of']}" for count in counts]
+            rows.append((setting, name, result["slow"], f"{counts[0]['recall']:.0%}", *cells))
+    columns = ("setting", "measure", "slow frames", "recall", "cuts seen", "within a scene", "to another scene")
+    return Table("Cuts of the film with continuity", columns, rows)
