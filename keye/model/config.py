@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
 from keye.errors import KeyeError
+from keye.model import names
 
 
 class KeyeVisionConfig(PreTrainedConfig):
@@ -63,6 +64,13 @@ class KeyeConfig(PreTrainedConfig):
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "KeyeConfig":
+        """A config.json as this project or as the release writes it (decoder fields flat, `keye.model.names`)."""
+        if names.is_released(config_dict):
+            config_dict = names.config_from_released(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def preset(cls, name: str, **text: Any) -> "KeyeConfig":

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from keye.model.attention import Varlen
+from keye.model import names
+from keye.model.attention import Varlen, check_name
 from keye.model.config import KeyeConfig
 from keye.model.decoder import build_decoder, multimodal_rotary, refuse_windows
 from keye.model.generation import KeyeGenerationMixin
@@ -52,17 +53,25 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
     _supports_attention_backend = True
     _no_split_modules = ["VisionLayer"]  # the decoder adds its own
     _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
+    _keys_to_ignore_on_load_unexpected = names.UNUSED_PATTERNS
 
     def __init__(self, config: KeyeConfig) -> None:
         if config._attn_implementation is None:
             config._attn_implementation = "keye"
         super().__init__(config)
         text = config.text_config
-        self.visual = KeyeVisionModel(config.vision_config)
+        self.visual = KeyeVisionModel(config.vision_config, check_name(config.attention))
         self.projector = Projector(config.vision_config.hidden_size, text.hidden_size)
         self.language_model = build_decoder(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; directories with the released names load, too, and are saved again with ours."""
+        loaded = super().from_pretrained(*args, **{"key_mapping": names.KEY_MAPPING, **kwargs})
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = []
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,7 +151,7 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             pixels = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
             inputs_embeds = self._embed(input_ids, self._features(*pixels, visual_features, exchange))
         if cu_seqlens is not None:
-            kwargs |= {"cu_seqlens": cu_seqlens, "varlen_fn": varlen}
+            kwargs |= {"cu_seqlens": cu_seqlens, "varlen_fn": varlen, "attention": self.config.attention}
             attention_mask, use_cache = self._packed_mask(inputs_embeds), False
         elif attention_mask is None and past_key_values is None:
             # Without a mask a decoder looks for packed documents in the positions, and would find one in each frame.
