@@ -58,8 +58,8 @@ def family_model(name: str = "qwen3", seed: int = 0, **text: Any) -> KeyeForCond
 
 
 def words(count: int, generator: torch.Generator) -> Tensor:
-    """Random text `[count]` without placeholders."""
-    return torch.randint(0, WORDS, (count,), generator=generator)
+    """Random text `[count]` without placeholders and without 0, the padding."""
+    return torch.randint(1, WORDS, (count,), generator=generator)
 
 
 def stream(parts: list[tuple[int, int, int]], seed: int, tail: int = 6) -> dict[str, Tensor]:
