@@ -1,9 +1,10 @@
 """Killed at a random moment and started again, does a training run end as if nothing had happened?
 
 One run of three stages on two processes goes through undisturbed. Then every trial starts the same run anew, kills one
-of its processes (or all of them) with SIGKILL at a random moment between its start and its end, gives the same command
-again and compares: loss, learning rate, norm of the gradient and tokens of every step, and the weights that every
-stage leaves, all to the bit. It saves at every second step, so that many of the moments lie within a save.
+of its processes (or all of them) with SIGKILL, gives the same command again and compares: loss, learning rate, norm of
+the gradient and tokens of every step, and the weights that every stage leaves, all to the bit. Every other kill comes at
+a random second between start and end, which is often a start-up; the others within a second after a random step. It
+saves at every second step, so that many of the moments lie within a save.
 """
 
 import argparse
@@ -90,14 +91,15 @@ sequence_parallel = 2
 save_every = 2
 mixture = { video = 0.24, image = 0.50, text = 0.26 }
 """
-STAGES = ("vision", "multitask", "annealing")
+STEPS = {"vision": 6, "multitask": 12, "annealing": 6}
+STAGES = tuple(STEPS)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One kill: the second of the run it came at, who was killed, what went on, and whether the end was the same."""
+    """One kill: when it was drawn to come, who was killed, what went on, and whether the end was the same."""
 
-    second: float
+    moment: str
     victim: str
     doing: str
     curves: bool
@@ -183,22 +185,38 @@ def weights(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def attempt(recipe: Path, folder: Path, whole: Path, draw: random.Random, seconds: float) -> Trial:
+def wait_for_moment(
+    process: subprocess.Popen, folder: Path, by_clock: bool, draw: random.Random, seconds: float
+) -> str:
+    """Wait for a drawn moment of a run and say which it was; "" when the run ended before."""
+    if by_clock:
+        second = draw.uniform(0.1, 1.0) * seconds
+        told, ends = f"{second:.1f} s after the start", time.monotonic() + second
+        while time.monotonic() < ends and process.poll() is None:
+            time.sleep(0.01)
+    else:
+        stage, step = draw.choice([(stage, step) for stage in STAGES for step in range(1, STEPS[stage] + 1)])
+        later = draw.uniform(0, 1)
+        told, metrics = f"{later:.2f} s after step {step} of {stage}", folder / stage / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= step):
+            time.sleep(0.01)
+        time.sleep(later)
+    return told if process.poll() is None else ""
+
+
+def attempt(recipe: Path, folder: Path, whole: Path, number: int, draw: random.Random, seconds: float) -> Trial:
     """Start, kill, start again, compare with the undisturbed run."""
-    log = folder.with_suffix(".log")
-    while True:
+    log, moment = folder.with_suffix(".log"), ""
+    while not moment:  # a run that has ended before its moment is drawn again
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink(missing_ok=True)
-        second, victim = draw.uniform(0.1, 1.0) * seconds, draw.choice(VICTIMS)
+        victim = draw.choice(VICTIMS)
         process = launch(recipe, folder, log)
-        try:
-            process.wait(second)
-        except subprocess.TimeoutExpired:
-            break  # it still runs; a run that was faster than the first one is drawn again
+        moment = wait_for_moment(process, folder, number % 2 == 0, draw, seconds)
     state = doing(folder)
     kill(process, victim)
     finish(launch(recipe, folder, log), log)
-    return Trial(round(second, 1), victim, state, curves(folder) == curves(whole), weights(folder) == weights(whole))
+    return Trial(moment, victim, state, curves(folder) == curves(whole), weights(folder) == weights(whole))
 
 
 def measure(kills: int, seed: int, scratch: Path) -> tuple[list[Trial], float]:
@@ -215,13 +233,13 @@ def measure(kills: int, seed: int, scratch: Path) -> tuple[list[Trial], float]:
     trials, began = [Trial(**trial) for trial in kept["trials"]], time.monotonic()
     for number in range(len(trials), kills):
         # A seed a trial, so that a bench that goes on draws what it would have drawn.
-        trial = attempt(recipe, scratch / "killed", whole, random.Random(f"{seed}/{number}"), kept["seconds"])
+        trial = attempt(recipe, scratch / "killed", whole, number, random.Random(f"{seed}/{number}"), kept["seconds"])
         trials.append(trial)
         record.write_text(json.dumps({"seconds": kept["seconds"], "trials": [asdict(trial) for trial in trials]}))
         done = number + 1 - len(kept["trials"])
         left = (time.monotonic() - began) / done * (kills - number - 1)
         same = "the same" if trial.curves and trial.weights else "ANOTHER END"
-        told = f"{trial.victim} at {trial.second:.0f} s ({trial.doing}): {same}; {left:.0f} s left"
+        told = f"{trial.victim}, {trial.moment} ({trial.doing}): {same}; {left:.0f} s left"
         print(f"{number + 1}/{kills}  {told}", flush=True)
     return trials[:kills], kept["seconds"]
 
@@ -243,8 +261,8 @@ def main() -> None:
         met=len(same) == len(trials),
     )
     said = {True: "same", False: "differ"}
-    rows = [(t.second, t.victim, t.doing, said[t.curves], said[t.weights]) for t in trials]
-    table = Table("Kills", ("at second", "killed", "what went on", "curves", "weights"), rows)
+    rows = [(t.moment, t.victim, t.doing, said[t.curves], said[t.weights]) for t in trials]
+    table = Table("Kills", ("when", "killed", "what went on", "curves", "weights"), rows)
     notes = [
         f"The undisturbed run took {seconds:.0f} s: 6 steps of vision, 12 of multitask, 6 of annealing with both ranks"
         " at one sequence.",
