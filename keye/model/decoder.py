@@ -71,13 +71,3 @@ def multimodal_rotary(own: type[nn.Module], config: PreTrainedConfig) -> Multimo
     if 2 * len(frequencies) != head or not all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs):
         raise KeyeError(f"text_config: {own.__name__} turns only a part of the head, or pairs its halves otherwise")
     return ours
-
-
-def refuse_windows(config: PreTrainedConfig) -> None:
-    """KeyeError when the decoder looks back through a window: packed attention has none and would see more."""
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window and (not kinds or "sliding_attention" in kinds):
-        raise KeyeError(
-            f"text_config.sliding_window = {window}: packed attention has no window; set it to null (and "
-            "layer_types to full_attention), or give padded rows instead of cu_seqlens"
-        )

@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from keye.model import names
 from keye.model.attention import Varlen, check_name
 from keye.model.config import KeyeConfig
-from keye.model.decoder import build_decoder, multimodal_rotary, refuse_windows
+from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import KeyeGenerationMixin
 from keye.model.rope import batch_positions
 from keye.model.vision import KeyeVisionModel, Projector, VisionEmbeddings
@@ -206,12 +206,8 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         Every decoder takes a mask of four dimensions as it is and builds none; this one is empty, because packed
         attention goes by `cu_seqlens` alone, and any other attention would fail on it rather than mix documents.
         """
-        text = self.config.text_config
-        if text._attn_implementation != "keye":
+        if self.config.text_config._attn_implementation != "keye":
             raise ValueError("packed rows need the attention 'keye': call model.set_attn_implementation('keye')")
-        if len(embeds) != 1:
-            raise ValueError(f"cu_seqlens are the bounds of one packed row, but the batch has {len(embeds)}")
-        refuse_windows(text)
         return embeds.new_empty(0, 0, 0, 0)
 
     def _features(
