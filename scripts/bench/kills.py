@@ -2,9 +2,9 @@
 
 One run of three stages on two processes goes through undisturbed. Then every trial starts the same run anew, kills one
 of its processes (or all of them) with SIGKILL, gives the same command again and compares: loss, learning rate, norm of
-the gradient and tokens of every step, and the weights that every stage leaves, all to the bit. Every other kill comes at
-a random second between start and end, which is often a start-up; the others within a second after a random step. It
-saves at every second step, so that many of the moments lie within a save.
+the gradient and tokens of every step, and the weights that every stage leaves, all to the bit. Every other kill comes
+at a random second between start and end, which is often a start-up; the others within a second after a random step.
+Runs save at every second step, so that many of the moments lie within a save.
 """
 
 import argparse
