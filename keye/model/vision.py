@@ -76,11 +76,13 @@ class VisionAttention(nn.Module):
         width, self.heads = config.hidden_size, config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, tables: tuple[Tensor, Tensor] | None, backend: str = "auto"
+    ) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
-        return self.out_proj(varlen(q, k, v, cu_seqlens, False).flatten(1))
+        return self.out_proj(varlen(q, k, v, cu_seqlens, False, backend=backend).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -104,8 +106,11 @@ class VisionLayer(nn.Module):
         self.layer_norm1, self.layer_norm2 = norm(), norm()
         self.self_attn, self.mlp = VisionAttention(config), VisionMLP(config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, tables)
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, tables: tuple[Tensor, Tensor] | None, backend: str = "auto"
+    ) -> Tensor:
+        """x `[N, width]`, cu_seqlens `[F + 1]`, tables as of `vision_tables`, backend of `varlen` → `[N, width]`."""
+        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, tables, backend)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -118,11 +123,12 @@ class VisionEncoder(nn.Module):
 
 
 class KeyeVisionModel(nn.Module):
-    """Patches of any number of frames or images → one feature a patch."""
+    """Patches of any number of frames or images → one feature a patch; `attention` names the backend of `varlen`."""
 
-    def __init__(self, config: KeyeVisionConfig) -> None:
+    def __init__(self, config: KeyeVisionConfig, attention: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.attention = attention
         self.embeddings = VisionEmbeddings(config)
         self.encoder = VisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -140,9 +146,9 @@ class KeyeVisionModel(nn.Module):
             tables = vision_tables(places.row, places.column, head_dim, self.config.rope_theta)
         for layer in self.encoder.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, cu_seqlens, tables, use_reentrant=False)
+                x = checkpoint(layer, x, cu_seqlens, tables, self.attention, use_reentrant=False)
             else:
-                x = layer(x, cu_seqlens, tables)
+                x = layer(x, cu_seqlens, tables, self.attention)
         return self.post_layernorm(x)
 
 

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from keye.errors import KeyeError
 from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
-from keye.model.vision import KeyeVisionModel, Projector, VisionEmbeddings, places_of
+from keye.model.vision import KeyeVisionModel, Projector, VisionEmbeddings, VisionLayer, places_of
 
 SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 FRAMES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
@@ -177,3 +178,38 @@ def test_projector_takes_the_2x2_squares_of_every_frame_in_raster_order() -> Non
         torch.testing.assert_close(found[: len(expected)], expected)
         found = found[len(expected) :]
     assert len(found) == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "plain"])
+def test_the_named_backend_of_attention_gives_the_same_features(tower, backend) -> None:
+    frames = [(4, 4), (2, 6), (3, 3)]
+    patches = pixels(frames)
+    named = KeyeVisionModel(tower.config, attention=backend).eval()
+    named.load_state_dict(tower.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(named(patches, grids(frames)), tower(patches, grids(frames)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_backend_that_is_not_there_is_an_error_that_lists_those_that_are(tower) -> None:
+    with pytest.raises(KeyeError, match="sdpa"):
+        KeyeVisionModel(tower.config, attention="flash9")(pixels([(2, 2)]), grids([(2, 2)]))
+
+
+def test_a_layer_compiles_whole_and_once_for_all_sizes() -> None:
+    torch.manual_seed(0)
+    layer = VisionLayer(KeyeVisionConfig(**SIZES))
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(layer, backend=counting, fullgraph=True, dynamic=True)
+    for frames in ([(4, 6), (2, 2)], [(3, 5), (2, 2), (6, 6)], [(2, 3), (5, 2), (4, 4)]):
+        places = places_of(grids(frames)[:, 1:], sum(h * w for h, w in frames))
+        cu_seqlens = F.pad(torch.tensor([h * w for h, w in frames]).cumsum(0), (1, 0))
+        tables = vision_tables(places.row, places.column, 12)
+        x = torch.randn(int(cu_seqlens[-1]), 48)
+        torch.testing.assert_close(compiled(x, cu_seqlens, tables), layer(x, cu_seqlens, tables), atol=1e-5, rtol=1e-5)
+    assert graphs == 1
