@@ -1,0 +1,40 @@
+"""How the model's benches take time: a call on a device, and several calls in turn so that ratios are fair."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+
+def seconds(call: Call, device: torch.device) -> float:
+    """How long a call takes, on a GPU from its own events, so that what is still queued counts."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def in_turn(calls: Mapping[str, Call], rounds: int, device: torch.device, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of every call in each round. Rounds go through them in alternating order, after a warm-up of each."""
+    for call in calls.values():
+        for _ in range(warm_up):
+            call()
+    names, times = list(calls), {name: [] for name in calls}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            times[name].append(seconds(calls[name], device))
+    return times
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds of one's time divided by the other's in the same round."""
+    return statistics.median(mine / other for mine, other in zip(times, others, strict=True))
