@@ -6,7 +6,7 @@ adds what it lacks.
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from keye.errors import CheckpointError
@@ -44,12 +44,9 @@ def with_special_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeniz
             could not be told apart.
     """
     begin = _beginning(tokenizer)
-    missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
-    known = [token for token in SPECIAL_TOKENS if token not in missing]
-    tokenizer.add_tokens(known, special_tokens=True)  # a plain entry of that name is from now on never cut in pieces
-    extra = {"additional_special_tokens": list(SPECIAL_TOKENS)}
-    tokenizer.add_special_tokens(extra, replace_extra_special_tokens=False)  # others stay special, too
+    # All at once: what is special already stays so, a plain entry becomes special under its id.
+    others = [token for token in tokenizer.all_special_tokens if token not in SPECIAL_TOKENS]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL_TOKENS, *others]})
     tokenizer.eos_token, tokenizer.pad_token = IM_END, END_OF_TEXT
     tokenizer.chat_template = ("" if begin is None else "{{- '" + begin + "' -}}") + CHAT_TEMPLATE
     _check_turns(tokenizer)
