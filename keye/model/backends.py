@@ -243,7 +243,8 @@ def _worst(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, g
             out = run(backend, q, k, v, segments, causal, head_dim**-0.5)
             results.append((out, *torch.autograd.grad(out, (q, k, v), weight)))
         for what, got, expected in zip(("output", "dq", "dk", "dv"), *results, strict=True):
-            error = float((got.float() - expected.float()).norm() / expected.float().norm())
+            got, expected = got.detach().float(), expected.detach().float()
+            error = float((got - expected).norm() / expected.norm())
             # The relative error of a few roundings to dtype; a wrong mask or scale is off by a tenth and more.
             if not error < 4 * torch.finfo(dtype).eps:
                 return f"wrong on a small pack: {what} off by {error:.1%}"
