@@ -6,6 +6,8 @@ deepspeed.
 
 import importlib
 
+from keye.registration import register
+
 __version__ = "0.1.0"
 
 _WHERE = {
@@ -17,6 +19,8 @@ _WHERE = {
     "KeyeProcessor": "keye.prompt.processor",
 }
 __all__ = list(_WHERE)
+
+register()
 
 
 def __getattr__(name: str) -> object:

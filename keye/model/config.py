@@ -1,6 +1,7 @@
 """KeyeConfig: a vision tower, a projector and a decoder, with presets from two CPU cores to the released 8B."""
 
 import copy
+import importlib
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
@@ -70,6 +71,7 @@ class KeyeConfig(PreTrainedConfig):
         """A config.json as this project or as the release writes it (decoder fields flat, `keye.model.names`)."""
         if names.is_released(config_dict):
             config_dict = names.config_from_released(config_dict)
+        importlib.import_module("keye.model.keye")  # registers the model's class, which Auto classes look for next
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod

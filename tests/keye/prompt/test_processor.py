@@ -1,21 +1,17 @@
 """The processor end to end: messages → text, ids, labels, positions and pixels that fit one another."""
 
+import json
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, pipeline
 
-from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor
-from keye.errors import ManifestError
-from keye.prompt.tokenizer import train_tokenizer
-
-TINY = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 512}
-
-
-@pytest.fixture(scope="module")
-def processor() -> KeyeProcessor:
-    tokenizer = train_tokenizer(["user assistant Which colour? red or blue 0.5"] * 3, 400)
-    return KeyeProcessor(tokenizer, encoder=TINY, image={"min_tokens": 4, "max_tokens": 16})
+from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor, SlowFastEncoder
+from keye.errors import KeyeError, ManifestError
 
 
 def clip(frames: int, changes_at: int, seed: int = 0) -> np.ndarray:
@@ -82,8 +78,6 @@ def test_processor_and_model_agree_and_load_through_auto_classes(processor: Keye
 
 
 def test_encoder_alone_gives_the_models_features(processor: KeyeProcessor, tmp_path) -> None:
-    from keye import SlowFastEncoder
-
     config = processor.configure(KeyeConfig.preset("tiny", vocab_size=len(processor.tokenizer)))
     KeyeForConditionalGeneration(config).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -91,8 +85,147 @@ def test_encoder_alone_gives_the_models_features(processor: KeyeProcessor, tmp_p
     assert video.features.shape == (video.plan.tokens, config.text_config.hidden_size)
 
 
-def test_messages_out_of_form_are_named(processor: KeyeProcessor) -> None:
-    with pytest.raises(ManifestError, match="role"):
-        processor.sample([{"text": "hello"}])
-    with pytest.raises(ManifestError, match="names no file"):
-        processor.sample([{"role": "user", "content": [{"type": "video"}]}])
+def test_batch_of_rows_with_and_without_media(processor: KeyeProcessor) -> None:
+    """A row of text beside rows of videos; either side; each row is what it is alone, and its plans come along."""
+    chats = [chat(clip(4, 2), None), [{"role": "user", "content": "Which?"}], chat(clip(3, 1), None)]
+    alone = [processor.sample(one, add_generation_prompt=True) for one in chats]
+    for side in ("left", "right"):
+        inputs = processor.apply_chat_template(
+            chats, tokenize=True, add_generation_prompt=True, padding=True, padding_side=side, return_tensors="pt"
+        )
+        assert set(inputs) == {"input_ids", "attention_mask", "position_ids", "pixel_values_videos", "video_grid_thw"}
+        for row, sample in enumerate(alone):
+            real = inputs["attention_mask"][row].bool()
+            assert torch.equal(inputs["input_ids"][row, real], sample.input_ids)
+            assert bool(real[-1]) == (side == "left" or len(sample) == inputs["input_ids"].shape[1])
+        assert inputs.num_frames.tolist() == [4, 3]
+        assert inputs.plans == [alone[0].plans, [], alone[2].plans] and inputs.warnings == [[], [], []]
+    assert set(inputs) <= set(processor.model_input_names)
+    moved = inputs.to(torch.bfloat16)
+    assert moved["pixel_values_videos"].dtype == torch.bfloat16 and moved.plans[0] == alone[0].plans
+
+
+def test_call_takes_text_and_media_as_transformers_does(processor: KeyeProcessor) -> None:
+    still, one, two = np.zeros((56, 84, 3), np.uint8), clip(4, 2), clip(3, 1)
+    picture, video = ("<|vision_start|><|" + kind + "_pad|><|vision_end|>" for kind in ("image", "video"))
+    texts = [f"{picture}a{video}", f"{video}b"]
+    flat = processor(text=texts, images=[still], videos=[one, two], padding=True, return_tensors="pt")
+    nested = processor(text=texts, images=[[still], []], videos=[[one], [two]])
+    for name in flat:
+        assert torch.equal(flat[name], nested[name])
+    single = processor(text=f"{picture}a", images=still)
+    assert single["image_grid_thw"].tolist() == [[1, 4, 6]] and "video_grid_thw" not in single
+    assert processor(text=f"{video}b", videos=two)["video_grid_thw"].shape == (3, 3)
+    assert processor(text="red")["input_ids"].shape[0] == 1
+    options = processor(text=f"{picture}{video}", images=still, videos=two, images_kwargs={"max_tokens": 4},
+                        processor_kwargs={"videos_kwargs": {"num_frames": 2}})  # fmt: skip
+    assert int(options["image_grid_thw"].prod()) // 4 <= 4 and options.num_frames.tolist() == [2]
+    for texts, media in ((f"{video}b", {}), ("b", {"videos": one}), ([video, video], {"videos": [one]})):
+        with pytest.raises(ManifestError, match="placeholders"):
+            processor(text=texts, **media)
+
+
+def test_padding_truncation_and_max_length(processor: KeyeProcessor) -> None:
+    chats = [chat(clip(8, 4), None), [{"role": "user", "content": "Which?"}]]
+
+    def ids(**kwargs: object) -> torch.Tensor:
+        return processor.apply_chat_template(chats, tokenize=True, **kwargs)["input_ids"]
+
+    longest = ids().shape[1]
+    assert ids(padding="longest").shape[1] == ids(max_length=9, truncation=False).shape[1] == longest
+    assert ids(max_length=60).shape[1] <= 60 and ids(max_length=60, truncation=True).shape[1] <= 60
+    assert ids(padding="max_length", max_length=longest + 7).shape == (2, longest + 7)
+    assert ids(text_kwargs={"padding": "max_length"}, max_length=60).shape == (2, 60)
+    with pytest.raises(KeyeError, match="padding is False"):
+        ids(padding=False)
+    cut = processor.apply_chat_template(chats, tokenize=True, max_length=60)
+    assert ["max_length=60" in " ".join(row) for row in cut.warnings] == [True, False]
+
+
+def test_assistant_masks_and_ids_alone(processor: KeyeProcessor) -> None:
+    inputs = processor.apply_chat_template(chat(clip(2, 1)), tokenize=True, return_assistant_tokens_mask=True)
+    assert processor.decode(inputs["input_ids"][inputs["assistant_masks"].bool()]) == "red<|im_end|>"
+    ids = processor.apply_chat_template(chat(clip(2, 1)), tokenize=True, return_dict=False)
+    assert torch.equal(ids, inputs["input_ids"])
+    assert processor.batch_decode(ids, skip_special_tokens=True)[0].endswith("Which colour?\nassistant\nred\n")
+    assert processor.post_process_image_text_to_text(ids)[0].endswith("red\n")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"do_rescale": True}, "does not know do_rescale"),
+        ({"processor_kwargs": {"sizes": 3}}, "does not know sizes"),
+        ({"enable_thinking": True}, "does not know enable_thinking"),
+        ({"tools": [{}]}, "tools was given"),
+        ({"return_tensors": "np"}, "return_tensors is 'np'"),
+        ({"padding": "most"}, "padding is 'most'"),
+        ({"padding": "max_length"}, "no max_length"),
+        ({"padding_side": "top"}, "padding_side is 'top'"),
+        ({"truncation": "longest_first"}, "truncation is 'longest_first'"),
+        ({"max_length": 2.5}, "max_length is 2.5"),
+        ({"max_length": 90, "text_kwargs": {"max_length": 80}}, "max_length is given twice"),
+        ({"videos_kwargs": {"size": 3}}, "size is not known"),
+    ],
+)
+def test_unknown_arguments_are_refused_by_name(processor: KeyeProcessor, kwargs: dict, match: str) -> None:
+    with pytest.raises(KeyeError, match=match):
+        processor.apply_chat_template(chat(clip(2, 1), None), tokenize=True, **kwargs)
+    with pytest.raises(KeyeError, match=match):
+        processor(text="red", **kwargs)
+    processor(text="red", tools=None, load_audio_from_video=False, return_tensors=None)  # what servers pass along
+
+
+def test_saved_settings_come_back_in_a_process_of_their_own(processor: KeyeProcessor, tmp_path) -> None:
+    """`import keye` is all that another process needs; no remote code, and not a setting is lost."""
+    settings = {**processor.encoder, "policy": "adaptive:max_gap=3", "threshold": 0.61, "fps": 1.5, "max_frames": 9}
+    own = KeyeProcessor(processor.tokenizer, settings, {"max_tokens": 9}, chat_template="{{ 'own' }}")
+    config = own.configure(KeyeConfig.preset("tiny", vocab_size=len(own.tokenizer)))
+    KeyeForConditionalGeneration(config).save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    code = (
+        "import keye, json, sys\n"
+        "assert 'transformers' not in sys.modules\n"
+        "from transformers import AutoProcessor, AutoTokenizer, AutoModelForImageTextToText\n"
+        "p = AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "m = AutoModelForImageTextToText.from_pretrained(sys.argv[1])\n"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "kinds = [type(x).__name__ for x in (p, m)]\n"
+        "print(json.dumps([kinds, p.encoder, p.image, p.chat_template, len(t), t.eos_token]))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    kinds, encoder, image, template, size, end = json.loads(told.stdout.splitlines()[-1])
+    assert kinds == ["KeyeProcessor", "KeyeForConditionalGeneration"]
+    assert (encoder, image, template) == (own.encoder, {"max_tokens": 9}, "{{ 'own' }}")
+    assert (size, end) == (len(own.tokenizer), "<|im_end|>")
+    assert encoder["policy"] == "adaptive:max_gap=3" and encoder["max_frames"] == 9
+
+
+def test_directory_with_few_settings_loads(processor: KeyeProcessor, tmp_path) -> None:
+    """Older runs wrote only the settings that a recipe named."""
+    processor.save_pretrained(tmp_path)
+    few = {"encoder": {"fps": 2.0, "max_tokens": 512}, "image": {"max_tokens": 16}, "processor_class": "KeyeProcessor"}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text(json.dumps(few))
+    loaded = KeyeProcessor.from_pretrained(tmp_path)
+    assert loaded.encoder == SlowFastEncoder(fps=2.0, max_tokens=512).settings and loaded.image == {"max_tokens": 16}
+
+
+def test_processor_can_be_sent_to_workers(processor: KeyeProcessor) -> None:
+    again = pickle.loads(pickle.dumps(processor))
+    assert torch.equal(again.sample(chat(clip(4, 2))).input_ids, processor.sample(chat(clip(4, 2))).input_ids)
+
+
+def test_pipeline_of_transformers_answers_a_chat(processor: KeyeProcessor, tmp_path) -> None:
+    torch.manual_seed(0)
+    config = processor.configure(KeyeConfig.preset("tiny", vocab_size=len(processor.tokenizer)))
+    model = KeyeForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    answer = pipeline("image-text-to-text", model=str(tmp_path), dtype=torch.float32)
+    asked = chat(clip(4, 2), None)
+    told = answer(text=asked, max_new_tokens=4, return_full_text=False, generate_kwargs={"do_sample": False})
+    inputs = processor.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert told[0]["generated_text"] == processor.decode(ids[0], skip_special_tokens=True)
