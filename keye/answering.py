@@ -137,7 +137,11 @@ class Answering:
                 " or a smaller budget"
             ) from self._failure
         if self._failure is not None:
-            raise self._failure
+            reason = (str(self._failure).splitlines() or [""])[0][:200]
+            raise KeyeError(
+                f"the model failed on this chat ({type(self._failure).__name__}: {reason}); ask again without its clips"
+                " to see whether they are the cause"
+            ) from self._failure
 
     def _ended(self) -> bool:
         return self.sequence is not None and int(self.sequence[-1]) in self._ends()

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import DynamicCache
 
 from keye.answering import Answering, Figures, Piece, Sampling
 from keye.encoder import EncodedVideo, SlowFastEncoder
 from keye.errors import CheckpointError, KeyeError
+from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
+from keye.model.names import is_released
+from keye.model.shards import read_json
 from keye.prompt.options import adjusted
 from keye.prompt.processor import KeyeProcessor, Sample
 from keye.prompt.reply import parse_reply
@@ -50,15 +54,14 @@ def load_model(
         CheckpointError: nothing loadable there. KeyeError: a device or dtype that is not there.
     """
     name = str(directory)
-    if not Path(name).is_dir() and (Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
-        raise CheckpointError(f"{name} is no model directory; give one that a stage or scripts/convert.py wrote")
+    _check_directory(name)
     if dtype not in DTYPES:
         raise KeyeError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     place = _device(device)
     try:
         processor = KeyeProcessor.from_pretrained(name)
         model = KeyeForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{name} cannot be loaded ({reason}); give a directory that a stage or scripts/convert.py wrote"
@@ -71,6 +74,22 @@ def load_model(
         return model.to(place).eval(), processor
     except torch.OutOfMemoryError as error:
         raise KeyeError(f"{place} has not the memory for {name}; use --dtype bfloat16 or another device") from error
+
+
+def _check_directory(name: str) -> None:
+    """Say what is wrong with a directory that plainly is none of ours; a hub id may pass."""
+    path, mend = Path(name), "give one that a stage or scripts/convert.py wrote"
+    if not path.is_dir():
+        if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            raise CheckpointError(f"{name} is no model directory; {mend}")
+        return
+    values = read_json(path / "config.json")
+    if values.get("model_type") != KeyeConfig.model_type:
+        raise CheckpointError(f"{name} holds a model of type {values.get('model_type')!r}, not a Keye one; {mend}")
+    if is_released(values):
+        raise CheckpointError(
+            f"{name} has the names of the released weights; convert it once: python scripts/convert.py --help shows how"
+        )
 
 
 def _device(name: str) -> torch.device:
