@@ -1,7 +1,8 @@
-"""What the model claims, measured: parity with transformers, speed beside Qwen2.5-VL, memory, packing, and a GPU's share.
+"""What the model claims, measured: parity with transformers, speed beside Qwen2.5-VL, packing, memory, a GPU's share.
 
-Every part is a script beside this one (model_<part>.py) and leaves a JSON file under docs/results/model; model.md beside
-that folder is written from these files, so a part can be run again alone. `--part` without a name only writes it.
+Every part is a script beside this one (model_<part>.py) and leaves a JSON file under docs/results/model; model.md
+beside that folder is written from these files, so a part can be run again alone. `--part` without a name only writes
+the document.
 """
 
 import subprocess
