@@ -127,7 +127,7 @@ def main() -> None:
         "no merging of frames in time, whole frames in every vision layer, vision MLPs two thirds as wide because they "
         "are gated. Rounds alternate after a warm-up; a ratio is the median over rounds.",
         "The train step is the loss on a 32-token answer and all gradients. Ours computes logits where there are "
-        "labels alone, transformers' everywhere: that is a part of the difference, larger the larger the vocabulary is.",
+        "labels alone, transformers' everywhere: part of the difference, the more so the larger the vocabulary.",
     ]
     save(
         out_of(args), "speed", claims + found, tables, seconds=time.monotonic() - began, quick=args.quick,
