@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import re
 import sys
@@ -25,6 +26,19 @@ EXAMPLES = """examples:
   keye encode https://example.org/clip.mp4 --url
 """
 
+
+CHAT_EXAMPLES = """examples:
+  keye chat runs/demo/gspo/model clip.mp4                      a conversation about a clip
+  keye chat MODEL clip.mp4 --ask "What happens first?"         one answer, for scripts
+  keye chat MODEL a.mp4 b.png --ask "Which is older?" --think --json
+  keye chat MODEL --system "Answer in French." --temperature 0.7
+"""
+
+SERVE_EXAMPLES = """examples:
+  keye serve runs/demo/gspo/model                              http://127.0.0.1:8000/v1, clips inside of requests
+  keye serve MODEL --media-root videos                         requests may name files in this folder
+  keye serve MODEL --url --max-bytes 100_000_000               and public http(s) URLs
+"""
 
 POLICY_HELP = (
     "who is slow: POLICIES; options after a colon, as in uniform:4, adaptive:max_gap=16, adaptive_budget:share=0.25 or"
@@ -50,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_encode(commands)
+    add_chat(commands)
+    add_serve(commands)
     return parser
 
 
@@ -93,6 +109,72 @@ def add_encode(commands: argparse._SubParsersAction) -> None:
     many.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor, at most 8)")
     many.add_argument("--cache", metavar="DIR", help="remember plans and pixels here, by content and settings")
     parser.set_defaults(call=encode)
+
+
+def add_chat(commands: argparse._SubParsersAction) -> None:
+    """`keye chat`: ask a model about clips and images."""
+    parser = commands.add_parser(
+        "chat",
+        help="ask a model about clips and images",
+        description="Talk with a model about clips and images; /help in the conversation lists its commands.",
+        epilog=CHAT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(parser)
+    parser.add_argument("media", nargs="*", metavar="CLIP", help="clips and images that the first question is about")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--think", dest="thinking", action="store_const", const=True, help="ask for a thought first")
+    mode.add_argument("--no-think", dest="thinking", action="store_const", const=False, help="ask for none")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="of one answer (1024)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, draws nothing")
+    parser.add_argument("--ask", action="append", metavar="QUESTION", help="answer this and leave; may be repeated")
+    parser.add_argument("--json", action="store_true", help="with --ask: one line of JSON for each answer")
+    parser.add_argument("--url", action="store_true", help="download http(s) URLs, though not from private addresses")
+    parser.set_defaults(call=_with_model("keye.terminal", "chat"))
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """`keye serve`: a model behind an OpenAI-compatible address."""
+    parser = commands.add_parser(
+        "serve",
+        help="a model behind an OpenAI-compatible address",
+        description="Answer POST /v1/chat/completions, streamed or whole, with image_url and video_url parts.",
+        epilog=SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
+    parser.add_argument("--name", metavar="NAME", help="what the model is called in requests (its directory)")
+    parser.add_argument("--media-root", metavar="DIR", help="requests may name files in this folder; without it none")
+    parser.add_argument("--url", action="store_true", help="requests may name http(s) URLs of public addresses")
+    parser.add_argument("--max-bytes", type=int, default=1 << 28, metavar="N", help="of one clip or image (256 MiB)")
+    parser.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="most of one answer (4096)")
+    parser.add_argument("--queue", type=int, default=16, metavar="N", help="requests that may wait; more get 429 (16)")
+    parser.set_defaults(call=_with_model("keye.serve", "serve"))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model directory")
+    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1 (the GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", metavar="T", help="float32, bfloat16 or float16 (as saved)")
+
+
+def _with_model(module: str, name: str) -> Callable[[argparse.Namespace], int]:
+    """A command that needs transformers, which is loaded only when it is called."""
+
+    def call(arguments: argparse.Namespace) -> int:
+        try:
+            command = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            reason = "a model needs transformers, which is not installed: pip install 'keye[model]'"
+            raise errors.KeyeError(reason) from error
+        return command(arguments)
+
+    return call
 
 
 def _time(text: str) -> float:

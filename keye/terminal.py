@@ -34,7 +34,7 @@ PATIENCE = 5.0  # seconds after which it is said how long it will still take
 
 def chat(arguments: argparse.Namespace) -> int:
     """Run `keye chat`; returns the exit code."""
-    _quiet()
+    quiet()
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature)
     with busy(f"loading {arguments.model}"):
         model, processor = load_model(
@@ -51,7 +51,7 @@ def chat(arguments: argparse.Namespace) -> int:
     return screen.converse()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """The loading bars and hints of transformers are for programmers."""
     from transformers.utils import logging
 
