@@ -192,6 +192,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     told = parser().parse_args()
+    for key in ("text", "source", "vision", "tokenizer", "like"):
+        path = getattr(told, key, None)
+        if path is not None and not path.is_dir():
+            raise CheckpointError(f"{path}: no such directory; name one that holds a model")
     if told.command == "check":
         return check(told)
     return convert(told, {"init": init, "from-released": from_released, "to-released": to_released}[told.command])

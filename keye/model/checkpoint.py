@@ -48,10 +48,11 @@ def check(directory: str | Path) -> Report:
         CheckpointError: no config.json or no readable weights.
     """
     values = read_json(Path(directory) / "config.json")
+    expected = expected_shapes(_config(values, Path(directory)))
     stored, report = open_checkpoint(directory), Report()
     if names.is_released(values):
         stored = _needed(stored, report)
-    return report.compare(stored, expected_shapes(_config(values, Path(directory))))
+    return report.compare(stored, expected)
 
 
 def load_released(

@@ -107,9 +107,8 @@ def initialise(
     config.dtype = dtype
     expected = expected_shapes(config)
     drawn = [name for name in expected if name.startswith(("projector.",) if pretrained else ("projector.", "visual."))]
-    spread = getattr(config.text_config, "initializer_range", 0.02)
     for i, name in enumerate(drawn):
-        sources[name] = _drawn(name, expected[name], spread, seed + 1 + i)
+        sources[name] = _drawn(name, expected[name], seed + 1 + i)
     report.made |= {"drawn at random": drawn}
     report.compare(sources, expected).refuse(text)
     with whole_directory(out) as part:
@@ -154,6 +153,7 @@ def _text_config(text: Path, gguf_file: str | None) -> PreTrainedConfig:
         raise CheckpointError(f"{text}: no decoder's config.json ({str(error).splitlines()[0]})") from error
     if config.get_text_config() is not config:
         raise CheckpointError(f"{text}: a {config.model_type} is not a decoder alone; name a Qwen3, Qwen2 or Llama")
+    config._name_or_path, config.architectures = "", None  # of a directory that this one will not need
     return config
 
 
@@ -184,8 +184,8 @@ def _decoder(text: Path, gguf_file: str | None, dtype: torch.dtype | None) -> Te
     return {name: of(tensor) for name, tensor in model.state_dict().items()}
 
 
-def _drawn(name: str, shape: tuple[int, ...], spread: float, seed: int) -> Computed:
-    """A tensor of the tower or the projector, drawn as `KeyeForConditionalGeneration` itself initialises it."""
+def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Computed:
+    """A tensor of the tower or the projector, drawn as transformers' SigLIP is: Xavier, LeCun for the patches."""
 
     def make() -> Tensor:
         tensor, generator = torch.zeros(shape), torch.Generator().manual_seed(seed)
@@ -196,7 +196,7 @@ def _drawn(name: str, shape: tuple[int, ...], spread: float, seed: int) -> Compu
         if "position_embedding" in name:
             return tensor.normal_(std=shape[1] ** -0.5, generator=generator)
         if "patch_embedding" in name:
-            return tensor.normal_(std=spread, generator=generator)
+            return tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
         return nn.init.xavier_uniform_(tensor, generator=generator)
 
     return Computed(shape, torch.float32, make)

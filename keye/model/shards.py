@@ -212,8 +212,8 @@ def _write(tensors: Tensors, path: Path) -> Iterator[int]:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             for piece in tensor.pieces():
-                file.write(piece)
-                yield len(piece)
+                yield file.write(piece)
+                del piece  # it is a view of its tensor, which must be gone before the next is made
 
 
 @contextmanager
