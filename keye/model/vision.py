@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from keye.errors import KeyeError
 from keye.model.attention import varlen
 from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
@@ -127,6 +128,12 @@ class KeyeVisionModel(nn.Module):
 
     def __init__(self, config: KeyeVisionConfig, attention: str = "auto") -> None:
         super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads or (config.rotary and width // heads % 4):
+            raise KeyeError(
+                f"vision_config: {heads} heads do not share a width of {width} in multiples of 4, which rows and "
+                "columns of the rotary need; change num_attention_heads or hidden_size"
+            )
         self.config = config
         self.attention = attention
         self.embeddings = VisionEmbeddings(config)

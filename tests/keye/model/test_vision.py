@@ -213,3 +213,9 @@ def test_a_layer_compiles_whole_and_once_for_all_sizes() -> None:
         x = torch.randn(int(cu_seqlens[-1]), 48)
         torch.testing.assert_close(compiled(x, cu_seqlens, tables), layer(x, cu_seqlens, tables), atol=1e-5, rtol=1e-5)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("heads", [5, 8])
+def test_heads_that_rows_and_columns_cannot_share_are_named(heads) -> None:
+    with pytest.raises(KeyeError, match=f"{heads} heads"):
+        KeyeVisionModel(KeyeVisionConfig(**{**SIZES, "num_attention_heads": heads}))
