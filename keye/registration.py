@@ -16,6 +16,8 @@ from types import ModuleType
 _AUTO = "transformers.models.auto."
 _REGISTERED_BY = {
     f"{_AUTO}configuration_auto": "keye.model.config",
+    # Where this registry begins to load the one above, no config of a decoder can be imported before its own end.
+    f"{_AUTO}modeling_auto": "keye.model.config",
     f"{_AUTO}processing_auto": "keye.prompt.processor",
 }
 
@@ -37,7 +39,7 @@ def _follow(registry: str) -> None:
 
 
 class _Follower(MetaPathFinder):
-    """Finds modules as ever, and lets the two registries be followed by what registers with them."""
+    """Finds modules as ever, and lets the registries be followed by what registers with them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

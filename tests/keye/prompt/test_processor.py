@@ -186,9 +186,9 @@ def test_saved_settings_come_back_in_a_process_of_their_own(processor: KeyeProce
     code = (
         "import keye, json, sys\n"
         "assert 'transformers' not in sys.modules\n"
-        "from transformers import AutoProcessor, AutoTokenizer, AutoModelForImageTextToText\n"
-        "p = AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer\n"
         "m = AutoModelForImageTextToText.from_pretrained(sys.argv[1])\n"
+        "p = AutoProcessor.from_pretrained(sys.argv[1])\n"
         "t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "kinds = [type(x).__name__ for x in (p, m)]\n"
         "print(json.dumps([kinds, p.encoder, p.image, p.chat_template, len(t), t.eos_token]))\n"
