@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
     except errors.KeyeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).replace('urls=UrlRules()', '--url')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: interrupted by the user", file=sys.stderr)

@@ -132,11 +132,13 @@ class Server(ThreadingHTTPServer):
 
 def make_server(answerer: Answerer, access: Access, host: str = "127.0.0.1", port: int = 0) -> Server:
     """A server that listens; `serve_forever` lets it answer. KeyeError if the address cannot be had."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take it modulo that
+        raise KeyeError(f"--port {port} is none; give one from 1 to 65535, or 0 for a free one")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         kind = type("Server", (Server,), {"address_family": family})
         server = kind(address, Handler)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise KeyeError(f"{host}:{port} cannot be listened at ({error}); give another --host or --port") from error
     server.answerer, server.access = answerer, access
     return server
