@@ -81,7 +81,7 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool,
     """
     name = _constant_choice(backend, q.device, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
     if name in ("sdpa", "plain"):
-        return torch.ops.keye.packed_attention(q, k, v, cu_seqlens, causal, scale, name)
+        return torch.ops.keye.packed_attention(q, k, v, cu_seqlens, causal, scale, backend)
     bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
     return fused(name, q, k, v, bounds, q.shape[0], causal, scale)
 

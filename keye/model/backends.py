@@ -10,6 +10,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib import import_module
 
@@ -218,11 +219,13 @@ def _trial(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, g
 
     def attempt() -> None:
         try:
-            outcome.append(_worst(name, device, dtype, head_dim, groups))
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                outcome.append(_worst(name, device, dtype, head_dim, groups))
         except Exception as error:  # whatever a foreign kernel raises, the next one is tried
             outcome.append(f"fails on a small pack: {_first_line(error)}")
 
-    # Grad mode, autocast and the hooks of activation checkpointing are a thread's own: in a fresh one none is on.
+    # Grad mode, autocast, the hooks of activation checkpointing and the current GPU are a thread's own: in a fresh one
+    # none of them is set.
     thread = threading.Thread(target=attempt)
     thread.start()
     thread.join()
