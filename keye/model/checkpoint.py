@@ -240,10 +240,11 @@ def _config(values: dict[str, Any], directory: Path) -> KeyeConfig:
 
 
 def _processor(source: Path, config: KeyeConfig) -> Any | None:
-    """Our processor for a released directory; None when it holds no tokenizer."""
+    """Our processor for a released directory, deciding as the release does; None when it holds no tokenizer."""
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
-    from keye.prompt.processor import KeyeProcessor  # reads videos; weights alone do without
+    from keye.encoder import SlowFastEncoder  # reads videos; weights alone do without
+    from keye.prompt.processor import KeyeProcessor
     from keye.prompt.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(source))
@@ -252,7 +253,8 @@ def _processor(source: Path, config: KeyeConfig) -> Any | None:
         raise CheckpointError(f"{source}: {len(tokenizer)} tokens with the special ones, but {rows} embeddings")
     told, area = _settings(source, "preprocessor_config.json"), names.TOKEN_SIDE**2
     limits = {"min_tokens": told.get("min_pixels", 0) // area, "max_tokens": told.get("max_pixels", 0) // area}
-    processor = KeyeProcessor(tokenizer, image={key: value for key, value in limits.items() if value})
+    encoder = SlowFastEncoder.released().settings
+    processor = KeyeProcessor(tokenizer, encoder, {key: value for key, value in limits.items() if value})
     processor.configure(config)
     return processor
 

@@ -248,6 +248,9 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     shards = list((tmp_path / "ours").glob("model-*.safetensors"))
     assert len(shards) > 2 and all(path.stat().st_size < 70_000 for path in shards)
     assert check(tmp_path / "ours").clean
+    processor = KeyeProcessor.from_pretrained(tmp_path / "ours")
+    assert (processor.encoder["measure"], processor.encoder["threshold"]) == ("patch_cosine", 0.9)  # as it was trained
+    assert processor.image == {"min_tokens": 4, "max_tokens": 1280}
 
     export_released(tmp_path / "ours", tmp_path / "back", max_shard=60_000)
     assert same(everything(tmp_path / "back"), tensors)
