@@ -1,6 +1,7 @@
 """The examples of a Markdown guide: what stands under one heading is one script, run in a folder with clips.
 
-Blocks marked python, and the lines of blocks marked bash that call `keye`.
+Blocks marked python, and the lines of blocks marked bash that call `keye` or a script of this project. Blocks with
+"elsewhere" behind their language need what a test has not; `elsewhere` lists them.
 
 python -m tests.docs.examples docs/encoder.md ["heading" ...]      # in the folder; all headings by default
 """
@@ -12,6 +13,8 @@ import traceback
 from pathlib import Path
 
 from tests.clips import fetch_clips
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def sections(guide: Path) -> dict[str, str]:
@@ -26,9 +29,18 @@ def sections(guide: Path) -> dict[str, str]:
         elif language == "bash" and line.startswith("keye "):
             command = shlex.split(line, comments=True)[1:]
             _add(found, title, number, f"import keye.cli; assert keye.cli.main({command!r}) == 0")
+        elif language == "bash" and line.startswith("python scripts/"):
+            script, *command = shlex.split(line, comments=True)[1:]
+            call = f"[sys.executable, {str(ROOT / script)!r}, *{command!r}]"
+            _add(found, title, number, f"import subprocess, sys; subprocess.run({call}, check=True)")
         elif language == "python":
             _add(found, title, number, line)
     return found
+
+
+def elsewhere(guide: Path) -> list[tuple[str, str]]:
+    """(language, text) of the blocks that are not run."""
+    return re.findall(r"^```(\w+) elsewhere\n(.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def _add(found: dict[str, str], title: str, number: int, line: str) -> None:
