@@ -72,11 +72,19 @@ class KeyeInputs(BatchFeature):
     a model has no use for them, and `generate` refuses what it does not know.
     """
 
-    def __init__(self, data: dict[str, Any], samples: Sequence[Sample]) -> None:
-        super().__init__(data)
+    def __init__(
+        self, data: dict[str, Any] | None = None, tensor_type: str | None = None, samples: Sequence[Sample] = ()
+    ) -> None:
+        super().__init__(data, tensor_type)  # who moves a batch to a device makes a new one of its entries alone
         self.plans = [sample.plans for sample in samples]
         self.num_frames = torch.tensor([len(plan) for plans in self.plans for plan in plans], dtype=torch.long)
         self.warnings = [[*(w for plan in s.plans for w in plan.warnings), *s.warnings] for s in samples]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)  # a worker process hands over the plans, too
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 class KeyeProcessor(ProcessorMixin):
@@ -360,7 +368,7 @@ class KeyeProcessor(ProcessorMixin):
         labels = batch.pop("labels")
         if masks:
             batch["assistant_masks"] = (labels != IGNORED).long()
-        return KeyeInputs(batch, samples)
+        return KeyeInputs(batch, samples=samples)
 
 
 AutoProcessor.register(KeyeConfig, KeyeProcessor)

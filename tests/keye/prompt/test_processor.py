@@ -103,6 +103,9 @@ def test_batch_of_rows_with_and_without_media(processor: KeyeProcessor) -> None:
     assert set(inputs) <= set(processor.model_input_names)
     moved = inputs.to(torch.bfloat16)
     assert moved["pixel_values_videos"].dtype == torch.bfloat16 and moved.plans[0] == alone[0].plans
+    again = pickle.loads(pickle.dumps(inputs))  # as from a loader's worker
+    assert again.plans == inputs.plans and torch.equal(again["input_ids"], inputs["input_ids"])
+    assert set(type(inputs)(dict(inputs))) == set(inputs)  # as accelerate moves a batch
 
 
 def test_call_takes_text_and_media_as_transformers_does(processor: KeyeProcessor) -> None:
@@ -117,6 +120,8 @@ def test_call_takes_text_and_media_as_transformers_does(processor: KeyeProcessor
     assert single["image_grid_thw"].tolist() == [[1, 4, 6]] and "video_grid_thw" not in single
     assert processor(text=f"{video}b", videos=two)["video_grid_thw"].shape == (3, 3)
     assert processor(text="red")["input_ids"].shape[0] == 1
+    built = processor.build(f"{picture}a{video}", [still], [one])
+    assert torch.equal(built.input_ids, flat["input_ids"][0, flat["attention_mask"][0].bool()])
     options = processor(text=f"{picture}{video}", images=still, videos=two, images_kwargs={"max_tokens": 4},
                         processor_kwargs={"videos_kwargs": {"num_frames": 2}})  # fmt: skip
     assert int(options["image_grid_thw"].prod()) // 4 <= 4 and options.num_frames.tolist() == [2]
