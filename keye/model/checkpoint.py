@@ -38,6 +38,11 @@ __all__ = [
 
 KEPT = "released"  # folder of a converted directory
 SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+# A tokenizer is taken whole from one place.
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 LARGEST_SIDE_FILE = 16 << 20  # bytes; code, settings, tokenizers and notices are smaller, weights are not
 
 
@@ -100,7 +105,7 @@ def convert_released(
             processor.save_pretrained(part)
         else:
             report.notes.append("no tokenizer in the source, so no processor's files were written")
-        _copy(source, part / KEPT, without=("tokenizer.json", "vocab.json", "merges.txt"))
+        _copy(source, part / KEPT, without=TOKENIZER)
         extra = _beyond(stored, expected)
         if extra:
             write_shards(extra, part / KEPT)
@@ -177,7 +182,7 @@ def _export(
         if any(side.glob("*.safetensors")):
             kept = _beyond(open_checkpoint(side), expected_shapes(config))
             kept = {name: tensor for name, tensor in kept.items() if name not in theirs}
-        _copy(side, part, without=(*SETTINGS, "generation_config.json", "tokenizer_config.json"), over=False)
+        _copy(side, part, without=(*SETTINGS, *TOKENIZER, "generation_config.json"), over=False)
     told = {name: _settings(side, name) for name in SETTINGS}
     if names.PACKING not in kept:
         first = theirs["visual.vision_model.embeddings.patch_embedding.weight"]
@@ -198,8 +203,23 @@ def _export(
             image[key] = image["size"][key] = before  # the release's own number, where it says the same
     code = told["preprocessor_config.json"].get("auto_map") or told["processor_config.json"].get("auto_map")
     write_json(part / "preprocessor_config.json", {**told["preprocessor_config.json"], **image, **mine})
+    _tokenizer_for_engines(part)
     named = {"processor_class": image["processor_class"], **({"auto_map": code} if code else {})}
     write_json(part / "processor_config.json", {**told["processor_config.json"], **mine, **named})
+
+
+def _tokenizer_for_engines(part: Path) -> None:
+    """Say what transformers 5 wrote about the tokenizer in words that 4, which engines may run, knows as well."""
+    values = _settings(part, "tokenizer_config.json")
+    if not values:
+        return
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    values["processor_class"] = names.PROCESSOR_CLASS
+    here = ("backend", "is_local", "local_files_only")  # of the process that saved it
+    write_json(part / "tokenizer_config.json", {key: value for key, value in values.items() if key not in here})
 
 
 def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

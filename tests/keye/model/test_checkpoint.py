@@ -293,7 +293,12 @@ def test_a_model_in_memory_is_written_as_released(tmp_path: Path) -> None:
     assert written[names.PACKING].shape == (32_768, 32)
     settings = json.loads((tmp_path / "alone" / "processor_config.json").read_text())
     assert settings["processor_class"] == "KeyeVL1_5Processor"
-    assert KeyeProcessor.from_pretrained(tmp_path / "alone").encoder == processor.encoder
+    again = KeyeProcessor.from_pretrained(tmp_path / "alone")
+    assert again.encoder == processor.encoder and again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    tokenizer = json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 has no TokenizersBackend
+    assert isinstance(tokenizer.get("extra_special_tokens", {}), dict)  # nor lists here
+    assert "<|frame|>" in tokenizer["additional_special_tokens"]
 
     save_released(model, processor, tmp_path / "like", like=tmp_path / "theirs")
     assert same(everything(tmp_path / "like"), everything(tmp_path / "theirs"))
