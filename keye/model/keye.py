@@ -225,7 +225,7 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             features = visual_features
         elif pixels:
             grids = [g for g in (image_grid_thw, video_grid_thw) if g is not None and len(g)]
-            features = self.encode_vision(torch.cat(pixels), torch.cat(grids))
+            features = self.encode_vision(_joined(pixels), _joined(grids))
         elif exchange is None and not self.training:
             return None
         else:
@@ -247,7 +247,8 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         if features is None and input_ids.shape[1] == 1:
             return embeds  # one step of generation, which need not wait for the device to count placeholders
         stills, frames = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
-        count, total = int(stills.sum()), int((stills | frames).sum())
+        places = stills | frames
+        count, total = int(stills.sum()), int(places.sum())
         given = 0 if features is None else len(features)
         if total != given:
             raise ValueError(
@@ -256,9 +257,10 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             )
         if features is None:
             return embeds
-        features = features.to(embeds.device, embeds.dtype)
-        embeds = embeds.masked_scatter(stills[..., None], features[:count])
-        return embeds.masked_scatter(frames[..., None], features[count:])
+        if 0 < count < total:
+            is_still = stills[places]
+            features = features[torch.where(is_still, is_still.cumsum(0) - 1, count + (~is_still).cumsum(0) - 1)]
+        return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
 
     def _loss(self, hidden: Tensor, shifted: Tensor, num_items: Tensor | float | None) -> Tensor:
         """Summed cross-entropy over the labelled positions alone, in fp32 and in chunks, divided by `num_items`.
@@ -274,6 +276,11 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
 
     def _chunk_loss(self, rows: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.lm_head(rows).float(), targets, reduction="sum")
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Pixels are large: a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 AutoModelForImageTextToText.register(KeyeConfig, KeyeForConditionalGeneration)
