@@ -7,6 +7,7 @@ python -m tests.docs.examples docs/encoder.md ["heading" ...]      # in the fold
 """
 
 import re
+import runpy
 import shlex
 import sys
 import traceback
@@ -31,8 +32,7 @@ def sections(guide: Path) -> dict[str, str]:
             _add(found, title, number, f"import keye.cli; assert keye.cli.main({command!r}) == 0")
         elif language == "bash" and line.startswith("python scripts/"):
             script, *command = shlex.split(line, comments=True)[1:]
-            call = f"[sys.executable, {str(ROOT / script)!r}, *{command!r}]"
-            _add(found, title, number, f"import subprocess, sys; subprocess.run({call}, check=True)")
+            _add(found, title, number, f"from tests.docs import examples; examples.script({script!r}, {command!r})")
         elif language == "python":
             _add(found, title, number, line)
     return found
@@ -41,6 +41,17 @@ def sections(guide: Path) -> dict[str, str]:
 def elsewhere(guide: Path) -> list[tuple[str, str]]:
     """(language, text) of the blocks that are not run."""
     return re.findall(r"^```(\w+) elsewhere\n(.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def script(path: str, arguments: list[str]) -> None:
+    """Run a script of this project in this process: to import all it needs takes longer than what it does here."""
+    before, sys.argv = sys.argv, [path, *arguments]
+    try:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, f"{path} {arguments} ended with {ended.code}"
+    finally:
+        sys.argv = before
 
 
 def _add(found: dict[str, str], title: str, number: int, line: str) -> None:

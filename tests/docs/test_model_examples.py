@@ -11,7 +11,8 @@ import pytest
 
 from keye.cli import build_parser
 from keye.model.checkpoint import export_released, initialise
-from tests.docs.examples import elsewhere, lay_out, sections
+from tests.clips import clip
+from tests.docs.examples import elsewhere, sections
 from tests.keye.model.parts import decoder, siglip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
     from PIL import Image
 
     path = tmp_path_factory.mktemp("guide")
-    lay_out(path)
+    (path / "clip.mp4").symlink_to(clip("carphone_pristine.mp4"))
     Image.new("RGB", (120, 80), "green").save(path / "picture.png")
     decoder(path / "Qwen3-8B", head_dim=16, max_position_embeddings=16_384)
     decoder(path / "SmolLM2", "llama", tie_word_embeddings=True, max_position_embeddings=2048)
