@@ -285,8 +285,8 @@ class KeyeProcessor(ProcessorMixin):
         """Chat messages, or a list of such lists, → text (`tokenize=False`), ids or `KeyeInputs`.
 
         thinking: see `sample`. return_assistant_tokens_mask: also `assistant_masks` `[B, L]`, 1 where the assistant
-        speaks. The rest (`max_length`, `truncation`, `padding`, `padding_side`, `return_tensors`, `images_kwargs`,
-        `videos_kwargs`) is as for a call of the processor; what is not known is refused.
+        speaks. The rest (`max_length`, `truncation`, `padding`, `padding_side`, `pad_to_multiple_of`, `return_tensors`,
+        `images_kwargs`, `videos_kwargs`) is as for a call of the processor; what is not known is refused.
         """
         settings = call_settings(kwargs)
         batched = not isinstance(conversation, str) and bool(conversation) and not hasattr(conversation[0], "keys")
@@ -316,7 +316,7 @@ class KeyeProcessor(ProcessorMixin):
             images, videos: one, a list of all, or a list of lists, one for each text. A list of frames counts as one
                 video only inside a list.
             padding: True, "longest" (both the default), "max_length" or False; padding_side: "left" (the default) or
-                "right".
+                "right"; pad_to_multiple_of: rows as long as a multiple of so many tokens.
             max_length: at most so many tokens a row, by smaller videos and stills; with truncation=False only the
                 length of `padding="max_length"`. truncation=True alone takes the tokenizer's limit.
             images_kwargs, videos_kwargs: options of every image and video, see `keye.prompt.options`.
@@ -363,7 +363,7 @@ class KeyeProcessor(ProcessorMixin):
         samples = [self._build(text, visuals, limit) for text, visuals in rows]
         if settings.padding is False and len({len(sample) for sample in samples}) > 1:
             raise KeyeError("padding is False and the rows differ in length; give padding=True or one row")
-        length = settings.max_length if settings.padding == "max_length" else None
+        length = settings.padded(max(map(len, samples)))
         batch: dict[str, Any] = self.collate(samples, settings.padding_side or padding_side, length)
         labels = batch.pop("labels")
         if masks:

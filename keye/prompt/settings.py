@@ -10,14 +10,14 @@ from keye.prompt.messages import Visual
 from keye.prompt.options import Options, read_options
 
 _NESTED = ("processor_kwargs", "common_kwargs", "text_kwargs")
-_UNSUPPORTED = ("tools", "documents", "audio", "load_audio_from_video", "sampling_rate")
+_UNSUPPORTED = ("tools", "documents", "audio", "load_audio_from_video", "sampling_rate", "add_special_tokens")
 _FAR = 10**12  # tokenizers without a limit name a larger number
 _PADDING = (True, False, "longest", "max_length", "do_not_pad")
 
 
 @dataclass(frozen=True)
 class CallSettings:
-    """padding: True, False or "max_length". truncation, max_length, padding_side: None where nothing was said.
+    """padding: True, False or "max_length". truncation, max_length and the rest: None where nothing was said.
 
     images_kwargs, videos_kwargs: options of every image and video that does not say otherwise.
     """
@@ -26,6 +26,7 @@ class CallSettings:
     truncation: bool | None = None
     max_length: int | None = None
     padding_side: str | None = None
+    pad_to_multiple_of: int | None = None
     return_tensors: str | None = "pt"
     images_kwargs: Options = field(default_factory=dict)
     videos_kwargs: Options = field(default_factory=dict)
@@ -37,6 +38,12 @@ class CallSettings:
         if self.truncation and self.max_length is None:
             return longest if longest < _FAR else None
         return self.max_length
+
+    def padded(self, longest: int) -> int:
+        """How long the rows of a batch become whose longest has `longest` tokens."""
+        length = max(longest, self.max_length or 0) if self.padding == "max_length" else longest
+        multiple = self.pad_to_multiple_of or 1
+        return -(-length // multiple) * multiple
 
     def configured(self, visuals: Sequence[Visual]) -> list[Visual]:
         """The media with the call's options; what a message says about its own comes first."""
@@ -86,12 +93,13 @@ def _check(flat: Mapping[str, Any]) -> None:
     def refuse(name: str, wanted: str) -> None:
         raise KeyeError(f"{name} is {flat[name]!r}; give {wanted}")
 
-    length = flat.get("max_length")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        refuse("max_length", "a whole number of tokens, 1 or more")
+    for name in ("max_length", "pad_to_multiple_of"):
+        length = flat.get(name)
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            refuse(name, "a whole number of tokens, 1 or more")
     if flat.get("padding") not in (None, *_PADDING):
         refuse("padding", "True, False, 'longest' or 'max_length'")
-    if flat.get("padding") == "max_length" and length is None:
+    if flat.get("padding") == "max_length" and flat.get("max_length") is None:
         raise KeyeError("padding is 'max_length' and there is no max_length; give one")
     if flat.get("truncation") not in (None, True, False):
         refuse("truncation", "True or False")

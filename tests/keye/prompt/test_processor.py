@@ -141,6 +141,7 @@ def test_padding_truncation_and_max_length(processor: KeyeProcessor) -> None:
     assert ids(max_length=60).shape[1] <= 60 and ids(max_length=60, truncation=True).shape[1] <= 60
     assert ids(padding="max_length", max_length=longest + 7).shape == (2, longest + 7)
     assert ids(text_kwargs={"padding": "max_length"}, max_length=60).shape == (2, 60)
+    assert ids(pad_to_multiple_of=64).shape[1] == -(-longest // 64) * 64
     with pytest.raises(KeyeError, match="padding is False"):
         ids(padding=False)
     cut = processor.apply_chat_template(chats, tokenize=True, max_length=60)
@@ -169,6 +170,7 @@ def test_assistant_masks_and_ids_alone(processor: KeyeProcessor) -> None:
         ({"padding_side": "top"}, "padding_side is 'top'"),
         ({"truncation": "longest_first"}, "truncation is 'longest_first'"),
         ({"max_length": 2.5}, "max_length is 2.5"),
+        ({"add_special_tokens": True}, "add_special_tokens was given"),
         ({"max_length": 90, "text_kwargs": {"max_length": 80}}, "max_length is given twice"),
         ({"videos_kwargs": {"size": 3}}, "size is not known"),
     ],
