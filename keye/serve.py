@@ -320,5 +320,7 @@ def for_transformers() -> None:
     from transformers.models.auto import modeling_auto
 
     config = KeyeForConditionalGeneration.config_class
-    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] = KeyeForConditionalGeneration.__name__
+    # The key lets the loader take the class below. A class named as the value, too, would be sent sound.
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] = config.model_type
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type] = KeyeForConditionalGeneration.__name__
     AutoModelForMultimodalLM.register(config, KeyeForConditionalGeneration, exist_ok=True)

@@ -11,6 +11,7 @@ from keye.prompt.options import Options, read_options
 
 _NESTED = ("processor_kwargs", "common_kwargs", "text_kwargs")
 _UNSUPPORTED = ("tools", "documents", "audio", "load_audio_from_video", "sampling_rate", "add_special_tokens")
+_OF_VIDEOS = ("num_frames", "fps")  # transformers, and its server, give them beside the others
 _FAR = 10**12  # tokenizers without a limit name a larger number
 _PADDING = (True, False, "longest", "max_length", "do_not_pad")
 
@@ -65,6 +66,9 @@ def call_settings(given: Mapping[str, Any]) -> CallSettings:
     for name in _UNSUPPORTED:
         if flat.pop(name, None):
             raise KeyeError(f"{name} was given, which Keye's chat template and model do not take; leave it out")
+    for name in _OF_VIDEOS:
+        if (value := flat.pop(name, None)) is not None:
+            flat["videos_kwargs"] = {name: value, **(flat.get("videos_kwargs") or {})}
     known = list(CallSettings.__dataclass_fields__)
     unknown = [name for name in flat if name not in known]
     if unknown:

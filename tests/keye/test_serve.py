@@ -15,7 +15,7 @@ from keye.chat import Chat, Sampling, load_model
 from keye.cli import main
 from keye.errors import KeyeError
 from keye.openai_format import Access, RequestError, read_request
-from keye.serve import Answerer, Line, make_server
+from keye.serve import Answerer, Line, for_transformers, make_server
 from keye.slowfast.fetch import UrlRules
 from tests.keye.slowfast.make import numbered, write_video
 from tests.keye.talk import tiny_directory
@@ -320,3 +320,26 @@ def test_the_command_names_its_mistakes(folder, capsys):
         assert main(["serve", model, *words_.split()]) == 2
         assert message in capsys.readouterr().err
     taken.close()
+
+
+def test_transformers_finds_the_class_by_the_names_its_server_uses(folder):
+    from transformers import AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto
+
+    for_transformers()
+    model = AutoModelForMultimodalLM.from_pretrained(folder / "model")
+    assert type(model).__name__ == "KeyeForConditionalGeneration"
+    hears, sees = (
+        getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT")
+    )
+    assert model.config.model_type in hears and type(model).__name__ not in hears.values()
+    assert type(model).__name__ in sees.values()
+
+
+def test_what_the_server_of_transformers_says_beside_the_chat_is_understood(folder, loaded):
+    messages = [{"role": "user", "content": [{"type": "video", "url": str(folder / "clips" / "a.mp4")}, words("?")]}]
+    beside = {"tools": None, "load_audio_from_video": False, "return_tensors": "pt", "return_dict": True}
+    inputs = loaded[1].apply_chat_template(messages, tokenize=True, num_frames=3, **beside)
+    assert len(inputs.plans[0][0]) == 3
+    inputs = loaded[1].apply_chat_template(messages, tokenize=True, num_frames=3, videos_kwargs={"num_frames": 2})
+    assert len(inputs.plans[0][0]) == 2
