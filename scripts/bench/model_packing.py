@@ -123,9 +123,11 @@ def frames(quick: bool, rounds: int) -> tuple[list[Claim], Table]:
 
 
 def main() -> None:
-    args = arguments(__doc__, EXAMPLES, results="model").parse_args()
+    parser = arguments(__doc__, EXAMPLES, results="model")
+    parser.add_argument("--rounds", type=int, help="rounds of each comparison (7; 2 with --quick)")
+    args = parser.parse_args()
     began = time.monotonic()
-    rounds = 2 if args.quick else 7
+    rounds = args.rounds or (2 if args.quick else 7)
     claims, tables = [], []
     for part in (documents, frames):
         found, table = part(args.quick, rounds)
