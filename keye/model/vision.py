@@ -16,6 +16,7 @@ from keye.errors import KeyeError
 from keye.model.attention import varlen
 from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
+from keye.model.segments import segments_of
 
 
 class Places(NamedTuple):
@@ -144,8 +145,14 @@ class KeyeVisionModel(nn.Module):
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`."""
         frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
-        places = places_of(frames, len(pixel_values))
         cu_seqlens = F.pad(frames.prod(dim=1).cumsum(0), (1, 0))
+        # Read here for all layers; a GPU would not notice a wrong number, and index with what is not there.
+        if not torch.compiler.is_compiling() and segments_of(cu_seqlens).total != len(pixel_values):
+            raise KeyeError(
+                f"grid_thw has {segments_of(cu_seqlens).total} patches, but pixel_values {len(pixel_values)}: "
+                "prepare both with one call of the processor"
+            )
+        places = places_of(frames, len(pixel_values))
         x = self.embeddings(pixel_values, places)
         tables = None
         if self.config.rotary:

@@ -219,3 +219,9 @@ def test_a_layer_compiles_whole_and_once_for_all_sizes() -> None:
 def test_heads_that_rows_and_columns_cannot_share_are_named(heads) -> None:
     with pytest.raises(KeyeError, match=f"{heads} heads"):
         KeyeVisionModel(KeyeVisionConfig(**{**SIZES, "num_attention_heads": heads}))
+
+
+@pytest.mark.parametrize("patches", [15, 17])
+def test_pixels_that_are_not_the_grids_are_counted(tower, patches) -> None:
+    with pytest.raises(KeyeError, match=f"16 patches, but pixel_values {patches}"):
+        tower(torch.zeros(patches, 3, 14, 14), grids([(4, 4)]))
