@@ -69,7 +69,7 @@ def half_of_the_prompts() -> dict[str, Any]:
 
 
 def test_two_processes_equal_one():
-    two = run_distributed(half_of_the_prompts, 2, 90)[0]
+    two = run_distributed(half_of_the_prompts, 2, 180)[0]
     model = policy()
     loss = loss_of(model, [0, 1, 2, 3], 4 * GROUP)
     loss.backward()

@@ -63,7 +63,7 @@ def part() -> list[Tensor]:
 def test_two_ranks_equal_one():
     loss, leaves = loss_of(0, PAIRS)
     loss.backward()
-    both = run_distributed(part, 2, 60)
+    both = run_distributed(part, 2, 180)
     for rank in both:
         for got, wanted in zip(rank, [loss.detach(), *(leaf.grad for leaf in leaves)], strict=True):
             torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)

@@ -53,7 +53,7 @@ def attend_all() -> list[list[Tensor]]:
 
 @pytest.fixture(scope="module")
 def attended() -> list[list[Tensor]]:
-    return run_distributed(attend_all, 2, 60)[1]
+    return run_distributed(attend_all, 2, 180)[1]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"H{h}_Hkv{kv}_{len(b) - 1}docs" for h, kv, b, _ in CASES])
@@ -76,7 +76,7 @@ def odd_heads() -> None:
 
 def test_heads_that_the_ranks_do_not_divide_are_named():
     with pytest.raises(RecipeError, match="sequence_parallel = 2 does not divide the model's 3 heads"):
-        run_distributed(odd_heads, 2, 60)
+        run_distributed(odd_heads, 2, 180)
 
 
 Sizes = list[tuple[int, int]]
@@ -137,7 +137,7 @@ def model_gradients(sequence: int) -> dict[str, tuple[float, dict[str, Tensor]]]
 
 @pytest.fixture(scope="module")
 def cut() -> dict[str, tuple[float, dict[str, Tensor]]]:
-    return run_distributed(model_gradients, 2, 90, 2)[0]
+    return run_distributed(model_gradients, 2, 180, 2)[0]
 
 
 @pytest.mark.parametrize("name", list(packs()))
@@ -182,7 +182,7 @@ def places() -> tuple[int, int, int, list[int]]:
 @pytest.mark.slow
 def test_grid_of_four_has_two_sequence_groups():
     first, second = [0, 1], [2, 3]
-    assert run_distributed(places, 4, 60) == [(0, 0, 2, first), (0, 1, 2, first), (1, 0, 2, second), (1, 1, 2, second)]
+    assert run_distributed(places, 4, 180) == [(0, 0, 2, first), (0, 1, 2, first), (1, 0, 2, second), (1, 1, 2, second)]
 
 
 def test_sequence_parallel_that_does_not_divide_the_processes_is_named():

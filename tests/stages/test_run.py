@@ -80,7 +80,7 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "test"
-    run_distributed(go, 1, 150, recipe, folder, [], None)
+    run_distributed(go, 1, 300, recipe, folder, [], None)
     return folder
 
 
@@ -114,7 +114,7 @@ def test_only_what_a_stage_trains_changes(run):
 
 def test_finished_stages_are_passed_over(run, recipe, capfd):
     before = written(run)
-    run_distributed(go, 1, 100, recipe, run, [], None)
+    run_distributed(go, 1, 300, recipe, run, [], None)
     assert written(run) == before
     assert capfd.readouterr().out.count("finished before, passed over") == 3
 
@@ -122,7 +122,7 @@ def test_finished_stages_are_passed_over(run, recipe, capfd):
 def test_finished_stage_with_another_recipe_is_named_with_the_mend(run, recipe):
     before, told = written(run), (run / "recipe.toml").read_text()
     with pytest.raises(KeyeError) as caught:
-        run_distributed(go, 1, 100, recipe, run, ["alignment.steps=3"], None)
+        run_distributed(go, 1, 300, recipe, run, ["alignment.steps=3"], None)
     said = str(caught.value)
     assert said.startswith("alignment was finished with steps = 2, but the recipe says 3; remove ")
     assert str(run / "alignment") in said and "another --run" in said
@@ -132,7 +132,7 @@ def test_finished_stage_with_another_recipe_is_named_with_the_mend(run, recipe):
 def test_another_world_than_the_one_that_was_drawn_is_named(run, recipe):
     before = written(run)
     with pytest.raises(KeyeError, match=r"world was drawn with seed = 0, but data\.world says 1; take another --run"):
-        run_distributed(go, 1, 100, recipe, run, ["data.world.seed=1"], None)
+        run_distributed(go, 1, 300, recipe, run, ["data.world.seed=1"], None)
     assert written(run) == before
 
 

@@ -92,12 +92,12 @@ def three_steps_of_each(manifest: Path, folder: Path) -> list[tuple[list[float],
 
 @pytest.fixture(scope="module")
 def alone(manifest, tmp_path_factory) -> tuple[list[float], dict[str, Tensor]]:
-    return run_distributed(three_steps, 1, 100, manifest, tmp_path_factory.mktemp("alone"), 1, 2)[0]
+    return run_distributed(three_steps, 1, 300, manifest, tmp_path_factory.mktemp("alone"), 1, 2)[0]
 
 
 @pytest.fixture(scope="module")
 def in_two(manifest, tmp_path_factory) -> list[list[tuple[list[float], dict[str, Tensor]]]]:
-    return run_distributed(three_steps_of_each, 2, 110, manifest, tmp_path_factory.mktemp("two"))
+    return run_distributed(three_steps_of_each, 2, 300, manifest, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize(("way", "rank"), [(0, 0), (0, 1), (1, 0), (1, 1)], ids=["dp-0", "dp-1", "sp-0", "sp-1"])
@@ -166,7 +166,7 @@ def interrupted(manifest: Path, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def stopped(manifest, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("stopped")
-    return run_distributed(interrupted, 1, 110, manifest, folder)[0], folder
+    return run_distributed(interrupted, 1, 300, manifest, folder)[0], folder
 
 
 def test_sigterm_saves_at_the_end_of_the_step_and_says_so(stopped):
@@ -216,7 +216,7 @@ def of_another_world(folder: Path) -> None:
 
 def test_checkpoint_of_another_number_of_processes_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="was written by 4 processes, this run has 1"):
-        run_distributed(of_another_world, 1, 60, tmp_path / "checkpoints")
+        run_distributed(of_another_world, 1, 180, tmp_path / "checkpoints")
 
 
 # --- losses that are not finite
@@ -256,7 +256,7 @@ def explodes(manifest: Path, folder: Path) -> tuple[list[dict[str, Any]], bool, 
 
 
 def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted(manifest, tmp_path):
-    values, same, finite = run_distributed(explodes, 1, 110, manifest, tmp_path / "run")[0]
+    values, same, finite = run_distributed(explodes, 1, 300, manifest, tmp_path / "run")[0]
     assert [value["not_finite"] for value in values] == [0, 1, 0] and same and finite
     assert all(torch.isfinite(torch.tensor(value["loss"])) for value in values)
     steps = [values[i + 1]["lr"] != values[i]["lr"] for i in range(2)]
@@ -285,7 +285,7 @@ def not_finite(manifest: Path, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def skipped(manifest, tmp_path_factory) -> dict[str, Any]:
-    return run_distributed(not_finite, 1, 110, manifest, tmp_path_factory.mktemp("nan"))[0]
+    return run_distributed(not_finite, 1, 300, manifest, tmp_path_factory.mktemp("nan"))[0]
 
 
 def test_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(skipped):
