@@ -22,7 +22,7 @@ from keye.model.config import KeyeConfig
 from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import KeyeGenerationMixin
 from keye.model.rope import batch_positions
-from keye.model.vision import KeyeVisionModel, Projector, VisionEmbeddings
+from keye.model.vision import KeyeVisionModel, Projector
 
 LOSS_CHUNK = 4096  # rows of fp32 logits alive at once
 
@@ -72,16 +72,6 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         loaded = super().from_pretrained(*args, **{"key_mapping": names.KEY_MAPPING, **kwargs})
         (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = []
         return loaded
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, VisionEmbeddings):
-            nn.init.normal_(module.position_embedding.weight, std=module.position_embedding.embedding_dim**-0.5)
-        if isinstance(module, KeyeVisionModel | Projector):
-            for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
