@@ -5,18 +5,14 @@ again alone. `--part` without a name only writes the document. See README.md bes
 """
 
 import argparse
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import run  # noqa: E402
-from scripts.bench.record import OUT, ROOT, arguments, document, out_of  # noqa: E402
+from scripts.bench.record import OUT, arguments, document, out_of, run_parts  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
 PARTS = ("identity", "scoring", "plan", "pixels", "recall", "budget", "decoding", "fuzz")
 EXAMPLES = """examples:
   python scripts/bench/encoder.py                     everything; about an hour, on a machine that does nothing else
@@ -26,25 +22,13 @@ EXAMPLES = """examples:
 """
 
 
-def measure(parts: Sequence[str], out: Path, quick: bool) -> list[str]:
-    """Run the scripts of the parts one after the other; the names of those that failed."""
-    failed = []
-    for number, part in enumerate(parts, 1):
-        print(f"\n[{number}/{len(parts)}] {part}", flush=True)
-        began = time.monotonic()
-        command = [sys.executable, str(HERE / f"{part}.py"), "--out", str(out), *(["--quick"] if quick else [])]
-        if subprocess.run(command, check=False, cwd=ROOT).returncode:
-            failed.append(part)
-        print(f"      {time.monotonic() - began:.0f} s", flush=True)
-    return failed
-
-
 def main() -> int:
     parser: argparse.ArgumentParser = arguments(__doc__, EXAMPLES)
     parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     args = parser.parse_args()
     out = out_of(args)
-    failed = measure(args.part, out, args.quick)
+    options = ["--out", str(out), *(["--quick"] if args.quick else [])]
+    failed = run_parts({part: part for part in args.part}, options)
     path = out.parent / "encoder.md" if out == OUT else out / "encoder.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(document(out, PARTS), encoding="utf-8")

@@ -35,6 +35,7 @@ EXAMPLES = """examples:
 COMPARED = ("step", "loss", "lr", "grad_norm", "tokens", "not_finite")
 VICTIMS = ("rank 0", "rank 1", "all")
 LIMIT = 600  # seconds that a run may take
+SCRATCH = ROOT / ".cache" / "bench" / "kills"
 RECIPE = """
 name = "kills"
 [model]
@@ -245,13 +246,12 @@ def measure(kills: int, seed: int, scratch: Path) -> tuple[list[Trial], float]:
 
 
 def main() -> None:
-    parser: argparse.ArgumentParser = arguments(__doc__, EXAMPLES)
+    parser: argparse.ArgumentParser = arguments(__doc__, EXAMPLES, results="stages")
     parser.add_argument("--kills", type=int, default=20, help="how many (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims (0)")
-    parser.add_argument("--scratch", type=Path, default=ROOT / ".cache" / "bench" / "kills", help="where the runs go")
     args = parser.parse_args()
     began, count = time.monotonic(), 2 if args.quick else args.kills
-    trials, seconds = measure(count, args.seed, args.scratch)
+    trials, seconds = measure(count, args.seed, SCRATCH)
     same = [trial for trial in trials if trial.curves and trial.weights]
     met = Counter(trial.doing for trial in trials)
     claim = Claim(

@@ -5,18 +5,14 @@ beside that folder is written from these files, so a part can be run again alone
 the document.
 """
 
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import run  # noqa: E402
-from scripts.bench.record import RESULTS, ROOT, arguments, document, out_of  # noqa: E402
+from scripts.bench.record import RESULTS, arguments, document, out_of, run_parts  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
 PARTS = ("parity", "speed", "packing", "memory")
 GPU = "gpu"
 EXAMPLES = """examples:
@@ -36,19 +32,6 @@ share of the matrix ceiling and the memory of the 8B layers, and the fused atten
 Weights and tokens are random from fixed seeds; what is compared does not depend on what a model has learnt."""
 
 
-def measure(parts: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Run the scripts of the parts one after the other; the names of those that failed."""
-    failed = []
-    for number, part in enumerate(parts, 1):
-        print(f"\n[{number}/{len(parts)}] {part}", flush=True)
-        began = time.monotonic()
-        command = [sys.executable, str(HERE / f"model_{part}.py"), *options]
-        if subprocess.run(command, check=False, cwd=ROOT).returncode:
-            failed.append(part)
-        print(f"      {time.monotonic() - began:.0f} s", flush=True)
-    return failed
-
-
 def main() -> int:
     parser = arguments(__doc__, EXAMPLES, results="model")
     parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
@@ -63,7 +46,8 @@ def main() -> int:
         options += ["--device", args.device, *(["--small"] if args.small else [])]
     elif args.quick:
         options.append("--quick")
-    failed = measure((GPU,) if args.gpu else args.part, options)
+    chosen = (GPU,) if args.gpu else args.part
+    failed = run_parts({part: f"model_{part}" for part in chosen}, options)
     if out.is_dir():
         path = out.parent / "model.md" if out == RESULTS / "model" else out / "model.md"
         path.write_text(document(out, (*PARTS, GPU), HEAD), encoding="utf-8")

@@ -11,12 +11,15 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 RESULTS = ROOT / "docs" / "results"
 OUT = RESULTS / "encoder"
 QUICK_OUT = ROOT / ".cache" / "bench" / "quick"
@@ -66,6 +69,19 @@ def arguments(about: str, examples: str = "", results: str = "encoder") -> argpa
     )
     parser.set_defaults(results=results)
     return parser
+
+
+def run_parts(scripts: dict[str, str], options: Sequence[str]) -> list[str]:
+    """Run the scripts (part → name of the file beside this one) one after the other; the parts that failed."""
+    failed = []
+    for number, (part, script) in enumerate(scripts.items(), 1):
+        print(f"\n[{number}/{len(scripts)}] {part}", flush=True)
+        began = time.monotonic()
+        command = [sys.executable, str(HERE / f"{script}.py"), *options]
+        if subprocess.run(command, check=False, cwd=ROOT).returncode:
+            failed.append(part)
+        print(f"      {time.monotonic() - began:.0f} s", flush=True)
+    return failed
 
 
 def out_of(args: argparse.Namespace) -> Path:

@@ -288,8 +288,8 @@ def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capfd):
     script += "args = arguments('').parse_args()\n"
     script += "save(out_of(args), 'pixels', [Claim('a', '0', '0', met=True)], seconds=0, quick=args.quick)\n"
     (tmp_path / "plan.py").write_text("raise SystemExit(2)")
-    (tmp_path / "pixels.py").write_text(script.format(root=str(encoder.ROOT)))
-    monkeypatch.setattr(encoder, "HERE", tmp_path)
+    (tmp_path / "pixels.py").write_text(script.format(root=str(record.ROOT)))
+    monkeypatch.setattr(record, "HERE", tmp_path)
     monkeypatch.setattr(
         sys, "argv", ["encoder.py", "--quick", "--out", str(tmp_path / "out"), "--part", "plan", "pixels"]
     )
@@ -303,7 +303,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_every_part_has_a_script_with_the_common_options():
     for part in encoder.PARTS:
-        command = [sys.executable, str(encoder.HERE / f"{part}.py"), "--help"]
+        command = [sys.executable, str(record.HERE / f"{part}.py"), "--help"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "--quick" in shown and "--out" in shown, part
 
