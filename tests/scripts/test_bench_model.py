@@ -19,6 +19,7 @@ from scripts.bench import (
     model_released,
     model_settings,
     model_timing,
+    record,
 )
 from scripts.bench.record import Claim, save
 
@@ -141,7 +142,7 @@ def test_the_gpu_part_without_a_gpu_says_so_and_touches_nothing(tmp_path, monkey
 def test_the_gpu_part_needs_no_video_library() -> None:
     modules = ("av", "datasets", "deepspeed", "peft", "rich", "skimage")
     code = f"import sys\nfor name in {modules}: sys.modules[name] = None\nimport scripts.bench.model_gpu"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=model.ROOT, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=record.ROOT, timeout=120)
 
 
 def test_times_are_taken_in_alternating_order_after_a_warm_up() -> None:
@@ -184,7 +185,7 @@ def test_a_part_that_fails_is_named_and_the_document_says_what_was_not_measured(
     def part(command: list[str], **_: object) -> types.SimpleNamespace:
         return types.SimpleNamespace(returncode=int("model_speed.py" in command[1]))
 
-    monkeypatch.setattr(model.subprocess, "run", part)
+    monkeypatch.setattr(record.subprocess, "run", part)
     assert model.main() == 1
     assert "run again with --part speed" in capfd.readouterr().err
     text = (tmp_path / "model.md").read_text()
