@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keye.model.names import mrope_section
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `[..., D]` by half-split tables of the same last size; computed in float32, returned in x's dtype.
@@ -142,9 +144,7 @@ class MultimodalRotary(nn.Module):
     ) -> None:
         super().__init__()
         self.own = own
-        half = len(frequencies)
-        time, height = round(half * 16 / 64), round(half * 24 / 64)
-        self.sections = list(sections) if sections else [time, height, half - time - height]
+        self.sections = list(sections or mrope_section(2 * len(frequencies)))
         # A plain attribute: neither `model.to(torch.bfloat16)` nor loading through the meta device touches it.
         self.frequencies, self.scale = frequencies, scale
 
