@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch._dynamo
@@ -47,7 +48,6 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_lora_trains_saves_loads_and_merges(model: KeyeForConditionalGeneration, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     base = copy.deepcopy(model)
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"], task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(model, adapter)
