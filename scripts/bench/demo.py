@@ -30,7 +30,7 @@ FAMILIES = {
     "order": "which colour first",
     "when": "second of a flash",
     "motion": "which way",
-    "find": "a short flash among others",
+    "find": "a short flash in a long clip",
     "image_read": "a digit in a still",
     "image_ground": "a box",
     "image_place": "a corner",
@@ -45,8 +45,8 @@ TRIED = """## Tried while choosing, on the world of seed 0
   after 100 steps, from scratch at 0.98 and 1.00 (one run each).
 - The new RoPE base costs what was learnt from positions: after 16 annealing steps at 5e-4 `when` fell from 1.00 to 0.13
   (30 questions); 30 steps at 1.5e-3 bring most of it back.
-- GSPO at 4e-4 with 32 questions a step and four families gained +0.044 ± 0.028 and lost `read` (98 → 70). Larger rollout
-  batches at half the rate, and families that stay in so as not to be forgotten, mended both."""
+- GSPO at 4e-4 with 32 questions a step and four families gained +0.044 ± 0.028 and lost `read` (98 → 70). Larger
+  rollout batches at half the rate, and families that stay in so as not to be forgotten, mended both."""
 SURE = 2.0  # standard errors above chance and blind that count as learnt, as in the demo's own report
 
 
