@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from keye.errors import ManifestError
-from stages.data.sources import Cache, Quarantine, Source, caption_of, kind_of
+from stages.data.formats import caption_of, kind_of
+from stages.data.items import Cache, Quarantine
+from stages.data.sources import Source
 from stages.recipe import SourceRecipe
 from tests.stages import small
 
@@ -120,7 +122,7 @@ def test_empty_lines_and_unicode_line_ends_keep_the_count(manifest, processor, t
     path.write_text("\n".join([chat("first"), "", separator, "{"]), encoding="utf-8")
     quarantine = Quarantine(tmp_path / "quarantine.jsonl")
     source = small.source(path, "text", processor, quarantine)
-    assert source.indices == [0, 2] and set(rows_of(tmp_path / "quarantine.jsonl")) == {4}
+    assert source.indices.tolist() == [0, 2] and set(rows_of(tmp_path / "quarantine.jsonl")) == {4}
 
 
 def test_sample_longer_than_the_context_is_quarantined(manifest, processor):
@@ -155,10 +157,23 @@ def test_resumed_run_writes_a_bad_line_once_and_takes_it_when_mended(manifest, p
     assert small.source(path, "video", processor, Quarantine(file)).next().index == 1
 
 
-def test_shards_are_disjoint_and_whole(manifest, processor):
-    shards = [small.source(manifest, "video", processor, shard=(i, 3)).indices for i in range(3)]
-    whole = small.source(manifest, "video", processor).indices
-    assert sorted(sum(shards, [])) == whole and len(whole) == 4
+def test_draws_are_the_same_whoever_draws_and_each_has_one_owner_for_ever(manifest, processor):
+    sources = [small.source(manifest, "video", processor) for _ in range(3)]
+    draws = [[source.draw() for _ in range(12)] for source in sources]
+    assert draws[0] == draws[1] == draws[2]
+    epochs = [draws[0][at : at + 4] for at in (0, 4, 8)]
+    assert all(sorted(epoch) == sources[0].indices.tolist() for epoch in epochs)
+    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+    owners = [[source.owner(index, 3) for index in sources[0].indices] for source in sources]
+    assert owners[0] == owners[1] == owners[2] == [0, 1, 2, 0]
+
+
+def test_draws_go_on_from_a_state_in_the_middle_of_an_epoch(manifest, processor):
+    whole, begun, resumed = (small.source(manifest, "text", processor) for _ in range(3))
+    order = [whole.draw() for _ in range(14)]
+    assert [begun.draw() for _ in range(6)] == order[:6]
+    resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    assert [resumed.draw() for _ in range(8)] == order[6:]
 
 
 def test_families_choose_the_lines(manifest, processor):

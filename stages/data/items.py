@@ -1,0 +1,126 @@
+"""What sources make: encoded samples, a cache of them in RAM, and the list of those that could not be made."""
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keye.prompt.processor import Sample
+
+PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One encoded sample, where it came from (`source`, `index`: enough to encode it again) and its caption."""
+
+    sample: Sample
+    source: str
+    index: int
+    kind: str
+    caption: str
+
+    @property
+    def tokens(self) -> int:
+        return len(self.sample.input_ids)
+
+    @property
+    def ref(self) -> list[Any]:
+        return [self.source, self.index]
+
+
+class Quarantine:
+    """Counts bad samples and writes each once to a JSONL file: file, line, reason. Threads may share it."""
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = Path(path) if path else None
+        self.seen: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+        # A resumed run meets the same bad lines again; they may have been mended meanwhile, so only writing is spared.
+        self.written = {(row["file"], row["line"]) for row in self.rows()}
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What all processes have written so far."""
+        if self.path is None or not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+    def add(self, file: str, line: int, reason: str) -> None:
+        """Record one bad sample; `line` counts from 1."""
+        with self._lock:
+            if (file, line) in self.seen:
+                return
+            self.seen.add((file, line))
+            logging.getLogger("stages").warning("skipped %s line %d: %s", file, line, reason)
+            if self.path is not None and (file, line) not in self.written:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps({"file": file, "line": line, "reason": reason}) + "\n")
+
+
+class Cache:
+    """Encoded samples in RAM up to `limit` bytes, shared by threads; when full, what was used longest ago goes first.
+
+    Normalised pixels that came from 8-bit frames are kept as 8 bits, a quarter of the room.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+        self.entries: OrderedDict[Any, tuple[Item, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Item | None:
+        with self._lock:
+            if key not in self.entries:
+                return None
+            self.entries.move_to_end(key)
+            item = self.entries[key][0]
+        return unpacked(item)
+
+    def put(self, key: Any, item: Item) -> None:
+        small = packed(item)
+        tensors = [value for value in vars(small.sample).values() if isinstance(value, Tensor)]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        with self._lock:
+            if key in self.entries or size > self.limit:
+                return
+            self.entries[key] = (small, size)
+            self.used += size
+            while self.used > self.limit:
+                self.used -= self.entries.popitem(last=False)[1][1]
+
+
+def packed(item: Item) -> Item:
+    """The item with its pixels as uint8 where that loses nothing."""
+    return _changed(item, _to_bytes)
+
+
+def unpacked(item: Item) -> Item:
+    """The item with its pixels as float32 again."""
+    return _changed(item, _from_bytes)
+
+
+def _changed(item: Item, change: Callable[[Tensor], Tensor]) -> Item:
+    found = {name: getattr(item.sample, name) for name in PIXELS}
+    changed = {name: None if pixels is None else change(pixels) for name, pixels in found.items()}
+    return replace(item, sample=replace(item.sample, **changed))
+
+
+def _to_bytes(pixels: Tensor) -> Tensor:
+    small = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    # Only what comes back the same to fp32 rounding may be kept so.
+    return small if torch.allclose(_from_bytes(small), pixels, atol=1e-6) else pixels
+
+
+def _from_bytes(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
