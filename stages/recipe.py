@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 import types
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -121,9 +122,14 @@ class VisionRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class AnnealingRecipe(StageRecipe):
-    """Stage 3 besides: the factor on the RoPE base (report: 1e6 → 8e6)."""
+    """Stage 3 besides.
+
+    rope_scale: the factor on the RoPE base (report: 1e6 → 8e6). through: context → steps of what lies in between, as
+    `through = { 32768 = 2000 }`; each is a phase of its own, `annealing-32768`, see `Recipe.chain`.
+    """
 
     rope_scale: float = 8.0
+    through: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,46 @@ class Recipe:
     def stages(self) -> list[str]:
         """Names of the stages this recipe has, in order."""
         return [name for name in STAGES if getattr(self, name) is not None]
+
+    @property
+    def chain(self) -> dict[str, StageRecipe]:
+        """What is trained one after the other, each from the last: phase → what it is told.
+
+        A phase is a stage, or one of the contexts that the annealing goes `through`, shortest first.
+        """
+        chain = {}
+        for name in self.stages:
+            told = getattr(self, name)
+            chain |= _phases(told) if isinstance(told, AnnealingRecipe) else {name: told}
+        return chain
+
+
+def stage_of(phase: str) -> str:
+    """The stage that a phase of a recipe's chain belongs to: "annealing-32768" → "annealing"."""
+    return phase.partition("-")[0]
+
+
+def _phases(told: AnnealingRecipe) -> dict[str, StageRecipe]:
+    """The annealing's phases: the RoPE base is raised once, before the first, and the rate falls only in the last.
+
+    A shorter context has as many more packs a step, so that the tokens of a step and with them the learning rate stay;
+    it is cut among as many fewer ranks, so that each holds about as many tokens.
+    """
+    phases: dict[str, StageRecipe] = {}
+    for context in sorted(map(int, told.through)):
+        divisors = [n for n in range(1, told.sequence_parallel + 1) if told.sequence_parallel % n == 0]
+        phases[f"annealing-{context}"] = dataclasses.replace(
+            told,
+            steps=told.through[str(context)],
+            context=context,
+            packs=told.packs * told.context // context,
+            sequence_parallel=next(n for n in divisors if n * told.context >= told.sequence_parallel * context),
+            schedule="constant",
+            rope_scale=1.0 if phases else told.rope_scale,
+            through={},
+        )
+    last = dataclasses.replace(told, through={}, rope_scale=1.0 if phases else told.rope_scale)
+    return {**phases, "annealing": last}
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -256,7 +302,7 @@ def _check(recipe: Recipe, file: str) -> None:
             need(getattr(stage, key) >= 1, f"{name}.{key} must be at least 1")
         need(stage.lr > 0, f"{name}.lr must be above 0")
         need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')
-        need(stage.zero in (0, 1, 2), f"{name}.zero must be 0, 1 or 2")
+        need(stage.zero in (0, 1, 2, 3), f"{name}.zero must be 0, 1, 2 or 3")
         for key in ("warmup", "weight_decay", "clip"):
             need(getattr(stage, key) >= 0, f"{name}.{key} must not be below 0")
         need(len(stage.betas) == 2, f"{name}.betas must be two numbers")
@@ -274,6 +320,21 @@ def _check(recipe: Recipe, file: str) -> None:
         )
     if recipe.annealing is not None:
         need(recipe.annealing.rope_scale > 0, "annealing.rope_scale must be above 0")
+        _check_through(recipe.annealing, need)
+
+
+def _check_through(told: AnnealingRecipe, need: Callable[[bool, str], None]) -> None:
+    for text, steps in told.through.items():
+        key = f"annealing.through.{text}"
+        whole = text.isascii() and text.isdigit() and text[0] != "0"
+        need(whole, f"{key} must be a context and its steps, such as 32768 = 100")
+        context, tokens = int(text), told.packs * told.context
+        need(context < told.context, f"{key} must be a context below annealing.context = {told.context}")
+        need(
+            tokens % context == 0,
+            f"{key} does not divide the {tokens} tokens of a step; take annealing.context halved once or more",
+        )
+        need(steps >= 1, f"{key} = {steps}, but it must have at least 1 step")
 
 
 def _located(path: str, base: Path) -> str:

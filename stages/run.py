@@ -28,7 +28,7 @@ from stages.annealing import Annealing
 from stages.data.sources import Cache, Quarantine
 from stages.multitask import Multitask
 from stages.parallel import Grid, check_sequence, make_grid
-from stages.recipe import Recipe, StageRecipe
+from stages.recipe import Recipe, StageRecipe, stage_of
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
 from stages.vision import Vision
@@ -44,8 +44,8 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     Raises:
         KeyeError: whatever the user can mend.
     """
-    if only is not None and only not in recipe.stages:
-        raise RecipeError(f"the recipe has no stage {only}; it has {', '.join(recipe.stages)}")
+    if not any(wanted(name, only) for name in recipe.chain):
+        raise RecipeError(f"the recipe has no stage {only}; it has {', '.join(recipe.chain)}")
     run = Path(run)
     transformers.utils.logging.disable_progress_bar()
     engine.start()
@@ -58,8 +58,8 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     _first_rank(lambda: prepare_world(recipe, run))
     _first_rank(lambda: prepare_tokenizer(recipe, run))
     cache = Cache(recipe.data.cache_mb << 20)
-    for name in recipe.stages:
-        if only in (None, name):
+    for name in recipe.chain:
+        if wanted(name, only):
             run_stage(name, recipe, run, cache)
     engine.stop()
 
@@ -72,14 +72,13 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
     unknown = set(recipe.processor.image) - {"min_tokens", "max_tokens"}
     if unknown:
         raise RecipeError(f"processor.image: unknown key {min(unknown)}; it takes min_tokens and max_tokens")
-    earlier = before(recipe, only) if only is not None else []
+    earlier = before(recipe, next(name for name in recipe.chain if wanted(name, only))) if only is not None else []
     if earlier and not (run / earlier[-1] / DONE).exists():
         raise CheckpointError(f"{run / earlier[-1]} is not finished; run the stage {earlier[-1]} before {only}")
     check_finished(recipe, run, only)
     world = dist.get_world_size()
-    for name in recipe.stages:
-        if only in (None, name) and not (run / name / DONE).exists():
-            told = getattr(recipe, name)
+    for name, told in recipe.chain.items():
+        if wanted(name, only) and not (run / name / DONE).exists():
             make_encoder(recipe, told)
             choose_sources(name, recipe)
             check_sequence(told.sequence_parallel, world)
@@ -91,10 +90,10 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
 
     That is one trained with another recipe, or one that began from weights that the stage before it no longer has.
     """
-    for name in recipe.stages:
-        if only in (None, name) and (run / name / DONE).exists():
+    for name, phase in recipe.chain.items():
+        if wanted(name, only) and (run / name / DONE).exists():
             done = json.loads((run / name / DONE).read_text())
-            trained, told = done.get("recipe"), stage_table(getattr(recipe, name))
+            trained, told = done.get("recipe"), stage_table(phase)
             changed = [key for key in told if trained is not None and trained.get(key) != told[key]]
             if changed:
                 raise CheckpointError(
@@ -109,8 +108,14 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
 
 
 def before(recipe: Recipe, name: str) -> list[str]:
-    """The stages of a recipe that come before one of them."""
-    return recipe.stages[: recipe.stages.index(name)]
+    """The phases of a recipe's chain that come before one of them."""
+    chain = list(recipe.chain)
+    return chain[: chain.index(name)]
+
+
+def wanted(name: str, only: str | None) -> bool:
+    """Whether a phase is asked for: all are without `only`, which may name a stage or one of its phases."""
+    return only in (None, name, stage_of(name))
 
 
 def made(recipe: Recipe, run: Path, name: str) -> str | None:
@@ -126,17 +131,17 @@ def stage_table(told: StageRecipe) -> dict[str, object]:
 
 def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     """Train one stage from the model of the one before, and write `run/name/model`."""
-    folder, told = run / name, getattr(recipe, name)
+    folder, told = run / name, recipe.chain[name]
     if (folder / DONE).exists():
         _say(f"{name}: finished before, passed over; remove {folder} to train it again")
         return
-    seed(recipe.seed + 1 + recipes.STAGES.index(name))
+    seed(recipe.seed + 1 + recipes.STAGES.index(stage_of(name)))
     grid = make_grid(told.sequence_parallel)
     processor = make_processor(recipe, told, run)
     model = load_model(name, recipe, run, processor)
     if told.checkpointing:
         model.gradient_checkpointing_enable()
-    stage = KINDS[name](told, processor)
+    stage = KINDS[stage_of(name)](told, processor)
     module = stage.prepare(model).train()
     quarantine = Quarantine(folder / "quarantine.jsonl")
     loader = stage.loader(open_mixture(name, recipe, processor, grid, cache, quarantine, str(run)), grid)

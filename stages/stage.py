@@ -14,7 +14,7 @@ from stages.data.mixture import Mixture
 from stages.data.packing import Packer, pack
 from stages.data.sources import Cache, Item, Quarantine, Source
 from stages.parallel import Grid, shard
-from stages.recipe import Recipe, SourceRecipe, StageRecipe
+from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
 
 
 class Stage(Protocol):
@@ -93,7 +93,7 @@ def open_mixture(
     """The stage's sources with their token shares; None on ranks that are handed their packs."""
     if grid.sequence_rank:
         return None
-    stage: StageRecipe = getattr(recipe, name)
+    stage = recipe.chain[name]
     shard_ = (grid.data_rank, grid.data_size)
     sources = []
     for source, share in choose_sources(name, recipe):
@@ -103,13 +103,13 @@ def open_mixture(
 
 
 def choose_sources(name: str, recipe: Recipe) -> list[tuple[SourceRecipe, float]]:
-    """The sources that a stage reads, each with its share of the tokens.
+    """The sources that a stage, or a phase of it, reads, each with its share of the tokens.
 
     Raises:
         RecipeError: there is none, or none of a kind that the stage's mixture wants.
     """
-    stage: StageRecipe = getattr(recipe, name)
-    chosen = [s for s in recipe.data.sources if name in s.stages or (not s.stages and name != "vision")]
+    stage = recipe.chain[name]
+    chosen = [s for s in recipe.data.sources if stage_of(name) in s.stages or (not s.stages and name != "vision")]
     return _shares(name, stage, [s for s in chosen if not stage.mixture or stage.mixture.get(s.kind, 0) > 0])
 
 

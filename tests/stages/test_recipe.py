@@ -66,7 +66,7 @@ def test_sources_are_looked_for_beside_the_recipe(small):
         ("alignment.steps=0", "alignment.steps must be at least 1"),
         ("alignment.lr=nan", "alignment.lr must be above 0"),
         ("alignment.warmup=-1", "alignment.warmup must not be below 0"),
-        ("alignment.zero=3", "alignment.zero must be 0, 1 or 2"),
+        ("alignment.zero=4", "alignment.zero must be 0, 1, 2 or 3"),
         ("alignment.mixture.video=0.9", "alignment.mixture adds up to 0.9, but must to 1"),
         ("alignment.mixture.film=1.0", "alignment.mixture may name only"),
         ("vision.sequence_parallel=2", "vision.sequence_parallel must be 1"),
@@ -91,6 +91,51 @@ def test_override_writes_nested_keys_and_new_tables(small):
     assert isinstance(recipe.alignment.lr, float) and recipe.alignment.mixture == {"video": 1.0}
     assert recipe.processor.encoder == {"max_tokens": 64}
     assert recipe.stages == ["vision", "alignment", "annealing"] and recipe.annealing.rope_scale == 8.0
+
+
+def annealed(small: Path, through: str, *more: str) -> recipes.Recipe:
+    table = ["annealing.steps=9", "annealing.lr=1e-4", "annealing.context=131072", "annealing.packs=16"]
+    return load(small, [*table, "annealing.sequence_parallel=8", f"annealing.through={through}", *more])
+
+
+def test_contexts_in_between_are_phases_of_their_own(small):
+    chain = annealed(small, "{ 65536 = 5, 32768 = 2000 }").chain
+    assert list(chain) == ["vision", "alignment", "annealing-32768", "annealing-65536", "annealing"]
+    phases = list(chain.values())[2:]
+    assert [(told.context, told.steps) for told in phases] == [(32768, 2000), (65536, 5), (131072, 9)]
+    assert {told.packs * told.context for told in phases} == {16 * 131072}
+    assert [told.context // told.sequence_parallel for told in phases] == [16384] * 3
+    assert [told.rope_scale for told in phases] == [8.0, 1.0, 1.0]
+    assert [told.schedule for told in phases] == ["constant", "constant", "cosine"]
+
+
+def test_without_contexts_in_between_the_chain_is_the_stages(small):
+    recipe = load(small)
+    assert recipe.chain == {"vision": recipe.vision, "alignment": recipe.alignment}
+    assert annealed(small, "{}").chain["annealing"].rope_scale == 8.0
+
+
+def test_a_context_in_between_is_cut_among_a_divisor_of_the_ranks(small):
+    phase = annealed(small, "{ 49152 = 1 }", "annealing.packs=3").chain["annealing-49152"]
+    assert (phase.packs, phase.sequence_parallel) == (8, 4)  # 8 · 49,152 / 131,072 = 3 ranks, of which 8 is no multiple
+
+
+@pytest.mark.parametrize(
+    ("through", "said"),
+    [
+        ("{ 131072 = 5 }", "annealing.through.131072 must be a context below annealing.context = 131072"),
+        ("{ 49152 = 5 }", "annealing.through.49152 does not divide the 2097152 tokens of a step"),
+        ("{ 32768 = 0 }", "annealing.through.32768 = 0, but it must have at least 1 step"),
+        ("{ 32768 = 1.5 }", "annealing.through.32768 is 1.5, but must be of type int"),
+        ("{ long = 5 }", "annealing.through.long must be a context and its steps"),
+        ("{ 032768 = 5 }", "annealing.through.032768 must be a context and its steps"),
+        ("[32768]", "annealing.through is [32768], but must be a table"),
+    ],
+)
+def test_a_wrong_context_in_between_is_named(small, through, said):
+    with pytest.raises(RecipeError) as caught:
+        annealed(small, through)
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"steps = [", b"\xff\xfe\x00"], ids=["torn", "binary"])

@@ -177,6 +177,20 @@ def test_stage_that_the_recipe_has_not_is_named(recipe, tmp_path):
         pretrain(load(recipe), tmp_path / "run", "multitask")
 
 
+def test_contexts_in_between_are_trained_one_after_the_other(run, recipe, tmp_path, capfd):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "annealing")
+    run_distributed(go, 1, 300, recipe, again, ["annealing.through={ 128 = 2 }"], "annealing")
+    steps = {name: json.loads((again / name / "stage.json").read_text()) for name in ("annealing-128", "annealing")}
+    assert [done["steps"] for done in steps.values()] == [2, 1]
+    assert steps["annealing"]["start"] == steps["annealing-128"]["made"]
+    for name in steps:  # raised once, in the first
+        config = KeyeForConditionalGeneration.from_pretrained(again / name / "model").config.text_config
+        assert config.rope_parameters["rope_theta"] == 8e6
+    assert "annealing-128: " in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_processes_run_all_stages(recipe, tmp_path):
     path = tmp_path / "two.toml"
