@@ -6,6 +6,7 @@ the gradient of the whole loss is the sum over *all* ranks; DeepSpeed averages o
 each loss by their number. That makes ZeRO partition over the whole world, sequence group included.
 """
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,18 +74,23 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """`[P, …]` → `[P, …]`: block p goes to rank p; its own transpose, so the backward is the same exchange."""
+    """Rows `[sum(sent), …]` → rows `[sum(got), …]`: the first `sent[0]` go to rank 0, and so on.
+
+    Its own transpose, so the backward is the same exchange the other way.
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x.contiguous(), group=group)
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.got, ctx.group = sent, got, group
+        out = x.new_empty(sum(got), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), got, sent, group=group)
         return out
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return _AllToAll.apply(grad.contiguous(), ctx.group), None
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _AllToAll.apply(grad, ctx.got, ctx.sent, ctx.group), None, None, None
 
 
 class _AllGather(torch.autograd.Function):
@@ -115,106 +121,155 @@ def ulysses(group: dist.ProcessGroup, inner: Varlen = varlen) -> Varlen:
     """Packed attention over a sequence that is cut among `group` (DeepSpeed-Ulysses, arXiv 2309.14509).
 
     Takes `[L / P, H, D]` of this rank's tokens and the boundaries of the whole pack; trades tokens for heads, so that
-    each rank attends over all L tokens with H / P heads. Fewer KV heads than ranks are repeated as often as needed.
+    each rank attends over all L tokens with H / P heads. A rank is sent the KV heads that its queries read and no
+    others, each once: where there are fewer of them than ranks, several ranks get the same one.
     """
-    ranks = dist.get_world_size(group)
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
-        heads, kv_heads = q.shape[1], k.shape[1]
+        heads, kv_heads, length = q.shape[1], k.shape[1], len(q)
         if heads % ranks:
             raise RecipeError(f"sequence_parallel = {ranks} does not divide the model's {heads} heads; lower it")
-        if kv_heads % ranks:
-            copies = ranks // kv_heads if ranks % kv_heads == 0 else heads // kv_heads
-            k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
-        q, k, v = (_to_heads(x, ranks, group) for x in (q, k, v))
+        wanted = key_heads(heads, kv_heads, ranks)
+        # One exchange for all three: a rank's block is its query heads, then its key heads, then its value heads.
+        own = heads // ranks
+        blocks, sent = [], []
+        for queries, chosen in zip(q.split(own, dim=1), wanted, strict=True):
+            kv = slice(chosen[0], chosen[-1] + 1)
+            part = torch.cat([queries, k[:, kv], v[:, kv]], dim=1)
+            blocks.append(part.flatten(0, 1))
+            sent.append(len(blocks[-1]))
+        mine = wanted[rank]
+        width = own + 2 * len(mine)
+        got = _AllToAll.apply(torch.cat(blocks), sent, [length * width] * ranks, group)
+        del blocks, part
+        q, k, v = got.unflatten(0, (ranks * length, width)).split([own, len(mine), len(mine)], dim=1)
+        reads = [(rank * own + i) * kv_heads // heads - mine[0] for i in range(own)]
+        if reads != [i * len(mine) // own for i in range(own)] or own % len(mine):
+            # Query heads that share KV heads unevenly, which no kernel knows: copied here, after they were sent.
+            k, v = k[:, reads], v[:, reads]
         out = inner(q, k, v, cu_seqlens, causal)
-        return _to_tokens(out, ranks, group)
+        rows = [length] * ranks
+        out = _AllToAll.apply(out, rows, rows, group)
+        return out.unflatten(0, (ranks, length)).transpose(0, 1).flatten(1, 2)
 
     return attention
 
 
-def _to_heads(x: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
-    """`[L / P, H, D]` → `[L, H / P, D]`."""
-    blocks = x.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
-    return _AllToAll.apply(blocks, group).flatten(0, 1)
-
-
-def _to_tokens(x: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
-    """`[L, H / P, D]` → `[L / P, H, D]`."""
-    blocks = _AllToAll.apply(x.unflatten(0, (ranks, -1)).contiguous(), group)
-    return blocks.transpose(0, 1).flatten(1, 2)
+def key_heads(heads: int, kv_heads: int, ranks: int) -> list[list[int]]:
+    """Rank → the KV heads that its `heads / ranks` neighbouring query heads read, rising and without a gap."""
+    own, shared = heads // ranks, heads // kv_heads
+    return [list(range(r * own // shared, ((r + 1) * own - 1) // shared + 1)) for r in range(ranks)]
 
 
 def share_frames(costs: list[float], ranks: int) -> list[list[int]]:
     """Frames (or stills) dealt to ranks, dearest first, each to the least loaded; each rank's list in stream order."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
+    loads = [(0.0, rank) for rank in range(ranks)]
     for frame in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        least = loads.index(min(loads))
-        loads[least] += costs[frame]
+        load, least = heapq.heappop(loads)
+        heapq.heappush(loads, (load + costs[frame], least))
         shares[least].append(frame)
     return [sorted(share) for share in shares]
+
+
+def vision_shares(grids: Tensor, ranks: int) -> list[list[int]]:
+    """Rank of a sequence group → the stills and frames it encodes, as rows of `grids` `[F, 3]` (stills first).
+
+    A frame of n patches costs n + n² / 4096: attention weighs as much as the tower's products at about this size, as
+    in SigLIP-so400m with the projector.
+    """
+    return share_frames([size + size**2 / 4096 for size in grids.prod(1).tolist()], ranks)
+
+
+def own_pixels(pack: dict[str, Tensor], share: list[int]) -> Tensor | None:
+    """The pixels `[n, 3, 14, 14]` of the stills and frames `share` of a pack; None when there are none."""
+    kinds = [("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")]
+    parts: list[Tensor] = []
+    for pixels, grid in kinds:
+        if grid in pack:
+            parts += pack[pixels].split(pack[grid].prod(1).tolist())
+    return torch.cat([parts[i] for i in share]) if share else None
 
 
 def shard(pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: int) -> dict[str, object]:
     """One pack → the model's arguments on this rank.
 
     Without sequence parallelism that is the pack itself. With it: this rank's L / P tokens, the frames it encodes, and
-    the two seams `varlen` and `exchange`. L must be a multiple of P (`data.packing` sees to it).
+    the two seams `varlen` and `exchange`. L must be a multiple of P (`data.packing` sees to it). The pack may hold the
+    pixels of all frames, or as `pixel_values_mine` only those of this rank's `vision_shares`, in their order (absent
+    where the rank has none); uint8 or normalised floats.
     """
     if grid.sequence_group is None:
         return dict(pack)
     length = pack["input_ids"].shape[1] // grid.sequence
-    mine = slice(grid.sequence_rank * length, (grid.sequence_rank + 1) * length)
     inputs: dict[str, object] = {
-        "input_ids": pack["input_ids"][:, mine],
-        "position_ids": pack["position_ids"][:, :, mine],
-        "shift_labels": pack["shift_labels"][:, mine],
+        **{name: _cut(pack[name], grid, length) for name in ("input_ids", "position_ids", "shift_labels")},
         "cu_seqlens": pack["cu_seqlens"],
         "varlen": ulysses(grid.sequence_group),
     }
-    pixels = [pack[name] for name in ("pixel_values", "pixel_values_videos") if name in pack]
-    if not pixels:
+    both = [pack[name] for name in ("image_grid_thw", "video_grid_thw") if name in pack]
+    if not both:
         return inputs
-    grids = torch.cat([pack[name] for name in ("image_grid_thw", "video_grid_thw") if name in pack])
-    sizes = grids.prod(1).tolist()
-    shares = share_frames([size + size**2 / 4096 for size in sizes], grid.sequence)
-    # A rank without a frame encodes the first one, which nobody then takes, so that all ranks run the same graph.
-    frames = shares[grid.sequence_rank] or [0]
-    parts = torch.cat(pixels).split(sizes)
-    inputs["pixel_values"] = torch.cat([parts[i] for i in frames])
-    inputs["image_grid_thw"] = grids[frames]
+    grids = torch.cat(both)
+    shares = vision_shares(grids, grid.sequence)
+    mine = shares[grid.sequence_rank]
+    if mine:
+        inputs["pixel_values"] = pack["pixel_values_mine"] if "pixel_values_mine" in pack else own_pixels(pack, mine)
+        inputs["image_grid_thw"] = grids[mine]
     ids = pack["input_ids"][0]
-    inputs["exchange"] = _exchange(grid, [size // 4 for size in sizes], shares, ids, mine, image_token, video_token)
+    stills, frames = ((ids == token).nonzero()[:, 0] for token in (image_token, video_token))
+    route = route_features(grids, shares, torch.cat([stills, frames]) // length, grid.sequence_rank)
+    inputs["exchange"] = _exchange(route, grid.sequence_group)
     return inputs
 
 
-def _exchange(
-    grid: Grid, tokens: list[int], shares: list[list[int]], ids: Tensor, mine: slice, image_token: int, video_token: int
-) -> Callable[[Tensor], Tensor]:
-    """A function from the features this rank encoded to those its own placeholders take: stills first, then frames.
+def _cut(whole: Tensor, grid: Grid, length: int) -> Tensor:
+    """This rank's `length` tokens of the last dimension, as a tensor of its own, so that the whole can go."""
+    return whole.narrow(-1, grid.sequence_rank * length, length).clone()
 
-    tokens: visual tokens of each still and frame in stream order, stills first; ids `[L]` of the whole pack.
+
+@dataclass(frozen=True)
+class Route:
+    """Which visual tokens go where. Indices are LongTensors, counts are by rank.
+
+    send: rows of this rank's features in the order they are sent. sent, got: how many go to and come from each rank.
+    order: what came, brought into the order of the stream (stills, then frames).
     """
-    held = [sum(tokens[i] for i in share) for share in shares]
-    longest = max(*held, tokens[0])
-    # Where visual token j (stills first) is in the gathered buffer [P · longest].
-    starts = [0] * len(tokens)
-    for rank, share in enumerate(shares):
-        at = rank * longest
-        for frame in share:
-            starts[frame], at = at, at + tokens[frame]
-    where = torch.cat([torch.arange(s, s + n, device=ids.device) for s, n in zip(starts, tokens, strict=True)])
-    wanted, first = [], 0
-    for token in (image_token, video_token):
-        place = ids == token
-        before, inside = int(place[: mine.start].sum()), int(place[mine].sum())
-        wanted.append(where[first + before : first + before + inside])
-        first += int(place.sum())
-    chosen = torch.cat(wanted)
+
+    send: Tensor
+    sent: list[int]
+    got: list[int]
+    order: Tensor
+
+
+def route_features(grids: Tensor, shares: list[list[int]], takers: Tensor, rank: int) -> Route:
+    """How the visual tokens of a pack reach the ranks that hold their places.
+
+    Args:
+        grids: `[F, 3]` of all stills, then all frames. shares: rank → the rows of `grids` that it encodes.
+        takers: `[V]` the rank that holds the place of each visual token, stills first.
+        rank: whose route it is.
+    """
+    ranks, counts = len(shares), grids.prod(1) // 4
+    makers = torch.empty(len(grids), dtype=torch.long, device=takers.device)
+    for maker, share in enumerate(shares):
+        makers[share] = maker
+    makers = makers.repeat_interleave(counts.to(takers.device), output_size=len(takers))
+    made = takers[makers == rank]
+    came = makers[takers == rank]
+    return Route(
+        send=made.argsort(stable=True),
+        sent=made.bincount(minlength=ranks).tolist(),
+        got=came.bincount(minlength=ranks).tolist(),
+        order=came.argsort(stable=True).argsort(),
+    )
+
+
+def _exchange(route: Route, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """Features this rank encoded `[n, hidden]` → those its own placeholders take: stills first, then frames."""
 
     def exchange(features: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(features, (0, 0, 0, longest - len(features)))
-        return all_gather(padded, grid.sequence_group).flatten(0, 1)[chosen]
+        return _AllToAll.apply(features[route.send], route.sent, route.got, group)[route.order]
 
     return exchange

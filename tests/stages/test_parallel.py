@@ -12,7 +12,19 @@ from keye.model.attention import varlen
 from keye.model.rope import stream_positions
 from keye.prompt.processor import Sample
 from stages.data.packing import pack
-from stages.parallel import all_gather, make_grid, shard, share_frames, sum_over_ranks, ulysses
+from stages.parallel import (
+    Grid,
+    all_gather,
+    key_heads,
+    make_grid,
+    own_pixels,
+    route_features,
+    shard,
+    share_frames,
+    sum_over_ranks,
+    ulysses,
+    vision_shares,
+)
 from tests.distributed import run_distributed
 from tests.stages import small
 
@@ -42,7 +54,9 @@ CASES = [
     (4, 4, [0, 48], True),
     (4, 2, [0, 11, 12, 30, 48], True),  # packed documents, one of them a single token, one over the cut at 24
     (4, 1, [0, 20, 48], True),  # fewer KV heads than ranks
-    (6, 3, [0, 24, 48], True),  # KV heads that the ranks do not divide
+    (12, 6, [0, 24, 48], True),  # on 2 ranks three KV heads each, on 4 two that the three queries share unevenly
+    (12, 3, [0, 7, 48], True),  # on 4 ranks one and the same KV head for two of them, on 2 two for each, unevenly
+    (12, 2, [0, 1, 48], True),
     (4, 2, [0, 5, 48], False),
 ]
 
@@ -51,9 +65,9 @@ def attend_all() -> list[list[Tensor]]:
     return [attend(*case) for case in CASES]
 
 
-@pytest.fixture(scope="module")
-def attended() -> list[list[Tensor]]:
-    return run_distributed(attend_all, 2, 180)[1]
+@pytest.fixture(scope="module", params=[2, 4])
+def attended(request: pytest.FixtureRequest) -> list[list[Tensor]]:
+    return run_distributed(attend_all, request.param, 360)[1]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"H{h}_Hkv{kv}_{len(b) - 1}docs" for h, kv, b, _ in CASES])
@@ -68,6 +82,13 @@ def test_ulysses_LHD_equals_one_process(attended, case):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_rank_is_sent_the_key_heads_its_queries_read():
+    assert key_heads(8, 8, 4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert key_heads(8, 2, 4) == [[0], [0], [1], [1]]
+    assert key_heads(6, 3, 2) == [[0, 1], [1, 2]]
+    assert key_heads(12, 4, 6) == [[0], [0, 1], [1], [2], [2, 3], [3]]
+
+
 def odd_heads() -> None:
     grid = make_grid(2)
     q = torch.zeros(4, 3, 8)
@@ -76,7 +97,7 @@ def odd_heads() -> None:
 
 def test_heads_that_the_ranks_do_not_divide_are_named():
     with pytest.raises(RecipeError, match="sequence_parallel = 2 does not divide the model's 3 heads"):
-        run_distributed(odd_heads, 2, 180)
+        run_distributed(odd_heads, 2, 360)
 
 
 Sizes = list[tuple[int, int]]
@@ -119,13 +140,25 @@ def packs() -> dict[str, list[Sample]]:
     }
 
 
+def only_mine(row: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+    """A pack as the loader hands it out: the pixels of this rank's stills and frames alone."""
+    grids = [row[name] for name in ("image_grid_thw", "video_grid_thw") if name in row]
+    if not grids:
+        return row
+    mine = own_pixels(row, vision_shares(torch.cat(grids), grid.sequence)[grid.sequence_rank])
+    bare = {name: value for name, value in row.items() if not name.startswith("pixel_values")}
+    return bare if mine is None else {**bare, "pixel_values_mine": mine}
+
+
 def model_gradients(sequence: int) -> dict[str, tuple[float, dict[str, Tensor]]]:
     """Pack → summed loss and the gradient of every parameter, summed over the ranks."""
     grid = make_grid(sequence)
     found = {}
     for name, samples in packs().items():
-        model = small.model().train()
-        row = pack(samples, 2)
+        model = small.model(num_key_value_heads=2).train()
+        row = pack(samples, 4)
+        if sequence == 4:
+            row = only_mine(row, grid)
         loss = model(**shard(row, grid, IMAGE, VIDEO), num_items_in_batch=1.0).loss
         loss.backward()
         missing = [key for key, p in model.named_parameters() if p.grad is None]
@@ -135,13 +168,13 @@ def model_gradients(sequence: int) -> dict[str, tuple[float, dict[str, Tensor]]]
     return found
 
 
-@pytest.fixture(scope="module")
-def cut() -> dict[str, tuple[float, dict[str, Tensor]]]:
-    return run_distributed(model_gradients, 2, 180, 2)[0]
+@pytest.fixture(scope="module", params=[2, 4])
+def cut(request: pytest.FixtureRequest) -> dict[str, tuple[float, dict[str, Tensor]]]:
+    return run_distributed(model_gradients, request.param, 360, request.param)[0]
 
 
 @pytest.mark.parametrize("name", list(packs()))
-def test_whole_model_on_two_ranks_equals_one(cut, name):
+def test_whole_model_on_two_and_four_ranks_equals_one(cut, name):
     loss, gradients = model_gradients(1)[name]
     got_loss, got = cut[name]
     assert got_loss == pytest.approx(loss, rel=1e-5)
@@ -158,6 +191,26 @@ def test_one_rank_is_handed_the_pack_itself():
     row = pack(packs()["stills and frames"], 1)
     inputs = shard(row, make_grid(1), IMAGE, VIDEO)
     assert inputs.keys() == row.keys() and all(inputs[name] is row[name] for name in row)
+
+
+def test_every_visual_token_reaches_the_rank_that_holds_its_place():
+    # Stills of 1 and 2 tokens, frames of 3 and 1; the shares are not in the order of the ranks that take them.
+    grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 2, 6], [1, 2, 2]])
+    shares, takers = [[1, 3], [0, 2], []], torch.tensor([0, 2, 0, 0, 1, 1, 2])
+    features = torch.arange(7.0)  # visual token j is the number j
+    held = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 3.0, 4.0, 5.0]), features[:0]]
+    routes = [route_features(grids, shares, takers, rank) for rank in range(3)]
+    sent = [list(mine[route.send].split(route.sent)) for mine, route in zip(held, routes, strict=True)]
+    for rank, route in enumerate(routes):
+        came = [parts[rank] for parts in sent]
+        assert [len(part) for part in came] == route.got
+        assert torch.cat(came)[route.order].tolist() == features[takers == rank].tolist()
+
+
+def test_vision_shares_count_patches_and_their_squares():
+    # 64 × 64 patches cost 4,096 + 4,096; the four frames of 1,024 patches 1,024 + 256 each.
+    grids = torch.tensor([[1, 32, 32]] * 2 + [[1, 64, 64]] + [[1, 32, 32]] * 2)
+    assert vision_shares(grids, 2) == [[2], [0, 1, 3, 4]]
 
 
 def test_frames_are_shared_out_dearest_first():
