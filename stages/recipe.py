@@ -19,6 +19,7 @@ from keye.errors import RecipeError
 
 STAGES = ("vision", "alignment", "multitask", "annealing")
 KINDS = ("video", "image", "text")
+FORMATS = ("jsonl", "json", "parquet", "webdataset", "hub")
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ class ProcessorRecipe:
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """One manifest (JSONL or Parquet in the chat format), or the part of it that has these families and this kind.
+    """One manifest or data set of chats, or the part of it that has these families and this kind.
 
-    path: `{run}` stands for the run's directory; a relative path is looked for beside the recipe, then in the working
-    directory. kind: "video", "image" or "text"; lines of other kinds are passed over. weight: share within its kind.
-    stages: the stages that read it; empty = all but `vision`, which reads only what names it.
+    path: a file, folder, glob, URL or `hf://owner/name`; `{run}` stands for the run's directory; a relative path is
+    looked for beside the recipe, then in the working directory. kind: "video", "image" or "text"; rows of other kinds
+    are passed over. weight: share within its kind. stages: the stages that read it; empty = all but `vision`, which
+    reads only what names it.
+
+    format: "jsonl", "json", "parquet", "webdataset" or "hub"; empty = as the path's ending says. config, split: of a
+    data set of the hub. columns: what the data set's own columns serve as (`stages.data.chat`). streaming: read it as
+    it comes in instead of keeping it on disk, shuffled in a buffer of `shuffle` rows a lane. transforms: names in
+    `stages.data.transforms`, applied in this order.
     """
 
     path: str
@@ -57,6 +64,13 @@ class SourceRecipe:
     families: tuple[str, ...] = ()
     weight: float = 1.0
     stages: tuple[str, ...] = ()
+    format: str = ""
+    config: str = ""
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    streaming: bool = False
+    shuffle: int = 256
+    transforms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,8 @@ class StageRecipe:
     steps: optimizer steps. context: tokens a pack holds. packs: packs a step, over all ranks. lr, schedule ("cosine"
     to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm). zero: DeepSpeed ZeRO stage.
     sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens. encoder: overrides of
-    `processor.encoder`. checkpointing: recompute activations. save_every: steps between checkpoints.
+    `processor.encoder`. save_every: steps between checkpoints. Memory (`stages.memory`): checkpointing: recompute
+    activations; offload: keep the inputs of recomputed layers in host memory; mlp_tiles: parts an MLP is computed in.
     """
 
     steps: int
@@ -105,6 +120,8 @@ class StageRecipe:
     mixture: dict[str, float] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)
     checkpointing: bool = False
+    offload: bool = False
+    mlp_tiles: int = 1
     save_every: int = 200
 
 
@@ -203,7 +220,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     table = read(path, overrides, "stages/recipes")
     recipe = build(Recipe, table, str(path))
     _check(recipe, str(path))
-    located = [dataclasses.replace(s, path=_located(s.path, path.parent)) for s in recipe.data.sources]
+    located = [dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in recipe.data.sources]
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=tuple(located)))
 
 
@@ -295,6 +312,8 @@ def _check(recipe: Recipe, file: str) -> None:
     for i, source in enumerate(recipe.data.sources):
         need(source.kind in KINDS, f"data.sources[{i}].kind must be one of {', '.join(KINDS)}")
         need(source.weight > 0, f"data.sources[{i}].weight must be above 0")
+        need(source.format in ("", *FORMATS), f"data.sources[{i}].format must be one of {', '.join(FORMATS)}")
+        need(source.shuffle >= 1, f"data.sources[{i}].shuffle must be at least 1")
         need(set(source.stages) <= set(STAGES), f"data.sources[{i}].stages may name only {', '.join(STAGES)}")
     for name in recipe.stages:
         stage: StageRecipe = getattr(recipe, name)
@@ -302,6 +321,11 @@ def _check(recipe: Recipe, file: str) -> None:
             need(getattr(stage, key) >= 1, f"{name}.{key} must be at least 1")
         need(stage.lr > 0, f"{name}.lr must be above 0")
         need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')
+        need(stage.mlp_tiles >= 1, f"{name}.mlp_tiles must be at least 1")
+        need(
+            stage.checkpointing or not stage.offload,
+            f"{name}.offload keeps what checkpointing recomputes from; set {name}.checkpointing = true besides",
+        )
         need(stage.zero in (0, 1, 2, 3), f"{name}.zero must be 0, 1, 2 or 3")
         for key in ("warmup", "weight_decay", "clip"):
             need(getattr(stage, key) >= 0, f"{name}.{key} must not be below 0")
@@ -337,8 +361,8 @@ def _check_through(told: AnnealingRecipe, need: Callable[[bool, str], None]) -> 
         need(steps >= 1, f"{key} = {steps}, but it must have at least 1 step")
 
 
-def _located(path: str, base: Path) -> str:
-    if path.startswith("{run}") or "://" in path or Path(path).is_absolute():
+def _located(path: str, base: Path, kind: str = "") -> str:
+    if kind == "hub" or path.startswith("{run}") or "://" in path or Path(path).is_absolute():
         return path
     return str((base / path if (base / path).exists() else Path(path)).absolute())
 

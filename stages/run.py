@@ -25,7 +25,9 @@ from stages import engine
 from stages import recipe as recipes
 from stages.alignment import Alignment
 from stages.annealing import Annealing
-from stages.data.sources import Cache, Quarantine
+from stages.data.formats import files_of, format_of
+from stages.data.items import Cache, Quarantine
+from stages.memory import economise
 from stages.multitask import Multitask
 from stages.parallel import Grid, check_sequence, make_grid
 from stages.recipe import Recipe, StageRecipe, stage_of
@@ -67,8 +69,8 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
 def check(recipe: Recipe, run: Path, only: str | None) -> None:
     """Find before anything is trained what would stop a later stage; KeyeError names it."""
     for source in recipe.data.sources:
-        if "{run}" not in source.path and not Path(source.path).is_file():
-            raise RecipeError(f"{source.path}: no such manifest; mend data.sources in the recipe or make it first")
+        if "{run}" not in source.path and "://" not in source.path and source.format != "hub":
+            files_of(format_of(source, source.path), source.path)
     unknown = set(recipe.processor.image) - {"min_tokens", "max_tokens"}
     if unknown:
         raise RecipeError(f"processor.image: unknown key {min(unknown)}; it takes min_tokens and max_tokens")
@@ -139,8 +141,7 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     grid = make_grid(told.sequence_parallel)
     processor = make_processor(recipe, told, run)
     model = load_model(name, recipe, run, processor)
-    if told.checkpointing:
-        model.gradient_checkpointing_enable()
+    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
     stage = KINDS[stage_of(name)](told, processor)
     module = stage.prepare(model).train()
     quarantine = Quarantine(folder / "quarantine.jsonl")

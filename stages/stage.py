@@ -116,7 +116,7 @@ def choose_sources(name: str, recipe: Recipe) -> list[tuple[SourceRecipe, float]
 def _shares(name: str, stage: StageRecipe, sources: list[SourceRecipe]) -> list[tuple[SourceRecipe, float]]:
     if not sources:
         raise RecipeError(f"no data source serves the stage {name}; add one with stages = [\"{name}\"]")
-    parts = [(s.path, s.kind, frozenset(s.families)) for s in sources]
+    parts = [(s.path, s.config, s.split, s.kind, frozenset(s.families), s.transforms) for s in sources]
     if len(set(parts)) < len(parts):
         raise RecipeError(f"the stage {name} reads the same part of a manifest twice; write it once with its weight")
     weights = {kind: sum(s.weight for s in sources if s.kind == kind) for kind in {s.kind for s in sources}}

@@ -1,24 +1,106 @@
-"""Formats: a manifest or data set on disk → rows in the chat form, memory-mapped, each found by its number."""
+"""Formats: manifests and data sets, local or remote, → rows by number, memory-mapped; nothing asked for stays in RAM.
+
+JSONL (line by line, so that one bad line costs only itself), JSON, Parquet, WebDataset tars, data sets of the hub: see
+docs/stages.md, "Data". Rows are in the chat form of `stages.data.chat`; media are not decoded here.
+"""
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from keye.errors import ManifestError
+from stages.data.chat import EmptyRow, Row, as_chat, kind_of
+from stages.data.tars import Tar
 from stages.recipe import KINDS, SourceRecipe
 
 BAD, EMPTY = 254, 255  # codes of rows beside the kinds' places in KINDS
 SCANNED = 2048  # rows looked over at a time
+SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".json": "json",
+    ".parquet": "parquet", ".tar": "webdataset",
+}  # fmt: skip
 
-Row = dict[str, Any]
+
+class Found(NamedTuple):
+    """A row in the chat form, its file, its line there from 1, and the folder that its relative paths start from."""
+
+    row: Row
+    file: str
+    line: int
+    base: str
+
+
+class Part(Protocol):
+    """One file of a data set. file: its name in messages. mark: another when its content is."""
+
+    file: str
+    mark: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Row:
+        """The row as the file has it; ManifestError when it cannot be read, EmptyRow when there is nothing."""
+
+    def outlines(self) -> Iterator[Row | ManifestError]:
+        """All rows, media replaced by placeholders, or what `read` would raise."""
+
+
+class Lines:
+    """Lines of JSON, as `datasets` keeps them."""
+
+    def __init__(self, file: str, rows: Any) -> None:
+        self.file, self.mark, self.rows = file, rows._fingerprint, rows.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Row:
+        return parse_line(self.rows[index : index + 1]["text"][0].as_py())
+
+    def outlines(self) -> Iterator[Row | ManifestError]:
+        for at in range(0, len(self.rows), SCANNED):
+            for line in self.rows[at : at + SCANNED]["text"].to_pylist():
+                try:
+                    yield parse_line(line)
+                except ManifestError as error:
+                    yield error
+
+
+class Columns:
+    """Rows with columns of their own: Parquet and the hub's data sets."""
+
+    def __init__(self, file: str, rows: Any) -> None:
+        self.file, self.mark, self.rows = file, rows._fingerprint, rows.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Row:
+        return self.rows[index : index + 1].to_pylist()[0]
+
+    def outlines(self) -> Iterator[Row]:
+        import pyarrow.types as types
+
+        def is_media(kind: Any) -> bool:
+            if types.is_struct(kind):
+                return any(is_media(kind.field(i).type) for i in range(kind.num_fields))
+            return types.is_binary(kind) or types.is_large_binary(kind)
+
+        media = [field.name for field in self.rows.data.schema if is_media(field.type)]
+        for at in range(0, len(self.rows), SCANNED):
+            table = self.rows[at : at + SCANNED]
+            there = {name: table[name].is_valid().to_pylist() for name in media}
+            for place, row in enumerate(table.drop_columns(media).to_pylist()):
+                yield {**row, **{name: b"" if found[place] else None for name, found in there.items()}}
 
 
 class Table:
-    """The rows of a map-style data set; nothing but the rows asked for is in RAM.
+    """The rows of a map-style data set.
 
     Args:
         recipe: which data set. path: the recipe's, with the run's folder put in.
@@ -28,125 +110,204 @@ class Table:
     """
 
     def __init__(self, recipe: SourceRecipe, path: str) -> None:
-        self.recipe = recipe
-        self.parts = open_parts(path)
-        self.starts = np.cumsum([0] + [len(rows) for _, rows in self.parts])
+        self.columns = dict(recipe.columns)
+        self.parts = open_parts(recipe, path)
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def _part(self, index: int) -> tuple[Part, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if not 0 <= part < len(self.parts):
+            raise ManifestError(f"row {index + 1} is not there any more; the data set has {len(self)}")
+        return self.parts[part], index - int(self.starts[part])
+
     def place(self, index: int) -> tuple[str, int]:
         """The file of a row, and its line in it, from 1."""
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.parts[part][0], index - int(self.starts[part]) + 1
+        part, at = self._part(index)
+        return part.file, at + 1
 
-    def row(self, index: int) -> Row:
-        """Row `index` in the chat form, its media not yet decoded.
+    def find(self, index: int) -> Found:
+        """Row `index`, its media not yet decoded.
 
         Raises:
             ManifestError: it is not in the form.
         """
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        at = index - int(self.starts[part])
-        return read_row(self.parts[part][1][at : at + 1].to_pylist()[0])
+        part, at = self._part(index)
+        base = "." if "://" in part.file else str(Path(part.file).parent)
+        return Found(as_chat(part.read(at), self.columns), part.file, at + 1, base)
 
     def scan(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Every row's kind (its place in KINDS, BAD or EMPTY) uint8 `[N]`, family int32 `[N]`, the families' names.
 
         Made once a data set and kept beside the cache of `datasets`; whoever comes second waits for the first.
         """
-        import datasets
-        from filelock import FileLock
+        mark = json.dumps([[part.mark for part in self.parts], self.columns], sort_keys=True)
 
-        mark = "-".join(rows._fingerprint for _, rows in self.parts)
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "keye-kinds"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{datasets.fingerprint.Hasher.hash(mark)}.npz"
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                kinds, families, names = self._scan()
-                with open(f"{path}.part", "wb") as out:
-                    np.savez(out, kinds=kinds, families=families, names=np.array(names, dtype=str))
-                os.replace(f"{path}.part", path)
-        with np.load(path) as saved:
+        def write(path: str) -> None:
+            kinds, families, names = self._scan()
+            with open(path, "wb") as out:
+                np.savez(out, kinds=kinds, families=families, names=np.array(names, dtype=str))
+
+        with np.load(kept("kinds", mark, ".npz", write)) as saved:
             return saved["kinds"], saved["families"], saved["names"].tolist()
 
     def _scan(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         kinds, families = np.full(len(self), BAD, np.uint8), np.zeros(len(self), np.int32)
         names: dict[str, int] = {"": 0}
-        for at, raw in enumerate(self._raw()):
-            try:
-                row = read_row(raw)
-                kinds[at] = KINDS.index(kind_of(row["messages"]))
-                families[at] = names.setdefault(str(row.get("family") or ""), len(names))
-            except EmptyRow:
+        outlines = (row for part in self.parts for row in part.outlines())
+        for at, row in enumerate(outlines):
+            if isinstance(row, EmptyRow):
                 kinds[at] = EMPTY
+            if isinstance(row, ManifestError):
+                continue
+            try:
+                chat = as_chat(row, self.columns)
             except ManifestError:
                 continue
+            kinds[at] = KINDS.index(kind_of(chat["messages"]))
+            families[at] = names.setdefault(str(chat.get("family", "")), len(names))
         return kinds, families, list(names)
 
-    def _raw(self) -> Iterator[Row]:
-        for _, rows in self.parts:
-            for at in range(0, len(rows), SCANNED):
-                yield from rows[at : at + SCANNED].to_pylist()
+
+def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Path:
+    """A file made once a `mark` by `write` and kept beside the cache of `datasets`; processes wait for one another."""
+    import datasets
+    from filelock import FileLock
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "keye"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{what}-{datasets.fingerprint.Hasher.hash([what, mark])}{suffix}"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            write(f"{path}.part")
+            os.replace(f"{path}.part", path)
+    return path
 
 
-class EmptyRow(ManifestError):
-    """A line with nothing on it: no sample, and no mistake either."""
+def format_of(recipe: SourceRecipe, path: str) -> str:
+    """"jsonl", "json", "parquet", "webdataset" or "hub": what the recipe says, else what the name says."""
+    if recipe.format:
+        return recipe.format
+    if re.fullmatch(r"hf://(?!datasets/)[\w.-]+/[\w.-]+", path):
+        return "hub"
+    if Path(path).is_dir():
+        found = [SUFFIXES[s] for s in SUFFIXES if any(Path(path).rglob(f"*{s}"))]
+        if not found:
+            raise ManifestError(f"{path}: no data file in this folder; it may hold {', '.join(SUFFIXES)}")
+        return found[0]
+    return next((SUFFIXES[s] for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), "jsonl")
 
 
-def open_parts(path: str) -> list[tuple[str, Any]]:
-    """Every file of a data set, with its rows as an arrow-formatted `datasets.Dataset`.
-
-    JSONL is read line by line, so that one bad line costs only itself; Parquet row by row.
+def files_of(kind: str, path: str) -> list[str]:
+    """The files that a path, glob, folder or URL of one format stands for, in the order of their names.
 
     Raises:
-        ManifestError: no such file.
+        ManifestError: there is none.
+    """
+    from datasets.data_files import resolve_pattern
+
+    if Path(path).is_file():
+        return [path]
+    if Path(path).is_dir():
+        found = {str(file) for s in SUFFIXES if SUFFIXES[s] == kind for file in Path(path).rglob(f"*{s}")}
+    elif "://" not in path and not set(path) & set("*?["):
+        found = set()
+    else:
+        try:
+            found = set(resolve_pattern(path, os.getcwd()))
+        except Exception as error:  # the file systems behind it raise their own
+            raise ManifestError(f"{path}: cannot be listed ({type(error).__name__}: {error})") from None
+    if not found:
+        raise ManifestError(f"{path}: no such manifest; mend data.sources in the recipe or make it first")
+    return sorted(found)
+
+
+def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:
+    """Every file of a map-style data set.
+
+    Raises:
+        ManifestError: no such file, or one that is not in its format.
     """
     import datasets
 
-    if not Path(path).is_file():
-        raise ManifestError(f"{path}: no such manifest; mend data.sources in the recipe or make it first")
     datasets.disable_progress_bars()
-    if path.endswith(".parquet"):
-        rows = datasets.load_dataset("parquet", data_files=path, split="train")
-    else:
-        rows = datasets.load_dataset("text", data_files=path, split="train", encoding_errors="replace")
-    return [(path, rows.with_format("arrow"))]
+    kind = format_of(recipe, path)
+    if kind == "hub":
+        name = hub_name(path)
+        rows = opened(path, lambda: datasets.load_dataset(name, recipe.config or None, split=recipe.split))
+        return [Columns(f"{name}:{recipe.config}:{recipe.split}", rows)]
+    files = files_of(kind, path)
+    if kind == "webdataset":
+        return [Tar(file, _local(file), kept) for file in files]
+    if kind == "json":
+        return [Lines(file, _loaded("text", [str(_as_lines(file))])[0]) for file in files]
+    builder, part = ("parquet", Columns) if kind == "parquet" else ("text", Lines)
+    return [part(file, rows) for file, rows in zip(files, _loaded(builder, files), strict=True)]
 
 
-def read_row(raw: Row) -> Row:
-    """A row as its file has it → the chat form: `messages`, and `family` where it is named.
+def hub_name(path: str) -> str:
+    """ "owner/name" of "hf://owner/name"."""
+    return path.removeprefix("hf://")
 
-    Raises:
-        ManifestError: it is not in the form. EmptyRow: there is nothing in it.
-    """
-    if set(raw) == {"text"}:
-        if not raw["text"].strip():
-            raise EmptyRow("an empty line")
-        try:
-            raw = json.loads(raw["text"])
-        except ValueError as error:
-            raise ManifestError(f"not JSON ({error})") from None
+
+def opened(path: str, load: Callable[[], Any]) -> Any:
+    """What `load` gives; ManifestError in one sentence for whatever the libraries behind it raise."""
     try:
-        kind_of(raw["messages"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"no 'messages' list ({error})") from None
-    return raw
+        return load()
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else "no reason given"
+        raise ManifestError(
+            f"{path}: cannot be opened ({type(cause).__name__}: {reason}); check its name, format, config and split"
+        ) from error
 
 
-def kind_of(messages: list[dict[str, Any]]) -> str:
-    """ "video", "image" or "text": the dearest thing a chat holds."""
-    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    types = {part["type"] for part in parts}
-    return "video" if "video" in types else "image" if "image" in types else "text"
+def _loaded(builder: str, files: list[str]) -> list[Any]:
+    """The rows of each file. A file is a split of its own, so that a row's place in its file is known."""
+    import datasets
+
+    more = {"encoding_errors": "replace"} if builder == "text" else {}
+    splits = {f"file{place:06d}": file for place, file in enumerate(files)}
+    loaded = opened(files[0], lambda: datasets.load_dataset(builder, data_files=splits, **more))
+    return [loaded[name] for name in splits]
 
 
-def caption_of(messages: list[dict[str, Any]]) -> str:
-    """All the assistant's words."""
-    words = []
-    for message in messages:
-        if message["role"] == "assistant":
-            content = message["content"]
-            words += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-    return " ".join(words)
+def _local(file: str) -> str:
+    """The file on this machine, downloaded into the cache of `datasets` where it is remote."""
+    import datasets
+
+    return file if "://" not in file else opened(file, lambda: datasets.DownloadManager().download(file))
+
+
+def _as_lines(file: str) -> Path:
+    """A JSON file, a list of rows or an object with one such list, as lines of JSON, kept beside the cache."""
+    local = _local(file)
+    state = os.stat(local)
+
+    def write(path: str) -> None:
+        try:
+            rows = json.loads(Path(local).read_bytes())
+        except ValueError as error:
+            raise ManifestError(f"{file}: not JSON ({error}); a manifest of many lines is named .jsonl") from None
+        lists = [v for v in rows.values() if isinstance(v, list)] if isinstance(rows, dict) else [rows]
+        if len(lists) != 1 or not isinstance(lists[0], list):
+            raise ManifestError(f"{file}: a JSON manifest is one list of rows; write it so, or as JSONL")
+        with open(path, "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in lists[0])
+
+    return kept("json", json.dumps([local, state.st_size, state.st_mtime_ns]), ".jsonl", write)
+
+
+def parse_line(line: str) -> Row:
+    """A line of JSONL → the row on it; ManifestError when it is no JSON object, EmptyRow when it is empty."""
+    if not line.strip():
+        raise EmptyRow("an empty line")
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ManifestError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ManifestError(f"no 'messages' list, but a {type(row).__name__}; a line is one JSON object")
+    return row

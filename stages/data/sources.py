@@ -5,7 +5,6 @@ Every rank holds the same sources and draws the same numbers from them; a sample
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,77 @@ import torch
 
 from keye.errors import KeyeError, ManifestError
 from keye.prompt.processor import KeyeProcessor
-from stages.data.formats import BAD, Table, caption_of
+from stages.data.chat import caption_of
+from stages.data.formats import BAD, Found, Table
 from stages.data.items import Cache, Item, Quarantine
+from stages.data.streams import Lanes
 from stages.recipe import KINDS, SourceRecipe
+
+
+def source_name(recipe: SourceRecipe) -> str:
+    """What tells a source from the others of a stage, in checkpoints too."""
+    # The path as written: a checkpoint stays good when the run's folder moves.
+    part = "".join(f"+{family}" for family in recipe.families)
+    own = f":{recipe.config}:{recipe.split}" if recipe.config or recipe.split != "train" else ""
+    return f"{recipe.path}{own}#{recipe.kind}{part}" + "".join(f">{name}" for name in recipe.transforms)
+
+
+class Shuffled:
+    """The rows of a map-style data set that have the wanted kind and families, every epoch in another order.
+
+    Args:
+        recipe: which data set. path: the recipe's, with the run's folder put in. seed: of the orders.
+        quarantine: takes the rows that cannot be read; None where another process reports them.
+
+    Raises:
+        ManifestError: no such file, or nothing in it fits.
+    """
+
+    def __init__(self, recipe: SourceRecipe, path: str, seed: int, quarantine: Quarantine | None) -> None:
+        self.table, self.seed = Table(recipe, path), seed
+        kinds, families, names = self.table.scan()
+        if quarantine is not None:
+            self._report(np.flatnonzero(kinds == BAD).tolist(), quarantine)
+        wanted = kinds == KINDS.index(recipe.kind)
+        if recipe.families:
+            wanted &= np.isin(families, [i for i, name in enumerate(names) if name in recipe.families])
+        self.indices = np.flatnonzero(wanted)
+        if not len(self.indices):
+            of = f" of the families {', '.join(recipe.families)}" if recipe.families else ""
+            raise ManifestError(f"{path}: no {recipe.kind} samples{of} in it; mend data.sources")
+        self.epoch, self.position, self.patience = 0, 0, 2 * len(self.indices) - 1
+        self._order = self._shuffled()
+
+    def _report(self, bad: list[int], quarantine: Quarantine) -> None:
+        for index in bad:
+            try:
+                self.table.find(index)
+            except ManifestError as error:
+                quarantine.add(*self.table.place(index), str(error))
+
+    def _shuffled(self) -> np.ndarray:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(len(self.indices), generator=generator).numpy()
+
+    def draw(self) -> int:
+        if self.position == len(self.indices):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._order = self._shuffled()
+        self.position += 1
+        return int(self.indices[self._order[self.position - 1]])
+
+    def owner(self, index: int, ranks: int) -> int:
+        return int(np.searchsorted(self.indices, index)) % ranks
+
+    def find(self, index: int) -> Found:
+        return self.table.find(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position = state["epoch"], min(state["position"], len(self.indices))
+        self._order = self._shuffled()
 
 
 class Source:
@@ -32,7 +99,7 @@ class Source:
         report: whether this process writes down what is found bad when the data set is opened (one of them should).
 
     Raises:
-        ManifestError: no such file, or nothing in it fits.
+        ManifestError: no such data set, or nothing in it fits.
     """
 
     def __init__(
@@ -48,47 +115,23 @@ class Source:
         report: bool = True,
     ) -> None:
         self.recipe, self.processor, self.seed, self.limit = recipe, processor, seed, limit
-        self.cache, self.quarantine, self.shard = cache, quarantine, shard
-        # Checkpoints know a source by its name, so the name stays when the run's folder moves.
-        self.path = recipe.path.replace("{run}", run)
-        self.name = f"{recipe.path}#{recipe.kind}" + "".join(f"+{family}" for family in recipe.families)
-        self.settings = json.dumps([processor.encoder, processor.image, limit], sort_keys=True)
-        self.table = Table(recipe, self.path)
-        self.indices = self._wanted(report and shard[0] == 0)
-        if len(self.indices) < shard[1]:
-            raise ManifestError(
-                f"{self.path}: only {len(self.indices)} {recipe.kind} samples of families "
-                f"{', '.join(recipe.families) or '(any)'} for {shard[1]} readers; give more or mend data.sources"
-            )
-        self.epoch, self.position, self.failures = 0, 0, 0
-        self._order = self._shuffled(0)
-
-    def _wanted(self, report: bool) -> np.ndarray:
-        """Numbers of the rows that this source serves, int64 `[n]`, rising."""
-        kinds, families, names = self.table.scan()
-        if report:
-            for index in np.flatnonzero(kinds == BAD).tolist():
-                self._read(index)
-        wanted = kinds == KINDS.index(self.recipe.kind)
-        if self.recipe.families:
-            wanted &= np.isin(families, [i for i, name in enumerate(names) if name in self.recipe.families])
-        return np.flatnonzero(wanted)
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.indices), generator=generator).numpy()
+        self.cache, self.quarantine = cache, quarantine
+        self.path, self.name = recipe.path.replace("{run}", run), source_name(recipe)
+        self.settings = json.dumps([processor.encoder, processor.image, limit, recipe.transforms, seed], sort_keys=True)
+        if recipe.streaming:
+            self.rows: Shuffled | Lanes = Lanes(recipe, self.path, seed, quarantine)
+        else:
+            self.rows = Shuffled(recipe, self.path, seed, quarantine if report and shard[0] == 0 else None)
+        self.failures, self.shard = 0, shard
+        self.bad: set[int] = set()  # samples that could not be used; they are not tried again
 
     def draw(self) -> int:
         """Number of the next sample, by the seed alone: the same on every rank, however many there are."""
-        if self.position == len(self.indices):
-            self.epoch, self.position = self.epoch + 1, 0
-            self._order = self._shuffled(self.epoch)
-        self.position += 1
-        return int(self.indices[self._order[self.position - 1]])
+        return self.rows.draw()
 
     def owner(self, index: int, ranks: int) -> int:
         """The rank that encodes sample `index`: the same in every epoch, so that its cache serves."""
-        return int(np.searchsorted(self.indices, index)) % ranks
+        return self.rows.owner(index, ranks)
 
     def result(self, good: bool) -> None:
         """Told of every drawn sample, in the order of the draws, whether it could be used.
@@ -98,10 +141,8 @@ class Source:
         """
         self.failures = 0 if good else self.failures + 1
         # The good ones may come first in one epoch and last in the next: with one of n, 2n − 2 bad in a row.
-        if self.failures >= 2 * len(self.indices) - 1:
-            raise ManifestError(
-                f"{self.name}: none of its {len(self.indices)} samples can be used; see quarantine.jsonl for why"
-            )
+        if self.failures >= self.rows.patience:
+            raise ManifestError(f"{self.name}: none of its samples can be used; see quarantine.jsonl for why")
 
     def next(self) -> Item:
         """The next good sample of those that this process owns; bad ones are quarantined and passed over."""
@@ -115,43 +156,45 @@ class Source:
 
     def item(self, index: int) -> Item | None:
         """Sample `index`, encoded or from the cache; None when it is bad, which is then in the quarantine."""
-        if self.table.place(index) in self.quarantine.seen:
+        if index in self.bad:
             return None
         key = (self.path, index, self.settings)
         item = self.cache.get(key)
         if item is None:
             item = self._encode(index)
             if item is None:
+                self.bad.add(index)
                 return None
-            self.cache.put(key, item)
+            if not self.recipe.streaming:  # a stream gives every sample a new number, so that none comes again
+                self.cache.put(key, item)
         return replace(item, source=self.name)
 
-    def _read(self, index: int) -> dict[str, Any] | None:
-        try:
-            return self.table.row(index)
-        except ManifestError as error:
-            self.quarantine.add(*self.table.place(index), str(error))
-            return None
-
     def _encode(self, index: int) -> Item | None:
-        row = self._read(index)
-        if row is None:
-            return None
-        file, line = self.table.place(index)
         try:
-            sample = self.processor.sample(row["messages"], Path(file).parent, max_length=self.limit)
-            if not bool((sample.labels[1:] != -100).any()):
-                raise ManifestError("the assistant says nothing; add an assistant message")
-            return Item(sample, self.name, index, self.recipe.kind, caption_of(row["messages"]))
+            found = self.rows.find(index)
+        except ManifestError as error:  # it has become shorter or other since it was opened, or since the checkpoint
+            self.quarantine.add(self.path, index + 1, str(error))
+            return None
+        if found is None:
+            return None
+        try:
+            return self._item(found, index)
         except KeyeError as error:
-            self.quarantine.add(file, line, str(error))
+            self.quarantine.add(found.file, found.line, str(error))
         except Exception as error:  # a template, a decoder or an image library may raise anything at odd content
-            self.quarantine.add(file, line, f"{type(error).__name__}: {error}")
+            self.quarantine.add(found.file, found.line, f"{type(error).__name__}: {error}")
         return None
 
+    def _item(self, found: Found, index: int) -> Item:
+        messages = found.row["messages"]
+        sample = self.processor.sample(messages, found.base, max_length=self.limit)
+        if not bool((sample.labels[1:] != -100).any()):
+            raise ManifestError("the assistant says nothing; add an assistant message")
+        caption = found.row.get("caption") or caption_of(messages)
+        return Item(sample, self.name, index, self.recipe.kind, caption)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position}
+        return self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position = state["epoch"], min(state["position"], len(self.indices))
-        self._order = self._shuffled(self.epoch)
+        self.rows.load_state_dict(state)

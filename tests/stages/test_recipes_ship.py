@@ -90,7 +90,7 @@ def test_keye_8b_is_the_reports():
 def test_keye_8b_names_the_manifest_that_is_missing():
     video = next(s for s in load(RECIPES["keye_8b"]).data.sources if s.path.endswith("data/video.jsonl"))
     with pytest.raises(ManifestError, match=r"data/video\.jsonl: no such manifest"):
-        open_parts(video.path)
+        open_parts(video, video.path)
 
 
 def test_the_small_model_is_about_a_hundred_times_the_tiny_one():

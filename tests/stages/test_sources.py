@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from keye.errors import ManifestError
-from stages.data.formats import caption_of, kind_of
+from stages.data.chat import caption_of, kind_of
 from stages.data.items import Cache, Quarantine
 from stages.data.sources import Source
 from stages.recipe import SourceRecipe
@@ -122,7 +122,7 @@ def test_empty_lines_and_unicode_line_ends_keep_the_count(manifest, processor, t
     path.write_text("\n".join([chat("first"), "", separator, "{"]), encoding="utf-8")
     quarantine = Quarantine(tmp_path / "quarantine.jsonl")
     source = small.source(path, "text", processor, quarantine)
-    assert source.indices.tolist() == [0, 2] and set(rows_of(tmp_path / "quarantine.jsonl")) == {4}
+    assert source.rows.indices.tolist() == [0, 2] and set(rows_of(tmp_path / "quarantine.jsonl")) == {4}
 
 
 def test_sample_longer_than_the_context_is_quarantined(manifest, processor):
@@ -134,15 +134,15 @@ def test_sample_longer_than_the_context_is_quarantined(manifest, processor):
 
 def test_only_bad_lines_is_an_error_that_says_where_to_look(manifest, processor):
     source = small.source(beside(manifest, "none.jsonl", [clip("gone.mp4")] * 3), "video", processor)
-    with pytest.raises(ManifestError, match="none of its 3 samples can be used; see quarantine.jsonl"):
+    with pytest.raises(ManifestError, match="none of its samples can be used; see quarantine.jsonl"):
         source.next()
 
 
 def test_manifest_that_is_missing_or_too_small_is_named(manifest, processor, tmp_path):
     with pytest.raises(ManifestError, match="nowhere.jsonl: no such manifest"):
         small.source(tmp_path / "nowhere.jsonl", "text", processor)
-    with pytest.raises(ManifestError, match="one.jsonl: only 1 text samples"):
-        small.source(beside(manifest, "one.jsonl", [chat("red")]), "text", processor, shard=(1, 2))
+    with pytest.raises(ManifestError, match="one.jsonl: no image samples in it"):
+        small.source(beside(manifest, "one.jsonl", [chat("red")]), "image", processor)
 
 
 def test_resumed_run_writes_a_bad_line_once_and_takes_it_when_mended(manifest, processor, tmp_path):
@@ -162,9 +162,9 @@ def test_draws_are_the_same_whoever_draws_and_each_has_one_owner_for_ever(manife
     draws = [[source.draw() for _ in range(12)] for source in sources]
     assert draws[0] == draws[1] == draws[2]
     epochs = [draws[0][at : at + 4] for at in (0, 4, 8)]
-    assert all(sorted(epoch) == sources[0].indices.tolist() for epoch in epochs)
+    assert all(sorted(epoch) == sources[0].rows.indices.tolist() for epoch in epochs)
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
-    owners = [[source.owner(index, 3) for index in sources[0].indices] for source in sources]
+    owners = [[source.owner(index, 3) for index in sources[0].rows.indices] for source in sources]
     assert owners[0] == owners[1] == owners[2] == [0, 1, 2, 0]
 
 
@@ -179,8 +179,8 @@ def test_draws_go_on_from_a_state_in_the_middle_of_an_epoch(manifest, processor)
 def test_families_choose_the_lines(manifest, processor):
     recipe = SourceRecipe(str(manifest), "image", families=("image_read",))
     source = Source(recipe, processor, 0, Cache(0), Quarantine())
-    assert {small.lines(manifest)[i]["family"] for i in source.indices} == {"image_read"}
-    with pytest.raises(ManifestError, match="of families count"):
+    assert {small.lines(manifest)[i]["family"] for i in source.rows.indices} == {"image_read"}
+    with pytest.raises(ManifestError, match="no image samples of the families count"):
         Source(SourceRecipe(str(manifest), "image", families=("count",)), processor, 0, Cache(0), Quarantine())
 
 

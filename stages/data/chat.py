@@ -1,0 +1,197 @@
+"""A data set's own row → the chat form: messages with their media, and what else the transforms read.
+
+The chat form is a dictionary with `messages` and, where the data set has them, `caption` (of the media), `objects`
+(a list of {"label": name, "box": [left, top, right, bottom]}, the box in fractions of the picture or, with `size =
+[width, height]` in the row, in pixels) and `family`. A row may come in any of these ways, the first that is there:
+
+    messages                    the chat itself; a part without a source takes the next of `image` / `images` / `video`
+    conversations               [{"from": "human", "value": "<image>\\n..."}, ...], the markers stand for the media
+    texts and images            two lists side by side with gaps (None): a document with pictures among its text
+    question and answer         and image, images or video: one question about them
+    caption                     and image, images or video
+    text                        words alone
+
+A recipe's `columns` says which of the data set's columns serve as these.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from keye.errors import ManifestError
+
+Row = dict[str, Any]
+
+FIELDS = (
+    "messages", "conversations", "texts", "text", "question", "answer", "caption", "image", "images", "video",
+    "objects", "size", "family",
+)  # fmt: skip
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MARKERS = {"<image>": "image", "<video>": "video"}
+DESCRIBE = {"image": "Describe the image.", "images": "Describe the images.", "video": "Describe the video."}
+
+
+class EmptyRow(ManifestError):
+    """A line with nothing on it: no sample, and no mistake either."""
+
+
+def as_chat(raw: Row, columns: dict[str, str] | None = None) -> Row:
+    """A row as its file has it → the chat form.
+
+    Args:
+        raw: column → value; media as paths, bytes, {"bytes", "path"} or pictures.
+        columns: field of the chat form → the column that serves as it; fields that are not named go by their own name.
+
+    Raises:
+        ManifestError: a column is missing, or the row is in no known form.
+    """
+    row = raw if not columns else _renamed(raw, columns)
+    if "messages" in row:
+        chat = _filled(row["messages"], _media(row)) if _has_media(row) else row["messages"]
+    elif "conversations" in row:
+        chat = _spoken(row["conversations"], _media(row))
+    elif row.get("texts") is not None:
+        chat = [{"role": "assistant", "content": _interleaved(row["texts"], row.get("images"))}]
+    elif row.get("question") is not None and row.get("answer") is not None:
+        asked = [*_parts(row), {"type": "text", "text": row["question"]}]
+        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": _common(row["answer"])}]
+    elif row.get("caption") is not None and _has_media(row):
+        asked = [*_parts(row), {"type": "text", "text": describe(_parts(row))}]
+        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": _first(row["caption"])}]
+    elif row.get("text") is not None:
+        chat = [{"role": "assistant", "content": row["text"]}]
+    else:
+        has = ", ".join(sorted(map(str, row))) or "nothing"
+        raise ManifestError(f"no 'messages' list in it, it has {has}; name its columns in data.sources.columns")
+    try:
+        kind_of(chat)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"no 'messages' list in the chat format ({type(error).__name__}: {error})") from None
+    found = {"caption": _first(row["caption"])} if row.get("caption") is not None else {}
+    more = {name: row[name] for name in ("objects", "size", "family") if row.get(name) is not None}
+    return {"messages": chat, **found, **more}
+
+
+def _renamed(raw: Row, columns: dict[str, str]) -> Row:
+    missing = [column for column in columns.values() if column not in raw]
+    if missing:
+        has = ", ".join(sorted(map(str, raw)))
+        raise ManifestError(f"no column {missing[0]}, it has {has}; mend data.sources.columns")
+    taken = set(columns.values())
+    return {k: v for k, v in raw.items() if k in FIELDS and k not in taken} | {k: raw[c] for k, c in columns.items()}
+
+
+def _has_media(row: Row) -> bool:
+    return any(row.get(name) is not None for name in ("image", "images", "video"))
+
+
+def _media(row: Row) -> dict[str, list[Any]]:
+    """Kind → the row's media of that kind, in order."""
+    stills = row["images"] if row.get("images") is not None else row.get("image")
+    found = {"image": stills, "video": row.get("video")}
+    return {kind: _listed(value) for kind, value in found.items()}
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else [v for v in value if v is not None] if isinstance(value, list) else [value]
+
+
+def _parts(row: Row) -> list[Row]:
+    return [{"type": kind, kind: source} for kind, sources in _media(row).items() for source in sources]
+
+
+def describe(parts: list[Row]) -> str:
+    """The request for a caption of these media."""
+    kinds = [part["type"] for part in parts if part["type"] != "text"]
+    return DESCRIBE["video" if "video" in kinds else "images" if len(kinds) > 1 else "image"]
+
+
+def _filled(messages: Any, media: dict[str, list[Any]]) -> list[Row]:
+    """The messages, parts that name no source given the row's own media in order."""
+    waiting = {kind: iter(sources) for kind, sources in media.items()}
+
+    def fill(part: Any) -> Any:
+        if not isinstance(part, dict) or part.get("type") not in waiting:
+            return part
+        given = {key: value for key, value in part.items() if value is not None}
+        if set(given) & {part["type"], "url", "path", "base64"}:
+            return part
+        source = next(waiting[part["type"]], None)
+        return part if source is None else {**given, part["type"]: source}
+
+    return each_part(messages, fill)
+
+
+def each_part(messages: Any, change: Callable[[Any], Any]) -> list[Row]:
+    """The messages with every part of their contents changed; ManifestError when they are no messages."""
+    try:
+        return [
+            m if isinstance(m["content"], str) else {**m, "content": [change(part) for part in m["content"]]}
+            for m in messages
+        ]
+    except (KeyError, TypeError) as error:
+        raise ManifestError(f"no 'messages' list in the chat format ({type(error).__name__}: {error})") from None
+
+
+def _spoken(turns: Any, media: dict[str, list[Any]]) -> list[Row]:
+    """ShareGPT's and LLaVA's form: {"from", "value"} with <image> and <video> where the media stand."""
+    try:
+        chat = [{"role": SPEAKERS[turn["from"]], "content": _marked(turn["value"])} for turn in turns]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"'conversations' is no list of from and value ({type(error).__name__}: {error})") from None
+    marked = Counter(part["type"] for turn in chat if isinstance(turn["content"], list) for part in turn["content"])
+    for kind, sources in media.items():
+        if marked[kind] != len(sources):
+            raise ManifestError(f"'conversations' marks {marked[kind]} media with <{kind}>, the row has {len(sources)}")
+    return _filled(chat, media)
+
+
+def _marked(text: str) -> str | list[Row]:
+    """A text with markers → parts; white space around a marker belongs to it."""
+    parts: list[Row] = []
+    rest = text
+    while True:
+        at, marker = min(((rest.find(m), m) for m in MARKERS if m in rest), default=(-1, ""))
+        before = (rest if at < 0 else rest[:at]).strip() if parts or at >= 0 else rest
+        parts += [{"type": "text", "text": before}] if before else []
+        if at < 0:
+            return text if all(part["type"] == "text" for part in parts) else parts
+        parts.append({"type": MARKERS[marker]})
+        rest = rest[at + len(marker) :]
+
+
+def _interleaved(texts: Iterable[Any], images: Iterable[Any] | None) -> list[Row]:
+    texts, images = list(texts), list(images or [None] * len(list(texts)))
+    if len(texts) != len(images):
+        raise ManifestError(f"'texts' has {len(texts)} places and 'images' {len(images)}; they go side by side")
+    parts: list[Row] = []
+    for text, image in zip(texts, images, strict=True):
+        parts += [{"type": "image", "image": image}] if image is not None else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
+
+
+def _common(answer: Any) -> Any:
+    """The answer that most people gave, the first of equals."""
+    return Counter(answer).most_common(1)[0][0] if isinstance(answer, list) and answer else answer
+
+
+def _first(caption: Any) -> Any:
+    return caption[0] if isinstance(caption, list) and caption else caption
+
+
+def kind_of(messages: list[Row]) -> str:
+    """ "video", "image" or "text": the dearest thing a chat holds."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    types = {part["type"] for part in parts}
+    return "video" if "video" in types else "image" if "image" in types else "text"
+
+
+def caption_of(messages: list[Row]) -> str:
+    """All the assistant's words."""
+    words = []
+    for message in messages:
+        if message["role"] == "assistant":
+            content = message["content"]
+            words += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+    return " ".join(words)
