@@ -28,7 +28,8 @@ from rl.prompts import Prompt, PromptStream, load_prompts
 from rl.recipe import RlRecipe, check_world
 from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
-from stages.engine import build, load_checkpoint, save_checkpoint
+from stages.checkpoints import load_checkpoint, save_checkpoint
+from stages.engine import build
 from stages.recipe import to_toml
 
 

@@ -1,31 +1,19 @@
-"""DeepSpeed: processes, the engine around a module, checkpoints that are whole or not there, and resuming.
+"""DeepSpeed: processes, the engine around a module, and the weights that come out of it."""
 
-A checkpoint is a directory `step-N` with DeepSpeed's shards, one `state-R.pt` a rank (loader, RNG) and, written last,
-`complete.json` with the size of every file. A directory without it, or with a file of another size, is torn and passed
-over.
-"""
-
-import json
 import logging
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from keye.errors import CheckpointError
-
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-MARKER = "complete.json"
-KEEP = 2  # checkpoints of a stage that stay on disk
 
 
 def start(threads: int | None = None) -> None:
@@ -128,72 +116,3 @@ def build(
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
-
-
-def save_checkpoint(engine: Any, directory: str | Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `directory/step-N`; collective. `state`: this rank's own, tensors and plain values (its RNG is added)."""
-    target = Path(directory) / f"step-{step}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(directory), tag=target.name, client_state={"step": step}, save_latest=False)
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    torch.save({"state": state, "rng": rng}, target / f"state-{dist.get_rank()}.pt")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        files = {str(f.relative_to(target)): f.stat().st_size for f in sorted(target.rglob("*")) if f.is_file()}
-        partial = target / (MARKER + ".partial")
-        partial.write_text(json.dumps({"step": step, "world": dist.get_world_size(), "files": files}, indent=1))
-        with partial.open() as handle:
-            os.fsync(handle.fileno())
-        partial.rename(target / MARKER)
-        for old in whole_checkpoints(directory)[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return target
-
-
-def whole_checkpoints(directory: str | Path) -> list[Path]:
-    """Checkpoints under `directory` that were finished and whose files have the sizes they had, oldest first."""
-    found = []
-    for marker in Path(directory).glob(f"step-*/{MARKER}"):
-        try:
-            files = json.loads(marker.read_text())["files"]
-            if all((marker.parent / name).stat().st_size == size for name, size in files.items()):
-                found.append(marker.parent)
-        except (OSError, ValueError, KeyError):
-            continue
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def load_checkpoint(engine: Any, directory: str | Path) -> tuple[int, dict[str, Any]] | None:
-    """Put the newest whole checkpoint back into the engine and the RNG; (step, this rank's state), or None without one.
-
-    Raises:
-        CheckpointError: it was written by another number of processes, or does not fit the model.
-    """
-    # Rank 0 looks, so that all ranks take the same one even while files come and go.
-    box = [str(whole_checkpoints(directory)[-1]) if dist.get_rank() == 0 and whole_checkpoints(directory) else None]
-    dist.broadcast_object_list(box, src=0)
-    if box[0] is None:
-        return None
-    found = Path(box[0])
-    world = json.loads((found / MARKER).read_text())["world"]
-    if world != dist.get_world_size():
-        raise CheckpointError(
-            f"{found} was written by {world} processes, this run has {dist.get_world_size()}; "
-            "start as many, or remove it to begin the stage anew"
-        )
-    try:
-        _, client = engine.load_checkpoint(str(directory), tag=found.name)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{found} does not fit this model ({reason}); remove it or use its recipe") from error
-    mine = torch.load(found / f"state-{dist.get_rank()}.pt", weights_only=True)
-    torch.set_rng_state(mine["rng"]["cpu"])
-    if "cuda" in mine["rng"]:
-        torch.cuda.set_rng_state(mine["rng"]["cuda"])
-    return client["step"], mine["state"]

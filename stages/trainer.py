@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from keye.errors import KeyeError, RecipeError
 from stages import engine as deep
+from stages.checkpoints import load_checkpoint, save_checkpoint
 from stages.data.loader import Loader
 from stages.parallel import Grid, sum_over_ranks
 from stages.recipe import StageRecipe
@@ -43,7 +44,7 @@ class Trainer:
             accumulation=micro_batches, precision=precision,
         )  # fmt: skip
         self.step = 0
-        found = deep.load_checkpoint(self.engine, folder / "checkpoints")
+        found = load_checkpoint(self.engine, folder / "checkpoints")
         if found is not None:
             self.step, state = found
             if state:
@@ -167,7 +168,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of the engine, the loader and the RNG."""
-        deep.save_checkpoint(self.engine, self.folder / "checkpoints", self.step, self.loader.state_dict())
+        save_checkpoint(self.engine, self.folder / "checkpoints", self.step, self.loader.state_dict())
 
 
 def micro_batches(name: str, count: int, grid: Grid) -> int:

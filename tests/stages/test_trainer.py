@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from keye.errors import CheckpointError, KeyeError
+from keye.errors import KeyeError
 from stages import engine as deep
 from stages import recipe as recipes
+from stages.checkpoints import whole_checkpoints
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
 from stages.data.packing import Packer, pack
 from stages.data.sources import Cache, Quarantine
-from stages.engine import MARKER, learning_rate_factor, whole_checkpoints
+from stages.engine import learning_rate_factor
 from stages.multitask import Multitask
 from stages.parallel import Grid, make_grid
 from stages.recipe import StageRecipe
@@ -187,36 +188,6 @@ def test_torn_checkpoint_is_passed_over_for_the_one_before(stopped):
     found, _ = stopped
     assert found["after a torn one"] == 4
     assert all(torch.equal(found["repeated"][name], value) for name, value in found["whole"].items())
-
-
-def checkpoint(folder: Path, step: int) -> Path:
-    path = folder / f"step-{step}"
-    path.mkdir()
-    (path / "state-0.pt").write_bytes(b"12345")
-    (path / MARKER).write_text(json.dumps({"step": step, "world": 1, "files": {"state-0.pt": 5}}))
-    return path
-
-
-def test_checkpoint_is_whole_or_not_there(tmp_path):
-    paths = [checkpoint(tmp_path, step) for step in (2, 4, 6, 8, 10)]
-    assert whole_checkpoints(tmp_path) == paths  # by number, not by name
-    (paths[0] / MARKER).unlink()
-    (paths[1] / MARKER).write_text('{"step": 4, "fil')
-    (paths[2] / "state-0.pt").write_bytes(b"123")
-    (paths[3] / "state-0.pt").unlink()
-    assert whole_checkpoints(tmp_path) == paths[4:]
-    assert whole_checkpoints(tmp_path / "nowhere") == []
-
-
-def of_another_world(folder: Path) -> None:
-    (folder / "step-1").mkdir(parents=True)
-    (folder / "step-1" / MARKER).write_text(json.dumps({"step": 1, "world": 4, "files": {}}))
-    deep.load_checkpoint(None, folder)
-
-
-def test_checkpoint_of_another_number_of_processes_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="was written by 4 processes, this run has 1"):
-        run_distributed(of_another_world, 1, 180, tmp_path / "checkpoints")
 
 
 # --- losses that are not finite
