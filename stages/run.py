@@ -131,17 +131,25 @@ def stage_table(told: StageRecipe) -> dict[str, object]:
     return json.loads(json.dumps(dataclasses.asdict(told)))
 
 
-def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
-    """Train one stage from the model of the one before, and write `run/name/model`."""
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A stage that is ready to train: its trainer, and what is saved with the model that comes out."""
+
+    trainer: Trainer
+    model: KeyeForConditionalGeneration
+    processor: KeyeProcessor
+    quarantine: Quarantine
+
+
+def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
+    """Model, data and trainer of one stage; what was begun in `run/name` goes on."""
     folder, told = run / name, recipe.chain[name]
-    if (folder / DONE).exists():
-        _say(f"{name}: finished before, passed over; remove {folder} to train it again")
-        return
     seed(recipe.seed + 1 + recipes.STAGES.index(stage_of(name)))
     grid = make_grid(told.sequence_parallel)
     processor = make_processor(recipe, told, run)
     model = load_model(name, recipe, run, processor)
-    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+    if told.checkpointing:
+        model.gradient_checkpointing_enable()
     stage = KINDS[stage_of(name)](told, processor)
     module = stage.prepare(model).train()
     quarantine = Quarantine(folder / "quarantine.jsonl")
@@ -151,13 +159,24 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     _say(f"{name}: {trained / 1e6:.2f} M parameters, {told.steps} steps, {grid.data_size} × {grid.sequence} ranks")
     # The pairs of a step are one batch, because each is a negative of every other.
     batches = 1 if name == "vision" else count
-    Trainer(stage, module, loader, grid, told, folder, batches, recipe.precision).run()
+    trainer = Trainer(stage, module, loader, grid, told, folder, batches, recipe.precision)
+    return Opened(trainer, model, processor, quarantine)
+
+
+def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
+    """Train one stage from the model of the one before, and write `run/name/model`."""
+    folder, told = run / name, recipe.chain[name]
+    if (folder / DONE).exists():
+        _say(f"{name}: finished before, passed over; remove {folder} to train it again")
+        return
+    opened = open_stage(name, recipe, run, cache)
+    opened.trainer.run()
     if dist.get_rank() == 0:
-        model.save_pretrained(folder / "model")
-        processor.save_pretrained(folder / "model")
+        opened.model.save_pretrained(folder / "model")
+        opened.processor.save_pretrained(folder / "model")
         done = {
             "steps": told.steps,
-            "skipped": len(quarantine.rows()),
+            "skipped": len(opened.quarantine.rows()),
             "recipe": stage_table(told),
             "made": uuid.uuid4().hex,
             "start": made(recipe, run, name),

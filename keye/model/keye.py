@@ -22,7 +22,7 @@ from keye.model.config import KeyeConfig
 from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import KeyeGenerationMixin
 from keye.model.rope import batch_positions
-from keye.model.vision import KeyeVisionModel, Projector
+from keye.model.vision import KeyeVisionModel, Projector, chunks_of, normalised
 
 LOSS_CHUNK = 4096  # rows of fp32 logits alive at once
 
@@ -95,7 +95,33 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         self.language_model.rotary_emb = multimodal_rotary(self.language_model.rotary_emb.own, text)
 
     def encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Patches `[N, 3, 14, 14]` of frames or images with grids `[F, 3]` → tokens `[N / 4, hidden]`."""
+        """Patches `[N, 3, 14, 14]` of frames or images with grids `[F, 3]` → tokens `[N / 4, hidden]`.
+
+        Pixels are bytes (uint8), which become floats here, or floats in [−1, 1]. Without a gradient, and with gradient
+        checkpointing, frames pass through in chunks, so that beyond pixels and tokens no more than a chunk's
+        activations are in memory; a chunk is computed again in the backward pass.
+        """
+        recomputed = self.visual.gradient_checkpointing and self.training
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not recomputed):
+            return self._encode_frames(pixel_values, grid_thw)
+        chunks = chunks_of(grid_thw)
+        if sum(patches for _, patches in chunks) != len(pixel_values):
+            return self._encode_frames(pixel_values, grid_thw)  # the tower says what does not fit
+        parts = zip(
+            pixel_values.split([patches for _, patches in chunks]),
+            grid_thw.split([rows for rows, _ in chunks]),
+            strict=True,
+        )
+        if not torch.is_grad_enabled():
+            return _joined([self._encode_frames(*part) for part in parts])
+        if any(p.requires_grad for p in self.visual.parameters()):
+            return _joined([checkpoint(self._encode_frames, *part, use_reentrant=False) for part in parts])
+        # A tower that stays as it is has nothing to compute again: its features are what the projector keeps.
+        with torch.no_grad():
+            features = [(self.visual(*part), part[1]) for part in parts]
+        return _joined([checkpoint(self.projector, *part, use_reentrant=False) for part in features])
+
+    def _encode_frames(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         return self.projector(self.visual(pixel_values, grid_thw), grid_thw)
 
     @can_return_tuple
@@ -125,7 +151,8 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
 
         Args:
             position_ids: `[3, B, L]`; computed from the stream when left out, which a cache that is not empty forbids.
-            pixel_values, image_grid_thw: patches `[N, 3, 14, 14]` and grids `[n, 3]` of all stills, in stream order.
+            pixel_values, image_grid_thw: patches `[N, 3, 14, 14]`, bytes (uint8) or floats in [−1, 1], and grids
+                `[n, 3]` of all stills, in stream order.
             pixel_values_videos, video_grid_thw: the same for all frames of all videos.
             visual_features: `[V, hidden]` of pixels that went through `encode_vision` before, stills first.
             labels: `[B, L]`, −100 where nothing is learnt; `shift_labels` the same, already moved one to the left, as
@@ -215,6 +242,8 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             features = visual_features
         elif pixels:
             grids = [g for g in (image_grid_thw, video_grid_thw) if g is not None and len(g)]
+            if len({part.dtype for part in pixels}) > 1:
+                pixels = [normalised(part) for part in pixels]
             features = self.encode_vision(_joined(pixels), _joined(grids))
         elif exchange is None and not self.training:
             return None

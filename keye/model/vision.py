@@ -18,6 +18,10 @@ from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
 from keye.model.segments import segments_of
 
+# Patches that pass through the tower at once where the rest need not wait in memory with them: what their activations
+# take is bounded by it (SigLIP-so400m in bf16: about 5 GB), and a GPU is busy with them for some milliseconds.
+FRAME_PATCHES = 4096
+
 
 class Places(NamedTuple):
     """Where every patch of a packed batch stands: LongTensors `[N]`, its frame's sides and its place in it."""
@@ -26,6 +30,22 @@ class Places(NamedTuple):
     column: Tensor
     height: Tensor
     width: Tensor
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Bytes `uint8` → float32 in [−1, 1], to the bit as the encoder makes them; floats come back as they are."""
+    return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels
+
+
+def chunks_of(grid_thw: Tensor) -> list[tuple[int, int]]:
+    """Rows of `grid_thw` `[F, 3]` as neighbouring chunks (rows, patches): `FRAME_PATCHES` at most, or a single row."""
+    chunks: list[tuple[int, int]] = []
+    for patches in grid_thw.prod(1).tolist():
+        if chunks and chunks[-1][1] + patches <= FRAME_PATCHES:
+            chunks[-1] = chunks[-1][0] + 1, chunks[-1][1] + patches
+        else:
+            chunks.append((1, patches))
+    return chunks
 
 
 def places_of(frames: Tensor, total: int) -> Places:
@@ -44,9 +64,10 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.grid**2, config.hidden_size)
 
     def forward(self, pixel_values: Tensor, places: Places) -> Tensor:
-        """pixel_values `[N, 3, P, P]` → `[N, width]`; positions are added in float32."""
+        """pixel_values `[N, 3, P, P]`, bytes or normalised → `[N, width]`; positions are added in float32."""
         weight = self.patch_embedding.weight
-        patches = F.linear(pixel_values.flatten(1).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        pixels = normalised(pixel_values.flatten(1)).to(weight.dtype)
+        patches = F.linear(pixels, weight.flatten(1), self.patch_embedding.bias)
         return (patches + self.positions(places)).to(patches.dtype)
 
     def positions(self, places: Places) -> Tensor:
@@ -143,7 +164,11 @@ class KeyeVisionModel(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`."""
+        """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`.
+
+        Pixels are bytes (uint8) or floats in [−1, 1]. With gradient checkpointing, layers over more than
+        `FRAME_PATCHES` patches are computed again in the backward pass.
+        """
         frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
         cu_seqlens = F.pad(frames.prod(dim=1).cumsum(0), (1, 0))
         # Read here for all layers; a GPU would not notice a wrong number, and index with what is not there.
@@ -158,8 +183,9 @@ class KeyeVisionModel(nn.Module):
         if self.config.rotary:
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             tables = vision_tables(places.row, places.column, head_dim, self.config.rope_theta)
+        recomputed = self.gradient_checkpointing and self.training and len(pixel_values) > FRAME_PATCHES
         for layer in self.encoder.layers:
-            if self.gradient_checkpointing and self.training:
+            if recomputed:
                 x = checkpoint(layer, x, cu_seqlens, tables, self.attention, use_reentrant=False)
             else:
                 x = layer(x, cu_seqlens, tables, self.attention)

@@ -1,0 +1,95 @@
+"""What a step keeps in memory: layers that are computed again, their inputs in host memory, MLPs tile by tile.
+
+None of it changes a loss or a gradient. How the parts go together, for a pack of L tokens on one rank:
+
+- `checkpointing` keeps a decoder layer's input and its attention's output, `[L, hidden]` each, and computes the rest
+  again in the backward pass. Attention is what grows with the square of L: kept, it is not paid for twice.
+- `offload` besides moves the layers' inputs to host memory until the backward pass wants them. Attention is then
+  computed twice, because its output would take as much of the GPU as the inputs did.
+- `mlp_tiles` runs each MLP over so many parts of the tokens, one after the other: its wide activations
+  `[L, intermediate]` are alive for one part at a time (Arctic Long Sequence Training, arXiv 2506.13996).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from keye.errors import RecipeError
+from keye.model.keye import KeyeForConditionalGeneration
+
+
+def economise(
+    model: KeyeForConditionalGeneration, checkpointing: bool, offload: bool = False, mlp_tiles: int = 1
+) -> None:
+    """Arrange a model's training as a stage's recipe wants it; see the module's docstring.
+
+    Raises:
+        RecipeError: `offload` without `checkpointing`, or for a decoder whose layers have no `mlp` to be tiled.
+    """
+    if offload and not checkpointing:
+        raise RecipeError(
+            "offload = true moves the inputs of layers that are computed again, and without checkpointing none is: "
+            "set checkpointing = true, or offload = false"
+        )
+    if checkpointing:
+        model._set_gradient_checkpointing(True, partial(recompute, offload=offload))
+    if mlp_tiles > 1:
+        for layer in model.language_model.layers:
+            if not hasattr(layer, "mlp"):
+                name = model.config.text_config.model_type
+                raise RecipeError(f"mlp_tiles = {mlp_tiles}: the layers of a {name} decoder have no MLP to tile; set 1")
+            layer.mlp.forward = partial(in_tiles, layer.mlp.forward, mlp_tiles)
+
+
+def recompute(run: Callable[..., Any], *args: Any, offload: bool = False) -> Any:
+    """`run(*args)`, of which only the arguments and the attention's output stay until the backward pass."""
+    kept: dict[str, Any] = {} if offload else {"context_fn": _keep_attention}
+    with in_host_memory() if offload else nullcontext():
+        return checkpoint(run, *args, use_reentrant=False, **kept)
+
+
+def _keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Kept is what any attention kernel gives: torch's, flash-attn's, and the operator of the compiled sdpa."""
+    name = str(operator)
+    kernel = ("attention" in name or "attn" in name) and "backward" not in name
+    return CheckpointPolicy.MUST_SAVE if kernel else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def in_host_memory() -> saved_tensors_hooks:
+    """A context in which what autograd keeps waits in host memory; what is there already stays where it is.
+
+    Both copies are queued behind the work of the GPU, from and to pinned memory, so that nobody waits for them.
+    """
+
+    def pack(x: Tensor) -> tuple[torch.device, Tensor]:
+        if x.device.type == "cpu":
+            return x.device, x
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        return x.device, host.copy_(x, non_blocking=True)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def in_tiles(run: Callable[[Tensor], Tensor], tiles: int, x: Tensor) -> Tensor:
+    """`run` over `tiles` parts of the tokens of x `[B, L, hidden]`, each computed again in the backward pass.
+
+    Exact for whatever treats tokens one by one; parameters receive the sum of all tiles' gradients once.
+    """
+    parts = x.split(max(1, -(-x.shape[1] // tiles)), dim=1)
+    if not torch.is_grad_enabled():
+        return torch.cat([run(part) for part in parts], dim=1)
+    return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts], dim=1)
