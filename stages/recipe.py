@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from keye.errors import RecipeError
+from stages.data.transforms import checked
 
 STAGES = ("vision", "alignment", "multitask", "annealing")
 KINDS = ("video", "image", "text")
@@ -314,6 +315,8 @@ def _check(recipe: Recipe, file: str) -> None:
         need(source.weight > 0, f"data.sources[{i}].weight must be above 0")
         need(source.format in ("", *FORMATS), f"data.sources[{i}].format must be one of {', '.join(FORMATS)}")
         need(source.shuffle >= 1, f"data.sources[{i}].shuffle must be at least 1")
+        unfit = checked(source.transforms, source.streaming)
+        need(unfit is None, f"data.sources[{i}].transforms: {unfit}")
         need(set(source.stages) <= set(STAGES), f"data.sources[{i}].stages may name only {', '.join(STAGES)}")
     for name in recipe.stages:
         stage: StageRecipe = getattr(recipe, name)

@@ -71,7 +71,7 @@ class Quarantine:
 class Cache:
     """Encoded samples in RAM up to `limit` bytes, shared by threads; when full, what was used longest ago goes first.
 
-    Normalised pixels that came from 8-bit frames are kept as 8 bits, a quarter of the room.
+    Normalised pixels that came from 8-bit frames are kept, and given back, as 8 bits: a quarter of the room.
     """
 
     def __init__(self, limit: int) -> None:
@@ -84,8 +84,7 @@ class Cache:
             if key not in self.entries:
                 return None
             self.entries.move_to_end(key)
-            item = self.entries[key][0]
-        return unpacked(item)
+            return self.entries[key][0]
 
     def put(self, key: Any, item: Item) -> None:
         small = packed(item)
@@ -102,12 +101,12 @@ class Cache:
 
 def packed(item: Item) -> Item:
     """The item with its pixels as uint8 where that loses nothing."""
-    return _changed(item, _to_bytes)
+    return _changed(item, to_bytes)
 
 
 def unpacked(item: Item) -> Item:
     """The item with its pixels as float32 again."""
-    return _changed(item, _from_bytes)
+    return _changed(item, from_bytes)
 
 
 def _changed(item: Item, change: Callable[[Tensor], Tensor]) -> Item:
@@ -116,11 +115,16 @@ def _changed(item: Item, change: Callable[[Tensor], Tensor]) -> Item:
     return replace(item, sample=replace(item.sample, **changed))
 
 
-def _to_bytes(pixels: Tensor) -> Tensor:
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in [−1, 1] as uint8 where they come back the same; as they are otherwise."""
+    if pixels.dtype == torch.uint8:
+        return pixels
     small = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    # Only what comes back the same to fp32 rounding may be kept so.
-    return small if torch.allclose(_from_bytes(small), pixels, atol=1e-6) else pixels
+    # The same to fp32 rounding.
+    return small if torch.allclose(from_bytes(small), pixels, atol=1e-6) else pixels
 
 
-def _from_bytes(pixels: Tensor) -> Tensor:
+def from_bytes(pixels: Tensor) -> Tensor:
+    """Pixels float32 in [−1, 1] again."""
+    """Bytes as the normalised float32 pixels they stand for; floats as they are."""
     return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels

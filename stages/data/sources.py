@@ -4,7 +4,9 @@ Every rank holds the same sources and draws the same numbers from them; a sample
 """
 
 import json
+import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ import torch
 
 from keye.errors import KeyeError, ManifestError
 from keye.prompt.processor import KeyeProcessor
-from stages.data.chat import caption_of
+from keye.slowfast.fetch import scheme_of
+from stages.data.chat import Row, caption_of, each_part
 from stages.data.formats import BAD, Found, Table
 from stages.data.items import Cache, Item, Quarantine
 from stages.data.streams import Lanes
+from stages.data.transforms import apply
 from stages.recipe import KINDS, SourceRecipe
 
 
@@ -186,15 +190,42 @@ class Source:
         return None
 
     def _item(self, found: Found, index: int) -> Item:
-        messages = found.row["messages"]
+        row = self._transformed(found, index)
+        messages = row["messages"]
         sample = self.processor.sample(messages, found.base, max_length=self.limit)
         if not bool((sample.labels[1:] != -100).any()):
             raise ManifestError("the assistant says nothing; add an assistant message")
-        caption = found.row.get("caption") or caption_of(messages)
+        caption = row.get("caption") or caption_of(messages)
         return Item(sample, self.name, index, self.recipe.kind, caption)
+
+    def _transformed(self, found: Found, index: int) -> Row:
+        if not self.recipe.transforms:
+            return found.row
+        chance = random.Random(f"{self.seed}:{index}")
+
+        def pick() -> Row:
+            """Another sample; one that is bad is as good as the own one, which no transform takes twice."""
+            indices = self.rows.indices
+            try:
+                return located(self.rows.find(int(indices[chance.randrange(len(indices))])))
+            except ManifestError:
+                return found.row
+
+        return apply(self.recipe.transforms, located(found), chance, pick)
 
     def state_dict(self) -> dict[str, Any]:
         return self.rows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows.load_state_dict(state)
+
+
+def located(found: Found) -> Row:
+    """The row with its relative paths beside its file, so that rows of several files can be put together."""
+
+    def locate(part: Row) -> Row:
+        source = part.get(part["type"])
+        relative = isinstance(source, str) and part["type"] != "text" and not scheme_of(source)
+        return {**part, part["type"]: str((Path(found.base) / source).absolute())} if relative else part
+
+    return {**found.row, "messages": each_part(found.row["messages"], locate)}
