@@ -148,8 +148,7 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     grid = make_grid(told.sequence_parallel)
     processor = make_processor(recipe, told, run)
     model = load_model(name, recipe, run, processor)
-    if told.checkpointing:
-        model.gradient_checkpointing_enable()
+    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
     stage = KINDS[stage_of(name)](told, processor)
     module = stage.prepare(model).train()
     quarantine = Quarantine(folder / "quarantine.jsonl")
