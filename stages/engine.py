@@ -4,13 +4,13 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -111,8 +111,51 @@ def build(
         "gradient_clipping": clip,
         "zero_optimization": {"stage": zero, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": resolve_precision(precision) == "bf16"},
+        # Without the check ZeRO would step on gradients that are not finite in bf16, though not in fp32.
+        "bf16": {"enabled": resolve_precision(precision) == "bf16", "check_grad_overflow": True},
         "steps_per_print": 1 << 30,
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
+
+
+def hold_steps(engine: Any, hold: Callable[[float], bool]) -> None:
+    """Have the optimizer ask `hold(norm of the whole gradient, before clipping)` each time; True = nothing moves.
+
+    ZeRO asks once for each of its groups, with the same norm.
+    """
+    optimizer = engine.basic_optimizer
+    step = optimizer.step
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        return None if hold(gradient_norm(engine)) else step(*args, **kwargs)
+
+    optimizer.step = guarded
+
+
+def gradient_norm(engine: Any) -> float:
+    """Norm of the whole gradient of the last step; without ZeRO, of the one that lies in the parameters now."""
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return float(engine.optimizer._global_grad_norm or 0.0)
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def master_weights(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """A model's state in the fp32 of the optimizer, as bf16 training keeps it beside the weights it computes with.
+
+    Collective; on rank 0 the state, on the CPU, on the others None. before: `{name: tensor}` of what does not train,
+    taken before the engine made it bf16.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    main = dist.get_rank() == 0
+    state = dict(model.state_dict()) if main else {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+            value = before[name] if name in before else safe_get_full_fp32_param(parameter)
+        else:
+            value = before.get(name, parameter.detach())
+        if main and value is not None:
+            state[name] = value.detach().to("cpu", torch.float32)
+    return state if main else None

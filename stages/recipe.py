@@ -20,6 +20,7 @@ from stages.data.transforms import checked
 
 STAGES = ("vision", "alignment", "multitask", "annealing")
 KINDS = ("video", "image", "text")
+TRACKERS = ("wandb", "trackio")
 FORMATS = ("jsonl", "json", "parquet", "webdataset", "hub")
 
 
@@ -103,7 +104,8 @@ class StageRecipe:
     steps: optimizer steps. context: tokens a pack holds. packs: packs a step, over all ranks. lr, schedule ("cosine"
     to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm). zero: DeepSpeed ZeRO stage.
     sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens. encoder: overrides of
-    `processor.encoder`. save_every: steps between checkpoints. Memory (`stages.memory`): checkpointing: recompute
+    `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay. spike_loss, spike_norm: a
+    step whose loss (gradient norm) is above so many times its running median is skipped; 0 = never. Memory (`stages.memory`): checkpointing: recompute
     activations; offload: keep the inputs of recomputed layers in host memory; mlp_tiles: parts an MLP is computed in.
     """
 
@@ -124,6 +126,9 @@ class StageRecipe:
     offload: bool = False
     mlp_tiles: int = 1
     save_every: int = 200
+    keep: int = 2
+    spike_loss: float = 0.0
+    spike_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,11 @@ class AnnealingRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole pre-training run. precision: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16"."""
+    """A whole pre-training run.
+
+    precision: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16". trackers: "wandb" and "trackio", which are told
+    every step besides metrics.jsonl and TensorBoard.
+    """
 
     name: str
     data: DataRecipe
@@ -164,6 +173,7 @@ class Recipe:
     annealing: AnnealingRecipe | None = None
     seed: int = 0
     precision: str = "auto"
+    trackers: tuple[str, ...] = ()
 
     @property
     def stages(self) -> list[str]:
@@ -310,6 +320,7 @@ def _check(recipe: Recipe, file: str) -> None:
     need(bool(recipe.data.sources), "data.sources is empty; name at least one manifest")
     need(bool(recipe.stages), f"no stage; add one of the tables {', '.join(STAGES)}")
     need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
+    need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
     for i, source in enumerate(recipe.data.sources):
         need(source.kind in KINDS, f"data.sources[{i}].kind must be one of {', '.join(KINDS)}")
         need(source.weight > 0, f"data.sources[{i}].weight must be above 0")
@@ -320,7 +331,7 @@ def _check(recipe: Recipe, file: str) -> None:
         need(set(source.stages) <= set(STAGES), f"data.sources[{i}].stages may name only {', '.join(STAGES)}")
     for name in recipe.stages:
         stage: StageRecipe = getattr(recipe, name)
-        for key in ("steps", "context", "packs", "sequence_parallel", "save_every"):
+        for key in ("steps", "context", "packs", "sequence_parallel", "save_every", "keep"):
             need(getattr(stage, key) >= 1, f"{name}.{key} must be at least 1")
         need(stage.lr > 0, f"{name}.lr must be above 0")
         need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')
@@ -332,6 +343,8 @@ def _check(recipe: Recipe, file: str) -> None:
         need(stage.zero in (0, 1, 2, 3), f"{name}.zero must be 0, 1, 2 or 3")
         for key in ("warmup", "weight_decay", "clip"):
             need(getattr(stage, key) >= 0, f"{name}.{key} must not be below 0")
+        for key in ("spike_loss", "spike_norm"):
+            need(getattr(stage, key) == 0 or getattr(stage, key) > 1, f"{name}.{key} must be above 1, or 0 for never")
         need(len(stage.betas) == 2, f"{name}.betas must be two numbers")
         need(set(stage.mixture) <= set(KINDS), f"{name}.mixture may name only {', '.join(KINDS)}")
         need(all(share >= 0 for share in stage.mixture.values()), f"{name}.mixture: a share is below 0")

@@ -81,3 +81,25 @@ def forward(config: Any, frames: Iterable[tuple[int, int]], lengths: Iterable[in
     patches = sum(height * width for height, width in frames)
     seen = tower(vision, frames) + projector(vision.hidden_size, text.hidden_size, patches)
     return seen + decoder(text, lengths) + head(text, rows)
+
+
+def training_step(
+    config: Any,
+    frames: Iterable[tuple[int, int]],
+    lengths: Iterable[int],
+    rows: int,
+    tower_trains: bool = True,
+    decoder_trains: bool = True,
+) -> int:
+    """Operations of a training step of a KeyeConfig whose projector trains; arguments as for `forward`.
+
+    What is frozen has no gradients of weights, a frozen tower none at all, as nothing below it trains. Products of
+    scores have no weights: they take three times the forward wherever gradients pass.
+    """
+    frames, lengths = list(frames), list(lengths)
+    vision, text = config.vision_config, config.text_config
+    patches = sum(height * width for height, width in frames)
+    seen = tower(vision, frames).total * (TRAINING if tower_trains else 1)
+    merged = projector(vision.hidden_size, text.hidden_size, patches).total * (TRAINING if tower_trains else 2)
+    words = decoder(text, lengths) + head(text, rows)
+    return seen + merged + words.linear * (TRAINING if decoder_trains else 2) + words.quadratic * TRAINING

@@ -1,0 +1,75 @@
+"""The guard of a step: what is not finite, or far above what was usual, moves no weight and no moment of the optimizer.
+
+It is asked by the optimizer itself (`engine.hold_steps`), when the loss and the norm of the whole gradient are known
+and nothing has been changed yet. All it looks at is the same on every rank, so all ranks hold the same steps.
+"""
+
+import math
+from collections import deque
+from statistics import median
+from typing import Any
+
+from keye.errors import KeyeError
+
+WINDOW = 64  # steps that the running medians look back
+LEAST = 8  # steps that must have been taken before any is called a spike
+MAX_HELD = 20  # steps in a row that may be held before the run is given up
+
+
+class Guard:
+    """Decides about one step after the other.
+
+    Args:
+        name: of the stage, for messages. spike_loss, spike_norm: a loss (a gradient norm) above so many times its
+            running median is a spike; 0 turns that off.
+    """
+
+    def __init__(self, name: str, spike_loss: float = 0.0, spike_norm: float = 0.0) -> None:
+        self.name, self.factors = name, {"loss": spike_loss, "grad_norm": spike_norm}
+        self.seen: dict[str, deque[float]] = {key: deque(maxlen=WINDOW) for key in self.factors}
+        self.bad = self.spikes = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """A new step: nothing is known of it."""
+        self.not_finite, self.reason, self.loss, self.norm = 0, "", math.nan, math.nan
+
+    def holds(self, norm: float) -> bool:
+        """Whether the step must move nothing; `loss` and `not_finite` are known by now. norm: of the whole gradient."""
+        self.norm = norm
+        if self.not_finite or not math.isfinite(norm):
+            return True
+        for key, value in (("loss", self.loss), ("grad_norm", norm)):
+            usual = median(self.seen[key]) if len(self.seen[key]) >= LEAST else math.inf
+            if self.factors[key] and value > self.factors[key] * usual:
+                self.reason = f"{key} {value:.4g} is {value / usual:.1f} times its running median"
+                return True
+        return False
+
+    def end(self, overflowed: bool) -> None:
+        """The step is over. overflowed: the engine left it out by itself, because a gradient was not finite.
+
+        Raises:
+            KeyeError: too many steps in a row were held.
+        """
+        self.not_finite += overflowed
+        self.bad = self.bad + 1 if self.not_finite else 0
+        self.spikes = self.spikes + 1 if self.reason else 0
+        if self.bad > MAX_HELD:
+            raise KeyeError(f"{self.name}: the loss was not finite {self.bad} times in a row; lower its lr")
+        if self.spikes > MAX_HELD:
+            raise KeyeError(
+                f"{self.name}: {self.spikes} steps in a row were spikes ({self.reason}); lower its lr, "
+                "or raise its spike_loss and spike_norm"
+            )
+        if not self.not_finite and not self.reason:
+            self.seen["loss"].append(self.loss)
+            self.seen["grad_norm"].append(self.norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": {key: list(values) for key, values in self.seen.items()}, "bad": self.bad, "spikes": self.spikes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bad, self.spikes = state["bad"], state["spikes"]
+        for key, values in state["seen"].items():
+            self.seen[key] = deque(values, WINDOW)
