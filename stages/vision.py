@@ -54,7 +54,7 @@ class Contrast(nn.Module):
         self.scale, self.bias = nn.Parameter(torch.tensor([10.0]).log()), nn.Parameter(torch.tensor([-10.0]))
 
     def forward(self, pixels: Tensor, grids: Tensor, owners: Tensor, captions: Tensor) -> Tensor:
-        """pixels `[N, 3, 14, 14]`, bytes or floats, grids `[F, 3]`, owners `[F]` each frame's pair, captions `[B, T]`."""
+        """pixels `[N, 3, 14, 14]` bytes or floats, grids `[F, 3]`, owners `[F]` pairs of frames, captions `[B, T]`."""
         features = self.visual(pixels, grids)
         pooled = self.pool(features, owners.repeat_interleave(grids.prod(1)), len(captions))
         words = self.text(input_ids=captions).pooler_output
