@@ -67,7 +67,8 @@ class Guard:
             self.seen["grad_norm"].append(self.norm)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": {key: list(values) for key, values in self.seen.items()}, "bad": self.bad, "spikes": self.spikes}
+        seen = {key: list(values) for key, values in self.seen.items()}
+        return {"seen": seen, "bad": self.bad, "spikes": self.spikes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bad, self.spikes = state["bad"], state["spikes"]

@@ -105,8 +105,9 @@ class StageRecipe:
     to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm). zero: DeepSpeed ZeRO stage.
     sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens. encoder: overrides of
     `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay. spike_loss, spike_norm: a
-    step whose loss (gradient norm) is above so many times its running median is skipped; 0 = never. Memory (`stages.memory`): checkpointing: recompute
-    activations; offload: keep the inputs of recomputed layers in host memory; mlp_tiles: parts an MLP is computed in.
+    step whose loss (gradient norm) is above so many times its running median is skipped; 0 = never. Memory
+    (`stages.memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers in host
+    memory; mlp_tiles: parts an MLP is computed in.
     """
 
     steps: int
