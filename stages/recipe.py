@@ -90,11 +90,17 @@ class WorldRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where the samples come from; `cache_mb`: RAM a process may spend on encoded samples, so that they decode once."""
+    """Where the samples come from.
+
+    cache_mb: RAM a process may spend on encoded samples, so that they decode once. not_like: manifests of evaluations;
+    samples that show one of their pictures are passed over, up to `not_like_bits` bits of 64 of perceptual hash apart.
+    """
 
     sources: tuple[SourceRecipe, ...]
     world: WorldRecipe | None = None
     cache_mb: int = 1024
+    not_like: tuple[str, ...] = ()
+    not_like_bits: int = 6
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     recipe = build(Recipe, table, str(path))
     _check(recipe, str(path))
     located = [dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in recipe.data.sources]
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=tuple(located)))
+    others = tuple(_located(other, path.parent) for other in recipe.data.not_like)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=tuple(located), not_like=others))
 
 
 def read(path: Path, overrides: list[str] | tuple[str, ...], ready_made: str) -> dict[str, Any]:
@@ -319,6 +326,7 @@ def _check(recipe: Recipe, file: str) -> None:
             raise RecipeError(f"{file}: {message}")
 
     need(bool(recipe.data.sources), "data.sources is empty; name at least one manifest")
+    need(0 <= recipe.data.not_like_bits < 32, "data.not_like_bits must be in [0, 32), of 64 bits")
     need(bool(recipe.stages), f"no stage; add one of the tables {', '.join(STAGES)}")
     need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
     need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")

@@ -71,6 +71,9 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
     for source in recipe.data.sources:
         if "{run}" not in source.path and "://" not in source.path and source.format != "hub":
             files_of(format_of(source, source.path), source.path)
+    for path in recipe.data.not_like:
+        if "{run}" not in path and "://" not in path and not Path(path).exists():
+            raise RecipeError(f"{path}: no such manifest; mend data.not_like in the recipe or make it first")
     unknown = set(recipe.processor.image) - {"min_tokens", "max_tokens"}
     if unknown:
         raise RecipeError(f"processor.image: unknown key {min(unknown)}; it takes min_tokens and max_tokens")

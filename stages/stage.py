@@ -9,6 +9,7 @@ from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor, Sample
 from keye.prompt.stream import IMAGE_PAD, VIDEO_PAD
+from stages.data.duplicates import make_guard
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
 from stages.data.packing import Packer, pack
@@ -95,9 +96,10 @@ def open_mixture(
         return None
     stage = recipe.chain[name]
     shard_ = (grid.data_rank, grid.data_size)
+    guard = make_guard(recipe.data.not_like, recipe.data.not_like_bits, processor, run)
     sources = []
     for source, share in choose_sources(name, recipe):
-        made = Source(source, processor, recipe.seed, cache, quarantine, shard_, stage.context, run)
+        made = Source(source, processor, recipe.seed, cache, quarantine, shard_, stage.context, run, guard=guard)
         sources.append((made, share))
     return Mixture(sources)
 

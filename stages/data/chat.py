@@ -183,7 +183,7 @@ def _first(caption: Any) -> Any:
 def kind_of(messages: list[Row]) -> str:
     """ "video", "image" or "text": the dearest thing a chat holds."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    types = {part["type"] for part in parts}
+    types = {str(part["type"]).removesuffix("_url") for part in parts}
     return "video" if "video" in types else "image" if "image" in types else "text"
 
 

@@ -16,6 +16,7 @@ from keye.errors import KeyeError, ManifestError
 from keye.prompt.processor import KeyeProcessor
 from keye.slowfast.fetch import scheme_of
 from stages.data.chat import Row, caption_of, each_part
+from stages.data.duplicates import Guard
 from stages.data.formats import BAD, Found, Table
 from stages.data.items import Cache, Item, Quarantine
 from stages.data.streams import Lanes
@@ -101,6 +102,7 @@ class Source:
         limit: tokens of a sample at most; videos and stills are made smaller to fit, what cannot be is quarantined.
         run: what `{run}` in the recipe's path stands for.
         report: whether this process writes down what is found bad when the data set is opened (one of them should).
+        guard: knows the pictures of evaluations; samples that show one of them are quarantined.
 
     Raises:
         ManifestError: no such data set, or nothing in it fits.
@@ -117,9 +119,10 @@ class Source:
         limit: int = 1 << 30,
         run: str = "",
         report: bool = True,
+        guard: Guard | None = None,
     ) -> None:
         self.recipe, self.processor, self.seed, self.limit = recipe, processor, seed, limit
-        self.cache, self.quarantine = cache, quarantine
+        self.cache, self.quarantine, self.guard = cache, quarantine, guard
         self.path, self.name = recipe.path.replace("{run}", run), source_name(recipe)
         self.settings = json.dumps([processor.encoder, processor.image, limit, recipe.transforms, seed], sort_keys=True)
         if recipe.streaming:
@@ -195,6 +198,9 @@ class Source:
         sample = self.processor.sample(messages, found.base, max_length=self.limit)
         if not bool((sample.labels[1:] != -100).any()):
             raise ManifestError("the assistant says nothing; add an assistant message")
+        like = self.guard.like(sample) if self.guard is not None else None
+        if like is not None:
+            raise ManifestError(like)
         caption = row.get("caption") or caption_of(messages)
         return Item(sample, self.name, index, self.recipe.kind, caption)
 
@@ -224,8 +230,8 @@ def located(found: Found) -> Row:
     """The row with its relative paths beside its file, so that rows of several files can be put together."""
 
     def locate(part: Row) -> Row:
-        source = part.get(part["type"])
-        relative = isinstance(source, str) and part["type"] != "text" and not scheme_of(source)
-        return {**part, part["type"]: str((Path(found.base) / source).absolute())} if relative else part
+        paths = {name: part.get(name) for name in (part["type"], "path") if name != "text"}
+        relative = {name: path for name, path in paths.items() if isinstance(path, str) and not scheme_of(path)}
+        return {**part, **{name: str((Path(found.base) / path).absolute()) for name, path in relative.items()}}
 
     return {**found.row, "messages": each_part(found.row["messages"], locate)}
