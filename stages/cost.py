@@ -1,0 +1,330 @@
+"""What a recipe costs before anything runs: parameters, memory a GPU, operations, time, money, and whether it fits.
+
+Nothing is measured here: shapes come from the config, operations from `keye.model.flops`, memory from
+`stages.footprint`, devices from `stages.gpus`. What a recipe does not say is assumed, and every assumption is a field
+of `Assumptions` or of `Kind`, so that it is printed with the result.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keye.errors import RecipeError
+from keye.model import flops
+from keye.model.config import KeyeConfig
+from keye.model.keye import KeyeForConditionalGeneration
+from stages.footprint import Footprint, Plan, Share, footprint, states, tower_layer
+from stages.gpus import Gpu
+from stages.recipe import KINDS, Recipe, StageRecipe, VisionRecipe, stage_of
+
+DAY, HOUR = 86400.0, 3600.0
+UPDATE_PASSES = 7  # fp32 values of a parameter that AdamW moves: gradient, master, two moments read, three written
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a sample of one kind is like, on average.
+
+    tokens: of a document, visual ones included. visual: share of them that are visual. patches: of a frame or still.
+    labels: share of the tokens that are learnt.
+    """
+
+    tokens: float
+    visual: float
+    patches: float
+    labels: float
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no recipe says.
+
+    utilisation: share of the peak rate at which matrix products run, those of recomputed layers included. usable: share
+    of the memory that tensors may fill; the rest is the driver's, the libraries' and the allocator's gaps. kinds:
+    samples, where they are known; the others come from the recipe's budgets (`kinds_of`).
+    """
+
+    utilisation: float = 0.4
+    usable: float = 0.92
+    kinds: dict[str, Kind] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one optimizer step trains on, over all ranks: documents' tokens, frames' sides in patches, labels."""
+
+    documents: list[int]
+    frames: list[tuple[int, int]]
+    labels: int
+
+    @property
+    def patches(self) -> int:
+        return sum(height * width for height, width in self.frames)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One phase of the chain. flops: of a step over all ranks, `model` without what is recomputed, `done` with it."""
+
+    name: str
+    parameters: int
+    trained: int
+    tokens: int
+    steps: int
+    flops: float
+    flops_done: float
+    memory: Footprint
+    fits: bool
+    seconds: float
+    mfu: float
+    days: float
+    dollars: float
+    mend: str
+
+
+def estimate(recipe: Recipe, gpu: Gpu, gpus: int, assumed: Assumptions | None = None) -> list[StageCost]:
+    """The cost of every phase of a recipe's chain on so many devices.
+
+    Raises:
+        RecipeError: a number of devices that a stage's packs or sequence groups cannot be shared by.
+    """
+    assumed = assumed or Assumptions()
+    config = config_of(recipe)
+    counts = parameters_of(config)
+    return [_phase(name, recipe, config, counts, gpu, gpus, assumed) for name in recipe.chain]
+
+
+def config_of(recipe: Recipe) -> KeyeConfig:
+    """The model's config: of its directory where that is there, else of the preset."""
+    path = Path(recipe.model.path)
+    if recipe.model.path and (path / "config.json").is_file():
+        return KeyeConfig.from_pretrained(path)
+    own = not (recipe.model.path or recipe.model.tokenizer)
+    return KeyeConfig.preset(recipe.model.preset, **({"vocab_size": recipe.model.vocab_size} if own else {}))
+
+
+def parameters_of(config: KeyeConfig) -> dict[str, int]:
+    """Parameters of the tower, the projector and the rest (`language`), counted on a model without any memory."""
+    with torch.device("meta"):
+        model = KeyeForConditionalGeneration(config)
+    parts = {"visual": 0, "projector": 0, "language": 0}
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        parts[part if part in parts else "language"] += parameter.numel()
+    return parts
+
+
+def kinds_of(recipe: Recipe, told: StageRecipe) -> dict[str, Kind]:
+    """Samples as the recipe's budgets let one expect them, where nobody has looked at the data.
+
+    A clip fills half of what the encoder may spend on it or the context has room for, with frames midway between its
+    smallest and largest (as ratios go); a still has 500 tokens, a photograph of 600 × 650 pixels, where its limits let
+    it, and is talked about in 200; a text is a quarter of the context.
+    """
+    encoder = {**recipe.processor.encoder, **told.encoder}
+    low, high = encoder.get("min_tokens_per_frame", 48), encoder.get("max_tokens_per_frame", 768)
+    frame = (low * high) ** 0.5
+    clip = min(encoder.get("max_tokens", 75_000), told.context) / 2
+    stills = recipe.processor.image
+    still = min(max(500.0, stills.get("min_tokens", 4)), stills.get("max_tokens", 20_480), told.context / 2)
+    words = min(200.0, told.context / 4)
+    mark = 8.0  # tokens that say a frame's time
+    return {
+        "video": Kind(clip * (1 + mark / frame) + words, clip / (clip * (1 + mark / frame) + words), 4 * frame, 0.1),
+        "image": Kind(still + words, still / (still + words), 4 * still, 0.25),
+        "text": Kind(told.context / 4, 0.0, 4.0, 0.9),
+    }
+
+
+def work_of(told: StageRecipe, kinds: dict[str, Kind]) -> Work:
+    """An average step of a language stage: its tokens shared out by the mixture, in whole documents and frames."""
+    tokens = told.packs * told.context
+    mixture = told.mixture or dict.fromkeys(KINDS, 1 / len(KINDS))
+    documents: list[int] = []
+    frames: list[tuple[int, int]] = []
+    labels = 0.0
+    for name, share in mixture.items():
+        kind = kinds[name]
+        count = max(1, round(share * tokens / kind.tokens)) if share else 0
+        documents += [round(share * tokens / count)] * count if count else []
+        patches = 4 * share * tokens * kind.visual
+        frames += [_sides(kind.patches)] * round(patches / kind.patches)
+        labels += share * tokens * kind.labels
+    return Work(documents, frames, round(labels))
+
+
+def _sides(patches: float) -> tuple[int, int]:
+    """Even sides of a square frame of about so many patches."""
+    side = max(2, 2 * round(patches**0.5 / 2))
+    return side, side
+
+
+def step_flops(config: Any, name: str, work: Work, told: StageRecipe) -> tuple[float, float]:
+    """(of the model, done) operations of a step: the second counts what is computed again, the first does not.
+
+    In the alignment nothing below the projector has a backward pass, and the decoder's has no gradients of weights.
+    """
+    frozen = stage_of(name) == "alignment"
+    vision, text = config.vision_config, config.text_config
+    tower = flops.tower(vision, work.frames)
+    projector = flops.projector(vision.hidden_size, text.hidden_size, work.patches)
+    decoder, head = flops.decoder(text, work.documents), flops.head(text, work.labels)
+    if frozen:
+        model = tower.total + 3 * projector.total + 2 * (decoder.linear + head.linear) + 3 * decoder.quadratic
+    else:
+        model = flops.TRAINING * (tower + projector + decoder + head).total
+    again = head.total  # the loss is always taken in chunks that are computed twice
+    if told.checkpointing:
+        # Attention's results are kept, unless they would have to wait in host memory.
+        again += decoder.linear + projector.total + (decoder.quadratic if told.offload else 0)
+        again += 0 if frozen else tower.total
+    if told.mlp_tiles > 1:
+        again += 6 * sum(work.documents) * text.hidden_size * text.intermediate_size * text.num_hidden_layers
+    return model, model + again
+
+
+def _phase(
+    name: str, recipe: Recipe, config: Any, counts: dict[str, int], gpu: Gpu, gpus: int, assumed: Assumptions
+) -> StageCost:
+    told = recipe.chain[name]
+    made = _reckon(name, recipe, told, config, counts, gpu, gpus, assumed)
+    if made.fits:
+        return made
+    mend = "no setting of the recipe makes it fit; take a larger GPU, or more of them"
+    for changes in _mends(told, gpus):
+        other = dataclasses.replace(told, **changes)
+        try:
+            fits = _reckon(name, recipe, other, config, counts, gpu, gpus, assumed).fits
+        except RecipeError:
+            continue
+        if fits:
+            mend = " ".join(f"--set {stage_of(name)}.{key}={str(value).lower()}" for key, value in changes.items())
+            break
+    return dataclasses.replace(made, mend=mend)
+
+
+def _mends(told: StageRecipe, gpus: int) -> list[dict[str, Any]]:
+    """Changes that save memory, cheapest in time first, each on top of the ones before."""
+    changes: dict[str, Any] = {}
+    tried = []
+    if not told.checkpointing:
+        changes = {**changes, "checkpointing": True}
+        tried.append(changes)
+    if not isinstance(told, VisionRecipe):
+        if told.mlp_tiles == 1:
+            changes = {**changes, "mlp_tiles": 4}
+            tried.append(changes)
+    for zero in range(told.zero + 1, 4):
+        changes = {**changes, "zero": zero}
+        tried.append(changes)
+    if not (told.offload or isinstance(told, VisionRecipe)):
+        changes = {**changes, "offload": True}
+        tried.append(changes)
+    sequence = told.sequence_parallel
+    while not isinstance(told, VisionRecipe) and sequence * 2 <= gpus:
+        sequence *= 2
+        tried.append({**changes, "sequence_parallel": sequence})
+    return tried
+
+
+def _reckon(
+    name: str, recipe: Recipe, told: StageRecipe, config: Any, counts: dict[str, int], gpu: Gpu, gpus: int,
+    assumed: Assumptions,
+) -> StageCost:  # fmt: skip
+    kinds = {**kinds_of(recipe, told), **assumed.kinds}
+    element = 4 if recipe.precision == "fp32" else 2
+    plan = Plan(element, told.zero, gpus, told.checkpointing, told.offload, told.mlp_tiles)
+    if isinstance(told, VisionRecipe):
+        total, trained, memory, (model, done), tokens = _contrastive(told, config, counts, plan, kinds)
+    else:
+        ranks = gpus // told.sequence_parallel
+        if gpus % told.sequence_parallel or told.packs % ranks:
+            raise RecipeError(
+                f"{name}: {told.packs} packs, each on {told.sequence_parallel} ranks, cannot be shared by {gpus} GPUs; "
+                f"give a number that divides {told.packs * told.sequence_parallel}"
+            )
+        total = sum(counts.values())
+        frozen = stage_of(name) == "alignment"
+        trained = counts["projector"] if frozen else total
+        work, tokens = work_of(told, kinds), told.packs * told.context
+        parts = told.packs * told.sequence_parallel
+        share = Share(tokens // parts, work.patches // parts, work.labels // parts)
+        memory = footprint(config, plan, share, total, trained, frozen)
+        model, done = step_flops(config, name, work, told)
+    seconds = step_seconds(done, trained, gpu, gpus, assumed.utilisation)
+    days = seconds * told.steps / DAY
+    return StageCost(
+        name=name, parameters=total, trained=trained, tokens=tokens, steps=told.steps, flops=model, flops_done=done,
+        memory=memory, fits=memory.peak <= assumed.usable * gpu.memory, seconds=seconds,
+        mfu=model / (seconds * gpus * gpu.peak), days=days, dollars=days * DAY / HOUR * gpus * gpu.price, mend="",
+    )  # fmt: skip
+
+
+def step_seconds(done: float, trained: float, gpu: Gpu, gpus: int, utilisation: float) -> float:
+    """Matrix products at their share of the peak rate, and the optimizer's update at the memory's bandwidth."""
+    return done / (gpus * gpu.peak * utilisation) + UPDATE_PASSES * 4 * trained / gpus / gpu.bandwidth
+
+
+def _contrastive(
+    told: VisionRecipe, config: Any, counts: dict[str, int], plan: Plan, kinds: dict[str, Kind]
+) -> tuple[int, int, Footprint, tuple[float, float], int]:
+    """Stage 0: the tower and the text tower; all pairs of a rank are one batch."""
+    if told.pairs % plan.ranks:
+        raise RecipeError(
+            f"vision: {told.pairs} pairs cannot be shared by {plan.ranks} GPUs; give a number that divides them"
+        )
+    vision, e = config.vision_config, plan.element
+    text = _TextTower(told.text_width, told.text_layers, told.text_heads)
+    mixture = told.mixture or dict.fromkeys(kinds, 1 / len(kinds))
+    sizes = {k: kinds[k].tokens * kinds[k].visual * 4 for k in mixture}
+    frames: list[tuple[int, int]] = []
+    for kind, share in mixture.items():
+        frames += [_sides(kinds[kind].patches)] * round(told.pairs * share * sizes[kind] / kinds[kind].patches)
+    patches = sum(height * width for height, width in frames)
+    words = told.pairs * told.text_length
+    total = counts["visual"] + text.parameters(config.text_config.vocab_size, told.text_length)
+    held, read = patches / plan.ranks, words / plan.ranks
+    layer, kept = tower_layer(vision, e) * held, tower_layer(text, e) * read * text.layers
+    if told.checkpointing:  # of the tower; captions are short
+        kept, again = kept + e * vision.hidden_size * held * vision.num_hidden_layers, layer
+    else:
+        kept, again = kept + layer * vision.num_hidden_layers, 0.0
+    pairs = told.pairs / plan.ranks * told.pairs * 4 * 3  # this rank's visuals against all captions, three times
+    memory = Footprint(
+        **states(total, total, plan), activations=kept + 2 * e * vision.hidden_size * held,
+        pixels=3 * vision.patch_size**2 * held * (1 + e), layer=again + e * held * vision.intermediate_size,
+        logits=pairs,
+    )  # fmt: skip
+    seen = flops.tower(vision, frames)
+    read_flops = flops.tower_layers(text, [told.text_length] * told.pairs)
+    model = flops.TRAINING * (seen + read_flops).total
+    again_flops = flops.tower_layers(vision, [height * width for height, width in frames]).total
+    done = model + (again_flops if told.checkpointing else 0)
+    return total, total, memory, (model, done), patches // 4
+
+
+@dataclass(frozen=True)
+class _TextTower:
+    """The shape of stage 0's text tower, named as the vision tower's config is."""
+
+    hidden_size: int
+    layers: int
+    num_attention_heads: int
+
+    @property
+    def intermediate_size(self) -> int:
+        return 4 * self.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.layers
+
+    def parameters(self, vocabulary: int, length: int) -> int:
+        """Tables, layers (4 + 8 squares of the width, norms and biases) and the head."""
+        width = self.hidden_size
+        layer = 12 * width * width + 13 * width
+        return (vocabulary + length) * width + self.layers * layer + width * (width + 3)
+

@@ -1,0 +1,186 @@
+"""How much memory one rank's training step takes, by component, from the shapes alone; nothing is built or run.
+
+Activations are counted as autograd keeps them: every tensor that an operation of a layer saves for its backward, once.
+The states are DeepSpeed's (ZeRO, arXiv 1910.02054): weights in the precision of training, and master weights and two
+moments in fp32. A step has three moments at which its memory may peak; `Footprint.peak` is the largest.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from keye.model.keye import LOSS_CHUNK
+from keye.model.vision import FRAME_PATCHES
+
+BUCKET = 500_000_000  # elements of DeepSpeed's bucket of gradients (reduce_bucket_size)
+FP32 = 4
+CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a stage is trained on one rank.
+
+    element: bytes of a value in training (2 in bf16, 4 in fp32). zero: ZeRO's stage, over `ranks`. checkpointing,
+    offload, mlp_tiles: as in a stage's recipe (`stages.memory`). fused: whether the optimizer makes no tensors of its
+    own (a GPU's). buckets: of gradients on their way to other ranks (two when reduction and backward overlap).
+    pixel: bytes of a pixel as it comes.
+    """
+
+    element: int
+    zero: int
+    ranks: int
+    checkpointing: bool = False
+    offload: bool = False
+    mlp_tiles: int = 1
+    fused: bool = True
+    buckets: int = 2
+    pixel: int = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds of one micro-batch: tokens in the decoder, patches in the tower, labelled positions."""
+
+    tokens: int
+    patches: int
+    labels: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank.
+
+    activations: what is kept for the backward pass. layer: what the dearest layer, or chunk of frames, needs while it
+    is run again, with its gradients. logits: what a chunk of the loss needs. step: what the optimizer makes and drops.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    pixels: float
+    layer: float
+    logits: float
+    step: float
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """When the memory may peak → how much is then held."""
+        states, kept = self.weights + self.optimizer, self.activations + self.pixels
+        return {
+            "at the loss": states + kept + self.logits,
+            "in the backward pass": states + self.gradients + kept + self.layer,
+            "in the optimizer's step": states + self.gradients + self.step,
+        }
+
+    @property
+    def peak(self) -> float:
+        """The most that is held at once."""
+        return max(self.moments.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Component → bytes at the moment of the peak; they add up to it."""
+        moment = max(self.moments, key=self.moments.__getitem__)
+        parts = {"weights": self.weights, "optimizer": self.optimizer}
+        if moment != "at the loss":
+            parts["gradients"] = self.gradients
+        if moment != "in the optimizer's step":
+            parts |= {"activations": self.activations, "pixels": self.pixels}
+        last = {"at the loss": ("logits", self.logits), "in the backward pass": ("one layer", self.layer)}
+        name, size = last.get(moment, ("step", self.step))
+        return {**parts, name: size}
+
+
+def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
+    """weights, gradients, optimizer and step of `Footprint`, for so many parameters and so many that train."""
+    share = trained / plan.ranks
+    weights = parameters / plan.ranks if plan.zero == 3 else parameters
+    held = share if plan.zero >= 2 else trained
+    bucket = plan.buckets * min(BUCKET, trained) if plan.zero and plan.ranks > 1 else 0
+    # The optimizer works on flat fp32 gradients of its share; unfused it also makes two tensors of that size.
+    flat = FP32 * (share if plan.zero else trained)
+    return {
+        "weights": plan.element * weights,
+        "gradients": plan.element * (held + bucket),
+        "optimizer": 3 * FP32 * (share if plan.zero else trained),
+        "step": flat + (0 if plan.fused else 2 * flat),
+    }
+
+
+def decoder_layer(text: Any, element: int, frozen: bool = False) -> tuple[float, float]:
+    """Bytes a token that a decoder layer keeps: (norms, heads and attention; the gated MLP), as Qwen3 computes them.
+
+    frozen: no weight trains, so that only what a gradient of the tokens needs is kept.
+    """
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    # A norm keeps its input in fp32, and for its own weight and the next product the result without and with it.
+    norm = FP32 if frozen else FP32 + 2 * element
+    # Norms of heads stand before attention, which itself keeps the rotated heads: the "next product" of above.
+    heads = element + (FP32 + (0 if frozen else element) if text.model_type.startswith("qwen3") else 0)
+    attention = heads * (queries + keys) + element * (keys + queries) + FP32 * text.num_attention_heads
+    return 2 * norm * text.hidden_size + attention, (3 if frozen else 4) * element * text.intermediate_size
+
+
+def tower_layer(vision: Any, element: int) -> float:
+    """Bytes a patch that a layer of the tower keeps: two norms (input, result), q, k, v, their result, the MLP."""
+    return element * (8 * vision.hidden_size + 2 * vision.intermediate_size) + FP32 * vision.num_attention_heads
+
+
+def activations(config: Any, plan: Plan, share: Share, frozen: bool = False) -> tuple[float, float, float]:
+    """(kept for the backward, needed while one layer or chunk of frames runs, needed for the loss), in bytes.
+
+    frozen: only the projector trains, as in the alignment.
+    """
+    text, e = config.text_config, plan.element
+    kept, layer = _decoder(text, plan, frozen)
+    kept, layer = kept * share.tokens * text.num_hidden_layers, layer * share.tokens
+    seen, chunk = _tower(config, plan, share.patches, frozen)
+    # The last norm, the rows that are labelled, and the tokens that stand for frames.
+    kept += seen + (FP32 + e) * text.hidden_size * share.tokens + e * text.hidden_size * share.labels
+    rows = min(LOSS_CHUNK, share.labels)
+    return kept, max(layer, chunk), rows * text.vocab_size * (2 * e + 2 * FP32)
+
+
+def _decoder(text: Any, plan: Plan, frozen: bool) -> tuple[float, float]:
+    """Bytes a token: (that each layer keeps, that the layer at work needs besides, with its widest gradients)."""
+    e, hidden = plan.element, text.hidden_size
+    rest, mlp = decoder_layer(text, e, frozen)
+    at_once = mlp / plan.mlp_tiles
+    gradients = 2 * e * text.intermediate_size / plan.mlp_tiles + 2 * e * hidden
+    if not plan.checkpointing:
+        return (rest + mlp, gradients) if plan.mlp_tiles == 1 else (rest, at_once + gradients)
+    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    attended = (e * head + FP32) * text.num_attention_heads
+    if plan.offload:  # inputs wait in host memory; two are on their way
+        return 0.0, rest + at_once + gradients + 2 * e * hidden
+    return e * hidden + attended, rest - attended + at_once + gradients
+
+
+def _tower(config: Any, plan: Plan, patches: int, frozen: bool) -> tuple[float, float]:
+    """Bytes of the frames: (kept, needed while a chunk of them passes through tower and projector)."""
+    vision, e = config.vision_config, plan.element
+    tokens = e * config.text_config.hidden_size * patches / 4
+    pixels = e * CHANNELS * vision.patch_size**2
+    projector = 4 * e * vision.hidden_size  # a patch: merged, normed, before and after the GELU, a quarter as often
+    if frozen:
+        return tokens + projector * patches, e * vision.intermediate_size * patches
+    whole = pixels + projector + tower_layer(vision, e) * vision.num_hidden_layers
+    if plan.checkpointing:
+        return tokens, whole * min(patches, FRAME_PATCHES)
+    return whole * patches, e * vision.intermediate_size * patches
+
+
+def footprint(
+    config: Any, plan: Plan, share: Share, parameters: float, trained: float, frozen: bool = False
+) -> Footprint:
+    """The memory of a language stage's step on one rank."""
+    kept, layer, logits = activations(config, plan, share, frozen)
+    return Footprint(
+        **states(parameters, trained, plan),
+        activations=kept,
+        pixels=plan.pixel * CHANNELS * config.vision_config.patch_size**2 * share.patches,
+        layer=layer,
+        logits=logits,
+    )
