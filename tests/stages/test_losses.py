@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages import losses
 from stages.losses import siglip_loss
 from stages.parallel import all_gather, sum_over_ranks
 from stages.vision import Contrast, Pooling
@@ -51,7 +53,8 @@ def loss_of(first: int, last: int) -> tuple[Tensor, list[Tensor]]:
     return siglip_loss(vision, text, captions, *leaves[2:]), leaves
 
 
-def part() -> list[Tensor]:
+def part(limit: int) -> list[Tensor]:
+    losses.LOGITS = limit
     half = PAIRS // dist.get_world_size()
     loss, leaves = loss_of(dist.get_rank() * half, (dist.get_rank() + 1) * half)
     loss.backward()
@@ -60,12 +63,55 @@ def part() -> list[Tensor]:
     return [sum_over_ranks(loss), *joined, sum_over_ranks(scale), sum_over_ranks(bias)]
 
 
-def test_two_ranks_equal_one():
+def joined_loss() -> list[Tensor]:
+    """Loss and gradients of the joined batch, written out: every visual against every caption, in one matrix."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(PAIRS, WIDTH, generator=generator) for _ in range(2)]
+    leaves += [torch.tensor([1.5]), torch.tensor([-2.0])]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    vision, text = (x / x.norm(dim=1, keepdim=True) for x in leaves[:2])
+    logits = vision @ text.T * leaves[2].exp() + leaves[3]
+    captions = [1, 2, 3, 1, 2, 4]
+    signs = torch.tensor([[1.0 if a == b else -1.0 for b in captions] for a in captions])
+    loss = torch.log1p((-signs * logits).exp()).sum() / PAIRS
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("limit", [1, 13, 1 << 22], ids=["row by row", "two rows at once", "all at once"])
+def test_chunks_of_logits_are_the_joined_batch(monkeypatch, limit):
+    monkeypatch.setattr(losses, "LOGITS", limit)
     loss, leaves = loss_of(0, PAIRS)
     loss.backward()
-    both = run_distributed(part, 2, 180)
+    for got, wanted in zip([loss.detach(), *(leaf.grad for leaf in leaves)], joined_loss(), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that one tensor held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, out.numel() if isinstance(out, Tensor) else 0)
+        return out
+
+
+def test_logits_of_all_pairs_are_never_made(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS", 1 << 10)
+    vectors = torch.randn(256, 2, requires_grad=True)
+    with Largest() as largest:
+        siglip_loss(vectors, vectors, torch.arange(256)[:, None], torch.zeros(1), torch.zeros(1)).backward()
+    assert largest.numbers == 1 << 10
+
+
+def test_two_ranks_equal_one():
+    both = run_distributed(part, 2, 360, 13)
     for rank in both:
-        for got, wanted in zip(rank, [loss.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+        for got, wanted in zip(rank, joined_loss(), strict=True):
             torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
 
 
