@@ -1,5 +1,6 @@
 """DeepSpeed: processes, the engine around a module, and the weights that come out of it."""
 
+import functools
 import logging
 import math
 import os
@@ -127,6 +128,7 @@ def hold_steps(engine: Any, hold: Callable[[float], bool]) -> None:
     optimizer = engine.basic_optimizer
     step = optimizer.step
 
+    @functools.wraps(step)  # with the mark that the schedule knows it by
     def guarded(*args: Any, **kwargs: Any) -> Any:
         return None if hold(gradient_norm(engine)) else step(*args, **kwargs)
 
