@@ -117,7 +117,8 @@ class Stream:
     def labels(self, ids: Tensor, last_turn_only: bool = False) -> Tensor:
         """`[L]` labels: the assistant's words and their `<|im_end|>`, or those of its last turn; everything else −100.
 
-        A turn's words begin after `<|im_start|>assistant` and its line break.
+        A turn's words begin after `<|im_start|>assistant` and its line break. Its images and videos, from
+        `<|vision_start|>` to `<|vision_end|>`, are no words.
         """
         opening = torch.tensor([self.id[IM_START], *self.tokenize("assistant\n")])
         labels = torch.full_like(ids, IGNORED)
@@ -131,4 +132,6 @@ class Stream:
                 labels[first:stop] = ids[first:stop]
                 if last_turn_only:
                     break
-        return labels
+        begins, closes = ids == self.id[VISION_START], ids == self.id[VISION_END]
+        shown = begins.cumsum(0) - closes.cumsum(0) + closes.long() > 0
+        return labels.masked_fill(shown, IGNORED)

@@ -4,7 +4,6 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,10 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 
 @dataclass(frozen=True)
 class Item:
-    """One encoded sample, where it came from (`source`, `index`: enough to encode it again) and its caption."""
+    """One encoded sample, where it came from (`source`, `index`: enough to encode it again) and its caption.
+
+    Normalised pixels that came from 8-bit frames are uint8, a quarter of the room: see `from_bytes`.
+    """
 
     sample: Sample
     source: str
@@ -69,10 +71,7 @@ class Quarantine:
 
 
 class Cache:
-    """Encoded samples in RAM up to `limit` bytes, shared by threads; when full, what was used longest ago goes first.
-
-    Normalised pixels that came from 8-bit frames are kept, and given back, as 8 bits: a quarter of the room.
-    """
+    """Encoded samples in RAM up to `limit` bytes, shared by threads; what was used longest ago makes room."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
@@ -87,13 +86,12 @@ class Cache:
             return self.entries[key][0]
 
     def put(self, key: Any, item: Item) -> None:
-        small = packed(item)
-        tensors = [value for value in vars(small.sample).values() if isinstance(value, Tensor)]
+        tensors = [value for value in vars(item.sample).values() if isinstance(value, Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         with self._lock:
             if key in self.entries or size > self.limit:
                 return
-            self.entries[key] = (small, size)
+            self.entries[key] = (item, size)
             self.used += size
             while self.used > self.limit:
                 self.used -= self.entries.popitem(last=False)[1][1]
@@ -101,18 +99,10 @@ class Cache:
 
 def packed(item: Item) -> Item:
     """The item with its pixels as uint8 where that loses nothing."""
-    return _changed(item, to_bytes)
-
-
-def unpacked(item: Item) -> Item:
-    """The item with its pixels as float32 again."""
-    return _changed(item, from_bytes)
-
-
-def _changed(item: Item, change: Callable[[Tensor], Tensor]) -> Item:
     found = {name: getattr(item.sample, name) for name in PIXELS}
-    changed = {name: None if pixels is None else change(pixels) for name, pixels in found.items()}
+    changed = {name: None if pixels is None else to_bytes(pixels) for name, pixels in found.items()}
     return replace(item, sample=replace(item.sample, **changed))
+
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -125,6 +115,5 @@ def to_bytes(pixels: Tensor) -> Tensor:
 
 
 def from_bytes(pixels: Tensor) -> Tensor:
-    """Pixels float32 in [−1, 1] again."""
     """Bytes as the normalised float32 pixels they stand for; floats as they are."""
     return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels

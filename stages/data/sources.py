@@ -18,7 +18,7 @@ from keye.slowfast.fetch import scheme_of
 from stages.data.chat import Row, caption_of, each_part
 from stages.data.duplicates import Guard
 from stages.data.formats import BAD, Found, Table
-from stages.data.items import Cache, Item, Quarantine
+from stages.data.items import Cache, Item, Quarantine, packed
 from stages.data.streams import Lanes
 from stages.data.transforms import apply
 from stages.recipe import KINDS, SourceRecipe
@@ -202,7 +202,7 @@ class Source:
         if like is not None:
             raise ManifestError(like)
         caption = row.get("caption") or caption_of(messages)
-        return Item(sample, self.name, index, self.recipe.kind, caption)
+        return packed(Item(sample, self.name, index, self.recipe.kind, caption))
 
     def _transformed(self, found: Found, index: int) -> Row:
         if not self.recipe.transforms:
