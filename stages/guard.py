@@ -46,13 +46,19 @@ class Guard:
                 return True
         return False
 
-    def end(self, overflowed: bool) -> None:
-        """The step is over. overflowed: the engine left it out by itself, because a gradient was not finite.
+    @property
+    def skipped(self) -> str:
+        """Why the step moved nothing; "" when it did."""
+        return self.reason or ("not finite" if self.not_finite else "")
+
+    def end(self) -> None:
+        """The step is over.
 
         Raises:
             KeyeError: too many steps in a row were held.
         """
-        self.not_finite += overflowed
+        # The norm is not known, either, when ZeRO left the step out by itself for a gradient that is not finite.
+        self.not_finite += not math.isfinite(self.norm)
         self.bad = self.bad + 1 if self.not_finite else 0
         self.spikes = self.spikes + 1 if self.reason else 0
         if self.bad > MAX_HELD:
