@@ -92,13 +92,15 @@ class WorldRecipe:
 class DataRecipe:
     """Where the samples come from.
 
-    cache_mb: RAM a process may spend on encoded samples, so that they decode once. not_like: manifests of evaluations;
-    samples that show one of their pictures are passed over, up to `not_like_bits` bits of 64 of perceptual hash apart.
+    cache_mb: RAM a process may spend on encoded samples, so that they decode once. workers: threads of a process that
+    decode and encode. not_like: manifests of evaluations; samples that show one of their pictures are passed over, up
+    to `not_like_bits` bits of 64 of perceptual hash apart.
     """
 
     sources: tuple[SourceRecipe, ...]
     world: WorldRecipe | None = None
     cache_mb: int = 1024
+    workers: int = 2
     not_like: tuple[str, ...] = ()
     not_like_bits: int = 6
 
@@ -330,6 +332,7 @@ def _check(recipe: Recipe, file: str) -> None:
     need(bool(recipe.stages), f"no stage; add one of the tables {', '.join(STAGES)}")
     need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
     need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
+    need(recipe.data.workers >= 1, "data.workers must be at least 1")
     for i, source in enumerate(recipe.data.sources):
         need(source.kind in KINDS, f"data.sources[{i}].kind must be one of {', '.join(KINDS)}")
         need(source.weight > 0, f"data.sources[{i}].weight must be above 0")

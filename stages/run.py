@@ -21,7 +21,7 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor
 from keye.prompt.tokenizer import load_tokenizer, train_tokenizer
-from stages import engine
+from stages import engine, report
 from stages import recipe as recipes
 from stages.alignment import Alignment
 from stages.annealing import Annealing
@@ -34,9 +34,11 @@ from stages.recipe import Recipe, StageRecipe, stage_of
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
 from stages.vision import Vision
+from stages.watch import open_tracker
 
 KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
+AROUND = ("save_every", "keep")  # keys of a stage that do not change what is trained
 WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 
 
@@ -62,7 +64,11 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     cache = Cache(recipe.data.cache_mb << 20)
     for name in recipe.chain:
         if wanted(name, only):
-            run_stage(name, recipe, run, cache)
+            try:
+                run_stage(name, recipe, run, cache)
+            finally:
+                if dist.get_rank() == 0:
+                    report.write(run)
     engine.stop()
 
 
@@ -77,6 +83,8 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
     unknown = set(recipe.processor.image) - {"min_tokens", "max_tokens"}
     if unknown:
         raise RecipeError(f"processor.image: unknown key {min(unknown)}; it takes min_tokens and max_tokens")
+    for tracker in recipe.trackers:
+        open_tracker(tracker)
     earlier = before(recipe, next(name for name in recipe.chain if wanted(name, only))) if only is not None else []
     if earlier and not (run / earlier[-1] / DONE).exists():
         raise CheckpointError(f"{run / earlier[-1]} is not finished; run the stage {earlier[-1]} before {only}")
@@ -99,10 +107,12 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
         if wanted(name, only) and (run / name / DONE).exists():
             done = json.loads((run / name / DONE).read_text())
             trained, told = done.get("recipe"), stage_table(phase)
-            changed = [key for key in told if trained is not None and trained.get(key) != told[key]]
+            # What a recipe did not have yet when the stage was trained was left to its default.
+            trained = stage_table(type(phase)(steps=1, lr=1.0)) | (told if trained is None else trained)
+            changed = [key for key in told if key not in AROUND and trained[key] != told[key]]
             if changed:
                 raise CheckpointError(
-                    f"{name} was finished with {changed[0]} = {trained.get(changed[0])!r}, but the recipe says "
+                    f"{name} was finished with {changed[0]} = {trained[changed[0]]!r}, but the recipe says "
                     f"{told[changed[0]]!r}; remove {run / name} to train it again, or take another --run"
                 )
             if done.get("start") != made(recipe, run, name):
@@ -140,6 +150,7 @@ class Opened:
 
     trainer: Trainer
     model: KeyeForConditionalGeneration
+    frozen: dict[str, torch.Tensor]
     processor: KeyeProcessor
     quarantine: Quarantine
 
@@ -154,15 +165,19 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     economise(model, told.checkpointing, told.offload, told.mlp_tiles)
     stage = KINDS[stage_of(name)](told, processor)
     module = stage.prepare(model).train()
+    # The engine makes all of a module bf16; what does not train leaves the stage as it came, in fp32.
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     quarantine = Quarantine(folder / "quarantine.jsonl")
-    loader = stage.loader(open_mixture(name, recipe, processor, grid, cache, quarantine, str(run)), grid)
+    mixture = open_mixture(name, recipe, processor, grid, cache, quarantine, str(run))
+    loader = stage.loader(mixture, grid, model, recipe.data.workers)
     count = micro_batches(name, getattr(told, "pairs", told.packs), grid)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     _say(f"{name}: {trained / 1e6:.2f} M parameters, {told.steps} steps, {grid.data_size} × {grid.sequence} ranks")
     # The pairs of a step are one batch, because each is a negative of every other.
     batches = 1 if name == "vision" else count
-    trainer = Trainer(stage, module, loader, grid, told, folder, batches, recipe.precision)
-    return Opened(trainer, model, processor, quarantine)
+    config = dataclasses.asdict(recipe)
+    trainer = Trainer(stage, module, loader, grid, told, folder, batches, recipe.precision, recipe.trackers, config)
+    return Opened(trainer, model, frozen, processor, quarantine)
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
@@ -173,8 +188,9 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
         return
     opened = open_stage(name, recipe, run, cache)
     opened.trainer.run()
-    if dist.get_rank() == 0:
-        opened.model.save_pretrained(folder / "model")
+    weights = engine.master_weights(opened.model, opened.frozen)
+    if weights is not None:
+        opened.model.save_pretrained(folder / "model", state_dict=weights)
         opened.processor.save_pretrained(folder / "model")
         done = {
             "steps": told.steps,

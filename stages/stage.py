@@ -9,10 +9,14 @@ from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor, Sample
 from keye.prompt.stream import IMAGE_PAD, VIDEO_PAD
+from stages.data.balance import Cost, deal_rounds
 from stages.data.duplicates import make_guard
+from stages.data.feed import Feed
+from stages.data.items import PIXELS
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
-from stages.data.packing import Packer, pack
+from stages.data.packing import Packs, join, pack
+from stages.data.planner import Planner
 from stages.data.sources import Cache, Item, Quarantine, Source
 from stages.parallel import Grid, shard
 from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
@@ -26,8 +30,8 @@ class Stage(Protocol):
     def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
         """Freeze, change what the stage changes, and return the module to train."""
 
-    def loader(self, mixture: Mixture | None, grid: Grid) -> Loader:
-        """This rank's batches, one for each call of `loss`."""
+    def loader(self, mixture: Mixture, grid: Grid, model: KeyeForConditionalGeneration, workers: int) -> Loader:
+        """This rank's batches, one for each call of `loss`; collective. `model` is prepared; `workers` encode."""
 
     def weight(self, batch: dict[str, Any], grid: Grid) -> float:
         """This rank's part of what the summed loss of a step is divided by."""
@@ -48,13 +52,18 @@ class LanguageStage:
         """Everything trains."""
         return model.requires_grad_(True)
 
-    def loader(self, mixture: Mixture | None, grid: Grid) -> Loader:
-        def collate(items: list[Item]) -> dict[str, Any]:
+    def loader(self, mixture: Mixture, grid: Grid, model: KeyeForConditionalGeneration, workers: int) -> Loader:
+        def assemble(items: list[Item]) -> dict[str, Any]:
             row = pack([item.sample for item in items], grid.sequence, self.processor.tokenizer.pad_token_id)
+            if grid.sequence > 1:
+                own = [row.pop(name) for name in PIXELS if name in row]
+                row |= {"pixel_values_mine": join(own)} if own else {}
             return {**row, "kinds": count_kinds(items)}
 
-        packer = None if mixture is None else Packer(mixture, self.recipe.context)
-        return Loader(packer, collate, grid)
+        trains = [any(p.requires_grad for p in part.parameters()) for part in (model.visual, model.language_model)]
+        cost = Cost(model.config, *trains)
+        planner = Planner(mixture, Packs(self.recipe.context, self.recipe.packs, cost.per_token))
+        return Loader(Feed(planner, cost, deal_rounds, assemble, grid, workers), grid)
 
     def weight(self, batch: dict[str, Any], grid: Grid) -> float:
         # One rank of a sequence group speaks for all of its pack.
@@ -85,21 +94,21 @@ def visual_samples(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
                 pixels.append(values)
                 grids.append(grid)
                 owners.append(torch.full((len(grid),), i))
-    return torch.cat(pixels), torch.cat(grids), torch.cat(owners)
+    return join(pixels), torch.cat(grids), torch.cat(owners)
 
 
 def open_mixture(
     name: str, recipe: Recipe, processor: KeyeProcessor, grid: Grid, cache: Cache, quarantine: Quarantine, run: str
-) -> Mixture | None:
-    """The stage's sources with their token shares; None on ranks that are handed their packs."""
-    if grid.sequence_rank:
-        return None
+) -> Mixture:
+    """The stage's sources with their token shares, the same on every rank."""
     stage = recipe.chain[name]
-    shard_ = (grid.data_rank, grid.data_size)
     guard = make_guard(recipe.data.not_like, recipe.data.not_like_bits, processor, run)
     sources = []
     for source, share in choose_sources(name, recipe):
-        made = Source(source, processor, recipe.seed, cache, quarantine, shard_, stage.context, run, guard=guard)
+        made = Source(
+            source, processor, recipe.seed, cache, quarantine,
+            limit=stage.context, run=run, report=grid.rank == 0, guard=guard,
+        )  # fmt: skip
         sources.append((made, share))
     return Mixture(sources)
 

@@ -14,9 +14,13 @@ from transformers import SiglipTextConfig, SiglipTextModel
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import KeyeVisionModel
 from keye.prompt.processor import KeyeProcessor
+from stages.data.balance import TowerCost, deal_sums
+from stages.data.feed import Feed
+from stages.data.items import Item
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
-from stages.data.sources import Item
+from stages.data.packing import Pairs
+from stages.data.planner import Planner
 from stages.losses import siglip_loss
 from stages.parallel import Grid
 from stages.recipe import VisionRecipe
@@ -90,10 +94,8 @@ class Vision:
             )
         return Contrast(model.visual, text).requires_grad_(True)
 
-    def loader(self, mixture: Mixture | None, grid: Grid) -> Loader:
-        count = self.recipe.pairs // grid.data_size
-
-        def collate(items: list[Item]) -> dict[str, Any]:
+    def loader(self, mixture: Mixture, grid: Grid, model: KeyeForConditionalGeneration, workers: int) -> Loader:
+        def assemble(items: list[Item]) -> dict[str, Any]:
             pixels, grids, owners = visual_samples([item.sample for item in items])
             captions = self.processor.tokenizer(
                 [item.caption for item in items],
@@ -102,26 +104,11 @@ class Vision:
             batch = {"pixels": pixels, "grids": grids, "owners": owners, "captions": captions}
             return {**batch, "kinds": count_kinds(items)}
 
-        return Loader(None if mixture is None else Pairs(mixture, count), collate, grid)
+        planner = Planner(mixture, Pairs(self.recipe.pairs))
+        return Loader(Feed(planner, TowerCost(model.config.vision_config), deal_sums, assemble, grid, workers), grid)
 
     def weight(self, batch: dict[str, Any], grid: Grid) -> float:
         return 1.0 / grid.world
 
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
         return module(batch["pixels"], batch["grids"], batch["owners"], batch["captions"])
-
-
-class Pairs:
-    """Draws `count` samples a batch."""
-
-    def __init__(self, mixture: Mixture, count: int) -> None:
-        self.mixture, self.count = mixture, count
-
-    def next(self) -> list[Item]:
-        return [self.mixture.next() for _ in range(self.count)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.mixture.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mixture.load_state_dict(state)

@@ -3,92 +3,77 @@
 import queue
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
-
-import torch.distributed as dist
 
 from stages.parallel import Grid
 
 
-class Stateful(Protocol):
-    """A stream of batches that can say where it is."""
+class Stream(Protocol):
+    """A stream of batches that can say where it is. `next` may be collective, then every rank calls it as often."""
 
     def next(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Loader:
     """Batches of a stream, `ahead` of them prepared beforehand in a thread.
 
-    In a sequence group only the first rank reads; it hands each batch to the others.
+    The thread works by credits: `ahead` to begin with, and one more for each batch that is asked for. Ranks that ask
+    for as many batches therefore make as many, to the last one, and none is left waiting for another.
 
     Args:
-        stream: makes the samples of a batch; None on ranks that are handed theirs.
-        collate: samples → batch; runs in the thread too.
-        grid: this rank's place.
+        stream: makes this rank's batches.
+        grid: this rank's place; a process alone need not use up its credits when it closes.
         ahead: batches prepared beforehand.
     """
 
-    def __init__(self, stream: Stateful | None, collate: Callable[[Any], Any], grid: Grid, ahead: int = 2) -> None:
-        self.stream, self.collate, self.grid, self.ahead = stream, collate, grid, ahead
+    def __init__(self, stream: Stream, grid: Grid, ahead: int = 2) -> None:
+        self.stream, self.grid, self.ahead = stream, grid, ahead
         self.stalled = 0.0
-        self._state = stream.state_dict() if stream is not None else {}
-        self._queue: queue.Queue[Any] | None = None
-        self._stop = threading.Event()
+        self._state = stream.state_dict()
+        self._made: queue.SimpleQueue[tuple[Any, Any, BaseException | None]] = queue.SimpleQueue()
+        self._credits: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more will come
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @property
-    def _reads(self) -> bool:
-        return self.grid.sequence_rank == 0
+        self._error: BaseException | None = None
 
     def next(self) -> Any:
-        """The next batch; the same object on every rank of a sequence group. Seconds waited add to `stalled`."""
+        """The next batch. Seconds waited add to `stalled`."""
+        if self._error is not None:
+            raise self._error
         started = time.perf_counter()
-        made: tuple[Any, Any, BaseException | None] = (None, None, None)
-        if self._reads:
-            if self._queue is None:
-                self._start()
-            made = self._queue.get()
-        if self.grid.sequence_group is not None:
-            box = [(made[0], made[2])]
-            first = self.grid.rank - self.grid.sequence_rank
-            dist.broadcast_object_list(box, src=first, group=self.grid.sequence_group)
-            made = (box[0][0], made[1], box[0][1])
-        batch, state, error = made
+        if self._thread is None:
+            for _ in range(self.ahead):
+                self._credits.put(True)
+            self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+            self._thread.start()
+        self._credits.put(True)
+        batch, state, self._error = self._made.get()
         self.stalled += time.perf_counter() - started
-        if error is not None:
-            raise error
-        if self._reads:
-            self._state = state
+        if self._error is not None:
+            raise self._error
+        self._state = state
         return batch
 
-    def _start(self) -> None:
-        self._queue, self._stop = queue.Queue(self.ahead), threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(self._queue, self._stop), daemon=True)
-        self._thread.start()
-
-    def _work(self, out: "queue.Queue[Any]", stop: threading.Event) -> None:
-        while not stop.is_set():
+    def _work(self) -> None:
+        while self._credits.get():
+            if self._closing.is_set() and self.grid.world == 1:
+                return
             try:
-                made = (self.collate(self.stream.next()), self.stream.state_dict(), None)
+                self._made.put((self.stream.next(), self.stream.state_dict(), None))
             except Exception as error:
-                made = (None, None, error)
-            while not stop.is_set():
-                try:
-                    out.put(made, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if made[2] is not None:
+                self._made.put((None, None, error))
                 return
 
     def close(self) -> None:
         """Stop the thread and wait for it: one that is decoding while the interpreter ends would abort the process."""
-        self._stop.set()
+        self._closing.set()
+        self._credits.put(False)
         if self._thread is not None:
             self._thread.join()
+        self.stream.close()
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch that was handed out."""
@@ -96,6 +81,5 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; call it before the first `next`."""
-        if self.stream is not None:
-            self.stream.load_state_dict(state)
-            self._state = state
+        self.stream.load_state_dict(state)
+        self._state = state

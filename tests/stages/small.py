@@ -58,18 +58,30 @@ def text_sample(length: int, first: int = 3) -> Sample:
 
 
 class Lengths:
-    """A source of text samples of the given lengths, over and over; counts as one of `stages.data.sources`."""
+    """A source of text samples of the given lengths, over and over; counts as one of `stages.data.sources`.
+
+    A length of 0 is a bad sample. seen: what was encoded here.
+    """
 
     def __init__(self, name: str, kind: str, lengths: list[int]) -> None:
         self.name, self.lengths, self.at = name, lengths, 0
         self.recipe = SimpleNamespace(kind=kind)
+        self.seen: list[int] = []
 
-    def item(self, index: int) -> Item:
-        return Item(text_sample(self.lengths[index % len(self.lengths)]), self.name, index, self.recipe.kind, "")
-
-    def next(self) -> Item:
+    def draw(self) -> int:
         self.at += 1
-        return self.item(self.at - 1)
+        return self.at - 1
+
+    def owner(self, index: int, ranks: int) -> int:
+        return index % ranks
+
+    def item(self, index: int) -> Item | None:
+        self.seen.append(index)
+        length = self.lengths[index % len(self.lengths)]
+        return Item(text_sample(length), self.name, index, self.recipe.kind, "") if length else None
+
+    def result(self, good: bool) -> None:
+        """Never gives up."""
 
     def state_dict(self) -> dict[str, int]:
         return {"at": self.at}

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from stages import engine as deep
 from stages import recipe as recipes
 from stages.checkpoints import whole_checkpoints
 from stages.data.loader import Loader
-from stages.data.mixture import Mixture
-from stages.data.packing import Packer, pack
+from stages.data.packing import pack
 from stages.data.sources import Cache, Quarantine
 from stages.engine import learning_rate_factor
 from stages.multitask import Multitask
@@ -57,6 +54,9 @@ class Packs:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.at = state["at"]
 
+    def close(self) -> None:
+        """Nothing runs."""
+
 
 def parameters(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -78,7 +78,7 @@ def three_steps(manifest: Path, folder: Path, sequence: int, zero: int) -> tuple
     parts = [samples[0:1], samples[4:12], samples[1:3], samples[5:6], samples[3:7], samples[8:9]]
     rows = [{**pack(part, 2), "kinds": {"video": 1}} for part in parts]
     stage, model = Multitask(RECIPE, made), small.model(made).train()
-    loader = Loader(Packs(rows, grid) if grid.sequence_rank == 0 else None, lambda row: row, grid)
+    loader = Loader(Packs(rows, grid), grid)
     recipe = replace(RECIPE, zero=zero, sequence_parallel=sequence)
     count = micro_batches("multitask", RECIPE.packs, grid)
     trainer = Trainer(stage, model, loader, grid, recipe, folder, count, "fp32")
@@ -133,7 +133,7 @@ def trainer_of(kind: type[Multitask], manifest: Path, folder: Path, seed: int = 
     whole = recipes.Recipe("test", recipes.DataRecipe(sources), multitask=RECIPE)
     mixture = open_mixture("multitask", whole, made, grid, Cache(1 << 24), Quarantine(), "")
     stage, model = kind(RECIPE, made), small.model(made, seed).train()
-    loader = stage.loader(mixture, grid)
+    loader = stage.loader(mixture, grid, model, 1)
     return Trainer(stage, model, loader, grid, RECIPE, folder, RECIPE.packs, "fp32"), model
 
 
@@ -283,48 +283,3 @@ def test_packs_that_the_ranks_cannot_share_are_named():
     with pytest.raises(KeyeError, match=r"multitask: 3 packs \(or pairs\) a step cannot be shared by 2 ranks"):
         micro_batches("multitask", 3, Grid(0, 2, 1, None))
     assert micro_batches("multitask", 6, Grid(0, 4, 2, None)) == 3
-
-
-def test_loader_hands_on_what_its_thread_raises_and_stops():
-    class Broken(Packs):
-        def next(self) -> dict[str, Any]:
-            if self.at == 2:
-                raise KeyeError("the reason")
-            return super().next()
-
-    grid = Grid(0, 1, 1, None)
-    loader = Loader(Broken([{"a": 1}, {"a": 2}], grid), lambda row: row, grid)
-    assert [loader.next(), loader.next()] == [{"a": 1}, {"a": 2}]
-    assert loader.state_dict() == {"at": 2}
-    with pytest.raises(KeyeError, match="the reason"):
-        loader.next()
-    loader.close()
-
-
-def test_closed_loader_has_no_thread_left():
-    """A thread that is in the decoder while the interpreter ends aborts the process."""
-
-    class Slow(Packs):
-        def next(self) -> dict[str, Any]:
-            time.sleep(0.3)
-            return super().next()
-
-    grid, before = Grid(0, 1, 1, None), set(threading.enumerate())
-    loader = Loader(Slow([{"a": 1}] * 9, grid), lambda row: row, grid)
-    loader.next()
-    assert set(threading.enumerate()) - before
-    loader.close()
-    assert not set(threading.enumerate()) - before
-
-
-def test_loader_state_is_that_of_what_was_handed_out(manifest):
-    made = small.processor()
-    packer = Packer(Mixture([(small.source(manifest, "text", made), 1.0)]), 64, 2)
-    loader = Loader(packer, lambda items: [item.index for item in items], Grid(0, 1, 1, None), ahead=3)
-    first, state, second = loader.next(), loader.state_dict(), loader.next()
-    loader.close()
-    fresh = Packer(Mixture([(small.source(manifest, "text", made), 1.0)]), 64, 2)
-    resumed = Loader(fresh, lambda items: [item.index for item in items], Grid(0, 1, 1, None))
-    resumed.load_state_dict(state)
-    assert resumed.next() == second and first
-    resumed.close()

@@ -1,0 +1,77 @@
+"""Balance: what a sample costs before anything is computed, and packs dealt to ranks so that none waits for another."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from keye.model import flops
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations of training on a sample, from its lengths alone (report §pre-training: load balance).
+
+    All packs of a stage are about equally full, so what the decoder does per token weighs the same in each. What makes
+    one pack dearer than another is the *excess*: the tower, the logits, and what grows with the square of a length.
+
+    Args:
+        config: the model's KeyeConfig. tower_trains, decoder_trains: see `flops.training_step`.
+    """
+
+    config: Any
+    tower_trains: bool = True
+    decoder_trains: bool = True
+
+    @cached_property
+    def per_token(self) -> int:
+        """What the decoder's layers do for a token, whatever its sample."""
+        one = flops.decoder(self.config.text_config, [1]).linear
+        return one * (flops.TRAINING if self.decoder_trains else 2)
+
+    def excess(self, tokens: int, labels: int, frames: Iterable[tuple[int, int]]) -> int:
+        """Operations besides `tokens · per_token`; frames: (height, width) in patches of each still and frame."""
+        whole = flops.training_step(
+            self.config, frames, [tokens], labels, self.tower_trains, self.decoder_trains
+        )
+        return whole - tokens * self.per_token
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """The same where the tower trains without a decoder (stage 0): all is excess. vision: the KeyeVisionConfig."""
+
+    vision: Any
+    per_token = 0
+
+    def excess(self, tokens: int, labels: int, frames: Iterable[tuple[int, int]]) -> int:
+        """Operations of the tower."""
+        return flops.TRAINING * flops.tower(self.vision, frames).total
+
+
+def deal_rounds(costs: list[int], ranks: int) -> list[list[list[int]]]:
+    """Packs dealt to ranks in rounds of one pack a rank; rank → round → its pack.
+
+    The ranks meet after each round, so packs that cost about the same make a round together; inside a round the
+    cheaper ones go to the ranks that have had more.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for first in range(0, len(order), ranks):
+        lightest = sorted(range(ranks), key=lambda rank: (loads[rank], rank))
+        for rank, pack in zip(lightest, order[first : first + ranks], strict=True):
+            shares[rank].append(pack)
+            loads[rank] += costs[pack]
+    return [[[pack] for pack in share] for share in shares]
+
+
+def deal_sums(costs: list[int], ranks: int) -> list[list[list[int]]]:
+    """As many samples to each rank, in one round, with sums as equal as dearest-first gets them; rank → one round."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads, each = [0] * ranks, len(costs) // ranks
+    for sample in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min((r for r in range(ranks) if len(shares[r]) < each), key=lambda r: (loads[r], r))
+        shares[rank].append(sample)
+        loads[rank] += costs[sample]
+    return [[share] for share in shares]

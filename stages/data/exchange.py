@@ -1,0 +1,98 @@
+"""Exchange: what is known of samples to all ranks, and each encoded sample, as bytes, to the ranks that train on it.
+
+Everything here runs in the loader's thread, in a gloo group of its own, so that it never waits for, nor holds up, what
+the training does in other groups.
+"""
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import keye.errors
+from keye.errors import KeyeError
+from keye.prompt.processor import Sample
+from stages.data.items import Item
+
+TENSORS = (
+    "input_ids", "labels", "position_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw",
+)  # fmt: skip
+
+
+def make_group(ranks: int) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks for one loader; collective. None for a process alone."""
+    return dist.new_group(backend="gloo") if ranks > 1 else None
+
+
+def gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Plain values of every rank, by rank."""
+    if group is None:
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
+def agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank the error of the first rank that has one.
+
+    Raises:
+        KeyeError: of the class it had, or naming rank and class where it was no KeyeError.
+    """
+    if group is None:
+        if error is not None:
+            raise error
+        return
+    said = None if error is None else (type(error).__name__, str(error))
+    for rank, found in enumerate(gather(said, group)):
+        if found is not None:
+            name, text = found
+            cls = getattr(keye.errors, name, None)
+            if cls is None:
+                cls, text = KeyeError, f"the data of rank {rank}: {name}: {text}"
+            raise cls(text) from error
+
+
+def part(item: Item, stills: list[int] | None, frames: list[int] | None) -> Item:
+    """An item with the pixels of these stills and frames alone, as tensors of their own; None: all of them."""
+    changed: dict[str, Tensor | None] = {}
+    for name, grid, rows in (
+        ("pixel_values", item.sample.image_grid_thw, stills),
+        ("pixel_values_videos", item.sample.video_grid_thw, frames),
+    ):
+        pixels = getattr(item.sample, name)
+        if pixels is not None and rows is not None:
+            parts = pixels.split(grid.prod(1).tolist())
+            changed[name] = torch.cat([parts[i] for i in rows]) if rows else None
+    return replace(item, sample=replace(item.sample, **changed))
+
+
+def send(outgoing: list[list[tuple[Any, Item]]], group: dist.ProcessGroup) -> list[tuple[Any, Item]]:
+    """Rank → its (key, item)s; returns the (key, item)s that all ranks sent here. Collective."""
+    blobs = [_write(items) if items else torch.empty(0, dtype=torch.uint8) for items in outgoing]
+    sent = torch.tensor([len(blob) for blob in blobs])
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent, group=group)
+    came = torch.empty(int(got.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(came, torch.cat(blobs), got.tolist(), sent.tolist(), group=group)
+    return [pair for blob in came.split(got.tolist()) if len(blob) for pair in _read(blob)]
+
+
+def _write(items: list[tuple[Any, Item]]) -> Tensor:
+    """Items → bytes `[n]`: tensors and plain values, nothing that runs when it is read."""
+    rows = []
+    for key, item in items:
+        tensors = {name: getattr(item.sample, name) for name in TENSORS}
+        plain = (key, item.source, item.index, item.kind, item.caption)
+        rows.append((plain, {name: value for name, value in tensors.items() if value is not None}))
+    out = io.BytesIO()
+    torch.save(rows, out)
+    return torch.frombuffer(out.getbuffer(), dtype=torch.uint8)
+
+
+def _read(blob: Tensor) -> list[tuple[Any, Item]]:
+    rows = torch.load(io.BytesIO(blob.numpy()), weights_only=True)
+    return [(key, Item(Sample(**tensors), *rest)) for (key, *rest), tensors in rows]

@@ -1,0 +1,139 @@
+"""Steps of packs: full, of equal cost, in the mixture's shares; the same after a resume; nothing is lost or starves."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keye.errors import CheckpointError
+from stages.data.mixture import Mixture
+from stages.data.packing import Packs, Pairs
+from stages.data.planner import Meta, Planner
+from tests.stages import small
+
+PER_TOKEN = 10
+
+
+class Plans:
+    """A planner with made-up samples: kind → (share, tokens of each, excess per token)."""
+
+    def __init__(self, parts: dict[str, tuple[float, list[int], int]], former: Packs | Pairs) -> None:
+        self.parts = parts
+        sources = [(small.Lengths(kind, kind, lengths), share) for kind, (share, lengths, _) in parts.items()]
+        self.planner = Planner(Mixture(sources), former)
+
+    def meta(self, kind: str, index: int) -> Meta | None:
+        _, lengths, density = self.parts[kind]
+        tokens = lengths[index % len(lengths)]
+        return Meta(kind, index, kind, tokens, tokens - 1, (), (), density * tokens) if tokens else None
+
+    def step(self) -> list[list[Meta]]:
+        self.planner.draws()
+        while self.planner.hungry():
+            self.planner.take([self.meta(*ref) for ref in self.planner.flight[0]])
+            self.planner.draws()
+        return self.planner.plan()
+
+
+def lengths(seed: int, low: int, high: int, count: int = 499) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randint(low, high) for _ in range(count)]
+
+
+def three_kinds() -> dict[str, tuple[float, list[int], int]]:
+    return {
+        "video": (0.24, lengths(1, 200, 900), 5),
+        "image": (0.50, lengths(2, 40, 400), 8),
+        "text": (0.26, lengths(3, 20, 700), 0),
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    numbers=st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any),
+    context=st.integers(40, 120),
+    packs=st.integers(1, 4),
+    steps=st.integers(1, 12),
+)
+def test_nothing_is_lost_and_no_pack_is_over_the_context(numbers, context, packs, steps):
+    plans = Plans({"text": (1.0, numbers, 1)}, Packs(context, packs, PER_TOKEN))
+    seen: list[int] = []
+    for _ in range(steps):
+        step = plans.step()
+        assert len(step) == packs
+        for pack in step:
+            assert pack and sum(meta.tokens for meta in pack) <= context
+            seen += [meta.index for meta in pack]
+    # What was drawn is in one pack, in the pool, on its way, or bad: each once.
+    waiting = [w.meta.index for w in plans.planner.pool]
+    waiting += [index for block in plans.planner.flight for _, index in block]
+    drawn = range(plans.planner.mixture.sources["text"].at)
+    taken = set(drawn) - {index for block in plans.planner.flight for _, index in block}
+    bad = [index for index in taken if plans.meta("text", index) is None]
+    assert sorted(seen + waiting + bad) == list(drawn)
+
+
+@pytest.mark.parametrize("packs", [1, 4, 16])
+def test_packs_are_full_and_shares_are_kept(packs):
+    plans = Plans(three_kinds(), Packs(8192, packs, PER_TOKEN))
+    fills = [sum(meta.tokens for meta in pack) / 8192 for _ in range(30) for pack in plans.step()]
+    assert min(fills) > 0.98 and sum(fills) / len(fills) > 0.995
+    for kind, share in plans.planner.realised().items():
+        assert share == pytest.approx(plans.parts[kind][0], abs=0.01)
+
+
+@pytest.mark.parametrize("packs", [4, 16])
+def test_packs_of_a_step_cost_the_same(packs):
+    plans = Plans(three_kinds(), Packs(8192, packs, PER_TOKEN))
+    for _ in range(20):
+        costs = [sum(meta.tokens * PER_TOKEN + meta.excess for meta in pack) for pack in plans.step()]
+        assert max(costs) < 1.05 * sum(costs) / packs
+
+
+def test_no_sample_waits_for_ever():
+    parts = three_kinds() | {"image": (0.50, [*lengths(2, 40, 400), 6000], 8)}  # one that nothing matches
+    plans = Plans(parts, Packs(8192, 4, PER_TOKEN))
+    for _ in range(60):
+        plans.step()
+        assert all(plans.planner.step - waiting.born <= 2 * Packs.patience for waiting in plans.planner.pool)
+
+
+def test_dear_sample_waits_for_its_like():
+    """A sample as dear as a whole pack of others: alone it would hold up the step, four of them make a step."""
+    cheap = lengths(4, 20, 60)
+    parts = {"text": (0.5, cheap, 0), "video": (0.5, [500] * 7, 40)}
+    plans = Plans(parts, Packs(1000, 4, PER_TOKEN))
+    for _ in range(20):
+        dear = [sum(meta.kind == "video" for meta in pack) for pack in plans.step()]
+        assert len(set(dear)) == 1, dear
+
+
+@pytest.mark.parametrize("after", [0, 1, 7])
+@pytest.mark.parametrize("former", [Packs(1024, 2, PER_TOKEN), Pairs(12)], ids=["packs", "pairs"])
+def test_resumed_planner_makes_the_same_steps(after, former):
+    whole, begun = Plans(three_kinds(), former), Plans(three_kinds(), former)
+    for _ in range(after):
+        whole.step(), begun.step()
+    state = begun.planner.state_dict()
+    for _ in range(3):  # what comes after the state was taken does not change it
+        begun.step()
+    resumed = Plans(three_kinds(), former)
+    blocks = resumed.planner.load_state_dict(state)
+    assert [len(block) for block in blocks] == [len(state["pool"]), *(len(block) for block in state["flight"])]
+    for _ in range(12):
+        assert whole.step() == resumed.step()
+
+
+def test_pairs_of_a_step_keep_their_shares():
+    plans = Plans(three_kinds(), Pairs(64))
+    for _ in range(30):
+        assert [len(pack) for pack in plans.step()] == [1] * 64
+    for kind, share in plans.planner.realised().items():
+        assert share == pytest.approx(plans.parts[kind][0], abs=0.01)
+
+
+def test_state_of_other_sources_is_refused():
+    state = Plans({"a": (1.0, [3], 0)}, Pairs(2)).planner.state_dict()
+    with pytest.raises(CheckpointError, match="other data.sources"):
+        Plans({"b": (1.0, [3], 0)}, Pairs(2)).planner.load_state_dict(state)
