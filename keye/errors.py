@@ -1,6 +1,8 @@
 """Mistakes a user can mend: one sentence that names the file or key and says what to do, never a traceback."""
 
+import os
 import sys
+import zlib
 from collections.abc import Callable
 
 
@@ -25,12 +27,29 @@ class CheckpointError(KeyeError):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with its code; a `KeyeError` becomes one line on stderr and exit code 2."""
+    """Call `main` and exit with its code; a `KeyeError` becomes one line on stderr and exit code 2.
+
+    What all processes of a launch run into is said by one of them.
+    """
     try:
         sys.exit(main() or 0)
     except KeyeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first_to_say(str(error)):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: interrupted by the user; run the same command again to go on", file=sys.stderr)
+        if first_to_say("interrupted"):
+            print("stopped: interrupted by the user; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other process of this launch has said this sentence before; a process alone always is the first."""
+    dist = sys.modules.get("torch.distributed")  # without it, nobody has joined others
+    if dist is None or not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"said/{zlib.crc32(text.encode()):08x}", 1) == 1
+    except RuntimeError:  # the store was the first rank's, which has gone: it has said what it had to say
+        return dist.get_rank() == 0

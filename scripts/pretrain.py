@@ -1,8 +1,11 @@
 """The four pre-training stages of a recipe; the same command again goes on where it stopped.
 
-torchrun --nproc_per_node 2 -- scripts/pretrain.py stages/recipes/tiny.toml --run runs/mine
-torchrun --nproc_per_node 2 -- scripts/pretrain.py stages/recipes/tiny.toml --stage annealing --set annealing.steps=20
-deepspeed --num_gpus 8 scripts/pretrain.py stages/recipes/keye_8b.toml --run runs/keye
+torchrun --nproc_per_node 2 scripts/pretrain.py stages/recipes/tiny.toml --out runs/mine
+torchrun --nproc_per_node 2 scripts/pretrain.py stages/recipes/tiny.toml --stage annealing --set annealing.steps=20
+deepspeed --num_gpus 8 scripts/pretrain.py stages/recipes/keye_8b.toml --out runs/keye
+deepspeed --hostfile hosts scripts/pretrain.py stages/recipes/keye_8b.toml --out runs/keye
+
+--run is the same as --out; torchrun takes it for an option of its own unless a lone -- stands before the script.
 """
 
 import argparse
@@ -17,7 +20,7 @@ from keye.errors import run  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a TOML file, such as stages/recipes/tiny.toml")
-    parser.add_argument("--run", help="directory to write to (default runs/<name of the recipe>)")
+    parser.add_argument("--out", "--run", dest="run", help="directory to write to (default runs/<name of the recipe>)")
     parser.add_argument("--stage", choices=("vision", "alignment", "multitask", "annealing"), help="only this stage")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. annealing.steps=20")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it

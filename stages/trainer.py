@@ -154,7 +154,8 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the engine, the loader, the guard and the RNG."""
         state = {"loader": self.loader.state_dict(), "guard": self.guard.state_dict()}
-        save_checkpoint(self.engine, self.folder / "checkpoints", self.step, state, self.recipe.keep)
+        keep = self.recipe.keep
+        save_checkpoint(self.engine, self.folder / "checkpoints", self.step, state, keep, shared=True)
 
 
 def micro_batches(name: str, count: int, grid: Grid) -> int:
