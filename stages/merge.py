@@ -1,4 +1,4 @@
-"""Merging: the weighted mean of models, tensor by tensor.
+"""Merging: the weighted mean of models, or what their training added to a common base, tensor by tensor.
 
 The report ends pre-training so: the same model is annealed on several mixtures, and the results are averaged plainly
 (report §pre-training, model merging). Only one tensor of each model is in memory at a time, and the shard being filled.
@@ -71,18 +71,38 @@ def merge(
     weights: Sequence[float] | None = None,
     shard_bytes: int = 4 << 30,
     progress: bool = True,
+    base: str | Path | None = None,
 ) -> Path:
     """Write the mean of the models in `directories` to `out`, with the first one's config, tokenizer and processor.
 
     weights: how much each counts; they are divided by their sum; without them all count alike. shard_bytes: size of
     one output file at most, unless one tensor is larger. The mean is taken in fp32 and kept in the models' own dtype.
-    `out` is written beside itself and renamed, so that it is whole or not there.
+    base: the model that all were trained from; then the result is it plus, for each model, its weight (not divided by
+    anything) times what training changed (task arithmetic, arXiv 2212.04089).
 
     Raises:
         CheckpointError: a directory that is no model, models that differ in more than their values, or `out` in use.
     """
-    shares = _shares(directories, weights)
-    models = [Weights(directory) for directory in directories]
+    if base is None:
+        return combine(directories, _shares(directories, weights), out, shard_bytes, progress)
+    given = [1 / len(directories)] * len(directories) if weights is None else list(weights)
+    if len(given) != len(directories):
+        raise CheckpointError(f"{len(given)} weights for {len(directories)} models; give one for each")
+    return combine([*directories, base], [*given, 1 - sum(given)], out, shard_bytes, progress)
+
+
+def combine(
+    directories: Sequence[str | Path],
+    shares: Sequence[float],
+    out: str | Path,
+    shard_bytes: int = 4 << 30,
+    progress: bool = True,
+) -> Path:
+    """Write the sum of models, each times its share (any number; those of 0 are not read), as `merge` does.
+
+    `out` is written beside itself and renamed, so that it is whole or not there.
+    """
+    models, shares = [Weights(directory) for directory in directories], list(shares)
     check_alike(models)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -93,7 +113,8 @@ def merge(
     for path in sorted(models[0].directory.iterdir()):
         if path.is_file() and path.suffix not in WEIGHTS and path.name != INDEX:
             shutil.copyfile(path, partial / path.name)
-    _write(_means(models, shares, progress), partial, shard_bytes)
+    parts = [(model, share) for model, share in zip(models, shares, strict=True) if share] or [(models[0], 0.0)]
+    _write(_sums(parts, progress), partial, shard_bytes)
     recipe = {"models": [str(model.directory) for model in models], "weights": shares}
     (partial / "merge.json").write_text(json.dumps(recipe, indent=2) + "\n")
     if out.exists():
@@ -140,33 +161,35 @@ def _shares(directories: Sequence[str | Path], weights: Sequence[float] | None) 
     return [weight / sum(weights) for weight in weights]
 
 
-def _means(models: Sequence[Weights], shares: Sequence[float], progress: bool) -> Iterator[tuple[str, Tensor]]:
-    names = sorted(models[0].file_of)
-    sizes = [torch.Size(models[0].kind(name)[0]).numel() for name in names]
+def _sums(parts: Sequence[tuple[Weights, float]], progress: bool) -> Iterator[tuple[str, Tensor]]:
+    first = parts[0][0]
+    names = sorted(first.file_of)
+    sizes = [torch.Size(first.kind(name)[0]).numel() for name in names]
     live = progress and sys.stdout.isatty()
     columns = (TextColumn("merging"), BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, disable=not live) as bar:
         task, began = bar.add_task("", total=sum(sizes)), time.monotonic()
         for i, (name, size) in enumerate(zip(names, sizes, strict=True), 1):
-            yield name, _mean(models, shares, name)
+            yield name, _sum(parts, name)
             bar.advance(task, size)
             if progress and not live and i * 10 // len(names) > (i - 1) * 10 // len(names):
                 left = (time.monotonic() - began) / sum(sizes[:i]) * sum(sizes[i:])
                 print(f"merging: {i} of {len(names)} tensors, about {left:.0f} s left", flush=True)
 
 
-def _mean(models: Sequence[Weights], shares: Sequence[float], name: str) -> Tensor:
-    first = models[0].read(name)
+def _sum(parts: Sequence[tuple[Weights, float]], name: str) -> Tensor:
+    (one, share), *others = parts
+    first = one.read(name)
     if not first.is_floating_point():
-        for model in models[1:]:
+        for model, _ in others:
             if not torch.equal(first, model.read(name)):
                 raise CheckpointError(
-                    f"tensor {name} holds whole numbers that differ in {models[0].directory} and {model.directory}; "
+                    f"tensor {name} holds whole numbers that differ in {one.directory} and {model.directory}; "
                     "they have no mean, merge models that share them"
                 )
         return first
-    total = first.float() * shares[0]
-    for model, share in zip(models[1:], shares[1:], strict=True):
+    total = first.float() * share
+    for model, share in others:
         total.add_(model.read(name).float(), alpha=share)
     return total.to(first.dtype)
 

@@ -1,0 +1,280 @@
+"""What stages/cost.py reckons, against steps that are run: peak memory and time of small trainings on the CPU.
+
+Each case is a process of its own with the real engine: a warm-up step, then steps that are timed and whose peak of
+resident memory is read. One case gives the share of the machine's matrix rate that the others' times are reckoned with;
+memory is reckoned from shapes alone. What was measured is kept, so that a bench that was stopped goes on.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+from keye.errors import KeyeError, run  # noqa: E402
+from keye.model.config import KeyeConfig, KeyeVisionConfig  # noqa: E402
+from scripts.bench.model_memory import resident  # noqa: E402
+from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
+from stages.cost import Work, parameters_of, step_flops, step_seconds  # noqa: E402
+from stages.footprint import Plan, Share, footprint  # noqa: E402
+from stages.gpus import Gpu  # noqa: E402
+from stages.recipe import StageRecipe  # noqa: E402
+
+MIB = 1 << 20
+LIMIT = 0.15
+VOCABULARY = 4096
+SIDE = 8  # patches along a frame
+SCRATCH = ROOT / ".cache" / "bench" / "cost"
+EXAMPLES = """examples:
+  python scripts/bench/stages_cost.py           seventeen minutes on two quiet cores
+  python scripts/bench/stages_cost.py --quick   three cases, which prove nothing
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: the decoder's width and layers, the tower's layers (its width is the decoder's half), tokens of a
+    pack, documents in it, and the settings of a stage."""
+
+    name: str
+    width: int = 384
+    layers: int = 6
+    tower: int = 4
+    tokens: int = 2048
+    documents: int = 4
+    zero: int = 1
+    checkpointing: bool = False
+    mlp_tiles: int = 1
+    stage: str = "multitask"
+
+    def config(self) -> KeyeConfig:
+        heads = self.width // 64
+        text = {
+            "model_type": "qwen3", "hidden_size": self.width, "intermediate_size": 3 * self.width, "head_dim": 64,
+            "num_hidden_layers": self.layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
+            "vocab_size": VOCABULARY, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        }  # fmt: skip
+        vision = KeyeVisionConfig(
+            hidden_size=self.width // 2, intermediate_size=2 * self.width, num_hidden_layers=self.tower,
+            num_attention_heads=heads,
+        )  # fmt: skip
+        return KeyeConfig(vision_config=vision, text_config=text, image_token_id=1, video_token_id=2)
+
+    def told(self) -> StageRecipe:
+        return StageRecipe(
+            steps=1, lr=1e-4, context=self.tokens, packs=1, zero=self.zero, checkpointing=self.checkpointing,
+            mlp_tiles=self.mlp_tiles,
+        )  # fmt: skip
+
+    def work(self) -> Work:
+        """Half of a pack is visual, a quarter labelled."""
+        frames = self.tokens // 2 // (SIDE * SIDE // 4)
+        return Work([self.tokens // self.documents] * self.documents, [(SIDE, SIDE)] * frames, self.tokens // 4)
+
+
+BASE = Case("base")
+CASES = (
+    BASE,
+    Case("longer", tokens=4096),
+    Case("shorter", tokens=1024),
+    Case("one document", documents=1),
+    Case("wider", width=512),
+    Case("deeper", layers=12),
+    Case("deeper tower", tower=12),
+    Case("ZeRO-2", zero=2),
+    Case("recomputed", checkpointing=True),
+    Case("recomputed, longer", tokens=4096, checkpointing=True),
+    Case("recomputed, MLP in 4 tiles", checkpointing=True, mlp_tiles=4),
+    Case("alignment", stage="alignment"),
+)
+QUICK = (BASE, Case("shorter", tokens=1024), Case("recomputed", checkpointing=True))
+
+
+def pack_of(case: Case) -> dict[str, torch.Tensor]:
+    """A random pack of the case's work: documents that each begin with their frames."""
+    torch.manual_seed(0)
+    work = case.work()
+    ids = torch.randint(3, VOCABULARY, (1, case.tokens))
+    length, visual = work.documents[0], work.patches // 4 // case.documents
+    for start in range(0, case.tokens, length):
+        ids[0, start : start + visual] = 2
+    labels = torch.full_like(ids, -100)
+    labels[0, length - case.tokens // 4 // case.documents :] = -100
+    for start in range(0, case.tokens, length):
+        labels[0, start + length - work.labels // case.documents : start + length] = 5
+    bounds = torch.arange(0, case.tokens + 1, length)
+    return {
+        "input_ids": ids,
+        "shift_labels": labels,
+        "cu_seqlens": bounds,
+        "pixel_values_videos": torch.randint(0, 256, (work.patches, 3, 14, 14), dtype=torch.uint8),
+        "video_grid_thw": torch.tensor([[1, SIDE, SIDE]] * len(work.frames)),
+    }
+
+
+def one(case: Case, steps: int) -> dict[str, Any]:
+    """Train here: bytes above the start at the peak of a step, and seconds of each step."""
+    from stages import engine as deep
+
+    deep.start()
+    rate, bandwidth = matrix_rate(), copy_rate()
+    train(Case("warm-up", width=128, layers=1, tower=1, tokens=128, documents=2), 1)  # loads what is loaded once
+    before = resident("VmRSS")
+    seconds = train(case, steps)
+    peak = resident("VmHWM") - before
+    deep.stop()
+    return {"peak": peak, "seconds": seconds, "rate": rate, "bandwidth": bandwidth}
+
+
+def train(case: Case, steps: int) -> list[float]:
+    """One step to make the optimizer's states, and the seconds of so many more; the peak is counted from these on."""
+    from keye.model.keye import KeyeForConditionalGeneration
+    from stages import engine as deep
+    from stages.memory import economise
+
+    torch.manual_seed(0)
+    model, told, pack, seconds = KeyeForConditionalGeneration(case.config()), case.told(), pack_of(case), []
+    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+    if case.stage == "alignment":
+        model.requires_grad_(False).projector.requires_grad_(True)
+    engine = deep.build(model.train(), lr=told.lr, steps=steps + 1, zero=told.zero, precision="fp32")
+    for step in range(steps + 1):
+        if step == 1:
+            Path("/proc/self/clear_refs").write_text("5")  # what building took does not count
+        began = time.perf_counter()
+        engine.backward(engine(**pack, num_items_in_batch=float(case.tokens // 4)).loss)
+        engine.step()
+        seconds.append(time.perf_counter() - began)
+    engine.destroy()
+    return seconds[1:]
+
+
+def matrix_rate() -> float:
+    """Operations a second of a large product: the fastest of five."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return 2 * 1024**3 / min(_timed(lambda: a @ b) for _ in range(5))
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a copy of 128 MB: the fastest of five."""
+    a = torch.zeros(32 * MIB)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(_timed(lambda: b.copy_(a)) for _ in range(5))
+
+
+def _timed(call: Any) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def alone(case: Case, steps: int) -> dict[str, Any]:
+    """The same in a process of its own, on one thread."""
+    told = json.dumps(asdict(case))
+    # Freed blocks go back to the system at once, so that resident memory is what is held.
+    surroundings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--one", told, "--steps", str(steps)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **surroundings}
+    )
+    if done.returncode:
+        raise KeyeError(f"the case {case.name} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def reckon(case: Case) -> tuple[float, float, int]:
+    """(bytes at the peak, operations of a step, parameters that train) from the shapes alone."""
+    config, told, work = case.config(), case.told(), case.work()
+    counts = parameters_of(config)
+    frozen = case.stage == "alignment"
+    total = sum(counts.values())
+    trained = counts["projector"] if frozen else total
+    plan = Plan(4, case.zero, 1, case.checkpointing, told.offload, case.mlp_tiles, fused=False, buckets=1)
+    share = Share(case.tokens, work.patches, work.labels)
+    made = footprint(config, plan, share, total, trained, frozen)
+    return made.peak, step_flops(config, case.stage, work, told)[1], trained
+
+
+def measure(cases: tuple[Case, ...], steps: int, record: Path) -> dict[str, dict[str, Any]]:
+    """Case → what was measured; kept in `record` as it comes."""
+    found = json.loads(record.read_text()) if record.exists() else {}
+    for number, case in enumerate(cases, 1):
+        key = json.dumps([asdict(case), steps])
+        if key not in found:
+            found[key] = alone(case, steps)
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(found, indent=1))
+        taken = found[key]
+        said = f"{taken['peak'] / MIB:.0f} MB, {median(taken['seconds']):.2f} s"
+        print(f"{number}/{len(cases)}  {case.name}: {said}", flush=True)
+    return {case.name: found[json.dumps([asdict(case), steps])] for case in cases}
+
+
+def main() -> None:
+    parser: argparse.ArgumentParser = arguments(__doc__, EXAMPLES, results="stages")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed (5)")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(Case(**json.loads(args.one)), args.steps)))
+        return
+    if not Path("/proc/self/clear_refs").exists():
+        raise KeyeError("the peak of a process is read from /proc, which this system has not: run this part on Linux")
+    began, cases, steps = time.monotonic(), (QUICK if args.quick else CASES), 2 if args.quick else args.steps
+    taken = measure(cases, steps, SCRATCH / "cases.json")
+    # The machine's rates are the best that any of the processes saw; the share of it is the base case's.
+    rate, bandwidth = (max(found[key] for found in taken.values()) for key in ("rate", "bandwidth"))
+    machine = Gpu("cpu", 0.0, rate, bandwidth, 0.0)
+    _, done, trained = reckon(BASE)
+    at_work = median(taken[BASE.name]["seconds"]) - step_seconds(0.0, trained, machine, 1, 1.0)
+    utilisation = done / rate / at_work
+    rows, memory, seconds = [], [], []
+    for case in cases:
+        peak, done, trained = reckon(case)
+        expected, real = step_seconds(done, trained, machine, 1, utilisation), median(taken[case.name]["seconds"])
+        memory.append(peak / taken[case.name]["peak"] - 1)
+        if case is not BASE:
+            seconds.append(expected / real - 1)
+        measured = taken[case.name]["peak"]
+        rows.append(
+            (
+                case.name, f"{measured / MIB:.0f}", f"{peak / MIB:.0f}", f"{memory[-1]:+.1%}", f"{real:.2f}",
+                f"{expected:.2f}" if case is not BASE else "–", f"{seconds[-1]:+.1%}" if case is not BASE else "–",
+            )
+        )  # fmt: skip
+    claims = [
+        _claim("peak memory of a step, reckoned against measured", memory),
+        _claim("time of a step, reckoned with one case's share of the matrix rate, against measured", seconds),
+    ]
+    columns = ("case", "MB measured", "MB reckoned", "off by", "s measured", "s reckoned", "off by")
+    notes = [
+        f"One thread; products at {rate / 1e9:.0f} GFLOP/s alone, {utilisation:.0%} of it in the base case, from which "
+        "the other times are reckoned. Memory is resident memory at the peak of a step above the process's own before "
+        "the model was built.",
+        "Base: decoder of width 384 with 6 layers, tower of width 192 with 4, a pack of 2,048 tokens, half of them "
+        "visual, in 4 documents, fp32, ZeRO-1; the others change what their name says.",
+    ]
+    save(
+        out_of(args), "cost", claims, [Table("Steps reckoned and run", columns, rows)], notes=notes,
+        seconds=time.monotonic() - began, quick=args.quick, seeds={"weights and pack": 0}, script="stages_cost",
+    )  # fmt: skip
+
+
+def _claim(what: str, errors: list[float]) -> Claim:
+    worst = max(map(abs, errors))
+    figure = f"{worst:.1%} at most, {median(map(abs, errors)):.1%} in the median of {len(errors)} cases"
+    return Claim(what, f"within {LIMIT:.0%}", figure, met=worst <= LIMIT)
+
+
+if __name__ == "__main__":
+    run(main)
