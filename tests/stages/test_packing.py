@@ -89,10 +89,10 @@ def manifest(tmp_path_factory):
 def test_resumed_source_goes_on_over_the_end_of_its_epoch(manifest, after):
     processor = small.processor()
     whole = small.source(manifest, "text", processor)
-    order = [whole.next().index for _ in range(12)]
+    order = [whole.draw() for _ in range(12)]
     assert sorted(order[:4]) == sorted(order[4:8]) == sorted(order[8:]) and len(set(order)) == 4
     begun, resumed = small.source(manifest, "text", processor), small.source(manifest, "text", processor)
     for _ in range(after):
-        begun.next()
+        begun.draw()
     resumed.load_state_dict(begun.state_dict())
-    assert [resumed.next().index for _ in range(12 - after)] == order[after:]
+    assert [resumed.draw() for _ in range(12 - after)] == order[after:]

@@ -8,7 +8,7 @@ import torch
 
 from keye.errors import ManifestError
 from stages.data.chat import caption_of, kind_of
-from stages.data.items import Cache, Quarantine
+from stages.data.items import Cache, Quarantine, unpacked
 from stages.data.sources import Source
 from stages.recipe import SourceRecipe
 from tests.stages import small
@@ -204,7 +204,7 @@ def test_cache_gives_back_the_very_pixels_and_keeps_to_its_limit(manifest, proce
     plain.cache.limit = 0
     cached = small.source(manifest, "video", processor)
     for _ in range(8):
-        one, two = plain.next().sample, cached.next().sample
+        one, two = (unpacked(source.next()).sample for source in (plain, cached))
         assert torch.equal(two.pixel_values_videos, one.pixel_values_videos)
     assert len(cached.cache.entries) == 4 and not plain.cache.entries
     used = cached.cache.used

@@ -1,0 +1,267 @@
+"""One plan, many hands: any number of ranks makes the same packs in the same steps; errors and ends reach all."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from keye.errors import KeyeError, VideoError
+from stages.data.balance import Cost, TowerCost, deal_rounds, deal_sums
+from stages.data.feed import Feed
+from stages.data.items import Cache, Item, Quarantine, from_bytes
+from stages.data.loader import Loader
+from stages.data.mixture import Mixture
+from stages.data.packing import Packs, pack
+from stages.data.planner import Planner
+from stages.data.sources import Source
+from stages.multitask import Multitask
+from stages.parallel import Grid, make_grid
+from stages.recipe import SourceRecipe, StageRecipe
+from tests.distributed import run_distributed
+from tests.stages import small
+
+RECIPE = StageRecipe(steps=4, lr=1e-3, context=256, packs=4)
+ALONE = Grid(0, 1, 1, None)
+
+
+# --- the loader: credits, errors, ends
+
+
+class Numbers:
+    """A stream 0, 1, 2, …; fails at `bad`, and tells how often it was asked."""
+
+    def __init__(self, bad: int = -1, seconds: float = 0.0) -> None:
+        self.at, self.bad, self.seconds, self.closed = 0, bad, seconds, False
+
+    def next(self) -> int:
+        time.sleep(self.seconds)
+        if self.at == self.bad:
+            raise KeyeError("the reason")
+        self.at += 1
+        return self.at - 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_loader_hands_on_what_its_thread_raises():
+    loader = Loader(Numbers(bad=2), ALONE)
+    assert [loader.next(), loader.next()] == [0, 1] and loader.state_dict() == {"at": 2}
+    for _ in range(2):
+        with pytest.raises(KeyeError, match="the reason"):
+            loader.next()
+    loader.close()
+
+
+def test_closed_loader_has_no_thread_left():
+    """A thread that is in the decoder while the interpreter ends aborts the process."""
+    before = set(threading.enumerate())
+    loader = Loader(Numbers(seconds=0.3), ALONE)
+    loader.next()
+    assert set(threading.enumerate()) - before
+    loader.close()
+    assert not set(threading.enumerate()) - before and loader.stream.closed
+
+
+def test_every_credit_is_used_up_where_others_wait_for_it():
+    loader = Loader(Numbers(), Grid(0, 2, 1, None), ahead=3)
+    loader.next(), loader.next()
+    loader.close()
+    assert loader.stream.at == 5
+
+
+def test_state_is_that_of_what_was_handed_out():
+    loader = Loader(Numbers(), ALONE, ahead=3)
+    loader.next()
+    state, second = loader.state_dict(), loader.next()
+    loader.close()
+    resumed = Loader(Numbers(), ALONE)
+    resumed.load_state_dict(state)
+    assert resumed.next() == second == 1
+    resumed.close()
+
+
+# --- the feed, on one process and on several
+
+
+def loader_of(manifest: Path, grid: Grid, workers: int = 2) -> Loader:
+    made = small.processor()
+    cache, quarantine = Cache(1 << 24), Quarantine()
+    sources = [
+        (Source(SourceRecipe(str(manifest), kind), made, 0, cache, quarantine, limit=RECIPE.context), share)
+        for kind, share in (("video", 0.6), ("image", 0.2), ("text", 0.2))
+    ]
+    return Multitask(RECIPE, made).loader(Mixture(sources), grid, small.model(made), workers)
+
+
+def steps_of(loader: Loader, grid: Grid, count: int) -> list[list[dict[str, Any]]]:
+    """The batches of this rank, step by step."""
+    return [[loader.next() for _ in range(RECIPE.packs // grid.data_size)] for _ in range(count)]
+
+
+def fed(manifest: Path, sequence: int, count: int, state: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    grid = make_grid(sequence)
+    loader = loader_of(manifest, grid)
+    if state is not None:
+        loader.load_state_dict(state)
+    found = steps_of(loader, grid, count)
+    after = loader.state_dict()
+    loader.close()
+    return found, after
+
+
+def all_ways(manifest: Path) -> list[tuple[Any, Any]]:
+    """Data-parallel, data-parallel cut in two runs, and as a sequence group."""
+    begun = fed(manifest, 1, 2)
+    return [fed(manifest, 1, 4), begun, fed(manifest, 1, 2, begun[1]), fed(manifest, 2, 4)]
+
+
+def key(batch: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(batch["input_ids"][0].tolist())
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    return small.world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def alone(manifest) -> tuple[Any, Any]:
+    return fed(manifest, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def two(manifest) -> list[list[tuple[Any, Any]]]:
+    return run_distributed(all_ways, 2, 360, manifest)
+
+
+def test_two_ranks_make_the_packs_of_one_in_the_same_steps(alone, two):
+    for step, wanted in enumerate(alone[0]):
+        got = [batch for rank in two for batch in rank[0][0][step]]
+        assert sorted(map(key, got)) == sorted(map(key, wanted))
+        mine = {key(batch): batch for batch in got}
+        for batch in wanted:
+            same(mine[key(batch)], batch)
+
+
+def same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]) if isinstance(value, Tensor) else value == two[name], name
+
+
+def test_state_is_the_same_on_every_rank_and_number_of_ranks(alone, two):
+    assert two[0][0][1] == two[1][0][1] == two[0][3][1] == alone[1]
+
+
+def test_resume_on_another_number_of_ranks_goes_on_in_the_same_order(manifest, alone, two):
+    first, second = two[0][1], two[0][2]
+    assert second[1] == alone[1]
+    resumed, state = fed(manifest, 1, 2, first[1])  # begun by two, gone on with by one
+    assert state == alone[1]
+    for got, wanted in zip(resumed, alone[0][2:], strict=True):
+        assert [key(batch) for batch in got] == [key(batch) for batch in wanted]
+
+
+def test_rank_of_a_sequence_group_has_all_tokens_but_only_its_pixels(alone, two):
+    for step, wanted in enumerate(alone[0]):
+        for batch, parts in zip(wanted, zip(two[0][3][0][step], two[1][3][0][step], strict=True), strict=True):
+            count = batch["input_ids"].shape[1]
+            for part in parts:
+                assert torch.equal(part["input_ids"][:, :count], batch["input_ids"])
+                assert not {"pixel_values", "pixel_values_videos"} & part.keys()
+                for name in ("image_grid_thw", "video_grid_thw"):
+                    assert name not in batch or torch.equal(part[name], batch[name])
+            whole = [batch[name] for name in ("pixel_values", "pixel_values_videos") if name in batch]
+            pieces = [part["pixel_values_mine"] for part in parts if "pixel_values_mine" in part]
+            assert sum(map(len, pieces)) == sum(map(len, whole))
+            assert sorted(map(total, torch.cat(pieces))) == sorted(map(total, torch.cat(whole)))
+
+
+def total(patch: Tensor) -> float:
+    return float(from_bytes(patch).double().sum())
+
+
+# --- bad samples and errors
+
+
+class Faulty(small.Lengths):
+    """Its owner meets something unforeseen at sample 7."""
+
+    def item(self, index: int) -> Item | None:
+        if index == 7:
+            raise VideoError("clip 7 is gone")
+        return super().item(index)
+
+
+def numbers(source: small.Lengths, grid: Grid, packs: int = 2) -> Loader:
+    cost = Cost(small.model().config)
+    planner = Planner(Mixture([(source, 1.0)]), Packs(40, packs, cost.per_token))
+
+    def assemble(items: list[Item]) -> dict[str, Any]:
+        return pack([item.sample for item in items]) | {"indices": [item.index for item in items]}
+
+    return Loader(Feed(planner, cost, deal_rounds, assemble, grid), grid)
+
+
+def meets_an_error() -> tuple[str, str]:
+    loader = numbers(Faulty("f", "text", [10, 7, 3]), make_grid(1))
+    try:
+        for _ in range(20):
+            loader.next()
+    except KeyeError as error:
+        said = type(error).__name__, str(error)
+    loader.close()
+    return said
+
+
+def test_error_on_one_rank_is_the_same_on_all():
+    assert run_distributed(meets_an_error, 2, 360) == [("VideoError", "clip 7 is gone")] * 2
+
+
+def test_only_the_owner_encodes_and_bad_samples_are_passed_over():
+    found = run_distributed(owners, 2, 360)
+    for rank, (seen, indices) in enumerate(found):
+        assert seen and all(index % 2 == rank for index in seen)
+        assert all(index % 3 for index in indices)
+    assert not set(found[0][1]) & set(found[1][1])
+
+
+def owners() -> tuple[list[int], list[int]]:
+    source = small.Lengths("f", "text", [0, 7, 3])
+    loader = numbers(source, make_grid(1))
+    indices = [index for _ in range(3) for index in loader.next()["indices"]]
+    dist.barrier()
+    loader.close()
+    return source.seen, indices
+
+
+# --- dealing
+
+
+def test_rounds_are_of_packs_that_cost_the_same():
+    # 9 and 5 make a round, 2 and 1 the next, where the rank that had 9 gets 1.
+    assert deal_rounds([5, 1, 9, 2], 2) == [[[2], [1]], [[0], [3]]]
+
+
+def test_sums_are_equal_with_as_many_samples_each():
+    # 9 | 5 · 5, 4 → 9 | 9 · 4 → the first · 3 has to go to the second, 1 to the first: 9 + 4 + 1 | 5 + 4 + 3.
+    assert deal_sums([9, 5, 4, 4, 3, 1], 2) == [[[0, 3, 5]], [[1, 2, 4]]]
+
+
+def test_cost_of_a_tower_alone_is_the_frames():
+    vision = small.model().config.vision_config
+    cost = TowerCost(vision)
+    assert cost.per_token == 0 and cost.excess(9, 5, []) == 0
+    assert cost.excess(9, 5, [(2, 4)] * 2) == 2 * cost.excess(100, 1, [(2, 4)])
