@@ -189,25 +189,31 @@ def step_flops(config: Any, name: str, work: Work, told: StageRecipe) -> tuple[f
 def _phase(
     name: str, recipe: Recipe, config: Any, counts: dict[str, int], gpu: Gpu, gpus: int, assumed: Assumptions
 ) -> StageCost:
-    told = recipe.chain[name]
-    made = _reckon(name, recipe, told, config, counts, gpu, gpus, assumed)
+    stage = stage_of(name)
+    told = getattr(recipe, stage)  # what can be set, of which a context in between is made
+
+    def reckoned(changes: dict[str, Any]) -> StageCost | None:
+        other = dataclasses.replace(recipe, **{stage: dataclasses.replace(told, **changes)})
+        try:
+            return _reckon(name, other, other.chain[name], config, counts, gpu, gpus, assumed)
+        except RecipeError:
+            return None
+
+    made = _reckon(name, recipe, recipe.chain[name], config, counts, gpu, gpus, assumed)
     if made.fits:
         return made
-    mend = "no setting of the recipe makes it fit; take a larger GPU, or more of them"
     for changes in _mends(told, gpus):
-        other = dataclasses.replace(told, **changes)
-        try:
-            fits = _reckon(name, recipe, other, config, counts, gpu, gpus, assumed).fits
-        except RecipeError:
-            continue
-        if fits:
-            mend = " ".join(f"--set {stage_of(name)}.{key}={str(value).lower()}" for key, value in changes.items())
-            break
-    return dataclasses.replace(made, mend=mend)
+        if (other := reckoned(changes)) and other.fits:
+            for key in list(changes):  # what turns out not to be needed is not asked for
+                fewer = {k: v for k, v in changes.items() if k != key}
+                changes = fewer if (other := reckoned(fewer)) and other.fits else changes
+            mend = " ".join(f"--set {stage}.{key}={str(value).lower()}" for key, value in changes.items())
+            return dataclasses.replace(made, mend=mend)
+    return dataclasses.replace(made, mend="no setting of the recipe makes it fit; take a larger GPU, or more of them")
 
 
 def _mends(told: StageRecipe, gpus: int) -> list[dict[str, Any]]:
-    """Changes that save memory, cheapest in time first, each on top of the ones before."""
+    """Changes that save memory, roughly the cheapest first, each on top of the ones before."""
     changes: dict[str, Any] = {}
     tried = []
     if not told.checkpointing:
@@ -223,8 +229,14 @@ def _mends(told: StageRecipe, gpus: int) -> list[dict[str, Any]]:
     if not (told.offload or isinstance(told, VisionRecipe)):
         changes = {**changes, "offload": True}
         tried.append(changes)
+    if isinstance(told, VisionRecipe):  # fewer negatives a pair, so this one changes what is learnt
+        pairs = told.pairs
+        while pairs % (2 * gpus) == 0:
+            pairs //= 2
+            tried.append({**changes, "pairs": pairs})
+        return tried
     sequence = told.sequence_parallel
-    while not isinstance(told, VisionRecipe) and sequence * 2 <= gpus:
+    while sequence * 2 <= gpus:
         sequence *= 2
         tried.append({**changes, "sequence_parallel": sequence})
     return tried

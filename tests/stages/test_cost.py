@@ -1,0 +1,223 @@
+"""The cost of a recipe: memory against what autograd and the optimizer hold, operations and money by hand."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from keye.errors import KeyeError, RecipeError
+from keye.model import flops
+from keye.model.config import KeyeConfig
+from keye.model.keye import KeyeForConditionalGeneration
+from scripts.bench.stages_cost import BASE, Case, pack_of
+from stages import cost, cost_report
+from stages.cost import Assumptions, Kind, Work, config_of, estimate, parameters_of, step_flops, work_of
+from stages.footprint import Plan, Share, activations, footprint, states
+from stages.gpus import GPUS, Gpu, gpu_named
+from stages.recipe import Recipe, load
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "stages" / "recipes"
+GPU = Gpu("test", 80e9, 1e15, 1e12, 2.0)
+
+
+@pytest.fixture
+def keye_8b() -> Recipe:
+    return load(RECIPES / "keye_8b.toml")
+
+
+def kept_by_autograd(case: Case, dtype: torch.dtype) -> int:
+    """Bytes that the graph of one forward pass holds besides weights and inputs."""
+    torch.manual_seed(0)
+    model = KeyeForConditionalGeneration(case.config()).to(dtype).train()
+    if case.stage == "alignment":
+        model.requires_grad_(False).projector.requires_grad_(True)
+    pack = pack_of(case)
+    passed = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *pack.values()]}
+    held: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in passed:
+            held[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(**pack, num_items_in_batch=1.0)
+    return sum(x.untyped_storage().nbytes() for x in held.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [
+    replace(BASE, layers=2, tower=2, tokens=512, documents=1),
+    replace(BASE, width=256, layers=1, tower=4, tokens=512),
+    replace(BASE, layers=3, tower=1, tokens=256, stage="alignment"),
+], ids=["decoder", "tower", "alignment"])  # fmt: skip
+def test_activations_are_what_autograd_keeps(case: Case, dtype: torch.dtype):
+    work, element = case.work(), torch.finfo(dtype).bits // 8
+    share = Share(case.tokens, work.patches, work.labels)
+    kept, _, _ = activations(case.config(), Plan(element, 1, 1), share, case.stage == "alignment")
+    assert kept == pytest.approx(kept_by_autograd(case, dtype), rel=0.06)
+
+
+def test_states_are_zeros():
+    # ZeRO (arXiv 1910.02054, figure 1): 7.5 G parameters on 64 ranks take 120, 31.4, 16.6 and 1.9 GB, buckets left out.
+    sizes = []
+    for zero in range(4):
+        held = states(7.5e9, 7.5e9, Plan(2, zero, 64, buckets=0))
+        sizes.append(sum(held[name] for name in ("weights", "gradients", "optimizer")) / 1e9)
+    assert sizes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+def test_frozen_parameters_have_neither_gradients_nor_states():
+    held = states(1e9, 1e6, Plan(2, 0, 1))
+    assert held["weights"] == 2e9 and held["gradients"] == 2e6 and held["optimizer"] == 12e6
+
+
+def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
+    config = BASE.config()
+    for tokens, zero in ((64, 0), (4096, 1), (65_536, 3)):
+        made = footprint(config, Plan(2, zero, 4), Share(tokens, 4 * tokens, tokens // 4), 1e8, 1e8)
+        assert made.peak == max(made.moments.values()) == pytest.approx(sum(made.parts.values()))
+
+
+def test_every_saving_saves():
+    config, share = BASE.config(), Share(8192, 8192, 1024)
+
+    def peak(**settings: object) -> float:
+        return footprint(config, Plan(2, 1, 8, **settings), share, 1e7, 1e7).peak
+
+    plain, recomputed = peak(), peak(checkpointing=True)
+    tiled, offloaded = peak(checkpointing=True, mlp_tiles=8), peak(checkpointing=True, offload=True)
+    assert plain > 2 * recomputed and recomputed > tiled and recomputed > offloaded
+
+
+def test_parameters_are_the_models():
+    config = KeyeConfig.preset("tiny", vocab_size=512)
+    counted = parameters_of(config)
+    model = KeyeForConditionalGeneration(config)
+    assert sum(counted.values()) == sum(p.numel() for p in model.parameters())
+    assert counted["projector"] == sum(p.numel() for p in model.projector.parameters())
+
+
+def test_text_towers_parameters_are_siglips():
+    from transformers import SiglipTextConfig, SiglipTextModel
+
+    config = SiglipTextConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=16, projection_size=32,
+    )  # fmt: skip
+    real = sum(p.numel() for p in SiglipTextModel(config).parameters())
+    assert cost._TextTower(32, 3, 2).parameters(400, 16) == pytest.approx(real, rel=0.001)
+
+
+def test_operations_of_a_step():
+    config, work = BASE.config(), Work([512] * 4, [(8, 8)] * 64, 512)
+    forward = flops.forward(config, work.frames, work.documents, work.labels).total
+    told = BASE.told()
+    model, done = step_flops(config, "multitask", work, told)
+    assert model == 3 * forward
+    assert done == model + flops.head(config.text_config, 512).total  # the loss alone is computed twice
+    same, recomputed = step_flops(config, "multitask", work, replace(told, checkpointing=True, offload=True))
+    assert same == model and recomputed == pytest.approx(4 * forward)
+    aligned, _ = step_flops(config, "alignment", work, told)
+    assert forward < aligned < model
+
+
+def test_a_step_has_the_mixtures_tokens(keye_8b: Recipe):
+    told = keye_8b.multitask
+    kinds = {"video": Kind(3000, 0.8, 400, 0.1), "image": Kind(700, 0.5, 900, 0.5), "text": Kind(1000, 0, 4, 1.0)}
+    work = work_of(told, kinds)
+    tokens = told.packs * told.context
+    assert sum(work.documents) == pytest.approx(tokens, rel=0.01)
+    assert work.patches == pytest.approx(4 * tokens * (0.24 * 0.8 + 0.5 * 0.5), rel=0.01)
+    assert work.labels == pytest.approx(tokens * (0.24 * 0.1 + 0.5 * 0.5 + 0.26), rel=0.01)
+
+
+def test_time_and_money_follow_from_the_operations(keye_8b: Recipe):
+    phase = next(c for c in estimate(keye_8b, GPU, 64, Assumptions(utilisation=0.5)) if c.name == "multitask")
+    update = 7 * 4 * phase.trained / 64 / GPU.bandwidth
+    assert phase.seconds == pytest.approx(phase.flops_done / (64 * 0.5e15) + update)
+    assert phase.days == pytest.approx(phase.seconds * 100_000 / 86_400)
+    assert phase.dollars == pytest.approx(phase.days * 24 * 64 * 2.0)
+    assert phase.mfu == pytest.approx(phase.flops / phase.seconds / 64e15) and phase.mfu < 0.5
+    assert phase.flops == pytest.approx(6 * 8e9 * 256 * 8192, rel=0.25)  # six a parameter and token, and attention
+
+
+def test_what_does_not_fit_gets_a_mend_that_fits(keye_8b: Recipe):
+    small = replace(GPU, memory=40e9)
+    plain = replace(keye_8b.multitask, checkpointing=False)
+    recipe = replace(keye_8b, multitask=plain)
+    made = {c.name: c for c in estimate(recipe, small, 64)}["multitask"]
+    assert not made.fits and made.mend.startswith("--set multitask.checkpointing=true")
+    words = [word for word in made.mend.split() if word != "--set"]
+    mended = load(RECIPES / "keye_8b.toml", ["multitask.checkpointing=false", *words])
+    assert {c.name: c for c in estimate(mended, small, 64)}["multitask"].fits
+    hopeless = {c.name: c for c in estimate(recipe, replace(GPU, memory=1e9), 64)}["multitask"]
+    assert "no setting" in hopeless.mend
+
+
+@pytest.mark.parametrize("gpus", [64, 128])
+def test_the_reports_recipe_fits_80_gb(keye_8b: Recipe, gpus: int):
+    costs = estimate(keye_8b, gpu_named("h100"), gpus)
+    assert [c.name for c in costs] == list(keye_8b.chain) and all(c.fits for c in costs)
+
+
+def test_eight_gpus_are_told_what_to_change(keye_8b: Recipe):
+    costs = [c for c in estimate(keye_8b, gpu_named("h100"), 8) if not c.fits]
+    assert costs and all(c.mend.startswith("--set") for c in costs)
+    changes = [word for c in costs for word in c.mend.split() if word != "--set"]
+    assert all(c.fits for c in estimate(load(RECIPES / "keye_8b.toml", changes), gpu_named("h100"), 8))
+
+
+def test_contexts_in_between_cost_the_same_memory(keye_8b: Recipe):
+    recipe = replace(keye_8b, annealing=replace(keye_8b.annealing, through={"32768": 10}))
+    costs = {c.name: c for c in estimate(recipe, GPU, 64)}
+    assert costs["annealing-32768"].memory.peak == pytest.approx(costs["annealing"].memory.peak, rel=0.05)
+    assert costs["annealing-32768"].flops < costs["annealing"].flops  # attention over shorter documents
+
+
+def test_gpus_that_cannot_share_the_packs_are_named(keye_8b: Recipe):
+    with pytest.raises(RecipeError, match="alignment: 256 packs, each on 1 ranks, cannot be shared by 48 GPUs"):
+        estimate(replace(keye_8b, vision=None), GPU, 48)
+    with pytest.raises(RecipeError, match="vision: 8192 pairs cannot be shared by 48 GPUs"):
+        estimate(keye_8b, GPU, 48)
+    with pytest.raises(KeyeError, match="--gpu h300: not known; take one of "):
+        gpu_named("h300")
+
+
+def test_a_models_directory_gives_its_config(tmp_path: Path, keye_8b: Recipe):
+    KeyeConfig.preset("tiny", vocab_size=300).save_pretrained(tmp_path)
+    recipe = replace(keye_8b, model=replace(keye_8b.model, path=str(tmp_path)))
+    assert config_of(recipe).text_config.vocab_size == 300
+    assert config_of(keye_8b).text_config.vocab_size == 151_936  # not there: the preset
+    assert config_of(load(RECIPES / "tiny.toml")).text_config.vocab_size == 1024
+
+
+def test_table_picture_and_json(keye_8b: Recipe, tmp_path: Path):
+    costs = estimate(keye_8b, GPUS["h200"], 64)
+    text = cost_report.table(costs)
+    assert all(name in text for name in keye_8b.chain) and "weights" in text
+    table = json.loads(json.dumps(cost_report.as_json(keye_8b, GPUS["h200"], 64, Assumptions(), costs)))
+    assert table["phases"][2]["memory"]["peak"] == pytest.approx(sum(table["phases"][2]["memory"]["parts"].values()))
+    cost_report.draw(tmp_path / "cost.png", GPUS["h200"], costs, "title")
+    assert (tmp_path / "cost.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("value", "said"), [(8.64e9, "8.64 G"), (12, "12"), (1.5e12, "1.5 T"), (40_100, "40.1 k")])
+def test_amounts(value: float, said: str):
+    assert cost_report.amount(value) == said
+
+
+def test_script(tmp_path: Path):
+    def script(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "scripts/cost.py"), str(RECIPES / "tiny.toml"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    done = script("--gpus", "2", "--gpu", "4090", "--price", "0.4", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["gpu"]["price"] == 0.4
+    wrong = script("--mfu", "3")
+    assert wrong.returncode == 2 and "--mfu 3 is no share" in wrong.stderr and "Traceback" not in wrong.stderr
