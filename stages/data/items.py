@@ -104,7 +104,6 @@ def packed(item: Item) -> Item:
     return replace(item, sample=replace(item.sample, **changed))
 
 
-
 def to_bytes(pixels: Tensor) -> Tensor:
     """Pixels in [−1, 1] as uint8 where they come back the same; as they are otherwise."""
     if pixels.dtype == torch.uint8:

@@ -98,7 +98,6 @@ class Source:
         processor: encodes a chat; its settings are part of the cache key.
         seed: of the order; every epoch has another.
         cache, quarantine: shared by all sources of a process.
-        shard: (i, n): `next` gives this process what rank i of n owns.
         limit: tokens of a sample at most; videos and stills are made smaller to fit, what cannot be is quarantined.
         run: what `{run}` in the recipe's path stands for.
         report: whether this process writes down what is found bad when the data set is opened (one of them should).
@@ -115,7 +114,6 @@ class Source:
         seed: int,
         cache: Cache,
         quarantine: Quarantine,
-        shard: tuple[int, int] = (0, 1),
         limit: int = 1 << 30,
         run: str = "",
         report: bool = True,
@@ -128,8 +126,8 @@ class Source:
         if recipe.streaming:
             self.rows: Shuffled | Lanes = Lanes(recipe, self.path, seed, quarantine)
         else:
-            self.rows = Shuffled(recipe, self.path, seed, quarantine if report and shard[0] == 0 else None)
-        self.failures, self.shard = 0, shard
+            self.rows = Shuffled(recipe, self.path, seed, quarantine if report else None)
+        self.failures = 0
         self.bad: set[int] = set()  # samples that could not be used; they are not tried again
 
     def draw(self) -> int:
@@ -150,16 +148,6 @@ class Source:
         # The good ones may come first in one epoch and last in the next: with one of n, 2n − 2 bad in a row.
         if self.failures >= self.rows.patience:
             raise ManifestError(f"{self.name}: none of its samples can be used; see quarantine.jsonl for why")
-
-    def next(self) -> Item:
-        """The next good sample of those that this process owns; bad ones are quarantined and passed over."""
-        while True:
-            index = self.draw()
-            if self.owner(index, self.shard[1]) == self.shard[0]:
-                item = self.item(index)
-                self.result(item is not None)
-                if item is not None:
-                    return item
 
     def item(self, index: int) -> Item | None:
         """Sample `index`, encoded or from the cache; None when it is bad, which is then in the quarantine."""

@@ -1,6 +1,7 @@
 """One bad line costs itself alone: it is counted, written to quarantine.jsonl with file and line, and passed over."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from keye.errors import ManifestError
 from stages.data.chat import caption_of, kind_of
-from stages.data.items import Cache, Quarantine, unpacked
+from stages.data.items import Cache, Item, Quarantine
 from stages.data.sources import Source
 from stages.recipe import SourceRecipe
 from tests.stages import small
@@ -22,6 +23,16 @@ def processor():
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory) -> Path:
     return small.world(tmp_path_factory.mktemp("world"))
+
+
+def served(source: Source, count: int) -> list[Item]:
+    """The next `count` good samples."""
+    items: list[Item] = []
+    while len(items) < count:
+        item = source.item(source.draw())
+        source.result(item is not None)
+        items += [item] if item is not None else []
+    return items
 
 
 def beside(manifest: Path, name: str, rows: list[str]) -> Path:
@@ -55,8 +66,8 @@ def test_bad_clips_are_quarantined_and_the_others_served(manifest, processor, tm
     bad = beside(manifest, "bad.jsonl", rows)
     quarantine = Quarantine(tmp_path / "stage" / "quarantine.jsonl")
     source = small.source(bad, "video", processor, quarantine)
-    served = [source.next().index for _ in range(10)]
-    assert set(served) == {0, 3} and served.count(0) == served.count(3) == 5
+    found = [item.index for item in served(source, 10)]
+    assert set(found) == {0, 3} and found.count(0) == found.count(3) == 5
     assert len(quarantine) == 4
     reasons = rows_of(tmp_path / "stage" / "quarantine.jsonl")
     assert set(reasons) == {2, 3, 5, 6}
@@ -95,10 +106,10 @@ def test_odd_line_never_stops_a_run(manifest, processor, tmp_path, line):
     path.write_bytes("\n".join(rows).encode(errors="surrogateescape"))
     quarantine = Quarantine(tmp_path / "quarantine.jsonl")
     source = small.source(path, "text", processor, quarantine)
-    served = {source.next().index for _ in range(6)}
-    assert served >= {0, 2}
+    found = {item.index for item in served(source, 6)}
+    assert found >= {0, 2}
     # Either the line was odd but good, or it was written down.
-    assert (1 in served) != (2 in {row["line"] for row in quarantine.rows()})
+    assert (1 in found) != (2 in {row["line"] for row in quarantine.rows()})
 
 
 def test_visual_lines_of_a_wrong_form_are_quarantined(manifest, processor):
@@ -112,7 +123,7 @@ def test_visual_lines_of_a_wrong_form_are_quarantined(manifest, processor):
     ]
     quarantine = Quarantine()
     source = small.source(beside(manifest, "stills.jsonl", rows), "image", processor, quarantine)
-    assert {source.next().index for _ in range(6)} == {4}
+    assert {item.index for item in served(source, 6)} == {4}
     assert {line for _, line in quarantine.seen} == {1, 2, 3, 4}
 
 
@@ -129,13 +140,13 @@ def test_sample_longer_than_the_context_is_quarantined(manifest, processor):
     path = beside(manifest, "long.jsonl", [chat("red " * 200), chat("red")])
     quarantine = Quarantine()
     source = small.source(path, "text", processor, quarantine, limit=64)
-    assert {source.next().index for _ in range(3)} == {1} and quarantine.seen == {(str(path), 1)}
+    assert {item.index for item in served(source, 3)} == {1} and quarantine.seen == {(str(path), 1)}
 
 
 def test_only_bad_lines_is_an_error_that_says_where_to_look(manifest, processor):
     source = small.source(beside(manifest, "none.jsonl", [clip("gone.mp4")] * 3), "video", processor)
     with pytest.raises(ManifestError, match="none of its samples can be used; see quarantine.jsonl"):
-        source.next()
+        served(source, 1)
 
 
 def test_manifest_that_is_missing_or_too_small_is_named(manifest, processor, tmp_path):
@@ -151,10 +162,10 @@ def test_resumed_run_writes_a_bad_line_once_and_takes_it_when_mended(manifest, p
     for _ in range(2):
         source = small.source(path, "video", processor, Quarantine(file))
         with pytest.raises(ManifestError):
-            source.next()
+            served(source, 1)
     assert file.read_text().count("\n") == 2
     manifest.with_name("late.mp4").write_bytes((clips / "train-count-00000.mp4").read_bytes())
-    assert small.source(path, "video", processor, Quarantine(file)).next().index == 1
+    assert served(small.source(path, "video", processor, Quarantine(file)), 1)[0].index == 1
 
 
 def test_draws_are_the_same_whoever_draws_and_each_has_one_owner_for_ever(manifest, processor):
@@ -187,7 +198,7 @@ def test_families_choose_the_lines(manifest, processor):
 def test_run_folder_is_put_into_the_path_but_not_into_the_name(manifest, processor):
     recipe = SourceRecipe("{run}/train.jsonl", "text")
     source = Source(recipe, processor, 0, Cache(0), Quarantine(), run=str(manifest.parent))
-    assert source.name == "{run}/train.jsonl#text" and source.next().source == source.name
+    assert source.name == "{run}/train.jsonl#text" and served(source, 1)[0].source == source.name
 
 
 def test_parquet_gives_the_same_samples(manifest, processor, tmp_path):
@@ -195,23 +206,21 @@ def test_parquet_gives_the_same_samples(manifest, processor, tmp_path):
     texts = [{"messages": row["messages"]} for row in small.lines(manifest) if row["family"] == "text"]
     datasets.Dataset.from_list(texts).to_parquet(str(tmp_path / "texts.parquet"))
     one, two = small.source(manifest, "text", processor), small.source(tmp_path / "texts.parquet", "text", processor)
-    for _ in range(4):
-        assert torch.equal(one.next().sample.input_ids, two.next().sample.input_ids)
+    for first, second in zip(served(one, 4), served(two, 4), strict=True):
+        assert torch.equal(first.sample.input_ids, second.sample.input_ids)
 
 
 def test_cache_gives_back_the_very_pixels_and_keeps_to_its_limit(manifest, processor):
     plain = small.source(manifest, "video", processor)
     plain.cache.limit = 0
     cached = small.source(manifest, "video", processor)
-    for _ in range(8):
-        one, two = (unpacked(source.next()).sample for source in (plain, cached))
-        assert torch.equal(two.pixel_values_videos, one.pixel_values_videos)
+    for one, two in zip(served(plain, 8), served(cached, 8), strict=True):
+        assert torch.equal(two.sample.pixel_values_videos, one.sample.pixel_values_videos)
     assert len(cached.cache.entries) == 4 and not plain.cache.entries
     used = cached.cache.used
     tight = small.source(manifest, "video", processor)
     tight.cache.limit = used // 2
-    for _ in range(8):
-        tight.next()
+    served(tight, 8)
     assert 0 < tight.cache.used <= used // 2
 
 
@@ -226,3 +235,19 @@ def test_caption_is_all_that_the_assistant_says():
     said = [{"type": "text", "text": "a red disc"}]
     chat_ = [{"role": "assistant", "content": said}, {"role": "user", "content": "and"}]
     assert caption_of([*chat_, {"role": "assistant", "content": "a blue one"}]) == "a red disc a blue one"
+
+
+def test_threads_encode_what_one_alone_does(manifest, processor):
+    alone, shared = (small.source(manifest, "video", processor) for _ in range(2))
+    indices = [alone.draw() for _ in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        for one, two in zip(map(alone.item, indices), threads.map(shared.item, indices), strict=True):
+            assert torch.equal(one.sample.input_ids, two.sample.input_ids)
+            assert torch.equal(one.sample.pixel_values_videos, two.sample.pixel_values_videos)
+
+
+def test_long_clip_is_thinned_to_the_context(manifest, processor):
+    whole = small.source(manifest, "video", processor)
+    tight = small.source(manifest, "video", processor, limit=40)
+    assert max(item.tokens for item in served(whole, 4)) > 40
+    assert max(item.tokens for item in served(tight, 4)) <= 40 and len(tight.quarantine) == 0

@@ -1,0 +1,89 @@
+"""The look over the data before training says what is there, what is bad, and how often it will be read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from keye.errors import ManifestError
+from stages.data import check
+from stages.recipe import DataRecipe, ProcessorRecipe, Recipe, SourceRecipe, StageRecipe
+from tests.stages import small
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    """The small world, a still shown twice, a clip that is gone, a line that is no JSON."""
+    path = small.world(tmp_path_factory.mktemp("world"))
+    rows = small.lines(path)
+    still = next(row for row in rows if row["family"] == "image_read")
+    gone = [{"type": "video", "video": "gone.mp4"}, {"type": "text", "text": "what"}]
+    chat = {"messages": [{"role": "user", "content": gone}, {"role": "assistant", "content": "red"}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, still, chat]) + "{\n")
+    small.processor().tokenizer.save_pretrained(path.with_name("tokenizer"))
+    return path
+
+
+def looked_over(manifest: Path, context: int = 256) -> dict[str, check.Found]:
+    sources = tuple(SourceRecipe(str(manifest), kind) for kind in ("video", "image", "text"))
+    told = StageRecipe(steps=10, lr=1e-3, context=context, packs=3)
+    processor = ProcessorRecipe(encoder=small.ENCODER, image={"min_tokens": 1, "max_tokens": 4})
+    recipe = Recipe("mine", DataRecipe(sources), processor=processor, multitask=told)
+    done: dict[str, list[int]] = {}
+
+    def progress(name: str, at: int, of: int) -> None:
+        done.setdefault(name, []).append(at)
+
+    found = check.look_over(recipe, "multitask", manifest.parent, 100, progress)
+    assert all(counted == list(range(1, len(counted) + 1)) for counted in done.values())
+    return {one.kind: one for one in found}
+
+
+@pytest.fixture(scope="module")
+def found(manifest) -> dict[str, check.Found]:
+    return looked_over(manifest)
+
+
+def test_every_source_is_counted(found):
+    assert {kind: (one.rows, len(one.tokens), len(one.bad)) for kind, one in found.items()} == {
+        "video": (5, 4, 1), "image": (5, 5, 0), "text": (4, 4, 0)
+    }  # fmt: skip
+    assert all(one.unreadable == 1 for one in found.values())
+    assert "gone.mp4" in found["video"].bad[0]["reason"] and found["video"].bad[0]["line"] == 14
+    assert (found["image"].pictures, found["image"].twins) == (5, 2)
+    assert sum(found["text"].visual) == 0 < sum(found["image"].visual) < sum(found["image"].tokens)
+    # Ten steps of three packs of 256 tokens, a third of them text.
+    text = found["text"]
+    assert text.epochs == pytest.approx(10 * 3 * 256 / 3 / sum(text.tokens))
+
+
+def test_clips_longer_than_the_context_are_counted_as_made_smaller(found, manifest):
+    whole, tight = found["video"], looked_over(manifest, context=40)["video"]
+    assert max(whole.tokens) > 40 and whole.thinned == 0
+    assert max(tight.tokens) <= 40 and tight.thinned == sum(count > 40 for count in whole.tokens)
+
+
+def test_words_and_picture_say_what_was_found(found, tmp_path):
+    found = list(found.values())
+    said = "\n".join(check.lines(found, planned=True))
+    assert "train.jsonl · video: 33% of the tokens, read" in said and "5 rows, 1 in no known form" in said
+    assert "5 looked at: 4 good, 1 bad" in said and "line 14: " in said
+    check.picture(found, 256, tmp_path / "data.png")
+    assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_script_looks_over_a_manifest_and_fails_where_too_much_is_bad(manifest, tmp_path):
+    command = [sys.executable, "scripts/data.py", str(manifest), "--json", str(tmp_path / "data.json")]
+    command += ["--tokenizer", str(manifest.with_name("tokenizer"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "#video: more than 5% of the samples looked at are bad" in done.stderr
+    assert [one["kind"] for one in json.loads((tmp_path / "data.json").read_text())] == ["video", "image", "text"]
+
+
+def test_a_manifest_that_is_missing_is_named():
+    with pytest.raises(ManifestError, match="gone.jsonl: no such manifest"):
+        check.one_manifest("gone.jsonl", "", 8192, (), 6)
