@@ -12,6 +12,7 @@ from keye.model.keye import LOSS_CHUNK
 from keye.model.vision import FRAME_PATCHES
 
 BUCKET = 500_000_000  # elements of DeepSpeed's bucket of gradients (reduce_bucket_size)
+LIVE = 1_000_000_000  # parameters that ZeRO-3 gathers at once at most (stage3_max_live_parameters)
 FP32 = 4
 CHANNELS = 3
 
@@ -23,7 +24,7 @@ class Plan:
     element: bytes of a value in training (2 in bf16, 4 in fp32). zero: ZeRO's stage, over `ranks`. checkpointing,
     offload, mlp_tiles: as in a stage's recipe (`stages.memory`). fused: whether the optimizer makes no tensors of its
     own (a GPU's). buckets: of gradients on their way to other ranks (two when reduction and backward overlap).
-    pixel: bytes of a pixel as it comes.
+    live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes.
     """
 
     element: int
@@ -34,6 +35,7 @@ class Plan:
     mlp_tiles: int = 1
     fused: bool = True
     buckets: int = 2
+    live: int = LIVE
     pixel: int = 1
 
 
@@ -95,7 +97,7 @@ class Footprint:
 def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
     """weights, gradients, optimizer and step of `Footprint`, for so many parameters and so many that train."""
     share = trained / plan.ranks
-    weights = parameters / plan.ranks if plan.zero == 3 else parameters
+    weights = min(parameters, parameters / plan.ranks + plan.live) if plan.zero == 3 else parameters
     held = share if plan.zero >= 2 else trained
     bucket = plan.buckets * min(BUCKET, trained) if plan.zero and plan.ranks > 1 else 0
     # The optimizer works on flat fp32 gradients of its share; unfused it also makes two tensors of that size.
