@@ -1,4 +1,4 @@
-"""Small SVG charts for reports: no scripts, no outside files, coloured by the page so that they read in light and dark.
+"""Small SVG charts and tables for reports: no scripts, no outside files, coloured by the page for light and dark.
 
 Colours are the classes `c0` … `c5`, `slow`, `fast` and `muted` of `report.css`.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 40
+NOT_RUN = '<p class="absent">Not run yet.</p>'
 
 
 @dataclass(frozen=True)
@@ -193,3 +194,19 @@ def smooth(values: Sequence[float]) -> list[float]:
         around = values[i - reach : i + reach + 1]
         out.append(sum(around) / len(around))
     return out
+
+
+def table(head: list[str], rows: list[list[str]], kind: str = "figures") -> str:
+    """An HTML table; cells are HTML already. The first column is left-aligned, and all are with `kind` "facts"."""
+    cells = "".join(f"<th>{h}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def percent(share: float, spread: float | None = None) -> str:
+    """`62.5 % ± 3.1`, or a dash for what was not measured."""
+    if math.isnan(share):
+        return "–"
+    return f"{share * 100:.1f} %" + (f" <small>± {spread * 100:.1f}</small>" if spread else "")

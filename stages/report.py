@@ -1,9 +1,9 @@
-"""One self-contained page about one run: what the encoder decided, what the stages learnt, what GSPO added.
+"""One self-contained page about one run: how it trained and, of the demo, what the encoder decided and GSPO added.
 
-`write(run)` reads only the run's own files and leaves out, by name, whatever has not been run yet:
+`write(run)` reads only the run's own files. Any pre-training run has the sections of `stages.training`; those of the
+demo come with the first of their files, and then what has not been run yet is left out by name:
 
     plans/<clip>.json, plans/<clip>/*.jpg     a VideoPlan and its frames at the size the model sees them
-    <stage>/metrics.jsonl                     step, loss, tokens_per_second …
     evaluation/{annealing,annealing_blind,gspo}.json
     gspo/metrics.jsonl, gspo/eval.json        reward_mean, reward_stderr; held-out reward before and after
     ablation/ablation.json                    rows of threshold, tokens, slow share, PSNR, SSIM, accuracy
@@ -18,17 +18,10 @@ from html import escape
 from pathlib import Path
 
 from keye.evaluation import Score
-from stages import findings
-from stages.charts import Series, legend, line_chart, row_chart, smooth
+from stages import findings, training
+from stages.charts import NOT_RUN, Series, legend, line_chart, percent, row_chart, smooth, table
 
-STAGES = {
-    "vision": ("Stage 0 · vision", "the vision tower against a text tower, SigLIP loss"),
-    "alignment": ("Stage 1 · alignment", "the projector only"),
-    "multitask": ("Stage 2 · multi-task", "everything"),
-    "annealing": ("Stage 3 · annealing", "everything, context × 16, RoPE base × 8, sequence parallel"),
-}
 FILMSTRIP_FRAMES = 60
-NOT_RUN = '<p class="absent">Not run yet.</p>'
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -37,12 +30,14 @@ def write(run: str | Path) -> Path:
     run = Path(run)
     sections = [
         ("What a video costs", _plans(run)),
-        ("Four stages", _stages(run)),
+        *training.sections(run),
         ("What it can see", _accuracy(run)),
         ("GSPO", _gspo(run)),
         ("Ablation of the threshold", _ablation(run)),
         ("How it was run", _environment(run)),
     ]
+    if not any((run / name).exists() for name in ("plans", "evaluation", "gspo", "ablation")):
+        sections = [(title, content) for title, content in sections if content != NOT_RUN]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -57,24 +52,8 @@ def write(run: str | Path) -> Path:
     return path
 
 
-def table(head: list[str], rows: list[list[str]], kind: str = "figures") -> str:
-    """An HTML table; cells are HTML already. The first column is left-aligned, and all are with `kind` "facts"."""
-    cells = "".join(f"<th>{h}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def percent(share: float, spread: float | None = None) -> str:
-    """`62.5 % ± 3.1`, or a dash for what was not measured."""
-    if math.isnan(share):
-        return "–"
-    return f"{share * 100:.1f} %" + (f" <small>± {spread * 100:.1f}</small>" if spread else "")
-
-
 def _verdict(run: Path) -> str:
-    tiles = []
+    tiles = training.tiles(run)
     families = findings.families(run)
     if families:
         learnt = [f.family for f in families if f.learnt]
@@ -137,29 +116,6 @@ def _similarity(plan: dict) -> str:
         ends = [times[0], times[-1]]
         series.append(Series(f"threshold {threshold:g}", ends, [threshold] * 2, "muted", style="dashed"))
     return legend(series) + line_chart(series, "seconds", "similarity", width=760)
-
-
-def _stages(run: Path) -> str:
-    charts, rows = [], []
-    for stage, (title, trains) in STAGES.items():
-        log = [row for row in findings.read_jsonl(run / stage / "metrics.jsonl") if "loss" in row]
-        if not log:
-            charts.append(f'<div class="panel"><h3>{title}</h3><p class="note">{trains}</p>{NOT_RUN}</div>')
-            continue
-        steps, losses = [row["step"] for row in log], [row["loss"] for row in log]
-        each = Series("each step", steps, losses, "c0", style="faint")
-        series = [each, Series("smoothed", steps, smooth(losses), "c0")]
-        chart = line_chart(series, "step", "loss", width=420, height=210)
-        charts.append(f'<div class="panel"><h3>{title}</h3><p class="note">{trains}</p>{chart}</div>')
-        speed = [row["tokens_per_second"] for row in log if row.get("tokens_per_second")]
-        tokens = sum(row.get("tokens", 0) for row in log)
-        head, tail = losses[: max(1, len(losses) // 10)], losses[-max(1, len(losses) // 10) :]
-        median = f"{sorted(speed)[len(speed) // 2]:,.0f}" if speed else "–"
-        change = [f"{sum(part) / len(part):.3f}" for part in (head, tail)]
-        rows.append([title, f"{steps[-1]:,}", *change, f"{tokens:,}" if tokens else "–", median])
-    note = '<p class="note">First and last loss are means over a tenth of the steps; tokens/s is the median step.</p>'
-    body = table(["stage", "steps", "first loss", "last loss", "tokens", "tokens/s"], rows) + note if rows else ""
-    return f'<div class="panels">{"".join(charts)}</div>{body}'
 
 
 def _accuracy(run: Path) -> str:

@@ -27,7 +27,52 @@ def write_jsonl(path, rows: list[dict]) -> None:
 
 def test_an_empty_run_says_of_every_part_that_it_was_not_run(tmp_path):
     page = report.write(tmp_path).read_text()
-    assert page.count("Not run yet.") == 5 + 4  # five sections, and each of the four stages
+    assert page.count("Not run yet.") == 4 and "GSPO" not in page  # the four stages; the demo's parts are no part of it
+    (tmp_path / "plans").mkdir()
+    page = report.write(tmp_path).read_text()
+    assert page.count("Not run yet.") == 8 + 4  # of a demo all parts are named, too
+
+
+RECIPE = """
+name = "mine"
+[[data.sources]]
+path = "a.jsonl"
+kind = "video"
+[[data.sources]]
+path = "b.jsonl"
+kind = "text"
+[annealing]
+steps = 8
+lr = 1e-3
+context = 4096
+through = { 1024 = 4 }
+mixture = { video = 0.6, text = 0.4 }
+"""
+
+
+def test_a_training_run_tells_its_shares_speed_and_what_was_passed_over(tmp_path):
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    rows = [
+        {"step": i, "loss": 4 - i / 2, "tokens": 100}
+        | {"tokens_video": 70 if i < 3 else 50, "tokens_text": 30 if i < 3 else 50}
+        | {"seconds": 2.0, "tokens_per_second": 50.0, "mfu": 0.4, "stall_share": 0.125, "stall_seconds": 0.25}
+        | {"skipped": "loss 9 is 4.5 times its running median" if i == 2 else "", "not_finite": 0}
+        for i in range(1, 5)
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "annealing-1024" / "metrics.jsonl", rows)
+    (tmp_path / "annealing-1024" / "peak.json").write_text(
+        json.dumps({"peak_flops": 2e12, "peak_source": "a measured <product>", "processes": 2})
+    )
+    bad = [{"file": "/a/b.jsonl", "line": line, "reason": f"/x/{line}.mp4: no such file"} for line in (3, 7)]
+    write_jsonl(tmp_path / "annealing-1024" / "quarantine.jsonl", bad)
+    page = report.write(tmp_path).read_text()
+    assert "<b>4 of 12</b>" in page and "<b>12.5 %</b>" in page  # steps of the chain; waiting for data
+    assert "Stage 3 · annealing, 1,024 tokens" in page and page.count("Not run yet.") == 1  # the last phase
+    assert "<td>video</td><td>60.0 %</td><td>60.0 %</td><td>0.0 %</td>" in page
+    assert "<td>50</td><td>40.0 %</td><td>12.5 %</td><td>2.00 s</td>" in page
+    assert "2 TFLOP/s over 2 processes, a measured &lt;product&gt;." in page
+    assert "<td>2</td><td>loss 9 is 4.5 times its running median</td>" in page
+    assert "<td>2</td><td>…: no such file</td>" in page or "<td>2</td><td>… no such file</td>" in page
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
