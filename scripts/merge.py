@@ -55,6 +55,8 @@ def main() -> None:
 
 def swept(args: argparse.Namespace) -> None:
     """Run the sweep that the command line asks for."""
+    from transformers.utils import logging
+
     from keye.evaluation import Report, evaluate
     from scripts.evaluate import load
     from stages.sweep import grid, sweep
@@ -62,6 +64,7 @@ def swept(args: argparse.Namespace) -> None:
     def score(directory: Path) -> Report:
         return evaluate(*load(str(directory)), args.eval, limit=args.limit)
 
+    logging.disable_progress_bar()
     values = grid(args.sweep)
     about = {"eval": str(Path(args.eval).absolute()), "limit": args.limit}
     best = sweep(args.models, args.out, values, score, about, args.base)

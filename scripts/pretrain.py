@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a TOML file, such as stages/recipes/tiny.toml")
     parser.add_argument("--out", "--run", dest="run", help="directory to write to (default runs/<name of the recipe>)")
-    parser.add_argument("--stage", choices=("vision", "alignment", "multitask", "annealing"), help="only this stage")
+    parser.add_argument("--stage", help="only this one: vision, alignment, multitask, annealing or annealing-CONTEXT")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. annealing.steps=20")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()

@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +92,15 @@ def sweep(
     check_alike([Weights(model) for model in models])
     folder = out.with_name(out.name + ".sweep")
     _begin(folder, {**about, "models": [_mark(model) for model in models], "base": base is not None})
-    wanted, found = mixtures(values, len(experts), base is not None), []
+    wanted, found, began, known = mixtures(values, len(experts), base is not None), [], time.monotonic(), 0
     for number, weights in enumerate(wanted, 1):
+        known += _path(folder, weights).exists()
         report = _scored(folder, models, _shares(weights, base), weights, score)
         found.append(Mixture(weights, report))
+        left = (time.monotonic() - began) / max(1, number - known) * (len(wanted) - number)
         told = " ".join(f"{weight:g}" for weight in weights)
-        say(f"{number}/{len(wanted)}  weights {told}: {report.overall.accuracy:.1%} ± {report.overall.stderr:.1%}")
+        scored = f"{report.overall.accuracy:.1%} ± {report.overall.stderr:.1%}"
+        say(f"{number}/{len(wanted)}  weights {told}: {scored}, about {left:.0f} s left")
     write_csv(folder / "sweep.csv", found)
     draw(folder / "sweep.png", found, [Path(expert) for expert in experts])
     best = max(found, key=lambda m: (m.accuracy, -sum(weight**2 for weight in m.weights)))
@@ -125,12 +129,16 @@ def _mark(directory: str | Path) -> list[Any]:
     return [str(Path(directory).absolute()), [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
 
 
+def _path(folder: Path, weights: tuple[float, ...]) -> Path:
+    return folder / ("_".join(f"{weight:g}" for weight in weights) + ".json")
+
+
 def _scored(
     folder: Path, models: list[str | Path], shares: list[float], weights: tuple[float, ...],
     score: Callable[[Path], Report],
 ) -> Report:  # fmt: skip
     """The report of one mixture, from before if it is there."""
-    path = folder / ("_".join(f"{weight:g}" for weight in weights) + ".json")
+    path = _path(folder, weights)
     if not path.exists():
         trial = folder / "trial"
         shutil.rmtree(trial, ignore_errors=True)
