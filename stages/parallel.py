@@ -74,23 +74,80 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows `[sum(sent), …]` → rows `[sum(got), …]`: the first `sent[0]` go to rank 0, and so on.
-
-    Its own transpose, so the backward is the same exchange the other way.
-    """
+    """`_swap` with a gradient: it is its own transpose, so the backward is the same exchange the other way."""
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.sent, ctx.got, ctx.group = sent, got, group
-        out = x.new_empty(sum(got), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), got, sent, group=group)
-        return out
+        return _swap(x, sent, got, group)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _AllToAll.apply(grad, ctx.got, ctx.sent, ctx.group), None, None, None
+
+
+class _ToHeads(torch.autograd.Function):
+    """Queries, keys and values of this rank's tokens → those of its heads, for all tokens, in one exchange.
+
+    A rank is sent its query heads, then its key heads, then its value heads. Written out rather than left to autograd,
+    which would hold several copies of all three at the moment when a layer needs the most memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        wanted: list[list[int]],
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, ...]:
+        ctx.wanted, ctx.group, ctx.shapes = wanted, group, (q.shape, k.shape)
+        (length, heads, size), mine = q.shape, wanted[dist.get_rank(group)]
+        own = heads // len(wanted)
+        widths = [own + 2 * len(kv) for kv in wanted]
+        sent = q.new_empty(length * sum(widths), size)
+        for taker, (block, kv) in enumerate(zip(_blocks(sent, length, widths), wanted, strict=True)):
+            parts = block.split([own, len(kv), len(kv)], dim=1)
+            for part, whole, first in zip(parts, (q, k, v), (taker * own, kv[0], kv[0]), strict=True):
+                part.copy_(whole.narrow(1, first, part.shape[1]))
+        width = own + 2 * len(mine)
+        got = _swap(sent, [length * w for w in widths], [length * width] * len(wanted), group)
+        return tuple(got.view(-1, width, size).split([own, len(mine), len(mine)], dim=1))
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (length, heads, size), kv_shape = ctx.shapes
+        ranks, own = len(ctx.wanted), heads // len(ctx.wanted)
+        widths = [own + 2 * len(kv) for kv in ctx.wanted]
+        sent = torch.cat(grads, dim=1).flatten(0, 1)
+        got = _swap(sent, [len(sent) // ranks] * ranks, [length * w for w in widths], ctx.group)
+        del sent, grads
+        grad_q = got.new_empty(length, heads, size)
+        grad_k, grad_v = (got.new_zeros(kv_shape) for _ in range(2))
+        for taker, (block, kv) in enumerate(zip(_blocks(got, length, widths), ctx.wanted, strict=True)):
+            of_q, of_k, of_v = block.split([own, len(kv), len(kv)], dim=1)
+            grad_q[:, taker * own : (taker + 1) * own] = of_q
+            grad_k[:, kv[0] : kv[-1] + 1] += of_k
+            grad_v[:, kv[0] : kv[-1] + 1] += of_v
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _blocks(rows: Tensor, length: int, widths: list[int]) -> list[Tensor]:
+    """Rows `[length · sum(widths), D]` → for each rank its block `[length, width, D]`, as views."""
+    parts = rows.split([length * width for width in widths])
+    return [part.view(length, width, -1) for part, width in zip(parts, widths, strict=True)]
+
+
+def _swap(x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows `[sum(sent), …]` → rows `[sum(got), …]`: the first `sent[0]` go to rank 0, and so on."""
+    out = x.new_empty(sum(got), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), got, sent, group=group)
+    return out
 
 
 class _AllGather(torch.autograd.Function):
@@ -131,19 +188,8 @@ def ulysses(group: dist.ProcessGroup, inner: Varlen = varlen) -> Varlen:
         if heads % ranks:
             raise RecipeError(f"sequence_parallel = {ranks} does not divide the model's {heads} heads; lower it")
         wanted = key_heads(heads, kv_heads, ranks)
-        # One exchange for all three: a rank's block is its query heads, then its key heads, then its value heads.
-        own = heads // ranks
-        blocks, sent = [], []
-        for queries, chosen in zip(q.split(own, dim=1), wanted, strict=True):
-            kv = slice(chosen[0], chosen[-1] + 1)
-            part = torch.cat([queries, k[:, kv], v[:, kv]], dim=1)
-            blocks.append(part.flatten(0, 1))
-            sent.append(len(blocks[-1]))
-        mine = wanted[rank]
-        width = own + 2 * len(mine)
-        got = _AllToAll.apply(torch.cat(blocks), sent, [length * width] * ranks, group)
-        del blocks, part
-        q, k, v = got.unflatten(0, (ranks * length, width)).split([own, len(mine), len(mine)], dim=1)
+        own, mine = heads // ranks, wanted[rank]
+        q, k, v = _ToHeads.apply(q, k, v, wanted, group)
         reads = [(rank * own + i) * kv_heads // heads - mine[0] for i in range(own)]
         if reads != [i * len(mine) // own for i in range(own)] or own % len(mine):
             # Query heads that share KV heads unevenly, which no kernel knows: copied here, after they were sent.
