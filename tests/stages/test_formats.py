@@ -86,6 +86,7 @@ FORMS = {
     "json": ("rows.json", {}),
     "parquet": ("parquet", {"columns": COLUMNS}),
     "webdataset": ("tars/*.tar", {}),
+    "hub": ("parquet", {"format": "hub", "columns": COLUMNS}),  # a folder is opened as the hub's data sets are
 }
 
 
@@ -114,7 +115,7 @@ def test_every_format_gives_the_same_samples(folder, processor, form):
     assert len(source.quarantine) == 0
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet", "webdataset"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "webdataset", "hub"])
 def test_every_stream_gives_the_same_samples_in_every_epoch(folder, processor, form):
     source = opened(folder, form, processor, streaming=True, shuffle=3)
     for _ in range(3):
