@@ -1,0 +1,119 @@
+"""MFU's operations against torch's counter of what a step runs; what is told, and to whom."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from keye.errors import RecipeError
+from stages import watch
+from stages.alignment import Alignment
+from stages.data.packing import pack
+from stages.multitask import Multitask
+from stages.recipe import StageRecipe, VisionRecipe
+from stages.vision import Vision
+from stages.watch import Watcher, duration, find_peak, open_tracker, operations
+from tests.stages import small
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    made, manifest = small.processor(), small.world(tmp_path_factory.mktemp("world"))
+    return made, [made.sample(line["messages"], manifest.parent) for line in small.lines(manifest)]
+
+
+def counted(loss) -> int:
+    """Operations of the products that run forward and backward."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", [Multitask, Alignment])
+def test_operations_of_a_language_step_are_those_that_run(samples, kind):
+    made, chats = samples
+    model = kind(StageRecipe(steps=1, lr=1.0), made).prepare(small.model(made)).train()
+    row = pack(chats[:6])
+    text, lengths = model.config.text_config, row["cu_seqlens"].diff()
+    pairs = int((lengths * (lengths - 1) // 2).sum())  # that causality hides, and the counter sees
+    hidden = 3 * 4 * text.num_attention_heads * text.head_dim * pairs * text.num_hidden_layers
+    # The counter sees no gradients of the patches themselves.
+    known = operations(model, row) + hidden
+    assert known == pytest.approx(counted(lambda: model(**row, num_items_in_batch=1.0).loss), rel=0.03)
+
+
+def test_operations_of_a_vision_step_are_those_that_run(samples):
+    made, _ = samples
+    module = Vision(VisionRecipe(steps=1, lr=1.0), made).prepare(small.model(made)).train()
+    grids = torch.tensor([[1, 4, 6], [1, 8, 8], [1, 6, 6]])
+    batch = {"pixels": torch.randn(124, 3, 14, 14), "grids": grids, "owners": torch.tensor([0, 0, 1])}
+    batch["captions"] = torch.randint(5, 50, (2, 48))
+    # Pooling and the pairs' logits are left out.
+    assert operations(module, batch) == pytest.approx(counted(lambda: module(**batch)), rel=0.15)
+
+
+def test_peak_of_a_cpu_is_measured_and_says_so():
+    peak = find_peak("fp32")
+    assert peak.flops > 1e8 and "measured" in peak.source
+
+
+def values(step: int) -> dict[str, object]:
+    return {
+        "step": step, "loss": 2.0, "tokens_per_second": 10.0, "mfu": 0.5, "stall_share": 0.0, "seconds": float(step),
+        "grad_norm": None, "skipped": "loss 9 is 4.5 times its running median" if step == 3 else "",
+    }  # fmt: skip
+
+
+def test_steps_are_told_once_and_a_resume_takes_them_up(tmp_path, capsys):
+    def lines() -> list[dict[str, object]]:
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    with Watcher("stage", 6, tmp_path, 0, main=True) as watcher:
+        for step in (1, 2, 3):
+            watcher.tell(values(step))
+    assert [line["eta_seconds"] for line in lines()] == [5 * 1.0, 4 * 1.5, 3 * 2.0]
+    assert "stage 3/6  step skipped: loss 9 is 4.5 times its running median" in capsys.readouterr().out
+    with (tmp_path / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 4, "lo')  # killed while it wrote
+    with Watcher("stage", 6, tmp_path, 2, main=True) as watcher:
+        watcher.tell(values(3))
+    assert [line["step"] for line in lines()] == [1, 2, 3]
+    with Watcher("stage", 6, tmp_path / "other", 0, main=False) as watcher:
+        watcher.tell(values(1))
+    assert not (tmp_path / "other").exists()
+
+
+def test_tracker_that_is_not_installed_is_named_with_the_mend(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "trackio", None)  # Python's own way to say that there is none
+    with pytest.raises(RecipeError, match="trackers names trackio, which is not installed here .*pip install trackio"):
+        open_tracker("trackio")
+
+
+def test_durations_read_well():
+    assert [duration(s) for s in (0.4, 59, 61, 3599, 12_000, 190_000)] == [
+        "0 s", "59 s", "1 min", "1 h 0 min", "3 h 20 min", "2 d 4 h",
+    ]  # fmt: skip
+
+
+def test_only_numbers_go_to_trackers(tmp_path, monkeypatch):
+    heard = []
+
+    class Heard:
+        __name__ = "heard"
+
+        def init(self, **told):
+            heard.append(told["name"])
+
+        def log(self, numbers, step):
+            heard.append((step, sorted(numbers)))
+
+        def finish(self):
+            heard.append("finished")
+
+    monkeypatch.setattr(watch, "open_tracker", lambda name: Heard())
+    with Watcher("stage", 6, tmp_path / "run" / "stage", 0, True, ("heard",), {"seed": 1}) as watcher:
+        watcher.tell(values(1))
+    numbers = sorted(["step", "loss", "tokens_per_second", "mfu", "stall_share", "seconds", "eta_seconds"])
+    assert heard == ["run-stage", (1, numbers), "finished"]
