@@ -50,6 +50,10 @@ def main() -> int:
         recipe = load(args.data, args.set)
         others = (*recipe.data.not_like, *args.not_like)
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, not_like=others))
+        if recipe.data.world is not None:
+            from stages.run import prepare_world
+
+            prepare_world(recipe, Path(args.run or f"runs/{recipe.name}"))  # as the run itself does first
     else:
         recipe = check.one_manifest(args.data, args.tokenizer, args.context, tuple(args.not_like), 6)
     stage = args.stage or list(recipe.chain)[-1]

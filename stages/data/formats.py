@@ -84,19 +84,32 @@ class Columns:
         return self.rows[index : index + 1].to_pylist()[0]
 
     def outlines(self) -> Iterator[Row]:
-        import pyarrow.types as types
-
-        def is_media(kind: Any) -> bool:
-            if types.is_struct(kind):
-                return any(is_media(kind.field(i).type) for i in range(kind.num_fields))
-            return types.is_binary(kind) or types.is_large_binary(kind)
-
-        media = [field.name for field in self.rows.data.schema if is_media(field.type)]
+        media = [field.name for field in self.rows.data.schema if _is_media(field.type)]
         for at in range(0, len(self.rows), SCANNED):
             table = self.rows[at : at + SCANNED]
-            there = {name: table[name].is_valid().to_pylist() for name in media}
+            shown = {name: _placeholders(table[name]) for name in media}
             for place, row in enumerate(table.drop_columns(media).to_pylist()):
-                yield {**row, **{name: b"" if found[place] else None for name, found in there.items()}}
+                yield {**row, **{name: found[place] for name, found in shown.items()}}
+
+
+def _is_media(kind: Any) -> bool:
+    """Whether an arrow type holds contents of files: bytes, {"bytes", "path"}, or a list of these."""
+    import pyarrow.types as types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _is_media(kind.value_type)
+    inside = [kind.field(i).type for i in range(kind.num_fields)] if types.is_struct(kind) else [kind]
+    return any(types.is_binary(part) or types.is_large_binary(part) for part in inside)
+
+
+def _placeholders(column: Any) -> list[Any]:
+    """Of each row of an arrow column of media, nothing in place of each one, read without the contents."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    if types.is_list(column.type) or types.is_large_list(column.type):
+        return [None if count is None else [b""] * count for count in compute.list_value_length(column).to_pylist()]
+    return [b"" if there else None for there in column.is_valid().to_pylist()]
 
 
 class Table:

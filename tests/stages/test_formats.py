@@ -154,6 +154,24 @@ def test_another_seed_is_another_order(folder, processor):
     assert orders[0] != orders[1]
 
 
+def test_lists_of_pictures_are_counted_without_being_read(processor, tmp_path):
+    rows = {
+        "images": [[{"bytes": png(n), "path": None} for n in pair] or None for pair in ((1, 2), (), (3,))],
+        "question": ["which", "why", "what"],
+        "answer": ["red 1", "red 2", "red 3"],
+    }
+    features = datasets.Features(
+        {"images": datasets.List(datasets.Image()), "question": datasets.Value("string"),
+         "answer": datasets.Value("string")}
+    )  # fmt: skip
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "rows.parquet"))
+    pictures, text = (opened(tmp_path, "rows.parquet", processor, kind=kind) for kind in ("image", "text"))
+    assert pictures.rows.indices.tolist() == [0, 2] and text.rows.indices.tolist() == [1]
+    assert [len(pictures.item(index).sample.image_grid_thw) for index in (0, 2)] == [2, 1]
+    outlines = list(pictures.rows.table.parts[0].outlines())
+    assert [row["images"] for row in outlines] == [[b"", b""], None, [b""]]
+
+
 def test_lines_of_many_files_are_named_by_their_file(folder, processor, tmp_path):
     for number in range(3):
         rows = [{"messages": [{"role": "assistant", "content": f"red {number}"}]}] * 2
