@@ -141,10 +141,13 @@ def open_theirs(size: str, processor: KeyeProcessor) -> nn.Module:
 
 def compare(size: str, folder: Path, context: int, packs: int, rounds: int) -> tuple[dict[str, list[float]], list[int]]:
     """Seconds of every round of ours and of theirs at each batch size, and the tokens of each round."""
+    os.environ["LOCAL_RANK"] = "0"
     opened = open_ours(size, folder, context, packs)
     trainer, tokens = opened.trainer, [opened.processor.token_id(name) for name in (IMAGE_PAD, VIDEO_PAD)]
     steps = [[trainer.loader.next() for _ in range(packs)] for _ in range(rounds + 1)]
     trainer.loader.close()
+    # With a rank in the environment their trainer would wrap its model for several processes, which only costs it time.
+    os.environ.pop("LOCAL_RANK", None)
     theirs = open_theirs(size, opened.processor)
     seconds: dict[str, list[float]] = {OURS: [], **{f"theirs, {rows} rows": [] for rows in ROWS}}
     counts = []
@@ -172,8 +175,6 @@ def main() -> None:
     from stages import engine
 
     engine.start(int(os.environ["OMP_NUM_THREADS"]) if "OMP_NUM_THREADS" in os.environ else None)
-    # With a rank in the environment their trainer would wrap its model for several processes, which only costs it time.
-    os.environ.pop("LOCAL_RANK", None)
     transformers.utils.logging.set_verbosity_error()
     base = SCRATCH / ("quick" if args.quick else "full")
     draw_mixed(base / "world", SEED, 0.2 if args.quick else 1.0)
