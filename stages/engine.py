@@ -91,10 +91,14 @@ def build(
     """A DeepSpeed engine that trains the parameters of `module` that want gradients, with AdamW.
 
     Biases, norms and other vectors are not decayed. `accumulation`: calls of `backward` a step. `backward` divides by
-    that and averages over all ranks; `trainer.Trainer` undoes both.
+    that and averages over all ranks; `trainer.Trainer` undoes both. In bf16 the optimizer keeps fp32 weights, which
+    begin as `module` has them; without ZeRO DeepSpeed has none, so that `zero` is 1 at least.
     """
     import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
 
+    half = resolve_precision(precision) == "bf16"
+    zero = max(zero, 1) if half else zero
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -113,10 +117,14 @@ def build(
         "zero_optimization": {"stage": zero, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         # Without the check ZeRO would step on gradients that are not finite in bf16, though not in fp32.
-        "bf16": {"enabled": resolve_precision(precision) == "bf16", "check_grad_overflow": True},
+        "bf16": {"enabled": half, "check_grad_overflow": True},
         "steps_per_print": 1 << 30,
     }
+    begun = [p.detach() for p in trained]  # the engine gives the parameters other memory
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    if half:  # else the fp32 weights would be those that were rounded to bf16
+        for parameter, value in zip(trained, begun, strict=True):
+            safe_set_full_fp32_param(parameter, value.to(engine.device, torch.float32))
     return engine
 
 
