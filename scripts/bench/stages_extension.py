@@ -116,7 +116,7 @@ def first_recipe(world: Path, seed: int, quick: bool) -> str:
     for family in ("caption", "order"):
         text += source(world, "other", "video", "multitask", family, 1.5)
     text += source(world, "other", "image", "multitask") + source(world, "other", "text", "multitask")
-    return text + FIRST.format(vision=4 if quick else 40, steps=8 if quick else 800, context=SHORT)
+    return text + FIRST.format(vision=4 if quick else 40, steps=8 if quick else 900, context=SHORT)
 
 
 def second_recipe(world: Path, seed: int, model: Path, scale: float, quick: bool) -> str:
@@ -126,7 +126,7 @@ def second_recipe(world: Path, seed: int, model: Path, scale: float, quick: bool
     for duration in TRAINED:
         text += source(world, f"long{duration}", "video", "annealing", weight=1.0 + (duration > 20))
     text += source(world, "other", "image", "annealing") + source(world, "other", "text", "annealing")
-    return text + SECOND.format(steps=2 if quick else 60, context=LONG, scale=scale)
+    return text + SECOND.format(steps=2 if quick else 50, context=LONG, scale=scale)
 
 
 def train(recipe: str, folder: Path) -> None:
