@@ -3,8 +3,7 @@
 A pack is closed by an exact subset sum, so that it is full; the packs of a step are chosen to cost the same.
 """
 
-import heapq
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,10 +80,12 @@ class Packs:
     """
 
     samples = 64  # in the pool: enough for a subset sum to close a pack
-    core = 0.85  # of a step's tokens, dealt by cost; the rest closes the packs
+    core = 0.85  # of a step's tokens is dealt by cost; the rest closes the packs
     patience = 8  # steps that a sample waits at most for its like
-    choices = 48  # candidates of a subset sum
-    tolerance = 0.02  # how far above the mean a pack may cost before samples are exchanged
+    choices = 48  # candidates of a subset sum, by cost, and as many by length
+    tolerance = 0.02  # how far from the mean a pack may cost before samples are held back or exchanged
+    exchanges = 4  # in a pack, at most
+    loss = 0.01  # of a pack that may be left open for the sake of its cost
 
     def __init__(self, context: int, packs: int, per_token: int) -> None:
         self.context, self.packs, self.per_token = context, packs, per_token
@@ -96,40 +97,53 @@ class Packs:
 
     def form(self, pool: list[Waiting], ledger: Ledger, step: int) -> list[list[Waiting]]:
         """See `Former`."""
-        chosen = self._choose(pool, ledger, step)
         packs = [_Pack(self.context) for _ in range(self.packs)]
-        left = self._deal(chosen, packs)
-        for waiting in left:
+        chosen = self._choose(pool, ledger, step)
+        target = sum(waiting.meta.excess for waiting in chosen) // self.packs
+        for waiting in self._deal(chosen, packs, target):
             ledger.add(waiting.meta, -1)
         taken = {waiting.serial for pack in packs for waiting in pack.samples}
         rest = [waiting for waiting in pool if waiting.serial not in taken]
-        self._close(packs, rest, ledger)
-        self._even_out(packs)
+        rest = self._close(packs, rest, ledger, target)
+        self._even_out(packs, rest, ledger, step)
         return [sorted(pack.samples, key=lambda waiting: waiting.serial) for pack in packs]
 
     def _choose(self, pool: list[Waiting], ledger: Ledger, step: int) -> list[Waiting]:
-        """The oldest of the kinds that are behind, up to the core; without those that could not be matched."""
+        """The oldest of the kinds that are behind, up to the core; without those that could not be matched.
+
+        A kind holds back no more than what the pool has of it above what it is owed.
+        """
+        spare = {kind: -ledger.owed(kind, self.amount) for kind in ledger.shares}
+        for waiting in pool:
+            spare[waiting.meta.kind] += waiting.meta.tokens
         held: set[int] = set()
         while True:
             chosen = self._oldest(pool, ledger, step, held)
-            mean = sum(waiting.meta.excess for waiting in chosen) / self.packs / self.core
+            mean = sum(waiting.meta.excess for waiting in chosen) / self.packs
             limit = mean + self.tolerance * (self.context * self.per_token + mean)
-            dear = [w for w in chosen if w.meta.excess > limit and step - w.born < self.patience]
-            if not dear or len(dear) == len(chosen):
+            dear = [
+                w for w in chosen
+                if w.meta.excess > limit and step - w.born < self.patience and w.meta.tokens <= spare[w.meta.kind]
+            ]  # fmt: skip
+            if not dear:
                 return chosen
-            held.add(max(dear, key=lambda w: (w.meta.excess, w.serial)).serial)
+            # A few at a time, because what takes their place changes the mean.
+            dear.sort(key=lambda w: (-w.meta.excess, -w.serial))
+            for waiting in dear[: 1 + len(dear) // 4]:
+                if waiting.meta.tokens <= spare[waiting.meta.kind]:
+                    held.add(waiting.serial)
+                    spare[waiting.meta.kind] -= waiting.meta.tokens
             for waiting in chosen:
                 ledger.add(waiting.meta, -1)
 
     def _oldest(self, pool: list[Waiting], ledger: Ledger, step: int, held: set[int]) -> list[Waiting]:
-        wanted = self.core * self.amount
         late = [waiting for waiting in pool if step - waiting.born >= self.patience]
         queues: dict[str, list[Waiting]] = {}
         for waiting in reversed(pool):
             if waiting.serial not in held and step - waiting.born < self.patience:
                 queues.setdefault(waiting.meta.kind, []).append(waiting)
         chosen, tokens, late = [], 0, late[::-1]
-        while tokens < wanted and (late or any(queues.values())):
+        while tokens < self.amount and (late or any(queues.values())):
             if late:
                 chosen.append(late.pop())
             else:
@@ -139,40 +153,52 @@ class Packs:
             tokens += chosen[-1].meta.tokens
         return chosen
 
-    def _deal(self, chosen: list[Waiting], packs: list["_Pack"]) -> list[Waiting]:
-        """Dearest first, each to the pack that has cost least and has room; returns what fits nowhere."""
+    def _deal(self, chosen: list[Waiting], packs: list["_Pack"], target: int) -> list[Waiting]:
+        """Deal the longest of the chosen to the packs; returns what is not dealt: the shortest, which close the packs.
+
+        A pack needs so much excess a token to end at the target. Dear samples go where most is needed, cheap ones
+        where least is.
+        """
         # What has waited longest is placed before a pack can be too full for it.
         first = min(chosen, key=lambda waiting: (waiting.born, waiting.serial))
-        order = sorted(chosen, key=lambda w: (w is not first, -w.meta.excess, -w.meta.tokens, w.serial))
-        heap = [(0, -self.context, i) for i in range(len(packs))]  # a heap already: it rises
-        left: list[Waiting] = []
+        order = [first, *sorted((w for w in chosen if w is not first), key=_length, reverse=True)]
+        tokens, count = 0, 0
+        while count < len(order) and tokens < self.core * self.amount:
+            tokens += order[count].meta.tokens
+            count += 1
+        left = order[count:]
+        # Those that are long for a pack come first, so that they find room; then the dearest.
+        order = [first, *sorted(order[1:count], key=self._urgency)]
+        room, missing = np.full(len(packs), self.context), np.full(len(packs), target)
         for waiting in order:
-            passed = []
-            while heap and packs[heap[0][2]].room < waiting.meta.tokens:
-                passed.append(heapq.heappop(heap))
-            if heap:
-                pack = packs[heap[0][2]]
-                pack.add(waiting)
-                heapq.heapreplace(heap, (pack.excess, -pack.room, heap[0][2]))
-            else:
+            meta = waiting.meta
+            need = missing / np.maximum(room, 1)
+            if meta.excess < meta.tokens * target / self.context:
+                need = -need
+            place = int(np.where(room >= meta.tokens, need, -np.inf).argmax())
+            if room[place] < meta.tokens:
                 left.append(waiting)
-            for entry in passed:
-                heapq.heappush(heap, entry)
+                continue
+            packs[place].add(waiting)
+            room[place] -= meta.tokens
+            missing[place] -= meta.excess
         return left
 
-    def _close(self, packs: list["_Pack"], rest: list[Waiting], ledger: Ledger) -> None:
-        """Fill what is left of each pack from the pool, the emptiest pack first."""
-        target = max(pack.excess for pack in packs)
+    def _urgency(self, waiting: Waiting) -> tuple[bool, int, int]:
+        return 4 * waiting.meta.tokens < self.context, -waiting.meta.excess, waiting.serial
+
+    def _close(self, packs: list["_Pack"], rest: list[Waiting], ledger: Ledger, target: int) -> list[Waiting]:
+        """Fill what is left of each pack from the rest of the pool, the emptiest pack first; returns what remains."""
         for pack in sorted(packs, key=lambda pack: -pack.room):
-            # What a token should bring with it for the pack to end at the dearest one's cost.
             density = (target - pack.excess) / max(pack.room, 1)
             open_room = sum(p.room for p in packs)
             fitting = [w for w in rest if w.meta.tokens <= pack.room]
             behind = [w for w in fitting if ledger.owed(w.meta.kind, open_room) > 0]
+            found: list[Waiting] = []
             for candidates in (behind, fitting):
-                near = sorted(candidates, key=lambda w: (abs(w.meta.excess / w.meta.tokens - density), w.serial))
-                near = near[: self.choices]
-                found = [near[i] for i in fill(pack.room, [w.meta.tokens for w in near])]
+                near = self._candidates(candidates, density, pack.room)
+                tried = [near[i] for i in fill(pack.room, [w.meta.tokens for w in near])]
+                found = max(found, tried, key=lambda part: sum(w.meta.tokens for w in part))
                 if pack.room - sum(w.meta.tokens for w in found) <= 0.005 * self.context:
                     break
             for waiting in found:
@@ -180,28 +206,55 @@ class Packs:
                 ledger.add(waiting.meta)
             taken = {waiting.serial for waiting in found}
             rest = [waiting for waiting in rest if waiting.serial not in taken]
+        return rest
 
-    def _even_out(self, packs: list["_Pack"]) -> None:
-        """Exchange samples of like length between the dearest pack and the cheapest while that helps."""
-        for _ in range(4 * len(packs)):
-            dear = max(packs, key=lambda pack: pack.excess)
-            cheap = min(packs, key=lambda pack: pack.excess)
-            gap = dear.excess - cheap.excess
-            if gap <= self.tolerance * (self.context * self.per_token + cheap.excess):
-                return
-            best = None
-            for a in dear.samples:
-                for b in cheap.samples:
-                    more = a.meta.tokens - b.meta.tokens
-                    moved = a.meta.excess - b.meta.excess
-                    if -dear.room <= more <= cheap.room and 0 < moved < gap:
-                        missed = abs(gap - 2 * moved)
-                        if best is None or missed < best[0]:
-                            best = (missed, a, b)
-            if best is None:
-                return
-            dear.exchange(best[1], best[2])
-            cheap.exchange(best[2], best[1])
+    def _candidates(self, fitting: list[Waiting], density: float, room: int) -> list[Waiting]:
+        """Samples whose cost a token is nearest to what a pack needs, and short ones, which close what these leave."""
+        near = sorted(fitting, key=lambda w: (abs(w.meta.excess / w.meta.tokens - density), w.serial))
+        count, tokens = 0, 0
+        while count < len(near) and (count < self.choices or tokens < 2 * room):
+            tokens += near[count].meta.tokens
+            count += 1
+        return near[:count] + sorted(near[count:], key=_length)[: self.choices]
+
+    def _even_out(self, packs: list["_Pack"], rest: list[Waiting], ledger: Ledger, step: int) -> None:
+        """Exchange samples for others of their kind and nearly their length from the rest, where that evens the costs.
+
+        Samples that have waited their time stay where they are.
+        """
+        if not rest or len(packs) == 1:
+            return
+        target = sum(pack.excess for pack in packs) // len(packs)
+        near = self.tolerance / 2 * (self.context * self.per_token + target)
+        tokens = np.array([waiting.meta.tokens for waiting in rest])
+        excess = np.array([waiting.meta.excess for waiting in rest])
+        kinds = np.array([waiting.meta.kind for waiting in rest])
+        for pack in packs:
+            for _ in range(self.exchanges):
+                gap = pack.excess - target
+                if abs(gap) <= near:
+                    break
+                found = []
+                for place, out in enumerate(pack.samples):
+                    if step - out.born < self.patience:
+                        longer = tokens - out.meta.tokens
+                        fits = (longer <= pack.room) & (pack.room - longer <= self.loss * self.context)
+                        fits &= kinds == out.meta.kind
+                        missed = np.where(fits, abs(gap - out.meta.excess + excess), abs(gap))
+                        found.append((int(missed.min()), place, int(missed.argmin())))
+                missed, place, into = min(found, default=(abs(gap), 0, 0))
+                if missed >= abs(gap):
+                    break
+                out = pack.samples[place]
+                pack.exchange(out, rest[into])
+                ledger.add(rest[into].meta)
+                ledger.add(out.meta, -1)
+                rest[into] = out
+                tokens[into], excess[into] = out.meta.tokens, out.meta.excess
+
+
+def _length(waiting: Waiting) -> tuple[int, int]:
+    return waiting.meta.tokens, waiting.serial
 
 
 class _Pack:

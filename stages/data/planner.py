@@ -96,7 +96,11 @@ class Planner:
         drawn: list[list[tuple[str, int]]] = []
         if self.restored is not None:
             return drawn
+        known = sum(self.mixture.known.values())
         while self._flying() + min(self._pooled(), self._wanted()) < self._wanted() + self.former.amount:
+            # While little is known, a guess that is far off must not decide on much.
+            if sum(map(len, self.flight)) >= max(BLOCK, known):
+                break
             rest = max(1.0, self.former.amount / 4)
             block: list[tuple[str, int]] = []
             while rest > 0 and len(block) < BLOCK:
@@ -120,8 +124,19 @@ class Planner:
     def hungry(self) -> bool:
         """Whether a block must be taken before a step can be planned."""
         pooled = self._pooled()
-        few = len(self.pool) < self.former.samples and pooled < 2 * self._wanted()
-        return self.restored is not None or pooled < self._wanted() or few
+        if self.restored is not None or pooled < self._wanted():
+            return True
+        few = len(self.pool) < self.former.samples
+        return (few or self._unequal(pooled)) and pooled < 2 * self._wanted()
+
+    def _unequal(self, pooled: float) -> bool:
+        """Whether the pool has less of a kind than the next step owes it."""
+        held = dict.fromkeys(self.emitted, 0)
+        for waiting in self.pool:
+            held[waiting.meta.kind] += waiting.meta.tokens
+        coming = int(self.former.amount * sum(held.values()) / pooled)
+        ledger = Ledger(self.mixture.kinds, self.emitted)
+        return any(ledger.owed(kind, coming) > tokens for kind, tokens in held.items())
 
     def take(self, metas: list[Meta | None]) -> None:
         """What became of the oldest block in flight, in its order; None for a bad sample.

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.errors import CheckpointError
+from stages.data.balance import deal_rounds
 from stages.data.mixture import Mixture
 from stages.data.packing import Packs, Pairs
 from stages.data.planner import Meta, Planner
@@ -49,12 +50,12 @@ def three_kinds() -> dict[str, tuple[float, list[int], int]]:
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     numbers=st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any),
     context=st.integers(40, 120),
     packs=st.integers(1, 4),
-    steps=st.integers(1, 12),
+    steps=st.integers(1, 6),
 )
 def test_nothing_is_lost_and_no_pack_is_over_the_context(numbers, context, packs, steps):
     plans = Plans({"text": (1.0, numbers, 1)}, Packs(context, packs, PER_TOKEN))
@@ -74,7 +75,7 @@ def test_nothing_is_lost_and_no_pack_is_over_the_context(numbers, context, packs
     assert sorted(seen + waiting + bad) == list(drawn)
 
 
-@pytest.mark.parametrize("packs", [1, 4, 16])
+@pytest.mark.parametrize("packs", [1, 8])
 def test_packs_are_full_and_shares_are_kept(packs):
     plans = Plans(three_kinds(), Packs(8192, packs, PER_TOKEN))
     fills = [sum(meta.tokens for meta in pack) / 8192 for _ in range(30) for pack in plans.step()]
@@ -83,12 +84,15 @@ def test_packs_are_full_and_shares_are_kept(packs):
         assert share == pytest.approx(plans.parts[kind][0], abs=0.01)
 
 
-@pytest.mark.parametrize("packs", [4, 16])
-def test_packs_of_a_step_cost_the_same(packs):
-    plans = Plans(three_kinds(), Packs(8192, packs, PER_TOKEN))
+@pytest.mark.parametrize(("packs", "ranks"), [(4, 2), (16, 2), (16, 4)])
+def test_no_rank_waits_long_for_another(packs, ranks):
+    plans, dearest, mean = Plans(three_kinds(), Packs(8192, packs, PER_TOKEN)), 0.0, 0.0
     for _ in range(20):
         costs = [sum(meta.tokens * PER_TOKEN + meta.excess for meta in pack) for pack in plans.step()]
-        assert max(costs) < 1.05 * sum(costs) / packs
+        for round_ in zip(*deal_rounds(costs, ranks), strict=True):
+            of_ranks = [costs[pack] for (pack,) in round_]
+            dearest, mean = dearest + max(of_ranks), mean + sum(of_ranks) / ranks
+    assert dearest < 1.05 * mean
 
 
 def test_no_sample_waits_for_ever():
@@ -99,14 +103,13 @@ def test_no_sample_waits_for_ever():
         assert all(plans.planner.step - waiting.born <= 2 * Packs.patience for waiting in plans.planner.pool)
 
 
-def test_dear_sample_waits_for_its_like():
-    """A sample as dear as a whole pack of others: alone it would hold up the step, four of them make a step."""
-    cheap = lengths(4, 20, 60)
-    parts = {"text": (0.5, cheap, 0), "video": (0.5, [500] * 7, 40)}
-    plans = Plans(parts, Packs(1000, 4, PER_TOKEN))
-    for _ in range(20):
-        dear = [sum(meta.kind == "video" for meta in pack) for pack in plans.step()]
-        assert len(set(dear)) == 1, dear
+def test_sample_that_nothing_matches_waits_while_its_kind_has_others():
+    parts = {"text": (0.5, lengths(4, 20, 60), 0), "image": (0.5, [600, *lengths(5, 20, 60, 150)], 40)}
+    plans, left = Plans(parts, Packs(1000, 4, PER_TOKEN)), []
+    for number in range(12):
+        left += [number for pack in plans.step() for meta in pack if meta.tokens == 600]
+    # It was in the pool before the first step; only its age brings it out.
+    assert 0 < left[0] <= Packs.patience
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
