@@ -45,7 +45,7 @@ SCRATCH = ROOT / ".cache" / "bench" / "stages_context"
 SEED = 5
 SIZE = 448  # pixels a side: a slow frame is 256 tokens
 TOKENS_PER_SECOND = 140  # of such a clip, a little below what it takes
-TILE = 8192  # tokens that pass through an MLP at once
+TILE = 1024  # tokens that pass through an MLP at once
 ENCODER = {
     "measure": "patch_l1",
     "threshold": 0.8,
