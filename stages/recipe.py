@@ -392,7 +392,8 @@ def _check_through(told: AnnealingRecipe, need: Callable[[bool, str], None]) -> 
 def _located(path: str, base: Path, kind: str = "") -> str:
     if kind == "hub" or path.startswith("{run}") or "://" in path or Path(path).is_absolute():
         return path
-    return str((base / path if (base / path).exists() else Path(path)).absolute())
+    beside = (base / path).exists() or any(base.glob(path))
+    return str((base / path if beside else Path(path)).absolute())
 
 
 def to_toml(recipe: Any) -> str:

@@ -46,30 +46,34 @@ def as_chat(raw: Row, columns: dict[str, str] | None = None) -> Row:
         ManifestError: a column is missing, or the row is in no known form.
     """
     row = raw if not columns else _renamed(raw, columns)
-    if "messages" in row:
-        chat = _filled(row["messages"], _media(row)) if _has_media(row) else row["messages"]
-    elif "conversations" in row:
-        chat = _spoken(row["conversations"], _media(row))
-    elif row.get("texts") is not None:
-        chat = [{"role": "assistant", "content": _interleaved(row["texts"], row.get("images"))}]
-    elif row.get("question") is not None and row.get("answer") is not None:
-        asked = [*_parts(row), {"type": "text", "text": row["question"]}]
-        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": _common(row["answer"])}]
-    elif row.get("caption") is not None and _has_media(row):
-        asked = [*_parts(row), {"type": "text", "text": describe(_parts(row))}]
-        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": _first(row["caption"])}]
-    elif row.get("text") is not None:
-        chat = [{"role": "assistant", "content": row["text"]}]
-    else:
-        has = ", ".join(sorted(map(str, row))) or "nothing"
-        raise ManifestError(f"no 'messages' list in it, it has {has}; name its columns in data.sources.columns")
     try:
+        chat = _chat(row)
         kind_of(chat)
-    except (KeyError, TypeError, AttributeError) as error:
+        found = {"caption": _first(row["caption"])} if row.get("caption") is not None else {}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ManifestError(f"no 'messages' list in the chat format ({type(error).__name__}: {error})") from None
-    found = {"caption": _first(row["caption"])} if row.get("caption") is not None else {}
     more = {name: row[name] for name in ("objects", "size", "family") if row.get(name) is not None}
     return {"messages": chat, **found, **more}
+
+
+def _chat(row: Row) -> Any:
+    """The messages of a row, by the first form that it has."""
+    if "messages" in row:
+        return _filled(row["messages"], _media(row)) if _has_media(row) else row["messages"]
+    if "conversations" in row:
+        return _spoken(row["conversations"], _media(row))
+    if row.get("texts") is not None:
+        return [{"role": "assistant", "content": _interleaved(row["texts"], row.get("images"))}]
+    if row.get("question") is not None and row.get("answer") is not None:
+        asked = [*_parts(row), {"type": "text", "text": row["question"]}]
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": _common(row["answer"])}]
+    if row.get("caption") is not None and _has_media(row):
+        asked = [*_parts(row), {"type": "text", "text": describe(_parts(row))}]
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": _first(row["caption"])}]
+    if row.get("text") is not None:
+        return [{"role": "assistant", "content": row["text"]}]
+    has = ", ".join(sorted(map(str, row))) or "nothing"
+    raise ManifestError(f"no 'messages' list in it, it has {has}; name its columns in data.sources.columns")
 
 
 def _renamed(raw: Row, columns: dict[str, str]) -> Row:
@@ -172,8 +176,11 @@ def _interleaved(texts: Iterable[Any], images: Iterable[Any] | None) -> list[Row
 
 
 def _common(answer: Any) -> Any:
-    """The answer that most people gave, the first of equals."""
-    return Counter(answer).most_common(1)[0][0] if isinstance(answer, list) and answer else answer
+    """The answer that most people gave, the first of equals; what is no list of answers stays as it is."""
+    if not isinstance(answer, list):
+        return answer
+    answers = [one.get("answer", one) if isinstance(one, dict) else one for one in answer]
+    return Counter(answers).most_common(1)[0][0] if answers and all(isinstance(a, str) for a in answers) else answer
 
 
 def _first(caption: Any) -> Any:

@@ -230,6 +230,8 @@ def files_of(kind: str, path: str) -> list[str]:
     else:
         try:
             found = set(resolve_pattern(path, os.getcwd()))
+        except FileNotFoundError:
+            found = set()
         except Exception as error:  # the file systems behind it raise their own
             raise ManifestError(f"{path}: cannot be listed ({type(error).__name__}: {error})") from None
     if not found:

@@ -284,6 +284,10 @@ def words(text: str) -> dict:
     ("row", "chat"),
     [
         ({"image": "a.png", "question": "how many", "answer": ["2", "3", "3"]}, [[IMAGE, words("how many")], "3"]),
+        (
+            {"image": "a.png", "question": "how many", "answer": [{"answer": n} for n in "232"]},
+            [[IMAGE, words("how many")], "2"],
+        ),
         ({"image": "a.png", "caption": ["a hat", "hats"]}, [[IMAGE, words("Describe the image.")], "a hat"]),
         ({"images": ["a.png", "b.png"], "caption": "hats"}, [[*TWO, words("Describe the images.")], "hats"]),
         (
@@ -322,6 +326,9 @@ def test_documents_and_texts_are_the_assistants_words():
         ({"a": 1, "b": 2}, "it has a, b; name its columns in data.sources.columns"),
         ({"conversations": [{"from": "bird", "value": "hi"}]}, "no list of from and value"),
         ({"conversations": [{"from": "human", "value": "hi"}], "image": "a.png"}, "marks 0 media .* the row has 1"),
+        ({"image": "a.png", "question": "what", "answer": [3]}, "no 'messages' list in the chat format"),
+        ({"image": "a.png", "caption": 3, "messages": 7}, "no 'messages' list in the chat format"),
+        ({"texts": 7}, "no 'messages' list in the chat format"),
         ({"texts": ["a"], "images": [None, "b.png"]}, "go side by side"),
     ],
 )  # fmt: skip
