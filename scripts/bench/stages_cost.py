@@ -35,8 +35,8 @@ VOCABULARY = 4096
 SIDE = 8  # patches along a frame
 SCRATCH = ROOT / ".cache" / "bench" / "cost"
 EXAMPLES = """examples:
-  python scripts/bench/stages_cost.py           seventeen minutes on two quiet cores
-  python scripts/bench/stages_cost.py --quick   three cases, which prove nothing
+  python scripts/bench/stages_cost.py           about fifteen minutes on a quiet machine
+  python scripts/bench/stages_cost.py --quick   three cases, which prove nothing (two minutes)
 """
 
 
