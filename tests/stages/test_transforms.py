@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from keye.errors import ManifestError
+from keye.errors import ManifestError, RecipeError
 from stages.data.transforms import TRANSFORMS, apply, checked, thousandth
+from stages.recipe import load
 
 IMAGE = {"type": "image", "image": "a.png"}
 VIDEO = {"type": "video", "video": "a.mp4", "fps": 1}
@@ -177,3 +178,19 @@ def test_what_cannot_be_is_said():
     assert checked(("objects", "trap"), streaming=False) is None
     assert "there are caption_first, caption_last" in checked(("caption_frist",), streaming=False)
     assert "leave streaming out" in checked(("trap",), streaming=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('transforms = ["tarp"]', r"data.sources\[0\].transforms: 'tarp' is not a transform; there are"),
+        ('transforms = ["trap"], streaming = true', "leave streaming out"),
+        ('format = "csv"', r"data.sources\[0\].format must be one of jsonl"),
+    ],
+)
+def test_a_recipe_names_what_cannot_be(tmp_path, more, said):
+    path = tmp_path / "mine.toml"
+    source = f'name = "mine"\ndata = {{ sources = [{{ path = "a.jsonl", kind = "image", {more} }}] }}\n'
+    path.write_text(source + "[multitask]\nsteps = 1\nlr = 1e-3\n")
+    with pytest.raises(RecipeError, match=said):
+        load(path)
