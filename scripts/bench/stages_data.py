@@ -1,9 +1,13 @@
 """Mixed data and a recipe for the benches that train: long and short clips, stills of three sizes, text; all drawn."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from keye.errors import KeyeError
 from keye.world import generate
+from scripts.bench.record import ROOT
 
 MIXTURE = {"video": 0.24, "image": 0.50, "text": 0.26}  # the report's for annealing; stage 2's is not published
 HEAD = """
@@ -62,3 +66,24 @@ def write_recipe(path: Path, folder: Path, context: int, packs: int, preset: str
             text += f'[[data.sources]]\npath = "{manifest}"\nkind = "{kind}"\n'
     path.write_text(text + STAGE.format(context=context, packs=packs, **MIXTURE), encoding="utf-8")
     return path
+
+
+def torchrun(command: list[str], log: Path, processes: int, limit: float) -> None:
+    """A script on so many processes of one thread each, its output in `log`; KeyeError when it fails or takes too long.
+
+    limit: seconds.
+    """
+    launch = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--"),
+    ]
+    with log.open("w") as out:
+        try:
+            code = subprocess.run(
+                [*launch, *command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=limit, check=False,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise KeyeError(f"{command[0]} took more than {limit:.0f} s; {log} says how far it came") from None
+    if code:
+        raise KeyeError(f"{command[0]} on {processes} processes failed; the end of {log} says why")

@@ -8,9 +8,7 @@ of positions. Steps of the trainer alternate between the layouts; losses and lab
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -26,9 +24,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from keye.errors import KeyeError, run  # noqa: E402
+from keye.errors import run  # noqa: E402
 from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
-from scripts.bench.stages_data import MIXTURE, draw_mixed, write_recipe  # noqa: E402
+from scripts.bench.stages_data import MIXTURE, draw_mixed, torchrun, write_recipe  # noqa: E402
 
 PACKED, BY_LENGTH = "packed", "padded, sorted by length"
 ROWS = (4, 16)  # rows of a padded batch as drawn
@@ -269,19 +267,7 @@ def measure(processes: int, rounds: int, quick: bool) -> dict[str, Any]:
         recipe = write_recipe(
             folder / "packing.toml", SCRATCH / ("world-quick" if quick else "world"), context, packs
         )
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--", __file__),
-            *("--worker", str(recipe), str(folder), str(rounds)),
-        ]
-        log = folder / "log"
-        with log.open("w") as out:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=LIMIT, check=False,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            ).returncode  # fmt: skip
-        if code or not found.exists():
-            raise KeyeError(f"the measurement on {processes} processes failed; the end of {log} says why")
+        torchrun([__file__, "--worker", str(recipe), str(folder), str(rounds)], folder / "log", processes, LIMIT)
     return json.loads(found.read_text())
 
 
