@@ -214,11 +214,11 @@ def _catch(failures: list[Exception], action: Callable[[], Any]) -> None:
 
 
 def _plainly(error: Exception) -> str:
-    # What torch says of a full disk is where in its writer it stood; the cause is in the context, if anywhere.
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
-        found = found.__context__
-    return found.strerror if isinstance(found, OSError) and found.strerror else str(error).splitlines()[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = str(error).splitlines()[0]
+    # Of a full disk torch's own writer says only where it stood.
+    return "a file was cut short, as on a full disk" if "inline_container" in said else said
 
 
 def _first_said(mine: list[str]) -> str | None:
