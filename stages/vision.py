@@ -4,6 +4,7 @@ A visual is a still or a whole clip (its frames' patches pooled together). The t
 stage alone: they are in its checkpoints, not in its model.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class Vision:
 
     def __init__(self, recipe: VisionRecipe, processor: KeyeProcessor) -> None:
         self.recipe, self.processor = recipe, processor
+        # Padding is a state of a fast tokenizer, which threads that encode samples meanwhile would take away.
+        self.captions = copy.deepcopy(processor.tokenizer)
 
     def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
         if self.recipe.text_model:
@@ -97,7 +100,7 @@ class Vision:
     def loader(self, mixture: Mixture, grid: Grid, model: KeyeForConditionalGeneration, workers: int) -> Loader:
         def assemble(items: list[Item]) -> dict[str, Any]:
             pixels, grids, owners = visual_samples([item.sample for item in items])
-            captions = self.processor.tokenizer(
+            captions = self.captions(
                 [item.caption for item in items],
                 padding="max_length", truncation=True, max_length=self.recipe.text_length, return_tensors="pt",
             )["input_ids"]  # fmt: skip
