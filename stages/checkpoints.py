@@ -278,7 +278,7 @@ def _load(engine: Any, found: Path) -> None:
     said = []
     try:
         engine.load_checkpoint(str(found.parent), tag=found.name)
-    except (RuntimeError, KeyError, ValueError, AssertionError, OSError) as error:
+    except (RuntimeError, KeyError, IndexError, ValueError, AssertionError, OSError) as error:
         said.append((str(error).splitlines() or [type(error).__name__])[0])
     reason = _first_said(said)
     if reason is not None:

@@ -129,7 +129,6 @@ def second_half(folder: Path, zero: int) -> tuple[Any, list[float], list[str]]:
         (2, 1, 2),
         pytest.param(1, 2, 1, marks=pytest.mark.slow),
         pytest.param(2, 1, 0, marks=pytest.mark.slow),
-        pytest.param(2, 4, 2, marks=pytest.mark.slow),
     ],
 )
 def test_another_number_of_processes_goes_on_as_if_nothing_had_been(tmp_path, capfd, before, after, zero):
