@@ -21,6 +21,7 @@ from stages.stage import Stage
 from stages.watch import Watcher, find_peak, operations
 
 PEAK = "peak.json"  # what the MFU in metrics.jsonl is a share of
+HASTE = 30.0  # seconds that a rank which failed alone waits for its loader, which may wait for other ranks
 
 
 class Trainer:
@@ -131,13 +132,18 @@ class Trainer:
         """
         asking = {signal.SIGTERM: "stop", signal.SIGUSR1: "save"}
         before = {number: signal.signal(number, lambda n, _: self.asked.add(asking[n])) for number in asking}
+        patience: float | None = HASTE
         try:
             with self.watcher:
                 self._run()
+            patience = None
+        except KeyeError:  # all ranks agree on these
+            patience = None
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.loader.close()
+            self.loader.close(patience)
 
     def _run(self) -> None:
         if self.grid.rank == 0:

@@ -67,13 +67,17 @@ class Loader:
                 self._made.put((None, None, error))
                 return
 
-    def close(self) -> None:
-        """Stop the thread and wait for it: one that is decoding while the interpreter ends would abort the process."""
+    def close(self, patience: float | None = None) -> None:
+        """Stop the thread and wait for it: one that is decoding while the interpreter ends would abort the process.
+
+        patience: seconds at most, for a rank that failed alone: the rounds it still owes may never be made.
+        """
         self._closing.set()
         self._credits.put(False)
         if self._thread is not None:
-            self._thread.join()
-        self.stream.close()
+            self._thread.join(patience)
+        if self._thread is None or not self._thread.is_alive():
+            self.stream.close()
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch that was handed out."""

@@ -1,5 +1,7 @@
 """Recipes: what is wrong is named with its key and the mend; what is right comes back the same."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,3 +168,10 @@ def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, name, key, value)
     table = replace(recipe, name=name, processor=ProcessorRecipe(encoder={key: value}))
     path.write_text(to_toml(table), encoding="utf-8", newline="")
     assert load(path) == table
+
+
+def test_the_printed_recipe_is_the_one_that_would_be_trained(tmp_path):
+    command = [sys.executable, "scripts/pretrain.py", "stages/recipes/small.toml", "--set", "multitask.lr=1e-4"]
+    printed = subprocess.run([*command, "--print"], capture_output=True, text=True, check=True, timeout=300).stdout
+    (tmp_path / "printed.toml").write_text(printed, encoding="utf-8")
+    assert load(tmp_path / "printed.toml") == load("stages/recipes/small.toml", ["multitask.lr=1e-4"])
