@@ -109,19 +109,21 @@ class DataRecipe:
 class StageRecipe:
     """What every stage is told.
 
-    steps: optimizer steps. context: tokens a pack holds. packs: packs a step, over all ranks. lr, schedule ("cosine"
-    to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm). zero: DeepSpeed ZeRO stage.
-    sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens. encoder: overrides of
-    `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay. spike_loss, spike_norm: a
-    step whose loss (gradient norm) is above so many times its running median is skipped; 0 = never. Memory
-    (`stages.memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers in host
-    memory; mlp_tiles: parts an MLP is computed in.
+    steps: optimizer steps. context: tokens a pack holds. packs: packs a step, over all ranks. alike: packs of a step
+    that are made to cost the same, best as many as data-parallel ranks meet in a round, or more; 0 = a quarter of the
+    step. lr, schedule ("cosine" to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm).
+    zero: DeepSpeed ZeRO stage. sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens.
+    encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay.
+    spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running median is skipped; 0 =
+    never. Memory (`stages.memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers
+    in host memory; mlp_tiles: parts an MLP is computed in.
     """
 
     steps: int
     lr: float
     context: int = 1024
     packs: int = 2
+    alike: int = 0
     schedule: str = "cosine"
     warmup: int = 0
     weight_decay: float = 0.0
@@ -221,6 +223,7 @@ def _phases(told: AnnealingRecipe) -> dict[str, StageRecipe]:
             steps=told.through[str(context)],
             context=context,
             packs=told.packs * told.context // context,
+            alike=told.alike * told.context // context,
             sequence_parallel=next(n for n in divisors if n * told.context >= told.sequence_parallel * context),
             schedule="constant",
             rope_scale=1.0 if phases else told.rope_scale,
@@ -345,6 +348,7 @@ def _check(recipe: Recipe, file: str) -> None:
         stage: StageRecipe = getattr(recipe, name)
         for key in ("steps", "context", "packs", "sequence_parallel", "save_every", "keep"):
             need(getattr(stage, key) >= 1, f"{name}.{key} must be at least 1")
+        need(0 <= stage.alike <= stage.packs, f"{name}.alike must be from 0 (a quarter) to {name}.packs")
         need(stage.lr > 0, f"{name}.lr must be above 0")
         need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')
         need(stage.mlp_tiles >= 1, f"{name}.mlp_tiles must be at least 1")

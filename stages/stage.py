@@ -62,7 +62,8 @@ class LanguageStage:
 
         trains = [any(p.requires_grad for p in part.parameters()) for part in (model.visual, model.language_model)]
         cost = Cost(model.config, *trains)
-        planner = Planner(mixture, Packs(self.recipe.context, self.recipe.packs, cost.per_token))
+        told = self.recipe
+        planner = Planner(mixture, Packs(told.context, told.packs, cost.per_token, told.alike))
         # A step's batches are asked for at once, to count their labels; all of them are made while the last one trains.
         ahead = max(2, self.recipe.packs // grid.data_size)
         return Loader(Feed(planner, cost, deal_rounds, assemble, grid, workers), grid, ahead)

@@ -93,6 +93,7 @@ class Trainer:
         every = dict(zip(mine, sums, strict=True))
         self.agreed = {name for name in ("save", "stop") if every[name]}
         kinds = {kind: int(every[kind]) for kind in KINDS if every[kind]}
+        rounds = [batch["costs"] for batch in batches]
         norm = deep.gradient_norm(self.engine) if math.isnan(self.guard.norm) else self.guard.norm
         return {
             "step": self.step,
@@ -106,6 +107,7 @@ class Trainer:
             "stall_share": every["stalled"] / self.grid.world / seconds,
             "flops": every["flops"],
             "mfu": every["flops"] / seconds / self.peak.flops,
+            "imbalance": sum(map(max, rounds)) / sum(sum(costs) / len(costs) for costs in rounds) - 1,
             "not_finite": self.guard.not_finite,
             "skipped": self.guard.skipped,
             **{f"tokens_{kind}": count for kind, count in kinds.items()},

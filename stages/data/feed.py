@@ -25,6 +25,7 @@ class Feed:
         cost: of a sample.
         deal: (costs of a step's packs, data-parallel ranks) → rank → round → packs that make one batch.
         assemble: items of a batch → the batch; in a sequence group they hold the pixels of this rank's frames alone.
+            "costs" is added: what each data-parallel rank's batch of the round costs, in operations.
         grid: this rank's place.
         workers: threads that encode.
     """
@@ -117,7 +118,6 @@ class Feed:
 
     def _batch(self, round_: list[list[int]]) -> dict[str, Any]:
         """Send the samples of a round to those who train on them, and make this rank's batch of what came."""
-        mine = [meta for pack in round_[self.grid.data_rank] for meta in self.packs[pack]]
         outgoing: list[list[tuple[int, Item]]] = [[] for _ in range(self.grid.world)]
         for data_rank, packs in enumerate(round_):
             metas = [meta for pack in packs for meta in self.packs[pack]]
@@ -132,7 +132,7 @@ class Feed:
         came = own if self.group is None else own + exchange.send(outgoing, self.group)
         items = [item for _, item in sorted(came, key=lambda pair: pair[0])]
         batch = self.assemble(items)
-        batch["flops"] = sum(self._flops(meta) for meta in mine)
+        batch["costs"] = [sum(self._flops(m) for pack in packs for m in self.packs[pack]) for packs in round_]
         return batch
 
     def _owns(self, meta: Meta) -> bool:

@@ -112,7 +112,7 @@ class Planner:
         return drawn
 
     def _wanted(self) -> float:
-        return 1.5 * self.former.amount
+        return 2 * self.former.amount
 
     def _pooled(self) -> float:
         return sum(self.former.units(waiting.meta.tokens) for waiting in self.pool)

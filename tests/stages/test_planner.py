@@ -105,11 +105,24 @@ def test_no_sample_waits_for_ever():
 
 def test_sample_that_nothing_matches_waits_while_its_kind_has_others():
     parts = {"text": (0.5, lengths(4, 20, 60), 0), "image": (0.5, [600, *lengths(5, 20, 60, 150)], 40)}
-    plans, left = Plans(parts, Packs(1000, 4, PER_TOKEN)), []
+    plans, left = Plans(parts, Packs(1000, 4, PER_TOKEN, alike=2)), []
     for number in range(12):
         left += [number for pack in plans.step() for meta in pack if meta.tokens == 600]
     # It was in the pool before the first step; only its age brings it out.
     assert 0 < left[0] <= Packs.patience
+
+
+@pytest.mark.parametrize("alike", [1, 2, 4])
+def test_dear_samples_come_as_many_at_once_as_ranks_meet(alike):
+    parts = {"text": (0.6, lengths(4, 5, 60), 0), "video": (0.3, lengths(5, 20, 90), 5), "image": (0.1, [600], 40)}
+    plans, steps = Plans(parts, Packs(1000, 4, PER_TOKEN, alike)), []
+    for number in range(120):
+        dear = [pack for pack in plans.step() if any(meta.tokens == 600 for meta in pack)]
+        if dear and number >= 60:  # at first too many are drawn, because their length is not known; then none for long
+            steps.append(len(dear))
+            costs = [sum(meta.tokens * PER_TOKEN + meta.excess for meta in pack) for pack in dear]
+            assert max(costs) < 1.05 * min(costs)
+    assert len(steps) > 3 and all(count % alike == 0 for count in steps)
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])

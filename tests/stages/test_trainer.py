@@ -76,7 +76,7 @@ def three_steps(manifest: Path, folder: Path, sequence: int, zero: int) -> tuple
     samples = [made.sample(line["messages"], manifest.parent) for line in small.lines(manifest)]
     # Packs of very unequal numbers of labels, so that a mean of means would show.
     parts = [samples[0:1], samples[4:12], samples[1:3], samples[5:6], samples[3:7], samples[8:9]]
-    rows = [{**pack(part, 2), "kinds": {"video": 1}} for part in parts]
+    rows = [{**pack(part, 2), "kinds": {"video": 1}, "costs": [1]} for part in parts]
     stage, model = Multitask(RECIPE, made), small.model(made).train()
     loader = Loader(Packs(rows, grid), grid)
     recipe = replace(RECIPE, zero=zero, sequence_parallel=sequence)
