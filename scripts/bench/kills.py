@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import psutil  # noqa: E402
 
 from keye.errors import KeyeError, run  # noqa: E402
-from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
+from scripts.bench.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/bench/kills.py                  20 kills, about half an hour on two cores
@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims (0)")
     args = parser.parse_args()
     began, count = time.monotonic(), 2 if args.quick else args.kills
+    forget_other_code(SCRATCH)
     trials, seconds = measure(count, args.seed, SCRATCH)
     same = [trial for trial in trials if trial.curves and trial.weights]
     met = Counter(trial.doing for trial in trials)

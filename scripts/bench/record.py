@@ -6,11 +6,13 @@ it has measured. README.md beside this file has the format.
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -82,6 +84,18 @@ def run_parts(scripts: dict[str, str], options: Sequence[str]) -> list[str]:
             failed.append(part)
         print(f"      {time.monotonic() - began:.0f} s", flush=True)
     return failed
+
+
+def forget_other_code(scratch: Path) -> None:
+    """Empty a folder of kept measurements unless they were begun with the code that keye/ and stages/ now have."""
+    told = hashlib.sha256()
+    for path in sorted(path for room in ("keye", "stages") for path in (ROOT / room).rglob("*.py")):
+        told.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    mark = scratch / "code.txt"
+    if not mark.exists() or mark.read_text() != told.hexdigest():
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        mark.write_text(told.hexdigest())
 
 
 def out_of(args: argparse.Namespace) -> Path:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import KeyeError, run  # noqa: E402
-from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
+from scripts.bench.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save  # noqa: E402
 
 if TYPE_CHECKING:  # the bench's main process loads neither torch nor transformers
     from torch import Tensor
@@ -85,6 +85,7 @@ def main() -> int:
         return step(args.step)
     if args.fresh:
         shutil.rmtree(SCRATCH, ignore_errors=True)
+    forget_other_code(SCRATCH)
     began = time.monotonic()
     rows = [measure(c, n) for c in args.contexts or (QUICK if args.quick else CONTEXTS) for n in PROCESSES]
     report(rows, out_of(args), time.monotonic() - began, args.quick)

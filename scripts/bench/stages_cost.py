@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from keye.errors import KeyeError, run  # noqa: E402
 from keye.model.config import KeyeConfig, KeyeVisionConfig  # noqa: E402
 from scripts.bench.model_memory import resident  # noqa: E402
-from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
+from scripts.bench.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save  # noqa: E402
 from stages.cost import Work, parameters_of, step_flops, step_seconds  # noqa: E402
 from stages.footprint import Plan, Share, footprint  # noqa: E402
 from stages.gpus import Gpu  # noqa: E402
@@ -233,6 +233,7 @@ def main() -> None:
         return
     if not Path("/proc/self/clear_refs").exists():
         raise KeyeError("the peak of a process is read from /proc, which this system has not: run this part on Linux")
+    forget_other_code(SCRATCH)
     began, cases, steps = time.monotonic(), (QUICK if args.quick else CASES), 2 if args.quick else args.steps
     taken = measure(cases, steps, SCRATCH / "cases.json")
     # The machine's rates are the best that any of the processes saw; the share of it is the base case's.

@@ -21,7 +21,7 @@ from statistics import mean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import KeyeError, run  # noqa: E402
-from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
+from scripts.bench.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save  # noqa: E402
 from scripts.bench.stages_data import torchrun  # noqa: E402
 
 SEED, QUESTION_SEEDS = 1, (101, 102)
@@ -247,6 +247,7 @@ def main() -> None:
     if args.ask:
         ask(Path(args.ask[0]), int(args.ask[2]), int(args.ask[1]))
         return
+    forget_other_code(SCRATCH)
     began = time.monotonic()
     folder = SCRATCH / f"{'quick-' if args.quick else ''}{args.seed}"
     if args.fresh:

@@ -25,7 +25,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from keye.errors import run  # noqa: E402
-from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
+from scripts.bench.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save  # noqa: E402
 from scripts.bench.stages_data import MIXTURE, draw_mixed, torchrun, write_recipe  # noqa: E402
 
 PACKED, BY_LENGTH = "packed", "padded, sorted by length"
@@ -309,6 +309,7 @@ def main() -> None:
     if args.worker:
         worker(Path(args.worker[0]), Path(args.worker[1]), int(args.worker[2]))
         return
+    forget_other_code(SCRATCH)
     began, rounds = time.monotonic(), args.rounds or (2 if args.quick else 9)
     claims, rows, lengths = [], [], []
     for processes in (1, 2):
