@@ -98,7 +98,8 @@ def padded(batch: list[Document], pad: int) -> dict[str, Any]:
             out[name] = join(parts)
     # The trainer counts operations by the documents: padding is no work that anybody asked for.
     lengths = torch.tensor([0] + [document.tokens for document in batch]).cumsum(0)
-    return {**out, "cu_seqlens": lengths, "kinds": {"text": int(lengths[-1])}}
+    count = int(lengths[-1])
+    return {**out, "cu_seqlens": lengths, "kinds": {"text": count}, "costs": [count]}
 
 
 def as_drawn(sizes: list[int], batches: int, draw: random.Random) -> list[list[int]]:
