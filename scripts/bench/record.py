@@ -206,6 +206,8 @@ def document(out: Path, order: Sequence[str], head: str = ENCODER) -> str:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     for record in records:
         lines += ["", *_section(record)]
+        if (picture := out / f"{record['part']}.png").exists():
+            lines += ["", f"![{record['tables'][0]['title']}]({out.name}/{picture.name})"]
     return "\n".join(lines) + "\n"
 
 

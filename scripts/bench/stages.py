@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import run  # noqa: E402
 from scripts.bench.record import RESULTS, arguments, document, out_of, run_parts  # noqa: E402
+from scripts.bench.stages_curves import draw_curves  # noqa: E402
 
 SCRIPTS = {
     "packing": "stages_packing",
@@ -55,6 +56,8 @@ def main() -> int:
     failed = run_parts(chosen, options)
     path = out.parent / "stages.md" if out == RESULTS / "stages" else out / "stages.md"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent != out:
+        draw_curves(out)
     path.write_text(document(out, (*PARTS, GPU), HEAD), encoding="utf-8")
     print(f"\nwritten: {path}")
     if failed:
