@@ -177,12 +177,16 @@ def step_flops(config: Any, name: str, work: Work, told: StageRecipe) -> tuple[f
     else:
         model = flops.TRAINING * (tower + projector + decoder + head).total
     again = head.total  # the loss is always taken in chunks that are computed twice
+    product = 2 * sum(work.documents) * text.hidden_size * text.intermediate_size * text.num_hidden_layers
     if told.checkpointing:
+        # Not the last product of what is computed again, whose result nobody waits for: of the MLPs, of the projector.
+        last = product + 2 * (work.patches // 4) * 4 * vision.hidden_size * text.hidden_size
+        again += decoder.linear + projector.total + (0 if frozen else tower.linear) - last
         # Attention's results are kept, unless they would have to wait in host memory.
-        again += decoder.linear + projector.total + (decoder.quadratic if told.offload else 0)
-        again += 0 if frozen else tower.total
+        again += decoder.quadratic + (0 if frozen else tower.quadratic) if told.offload else 0
     if told.mlp_tiles > 1:
-        again += 6 * sum(work.documents) * text.hidden_size * text.intermediate_size * text.num_hidden_layers
+        # Two of a tile's three products; where layers are computed again all three besides, but for the last tile.
+        again += product * (3 * (told.mlp_tiles - 1) / told.mlp_tiles if told.checkpointing else 2)
     return model, model + again
 
 

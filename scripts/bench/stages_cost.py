@@ -1,8 +1,8 @@
 """What stages/cost.py reckons, against steps that are run: peak memory and time of small trainings on the CPU.
 
-Each case is a process of its own with the real engine: a warm-up step, then steps that are timed and whose peak of
-resident memory is read. One case gives the share of the machine's matrix rate that the others' times are reckoned with;
-memory is reckoned from shapes alone. What was measured is kept, so that a bench that was stopped goes on.
+Each case has a process of its own with the real engine for the peak of resident memory, and one in which it is timed
+in turn with the base case, whose share of the machine's matrix rate the case's time is reckoned with; memory is
+reckoned from shapes alone. What was measured is kept, so that a bench that was stopped goes on.
 """
 
 import argparse
@@ -124,40 +124,52 @@ def pack_of(case: Case) -> dict[str, torch.Tensor]:
 
 
 def one(case: Case, steps: int) -> dict[str, Any]:
-    """Train here: bytes above the start at the peak of a step, and seconds of each step."""
+    """Train here. Without steps: bytes above the start at the peak of a step. Else seconds of so many, and of BASE's.
+
+    The two take turns in one process, so that what else the machine does meets both.
+    """
     from stages import engine as deep
 
     deep.start(threads=1)
-    rate, bandwidth = matrix_rate(), copy_rate()
-    train(Case("warm-up", width=128, layers=1, tower=1, tokens=128, documents=2), 1)  # loads what is loaded once
+    Training(Case("warm-up", width=128, layers=1, tower=1, tokens=128, documents=2)).step()  # loads what is loaded once
     before = resident("VmRSS")
-    seconds = train(case, steps)
+    trainings = [Training(case)] if not steps else [Training(case), Training(BASE)]
+    for training in trainings:
+        training.step()  # makes the optimizer's states
+    Path("/proc/self/clear_refs").write_text("5")  # what building took does not count
+    seconds: list[list[float]] = [[] for _ in trainings]
+    for number in range(steps or 1):
+        order = list(zip(trainings, seconds, strict=True))
+        for training, taken in order if number % 2 else order[::-1]:
+            taken.append(training.step())
     peak = resident("VmHWM") - before
+    rates = {"rate": matrix_rate(), "bandwidth": copy_rate()}
     deep.stop()
-    return {"peak": peak, "seconds": seconds, "rate": rate, "bandwidth": bandwidth}
+    return {"seconds": seconds[0], "base": seconds[1], **rates} if steps else {"peak": peak}
 
 
-def train(case: Case, steps: int) -> list[float]:
-    """One step to make the optimizer's states, and the seconds of so many more; the peak is counted from these on."""
-    from keye.model.keye import KeyeForConditionalGeneration
-    from stages import engine as deep
-    from stages.memory import economise
+class Training:
+    """A case ready to be trained on its pack."""
 
-    torch.manual_seed(0)
-    model, told, pack, seconds = KeyeForConditionalGeneration(case.config()), case.told(), pack_of(case), []
-    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
-    if case.stage == "alignment":
-        model.requires_grad_(False).projector.requires_grad_(True)
-    engine = deep.build(model.train(), lr=told.lr, steps=steps + 1, zero=told.zero, precision="fp32")
-    for step in range(steps + 1):
-        if step == 1:
-            Path("/proc/self/clear_refs").write_text("5")  # what building took does not count
+    def __init__(self, case: Case) -> None:
+        from keye.model.keye import KeyeForConditionalGeneration
+        from stages import engine as deep
+        from stages.memory import economise
+
+        torch.manual_seed(0)
+        model, told = KeyeForConditionalGeneration(case.config()), case.told()
+        economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+        if case.stage == "alignment":
+            model.requires_grad_(False).projector.requires_grad_(True)
+        self.case, self.pack = case, pack_of(case)
+        self.engine = deep.build(model.train(), lr=told.lr, steps=100, zero=told.zero, precision="fp32")
+
+    def step(self) -> float:
+        """Seconds of the processor."""
         began = time.process_time()
-        engine.backward(engine(**pack, num_items_in_batch=float(case.tokens // 4)).loss)
-        engine.step()
-        seconds.append(time.process_time() - began)
-    engine.destroy()
-    return seconds[1:]
+        self.engine.backward(self.engine(**self.pack, num_items_in_batch=float(self.case.tokens // 4)).loss)
+        self.engine.step()
+        return time.process_time() - began
 
 
 def matrix_rate() -> float:
@@ -180,10 +192,10 @@ def _timed(call: Any) -> float:
 
 
 def alone(case: Case, steps: int) -> dict[str, Any]:
-    """The same in two processes: one for the memory, and one for the time, which may keep what it frees."""
+    """In two processes: one for the memory, and one for the time, which may keep what it frees."""
     # Freed blocks go back to the system at once, so that resident memory is what is held; that takes time of its own.
     frugal = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    return {**_alone(case, steps, {}), "peak": _alone(case, 1, frugal)["peak"]}
+    return {**_alone(case, steps, {}), **_alone(case, 0, frugal)}
 
 
 def _alone(case: Case, steps: int, surroundings: dict[str, str]) -> dict[str, Any]:
@@ -218,7 +230,7 @@ def measure(cases: tuple[Case, ...], steps: int, record: Path) -> dict[str, dict
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(found, indent=1))
         taken = found[key]
-        said = f"{taken['peak'] / MIB:.0f} MB, {min(taken['seconds']):.2f} s"
+        said = f"{taken['peak'] / MIB:.0f} MB, {median(taken['seconds']) / median(taken['base']):.2f} × base's time"
         print(f"{number}/{len(cases)}  {case.name}: {said}", flush=True)
     return {case.name: found[json.dumps([asdict(case), steps])] for case in cases}
 
@@ -226,7 +238,7 @@ def measure(cases: tuple[Case, ...], steps: int, record: Path) -> dict[str, dict
 def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__, EXAMPLES, results="stages")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed (5)")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each that are timed (5)")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(Case(**json.loads(args.one)), args.steps)))
@@ -236,35 +248,32 @@ def main() -> None:
     forget_other_code(SCRATCH)
     began, cases, steps = time.monotonic(), (QUICK if args.quick else CASES), 2 if args.quick else args.steps
     taken = measure(cases, steps, SCRATCH / "cases.json")
-    # The machine's rates are the best that any of the processes saw; the share of it is the base case's.
-    rate, bandwidth = (max(found[key] for found in taken.values()) for key in ("rate", "bandwidth"))
-    machine = Gpu("cpu", 0.0, rate, bandwidth, 0.0)
-    _, done, trained = reckon(BASE)
-    at_work = min(taken[BASE.name]["seconds"]) - step_seconds(0.0, trained, machine, 1, 1.0)
-    utilisation = done / rate / at_work
     rows, memory, seconds = [], [], []
     for case in cases:
-        peak, done, trained = reckon(case)
-        expected, real = step_seconds(done, trained, machine, 1, utilisation), min(taken[case.name]["seconds"])
-        memory.append(peak / taken[case.name]["peak"] - 1)
+        found, (peak, done, trained), (_, of_base, in_base) = taken[case.name], reckon(case), reckon(BASE)
+        # The share of the matrix rate that BASE reaches in this process is taken to be the case's.
+        machine = Gpu("cpu", 0.0, found["rate"], found["bandwidth"], 0.0)
+        base, real = median(found["base"]), median(found["seconds"])
+        utilisation = of_base / found["rate"] / (base - step_seconds(0.0, in_base, machine, 1, 1.0))
+        expected = step_seconds(done, trained, machine, 1, utilisation)
+        memory.append(peak / found["peak"] - 1)
         if case is not BASE:
             seconds.append(expected / real - 1)
-        measured = taken[case.name]["peak"]
         rows.append(
             (
-                case.name, f"{measured / MIB:.0f}", f"{peak / MIB:.0f}", f"{memory[-1]:+.1%}", f"{real:.2f}",
-                f"{expected:.2f}" if case is not BASE else "–", f"{seconds[-1]:+.1%}" if case is not BASE else "–",
+                case.name, f"{found['peak'] / MIB:.0f}", f"{peak / MIB:.0f}", f"{memory[-1]:+.1%}",
+                f"{base:.2f}", f"{real:.2f}", f"{expected:.2f}", f"{expected / real - 1:+.1%}",
             )
         )  # fmt: skip
     claims = [
         _claim("peak memory of a step, reckoned against measured", memory),
-        _claim("time of a step, reckoned with one case's share of the matrix rate, against measured", seconds),
+        _claim("time of a step, reckoned from that of the base case, against measured", seconds),
     ]
-    columns = ("case", "MB measured", "MB reckoned", "off by", "s measured", "s reckoned", "off by")
+    columns = ("case", "MB measured", "MB reckoned", "off by", "s of base", "s measured", "s reckoned", "off by")
     notes = [
-        f"One thread; products at {rate / 1e9:.0f} GFLOP/s alone, {utilisation:.0%} of it in the base case, from which "
-        "the other times are reckoned. Seconds are the processor's, of the fastest step: one thread that waits for "
-        "nobody. Memory is resident memory at the peak of a step above the process's own before the model was built.",
+        "One thread. A process trains the case and the base case in turn; from the share of the matrix rate that the "
+        "base case has there, the case's time is reckoned. Seconds are the processor's, medians. Memory is resident "
+        "memory at the peak of a step above the process's own before the model was built.",
         "Base: decoder of width 512 with 6 layers, tower of width 256 with 4, a pack of 2,048 tokens, half of them "
         "visual, in 4 documents, fp32, ZeRO-1; the others change what their name says.",
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from keye.errors import KeyeError, RecipeError
 from keye.model import flops
@@ -18,6 +19,7 @@ from stages import cost, cost_report
 from stages.cost import Assumptions, Kind, Work, config_of, estimate, parameters_of, step_flops, work_of
 from stages.footprint import Plan, Share, activations, footprint, states
 from stages.gpus import GPUS, Gpu, gpu_named
+from stages.memory import economise
 from stages.recipe import Recipe, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,10 +123,31 @@ def test_operations_of_a_step():
     model, done = step_flops(config, "multitask", work, told)
     assert model == 3 * forward
     assert done == model + flops.head(config.text_config, 512).total  # the loss alone is computed twice
-    same, recomputed = step_flops(config, "multitask", work, replace(told, checkpointing=True, offload=True))
-    assert same == model and recomputed == pytest.approx(4 * forward)
     aligned, _ = step_flops(config, "alignment", work, told)
     assert forward < aligned < model
+
+
+@pytest.mark.parametrize(
+    "changes", [{"checkpointing": True}, {"mlp_tiles": 4}, {"checkpointing": True, "mlp_tiles": 4}], ids=str
+)
+def test_operations_that_are_done_again_are_those_that_torch_counts(changes):
+    case = replace(BASE, width=128, tower=2, layers=2, tokens=256, documents=2)
+    reckoned, counted = [], []
+    for told in (case.told(), replace(case.told(), **changes)):
+        model = KeyeForConditionalGeneration(case.config()).train()
+        economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+        with FlopCounterMode(display=False) as counter:
+            model(**pack_of(case), num_items_in_batch=64.0).loss.backward()
+        counted.append(counter.get_total_flops())
+        reckoned.append(step_flops(case.config(), "multitask", case.work(), told)[1])
+    assert reckoned[1] - reckoned[0] == counted[1] - counted[0] > 0
+
+
+def test_attention_is_done_again_only_where_its_results_would_wait_in_host_memory():
+    told, (config, work) = replace(BASE.told(), checkpointing=True), (BASE.config(), BASE.work())
+    kept, moved = (step_flops(config, "multitask", work, replace(told, offload=way))[1] for way in (False, True))
+    quadratic = flops.decoder(config.text_config, work.documents) + flops.tower(config.vision_config, work.frames)
+    assert moved - kept == quadratic.quadratic
 
 
 def test_a_step_has_the_mixtures_tokens(keye_8b: Recipe):
