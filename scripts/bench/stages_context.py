@@ -147,12 +147,14 @@ def draw(context: int) -> int:
     processor = KeyeProcessor(tokenizer(), encoder=ENCODER | {"max_tokens": context})
     # A `find` clip is twice as long as its setting says; the world counts in halves of a second.
     seconds = round(context / TOKENS_PER_SECOND) / 2
-    generate(folder, "train", {"find": 1, "text": 100}, SEED, (SIZE, SIZE), seconds, workers=1, progress=False)
+    counts = {"find": 1, "text": 100 + context // 100}
+    generate(folder, "train", counts, SEED, (SIZE, SIZE), seconds, workers=1, progress=False)
     chats = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     video, *texts = (processor.sample(chat["messages"], folder, max_length=context) for chat in chats)
     row = pack([video, *texts])
     if row["input_ids"].shape[1] < context or len(video) < 0.9 * context:
-        raise KeyeError(f"the clip has only {len(video)} tokens of {context}; lower TOKENS_PER_SECOND")
+        held = f"the clip has {len(video)} tokens of {context}, with texts there are {row['input_ids'].shape[1]}"
+        raise KeyeError(f"{held}; lower TOKENS_PER_SECOND, or draw more texts")
     bounds = row["cu_seqlens"].tolist()
     row |= {name: row[name][..., :context].clone() for name in ("input_ids", "position_ids", "shift_labels")}
     row["cu_seqlens"] = torch.tensor([*(b for b in bounds if b < context), context], dtype=torch.int32)
