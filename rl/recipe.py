@@ -1,4 +1,4 @@
-"""The recipe of the RL stage: TOML → frozen dataclasses, read and checked by `stages.recipe`."""
+"""The recipe of the RL stage: TOML → frozen dataclasses, read and checked by `stages.typed_toml`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from keye.errors import RecipeError
 from rl.gspo import EPSILON_HIGH, EPSILON_LOW
-from stages.recipe import build, read
+from stages.typed_toml import build, read
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
 from stages.checkpoints import load_checkpoint, save_checkpoint
 from stages.engine import build
-from stages.recipe import to_toml
+from stages.typed_toml import to_toml
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the recipe with its defaults; trains nothing")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
-    from stages.recipe import load, to_toml
+    from stages.recipe import load
+    from stages.typed_toml import to_toml
 
     recipe = load(args.recipe, args.set)
     if args.print:

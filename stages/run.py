@@ -22,7 +22,6 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor
 from keye.prompt.tokenizer import load_tokenizer, train_tokenizer
 from stages import engine, report
-from stages import recipe as recipes
 from stages.alignment import Alignment
 from stages.annealing import Annealing
 from stages.data.formats import files_of, format_of
@@ -30,9 +29,10 @@ from stages.data.items import Cache, Quarantine
 from stages.memory import economise
 from stages.multitask import Multitask
 from stages.parallel import Grid, check_sequence, make_grid
-from stages.recipe import Recipe, StageRecipe, stage_of
+from stages.recipe import STAGES, Recipe, StageRecipe, stage_of
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
+from stages.typed_toml import to_toml
 from stages.vision import Vision
 from stages.watch import open_tracker
 
@@ -57,7 +57,7 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     _first_rank(lambda: check(recipe, run, only))
     if dist.get_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.toml").write_text(recipes.to_toml(recipe), encoding="utf-8")
+        (run / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
         (run / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=2) + "\n")
     _first_rank(lambda: prepare_world(recipe, run))
     _first_rank(lambda: prepare_tokenizer(recipe, run))
@@ -158,7 +158,7 @@ class Opened:
 def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     """Model, data and trainer of one stage; what was begun in `run/name` goes on."""
     folder, told = run / name, recipe.chain[name]
-    seed(recipe.seed + 1 + recipes.STAGES.index(stage_of(name)))
+    seed(recipe.seed + 1 + STAGES.index(stage_of(name)))
     grid = make_grid(told.sequence_parallel)
     processor = make_processor(recipe, told, run)
     model = load_model(name, recipe, run, processor)

@@ -12,10 +12,11 @@ from keye.prompt.stream import IMAGE_PAD, VIDEO_PAD
 from stages.data.balance import Cost, deal_rounds
 from stages.data.duplicates import make_guard
 from stages.data.feed import Feed
+from stages.data.forming import Packs
 from stages.data.items import PIXELS
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
-from stages.data.packing import Packs, join, pack
+from stages.data.packing import join, pack
 from stages.data.planner import Planner
 from stages.data.sources import Cache, Item, Quarantine, Source
 from stages.parallel import Grid, shard

@@ -17,10 +17,10 @@ from keye.model.vision import KeyeVisionModel
 from keye.prompt.processor import KeyeProcessor
 from stages.data.balance import TowerCost, deal_sums
 from stages.data.feed import Feed
+from stages.data.forming import Pairs
 from stages.data.items import Item
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
-from stages.data.packing import Pairs
 from stages.data.planner import Planner
 from stages.losses import siglip_loss
 from stages.parallel import Grid

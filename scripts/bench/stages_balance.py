@@ -18,8 +18,8 @@ from keye.errors import run  # noqa: E402
 from keye.model.config import KeyeConfig  # noqa: E402
 from scripts.bench.record import Claim, Table, arguments, out_of, save  # noqa: E402
 from stages.data.balance import Cost, deal_rounds  # noqa: E402
+from stages.data.forming import Packs  # noqa: E402
 from stages.data.mixture import Mixture  # noqa: E402
-from stages.data.packing import Packs  # noqa: E402
 from stages.data.planner import Meta, Planner  # noqa: E402
 
 EXAMPLES = """examples:
@@ -192,7 +192,7 @@ def main() -> int:
             ours, theirs = (slowest(s, ranks, cost, d) for s, d in ((found, True), (usual, False)))
             worst = max(worst, ours)
             rows.append(
-                (f"{context:,}", packs, alike or packs // 4, ranks, f"{ours:.3f}", f"{theirs:.3f}", 
+                (f"{context:,}", packs, Packs(context, packs, 0, alike).alike, ranks, f"{ours:.3f}", f"{theirs:.3f}",
                  f"{100 * fill:.2f} %", f"{100 * min(filled):.1f} %", f"{100 * off:.2f}",
                  f"{min(films):.0f}–{max(films):.0f} %", f"{seconds:.2f}")
             )  # fmt: skip

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from scripts.bench.stages_extension import SHORT
+
 COLOURS = ("#8a8f98", "#c2702c", "#4f8fd0", "#1f5fa8")
-Axes = object  # matplotlib's are not typed
 
 
 def draw_curves(out: Path) -> None:
@@ -50,8 +52,8 @@ def extension(table: dict, axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens], fontsize=8)
     axes.minorticks_off()
-    axes.axvline(256, color="#b0b4ba", linestyle=":", linewidth=1.2)
-    axes.annotate("stage 2's context", (256, 4), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
+    axes.axvline(SHORT, color="#b0b4ba", linestyle=":", linewidth=1.2)
+    axes.annotate("stage 2's context", (SHORT, 4), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
     axes.axhline(100 / 6, color="#b0b4ba", linestyle=":", linewidth=1.2)
     axes.set_xlim(right=tokens[-1] * 2.6)
     axes.set_ylim(0, 104)

@@ -13,10 +13,11 @@ from torch import Tensor
 from keye.errors import KeyeError, VideoError
 from stages.data.balance import Cost, TowerCost, deal_rounds, deal_sums
 from stages.data.feed import Feed
+from stages.data.forming import Packs
 from stages.data.items import Cache, Item, Quarantine, from_bytes
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
-from stages.data.packing import Packs, pack
+from stages.data.packing import pack
 from stages.data.planner import Planner
 from stages.data.sources import Source
 from stages.multitask import Multitask

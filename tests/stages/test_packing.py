@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.errors import RecipeError
+from stages.data.forming import fill
 from stages.data.items import from_bytes
-from stages.data.packing import fill, pack
+from stages.data.packing import pack
 from stages.recipe import SourceRecipe, StageRecipe
 from stages.stage import _shares
 from tests.stages import small

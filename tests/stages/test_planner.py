@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from keye.errors import CheckpointError
 from stages.data.balance import deal_rounds
+from stages.data.forming import Packs, Pairs
 from stages.data.mixture import Mixture
-from stages.data.packing import Packs, Pairs
 from stages.data.planner import Meta, Planner
 from tests.stages import small
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from keye.errors import RecipeError
 from stages import recipe as recipes
-from stages.recipe import ProcessorRecipe, SourceRecipe, load, to_toml
+from stages.recipe import ProcessorRecipe, SourceRecipe, load
+from stages.typed_toml import to_toml
 
 READY_MADE = sorted((Path(recipes.__file__).parent / "recipes").glob("*.toml"))
 SMALL = """

@@ -10,7 +10,8 @@ from keye import KeyeConfig, KeyeForConditionalGeneration, SlowFastEncoder
 from keye.errors import ManifestError
 from keye.world.families import FAMILIES
 from stages.data.formats import open_parts
-from stages.recipe import Recipe, load, to_toml
+from stages.recipe import Recipe, load
+from stages.typed_toml import to_toml
 
 FOLDER = Path(stages.__file__).parent / "recipes"
 RECIPES = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
