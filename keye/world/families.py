@@ -6,69 +6,17 @@ at the target: a model that sees only the question is left at chance.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from keye.world.draft import Draft, ask, event, pick, seconds
 from keye.world.scene import CELL, COLOURS, SHAPES, Backdrop, Setting, card, paint
+from keye.world.words import DIRECTIONS, text
 
-DIRECTIONS = ("left", "right", "up", "down")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 MAX_COUNT = 6
-QUESTIONS = {
-    "read": ("What does the card say?", "Read the code."),
-    "count": ("How often does it flash?", "Count the flashes."),
-    "order": ("Which colour came first, {}?", "First colour: {}?"),
-    "order_last": ("Which colour came last, {}?", "Last colour: {}?"),
-    "when": ("At what second is the flash?", "When is the flash?"),
-    "motion": ("Which way does it move?", "Direction of motion?"),
-    "find": ("What colour was the short flash?", "Colour of the flash?"),
-    "image_read": ("What does the card say?", "Read the code."),
-    "image_ground": ("Where is the {}? Give its box.", "Box of the {}?"),
-    "image_place": ("In which corner is the {}?", "Corner of the {}?"),
-    "caption_image": ("Describe the image.", "What is shown?"),
-    "caption_video": ("Describe the video.", "What happens?"),
-}
-
-
-@dataclass
-class Draft:
-    """One sample before it is written: what to draw, what to ask, and the truth.
-
-    draw: frame index → [H, W, 3] uint8, or None for text; frames: how many (1 and still=True for an image).
-    """
-
-    question: str
-    answer: str
-    options: list[str] | None = None
-    tolerance: float | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-    draw: Callable[[int], np.ndarray] | None = None
-    frames: int = 1
-    still: bool = False
-    fps: int = 0
-
-
-def pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
-    """One of `choices` as a plain string."""
-    return choices[int(rng.integers(len(choices)))]
-
-
-def ask(rng: np.random.Generator, name: str, *words: str) -> str:
-    """One of the phrasings of a question."""
-    return pick(rng, QUESTIONS[name]).format(*words)
-
-
-def event(what: str, first: int, last: int, **more: Any) -> dict[str, Any]:
-    """An event over the cells first … last-1, as it stands in `meta["events"]`: seconds [start, end)."""
-    return {"what": what, "start": first * CELL, "end": last * CELL, **more}
-
-
-def seconds(cell: int) -> str:
-    """The beginning of a cell in seconds, as answers write it: `3` or `3.5`."""
-    return f"{cell * CELL:g}"
 
 
 def code_text(rng: np.random.Generator, difficulty: float) -> str:
@@ -371,35 +319,6 @@ def _caption_video(rng: np.random.Generator, setting: Setting) -> Draft:
 
 def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
-
-
-def text_items() -> list[tuple[str, str]]:
-    """Every question and answer of the text family."""
-    items = [(f"{a} + {b} =", str(a + b)) for a in range(10) for b in range(10)]
-    items += [(f"{a} - {b} =", str(a - b)) for a in range(10) for b in range(a + 1)]
-    items += [
-        (f"Count from {a} to {b}.", " ".join(map(str, range(a, b + 1)))) for a in range(8) for b in range(a + 1, 10)
-    ]
-    items += [(f"Which is larger, {a} or {b}?", str(max(a, b))) for a in range(10) for b in range(10) if a != b]
-    items += [(f"Repeat: {a} {b} {c}", f"{a} {b} {c}") for a in COLOURS for b in SHAPES for c in DIRECTIONS]
-    for name in COLOURS:
-        for shape in SHAPES:
-            for way in DIRECTIONS:
-                story = f"A {name} {shape} moves {way}."
-                items += [(f"{story} What colour is it?", name), (f"{story} Which way does it move?", way)]
-    return items
-
-
-def is_heldout(question: str) -> bool:
-    """Whether a text question belongs to the held-out split: a fifth of them, by their checksum."""
-    return zlib.crc32(question.encode()) % 5 == 0
-
-
-def text(rng: np.random.Generator, setting: Setting, target: str | None, index: int, heldout: bool = False) -> Draft:
-    """A question in words alone: sums, counting, comparing, repeating, one-sentence stories."""
-    items = [item for item in text_items() if is_heldout(item[0]) == heldout]
-    question, answer = items[int(rng.integers(len(items)))]
-    return Draft(question=question, answer=answer)
 
 
 FAMILIES: dict[str, Callable[..., Draft]] = {

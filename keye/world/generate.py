@@ -14,10 +14,12 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from keye.errors import ManifestError
-from keye.world.families import FAMILIES, QUESTIONS, deal, text, text_items
+from keye.world.draft import QUESTIONS
+from keye.world.families import FAMILIES, deal
 from keye.world.manifest import write_manifest
 from keye.world.render import write_mp4, write_png
 from keye.world.scene import COLOURS, PHOTOGRAPHS, SHAPES, Setting, photograph
+from keye.world.words import text, text_items
 
 SPLITS = ("train", "heldout")
 _POOL_FROM = 100

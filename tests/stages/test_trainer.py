@@ -76,13 +76,18 @@ def three_steps(manifest: Path, folder: Path, sequence: int, zero: int) -> tuple
     samples = [made.sample(line["messages"], manifest.parent) for line in small.lines(manifest)]
     # Packs of very unequal numbers of labels, so that a mean of means would show.
     parts = [samples[0:1], samples[4:12], samples[1:3], samples[5:6], samples[3:7], samples[8:9]]
-    rows = [{**pack(part, 2), "kinds": {"video": 1}, "costs": [1]} for part in parts]
+    rows = [{**pack(part, 2), "kinds": {"video": 1}} for part in parts]
+    for row, costs in zip(rows, ([3, 1], [2, 2]) * 3, strict=True):
+        row["costs"] = costs
     stage, model = Multitask(RECIPE, made), small.model(made).train()
     loader = Loader(Packs(rows, grid), grid)
     recipe = replace(RECIPE, zero=zero, sequence_parallel=sequence)
     count = micro_batches("multitask", RECIPE.packs, grid)
     trainer = Trainer(stage, model, loader, grid, recipe, folder, count, "fp32")
-    losses = [trainer.train_step()["loss"] for _ in range(3)]
+    steps = [trainer.train_step() for _ in range(3)]
+    if count == 2:  # both packs of a step are here, one round after the other: 3 + 2 where 2 + 2 would do
+        assert [step["imbalance"] for step in steps] == [0.25] * 3
+    losses = [step["loss"] for step in steps]
     loader.close()
     return losses, parameters(model)
 

@@ -12,8 +12,9 @@ from PIL import Image
 
 from keye.errors import ManifestError
 from keye.world import FAMILIES, Setting, generate, read_manifest, texts
-from keye.world.families import deal, is_heldout, text_items
+from keye.world.families import deal
 from keye.world.scene import COLOURS, shape_mask
+from keye.world.words import is_heldout, text_items
 
 VIDEO = ("read", "count", "order", "when", "motion", "find")
 EACH = 12
