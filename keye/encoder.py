@@ -17,7 +17,8 @@ from keye.slowfast.image import ImageSource, load_image
 from keye.slowfast.keep import Keeper
 from keye.slowfast.pathways import SLOW, Limits, Policy, Walk, get_policy
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.similarity import Measure, beside_decoding, get_measure, patches, resize
+from keye.slowfast.similarity import Measure, get_measure, patches, resize
+from keye.slowfast.threads import one_thread
 from keye.slowfast.video import Clip, Frame, Source, open_clip
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ class SlowFastEncoder:
         limits = self._limits(clip.size)
         walk = Walk(self.measure, self.policy, limits)
         indices, times = [], []
-        with nullcontext() if hasattr(self.measure, "attach") else beside_decoding():  # a tower takes all threads
+        with nullcontext() if hasattr(self.measure, "attach") else one_thread():  # a tower takes all threads
             for batch in _batches(clip):
                 pixels = torch.stack([frame.pixels for frame in batch])
                 types, _ = walk.step(pixels)

@@ -15,7 +15,8 @@ import torch
 from keye.errors import KeyeError
 from keye.slowfast.budget import PATCH, SIDE, fit_size
 from keye.slowfast.colour import rgb_to_hsv, rgb_to_lab
-from keye.slowfast.similarity import copy, over_threads, patches, register, resize
+from keye.slowfast.similarity import copy, patches, register, resize
+from keye.slowfast.threads import over_threads
 
 Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -5,9 +5,6 @@ many (`compare`). `register` adds your own under a name that recipes and the com
 the package are in `measures` and `change`.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +13,7 @@ import torch.nn.functional as F
 
 from keye.errors import KeyeError
 from keye.slowfast.budget import SIDE
+from keye.slowfast.threads import allowed_threads, over_threads
 
 
 class Measure(Protocol):
@@ -84,49 +82,6 @@ def resize(frames: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") 
 
     over_threads(one, frames, resized)
     return resized.permute(0, 3, 1, 2)
-
-
-_threads: int | None = None  # what torch may use, while `beside_decoding` takes all but one from it
-
-
-@contextmanager
-def beside_decoding() -> Iterator[None]:
-    """Let torch's operations here run in one thread each; `over_threads` goes on to use all that torch may.
-
-    Threads that decode video want the same cores. Those of torch wait for one another by spinning, so that an operation
-    on a small tensor, which they share out as well, takes milliseconds instead of microseconds.
-    """
-    global _threads
-    if _threads is not None:
-        yield
-        return
-    _threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(_threads)
-        _threads = None
-
-
-def allowed_threads() -> int:
-    """How many threads the work on frames may be spread over."""
-    return _threads or torch.get_num_threads()
-
-
-def over_threads(work: Callable[..., None], *tensors: torch.Tensor) -> None:
-    """Call `work` for each row of the tensors together, over as many threads as torch may use, on the CPU.
-
-    For kernels that do one frame after the other by themselves. The threads are of this call alone: a pool that
-    outlived it would be missing in a process forked from this one.
-    """
-    threads = min(allowed_threads(), len(tensors[0])) if tensors[0].device.type == "cpu" else 1
-    if threads < 2:
-        for rows in zip(*tensors, strict=True):
-            work(*rows)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, *tensors))
 
 
 def copy(source: torch.Tensor, target: torch.Tensor) -> None:

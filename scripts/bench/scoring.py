@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import run  # noqa: E402
 from keye.slowfast.pathways import Walk, get_policy  # noqa: E402
-from keye.slowfast.similarity import beside_decoding, get_measure, known_measures, resize  # noqa: E402
+from keye.slowfast.similarity import get_measure, known_measures, resize  # noqa: E402
+from keye.slowfast.threads import one_thread  # noqa: E402
 from keye.slowfast.video import open_clip  # noqa: E402
 from scripts.bench.corpus import FILMED, real_clips  # noqa: E402
 from scripts.bench.identity import compare  # noqa: E402
@@ -74,7 +75,7 @@ def score(contender: str, frames: torch.Tensor) -> list[int]:
         return load_released().extract_slow_fast_frames(frames, 0.9).tolist()
     measure = get_measure(contender)
     walk = Walk(measure, get_policy("adaptive", measure.threshold), remember=False)
-    with beside_decoding():  # as the encoder walks
+    with one_thread():  # as the encoder walks
         return [kind for batch in frames.split(BATCH) for kind in walk.step(batch)[0]]
 
 

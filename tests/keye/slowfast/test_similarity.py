@@ -6,7 +6,8 @@ import torch
 import keye.slowfast
 from keye.errors import KeyeError
 from keye.slowfast import similarity
-from keye.slowfast.similarity import get_measure, known_measures, over_threads, patches, register, resize
+from keye.slowfast.similarity import get_measure, known_measures, patches, register, resize
+from keye.slowfast.threads import over_threads
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
