@@ -70,7 +70,7 @@ def main() -> int:
         found = check.look_over(recipe, stage, Path(args.run or f"runs/{recipe.name}"), args.samples, progress)
     print("\n".join(check.lines(found, planned=args.data.endswith(".toml"))))
     if args.out:
-        check.picture(found, recipe.chain[stage].context, args.out)
+        check.picture(found, recipe.chain[stage].limit, args.out)
     if args.json:
         Path(args.json).write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
     over = [one.name for one in found if len(one.bad) > args.most_bad * one.looked_at]

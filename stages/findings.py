@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keye.evaluation import Score
+from stages.data.thinned import COUNTS
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,19 @@ def reward(run: Path) -> RewardFinding | None:
         after["reward_mean"],
         after["reward_stderr"],
         report.get("gain_stderr", math.hypot(before["reward_stderr"], after["reward_stderr"])),
+    )
+
+
+def thinned(metrics: Path) -> str:
+    """What the samples of a stage gave up to fit its context, over all steps in `metrics`; "" when it is nothing."""
+    sums = dict.fromkeys(COUNTS, 0)
+    for row in read_jsonl(metrics):
+        sums = {name: count + row.get(name, 0) for name, count in sums.items()}
+    if not any(sums.values()):
+        return ""
+    return (
+        f"{sums['thinned']:,} samples were made smaller to fit the context and gave up {sums['thinned_tokens']:,}"
+        f" visual tokens; {sums['warned']:,} samples came with a warning"
     )
 
 

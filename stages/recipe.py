@@ -137,10 +137,19 @@ class StageRecipe:
     spike_loss: float = 0.0
     spike_norm: float = 0.0
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a sample at most; None where there is no limit."""
+        return self.context
+
 
 @dataclass(frozen=True)
 class VisionRecipe(StageRecipe):
-    """Stage 0 besides: pairs a step over all ranks, and the text tower (a SigLIP one's directory, or its size)."""
+    """Stage 0 besides: pairs a step over all ranks, and the text tower (a SigLIP one's directory, or its size).
+
+    Stage 0 trains at native resolution: `processor.image` alone bounds stills, and the encoder's budget clips. It reads
+    neither `context` nor `packs` nor `alike`, which are of the language stages.
+    """
 
     pairs: int = 32
     text_model: str = ""
@@ -148,6 +157,10 @@ class VisionRecipe(StageRecipe):
     text_layers: int = 2
     text_heads: int = 4
     text_length: int = 48
+
+    @property
+    def limit(self) -> None:
+        """No limit: there is no context to fit."""
 
 
 @dataclass(frozen=True)

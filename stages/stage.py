@@ -19,6 +19,7 @@ from stages.data.mixture import Mixture
 from stages.data.packing import join, pack
 from stages.data.planner import Planner
 from stages.data.sources import Cache, Item, Quarantine, Source
+from stages.data.thinned import count_thinned
 from stages.parallel import Grid, shard
 from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
 
@@ -59,7 +60,7 @@ class LanguageStage:
             if grid.sequence > 1:
                 own = [row.pop(name) for name in PIXELS if name in row]
                 row |= {"pixel_values_mine": join(own)} if own else {}
-            return {**row, "kinds": count_kinds(items)}
+            return {**row, "kinds": count_kinds(items), "thinned": count_thinned(items)}
 
         trains = [any(p.requires_grad for p in part.parameters()) for part in (model.visual, model.language_model)]
         cost = Cost(model.config, *trains)
@@ -111,7 +112,7 @@ def open_mixture(
     for source, share in choose_sources(name, recipe):
         made = Source(
             source, processor, recipe.seed, cache, quarantine,
-            limit=stage.context, run=run, report=grid.rank == 0, guard=guard,
+            limit=stage.limit, run=run, report=grid.rank == 0, guard=guard,
         )  # fmt: skip
         sources.append((made, share))
     return Mixture(sources)

@@ -14,6 +14,7 @@ from keye.errors import KeyeError, RecipeError
 from stages import engine as deep
 from stages.checkpoints import load_checkpoint, save_checkpoint
 from stages.data.loader import Loader
+from stages.data.thinned import COUNTS
 from stages.guard import Guard
 from stages.parallel import Grid, sum_over_ranks
 from stages.recipe import KINDS, StageRecipe
@@ -85,6 +86,7 @@ class Trainer:
         """What is told of a step; sums over all ranks are taken together."""
         speaks = self.grid.sequence_rank == 0  # one rank of a sequence group speaks for all of its pack
         mine = {kind: sum(batch["kinds"].get(kind, 0) for batch in batches) if speaks else 0 for kind in KINDS}
+        mine |= {name: sum(b["thinned"][name] for b in batches if "thinned" in b) if speaks else 0 for name in COUNTS}
         mine["flops"] = sum(operations(self.module, batch) for batch in batches) if speaks else 0
         mine["stalled"] = stalled
         # Signals reach the ranks at different times; asked together, all save or stop after the same step.
@@ -111,6 +113,7 @@ class Trainer:
             "not_finite": self.guard.not_finite,
             "skipped": self.guard.skipped,
             **{f"tokens_{kind}": count for kind, count in kinds.items()},
+            **{name: int(every[name]) for name in COUNTS},
         }
 
     def _nothing(self) -> Tensor:

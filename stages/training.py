@@ -174,6 +174,8 @@ def _passed_over(run: Path, logs: dict[str, list[dict[str, Any]]]) -> str:
             reasons[name, re.sub(r"(/\S+|\d[\d,.]*)", "…", str(row.get("reason", row)))] += 1
     said = f"<p>Steps skipped because of a spike or of what is not finite: {len(steps) or 'none'}.</p>"
     said += table(["stage", "step", "why"], steps[:REASONS]) if steps else ""
+    smaller = {name: findings.thinned(run / name / "metrics.jsonl") for name in logs}
+    said += "".join(f"<p>{_title(name)[0]}: {text}.</p>" for name, text in smaller.items() if text)
     said += f"<p>Samples that could not be used: {sum(reasons.values()) or 'none'}.</p>"
     if reasons:
         rows = [[_title(name)[0], f"{count:,}", escape(why)] for (name, why), count in reasons.most_common(REASONS)]

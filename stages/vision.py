@@ -22,6 +22,7 @@ from stages.data.items import Item
 from stages.data.loader import Loader
 from stages.data.mixture import Mixture
 from stages.data.planner import Planner
+from stages.data.thinned import count_thinned
 from stages.losses import siglip_loss
 from stages.parallel import Grid
 from stages.recipe import VisionRecipe
@@ -105,7 +106,7 @@ class Vision:
                 padding="max_length", truncation=True, max_length=self.recipe.text_length, return_tensors="pt",
             )["input_ids"]  # fmt: skip
             batch = {"pixels": pixels, "grids": grids, "owners": owners, "captions": captions}
-            return {**batch, "kinds": count_kinds(items)}
+            return {**batch, "kinds": count_kinds(items), "thinned": count_thinned(items)}
 
         planner = Planner(mixture, Pairs(self.recipe.pairs))
         return Loader(Feed(planner, TowerCost(model.config.vision_config), deal_sums, assemble, grid, workers), grid)

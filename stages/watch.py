@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from keye.errors import RecipeError
 from keye.model import flops
 from stages.engine import device, resolve_precision
+from stages.findings import thinned
 from stages.gpus import GPUS
 from stages.parallel import sum_over_ranks
 
@@ -178,15 +179,18 @@ class Watcher:
         every = max(1, self.steps // 10)
         if not self.live and (self.step % every == 0 or self.step == 1):
             print(f"{self.name} {self.step}/{self.steps}  {state}", flush=True)
+        if self.step == self.steps and (text := thinned(self.folder / "metrics.jsonl")):
+            self.bar.console.print(f"{self.name}: {text}")
         if values["skipped"]:
             self.bar.console.print(f"{self.name} {self.step}/{self.steps}  step skipped: {values['skipped']}")
 
 
 def said(values: dict[str, Any]) -> str:
     """A step's values as a line."""
+    smaller = f"{values['thinned']:,} thinned  " if values.get("thinned") else ""
     return (
         f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu'] * 100:.1f} %  "
-        f"stall {values['stall_share'] * 100:.0f} %  {duration(values['eta_seconds'])} left"
+        f"stall {values['stall_share'] * 100:.0f} %  {smaller}{duration(values['eta_seconds'])} left"
     )
 
 

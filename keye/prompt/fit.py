@@ -23,12 +23,14 @@ from keye.slowfast.image import load_image
 class Media:
     """What a chat shows. stills: (pixel_values [N, 3, 14, 14], grid_thw [1, 3]) of each. videos: encoded, with plans.
 
-    warnings: sentences on stills that were made smaller; of videos the plans say it.
+    warnings: sentences on stills that were made smaller; of videos the plans say it. thinned: visual tokens that stills
+    and videos gave up to fit `max_length`.
     """
 
     stills: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     videos: list[EncodedVideo] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    thinned: int = 0
 
     @property
     def still_tokens(self) -> list[int]:
@@ -174,6 +176,9 @@ def _fit(media: Media, stills: list[_Still], clips: list[_Clip], text_tokens: in
     room = max_length - text_tokens - sum(media.still_tokens)
     shares = _shares([clip.wanted for clip in clips], least_clips, room)
     media.videos = [clip.shrink(share, max_length) for clip, share in zip(clips, shares, strict=True)]
+    media.thinned = sum(wanted) - sum(media.still_tokens)
+    before = sum(clip.video.plan.tokens for clip in clips)
+    media.thinned += before - sum(video.plan.tokens for video in media.videos)
 
 
 def _count(number: int, what: str) -> str:

@@ -41,7 +41,8 @@ class Sample:
 
     input_ids, labels: LongTensor `[L]`; labels are unshifted, −100 outside the assistant's words. position_ids
     `[3, L]`. Patches float32 `[N, 3, 14, 14]` and grids `[F, 3]` of the stills and of all videos' frames, in stream
-    order. plans: what was decided about each video. warnings: sentences on stills made smaller to fit.
+    order. plans: what was decided about each video. warnings: sentences on stills made smaller to fit. thinned: visual
+    tokens that stills and videos gave up to fit `max_length`.
     """
 
     input_ids: Tensor
@@ -53,6 +54,7 @@ class Sample:
     video_grid_thw: Tensor | None = None
     plans: list[VideoPlan] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    thinned: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -62,6 +64,11 @@ class Sample:
         """How many of the tokens are visual."""
         grids = [g for g in (self.image_grid_thw, self.video_grid_thw) if g is not None]
         return sum(int(g.prod(1).sum()) // 4 for g in grids)
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """The sentences of its plans, then its own."""
+        return [*(warning for plan in self.plans for warning in plan.warnings), *self.warnings]
 
 
 class KeyeInputs(BatchFeature):
@@ -78,7 +85,7 @@ class KeyeInputs(BatchFeature):
         super().__init__(data, tensor_type)  # who moves a batch to a device makes a new one of its entries alone
         self.plans = [sample.plans for sample in samples]
         self.num_frames = torch.tensor([len(plan) for plans in self.plans for plan in plans], dtype=torch.long)
-        self.warnings = [[*(w for plan in s.plans for w in plan.warnings), *s.warnings] for s in samples]
+        self.warnings = [sample.all_warnings for sample in samples]
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)  # a worker process hands over the plans, too
@@ -241,6 +248,7 @@ class KeyeProcessor(ProcessorMixin):
             video_grid_thw=video_grid,
             plans=[v.plan for v in videos],
             warnings=media.warnings,
+            thinned=media.thinned,
         )
 
     def collate(

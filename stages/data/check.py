@@ -22,7 +22,7 @@ from stages.data.formats import BAD, Table
 from stages.data.items import Cache, Item, Quarantine
 from stages.data.sources import Source, source_name
 from stages.data.streams import Lanes
-from stages.recipe import KINDS, DataRecipe, Recipe, SourceRecipe, StageRecipe
+from stages.recipe import KINDS, DataRecipe, Recipe, SourceRecipe, StageRecipe, VisionRecipe
 from stages.stage import choose_sources
 
 
@@ -102,13 +102,14 @@ def look_over(
             quarantine = Quarantine(Path(folder) / f"{number}.jsonl")
             opened = Source(
                 source, processor, recipe.seed, Cache(0), quarantine,
-                limit=told.context, run=str(run), report=False, guard=guard,
+                limit=told.limit, run=str(run), report=False, guard=guard,
             )  # fmt: skip
             found.append(_look(opened, share, samples, recipe.data.workers, progress))
             # The stage reads by tokens; a source that holds few of them for its share is read many times.
             if found[-1].rows is not None and found[-1].tokens:
-                budget = told.steps * told.packs * told.context * share
-                found[-1].epochs = budget / (float(np.mean(found[-1].tokens)) * found[-1].rows)
+                per_step = told.pairs if isinstance(told, VisionRecipe) else told.packs * told.context
+                each = 1.0 if isinstance(told, VisionRecipe) else float(np.mean(found[-1].tokens))
+                found[-1].epochs = told.steps * per_step * share / (each * found[-1].rows)
     return found
 
 
@@ -141,8 +142,7 @@ def _look(source: Source, share: float, samples: int, workers: int, progress: Ca
 def _add(found: Found, item: Item, hashes: list[np.ndarray]) -> None:
     found.tokens.append(item.tokens)
     found.visual.append(item.sample.visual_tokens)
-    warnings = [*item.sample.warnings, *(w for plan in item.sample.plans for w in plan.warnings)]
-    found.thinned += any("max_length" in warning for warning in warnings)
+    found.thinned += item.sample.thinned > 0
     hashes.append(np.unique(np.array([value for _, value in sample_hashes(item.sample)], dtype=np.uint64)))
 
 
@@ -177,8 +177,11 @@ def _short(name: str) -> str:
     return f"{Path(path).name} · {part}"
 
 
-def picture(found: list[Found], context: int, path: str | Path) -> None:
-    """Write a PNG: the tokens of each source's samples up to the context, and what became of those looked at."""
+def picture(found: list[Found], context: int | None, path: str | Path) -> None:
+    """Write a PNG: the tokens of each source's samples up to the context, and what became of those looked at.
+
+    context: of the stage; None for one that has no limit.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,9 +194,11 @@ def picture(found: list[Found], context: int, path: str | Path) -> None:
     box = {"color": "#4878a8"}
     left.boxplot(drawn, orientation="horizontal", whis=(0, 100), widths=0.5, boxprops=box, whiskerprops=box,
                  capprops=box, medianprops={"color": "#b8403c"})  # fmt: skip
-    left.axvline(np.log10(context), color="0.4", linestyle="--")
-    left.set_title(f"dashed: the context of {context:,} tokens", loc="left", fontsize=10, color="0.4")
-    low, high = int(min(d.min() for d in drawn)), int(np.ceil(np.log10(context)))
+    if context is not None:
+        left.axvline(np.log10(context), color="0.4", linestyle="--")
+        left.set_title(f"dashed: the context of {context:,} tokens", loc="left", fontsize=10, color="0.4")
+    most = max(d.max() for d in drawn) if context is None else np.log10(context)
+    low, high = int(min(d.min() for d in drawn)), int(np.ceil(most))
     left.set_xticks(range(low, high + 1), [f"{10**power:,}" for power in range(low, high + 1)])
     left.set_yticks(range(1, len(shown) + 1), names)
     left.invert_yaxis()

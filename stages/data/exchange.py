@@ -86,7 +86,7 @@ def _write(items: list[tuple[Any, Item]]) -> Tensor:
     rows = []
     for key, item in items:
         tensors = {name: getattr(item.sample, name) for name in TENSORS}
-        plain = (key, item.source, item.index, item.kind, item.caption)
+        plain = (key, item.source, item.index, item.kind, item.caption, item.sample.all_warnings, item.sample.thinned)
         rows.append((plain, {name: value for name, value in tensors.items() if value is not None}))
     out = io.BytesIO()
     torch.save(rows, out)
@@ -95,4 +95,7 @@ def _write(items: list[tuple[Any, Item]]) -> Tensor:
 
 def _read(blob: Tensor) -> list[tuple[Any, Item]]:
     rows = torch.load(io.BytesIO(blob.numpy()), weights_only=True)
-    return [(key, Item(Sample(**tensors), *rest)) for (key, *rest), tensors in rows]
+    return [
+        (key, Item(Sample(**tensors, warnings=warnings, thinned=thinned), *rest))
+        for (key, *rest, warnings, thinned), tensors in rows
+    ]

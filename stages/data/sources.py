@@ -20,6 +20,7 @@ from stages.data.duplicates import Guard
 from stages.data.formats import BAD, Found, Table
 from stages.data.items import Cache, Item, Quarantine, packed
 from stages.data.streams import Lanes
+from stages.data.thinned import WarningLog
 from stages.data.transforms import apply
 from stages.recipe import KINDS, SourceRecipe
 
@@ -99,6 +100,7 @@ class Source:
         seed: of the order; every epoch has another.
         cache, quarantine: shared by all sources of a process.
         limit: tokens of a sample at most; videos and stills are made smaller to fit, what cannot be is quarantined.
+            None: no limit.
         run: what `{run}` in the recipe's path stands for.
         report: whether this process writes down what is found bad when the data set is opened (one of them should).
         guard: knows the pictures of evaluations; samples that show one of them are quarantined.
@@ -114,7 +116,7 @@ class Source:
         seed: int,
         cache: Cache,
         quarantine: Quarantine,
-        limit: int = 1 << 30,
+        limit: int | None = None,
         run: str = "",
         report: bool = True,
         guard: Guard | None = None,
@@ -127,6 +129,7 @@ class Source:
             self.rows: Shuffled | Lanes = Lanes(recipe, self.path, seed, quarantine)
         else:
             self.rows = Shuffled(recipe, self.path, seed, quarantine if report else None)
+        self.warnings = WarningLog()
         self.failures = 0
         self.bad: set[int] = set()  # samples that could not be used; they are not tried again
 
@@ -186,6 +189,7 @@ class Source:
         sample = self.processor.sample(messages, found.base, max_length=self.limit)
         if not bool((sample.labels[1:] != -100).any()):
             raise ManifestError("the assistant says nothing; add an assistant message")
+        self.warnings.add(found.file, found.line, sample.all_warnings)
         like = self.guard.like(sample) if self.guard is not None else None
         if like is not None:
             raise ManifestError(like)
