@@ -4,20 +4,22 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 
+from keye.checks import share, whole
+from keye.encoder_config import EncoderConfig, as_measure, as_policy
 from keye.errors import CheckpointError, KeyeError, VideoError
 from keye.slowfast.budget import SIDE, fit_size, size_tokens
 from keye.slowfast.fetch import UrlRules
 from keye.slowfast.image import ImageSource, load_image
 from keye.slowfast.keep import Keeper
-from keye.slowfast.pathways import SLOW, Limits, Policy, Walk, get_policy
+from keye.slowfast.pathways import SLOW, Limits, Policy, Walk
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.similarity import Measure, get_measure, patches, resize
+from keye.slowfast.similarity import Measure, patches, resize
 from keye.slowfast.threads import one_thread
 from keye.slowfast.video import Clip, Frame, Source, open_clip
 
@@ -85,7 +87,8 @@ class SlowFastEncoder:
     """Adaptive slow-fast video encoding (report §3.1), usable without any model.
 
     measure: how frames are compared: a name of `known_measures()`, one that you registered, or a Measure.
-    threshold: a frame less similar than this to the latest slow frame is slow; None takes the measure's own.
+    threshold: a frame less similar than this to the latest slow frame is slow; None takes the policy object's own, or
+    the measure's. One that differs from a policy object's own is an error.
     policy: who is slow: "adaptive", "adaptive:max_gap=16", "adaptive_budget:share=0.2", "all_slow", "uniform:4", … (all
     in `keye.slowfast.pathways`), or a Policy.
     fast_ratio: tokens of a fast frame as a share of a slow one's. max_tokens: the whole video's budget, never exceeded.
@@ -111,39 +114,31 @@ class SlowFastEncoder:
         urls: UrlRules | None = None,
         tower: Tower | None = None,
     ):
-        self.measure = get_measure(measure) if isinstance(measure, str) else measure
-        self.threshold = self.measure.threshold if threshold is None else threshold
-        self.policy = get_policy(policy, self.threshold) if isinstance(policy, str) else policy
-        self.fast_ratio = fast_ratio
-        self.max_tokens = max_tokens
-        self.min_tokens_per_frame, self.max_tokens_per_frame = min_tokens_per_frame, max_tokens_per_frame
-        self.fps, self.max_frames = fps, max_frames
-        self.token_side, self.urls, self.tower = token_side, urls, tower
-        self._check()
+        if tower is not None and not callable(tower):
+            raise KeyeError(f"tower is a {type(tower).__name__}; give a function of pixel_values and grid_thw")
+        if urls is not None and not isinstance(urls, UrlRules):
+            raise KeyeError(f"urls is {urls!r}; give UrlRules(), or None to download nothing")
+        self.measure = as_measure(measure)
+        threshold = None if threshold is None else share("threshold", threshold)
+        self.policy, threshold = as_policy(policy, threshold, self.measure)
+        config = EncoderConfig(
+            threshold,
+            self.measure.name,
+            self.policy.spec,
+            fast_ratio,
+            max_tokens,
+            min_tokens_per_frame,
+            max_tokens_per_frame,
+            fps,
+            max_frames,
+            token_side,
+        )
+        self.threshold, self.fast_ratio, self.fps = threshold, config.fast_ratio, config.fps
+        self.max_tokens, self.max_frames = config.max_tokens, config.max_frames
+        self.min_tokens_per_frame, self.max_tokens_per_frame = config.min_tokens_per_frame, config.max_tokens_per_frame
+        self.token_side, self.urls, self.tower = config.token_side, urls, tower
         if tower is not None and hasattr(self.measure, "attach"):
             self.measure.attach(tower)
-
-    def _check(self) -> None:
-        if not 0 < self.fast_ratio <= 1:
-            raise KeyeError(f"fast_ratio is {self.fast_ratio}; give a share above 0 and at most 1")
-        if not 1 <= self.min_tokens_per_frame <= self.max_tokens_per_frame:
-            raise KeyeError(
-                f"min_tokens_per_frame={self.min_tokens_per_frame} and max_tokens_per_frame={self.max_tokens_per_frame}"
-                " leave no size for a frame; give 1 <= min <= max"
-            )
-        if self.max_tokens < self.min_tokens_per_frame:
-            raise KeyeError(
-                f"max_tokens={self.max_tokens} holds not one frame of min_tokens_per_frame={self.min_tokens_per_frame};"
-                " raise the one or lower the other"
-            )
-        if not self.fps > 0:
-            raise KeyeError(f"fps is {self.fps}; give a rate above 0")
-        if self.token_side < 2 or self.token_side % 2:
-            raise KeyeError(
-                f"token_side is {self.token_side}; a token is two patches wide: give an even number of pixels"
-            )
-        if self.max_frames is not None and self.max_frames < 1:
-            raise KeyeError(f"max_frames is {self.max_frames}; give 1 or more, or none for no limit but the budget's")
 
     @classmethod
     def released(cls, **overrides: object) -> "SlowFastEncoder":
@@ -169,23 +164,21 @@ class SlowFastEncoder:
         from keye.model.keye import KeyeForConditionalGeneration
 
         model = KeyeForConditionalGeneration.from_pretrained(directory).eval()
-        return cls(**settings, tower=model.encode_vision)
+        try:
+            return cls(**settings, tower=model.encode_vision)
+        except (KeyeError, TypeError) as error:
+            raise CheckpointError(f'{path}, key "encoder": {error}; save the processor again') from error
+
+    @property
+    def config(self) -> EncoderConfig:
+        """The settings as one checked value."""
+        return EncoderConfig(**self.settings)
 
     @property
     def settings(self) -> dict:
         """Plain values that build the same encoder again: `SlowFastEncoder(**encoder.settings)`."""
-        return {
-            "threshold": self.threshold,
-            "measure": self.measure.name,
-            "policy": self.policy.spec,
-            "fast_ratio": self.fast_ratio,
-            "max_tokens": self.max_tokens,
-            "min_tokens_per_frame": self.min_tokens_per_frame,
-            "max_tokens_per_frame": self.max_tokens_per_frame,
-            "fps": self.fps,
-            "max_frames": self.max_frames,
-            "token_side": self.token_side,
-        }
+        settings = {field.name: getattr(self, field.name) for field in fields(EncoderConfig)}
+        return {**settings, "measure": self.measure.name, "policy": self.policy.spec}
 
     def plan(self, source: Source, **sampling: Unpack[Sampling]) -> VideoPlan:
         """Decide about a video without encoding it; no frame is kept. Arguments and errors: see `open_clip`."""
@@ -251,8 +244,11 @@ class SlowFastEncoder:
         self, source: ImageSource, *, max_tokens: int = 20_480, min_tokens: int = 4
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A still as (pixel_values [N, 3, 14, 14], grid_thw [1, 3]), at most 20,480 tokens by default (report)."""
+        least, most = whole("min_tokens", min_tokens), whole("max_tokens", max_tokens)
+        if least > most:
+            raise KeyeError(f"min_tokens={least} is above max_tokens={most}; give a range that is not empty")
         picture = load_image(source, self.urls)
-        size = fit_size(*picture.shape[1:], min_tokens, max_tokens, self.token_side)
+        size = fit_size(*picture.shape[1:], least, most, self.token_side)
         return _encode([picture], [size], self.token_side)
 
     @property

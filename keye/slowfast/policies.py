@@ -161,7 +161,12 @@ def check_count(policy: Policy, *options: str) -> None:
     """Refuse anything but whole numbers of 1 or more; None stays what it is."""
     for option in options:
         value = getattr(policy, option)
-        check(policy, option, value is None or (isinstance(value, int) and value >= 1), "a whole number of 1 or more")
+        count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        check(policy, option, value is None or count, "a whole number of 1 or more")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 @dataclass(frozen=True)
@@ -186,10 +191,12 @@ class Adaptive(Policy):
     cut: float | None = None
 
     def __post_init__(self) -> None:
+        check(self, "threshold", _is_share(self.threshold), "a similarity from 0 to 1")
         check_count(self, "max_gap", "min_gap")
         check(self, "min_gap", self.max_gap is None or self.min_gap <= self.max_gap, f"max_gap={self.max_gap} at most")
-        check(self, "hysteresis", 0 <= self.hysteresis <= 1, "a difference of similarity from 0 to 1")
-        check(self, "cut", self.cut is None or 0 < self.cut <= 1, "a similarity above 0 and at most 1")
+        check(self, "hysteresis", _is_share(self.hysteresis), "a difference of similarity from 0 to 1")
+        cut = self.cut is None or (_is_share(self.cut) and self.cut > 0)
+        check(self, "cut", cut, "a similarity above 0 and at most 1")
 
     @property
     def looks_back(self) -> bool:

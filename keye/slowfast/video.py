@@ -6,7 +6,6 @@ clip. Times are seconds from the start of the video stream, by presentation time
 """
 
 import io
-import math
 import os
 import shutil
 import stat
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from keye.checks import rate, seconds, whole
 from keye.errors import VideoError
 from keye.slowfast.containers import open_container
 from keye.slowfast.decode import Frame, open_decoder
@@ -136,15 +136,15 @@ def _check_request(
     end: float | None,
     num_frames: int | None,
 ) -> None:
-    for key, rate in (("fps", fps), ("source_fps", source_fps)):
-        if rate is not None and not 0 < rate < math.inf:
-            raise VideoError(f"{key} is {rate}; give a rate above 0")
-    for key, count in (("max_frames", max_frames), ("num_frames", num_frames)):
-        if count is not None and (count < 1 or count != int(count)):
-            raise VideoError(f"{key} is {count}; give a whole number of 1 or more")
-    for key, time in (("start", start), ("end", end)):
-        if time is not None and not 0 <= time < math.inf:
-            raise VideoError(f"{key} is {time}; give seconds from the beginning, 0 or more")
+    for key, value in (("fps", fps), ("source_fps", source_fps)):
+        if value is not None:
+            rate(key, value, error=VideoError)
+    for key, value in (("max_frames", max_frames), ("num_frames", num_frames)):
+        if value is not None:
+            whole(key, value, error=VideoError)
+    for key, value in (("start", start), ("end", end)):
+        if value is not None:
+            seconds(key, value, error=VideoError)
     if end is not None and (start or 0) >= end:
         raise VideoError(f"start={start or 0:g} is not before end={end:g}; give a range of seconds that is not empty")
 

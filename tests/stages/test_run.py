@@ -159,7 +159,7 @@ def test_stage_before_must_be_there(alone, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("annealing.encoder.max_tokens_per_frame=0", "max_tokens_per_frame=0"),
+        ("annealing.encoder.max_tokens_per_frame=0", "max_tokens_per_frame is 0"),
         ("annealing.encoder.maximum=3", "processor.encoder: .*maximum.*SlowFastEncoder"),
         ("processor.image.maximum=3", "processor.image: unknown key maximum"),
         ("annealing.sequence_parallel=2", "sequence_parallel = 2 does not divide the 1 processes"),

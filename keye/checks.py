@@ -1,0 +1,38 @@
+"""Checks of numbers that users give: the value as a plain Python number, or an error that names it and what to give."""
+
+import math
+from numbers import Real
+
+from keye.errors import KeyeError
+
+
+def whole(name: str, value: object, least: int = 1, *, error: type[KeyeError] = KeyeError) -> int:
+    """`value` as an int, if it is a whole number of `least` or more (8000.0 and numpy's are whole numbers, too)."""
+    if not _finite(value) or value != int(value) or value < least:
+        raise error(f"{name} is {value!r}; give a whole number of {least} or more")
+    return int(value)
+
+
+def share(name: str, value: object, *, zero: bool = True, error: type[KeyeError] = KeyeError) -> float:
+    """`value` as a float, if it lies in [0, 1], or in (0, 1] where `zero` is false."""
+    if not _finite(value) or not 0 <= value <= 1 or (value == 0 and not zero):
+        raise error(f"{name} is {value!r}; give a number {'from 0 to 1' if zero else 'above 0 and at most 1'}")
+    return float(value)
+
+
+def rate(name: str, value: object, *, error: type[KeyeError] = KeyeError) -> float:
+    """`value` as a float, if it is finite and above 0."""
+    if not _finite(value) or value <= 0:
+        raise error(f"{name} is {value!r}; give a rate above 0")
+    return float(value)
+
+
+def seconds(name: str, value: object, *, error: type[KeyeError] = KeyeError) -> float:
+    """`value` as a float, if it is finite and 0 or more."""
+    if not _finite(value) or value < 0:
+        raise error(f"{name} is {value!r}; give seconds from the beginning, 0 or more")
+    return float(value)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
