@@ -10,10 +10,10 @@ from keye.world.scene import CELL
 
 QUESTIONS = {
     "read": ("What does the card say?", "Read the code."),
-    "count": ("How often does it flash?", "Count the flashes."),
+    "count": ("How often does the {} one flash?", "Count the {} flashes."),
     "order": ("Which colour came first, {}?", "First colour: {}?"),
     "order_last": ("Which colour came last, {}?", "Last colour: {}?"),
-    "when": ("At what second is the flash?", "When is the flash?"),
+    "when": ("At what second is it white?", "When is it white?"),
     "motion": ("Which way does it move?", "Direction of motion?"),
     "find": ("What colour was the short flash?", "Colour of the flash?"),
     "image_read": ("What does the card say?", "Read the code."),

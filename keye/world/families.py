@@ -74,39 +74,45 @@ def _card_picture(
 
 
 def count_classes(setting: Setting) -> list[str]:
-    """1 … 6, or fewer where a short clip has no room for so many flashes with a pause between them."""
-    return [str(n + 1) for n in range(min(MAX_COUNT, setting.cells // 2))]
+    """1 … 6, or fewer where a short clip has no room for one flash more with a pause between any two."""
+    return [str(n + 1) for n in range(min(MAX_COUNT, setting.cells // 2 - 1))]
 
 
 def count(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
-    """In a static scene a dim object flashes 1 to 6 times, half a second each, never in two cells running."""
-    flashes = int(target or 1)
+    """Two dim objects flash, half a second each, never both and never in two cells running; one colour is asked for.
+
+    All flashes together are always one more than the largest answer. How often the picture changes, and so which frames
+    are slow, is the same for every answer: only the colours tell.
+    """
+    wanted, total = int(target or 1), len(count_classes(setting)) + 1
     backdrop = Backdrop(rng, setting)
-    name, shape = pick(rng, list(COLOURS)), pick(rng, SHAPES)
+    names, shape = [str(name) for name in rng.permutation(list(COLOURS))[:2]], pick(rng, SHAPES)
     # Choosing k of (free - k + 1) places and spreading them by one each gives every non-adjacent choice alike.
-    places = rng.choice(setting.cells - 1 - (flashes - 1), flashes, replace=False)
-    lit = {int(place) + 1 + step for step, place in enumerate(sorted(places))}
-    side = _object_size(setting, rng)
-    top, left = _somewhere(rng, setting, side)
-    bright = COLOURS[name]
-    dim = tuple(int(value * 0.25) for value in bright)
+    places = rng.choice(setting.cells - 1 - (total - 1), total, replace=False)
+    cells = rng.permutation([int(place) + 1 + step for step, place in enumerate(sorted(places))]).tolist()
+    flashes = dict.fromkeys(cells[:wanted], 0) | dict.fromkeys(cells[wanted:], 1)
+    side, spots = _two_spots(rng, setting)
 
     def draw(frame: int) -> np.ndarray:
-        picture = backdrop.frame(frame)
-        paint(picture, shape, bright if setting.cell(frame) in lit else dim, top, left, side)
+        picture, lit = backdrop.frame(frame), flashes.get(setting.cell(frame))
+        for which, (name, spot) in enumerate(zip(names, spots, strict=True)):
+            dim = tuple(int(value * 0.25) for value in COLOURS[name])
+            paint(picture, shape, COLOURS[name] if lit == which else dim, *spot, side)
         return picture
 
-    box = [left, top, left + side, top + side]
-    meta = {"events": [event("flash", c, c + 1, colour=name) for c in sorted(lit)], "box": box, "shape": shape}
-    return _film(
-        setting,
-        draw,
-        backdrop,
-        question=ask(rng, "count"),
-        answer=str(flashes),
-        options=count_classes(setting),
-        meta=meta,
-    )
+    boxes = [[left, top, left + side, top + side] for top, left in spots]
+    events = [event("flash", c, c + 1, colour=names[flashes[c]]) for c in sorted(flashes)]
+    meta = {"events": events, "colour": names[0], "box": boxes[0], "other_box": boxes[1], "shape": shape}
+    question, options = ask(rng, "count", names[0]), count_classes(setting)
+    return _film(setting, draw, backdrop, question=question, answer=str(wanted), options=options, meta=meta)
+
+
+def _two_spots(rng: np.random.Generator, setting: Setting) -> tuple[int, list[tuple[int, int]]]:
+    """A side in pixels and the (top, left) of two boxes of that side that do not overlap, in random order."""
+    height, width = setting.size
+    side = min(_object_size(setting, rng), width // 2)
+    lefts = [int(rng.integers(0, width // 2 - side + 1)) + half * (width // 2) for half in rng.permutation(2).tolist()]
+    return side, [(int(rng.integers(0, height - side + 1)), left) for left in lefts]
 
 
 def order(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
@@ -144,24 +150,36 @@ def when_classes(setting: Setting) -> list[str]:
 
 
 def when(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
-    """The frame (hard: one object) flashes for half a second; the answer is its beginning, right to half a second."""
+    """The frame (hard: one object) has another colour every half second; when is it white? Right to half a second.
+
+    Something changes in every cell, so every frame is slow: only the colours tell which one is asked for.
+    """
     cell = round(float(target or CELL) / CELL)
     backdrop = Backdrop(rng, setting, pan=True)
     whole = setting.difficulty < 0.5
     side, shape = _object_size(setting, rng), pick(rng, SHAPES)
     top, left = _somewhere(rng, setting, side)
+    names = _changing_colours(rng, setting.cells)
+    names[cell] = "white"
 
     def draw(frame: int) -> np.ndarray:
-        picture = backdrop.frame(frame)
-        lit = setting.cell(frame) == cell
-        if whole and lit:
-            return np.maximum(picture, 230)
-        paint(picture, shape, COLOURS["white"] if lit else (60, 60, 60), top, left, side)
+        picture, colour = backdrop.frame(frame), COLOURS[names[setting.cell(frame)]]
+        if whole:
+            return np.maximum(picture, np.array(colour, np.uint8))
+        paint(picture, shape, colour, top, left, side)
         return picture
 
-    meta = {"events": [event("flash", cell, cell + 1, colour="white")]}
+    meta = {"events": [event("flash", cell, cell + 1, colour="white")], "colours": names}
     meta["box"] = [0, 0, *setting.size[::-1]] if whole else [left, top, left + side, top + side]
     return _film(setting, draw, backdrop, question=ask(rng, "when"), answer=seconds(cell), tolerance=CELL, meta=meta)
+
+
+def _changing_colours(rng: np.random.Generator, count: int) -> list[str]:
+    """`count` names of colours other than white; any three in a row differ, so that any one of them may be replaced."""
+    names: list[str] = []
+    for _ in range(count):
+        names.append(pick(rng, [name for name in COLOURS if name != "white" and name not in names[-2:]]))
+    return names
 
 
 def motion(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
@@ -306,11 +324,12 @@ def _caption_video(rng: np.random.Generator, setting: Setting) -> Draft:
     if kind == "read":
         draft.answer = f"A card says {draft.answer}."
     elif kind == "count":
-        draft.answer = f"A {happened[0]} {draft.meta['shape']} flashes {_times(len(happened))}."
+        colour = draft.meta["colour"]
+        draft.answer = f"A {colour} {draft.meta['shape']} flashes {_times(happened.count(colour))}."
     elif kind == "order":
         draft.answer = "A " + ", then a ".join(f"{name} {draft.meta['shape']}" for name in happened) + "."
     elif kind == "when":
-        draft.answer = f"A flash at {draft.answer} seconds."
+        draft.answer = f"It is white at {draft.answer} seconds."
     else:
         draft.answer = f"A {draft.meta['colour']} {draft.meta['shape']} moves {draft.answer}."
     draft.meta["kind"] = kind

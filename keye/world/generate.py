@@ -19,7 +19,7 @@ from keye.world.families import FAMILIES, deal
 from keye.world.manifest import write_manifest
 from keye.world.render import write_mp4, write_png
 from keye.world.scene import COLOURS, PHOTOGRAPHS, SHAPES, Setting, photograph
-from keye.world.words import text, text_items
+from keye.world.words import is_heldout, text, text_items
 
 SPLITS = ("train", "heldout")
 _POOL_FROM = 100
@@ -150,7 +150,8 @@ def _track(samples: Iterator[dict[str, Any]], total: int, title: str, show: bool
 def texts(seed: int = 0, samples: int = 400) -> list[str]:
     """Text to train a tokenizer on: every kind of question, answer, caption, box and time stamp the world writes.
 
-    Draws `samples` samples of each family without rendering them; the same seed gives the same list.
+    Draws `samples` samples of each family without rendering them; the same seed gives the same list. Held-out text
+    questions are not among them.
     """
     lines: list[str] = []
     for family, build in FAMILIES.items():
@@ -161,7 +162,7 @@ def texts(seed: int = 0, samples: int = 400) -> list[str]:
             lines += [draft.question, draft.answer]
             if draft.options:
                 lines.append(", ".join(draft.options))
-    lines += [line for item in text_items() for line in item]
+    lines += [line for item in text_items() if not is_heldout(item[0]) for line in item]
     lines += [f"{tenth / 10:.1f}" for tenth in range(0, 640)]
     lines += [str(number) for number in range(1000)]
     lines += [phrase for phrases in QUESTIONS.values() for phrase in phrases]

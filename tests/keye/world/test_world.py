@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import tomllib
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import stages
+from keye import SlowFastEncoder
 from keye.errors import ManifestError
+from keye.evaluation.match import match
 from keye.world import FAMILIES, Setting, generate, read_manifest, texts
 from keye.world.families import deal
 from keye.world.scene import COLOURS, shape_mask
@@ -79,23 +84,73 @@ def test_clips_are_h264_with_their_stated_clock(world):
 def test_count_flashes_as_often_as_the_answer_says(world):
     for sample in of(world, "count"):
         pixels, times = frames(world, sample)
-        events = sample["meta"]["events"]
-        assert len(events) == int(sample["answer"])
-        lit = np.logical_or.reduce([inside(times, event) for event in events])
-        glow = np.array(
-            [shape_pixels(f, sample["meta"]["box"], sample["meta"]["shape"]).max(-1).mean() for f in pixels]
-        )
-        assert glow[lit].min() > glow[~lit].max() + 80
-        assert np.sum(np.diff(lit.astype(int)) == 1) == len(events), "flashes must not run into one another"
+        meta = sample["meta"]
+        assert meta["colour"] in sample["messages"][0]["content"][1]["text"]
+        for box, wanted in ((meta["box"], True), (meta["other_box"], False)):
+            events = [event for event in meta["events"] if (event["colour"] == meta["colour"]) is wanted]
+            lit = np.logical_or.reduce([inside(times, event) for event in events])
+            glow = np.array([shape_pixels(f, box, meta["shape"]).max(-1).mean() for f in pixels])
+            assert glow[lit].min() > glow[~lit].max() + 80
+            assert np.sum(np.diff(lit.astype(int)) == 1) == len(events), "flashes must not run into one another"
+            assert not wanted or len(events) == int(sample["answer"])
 
 
-def test_when_is_brightest_in_its_half_second(world):
+def test_when_is_white_in_its_half_second_alone(world):
     for sample in of(world, "when"):
         pixels, times = frames(world, sample)
         [event] = sample["meta"]["events"]
         assert float(sample["answer"]) == event["start"] and event["end"] - event["start"] == 0.5
-        lit, glow = inside(times, event), pixels.mean((1, 2, 3))
+        lit, glow = inside(times, event), pixels.min(-1).mean((1, 2))
         assert lit.sum() == 2 and glow[lit].min() > glow[~lit].max() + 30
+        change = np.abs(np.diff(pixels, axis=0)).mean((1, 2, 3))
+        assert change[1::2].min() > 20 > change[0::2].max(), "every half second differs from the one before"
+
+
+def drawn_plans(family, count, duration, seed):
+    """(frame types with seconds, answer) of `count` drawn clips under the encoder settings of the tiny recipe."""
+    recipe = tomllib.loads((Path(stages.__file__).parent / "recipes/tiny.toml").read_text())
+    encoder = SlowFastEncoder(**recipe["processor"]["encoder"])
+    setting = Setting(duration=duration, difficulty=recipe["data"]["world"]["settings"]["difficulty"][family])
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        draft = FAMILIES[family](rng, setting, deal(family, setting, seed, index), index)
+        pictures = np.stack([draft.draw(frame) for frame in range(draft.frames)])
+        plan = encoder.plan(torch.from_numpy(pictures[:: draft.fps // 2]).permute(0, 3, 1, 2), source_fps=2.0)
+        yield (tuple(plan.frame_types.tolist()), tuple(plan.timestamps.tolist())), draft.answer
+
+
+@pytest.mark.parametrize("duration", [4.0, 8.0])
+@pytest.mark.parametrize("family", ["count", "when"])
+def test_the_plan_does_not_give_the_answer_away(family, duration):
+    """A look-up of the answer by frame types and seconds, learnt on other clips, does no better than a guess."""
+    table = defaultdict(Counter)
+    for plan, answer in drawn_plans(family, 300, duration, 1):
+        table[plan][answer] += 1
+    right, chances = [], []
+    prior = sum(table.values(), Counter())
+    tolerance = 0.5 if family == "when" else None
+    for plan, answer in drawn_plans(family, 150, duration, 2):
+        known = table.get(plan, prior)
+        guess = max(prior, key=lambda a: sum(n for b, n in known.items() if match(a, b, tolerance)))
+        right.append(match(guess, answer, tolerance))
+        chances.append(max(sum(n for b, n in prior.items() if match(a, b, tolerance)) for a in prior) / prior.total())
+    chance = np.mean(chances)
+    assert np.mean(right) < chance + 3 * np.sqrt(chance * (1 - chance) / len(right))
+
+
+def test_text_questions_of_one_content_are_on_one_side():
+    side = {question: is_heldout(question) for question, _ in text_items()}
+    for a in range(10):
+        for b in range(10):
+            assert side[f"{a} + {b} ="] == side[f"{b} + {a} ="]
+            assert a == b or side[f"Which is larger, {a} or {b}?"] == side[f"Which is larger, {b} or {a}?"]
+    for story in {q.split(". ")[0] for q in side if q.startswith("A ")}:
+        assert len({side[q] for q in side if q.startswith(story + ".")}) == 1
+
+
+def test_the_tokenizer_sees_no_heldout_text():
+    held = {question for question, _ in text_items() if is_heldout(question)}
+    assert len(held) > 50 and not held & set(texts(samples=200))
 
 
 def test_find_shows_its_colour_only_during_the_event(world):
