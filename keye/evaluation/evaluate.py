@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,18 +70,28 @@ def evaluate(
     return Report(benchmark.name, outcomes, settings, time.monotonic() - began)
 
 
-def _grade(index: int, question: Question, reply: str, error: str | None, baselines: Baselines) -> Outcome:
+def _grade(index: int, question: Question, reply: "Reply", error: str | None, baselines: Baselines) -> Outcome:
+    right = match(reply.text, question.answer, question.tolerance, question.options, reply.finished)
     return Outcome(
         index=index,
         id=question.id,
         family=question.family,
-        prediction=reply,
+        prediction=reply.text,
         answer=question.answer,
-        correct=error is None and match(reply, question.answer, question.tolerance, question.options),
+        correct=error is None and right,
         chance=baselines.chance(question),
         majority=baselines.majority(question),
         error=error,
+        finished=reply.finished,
     )
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A generated reply. finished: False when the token limit cut it off before its end token."""
+
+    text: str
+    finished: bool = True
 
 
 def _replies(
@@ -90,8 +101,8 @@ def _replies(
     blind: bool,
     temperature: float,
     max_new_tokens: int,
-) -> Iterator[tuple[str, str | None]]:
-    """(reply, None) or ("", why the media could not be read) for each question, from one batched generation."""
+) -> Iterator[tuple[Reply, str | None]]:
+    """(reply, None) or (an empty reply, why the media could not be read) for each question, generated as one batch."""
     samples: list[Sample] = []
     errors: list[str | None] = []
     for question in questions:
@@ -103,7 +114,7 @@ def _replies(
             errors.append(str(error))
     replies = iter(generate_replies(model, processor, samples, temperature, max_new_tokens) if samples else ())
     for error in errors:
-        yield ("", error) if error else (next(replies), None)
+        yield (Reply(""), error) if error else (next(replies), None)
 
 
 def generate_replies(
@@ -112,7 +123,7 @@ def generate_replies(
     samples: "Sequence[Sample]",
     temperature: float = 0.0,
     max_new_tokens: int = 32,
-) -> list[str]:
+) -> list[Reply]:
     """The model's reply to each prompt, generated as one left-padded batch."""
     batch = processor.collate(samples, padding_side="left")
     batch.pop("labels", None)
@@ -127,7 +138,9 @@ def generate_replies(
         pad_token_id=tokenizer.pad_token_id,
     )
     new = ids[:, batch["input_ids"].shape[1] :]
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
+    ended = (new == tokenizer.eos_token_id).any(dim=1).tolist()
+    texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
+    return [Reply(text, end) for text, end in zip(texts, ended, strict=True)]
 
 
 def gather(report: Report) -> Report:

@@ -18,7 +18,11 @@ _CANDIDATES = 200
 
 @dataclass(frozen=True)
 class Outcome:
-    """One reply. index: the question's place in the benchmark; chance: of a uniform guess at this very question."""
+    """One reply.
+
+    index: the question's place in the benchmark. chance: of a uniform guess at this very question. error: why the clip
+    could not be read. finished: False when the token limit cut the reply off, which makes it wrong.
+    """
 
     index: int
     id: str
@@ -29,6 +33,7 @@ class Outcome:
     chance: float
     majority: bool
     error: str | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ _TAGGED = re.compile(r"\s*(?:<think>.*?</think>\s*)?<answer>(.+?)</answer>\s*", 
 
 @register("accuracy")
 class Accuracy:
-    """1 when the completion gives the manifest's answer, by the rule of evaluation (`keye.evaluation.match`)."""
+    """1 when the completion ended by itself and gives the manifest's answer, by the rule of `keye.evaluation.match`."""
 
     def __call__(self, judgement: Judgement) -> float:
         prompt = judgement.prompt
-        return float(match(judgement.text, prompt.answer, prompt.tolerance, prompt.options))
+        return float(match(judgement.text, prompt.answer, prompt.tolerance, prompt.options, judgement.finished))
 
 
 @register("format")

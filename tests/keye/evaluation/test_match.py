@@ -1,6 +1,50 @@
+import string
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keye.evaluation.match import choose, extract_answer, iou, match, parse_number
+from tests.keye.evaluation.answers import TRUTHS, Truth
+
+WORDS = st.lists(st.text(string.ascii_lowercase, min_size=3, max_size=7), min_size=2, max_size=6, unique=True).filter(
+    lambda words: not any(one != two and one in two for one in words for two in words)
+)
+
+
+def test_the_table_of_answers_is_large() -> None:
+    assert sum(len(truth.replies) for truth in TRUTHS) >= 300
+
+
+@pytest.mark.parametrize("truth", TRUTHS, ids=lambda truth: f"{truth.answer}-{truth.options}")
+def test_match_judges_as_a_person_does(truth: Truth) -> None:
+    judged = {reply: match(reply, truth.answer, truth.tolerance, truth.options) for reply, _ in truth.replies}
+    assert {reply: right for reply, right in truth.replies if judged[reply] is not right} == {}
+
+
+@given(WORDS, st.data())
+def test_only_the_right_option_earns(options: list[str], data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(options) - 1))
+    answer, letter = options[place], string.ascii_uppercase[place]
+    for truth in (answer, letter):
+        for reply in (answer, letter, f"({letter})", f"{letter}. {answer}", f"The answer is {answer}."):
+            assert match(reply, truth, options=options)
+            assert not match(reply, truth, options=options, finished=False)
+        for reply in (f"not {answer}", " ".join(options), ", ".join(string.ascii_uppercase[: len(options)])):
+            assert not match(reply, truth, options=options)
+        for other in range(len(options)):
+            assert match(options[other], truth, options=options) is (other == place)
+            assert match(string.ascii_uppercase[other], truth, options=options) is (other == place)
+
+
+@given(st.text(string.punctuation + string.whitespace), st.text(string.ascii_letters, min_size=1), st.none() | WORDS)
+def test_silence_never_earns(reply: str, answer: str, options: list[str] | None) -> None:
+    assert not match(reply, answer, options=options)
+
+
+@given(st.text(), st.text(max_size=12), st.none() | st.floats(0, 2), st.lists(st.text(max_size=6), max_size=5))
+def test_any_text_is_judged(reply: str, answer: str, tolerance: float | None, options: list[str]) -> None:
+    assert match(reply, answer, tolerance, options) in (True, False)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +109,7 @@ def test_match(prediction, answer, tolerance, right):
 @pytest.mark.parametrize(
     ("reply", "option"),
     [("blue", "blue"), ("B", "blue"), ("b", "blue"), ("(B)", "blue"), ("(b)", "blue"), ("B. blue", "blue"),
-     ("B) red", "red"), ("It is blue.", "blue"), ("red or blue", None), ("D", None), ("green", None),
+     ("B) red", None), ("It is blue.", "blue"), ("red or blue", None), ("D", None), ("green", None),
      ("A blue one", "blue")],
 )  # fmt: skip
 def test_choose_among_words(reply, option):
