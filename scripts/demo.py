@@ -23,6 +23,7 @@ PRETRAIN, POSTTRAIN = "stages/recipes/tiny.toml", "rl/recipes/tiny.toml"
 SHORT_PRETRAIN = ("vision.steps=6", "alignment.steps=4", "multitask.steps=12", "annealing.steps=4")
 SHORT_POSTTRAIN = ("gspo.steps=2", "gspo.prompts=8", "heldout.limit=4", "heldout.samples=1")
 PLAN_FRAMES = 60
+CONTROLS = {"none": "", "blind": ", without the video", "zeroed": ", the same tokens with every pixel zero"}
 
 
 class Demo:
@@ -153,15 +154,15 @@ def plan_clips(demo: Demo) -> None:
         print("      " + encoded.plan.summary().replace("\n", "\n      "))
 
 
-def evaluate_model(demo: Demo, stage: str, blinds: tuple[bool, ...]) -> None:
-    """Ask a stage's model the held-out questions, with and without the video; `evaluation/<stage>[_blind].json`."""
+def evaluate_model(demo: Demo, stage: str, controls: tuple[str, ...]) -> None:
+    """Ask a stage's model the held-out questions under each control; `evaluation/<stage>[_<control>].json`."""
     world = demo.run / "world"
     # The majority answer is that of the questions trained on: nobody knows the held-out ones beforehand.
     asked = [str(demo.run / stage / "model"), str(world / "heldout.jsonl"), "--train", str(world / "train.jsonl")]
-    for blind in blinds:
-        name = f"{stage}{'_blind' if blind else ''}"
-        how = [*(["--blind"] if blind else []), *(["--limit", "4"] if demo.short else [])]
-        print(f"      {stage}{', without the video' if blind else ''}", flush=True)
+    for control in controls:
+        name = stage if control == "none" else f"{stage}_{control}"
+        how = ["--control", control, *(["--limit", "4"] if demo.short else [])]
+        print(f"      {stage}{CONTROLS[control]}", flush=True)
         out = str(demo.run / "evaluation" / f"{name}.json")
         demo.torchrun(f"evaluate-{name}", "scripts/evaluate.py", *asked, *how, "--out", out)
 
@@ -174,15 +175,16 @@ def closing_table(run_dir: Path) -> str:
     def share(score: Score | None) -> str:
         return f"{'–' if score is None else f'{score.accuracy:.1%} ± {score.stderr:.1%}':>17}"
 
-    head = ("family", "n", "chance", "majority", "blind", "after stage 3", "after GSPO", "> chance, blind by 2 se")
-    lines = ["{:<10}{:>5}{:>9}{:>10}{:>17}{:>17}{:>17}  {}".format(*head)]
+    head = ("family", "n", "chance", "majority", "blind", "zeroed", "after stage 3", "after GSPO", "> controls by 2 se")
+    lines = ["{:<12}{:>4}{:>8}{:>9}{:>17}{:>17}{:>17}{:>17}  {}".format(*head)]
     families = findings.families(run_dir)
     for f in families:
-        baselines = f"{f.before.n:>5}{f.before.chance:>9.1%}{f.before.majority:>10.1%}"
-        shares = "".join(map(share, (f.blind, f.before, f.after)))
-        lines.append(f"{f.family:<10}{baselines}{shares}  {'yes' if f.learnt else 'no'}")
+        baselines = f"{f.before.n:>4}{f.before.chance:>8.1%}{f.before.majority:>9.1%}"
+        shares = "".join(map(share, (f.blind, f.zeroed, f.before, f.after)))
+        lines.append(f"{f.family:<12}{baselines}{shares}  {'yes' if f.learnt else 'no'}")
     learnt = sum(f.learnt for f in families)
-    lines.append(f"\n{learnt} of {len(families)} families are above chance and blind by more than two standard errors")
+    said = "above chance, blind and zeroed pixels by more than two standard errors"
+    lines.append(f"\n{learnt} of {len(families)} families are {said}")
     reward = findings.reward(run_dir)
     if reward:
         word = "more" if reward.significant else "NOT more"
@@ -243,8 +245,8 @@ def follow(demo: Demo) -> None:
     )
     demo.step(
         "evaluate-before",
-        "Held-out questions to the trained model, and to the same model without the video",
-        lambda: evaluate_model(demo, "annealing", blinds=(False, True)),
+        "Held-out questions to the trained model, and to the same model without the video and without pixels",
+        lambda: evaluate_model(demo, "annealing", tuple(CONTROLS)),
         after=("pretrain",),
     )
     demo.step(
@@ -258,7 +260,7 @@ def follow(demo: Demo) -> None:
     demo.step(
         "evaluate-after",
         "The same held-out questions after GSPO",
-        lambda: evaluate_model(demo, "gspo", blinds=(False,)),
+        lambda: evaluate_model(demo, "gspo", ("none",)),
         after=("gspo",),
     )
     demo.step("ablate", "The threshold from low to high", lambda: ablate(demo), after=("plan", "gspo"))

@@ -10,7 +10,8 @@ from keye.evaluation import evaluate, gather
 
 _EXAMPLES = """examples:
   python scripts/evaluate.py runs/demo/annealing/model runs/demo/world/heldout.jsonl
-  python scripts/evaluate.py MODEL heldout.jsonl --blind --train train.jsonl --out blind.json
+  python scripts/evaluate.py MODEL heldout.jsonl --control blind --train train.jsonl --out blind.json
+  python scripts/evaluate.py MODEL heldout.jsonl --control zeroed        the same tokens without their pixels
   python scripts/evaluate.py MODEL heldout.jsonl --families count,order --limit 50
   torchrun --nproc_per_node 2 -- scripts/evaluate.py MODEL heldout.jsonl          the questions shared by two processes
 """
@@ -27,7 +28,13 @@ def main() -> None:
     parser.add_argument("--train", help="training manifest, from which the majority answers are taken")
     parser.add_argument("--families", help="only these, separated by commas")
     parser.add_argument("--limit", type=int, help="at most so many questions of each family")
-    parser.add_argument("--blind", action="store_true", help="leave out images and videos")
+    parser.add_argument(
+        "--control",
+        choices=("none", "blind", "zeroed"),
+        default="none",
+        help="blind: leave out images and videos; zeroed: keep their tokens, frame types and seconds, zero the pixels",
+    )
+    parser.add_argument("--blind", dest="control", action="store_const", const="blind", help="same as --control blind")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=32)
@@ -44,7 +51,7 @@ def main() -> None:
         given.manifest,
         families=given.families.split(",") if given.families else None,
         limit=given.limit,
-        blind=given.blind,
+        control=given.control,
         temperature=given.temperature,
         train=given.train,
         batch_size=given.batch_size,

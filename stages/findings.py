@@ -13,28 +13,33 @@ from stages.data.thinned import COUNTS
 class FamilyFinding:
     """How one family of held-out questions went.
 
-    before: the annealed model, with its chance and majority baselines. blind: the same model without the video. after:
-    the model after GSPO. None is what was not measured yet. pictures: whether there is anything to be blind to.
+    before: the annealed model, with its chance and majority baselines. blind: the same model without the video. zeroed:
+    the same model with the same tokens, whose pixels are all zero. after: the model after GSPO. None is what was not
+    measured yet. pictures: whether there is anything to be blind to.
     """
 
     family: str
     before: Score
     blind: Score | None
+    zeroed: Score | None
     after: Score | None
     pictures: bool = True
 
     @property
     def learnt(self) -> bool:
-        """Whether the annealed model is above chance and above its blind self by more than two standard errors.
+        """Whether the annealed model is above chance and above both controls by more than two standard errors.
 
         Words alone are judged by chance alone.
         """
         if self.before.accuracy - self.before.chance <= 2 * self.before.stderr:
             return False
-        if self.blind is None:
-            return not self.pictures
-        spread = math.hypot(self.before.stderr, self.blind.stderr)
-        return self.before.accuracy - self.blind.accuracy > 2 * spread
+        if not self.pictures:
+            return True
+        return all(
+            control is not None
+            and self.before.accuracy - control.accuracy > 2 * math.hypot(self.before.stderr, control.stderr)
+            for control in (self.blind, self.zeroed)
+        )
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,21 @@ class RewardFinding:
 
 
 def families(run: Path) -> list[FamilyFinding]:
-    """Findings per family from `evaluation/{annealing,annealing_blind,gspo}.json`; empty before the first of them."""
-    before, blind, after = (
+    """Findings per family from `evaluation/{annealing,annealing_blind,annealing_zeroed,gspo}.json`.
+
+    Empty before the first of them.
+    """
+    before, blind, zeroed, after = (
         {
             family: Score(**scores)
             for family, scores in read_json(run / "evaluation" / f"{name}.json").get("families", {}).items()
         }
-        for name in ("annealing", "annealing_blind", "gspo")
+        for name in ("annealing", "annealing_blind", "annealing_zeroed", "gspo")
     )
     return [
-        FamilyFinding(family, score, blind.get(family), after.get(family), pictures=not blind or family in blind)
+        FamilyFinding(
+            family, score, blind.get(family), zeroed.get(family), after.get(family), not blind or family in blind
+        )
         for family, score in before.items()
     ]
 

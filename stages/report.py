@@ -4,7 +4,7 @@
 demo come with the first of their files, and then what has not been run yet is left out by name:
 
     plans/<clip>.json, plans/<clip>/*.jpg     a VideoPlan and its frames at the size the model sees them
-    evaluation/{annealing,annealing_blind,gspo}.json
+    evaluation/{annealing,annealing_blind,annealing_zeroed,gspo}.json
     gspo/metrics.jsonl, gspo/eval.json        reward_mean, reward_stderr; held-out reward before and after
     ablation/ablation.json                    rows of threshold, tokens, slow share, PSNR, SSIM, accuracy
     environment.json, recipe.toml, steps/*.json
@@ -57,7 +57,7 @@ def _verdict(run: Path) -> str:
     families = findings.families(run)
     if families:
         learnt = [f.family for f in families if f.learnt]
-        said = "families above chance and blind by more than 2 standard errors"
+        said = "families above chance, blind and zeroed pixels by more than 2 standard errors"
         tiles.append((f"{len(learnt)} of {len(families)}", said + (f": {', '.join(learnt)}" if learnt else "")))
     gained = findings.reward(run)
     if gained:
@@ -132,22 +132,23 @@ def _accuracy(run: Path) -> str:
         Series("chance", index, [r.before.chance for r in rows], "muted", style="line"),
         Series("majority answer", index, [r.before.majority for r in rows], "muted", style="dashed"),
         measured("blind (no video)", [r.blind for r in rows], "c2"),
+        measured("pixels zeroed, same tokens", [r.zeroed for r in rows], "c3"),
         measured("after stage 3", [r.before for r in rows], "c0"),
         measured("after GSPO", [r.after for r in rows], "c1"),
     ]
     learnt, not_learnt = [r.family for r in rows if r.learnt], [r.family for r in rows if not r.learnt]
-    says = "<p>Above both chance and the blind model by more than two standard errors after stage 3: "
+    says = "<p>Above chance, the blind model and zeroed pixels by more than two standard errors after stage 3: "
     says += f"<b>{', '.join(learnt) or 'none'}</b>. "
     says += (
         f"Not learnt in this run: <b>{', '.join(not_learnt)}</b>.</p>" if not_learnt else "Every one was learnt.</p>"
     )
     figures = [
         [escape(r.family), str(r.before.n), percent(r.before.chance), percent(r.before.majority)]
-        + ["–" if score is None else percent(score.accuracy, score.stderr) for score in (r.blind, r.before, r.after)]
+        + ["–" if s is None else percent(s.accuracy, s.stderr) for s in (r.blind, r.zeroed, r.before, r.after)]
         + ["yes" if r.learnt else "no"]
         for r in rows
     ]
-    head = ["family", "questions", "chance", "majority", "blind", "after stage 3", "after GSPO", "learnt"]
+    head = ["family", "questions", "chance", "majority", "blind", "zeroed", "after stage 3", "after GSPO", "learnt"]
     note = '<p class="note">Held-out clips, drawn with other seeds than those trained on; bars: one standard error.</p>'
     return says + legend(series) + row_chart([r.family for r in rows], series) + table(head, figures) + note
 

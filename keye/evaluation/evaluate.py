@@ -1,10 +1,10 @@
 """Ask a model every question of a benchmark and grade its replies."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.progress import Progress
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from keye.model.keye import KeyeForConditionalGeneration
     from keye.prompt.processor import KeyeProcessor, Sample
 
+Control = Literal["none", "blind", "zeroed"]
+"""What is taken from the model: nothing; images and videos with all their tokens; the pixels alone, so that token
+stream, frame types and seconds stay as they are."""
+
 
 def evaluate(
     model: "KeyeForConditionalGeneration",
@@ -25,7 +29,7 @@ def evaluate(
     benchmark: Benchmark | str | Path,
     families: Sequence[str] | None = None,
     limit: int | None = None,
-    blind: bool = False,
+    control: Control = "none",
     temperature: float = 0.0,
     train: str | Path | None = None,
     batch_size: int = 16,
@@ -37,8 +41,9 @@ def evaluate(
 ) -> Report:
     """Accuracy of `model` on a benchmark, or on a manifest given by its path.
 
-    families, limit: only these families, at most so many questions of each (manifests only). blind: leave out images
-    and videos, and the questions that have none. temperature: 0 is greedy; otherwise replies are sampled from `seed`.
+    families, limit: only these families, at most so many questions of each (manifests only). control: "blind" leaves
+    out images and videos, "zeroed" gives every pixel the value 0; both leave out the questions that have neither.
+    temperature: 0 is greedy; otherwise replies are sampled from `seed`.
     train: the training manifest, from which the majority answers are taken (default: the benchmark itself). rank,
     world_size: answer only every world_size-th question; `merge` (or `gather` under torch.distributed) joins the
     reports. A clip that cannot be read is recorded and counts as wrong. Raises ManifestError for a manifest that is
@@ -49,7 +54,7 @@ def evaluate(
         benchmark = ManifestBenchmark(benchmark, families, limit)
     questions = list(benchmark)
     baselines = Baselines(ManifestBenchmark(train) if train else questions)
-    if blind:
+    if control != "none":
         questions = [question for question in questions if question.blind() != question.messages]
     mine = list(enumerate(questions))[rank::world_size]
     outcomes: list[Outcome] = []
@@ -58,15 +63,15 @@ def evaluate(
     devices = [model.device] if model.device.type == "cuda" else []
     with Progress(disable=not progress) as bar, torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed + rank)
-        task = bar.add_task(f"{benchmark.name}{' (blind)' if blind else ''}", total=len(mine))
+        task = bar.add_task(f"{benchmark.name}{'' if control == 'none' else f' ({control})'}", total=len(mine))
         for start in range(0, len(mine), batch_size):
             chunk = mine[start : start + batch_size]
-            replies = _replies(model, processor, [q for _, q in chunk], blind, temperature, max_new_tokens)
+            replies = _replies(model, processor, [q for _, q in chunk], control, temperature, max_new_tokens)
             for (index, question), (reply, error) in zip(chunk, replies, strict=True):
                 outcomes.append(_grade(index, question, reply, error, baselines))
             bar.advance(task, len(chunk))
     model.train(was_training)
-    settings = {"blind": blind, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    settings = {"control": control, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     return Report(benchmark.name, outcomes, settings, time.monotonic() - began)
 
 
@@ -86,7 +91,7 @@ def _grade(index: int, question: Question, reply: "Reply", error: str | None, ba
     )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Reply:
     """A generated reply. finished: False when the token limit cut it off before its end token."""
 
@@ -98,7 +103,7 @@ def _replies(
     model: "KeyeForConditionalGeneration",
     processor: "KeyeProcessor",
     questions: Sequence[Question],
-    blind: bool,
+    control: Control,
     temperature: float,
     max_new_tokens: int,
 ) -> Iterator[tuple[Reply, str | None]]:
@@ -107,14 +112,25 @@ def _replies(
     errors: list[str | None] = []
     for question in questions:
         try:
-            messages = question.blind() if blind else question.messages
-            samples.append(processor.sample(messages, base_dir=question.base_dir, add_generation_prompt=True))
+            messages = question.blind() if control == "blind" else question.messages
+            sample = processor.sample(messages, base_dir=question.base_dir, add_generation_prompt=True)
+            samples.append(zeroed(sample) if control == "zeroed" else sample)
             errors.append(None)
         except VideoError as error:
             errors.append(str(error))
     replies = iter(generate_replies(model, processor, samples, temperature, max_new_tokens) if samples else ())
     for error in errors:
         yield (Reply(""), error) if error else (next(replies), None)
+
+
+def zeroed(sample: "Sample") -> "Sample":
+    """The same token stream, positions and grids with every pixel value 0."""
+    pixels = {
+        name: torch.zeros_like(values)
+        for name in ("pixel_values", "pixel_values_videos")
+        if (values := getattr(sample, name)) is not None
+    }
+    return dataclasses.replace(sample, **pixels)
 
 
 def generate_replies(

@@ -26,9 +26,9 @@ EXAMPLES = """examples:
 """
 FAMILIES = {
     "read": "a digit on a card",
-    "count": "flashes, 1–4",
+    "count": "flashes of one colour, 1–3",
     "order": "which colour first",
-    "when": "second of a flash",
+    "when": "second of a colour",
     "motion": "which way",
     "find": "a short flash in a long clip",
     "image_read": "a digit in a still",
@@ -97,37 +97,38 @@ def _head(folder: Path, commit: str) -> list[str]:
 
 
 def _learnt(folder: Path) -> list[str]:
-    before, blind, after = (
-        _json(folder / "evaluation" / f"{name}.json")["families"] for name in ("annealing", "annealing_blind", "gspo")
-    )
+    names = ("annealing", "annealing_blind", "annealing_zeroed", "gspo")
+    before, blind, zeroed, after = (_json(folder / "evaluation" / f"{name}.json")["families"] for name in names)
     rows = []
     for name, meaning in FAMILIES.items():
         score = before[name]
         cells = [f"{name} ({meaning})", _percent(score["chance"]), _percent(score["majority"])]
-        unseen = blind.get(name)
-        cells += ["–" if unseen is None else _accuracy(unseen), _accuracy(score), _accuracy(after[name])]
-        rows.append([*cells, _verdict(score, unseen)])
-    columns = ["family", "chance", "majority", "blind", "after stage 3", "after GSPO", "learnt"]
+        controls = [part[name] for part in (blind, zeroed) if name in part]
+        cells += [_accuracy(control) for control in controls] or ["–", "–"]
+        rows.append([*cells, _accuracy(score), _accuracy(after[name]), _verdict(score, controls)])
+    columns = ["family", "chance", "majority", "blind", "zeroed", "after stage 3", "after GSPO", "learnt"]
     count = sum(row[-1].startswith("yes") for row in rows)
     return [
         "",
         "## What the model learnt",
         "",
         f"{sum(score['n'] for score in before.values())} held-out questions, greedy answers, per cent ± one standard "
-        f"error. *Blind* is the same model without the video or image. *Learnt*: after stage 3 above chance and above "
-        f"blind by more than {SURE:g} standard errors (of the difference): {count} of {len(rows)} families. A blind "
+        f"error. *Blind* is the same model without the video or image; *zeroed* the same model with the same token "
+        "stream, frame types and seconds, and every pixel zero. *Learnt*: after stage 3 above chance and above both "
+        f"by more than {SURE:g} standard errors (of the difference): {count} of {len(rows)} families. A blind "
         "model may answer out of form: where the majority is higher than blind, read against the majority.",
         "",
         *markdown(Table("Held-out accuracy", columns, rows)),
     ]
 
 
-def _verdict(score: dict[str, float], blind: dict[str, float] | None) -> str:
+def _verdict(score: dict[str, float], controls: list[dict[str, float]]) -> str:
     above = (score["accuracy"] - score["chance"]) / score["stderr"]
-    if blind is None:
+    if not controls:
         return f"yes, against chance alone ({above:.1f} errors)" if above > SURE else "no"
-    error = (score["stderr"] ** 2 + blind["stderr"] ** 2) ** 0.5
-    least = min(above, (score["accuracy"] - blind["accuracy"]) / error)
+    errors = [(score["stderr"] ** 2 + control["stderr"] ** 2) ** 0.5 for control in controls]
+    gains = [score["accuracy"] - control["accuracy"] for control in controls]
+    least = min(above, *(gain / error for gain, error in zip(gains, errors, strict=True)))
     return f"yes ({least:.1f} errors)" if least > SURE else f"**no** ({least:.1f} errors)"
 
 

@@ -176,7 +176,7 @@ def ask(folder: Path, seed: int, count: int) -> None:
             for arm, model in asked.items():
                 with torch.no_grad():
                     reply = generate_replies(model, processor, [sample], max_new_tokens=8)[0]
-                right[arm].append(match(reply, question.answer, question.tolerance, question.options))
+                right[arm].append(match(reply.text, question.answer, options=question.options, finished=reply.finished))
         known[str(duration)] = {"tokens": tokens, "right": right}
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps(known))

@@ -48,9 +48,14 @@ def test_format(text, finished, earned):
 
 
 def test_sum_is_weighted_and_its_parts_are_kept():
-    earned = rewards_from({"accuracy": 1.0, "format": 0.25})(judged("3", finished=False))
+    earned = rewards_from({"accuracy": 1.0, "format": 0.25})(judged("<answer>3"))
     assert earned.total == 1.0 and earned.parts == {"accuracy": 1.0, "format": 0.0}
     assert rewards_from({"accuracy": 0.5, "format": 0.25})(judged("3")).total == 0.75
+
+
+def test_an_unfinished_completion_earns_nothing():
+    earned = rewards_from({"accuracy": 1.0, "format": 0.1})(judged("3", finished=False))
+    assert earned.parts == {"accuracy": 0.0, "format": 0.0}
 
 
 def test_an_unknown_reward_is_named():

@@ -77,7 +77,7 @@ def test_stream_gives_back_the_exit_code_and_both_outputs(demo, tmp_path):
 def test_closing_table_says_what_was_learnt_and_what_was_not(demo, tmp_path):
     (tmp_path / "evaluation").mkdir()
     families = {"count": (0.9, 0.2), "motion": (0.27, 0.25)}
-    for name, which in (("annealing", 0), ("annealing_blind", 1)):
+    for name, which in (("annealing", 0), ("annealing_blind", 1), ("annealing_zeroed", 1)):
         report = {
             family: {"n": 100, "accuracy": shares[which], "stderr": 0.04, "chance": 0.25, "majority": 0.3}
             for family, shares in families.items()

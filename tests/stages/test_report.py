@@ -85,6 +85,7 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 def test_what_was_not_learnt_is_said_by_name(tmp_path):
     write_evaluation(tmp_path, "annealing", {"count": 0.9, "motion": 0.27})
     write_evaluation(tmp_path, "annealing_blind", {"count": 0.2, "motion": 0.25})
+    write_evaluation(tmp_path, "annealing_zeroed", {"count": 0.2, "motion": 0.25})
     page = report.write(tmp_path).read_text()
     assert "Not learnt in this run: <b>motion</b>" in page
 
@@ -97,19 +98,21 @@ def test_a_recipe_and_names_are_escaped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "blind", "learnt"),
+    ("before", "blind", "zeroed", "learnt"),
     [
-        (0.90, 0.20, True),
-        (0.27, 0.10, False),  # not above chance, 0.25
-        (0.60, 0.52, False),  # not above blind: the answers can be guessed without the video
-        (0.90, None, False),  # not yet known
+        (0.90, 0.20, 0.20, True),
+        (0.27, 0.10, 0.10, False),  # not above chance, 0.25
+        (0.60, 0.52, 0.25, False),  # not above blind: the answers can be guessed without the video
+        (0.98, 0.10, 0.97, False),  # not above zeroed pixels: the answers can be read from frame types and seconds
+        (0.90, None, 0.20, False),  # not yet known
+        (0.90, 0.20, None, False),
     ],
 )
-def test_learnt_means_two_standard_errors_above_chance_and_blind(before, blind, learnt):
+def test_learnt_means_two_standard_errors_above_chance_and_both_controls(before, blind, zeroed, learnt):
     def score(accuracy):
-        return Score(n=100, accuracy=accuracy, stderr=0.04, chance=0.25, majority=0.3)
+        return None if accuracy is None else Score(n=100, accuracy=accuracy, stderr=0.04, chance=0.25, majority=0.3)
 
-    finding = findings.FamilyFinding("x", score(before), None if blind is None else score(blind), None)
+    finding = findings.FamilyFinding("x", score(before), score(blind), score(zeroed), None)
     assert finding.learnt is learnt
 
 
@@ -117,6 +120,7 @@ def test_a_family_of_words_alone_is_judged_by_chance(tmp_path):
     write_evaluation(tmp_path, "annealing", {"count": 0.9, "text": 0.8})
     assert not any(f.learnt for f in findings.families(tmp_path))
     write_evaluation(tmp_path, "annealing_blind", {"count": 0.2})
+    write_evaluation(tmp_path, "annealing_zeroed", {"count": 0.2})
     assert [f.learnt for f in findings.families(tmp_path)] == [True, True]
 
 

@@ -1,6 +1,7 @@
 """Evaluation of a real, untrained tiny model, and of reports made by hand."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from keye.errors import ManifestError
 from keye.evaluation import ManifestBenchmark, Outcome, Report, evaluate, merge
 from keye.evaluation.benchmark import Question
+from keye.evaluation.evaluate import Reply, zeroed
 from keye.evaluation.report import Baselines, score
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
@@ -60,8 +62,32 @@ def test_blind_questions_carry_no_pictures(world, pair):
     (moved := world.with_name("elsewhere.jsonl")).write_text(
         world.read_text().replace("clips/", "no/").replace("stills/", "no/")
     )
-    report = evaluate(*pair, moved, max_new_tokens=1, blind=True)
+    report = evaluate(*pair, moved, max_new_tokens=1, control="blind")
     assert not report.failed and "count" in report.families and "text" not in report.families
+
+
+def test_zeroed_pixels_leave_the_token_stream_as_it_is(world, pair):
+    model, processor = pair
+    for question in ManifestBenchmark(world, families=["count", "image_place"]):
+        sample = processor.sample(question.messages, base_dir=question.base_dir, add_generation_prompt=True)
+        control = zeroed(sample)
+        for name in ("input_ids", "position_ids", "image_grid_thw", "video_grid_thw"):
+            assert getattr(control, name) is getattr(sample, name)
+        [pixels] = [x for x in (control.pixel_values, control.pixel_values_videos) if x is not None]
+        [real] = [x for x in (sample.pixel_values, sample.pixel_values_videos) if x is not None]
+        assert pixels.shape == real.shape and not pixels.any() and real.any()
+    report = evaluate(model, processor, world, max_new_tokens=2, control="zeroed")
+    assert set(report.families) == {"count", "image_place"} and report.settings["control"] == "zeroed"
+
+
+def test_a_reply_cut_off_by_the_limit_is_wrong(world, pair, monkeypatch):
+    whole = evaluate(*pair, world, families=["text"], max_new_tokens=2)
+    assert not any(o.finished or o.correct for o in whole.outcomes)
+    module, answers = sys.modules["keye.evaluation.evaluate"], [o.answer for o in whole.outcomes]
+    monkeypatch.setattr(module, "generate_replies", lambda *_: [Reply(a, False) for a in answers])
+    assert not any(o.correct for o in evaluate(*pair, world, families=["text"]).outcomes)
+    monkeypatch.setattr(module, "generate_replies", lambda *_: [Reply(a, True) for a in answers])
+    assert all(o.correct for o in evaluate(*pair, world, families=["text"]).outcomes)
 
 
 def test_an_unreadable_clip_is_counted_as_wrong_and_named(world, pair):
@@ -112,7 +138,7 @@ def test_the_constant_answer_uses_the_tolerance():
 
 
 def test_reports_survive_the_disk(tmp_path):
-    report = Report("bench", [outcome(0, True), outcome(1, False, "order")], {"blind": True}, 1.5)
+    report = Report("bench", [outcome(0, True), outcome(1, False, "order")], {"control": "blind"}, 1.5)
     report.save(tmp_path / "deep" / "report.json")
     assert Report.load(tmp_path / "deep" / "report.json") == report
     (tmp_path / "text.json").write_text("[]")
