@@ -5,13 +5,15 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from keye.model.shards import Stored
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -87,15 +89,16 @@ def build(
     zero: int = 2,
     accumulation: int = 1,
     precision: str = "auto",
+    sources: Mapping[nn.Parameter, Stored] | None = None,
 ) -> Any:
     """A DeepSpeed engine that trains the parameters of `module` that want gradients, with AdamW.
 
     Biases, norms and other vectors are not decayed. `accumulation`: calls of `backward` a step. `backward` divides by
     that and averages over all ranks; `trainer.Trainer` undoes both. In bf16 the optimizer keeps fp32 weights, which
-    begin as `module` has them; without ZeRO DeepSpeed has none, so that `zero` is 1 at least.
+    begin as `module` has them, or where it is in bf16 already as `sources` has them on disk, of which a rank reads its
+    share; without ZeRO DeepSpeed has none, so that `zero` is 1 at least.
     """
     import deepspeed
-    from deepspeed.utils import safe_set_full_fp32_param
 
     half = resolve_precision(precision) == "bf16"
     zero = max(zero, 1) if half else zero
@@ -120,11 +123,16 @@ def build(
         "bf16": {"enabled": half, "check_grad_overflow": True},
         "steps_per_print": 1 << 30,
     }
-    begun = [p.detach() for p in trained]  # the engine gives the parameters other memory
+    stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
+    # The engine gives the parameters other memory, in bf16.
+    begun = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     if half:  # else the fp32 weights would be those that were rounded to bf16
-        for parameter, value in zip(trained, begun, strict=True):
-            safe_set_full_fp32_param(parameter, value.to(engine.device, torch.float32))
+        for parameter in trained:
+            if parameter in begun:
+                set_master_weight(parameter, begun.pop(parameter))
+            elif parameter in stored and stored[parameter].dtype != torch.bfloat16:
+                set_master_weight(parameter, stored[parameter].mapped())
     return engine
 
 
@@ -151,21 +159,26 @@ def gradient_norm(engine: Any) -> float:
     return float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
-def master_weights(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """A model's state in the fp32 of the optimizer, as bf16 training keeps it beside the weights it computes with.
+def master_weight(parameter: nn.Parameter) -> Tensor:
+    """A parameter in the fp32 of the optimizer, as bf16 training keeps it beside the one it computes with; collective.
 
-    Collective; on rank 0 the state, on the CPU, on the others None. before: `{name: tensor}` of what does not train,
-    taken before the engine made it bf16.
+    The parameter itself where there is no such value: it is fp32 already, or does not train.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    main = dist.get_rank() == 0
-    state = dict(model.state_dict()) if main else {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
-            value = before[name] if name in before else safe_get_full_fp32_param(parameter)
-        else:
-            value = before.get(name, parameter.detach())
-        if main and value is not None:
-            state[name] = value.detach().to("cpu", torch.float32)
-    return state if main else None
+    kept = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+    value = safe_get_full_fp32_param(parameter) if kept and parameter.requires_grad else None
+    return parameter.detach() if value is None else value.detach()
+
+
+def set_master_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter's value in the fp32 of the optimizer; of `value` a rank reads no more than its share."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # ZeRO-3's shares are of one size, the last one padded, which its own function for whole values does not allow for.
+    share, rank = parameter.partition_numel(), dist.get_rank(parameter.ds_process_group)
+    mine = value.flatten()[rank * share : (rank + 1) * share].float()
+    safe_set_local_fp32_param(parameter, nn.functional.pad(mine, (0, share - len(mine))))

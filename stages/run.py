@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import sys
 import uuid
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from torch import nn
 
 from keye.encoder import SlowFastEncoder
 from keye.errors import CheckpointError, KeyeError, RecipeError
+from keye.model.checkpoint import whole_directory
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor
@@ -35,10 +38,12 @@ from stages.trainer import Trainer, micro_batches
 from stages.typed_toml import to_toml
 from stages.vision import Vision
 from stages.watch import open_tracker
+from stages.weights import Start, open_start, write_model
 
 KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
 AROUND = ("save_every", "keep")  # keys of a stage that do not change what is trained
+START = "start"  # folder of the model that a run draws for itself
 WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 
 
@@ -150,7 +155,8 @@ class Opened:
 
     trainer: Trainer
     model: KeyeForConditionalGeneration
-    frozen: dict[str, torch.Tensor]
+    module: nn.Module
+    start: Start
     processor: KeyeProcessor
     quarantine: Quarantine
 
@@ -161,12 +167,13 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     seed(recipe.seed + 1 + STAGES.index(stage_of(name)))
     grid = make_grid(told.sequence_parallel)
     processor = make_processor(recipe, told, run)
-    model = load_model(name, recipe, run, processor)
-    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+    _first_rank(lambda: prepare_start(name, recipe, run))
     stage = KINDS[stage_of(name)](told, processor)
+    start = open_start(start_of(name, recipe, run))
+    dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
+    model = start.build(dtype, engine.device(), stage.parts)
+    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
     module = stage.prepare(model).train()
-    # The engine makes all of a module bf16; what does not train leaves the stage as it came, in fp32.
-    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     quarantine = Quarantine(folder / "quarantine.jsonl")
     mixture = open_mixture(name, recipe, processor, grid, cache, quarantine, str(run))
     loader = stage.loader(mixture, grid, model, recipe.data.workers)
@@ -176,8 +183,11 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     # The pairs of a step are one batch, because each is a negative of every other.
     batches = 1 if name == "vision" else count
     config = dataclasses.asdict(recipe)
-    trainer = Trainer(stage, module, loader, grid, told, folder, batches, recipe.precision, recipe.trackers, config)
-    return Opened(trainer, model, frozen, processor, quarantine)
+    trainer = Trainer(
+        stage, module, loader, grid, told, folder, batches, recipe.precision, recipe.trackers, config,
+        sources=start.sources(model),
+    )  # fmt: skip
+    return Opened(trainer, model, module, start, processor, quarantine)
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
@@ -188,10 +198,8 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
         return
     opened = open_stage(name, recipe, run, cache)
     opened.trainer.run()
-    weights = engine.master_weights(opened.model, opened.frozen)
-    if weights is not None:
-        opened.model.save_pretrained(folder / "model", state_dict=weights)
-        opened.processor.save_pretrained(folder / "model")
+    save_model(opened, folder / "model")
+    if dist.get_rank() == 0:
         done = {
             "steps": told.steps,
             "skipped": len(opened.quarantine.rows()),
@@ -200,23 +208,64 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
             "start": made(recipe, run, name),
         }
         (folder / DONE).write_text(json.dumps(done) + "\n")
+        shutil.rmtree(run / START, ignore_errors=True)
     dist.barrier()
 
 
-def load_model(name: str, recipe: Recipe, run: Path, processor: KeyeProcessor) -> KeyeForConditionalGeneration:
-    """The model of the stage before, or the recipe's own for the first."""
+def save_model(opened: Opened, out: Path) -> None:
+    """Write what came out of a stage, whole or not at all; collective.
+
+    Raises:
+        CheckpointError: on all ranks, when rank 0 cannot write it.
+    """
+    said: list[str] = []
+    if dist.get_rank() == 0:
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could say that the stage was done
+    try:
+        write_model(opened.model, opened.module, opened.start, out, opened.processor.save_pretrained)
+    except OSError as error:
+        said.append(f"{out} could not be written ({error.strerror or error}); make room and give the same command")
+
+    def tell() -> None:
+        if said:
+            raise CheckpointError(said[0])
+
+    _first_rank(tell)
+
+
+def start_of(name: str, recipe: Recipe, run: Path) -> Path:
+    """The model's directory that a phase begins with: of the phase before, of the recipe, or the drawn one."""
     earlier = before(recipe, name)
     if earlier:
-        path = run / earlier[-1] / "model"
-    elif recipe.model.path:
-        path = Path(recipe.model.path)
-    else:
-        config = KeyeConfig.preset(recipe.model.preset, vocab_size=len(processor.tokenizer))
-        return KeyeForConditionalGeneration(processor.configure(config)).to(torch.float32)
-    try:
-        return KeyeForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a Keye directory ({str(error).splitlines()[0]}); name another") from error
+        return run / earlier[-1] / "model"
+    return Path(recipe.model.path) if recipe.model.path else run / START
+
+
+def prepare_start(name: str, recipe: Recipe, run: Path) -> None:
+    """Draw the model that the first phase begins with, where the recipe names none, and write it to `run/start`.
+
+    One process draws it for all; a directory of another recipe is drawn anew. It is removed when the phase is finished.
+    """
+    out = run / START
+    if start_of(name, recipe, run) != out:
+        return
+    told = {"model": dataclasses.asdict(recipe.model), "seed": recipe.seed}
+    record = out / "drawn.json"
+    if record.exists() and json.loads(record.read_text()) == told:
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    seed(recipe.seed + 1 + len(STAGES))
+    processor = make_processor(recipe, recipe.chain[name], run)
+    config = KeyeConfig.preset(recipe.model.preset, vocab_size=len(processor.tokenizer))
+    model = KeyeForConditionalGeneration(processor.configure(config)).to(torch.float32)
+    with whole_directory(out) as part:
+        model.save_pretrained(part)
+        (part / record.name).write_text(json.dumps(told) + "\n")
+
+
+def load_model(name: str, recipe: Recipe, run: Path) -> KeyeForConditionalGeneration:
+    """The model that a phase begins with, in fp32 in this process's memory; `prepare_start` made it."""
+    return open_start(start_of(name, recipe, run)).build(torch.float32)
 
 
 def make_encoder(recipe: Recipe, told: StageRecipe) -> SlowFastEncoder:

@@ -22,12 +22,14 @@ from stages.data.sources import Cache, Item, Quarantine, Source
 from stages.data.thinned import count_thinned
 from stages.parallel import Grid, shard
 from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
+from stages.weights import PARTS
 
 
 class Stage(Protocol):
-    """One stage of pre-training."""
+    """One stage of pre-training. parts: of the model, that it runs; the others are not even loaded."""
 
     name: str
+    parts: tuple[str, ...]
 
     def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
         """Freeze, change what the stage changes, and return the module to train."""
@@ -46,6 +48,7 @@ class LanguageStage:
     """Next-token training on packs; the stages 1 to 3 differ in `prepare` alone."""
 
     name: str
+    parts = PARTS
 
     def __init__(self, recipe: StageRecipe, processor: KeyeProcessor) -> None:
         self.recipe, self.processor = recipe, processor

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keye.errors import KeyeError, RecipeError
+from keye.model.shards import Stored
 from stages import engine as deep
 from stages.checkpoints import load_checkpoint, save_checkpoint
 from stages.data.loader import Loader
@@ -31,12 +33,14 @@ class Trainer:
     Args:
         stage, module: what is trained and its loss. recipe: the stage's. folder: `runs/<name>/<stage>`.
         micro_batches: batches a step on this rank. precision: "auto", "fp32" or "bf16". trackers: told every step.
-        told: the whole recipe as plain values, for the trackers.
+        told: the whole recipe as plain values, for the trackers. sources: where the exact start of parameters is on
+            disk (`engine.build`).
     """
 
     def __init__(
         self, stage: Stage, module: nn.Module, loader: Loader, grid: Grid, recipe: StageRecipe, folder: Path,
         micro_batches: int, precision: str, trackers: tuple[str, ...] = (), told: dict[str, Any] | None = None,
+        sources: Mapping[nn.Parameter, Stored] | None = None,
     ) -> None:  # fmt: skip
         self.stage, self.module, self.loader, self.grid, self.recipe = stage, module, loader, grid, recipe
         self.folder, self.micro_batches = folder, micro_batches
@@ -45,7 +49,7 @@ class Trainer:
         self.engine = deep.build(
             module, lr=recipe.lr, steps=recipe.steps, warmup=recipe.warmup, schedule=recipe.schedule,
             weight_decay=recipe.weight_decay, betas=recipe.betas, clip=recipe.clip, zero=recipe.zero,
-            accumulation=micro_batches, precision=precision,
+            accumulation=micro_batches, precision=precision, sources=sources,
         )  # fmt: skip
         self.guard = Guard(stage.name, recipe.spike_loss, recipe.spike_norm)
         deep.hold_steps(self.engine, self.guard.holds)

@@ -71,6 +71,7 @@ class Vision:
     """See the module's docstring."""
 
     name = "vision"
+    parts = ("visual",)
 
     def __init__(self, recipe: VisionRecipe, processor: KeyeProcessor) -> None:
         self.recipe, self.processor = recipe, processor

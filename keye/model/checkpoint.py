@@ -33,7 +33,8 @@ from keye.model.shards import (
 )
 
 __all__ = [
-    "Report", "check", "convert_released", "export_released", "initialise", "load_released", "save_released",
+    "Report", "check", "convert_released", "export_released", "initialise", "load_released", "open_weights",
+    "save_released",
 ]  # fmt: skip
 
 KEPT = "released"  # folder of a converted directory
@@ -58,6 +59,23 @@ def check(directory: str | Path) -> Report:
     if names.is_released(values):
         stored = _needed(stored, report)
     return report.compare(stored, expected)
+
+
+def open_weights(directory: str | Path) -> tuple[KeyeConfig, dict[str, Stored]]:
+    """The config of a directory, ours or the release's, and its tensors under our names; only headers are read.
+
+    They are those that a model of this config has, in its order, without a head that is tied to the embeddings.
+
+    Raises:
+        CheckpointError: no config.json, no readable weights, or weights that are missing or of another shape.
+    """
+    values = read_json(Path(directory) / "config.json")
+    config = _config(values, Path(directory))
+    expected, stored, report = expected_shapes(config), open_checkpoint(directory), Report()
+    if names.is_released(values):
+        stored = _needed(stored, report)
+    report.compare(stored, expected).refuse(directory)
+    return config, {name: stored[name] for name in expected}
 
 
 def load_released(

@@ -8,6 +8,7 @@ shard, its writer copies one).
 """
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -69,6 +70,22 @@ class Stored:
             file.seek(self.start)
             file.readinto(raw.numpy())
         return raw.view(self.dtype).reshape(self.shape)
+
+    def mapped(self) -> Tensor:
+        """The tensor as pages of its file: read when they are touched, and held once for all processes of a machine.
+
+        Writing to it changes neither the file nor what other processes see.
+        """
+        if self.dtype is None:
+            raise CheckpointError(f"{self.path}: a tensor of dtype {self.code} can be copied but not changed")
+        count = self.size // self.dtype.itemsize
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        first = self.start - self.start % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as file:
+            size = self.start - first + self.size
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=first)
+        return torch.frombuffer(pages, dtype=self.dtype, count=count, offset=self.start - first).reshape(self.shape)
 
     def to(self, dtype: torch.dtype | None) -> "Stored | Computed":
         """The same tensor in another floating dtype; itself when that changes nothing."""

@@ -220,7 +220,7 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
     trainers, weights = {PACKED: trainer}, opened.model.state_dict()
     for name in prepared:
         if name != PACKED:
-            model = load_model("multitask", recipe, folder, processor).train()
+            model = load_model("multitask", recipe, folder).train()
             model.load_state_dict(weights)
             trainers[name] = Trainer(
                 Padded(), model, Prepared([]), trainer.grid, told, folder / name, len(prepared[name][0]),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
@@ -13,6 +14,7 @@ from keye.prompt.processor import KeyeProcessor, Sample
 from keye.prompt.tokenizer import train_tokenizer
 from keye.world import generate
 from stages.data.sources import Cache, Item, Quarantine, Source
+from stages.engine import master_weight
 from stages.recipe import SourceRecipe
 
 WORDS = ["user assistant how many flashes which colour came first red green blue day night 0123456789"] * 4
@@ -88,3 +90,9 @@ class Lengths:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.at = state["at"]
+
+
+def master_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The fp32 values of an engine's model, on the CPU of every rank; collective."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: master_weight(parameter).clone() for name, parameter in parameters}

@@ -27,7 +27,6 @@ def train(zero: int, sequence: int, economic: bool, frozen: bool) -> dict[str, A
     if economic:
         economise(model, checkpointing=True, mlp_tiles=3)
     model.visual.requires_grad_(not frozen)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     built = engine.build(model, lr=1e-3, steps=STEPS, zero=zero, weight_decay=0.1)
     samples = packs()["stills and frames"]
     # Ranks that share no pack have different ones, one of them without a picture.
@@ -42,7 +41,7 @@ def train(zero: int, sequence: int, economic: bool, frozen: bool) -> dict[str, A
             gradients = {name: safe_get_full_grad(p).clone() for name, p in trained}
         built.step()
         curve.append((float(sum_over_ranks(loss)), float(built.get_global_grad_norm())))
-    return {"curve": curve, "gradients": gradients, "weights": engine.master_weights(model, before) or {}}
+    return {"curve": curve, "gradients": gradients, "weights": small.master_weights(model)}
 
 
 CASES = {

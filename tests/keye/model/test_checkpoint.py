@@ -540,7 +540,7 @@ def test_a_recipe_starts_from_such_a_directory(tmp_path: Path) -> None:
     prepare_tokenizer(recipe, tmp_path / "run")
     name = recipe.stages[0]
     processor = make_processor(recipe, getattr(recipe, name), tmp_path / "run")
-    model = load_model(name, recipe, tmp_path / "run", processor)
+    model = load_model(name, recipe, tmp_path / "run")
     assert model.dtype == torch.float32 and model.config.text_config.model_type == "llama"
     assert len(processor.tokenizer) <= model.config.text_config.vocab_size
     assert processor.token_id("<|video_pad|>") == model.config.video_token_id
