@@ -9,13 +9,18 @@ each loss by their number. That makes ZeRO partition over the whole world, seque
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from keye.errors import RecipeError
 from keye.model.attention import Varlen, varlen
+from keye.model.vision import FRAME_PATCHES, FramePart, merge_order
+
+UNEVEN = 0.02  # of the mean: what the dearest rank of a sequence group may encode more than the others
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,11 @@ class _ToHeads(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         wanted: list[list[int]],
+        lengths: list[int],
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, ...]:
         ctx.wanted, ctx.group, ctx.shapes = wanted, group, (q.shape, k.shape)
+        ctx.lengths = lengths
         (length, heads, size), mine = q.shape, wanted[dist.get_rank(group)]
         own = heads // len(wanted)
         widths = [own + 2 * len(kv) for kv in wanted]
@@ -114,18 +121,19 @@ class _ToHeads(torch.autograd.Function):
             for part, whole, first in zip(parts, (q, k, v), (taker * own, kv[0], kv[0]), strict=True):
                 part.copy_(whole.narrow(1, first, part.shape[1]))
         width = own + 2 * len(mine)
-        got = _swap(sent, [length * w for w in widths], [length * width] * len(wanted), group)
+        got = _swap(sent, [length * w for w in widths], [n * width for n in lengths], group)
         return tuple(got.view(-1, width, size).split([own, len(mine), len(mine)], dim=1))
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         (length, heads, size), kv_shape = ctx.shapes
-        ranks, own = len(ctx.wanted), heads // len(ctx.wanted)
+        own = heads // len(ctx.wanted)
         widths = [own + 2 * len(kv) for kv in ctx.wanted]
-        sent = torch.cat(grads, dim=1).flatten(0, 1)
-        got = _swap(sent, [len(sent) // ranks] * ranks, [length * w for w in widths], ctx.group)
+        sent = torch.cat(grads, dim=1)
+        width, sent = sent.shape[1], sent.flatten(0, 1)
+        got = _swap(sent, [n * width for n in ctx.lengths], [length * w for w in widths], ctx.group)
         del sent, grads
         grad_q = got.new_empty(length, heads, size)
         grad_k, grad_v = (got.new_zeros(kv_shape) for _ in range(2))
@@ -134,7 +142,7 @@ class _ToHeads(torch.autograd.Function):
             grad_q[:, taker * own : (taker + 1) * own] = of_q
             grad_k[:, kv[0] : kv[-1] + 1] += of_k
             grad_v[:, kv[0] : kv[-1] + 1] += of_v
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 def _blocks(rows: Tensor, length: int, widths: list[int]) -> list[Tensor]:
@@ -174,12 +182,14 @@ def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return _AllGather.apply(x, group)
 
 
-def ulysses(group: dist.ProcessGroup, inner: Varlen = varlen) -> Varlen:
+def ulysses(group: dist.ProcessGroup, inner: Varlen = varlen, lengths: list[int] | None = None) -> Varlen:
     """Packed attention over a sequence that is cut among `group` (DeepSpeed-Ulysses, arXiv 2309.14509).
 
     Takes `[L / P, H, D]` of this rank's tokens and the boundaries of the whole pack; trades tokens for heads, so that
     each rank attends over all L tokens with H / P heads. A rank is sent the KV heads that its queries read and no
     others, each once: where there are fewer of them than ranks, several ranks get the same one.
+
+    lengths: tokens of each rank, where they are not all L / P.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
 
@@ -189,14 +199,14 @@ def ulysses(group: dist.ProcessGroup, inner: Varlen = varlen) -> Varlen:
             raise RecipeError(f"sequence_parallel = {ranks} does not divide the model's {heads} heads; lower it")
         wanted = key_heads(heads, kv_heads, ranks)
         own, mine = heads // ranks, wanted[rank]
-        q, k, v = _ToHeads.apply(q, k, v, wanted, group)
+        cut = [length] * ranks if lengths is None else lengths
+        q, k, v = _ToHeads.apply(q, k, v, wanted, cut, group)
         reads = [(rank * own + i) * kv_heads // heads - mine[0] for i in range(own)]
         if reads != [i * len(mine) // own for i in range(own)] or own % len(mine):
             # Query heads that share KV heads unevenly, which no kernel knows: copied here, after they were sent.
             k, v = k[:, reads], v[:, reads]
         out = inner(q, k, v, cu_seqlens, causal)
-        rows = [length] * ranks
-        out = _AllToAll.apply(out, rows, rows, group)
+        out = _AllToAll.apply(out, cut, [length] * ranks, group)
         return out.unflatten(0, (ranks, length)).transpose(0, 1).flatten(1, 2)
 
     return attention
@@ -219,32 +229,63 @@ def share_frames(costs: list[float], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def vision_shares(grids: Tensor, ranks: int) -> list[list[int]]:
-    """Rank of a sequence group → the stills and frames it encodes, as rows of `grids` `[F, 3]` (stills first).
+class Piece(NamedTuple):
+    """What a rank encodes of a still or frame: `tokens` of them from `first` on; frame: the row of the pack's grids."""
 
-    A frame of n patches costs n + n² / 4096: attention weighs as much as the tower's products at about this size, as
-    in SigLIP-so400m with the projector.
+    frame: int
+    first: int
+    tokens: int
+
+
+def vision_shares(grids: Tensor, ranks: int) -> list[list[Piece]]:
+    """Rank of a sequence group → what it encodes of the stills and frames `grids` `[F, 3]` (stills first), in order.
+
+    Frames are dealt whole where that is even. Otherwise as many of the largest are cut among all ranks as make it
+    even, unless they are too small to be worth the exchange (`FRAME_PATCHES`). A frame of n patches costs
+    n + n² / 6800: there SigLIP-so400m's attention takes as many operations as its products and the projector's.
     """
-    return share_frames([size + size**2 / 4096 for size in grids.prod(1).tolist()], ranks)
+    sizes = grids.prod(1).tolist()
+    costs = [size + size**2 / 6800 for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    large = sum(size > FRAME_PATCHES for size in sizes) if ranks > 1 else 0
+    for split in range(large + 1):
+        rest = sorted(order[split:])
+        dealt = share_frames([costs[i] for i in rest], ranks)
+        loads = [sum(costs[rest[i]] for i in share) for share in dealt]
+        if max(loads) - sum(loads) / ranks <= UNEVEN * sum(costs) / ranks:
+            break
+    shares = [[Piece(rest[i], 0, sizes[rest[i]] // 4) for i in share] for share in dealt]
+    for frame in order[:split]:
+        bounds = [sizes[frame] // 4 * rank // ranks for rank in range(ranks + 1)]
+        for rank, share in enumerate(shares):
+            share.append(Piece(frame, bounds[rank], bounds[rank + 1] - bounds[rank]))
+    return [sorted(share) for share in shares]
 
 
-def own_pixels(pack: dict[str, Tensor], share: list[int]) -> Tensor | None:
-    """The pixels `[n, 3, 14, 14]` of the stills and frames `share` of a pack; None when there are none."""
+def piece_pixels(pixels: Tensor, grid: Tensor, piece: Piece) -> Tensor:
+    """A piece of a still or frame of pixels `[n, 3, 14, 14]` and `grid` `[3]`: of a whole one all, else its squares."""
+    if 4 * piece.tokens == len(pixels):
+        return pixels
+    return pixels[merge_order(grid[None])[piece.first : piece.first + piece.tokens].flatten()]
+
+
+def own_pixels(pack: dict[str, Tensor], share: list[Piece]) -> Tensor | None:
+    """The pixels `[n, 3, 14, 14]` of the pieces `share` of a pack, in their order; None when there are none."""
     kinds = [("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")]
-    parts: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     for pixels, grid in kinds:
         if grid in pack:
-            parts += pack[pixels].split(pack[grid].prod(1).tolist())
-    return torch.cat([parts[i] for i in share]) if share else None
+            parts += zip(pack[pixels].split(pack[grid].prod(1).tolist()), pack[grid], strict=True)
+    return torch.cat([piece_pixels(*parts[piece.frame], piece) for piece in share]) if share else None
 
 
 def shard(pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: int) -> dict[str, object]:
     """One pack → the model's arguments on this rank.
 
     Without sequence parallelism that is the pack itself. With it: this rank's L / P tokens, the frames it encodes, and
-    the two seams `varlen` and `exchange`. L must be a multiple of P (`data.packing` sees to it). The pack may hold the
-    pixels of all frames, or as `pixel_values_mine` only those of this rank's `vision_shares`, in their order (absent
-    where the rank has none); uint8 or normalised floats.
+    the seams `varlen`, `frame_parts` and `exchange`. L must be a multiple of P (`data.packing` sees to it). The pack
+    may hold the pixels of all frames, or as `pixel_values_mine` only those of this rank's `vision_shares`, in their
+    order (absent where the rank has none); uint8 or normalised floats.
     """
     if grid.sequence_group is None:
         return dict(pack)
@@ -261,13 +302,51 @@ def shard(pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: in
     shares = vision_shares(grids, grid.sequence)
     mine = shares[grid.sequence_rank]
     if mine:
-        inputs["pixel_values"] = pack["pixel_values_mine"] if "pixel_values_mine" in pack else own_pixels(pack, mine)
-        inputs["image_grid_thw"] = grids[mine]
+        pixels = pack["pixel_values_mine"] if "pixel_values_mine" in pack else own_pixels(pack, mine)
+        inputs |= _visual_inputs(pixels, grids, shares, grid)
     ids = pack["input_ids"][0]
     stills, frames = ((ids == token).nonzero()[:, 0] for token in (image_token, video_token))
     route = route_features(grids, shares, torch.cat([stills, frames]) // length, grid.sequence_rank)
     inputs["exchange"] = _exchange(route, grid.sequence_group)
     return inputs
+
+
+def _visual_inputs(pixels: Tensor, grids: Tensor, shares: list[list[Piece]], grid: Grid) -> dict[str, object]:
+    """The pixels of this rank's pieces as whole frames and parts of frames, for the model."""
+    mine, sizes = shares[grid.sequence_rank], grids.prod(1).tolist()
+    split = pixels.split([4 * piece.tokens for piece in mine])
+    pairs = list(zip(mine, split, strict=True))
+    whole = [(piece.frame, part) for piece, part in pairs if 4 * piece.tokens == sizes[piece.frame]]
+    inputs: dict[str, object] = {}
+    if whole:
+        inputs["pixel_values"] = pixels if len(whole) == len(mine) else torch.cat([part for _, part in whole])
+        inputs["image_grid_thw"] = grids[[frame for frame, _ in whole]]
+    inputs["frame_parts"] = [
+        _frame_part(part, grids[piece.frame].tolist(), piece, shares, grid.sequence_group)
+        for piece, part in pairs
+        if 4 * piece.tokens != sizes[piece.frame]
+    ]
+    return inputs
+
+
+def _frame_part(
+    pixels: Tensor, size: list[int], piece: Piece, shares: list[list[Piece]], group: dist.ProcessGroup
+) -> FramePart:
+    lengths = [4 * other.tokens for share in shares for other in share if other.frame == piece.frame]
+    return FramePart(pixels, *size[1:], piece.first, max(lengths), _frame_attention(group, lengths))
+
+
+def _frame_attention(group: dist.ProcessGroup, lengths: list[int]) -> Varlen:
+    """`ulysses` over the parts of a frame; heads of nothing make up what the ranks do not divide."""
+    attend = ulysses(group, lengths=lengths)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+        heads, missing = q.shape[1], -q.shape[1] % len(lengths)
+        if missing:
+            q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
+        return attend(q, k, v, cu_seqlens, causal)[:, :heads]
+
+    return attention
 
 
 def _cut(whole: Tensor, grid: Grid, length: int) -> Tensor:
@@ -289,27 +368,34 @@ class Route:
     order: Tensor
 
 
-def route_features(grids: Tensor, shares: list[list[int]], takers: Tensor, rank: int) -> Route:
+def route_features(grids: Tensor, shares: list[list[Piece]], takers: Tensor, rank: int) -> Route:
     """How the visual tokens of a pack reach the ranks that hold their places.
 
     Args:
-        grids: `[F, 3]` of all stills, then all frames. shares: rank → the rows of `grids` that it encodes.
+        grids: `[F, 3]` of all stills, then all frames. shares: rank → what it encodes of the rows of `grids`; its
+            features are in this order, but parts of frames come before whole frames.
         takers: `[V]` the rank that holds the place of each visual token, stills first.
         rank: whose route it is.
     """
-    ranks, counts = len(shares), grids.prod(1) // 4
-    makers = torch.empty(len(grids), dtype=torch.long, device=takers.device)
-    for maker, share in enumerate(shares):
-        makers[share] = maker
-    makers = makers.repeat_interleave(counts.to(takers.device), output_size=len(takers))
+    ranks, counts = len(shares), (grids.prod(1) // 4).tolist()
+    pieces = sorted((piece, maker) for maker, share in enumerate(shares) for piece in share)  # as the tokens go
+    makers, tokens = torch.tensor([(maker, piece.tokens) for piece, maker in pieces]).T.to(takers.device)
+    makers = makers.repeat_interleave(tokens, output_size=len(takers))
     made = takers[makers == rank]
     came = makers[takers == rank]
     return Route(
-        send=made.argsort(stable=True),
+        send=_places(shares[rank], counts).to(takers.device)[made.argsort(stable=True)],
         sent=made.bincount(minlength=ranks).tolist(),
         got=came.bincount(minlength=ranks).tolist(),
         order=came.argsort(stable=True).argsort(),
     )
+
+
+def _places(share: list[Piece], counts: list[int]) -> Tensor:
+    """For each token of a rank's pieces, in stream order, its row in the features, where parts come first."""
+    parts = torch.tensor([piece.tokens < counts[piece.frame] for piece in share], dtype=torch.bool)
+    tokens = torch.tensor([piece.tokens for piece in share], dtype=torch.long)
+    return (~parts).long().repeat_interleave(tokens).argsort(stable=True).argsort()
 
 
 def _exchange(route: Route, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from keye.errors import KeyeError, RecipeError
@@ -21,7 +22,7 @@ from stages.guard import Guard
 from stages.parallel import Grid, sum_over_ranks
 from stages.recipe import KINDS, StageRecipe
 from stages.stage import Stage
-from stages.watch import Watcher, find_peak, operations
+from stages.watch import Watcher, find_peak, operations, own_operations
 
 PEAK = "peak.json"  # what the MFU in metrics.jsonl is a share of
 HASTE = 30.0  # seconds that a rank which failed alone waits for its loader, which may wait for other ranks
@@ -99,7 +100,7 @@ class Trainer:
         every = dict(zip(mine, sums, strict=True))
         self.agreed = {name for name in ("save", "stop") if every[name]}
         kinds = {kind: int(every[kind]) for kind in KINDS if every[kind]}
-        rounds = [batch["costs"] for batch in batches]
+        imbalance = self._imbalance([own_operations(self.module, batch, self.grid) for batch in batches])
         norm = deep.gradient_norm(self.engine) if math.isnan(self.guard.norm) else self.guard.norm
         return {
             "step": self.step,
@@ -113,12 +114,20 @@ class Trainer:
             "stall_share": every["stalled"] / self.grid.world / seconds,
             "flops": every["flops"],
             "mfu": every["flops"] / seconds / self.peak.flops,
-            "imbalance": sum(map(max, rounds)) / sum(sum(costs) / len(costs) for costs in rounds) - 1,
+            "imbalance": imbalance,
             "not_finite": self.guard.not_finite,
             "skipped": self.guard.skipped,
             **{f"tokens_{kind}": count for kind, count in kinds.items()},
             **{name: int(every[name]) for name in COUNTS},
         }
+
+    def _imbalance(self, rounds: list[float]) -> float:
+        """By how much the slowest ranks of all rounds exceed the mean; rounds: operations of this rank in each."""
+        mine = torch.tensor(rounds, dtype=torch.float64, device=deep.device())
+        most, mean = mine.clone(), float(sum_over_ranks(mine).sum()) / self.grid.world
+        if self.grid.world > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return float(most.sum()) / mean - 1
 
     def _nothing(self) -> Tensor:
         """A loss of zero that touches every parameter: collectives go on as if the batch had been good."""

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from keye.errors import RecipeError
 from keye.model import flops
+from stages.data.balance import rank_operations
 from stages.engine import device, resolve_precision
 from stages.findings import thinned
 from stages.gpus import GPUS
-from stages.parallel import sum_over_ranks
+from stages.parallel import Grid, sum_over_ranks, vision_shares
 
 RECENT = 50  # steps that the time left is reckoned from
 
@@ -81,6 +82,19 @@ def operations(module: nn.Module, batch: dict[str, Any]) -> int:
     rows = int((batch["shift_labels"] != -100).sum())
     tower, decoder = _trains(module.visual), _trains(module.language_model)
     return flops.training_step(module.config, frames, lengths, rows, tower_trains=tower, decoder_trains=decoder)
+
+
+def own_operations(module: nn.Module, batch: dict[str, Any], grid: Grid) -> float:
+    """Operations of this rank alone: of a pack that a sequence group shares, what falls to it."""
+    if grid.sequence == 1:
+        return operations(module, batch)
+    grids = [batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch]
+    share = vision_shares(torch.cat(grids), grid.sequence)[grid.sequence_rank] if grids else []
+    labels = batch["shift_labels"].chunk(grid.sequence, dim=-1)[grid.sequence_rank]
+    return rank_operations(
+        module.config, share, [size for part in grids for size in _sizes(part)], batch["cu_seqlens"].diff().tolist(),
+        int((labels != -100).sum()), grid.sequence, _trains(module.visual), _trains(module.language_model),
+    )  # fmt: skip
 
 
 def _sizes(grids: Tensor) -> list[tuple[int, int]]:

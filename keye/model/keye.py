@@ -1,10 +1,11 @@
 """KeyeForConditionalGeneration: vision tower → projector → decoder, as a Hugging Face model.
 
-The model knows nothing of parallelism. Two seams let a trainer add it: `varlen` replaces the packed attention of the
-decoder (sequence parallelism), `exchange` hands visual features to the rank that holds their place.
+The model knows nothing of parallelism. Three seams let a trainer add it: `varlen` replaces the packed attention of the
+decoder (sequence parallelism), `frame_parts` are parts of frames that several ranks encode together, `exchange` hands
+visual features to the rank that holds their place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from keye.model.config import KeyeConfig
 from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import KeyeGenerationMixin
 from keye.model.rope import batch_positions
-from keye.model.vision import KeyeVisionModel, Projector, chunks_of, normalised
+from keye.model.vision import FramePart, KeyeVisionModel, Projector, chunks_of, normalised
 
 LOSS_CHUNK = 4096  # rows of fp32 logits alive at once
 
@@ -121,6 +122,19 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             features = [(self.visual(*part), part[1]) for part in parts]
         return _joined([checkpoint(self.projector, *part, use_reentrant=False) for part in features])
 
+    def _encode_part(self, part: FramePart) -> Tensor:
+        """Tokens `[n, hidden]` of a part of a frame; recomputed in the backward pass as a chunk of frames is."""
+        if not (self.visual.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return self._part_tokens(part)
+        if any(p.requires_grad for p in self.visual.parameters()):
+            return checkpoint(self._part_tokens, part, use_reentrant=False)
+        with torch.no_grad():
+            features = self.visual(None, None, part)
+        return checkpoint(self.projector, features, None, use_reentrant=False)
+
+    def _part_tokens(self, part: FramePart) -> Tensor:
+        return self.projector(self.visual(None, None, part), None)
+
     def _encode_frames(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         return self.projector(self.visual(pixel_values, grid_thw), grid_thw)
 
@@ -141,6 +155,7 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         num_items_in_batch: Tensor | float | None = None,
         cu_seqlens: Tensor | None = None,
         varlen: Varlen | None = None,
+        frame_parts: Sequence[FramePart] = (),
         exchange: Callable[[Tensor], Tensor] | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: Any = None,
@@ -158,7 +173,8 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             labels: `[B, L]`, −100 where nothing is learnt; `shift_labels` the same, already moved one to the left, as
                 packing and sequence parallelism need; with them no logits are returned.
             num_items_in_batch: what the summed loss is divided by; the number of labels when left out.
-            varlen, exchange: the two seams named in the module's docstring.
+            varlen, frame_parts, exchange: the seams named in the module's docstring; the tokens of `frame_parts` come
+                before those of `pixel_values` in what `exchange` is given.
         """
         if position_ids is None and input_ids is not None:
             if past_key_values is not None and past_key_values.get_seq_length():
@@ -166,7 +182,7 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             position_ids = self.positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, cu_seqlens)
         if inputs_embeds is None:
             pixels = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
-            inputs_embeds = self._embed(input_ids, self._features(*pixels, visual_features, exchange))
+            inputs_embeds = self._embed(input_ids, self._features(*pixels, visual_features, frame_parts, exchange))
         if cu_seqlens is not None:
             kwargs |= {"cu_seqlens": cu_seqlens, "varlen_fn": varlen, "attention": self.config.attention}
             attention_mask, use_cache = self._packed_mask(inputs_embeds), False
@@ -234,17 +250,22 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         pixel_values_videos: Tensor | None,
         video_grid_thw: Tensor | None,
         visual_features: Tensor | None,
+        frame_parts: Sequence[FramePart],
         exchange: Callable[[Tensor], Tensor] | None,
     ) -> Tensor | None:
         """Visual tokens `[V, hidden]`, stills first; None where there are none and no parameter needs one."""
         pixels = [p for p in (pixel_values, pixel_values_videos) if p is not None and len(p)]
+        # The parts come first: there the ranks wait for one another, before each goes on with frames of its own.
+        shared = [self._encode_part(part) for part in frame_parts]
         if visual_features is not None:
             features = visual_features
         elif pixels:
             grids = [g for g in (image_grid_thw, video_grid_thw) if g is not None and len(g)]
             if len({part.dtype for part in pixels}) > 1:
                 pixels = [normalised(part) for part in pixels]
-            features = self.encode_vision(_joined(pixels), _joined(grids))
+            features = _joined([*shared, self.encode_vision(_joined(pixels), _joined(grids))])
+        elif shared:
+            features = _joined(shared)
         elif exchange is None and not self.training:
             return None
         else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keye.errors import KeyeError
-from keye.model.attention import varlen
+from keye.model.attention import Varlen, varlen
 from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
 from keye.model.segments import segments_of
@@ -30,6 +30,30 @@ class Places(NamedTuple):
     column: Tensor
     height: Tensor
     width: Tensor
+
+
+class FramePart(NamedTuple):
+    """Neighbouring tokens of one large frame whose other tokens other processes encode (sequence parallelism).
+
+    pixels: `[4n, 3, P, P]`, the four patches of each token one after another (`merge_order`). height, width: of the
+    frame in patches. first: the first of the n tokens. most: patches of the largest part, the same on every process, so
+    that all recompute alike. varlen: attention of this part's patches to those of the whole frame.
+    """
+
+    pixels: Tensor
+    height: int
+    width: int
+    first: int
+    most: int
+    varlen: Varlen
+
+    def places(self) -> Places:
+        """Where the patches of `pixels` stand in the frame."""
+        place = torch.arange(len(self.pixels), device=self.pixels.device)
+        token, corner = self.first + place // 4, place % 4
+        row = 2 * (token // (self.width // 2)) + corner // 2
+        column = 2 * (token % (self.width // 2)) + corner % 2
+        return Places(row, column, torch.full_like(row, self.height), torch.full_like(row, self.width))
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -100,12 +124,21 @@ class VisionAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, tables: tuple[Tensor, Tensor] | None, backend: str = "auto"
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        backend: str = "auto",
+        varlen_fn: Varlen | None = None,
     ) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
-        return self.out_proj(varlen(q, k, v, cu_seqlens, False, backend=backend).flatten(1))
+        if varlen_fn is None:
+            out = varlen(q, k, v, cu_seqlens, False, backend=backend)
+        else:
+            out = varlen_fn(q, k, v, cu_seqlens, False)
+        return self.out_proj(out.flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -130,10 +163,18 @@ class VisionLayer(nn.Module):
         self.self_attn, self.mlp = VisionAttention(config), VisionMLP(config)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, tables: tuple[Tensor, Tensor] | None, backend: str = "auto"
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        backend: str = "auto",
+        varlen_fn: Varlen | None = None,
     ) -> Tensor:
-        """x `[N, width]`, cu_seqlens `[F + 1]`, tables as of `vision_tables`, backend of `varlen` → `[N, width]`."""
-        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, tables, backend)
+        """x `[N, width]`, cu_seqlens `[F + 1]`, tables as of `vision_tables`, backend of `varlen` → `[N, width]`.
+
+        varlen_fn: computes the attention in the place of `varlen`.
+        """
+        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, tables, backend, varlen_fn)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -163,12 +204,17 @@ class KeyeVisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor | None, grid_thw: Tensor | None, part: FramePart | None = None
+    ) -> Tensor:
         """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`.
 
         Pixels are bytes (uint8) or floats in [−1, 1]. With gradient checkpointing, layers over more than
-        `FRAME_PATCHES` patches are computed again in the backward pass.
+        `FRAME_PATCHES` patches are computed again in the backward pass. With a `part` of a frame instead of pixels and
+        grids: its features, in the order of its pixels.
         """
+        if part is not None:
+            return self._encode_part(part)
         frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
         cu_seqlens = F.pad(frames.prod(dim=1).cumsum(0), (1, 0))
         # Read here for all layers; a GPU would not notice a wrong number, and index with what is not there.
@@ -177,18 +223,27 @@ class KeyeVisionModel(nn.Module):
                 f"grid_thw has {segments_of(cu_seqlens).total} patches, but pixel_values {len(pixel_values)}: "
                 "prepare both with one call of the processor"
             )
-        places = places_of(frames, len(pixel_values))
-        x = self.embeddings(pixel_values, places)
+        return self._layers(pixel_values, places_of(frames, len(pixel_values)), cu_seqlens, len(pixel_values))
+
+    def _encode_part(self, part: FramePart) -> Tensor:
+        """Features `[4n, width]` of the patches of a part, in their order; all processes of the frame call it."""
+        total = torch.tensor([0, part.height * part.width], dtype=torch.int32, device=part.pixels.device)
+        return self._layers(part.pixels, part.places(), total, part.most, part.varlen)
+
+    def _layers(
+        self, pixels: Tensor, places: Places, cu_seqlens: Tensor, most: int, varlen_fn: Varlen | None = None
+    ) -> Tensor:
+        x = self.embeddings(pixels, places)
         tables = None
         if self.config.rotary:
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             tables = vision_tables(places.row, places.column, head_dim, self.config.rope_theta)
-        recomputed = self.gradient_checkpointing and self.training and len(pixel_values) > FRAME_PATCHES
+        recomputed = self.gradient_checkpointing and self.training and most > FRAME_PATCHES
         for layer in self.encoder.layers:
             if recomputed:
-                x = checkpoint(layer, x, cu_seqlens, tables, self.attention, use_reentrant=False)
+                x = checkpoint(layer, x, cu_seqlens, tables, self.attention, varlen_fn, use_reentrant=False)
             else:
-                x = layer(x, cu_seqlens, tables, self.attention)
+                x = layer(x, cu_seqlens, tables, self.attention, varlen_fn)
         return self.post_layernorm(x)
 
 
@@ -202,9 +257,13 @@ class Projector(nn.Module):
         self.linear_1 = nn.Linear(merged, merged)
         self.linear_2 = nn.Linear(merged, hidden_size)
 
-    def forward(self, features: Tensor, grid_thw: Tensor) -> Tensor:
-        """features `[N, width]` → `[N / 4, hidden]`, in raster order of the merged grid."""
-        merged = features[merge_order(grid_thw, len(features))].flatten(1)
+    def forward(self, features: Tensor, grid_thw: Tensor | None) -> Tensor:
+        """features `[N, width]` → `[N / 4, hidden]`, in raster order of the merged grid.
+
+        Without a grid the four patches of each token follow one another already.
+        """
+        squares = features.unflatten(0, (-1, 4)) if grid_thw is None else features[merge_order(grid_thw, len(features))]
+        merged = squares.flatten(1)
         return self.linear_2(F.gelu(self.linear_1(self.pre_norm(merged))))
 
 

@@ -242,19 +242,20 @@ def load(path: Path, grid: "Grid") -> dict[str, "Tensor"]:
     import torch
     from safetensors import safe_open
 
-    from stages.parallel import vision_shares
+    from stages.parallel import piece_pixels, vision_shares
 
     with safe_open(path, "pt") as file:
         row = {name: file.get_tensor(name).clone() for name in file.keys() if name != "pixel_values_videos"}  # noqa: SIM118
         patches = row["video_grid_thw"].prod(1)
         firsts = (patches.cumsum(0) - patches).tolist()
         share = vision_shares(row["video_grid_thw"], grid.sequence)[grid.sequence_rank]
-        pixels, at = torch.empty(int(patches[share].sum()), 3, 14, 14, dtype=torch.uint8), 0
+        pixels, at = torch.empty(sum(4 * piece.tokens for piece in share), 3, 14, 14, dtype=torch.uint8), 0
         stored = file.get_slice("pixel_values_videos")
-        for frame in share:
-            count = int(patches[frame])
-            pixels[at : at + count] = stored[firsts[frame] : firsts[frame] + count]
-            at += count
+        for piece in share:
+            first, frame = firsts[piece.frame], piece.frame
+            own = piece_pixels(stored[first : first + int(patches[frame])], row["video_grid_thw"][frame], piece)
+            pixels[at : at + len(own)] = own
+            at += len(own)
     return row | {"pixel_values_videos" if grid.sequence == 1 else "pixel_values_mine": pixels}
 
 

@@ -99,7 +99,7 @@ def padded(batch: list[Document], pad: int) -> dict[str, Any]:
     # The trainer counts operations by the documents: padding is no work that anybody asked for.
     lengths = torch.tensor([0] + [document.tokens for document in batch]).cumsum(0)
     count = int(lengths[-1])
-    return {**out, "cu_seqlens": lengths, "kinds": {"text": count}, "costs": [count]}
+    return {**out, "cu_seqlens": lengths, "kinds": {"text": count}}
 
 
 def as_drawn(sizes: list[int], batches: int, draw: random.Random) -> list[list[int]]:

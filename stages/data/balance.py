@@ -1,11 +1,12 @@
 """Balance: what a sample costs before anything is computed, and packs dealt to ranks so that none waits for another."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from keye.model import flops
+from stages.parallel import Piece
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,39 @@ class TowerCost:
     def excess(self, tokens: int, labels: int, frames: Iterable[tuple[int, int]]) -> int:
         """Operations of the tower."""
         return flops.TRAINING * flops.tower(self.vision, frames).total
+
+
+def rank_operations(
+    config: Any,
+    share: Iterable[Piece],
+    frames: Sequence[tuple[int, int]],
+    lengths: Iterable[int],
+    labels: int,
+    ranks: int,
+    tower_trains: bool = True,
+    decoder_trains: bool = True,
+) -> float:
+    """Operations of one rank of a sequence group in a training step on a pack; over all ranks, `flops.training_step`.
+
+    Args:
+        share: what the rank encodes of `frames`, sides in patches of all stills, then all frames.
+        lengths: tokens of the pack's documents, whose decoder the `ranks` share evenly.
+        labels: labelled positions among the rank's own tokens.
+    """
+    vision, text = config.vision_config, config.text_config
+    tower, patches = 0.0, 0
+    for piece in share:
+        height, width = frames[piece.frame]
+        tower += flops.tower(vision, [(height, width)]).total * 4 * piece.tokens / (height * width)
+        patches += 4 * piece.tokens
+    merged = flops.projector(vision.hidden_size, text.hidden_size, patches).total
+    words, head = flops.decoder(text, lengths), flops.head(text, labels)
+    return (
+        tower * (flops.TRAINING if tower_trains else 1)
+        + merged * (flops.TRAINING if tower_trains else 2)
+        + (words.linear / ranks + head.linear) * (flops.TRAINING if decoder_trains else 2)
+        + words.quadratic / ranks * flops.TRAINING
+    )
 
 
 def deal_rounds(costs: list[int], ranks: int) -> list[list[list[int]]]:

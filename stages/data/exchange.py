@@ -16,6 +16,7 @@ import keye.errors
 from keye.errors import KeyeError
 from keye.prompt.processor import Sample
 from stages.data.items import Item
+from stages.parallel import Piece, piece_pixels
 
 TENSORS = (
     "input_ids", "labels", "position_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw",
@@ -56,8 +57,8 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
             raise cls(text) from error
 
 
-def part(item: Item, stills: list[int] | None, frames: list[int] | None) -> Item:
-    """An item with the pixels of these stills and frames alone, as tensors of their own; None: all of them."""
+def part(item: Item, stills: list[Piece] | None, frames: list[Piece] | None) -> Item:
+    """An item with the pixels of these pieces of its stills and frames alone, as tensors of their own; None: all."""
     changed: dict[str, Tensor | None] = {}
     for name, grid, rows in (
         ("pixel_values", item.sample.image_grid_thw, stills),
@@ -66,7 +67,8 @@ def part(item: Item, stills: list[int] | None, frames: list[int] | None) -> Item
         pixels = getattr(item.sample, name)
         if pixels is not None and rows is not None:
             parts = pixels.split(grid.prod(1).tolist())
-            changed[name] = torch.cat([parts[i] for i in rows]) if rows else None
+            own = [piece_pixels(parts[piece.frame], grid[piece.frame], piece) for piece in rows]
+            changed[name] = torch.cat(own) if own else None
     return replace(item, sample=replace(item.sample, **changed))
 
 

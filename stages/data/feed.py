@@ -11,7 +11,7 @@ from stages.data import exchange
 from stages.data.balance import Cost, TowerCost
 from stages.data.items import Item, packed
 from stages.data.planner import Meta, Planner
-from stages.parallel import Grid, vision_shares
+from stages.parallel import Grid, Piece, vision_shares
 
 Ref = tuple[str, int]
 Deal = Callable[[list[int], int], list[list[list[int]]]]
@@ -25,7 +25,6 @@ class Feed:
         cost: of a sample.
         deal: (costs of a step's packs, data-parallel ranks) → rank → round → packs that make one batch.
         assemble: items of a batch → the batch; in a sequence group they hold the pixels of this rank's frames alone.
-            "costs" is added: what each data-parallel rank's batch of the round costs, in operations.
         grid: this rank's place.
         workers: threads that encode.
     """
@@ -131,9 +130,7 @@ class Feed:
         own, outgoing[self.grid.rank] = outgoing[self.grid.rank], []
         came = own if self.group is None else own + exchange.send(outgoing, self.group)
         items = [item for _, item in sorted(came, key=lambda pair: pair[0])]
-        batch = self.assemble(items)
-        batch["costs"] = [sum(self._flops(m) for pack in packs for m in self.packs[pack]) for packs in round_]
-        return batch
+        return self.assemble(items)
 
     def _owns(self, meta: Meta) -> bool:
         source = self.planner.mixture.sources[meta.source]
@@ -144,8 +141,8 @@ class Feed:
         if not self.uses[ref]:
             del self.uses[ref], self.kept[ref]
 
-    def _shares(self, metas: list[Meta]) -> list[list[tuple[list[int] | None, list[int] | None]]]:
-        """Sample → rank of the sequence group → its stills and frames that the rank encodes (None: all)."""
+    def _shares(self, metas: list[Meta]) -> list[list[tuple[list[Piece] | None, list[Piece] | None]]]:
+        """Sample → rank of the sequence group → what it encodes of its stills and of its frames (None: all)."""
         ranks = self.grid.sequence
         if ranks == 1:
             return [[(None, None)] for _ in metas]
@@ -153,13 +150,13 @@ class Feed:
         rows = [(place, 0, i) for place, meta in enumerate(metas) for i in range(len(meta.stills))]
         rows += [(place, 1, i) for place, meta in enumerate(metas) for i in range(len(meta.frames))]
         sizes = [size for meta in metas for size in meta.stills] + [size for meta in metas for size in meta.frames]
-        found: list[list[tuple[list[int], list[int]]]] = [[([], []) for _ in range(ranks)] for _ in metas]
+        found: list[list[tuple[list[Piece], list[Piece]]]] = [[([], []) for _ in range(ranks)] for _ in metas]
         if rows:
             grids = torch.tensor([(1, height, width) for height, width in sizes])
             for rank, share in enumerate(vision_shares(grids, ranks)):
-                for row in share:
-                    place, which, i = rows[row]
-                    found[place][rank][which].append(i)
+                for piece in share:
+                    place, which, i = rows[piece.frame]
+                    found[place][rank][which].append(piece._replace(frame=i))
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,12 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from keye.errors import RecipeError
+from keye.model import flops
 from keye.model.attention import varlen
+from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
 from keye.prompt.processor import Sample
+from stages.data.balance import rank_operations
 from stages.data.packing import pack
+from stages.memory import economise
 from stages.parallel import (
     Grid,
+    Piece,
     all_gather,
     key_heads,
     make_grid,
@@ -187,6 +192,41 @@ def test_whole_model_on_two_and_four_ranks_equals_one(cut, name):
     assert (max(visual) > 1e-3) == (name != "text alone")
 
 
+def large_frame(sequence: int) -> dict[bool, tuple[float, dict[str, Tensor]]]:
+    """Recomputed or not → loss and gradients of a pack whose large frames are cut among the ranks."""
+    grid, found = make_grid(sequence), {}
+    g = torch.Generator().manual_seed(3)
+    samples = [sample(g, [(1, 2)], [], 5), sample(g, [(33, 32)], [(2, 2)] * 2, 7), sample(g, [], [(35, 40)], 4)]
+    row = pack(samples, sequence)
+    for recomputed in (False, True):
+        model = small.model(num_attention_heads=6, num_key_value_heads=3).train()
+        economise(model, checkpointing=recomputed)
+        inputs = shard(row if sequence == 1 else only_mine(row, grid), grid, IMAGE, VIDEO)
+        assert sequence == 1 or len(inputs["frame_parts"]) == 2
+        loss = model(**inputs, num_items_in_batch=1.0).loss
+        loss.backward()
+        gradients = {key: sum_over_ranks(p.grad) for key, p in model.named_parameters()}
+        found[recomputed] = float(sum_over_ranks(loss)), gradients
+    return found
+
+
+@pytest.fixture(scope="module")
+def large_alone() -> dict[bool, tuple[float, dict[str, Tensor]]]:
+    return large_frame(1)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])  # the tower's 4 heads are not divided by 3
+def test_frames_cut_among_ranks_have_the_loss_and_gradients_of_one_process(large_alone, ranks):
+    got = run_distributed(large_frame, ranks, 360, ranks)[0]
+    for recomputed, (loss, gradients) in large_alone.items():
+        assert got[recomputed][0] == pytest.approx(loss, rel=1e-5)
+        for key, wanted in gradients.items():
+            scale = max(float(wanted.abs().max()), 1e-3)
+            torch.testing.assert_close(
+                got[recomputed][1][key] / scale, wanted / scale, atol=1e-5, rtol=0, msg=lambda m, k=key: k + m
+            )
+
+
 def test_one_rank_is_handed_the_pack_itself():
     row = pack(packs()["stills and frames"], 1)
     inputs = shard(row, make_grid(1), IMAGE, VIDEO)
@@ -195,10 +235,12 @@ def test_one_rank_is_handed_the_pack_itself():
 
 def test_every_visual_token_reaches_the_rank_that_holds_its_place():
     # Stills of 1 and 2 tokens, frames of 3 and 1; the shares are not in the order of the ranks that take them.
+    # The first frame is cut between the second rank (token 3) and the first (4, 5); parts come first in the features.
     grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 2, 6], [1, 2, 2]])
-    shares, takers = [[1, 3], [0, 2], []], torch.tensor([0, 2, 0, 0, 1, 1, 2])
+    takers = torch.tensor([0, 2, 0, 0, 1, 1, 2])
+    shares = [[Piece(1, 0, 2), Piece(2, 1, 2), Piece(3, 0, 1)], [Piece(0, 0, 1), Piece(2, 0, 1)], []]
     features = torch.arange(7.0)  # visual token j is the number j
-    held = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 3.0, 4.0, 5.0]), features[:0]]
+    held = [torch.tensor([4.0, 5.0, 1.0, 2.0, 6.0]), torch.tensor([3.0, 0.0]), features[:0]]
     routes = [route_features(grids, shares, takers, rank) for rank in range(3)]
     sent = [list(mine[route.send].split(route.sent)) for mine, route in zip(held, routes, strict=True)]
     for rank, route in enumerate(routes):
@@ -208,9 +250,46 @@ def test_every_visual_token_reaches_the_rank_that_holds_its_place():
 
 
 def test_vision_shares_count_patches_and_their_squares():
-    # 64 × 64 patches cost 4,096 + 4,096; the four frames of 1,024 patches 1,024 + 256 each.
+    # 64 × 64 patches cost 4,096 + 2,467; the four frames of 1,024 patches 1,024 + 154 each.
     grids = torch.tensor([[1, 32, 32]] * 2 + [[1, 64, 64]] + [[1, 32, 32]] * 2)
-    assert vision_shares(grids, 2) == [[2], [0, 1, 3, 4]]
+    assert vision_shares(grids, 2) == [[Piece(2, 0, 1024)], [Piece(i, 0, 256) for i in (0, 1, 3, 4)]]
+
+
+def test_large_frames_are_cut_only_where_whole_ones_are_uneven():
+    large, small_one = [1, 128, 64], [1, 32, 32]
+    whole = vision_shares(torch.tensor([large] * 4), 4)
+    assert whole == [[Piece(frame, 0, 2048)] for frame in range(4)]
+    cut = vision_shares(torch.tensor([large] * 5 + [small_one] * 8), 4)
+    assert [[piece.frame for piece in share if piece.tokens == 512] for share in cut] == [[0]] * 4
+    assert sorted(piece.first for share in cut for piece in share if piece.frame == 0) == [0, 512, 1024, 1536]
+
+
+# Heights and widths in patches: a still of 20,480 tokens among video frames, two large ones, one alone, a strip.
+LARGE = {
+    "a still of 20,480 tokens in a pack of 131,072": ([(256, 320)] + [(28, 44)] * 340, 131_072),
+    "two large stills": ([(256, 320), (200, 180)] + [(16, 24)] * 900, 131_072),
+    "one large still alone": ([(256, 320)], 32_768),
+    "a strip": ([(2, 40_000)] + [(10, 10)] * 30, 32_768),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_ranks_of_a_sequence_group_cost_within_five_per_cent_of_their_mean(name):
+    frames, tokens = LARGE[name]
+    config = KeyeConfig.preset("keye_8b")
+    shares = vision_shares(torch.tensor([(1, *frame) for frame in frames]), 8)
+    costs = [rank_operations(config, share, frames, [tokens], 0, 8) for share in shares]
+    assert max(costs) / (sum(costs) / 8) < 1.05
+    assert sum(costs) == pytest.approx(flops.training_step(config, frames, [tokens], 0), rel=1e-4)
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=12), st.integers(1, 8))
+def test_every_token_is_encoded_by_one_rank(sizes, ranks):
+    grids = torch.tensor([(1, 2 * height, 2 * width) for height, width in sizes])
+    shares = vision_shares(grids, ranks)
+    tokens = [(p.frame, token) for share in shares for p in share for token in range(p.first, p.first + p.tokens)]
+    assert sorted(tokens) == [(i, token) for i, (height, width) in enumerate(sizes) for token in range(height * width)]
+    assert all(share == sorted(share) for share in shares)
 
 
 def test_frames_are_shared_out_dearest_first():
