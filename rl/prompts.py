@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,64 +65,76 @@ def load_prompts(manifest: str | Path, families: Iterable[str] = ()) -> PromptSe
     return PromptSet(prompts, rejected)
 
 
-class PromptStream:
-    """An endless shuffled walk over one rank's share of the prompts, the same again from the same state.
+Taken = tuple[Prompt, Sample]
+Gather = Callable[[Any], list[Any]]
+"""Collective: this rank's value → every rank's values, in order of rank, on every rank."""
 
-    Every epoch is shuffled anew from (seed, epoch) alike on all ranks, and rank r takes every world-size-th prompt from
-    the r-th on. A prompt whose clip cannot be read is left out, and remembered in `rejected` with the reason. Encoded
-    prompts are kept up to `cache` of them, since a small set is walked over many times.
+
+class PromptStream:
+    """An endless shuffled walk over the prompts, the same on every rank and on any number of ranks.
+
+    A step takes the next `count` prompts of one global order; each rank encodes its own places of them. The order of an
+    epoch follows from (seed, epoch). A prompt whose clip cannot be read is left out, its place takes the next prompt,
+    and the reason stands in `rejected` on the rank that met it. Encoded prompts are kept up to `cache` of them, since a
+    small set is walked over many times.
     """
 
-    def __init__(
-        self,
-        prompts: list[Prompt],
-        processor: KeyeProcessor,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        cache: int = 512,
-    ) -> None:
-        if len(prompts) < world:
-            raise ManifestError(f"{len(prompts)} prompts cannot feed {world} processes: add prompts or start fewer")
-        self.prompts, self.processor = prompts, processor
-        self.seed, self.rank, self.world, self.cache = seed, rank, world, cache
+    def __init__(self, prompts: list[Prompt], processor: KeyeProcessor, seed: int, cache: int = 512) -> None:
+        self.prompts, self.processor, self.seed, self.cache = prompts, processor, seed, cache
         self.epoch = self.position = 0
         self.rejected: dict[str, str] = {}
         self._encoded: OrderedDict[str, Sample] = OrderedDict()
+        self._order: tuple[int, list[int]] = (-1, [])
 
-    def take(self, count: int) -> list[tuple[Prompt, Sample]]:
-        """The next `count` readable prompts.
+    def take(self, count: int, mine: Iterable[int] | None = None, gather: Gather | None = None) -> list[Taken]:
+        """The prompts at this rank's places of the next `count` readable ones; collective.
+
+        Args:
+            count: prompts over all ranks.
+            mine: this rank's places, of 0 … count − 1; all of them when left out. The ranks' places are disjoint and
+                together all of them.
+            gather: exchanges values between the ranks; left out for one process.
+
+        Returns:
+            One (prompt, sample) for each place, in the order of the places.
 
         Raises:
-            ManifestError: an epoch went by without a single readable prompt.
+            ManifestError: an epoch went by without a single readable prompt. All ranks raise it.
         """
-        taken: list[tuple[Prompt, Sample]] = []
-        failures = 0
-        while len(taken) < count:
-            prompt = self._next()
-            try:
-                taken.append((prompt, self._encode(prompt)))
-                failures = 0
-            except KeyeError as error:
-                self.rejected[prompt.id] = str(error)
-                failures += 1
-                if failures > len(self.prompts):
-                    raise ManifestError(f"no prompt can be read; the last one failed with: {error}") from error
-        return taken
+        own, gather = set(range(count) if mine is None else mine), gather or (lambda value: [value])
+        taken: dict[int, Taken] = {}
+        places, failures = list(range(count)), 0
+        while places:
+            drawn = {place: self._next() for place in places}
+            failed = {}
+            for place in sorted(own & drawn.keys()):
+                try:
+                    taken[place] = (drawn[place], self._encode(drawn[place]))
+                except KeyeError as error:
+                    failed[place] = self.rejected[drawn[place].id] = str(error)
+            everywhere = {place: why for rank in gather(failed) for place, why in rank.items()}
+            failures = failures + len(everywhere) if len(everywhere) == len(places) else 0
+            if failures > len(self.prompts):
+                last = everywhere[max(everywhere)]
+                raise ManifestError(f"no prompt can be read; the last one failed with: {last}")
+            places = sorted(everywhere)
+        return [taken[place] for place in sorted(taken)]
 
     def state_dict(self) -> dict[str, int]:
+        """The place in the global order: the same on every rank."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _next(self) -> Prompt:
-        order = list(range(len(self.prompts)))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        own = order[self.rank :: self.world]
-        prompt = self.prompts[own[self.position]]
+        if self._order[0] != self.epoch:
+            order = list(range(len(self.prompts)))
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+            self._order = (self.epoch, order)
+        prompt = self.prompts[self._order[1][self.position]]
         self.position += 1
-        if self.position == len(own):
+        if self.position == len(self.prompts):
             self.epoch, self.position = self.epoch + 1, 0
         return prompt
 

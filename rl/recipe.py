@@ -92,14 +92,24 @@ def _check(recipe: RlRecipe, file: str) -> None:
     need(len(g.betas) == 2, "gspo.betas must be two numbers")
     need(g.zero in (0, 1, 2), "gspo.zero must be 0, 1 or 2")
     need(g.precision in ("auto", "fp32", "bf16"), 'gspo.precision must be "auto", "fp32" or "bf16"')
+    need(
+        g.prompts % g.mini_batches == 0,
+        f"gspo.prompts = {g.prompts} must be a multiple of gspo.mini_batches = {g.mini_batches}",
+    )
     need(heldout.samples >= 1 and heldout.temperature > 0, "heldout.samples and temperature must be above 0")
 
 
 def check_world(recipe: RlRecipe, world: int) -> None:
-    """RecipeError when a step's prompts cannot be dealt evenly to `world` processes and the mini-batches."""
-    g, unit = recipe.gspo, world * recipe.gspo.mini_batches
-    if g.prompts % unit:
+    """RecipeError when a mini-batch has fewer prompts than there are processes: each must take part in every step."""
+    g = recipe.gspo
+    if g.prompts // g.mini_batches < world:
         raise RecipeError(
-            f"gspo.prompts = {g.prompts} cannot be dealt to {world} processes in {g.mini_batches} mini-batches: "
-            f"make it a multiple of {unit}"
+            f"gspo.prompts = {g.prompts} in {g.mini_batches} mini-batches is less than one prompt for each of {world} "
+            f"processes: set it to at least {world * g.mini_batches}, or start fewer processes"
         )
+
+
+def places_of(rank: int, world: int, prompts: int, mini_batches: int) -> list[list[int]]:
+    """Which of a step's prompts a rank owns, for each mini-batch; the mini-batches do not depend on `world`."""
+    size = prompts // mini_batches
+    return [list(range(batch * size + rank, (batch + 1) * size, world)) for batch in range(mini_batches)]

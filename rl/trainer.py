@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,34 @@ from torch import Tensor
 from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor, Sample
+from rl.agree import agree, gather
 from rl.gspo import group_advantages, gspo_loss
 from rl.heldout import Answered, ask, compare
+from rl.identity import claim
 from rl.metrics import step_metrics
 from rl.policy import Group, Score, score
-from rl.prompts import Prompt, PromptStream, load_prompts
-from rl.recipe import RlRecipe, check_world
+from rl.prompts import Prompt, PromptStream, Taken, load_prompts
+from rl.recipe import RlRecipe, check_world, places_of
 from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
-from stages.checkpoints import load_checkpoint, save_checkpoint
+from stages.checkpoints import first_rank, load_checkpoint, save_checkpoint
 from stages.engine import build
 from stages.typed_toml import to_toml
 
 
 @dataclass(frozen=True)
 class Experience:
-    """One rank's share of a step: P prompts with G answers each. rewards, advantages: float32 [P, G]."""
+    """One rank's share of a step: P prompts with G answers each. rewards, advantages: float32 [P, G].
+
+    parts: the places of each mini-batch's groups.
+    """
 
     prompts: list[Prompt]
     groups: list[Group]
     earned: list[list[Earned]]
     rewards: Tensor
     advantages: Tensor
+    parts: list[slice]
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class GspoTrainer:
     """Tunes the model of `run/<start>/model` and leaves `run/gspo/{metrics.jsonl, eval.json, checkpoints, model}`.
 
     Raises:
-        CheckpointError: the stage to start from has left no model.
+        CheckpointError: the stage to start from has left no model, or `run/gspo` holds the training of another recipe
+            or start model.
         ManifestError: no questions to ask.
         RecipeError: the recipe does not fit the number of processes.
     """
@@ -72,17 +80,17 @@ class GspoTrainer:
         start = self.run / recipe.gspo.start / "model"
         if not (start / "config.json").is_file():
             raise CheckpointError(f"{start} holds no model: run scripts/pretrain.py with --run {run} first")
+        first_rank(lambda: claim(self.out, recipe, start))
         self.processor = KeyeProcessor.from_pretrained(start)
         self.model = KeyeForConditionalGeneration.from_pretrained(start)
         self.engine = self._engine()
         self.generator = torch.Generator(self.engine.device)
         self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch)
         self.reward = rewards_from(recipe.rewards)
-        found = load_prompts(self.run / recipe.gspo.manifest, recipe.gspo.families)
-        self.stream = PromptStream(found.prompts, self.processor, recipe.seed, self.rank, self.world)
+        found = agree(lambda: load_prompts(self.run / recipe.gspo.manifest, recipe.gspo.families))
+        self.stream = PromptStream(found.prompts, self.processor, recipe.seed)
         self.stream.rejected |= found.rejected
         self.step = 0
-        self.out.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             self._write(self.out / "recipe.toml", to_toml(recipe))
 
@@ -105,7 +113,8 @@ class GspoTrainer:
                 said = f"reward {metrics['reward_mean']:.3f} · {metrics['tokens_per_second']:.0f} tokens/s"
                 bar.update(task, advance=1, said=said)
                 if self.step % g.checkpoint_every == 0 or self.step == g.steps:
-                    save_checkpoint(self.engine, self.out / "checkpoints", self.step, self.stream.state_dict())
+                    state = self.stream.state_dict()
+                    save_checkpoint(self.engine, self.out / "checkpoints", self.step, state, shared=True)
         if writer:
             writer.close()
         after = self._measure(questions, "after")
@@ -122,9 +131,7 @@ class GspoTrainer:
         began = time.perf_counter()
         experience = self._experience()
         rolled = time.perf_counter()
-        size = len(experience.groups) // self.recipe.gspo.mini_batches
-        parts = [slice(i, i + size) for i in range(0, len(experience.groups), size)]
-        chosen = [self._informative(experience, part) for part in parts]
+        chosen = [self._informative(experience, part) for part in experience.parts]
         # Scored before the first update: this is the policy that all mini-batches are compared with.
         with torch.no_grad():
             old = [score(self.engine, [experience.groups[i] for i in places], self._temperature) for places in chosen]
@@ -151,15 +158,22 @@ class GspoTrainer:
     def _experience(self) -> Experience:
         """Draw this rank's prompts, answer them, judge the answers."""
         g = self.recipe.gspo
-        drawn = self.stream.take(g.prompts // self.world)
+        places = places_of(self.rank, self.world, g.prompts, g.mini_batches)
+        ends = [0, *accumulate(map(len, places))]
+        parts = [slice(begin, end) for begin, end in pairwise(ends)]
+        drawn = self.stream.take(g.prompts, chain.from_iterable(places), gather)
         self._seed("rollout", self.step)
+        return agree(lambda: self._answer(drawn, parts))
+
+    def _answer(self, drawn: list[Taken], parts: list[slice]) -> Experience:
+        g = self.recipe.gspo
         groups = self.rollout.generate([sample for _, sample in drawn], g.group, g.temperature, g.max_new_tokens)
         earned = [
             [self.reward(Judgement(prompt, t, f)) for t, f in zip(group.texts, group.finished, strict=True)]
             for (prompt, _), group in zip(drawn, groups, strict=True)
         ]
         rewards = torch.tensor([[e.total for e in group] for group in earned])
-        return Experience([prompt for prompt, _ in drawn], groups, earned, rewards, group_advantages(rewards))
+        return Experience([prompt for prompt, _ in drawn], groups, earned, rewards, group_advantages(rewards), parts)
 
     @staticmethod
     def _informative(experience: Experience, part: slice) -> list[int]:
@@ -198,7 +212,7 @@ class GspoTrainer:
         """This rank's share of the held-out questions, encoded; at most `limit` of each family over all ranks."""
         wanted, seen = self.recipe.heldout, {}
         chosen = []
-        for prompt in load_prompts(self.run / wanted.manifest, self.recipe.gspo.families).prompts:
+        for prompt in agree(lambda: load_prompts(self.run / wanted.manifest, self.recipe.gspo.families)).prompts:
             seen[prompt.family] = seen.get(prompt.family, 0) + 1
             if seen[prompt.family] <= wanted.limit:
                 chosen.append(prompt)
@@ -290,10 +304,3 @@ class GspoTrainer:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         rest = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
         return Progress(*columns, *rest, disable=self.rank > 0)
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's `value`, on every rank, in order of rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -6,7 +6,7 @@ import pytest
 
 import rl
 from keye.errors import RecipeError
-from rl.recipe import check_world, load
+from rl.recipe import check_world, load, places_of
 
 RECIPES = sorted((Path(rl.__file__).parent / "recipes").glob("*.toml"))
 
@@ -33,5 +33,18 @@ def test_a_wrong_key_is_named(override, sentence):
 
 
 def test_prompts_that_cannot_be_dealt_are_refused():
-    with pytest.raises(RecipeError, match="cannot be dealt to 3 processes in 4 mini-batches: make it a multiple of 12"):
-        check_world(load(RECIPES[0], ["gspo.prompts=32"]), 3)
+    recipe = load(RECIPES[0], ["gspo.prompts=32"])
+    check_world(recipe, 3)
+    with pytest.raises(RecipeError, match="32 in 4 mini-batches .* each of 9 processes: set it to at least 36"):
+        check_world(recipe, 9)
+    with pytest.raises(RecipeError, match="prompts = 33 must be a multiple of gspo.mini_batches = 4"):
+        load(RECIPES[0], ["gspo.prompts=33"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_mini_batches_hold_the_same_prompts_on_any_number_of_processes(world):
+    dealt = [places_of(rank, world, 32, 4) for rank in range(world)]
+    for batch in range(4):
+        places = [place for rank in dealt for place in rank[batch]]
+        assert sorted(places) == list(range(8 * batch, 8 * batch + 8))
+        assert max(len(rank[batch]) for rank in dealt) - min(len(rank[batch]) for rank in dealt) <= 1

@@ -84,16 +84,23 @@ def test_ranks_share_an_epoch_and_a_stream_goes_on_from_its_state(tmp_path, proc
     manifest.write_text("\n".join(LINE.format(name, "count") for name in "abcdef"))
     prompts = load_prompts(manifest).prompts
 
-    def stream(rank: int, world: int) -> PromptStream:
-        return PromptStream(prompts, processor, seed=3, rank=rank, world=world)
+    def stream() -> PromptStream:
+        return PromptStream(prompts, processor, seed=3)
 
-    def ids(source: PromptStream, count: int) -> list[str]:
-        return [prompt.id for prompt, _ in source.take(count)]
+    def ids(source: PromptStream, count: int, mine: list[int] | None = None) -> list[str]:
+        return [prompt.id for prompt, _ in source.take(count, mine)]
 
-    assert sorted(ids(stream(0, 2), 3) + ids(stream(1, 2), 3)) == list("abcdef")
-    first = stream(0, 1)
+    whole = ids(stream(), 6)
+    assert sorted(whole) == list("abcdef")
+    one, two, alone = stream(), stream(), stream()
+    for count, mine, others in ((6, [0, 2, 4], [1, 3, 5]), (4, [0], [1, 2, 3])):
+        together = ids(alone, count)
+        assert ids(one, count, mine) == [together[place] for place in mine]
+        assert ids(two, count, others) == [together[place] for place in others]
+    assert one.state_dict() == two.state_dict() == alone.state_dict()
+    first = stream()
     ids(first, 4)
-    resumed = stream(0, 1)
+    resumed = stream()
     resumed.load_state_dict(first.state_dict())
     assert ids(resumed, 7) == ids(first, 7)
 

@@ -1,0 +1,42 @@
+"""What ranks tell each other outside of tensors: values, and whether one of them failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from keye.errors import KeyeError
+
+Result = TypeVar("Result")
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, on every rank, in order of rank; collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(action: Callable[[], Result]) -> Result:
+    """Runs this rank's `action`; when it fails on any rank, all ranks raise the first rank's error. Collective.
+
+    Without this, a rank that raises leaves the others in their next collective until its time limit. `action` must not
+    call a collective itself.
+
+    Raises:
+        KeyeError: what the action raised, here or elsewhere. Other exceptions pass at once and end the process.
+    """
+    error: KeyeError | None = None
+    result: Any = None
+    try:
+        result = action()
+    except KeyeError as caught:
+        error = caught
+    failures = gather(None if error is None else (type(error), str(error)))
+    first = next((failure for failure in failures if failure is not None), None)
+    if first is not None:
+        kind, message = first
+        raise kind(message) from error
+    return result

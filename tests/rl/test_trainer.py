@@ -1,0 +1,122 @@
+"""A whole GSPO run of a model of a few thousand weights: resumed on other processes, never mixed with another run."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from keye.errors import CheckpointError, ManifestError
+from keye.model.config import KeyeConfig
+from keye.model.keye import KeyeForConditionalGeneration
+from keye.prompt.processor import KeyeProcessor
+from keye.prompt.tokenizer import train_tokenizer
+from rl.agree import agree
+from rl.recipe import Gspo, HeldOut, RlRecipe
+from rl.trainer import GspoTrainer
+from stages import engine
+from tests.distributed import run_distributed
+
+GSPO = Gspo(steps=2, learning_rate=1e-3, prompts=6, group=3, mini_batches=2, max_new_tokens=2, checkpoint_every=1)
+RECIPE = RlRecipe(GSPO, HeldOut(limit=4, samples=1), {"format": 1.0})
+
+
+def make_run(folder: Path, seed: int = 0) -> Path:
+    """`annealing/model` and a world of questions in words."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(["how many flashes? user assistant 0123456789"] * 4, 300)
+    processor = KeyeProcessor(tokenizer)
+    config = KeyeConfig.preset("tiny", vocab_size=len(tokenizer), num_hidden_layers=1)
+    config.vision_config.num_hidden_layers = 1
+    KeyeForConditionalGeneration(processor.configure(config)).save_pretrained(folder / "annealing/model")
+    processor.save_pretrained(folder / "annealing/model")
+    (folder / "world").mkdir(exist_ok=True)
+    for split, count in (("train", 9), ("heldout", 5)):
+        lines = [
+            {"id": f"{split}{i}", "answer": str(i), "messages": [{"role": "user", "content": f"{i}?"}]}
+            for i in range(count)
+        ]
+        (folder / f"world/{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def train(run: Path, recipe: RlRecipe = RECIPE) -> dict:
+    engine.start(threads=1)
+    trainer = GspoTrainer(recipe, run)
+    trainer.train()
+    return {"step": trainer.step, "stream": trainer.stream.state_dict()}
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    run = make_run(tmp_path)
+    two = run_distributed(train, 2, 240, run)
+    # Six prompts of nine a step: after two steps the second epoch's third place.
+    assert two == [{"step": 2, "stream": {"epoch": 1, "position": 3}}] * 2
+    for world, steps in ((1, 4), (3, 5)):
+        longer = dataclasses.replace(RECIPE, gspo=dataclasses.replace(GSPO, steps=steps))
+        done = run_distributed(train, world, 240, run, longer)
+        assert [one["step"] for one in done] == [steps] * world
+    rows = [json.loads(line) for line in (run / "gspo/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert done[0]["stream"] == {"epoch": 3, "position": 3}
+
+
+def refused(run: Path, other: Path) -> list[str]:
+    train(run, dataclasses.replace(RECIPE, gspo=dataclasses.replace(GSPO, steps=1)))
+    said = []
+    for recipe in (
+        dataclasses.replace(RECIPE, gspo=dataclasses.replace(GSPO, steps=1, learning_rate=2e-3)),
+        dataclasses.replace(RECIPE, rewards={"format": 0.5}),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            train(run, recipe)
+        said.append(str(caught.value))
+    shutil.rmtree(run / "annealing")
+    shutil.copytree(other / "annealing", run / "annealing")
+    with pytest.raises(CheckpointError) as caught:
+        train(run)
+    return [*said, str(caught.value)]
+
+
+def test_a_run_refuses_another_recipe_and_another_start(tmp_path):
+    runs = [make_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    [(rate, rewards, start)] = run_distributed(refused, 1, 240, *runs)
+    assert "learning_rate = 0.001, but the recipe says 0.002; remove" in rate
+    assert "rewards.format = 1.0, but the recipe says 0.5" in rewards
+    assert "was trained from other weights than" in start and "annealing/model has now" in start
+
+
+def one_rank_without_its_file(run: Path) -> str:
+    """Rank 1 has a copy of the run whose manifest is missing, as on a node whose disk was not filled."""
+    if dist.get_rank() == 1:
+        other = run.with_name("node1")
+        shutil.copytree(run, other)
+        (other / "world/train.jsonl").unlink()
+        run = other
+    with pytest.raises(ManifestError) as caught:
+        train(run)
+    return str(caught.value)
+
+
+def test_one_ranks_error_ends_all_ranks(tmp_path):
+    said = run_distributed(one_rank_without_its_file, 2, 120, make_run(tmp_path / "node0"))
+    assert said[0] == said[1] and "node1/world/train.jsonl does not exist" in said[0]
+
+
+def one_of_two_fails() -> str:
+    def action() -> int:
+        if dist.get_rank() == 1:
+            raise ManifestError("the clip is gone")
+        return 3
+
+    with pytest.raises(ManifestError) as caught:
+        agree(action)
+    assert agree(dist.get_rank) == dist.get_rank()
+    return str(caught.value)
+
+
+def test_agree_raises_on_all_ranks_and_gives_each_its_own_result():
+    assert run_distributed(one_of_two_fails, 2, 60) == ["the clip is gone"] * 2
