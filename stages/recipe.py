@@ -145,13 +145,21 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class VisionRecipe(StageRecipe):
-    """Stage 0 besides: pairs a step over all ranks, and the text tower (a SigLIP one's directory, or its size).
+    """Stage 0 besides: pairs a step over all ranks, and what they are compared by.
+
+    micro_pairs: pairs of a rank that pass through the towers at once; 0 = all of them. Fewer take less memory and leave
+    loss and gradients as they are, but the towers run forward twice.
+
+    text_model: a SigLIP's directory, whose text tower, tokenizer, pooling head, temperature and bias are taken. Empty:
+    a text tower of text_width, text_layers and text_heads, which reads text_length tokens of Keye's own tokenizer, is
+    drawn at random, and so is a pooling head.
 
     Stage 0 trains at native resolution: `processor.image` alone bounds stills, and the encoder's budget clips. It reads
     neither `context` nor `packs` nor `alike`, which are of the language stages.
     """
 
     pairs: int = 32
+    micro_pairs: int = 0
     text_model: str = ""
     text_width: int = 128
     text_layers: int = 2
@@ -302,6 +310,7 @@ def _check(recipe: Recipe, file: str) -> None:
         vision, sizes = recipe.vision, ("pairs", "text_width", "text_layers", "text_heads", "text_length")
         for key in sizes:
             need(getattr(vision, key) >= 1, f"vision.{key} must be at least 1")
+        need(vision.micro_pairs >= 0, "vision.micro_pairs must not be below 0")
         need(
             vision.sequence_parallel == 1,
             "vision.sequence_parallel must be 1, because its pairs are no sequence to be cut; remove the key",

@@ -24,23 +24,23 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor
 from keye.prompt.tokenizer import load_tokenizer, train_tokenizer
-from stages import engine, report
+from stages import engine, report, vision
 from stages.alignment import Alignment
 from stages.annealing import Annealing
+from stages.contrast import text_config
 from stages.data.formats import files_of, format_of
 from stages.data.items import Cache, Quarantine
 from stages.memory import economise
 from stages.multitask import Multitask
 from stages.parallel import Grid, check_sequence, make_grid
-from stages.recipe import STAGES, Recipe, StageRecipe, stage_of
+from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
 from stages.typed_toml import to_toml
-from stages.vision import Vision
 from stages.watch import open_tracker
 from stages.weights import Start, open_start, write_model
 
-KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
+KINDS = {"vision": vision.Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
 AROUND = ("save_every", "keep")  # keys of a stage that do not change what is trained
 START = "start"  # folder of the model that a run draws for itself
@@ -100,7 +100,9 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
             make_encoder(recipe, told)
             choose_sources(name, recipe)
             check_sequence(told.sequence_parallel, world)
-            micro_batches(name, getattr(told, "pairs", told.packs), Grid(0, world, told.sequence_parallel, None))
+            batches_of(name, told, Grid(0, world, told.sequence_parallel, None))
+            if isinstance(told, VisionRecipe) and told.text_model:
+                text_config(told.text_model)
 
 
 def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
@@ -125,6 +127,13 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
                     f"{name} was trained from other weights than {run / before(recipe, name)[-1]} has now; remove "
                     f"{run / name} to train it again, or take another --run"
                 )
+
+
+def batches_of(name: str, told: StageRecipe, grid: Grid) -> int:
+    """Batches of a step on each rank; RecipeError where they do not divide."""
+    if isinstance(told, VisionRecipe):
+        return vision.micro_batches(told, grid)
+    return micro_batches(name, told.packs, grid)
 
 
 def before(recipe: Recipe, name: str) -> list[str]:
@@ -177,11 +186,9 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     quarantine = Quarantine(folder / "quarantine.jsonl")
     mixture = open_mixture(name, recipe, processor, grid, cache, quarantine, str(run))
     loader = stage.loader(mixture, grid, model, recipe.data.workers)
-    count = micro_batches(name, getattr(told, "pairs", told.packs), grid)
+    batches = batches_of(name, told, grid)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     _say(f"{name}: {trained / 1e6:.2f} M parameters, {told.steps} steps, {grid.data_size} × {grid.sequence} ranks")
-    # The pairs of a step are one batch, because each is a negative of every other.
-    batches = 1 if name == "vision" else count
     config = dataclasses.asdict(recipe)
     trainer = Trainer(
         stage, module, loader, grid, told, folder, batches, recipe.precision, recipe.trackers, config,

@@ -40,6 +40,9 @@ class Stage(Protocol):
     def weight(self, batch: dict[str, Any], grid: Grid) -> float:
         """This rank's part of what the summed loss of a step is divided by."""
 
+    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: Grid) -> None:
+        """See all batches of a step before the first `loss`; collective."""
+
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
         """This rank's part of the batch's summed loss."""
 
@@ -76,6 +79,9 @@ class LanguageStage:
     def weight(self, batch: dict[str, Any], grid: Grid) -> float:
         # One rank of a sequence group speaks for all of its pack.
         return float((batch["shift_labels"] != -100).sum()) if grid.sequence_rank == 0 else 0.0
+
+    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: Grid) -> None:
+        """Packs do not depend on each other."""
 
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
         row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}

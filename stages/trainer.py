@@ -73,6 +73,7 @@ class Trainer:
         factor = self.grid.world * self.micro_batches / max(weights, 1e-12)
         total, lr = 0.0, self.engine.get_lr()[0]
         self.guard.begin()
+        self.stage.begin(self.engine, batches, self.grid)
         for batch in batches:
             loss = self.stage.loss(self.engine, batch, self.grid)
             value = float(sum_over_ranks(loss.float()))

@@ -1,21 +1,27 @@
 """Stage 0, vision: the tower learns to tell what its frames show, by SigLIP's loss against a text tower.
 
-A visual is a still or a whole clip (its frames' patches pooled together). The text tower and the pooling serve this
-stage alone: they are in its checkpoints, not in its model.
+A visual is a still or a whole clip (its frames' patches pooled together). The text tower and the pooling head serve
+this stage alone: they are in its checkpoints, not in its model.
+
+Every pair of a step is a negative of every other, so that all of them are one batch. `micro_pairs` bounds how many go
+through the towers at once (GradCache, arXiv 2101.06983): a first pass without gradients makes all vectors, the loss of
+the whole batch gives the gradient of each vector, and a second pass carries these into the towers, micro-batch by
+micro-batch. The loss and its gradients are those of one batch.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import SiglipTextConfig, SiglipTextModel
 
+from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.model.vision import KeyeVisionModel
 from keye.prompt.processor import KeyeProcessor
-from stages.data.balance import TowerCost, deal_sums
+from keye.prompt.tokenizer import open_tokenizer
+from stages import contrast
+from stages.data.balance import TowerCost, deal_parts
 from stages.data.feed import Feed
 from stages.data.forming import Pairs
 from stages.data.items import Item
@@ -29,44 +35,6 @@ from stages.recipe import VisionRecipe
 from stages.stage import count_kinds, visual_samples
 
 
-class Pooling(nn.Module):
-    """Attention pooling with one learned query a head over the patches of each visual."""
-
-    def __init__(self, width: int, out: int, heads: int = 4) -> None:
-        super().__init__()
-        self.score, self.value, self.out = nn.Linear(width, heads), nn.Linear(width, out), nn.Linear(out, out)
-        self.heads = heads
-
-    def forward(self, features: Tensor, owner: Tensor, count: int) -> Tensor:
-        """features `[N, width]`, owner `[N]` → `[count, out]`."""
-        scores = self.score(features).float()
-        index = owner[:, None].expand_as(scores)
-        top = scores.new_full((count, self.heads), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
-        weights = (scores - top[owner]).exp()
-        total = weights.new_zeros(count, self.heads).index_add(0, owner, weights)
-        values = self.value(features).unflatten(-1, (self.heads, -1)) * weights[..., None].to(features.dtype)
-        pooled = values.new_zeros(count, *values.shape[1:]).index_add(0, owner, values)
-        return self.out((pooled / total[..., None].to(values.dtype)).flatten(1))
-
-
-class Contrast(nn.Module):
-    """Vision tower + pooling against a SigLIP text tower; forward gives this rank's part of the loss."""
-
-    def __init__(self, visual: KeyeVisionModel, text: SiglipTextModel) -> None:
-        super().__init__()
-        self.visual, self.text = visual, text
-        self.pool = Pooling(visual.config.hidden_size, text.config.projection_size)
-        # SigLIP's start: log 10 and -10, so that the many negatives cost little at first.
-        self.scale, self.bias = nn.Parameter(torch.tensor([10.0]).log()), nn.Parameter(torch.tensor([-10.0]))
-
-    def forward(self, pixels: Tensor, grids: Tensor, owners: Tensor, captions: Tensor) -> Tensor:
-        """pixels `[N, 3, 14, 14]` bytes or floats, grids `[F, 3]`, owners `[F]` pairs of frames, captions `[B, T]`."""
-        features = self.visual(pixels, grids)
-        pooled = self.pool(features, owners.repeat_interleave(grids.prod(1)), len(captions))
-        words = self.text(input_ids=captions).pooler_output
-        return siglip_loss(F.normalize(pooled, dim=-1), F.normalize(words, dim=-1), captions, self.scale, self.bias)
-
-
 class Vision:
     """See the module's docstring."""
 
@@ -74,46 +42,95 @@ class Vision:
     parts = ("visual",)
 
     def __init__(self, recipe: VisionRecipe, processor: KeyeProcessor) -> None:
-        self.recipe, self.processor = recipe, processor
-        # Padding is a state of a fast tokenizer, which threads that encode samples meanwhile would take away.
-        self.captions = copy.deepcopy(processor.tokenizer)
+        self.recipe = recipe
+        if recipe.text_model:
+            self.captions = open_tokenizer(recipe.text_model)
+            # SigLIP knows texts of one length alone, and reads the last token of them.
+            self.length = contrast.text_config(recipe.text_model).max_position_embeddings
+        else:
+            # Padding is a state of a fast tokenizer, which threads that encode samples meanwhile would take away.
+            self.captions, self.length = copy.deepcopy(processor.tokenizer), recipe.text_length
 
     def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
         if self.recipe.text_model:
-            text = SiglipTextModel.from_pretrained(self.recipe.text_model)
+            module = contrast.pretrained(self.recipe.text_model, model.visual)
         else:
-            width = self.recipe.text_width
-            text = SiglipTextModel(
-                SiglipTextConfig(
-                    vocab_size=len(self.processor.tokenizer),
-                    hidden_size=width,
-                    intermediate_size=4 * width,
-                    num_hidden_layers=self.recipe.text_layers,
-                    num_attention_heads=self.recipe.text_heads,
-                    max_position_embeddings=self.recipe.text_length,
-                    projection_size=width,
-                    bos_token_id=None,
-                    eos_token_id=self.processor.tokenizer.eos_token_id,
-                    pad_token_id=self.processor.tokenizer.pad_token_id,
-                )
-            )
-        return Contrast(model.visual, text).requires_grad_(True)
+            module = contrast.fresh(self.recipe, model.visual, self.captions)
+        return module.requires_grad_(True)
 
     def loader(self, mixture: Mixture, grid: Grid, model: KeyeForConditionalGeneration, workers: int) -> Loader:
         def assemble(items: list[Item]) -> dict[str, Any]:
             pixels, grids, owners = visual_samples([item.sample for item in items])
-            captions = self.captions(
-                [item.caption for item in items],
-                padding="max_length", truncation=True, max_length=self.recipe.text_length, return_tensors="pt",
-            )["input_ids"]  # fmt: skip
-            batch = {"pixels": pixels, "grids": grids, "owners": owners, "captions": captions}
+            batch = {"pixels": pixels, "grids": grids, "owners": owners}
+            batch["captions"] = self.tokens([item.caption for item in items])
             return {**batch, "kinds": count_kinds(items), "thinned": count_thinned(items)}
 
-        planner = Planner(mixture, Pairs(self.recipe.pairs))
-        return Loader(Feed(planner, TowerCost(model.config.vision_config), deal_sums, assemble, grid, workers), grid)
+        planner, parts = Planner(mixture, Pairs(self.recipe.pairs)), micro_batches(self.recipe, grid)
+        cost, deal = TowerCost(model.config.vision_config), partial(deal_parts, parts=parts)
+        # A step's micro-batches are asked for at once; all of them are made while the step before trains.
+        return Loader(Feed(planner, cost, deal, assemble, grid, workers), grid, ahead=max(2, parts))
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """Token ids `[B, T]` of captions, cut and padded to the text tower's length."""
+        made = self.captions(
+            captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return made["input_ids"]
 
     def weight(self, batch: dict[str, Any], grid: Grid) -> float:
-        return 1.0 / grid.world
+        return len(batch["captions"]) / self.recipe.pairs
+
+    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: Grid) -> None:
+        """The first pass over a step of several micro-batches: `cached` of each, see `loss`. Collective."""
+        if len(batches) == 1:
+            return
+        with torch.no_grad():
+            passes = [_vectors(module, batch) for batch in batches]
+        vision, text = (torch.cat(vectors).requires_grad_() for vectors in list(zip(*passes, strict=True))[:2])
+        scale, bias = (value.clone().requires_grad_() for value in passes[0][2:])
+        captions = torch.cat([batch["captions"] for batch in batches])
+        loss = siglip_loss(vision, text, captions, scale, bias)
+        gradients = torch.autograd.grad(loss, (vision, text, scale, bias))
+        sizes = [len(batch["captions"]) for batch in batches]
+        parts = zip(gradients[0].split(sizes), gradients[1].split(sizes), strict=True)
+        for batch, part in zip(batches, parts, strict=True):
+            shared = (loss.detach(), *gradients[2:])
+            value, *rest = (x / len(batches) for x in shared)
+            batch["cached"] = value, (*part, *rest)
 
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
-        return module(batch["pixels"], batch["grids"], batch["owners"], batch["captions"])
+        """This rank's part of the loss of all pairs; of a micro-batch the same share of it each.
+
+        A micro-batch's value is not what it is a function of: its gradient is that of the whole batch's loss with
+        respect to this micro-batch's vectors.
+        """
+        vectors = _vectors(module, batch)
+        if "cached" not in batch:
+            vision, text, scale, bias = vectors
+            return siglip_loss(vision, text, batch["captions"], scale, bias)
+        value, gradients = batch["cached"]
+        inner = sum((vector * gradient).sum() for vector, gradient in zip(vectors, gradients, strict=True))
+        return inner + (value - inner.detach())
+
+
+def _vectors(module: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+    return module(batch["pixels"], batch["grids"], batch["owners"], batch["captions"])
+
+
+def micro_batches(recipe: VisionRecipe, grid: Grid) -> int:
+    """Micro-batches of a step on each rank.
+
+    Raises:
+        RecipeError: pairs that do not divide among ranks and micro-batches.
+    """
+    own, rest = divmod(recipe.pairs, grid.data_size)
+    if rest:
+        raise RecipeError(f"vision: {recipe.pairs} pairs a step cannot be shared by {grid.data_size} ranks evenly")
+    if not recipe.micro_pairs or recipe.micro_pairs >= own:
+        return 1
+    if own % recipe.micro_pairs:
+        raise RecipeError(
+            f"vision: micro_pairs = {recipe.micro_pairs} does not divide the {own} pairs of each of {grid.data_size} "
+            "ranks; set it to a divisor of them, or to 0 for one batch"
+        )
+    return own // recipe.micro_pairs

@@ -57,7 +57,8 @@ TEXT_FIELDS = (
     "attention_bias", "attention_dropout", "use_sliding_window", "sliding_window", "max_window_layers",
     "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
-# SigLIP's parameters that the tower has, below `vision_model.`; the rest is its pooling head and its text tower.
+# SigLIP's parameters that the tower has, below `vision_model.`; the rest is its pooling head and its text tower, which
+# stage 0 alone uses (`stages.contrast`).
 TOWER = re.compile(r"(embeddings\.(patch|position)_embedding|encoder\.layers\.\d+|post_layernorm)\.")
 ID_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 

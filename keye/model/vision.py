@@ -247,6 +247,37 @@ class KeyeVisionModel(nn.Module):
         return self.post_layernorm(x)
 
 
+class PoolingHead(nn.Module):
+    """SigLIP's pooling head: one learned query attends over all patches of a visual, then a residual MLP.
+
+    Only the contrastive stage uses it. SigLIP keeps the projections of q, k and v in one `attention.in_proj`.
+    """
+
+    def __init__(self, config: KeyeVisionConfig) -> None:
+        super().__init__()
+        width, self.heads = config.hidden_size, config.num_attention_heads
+        self.probe = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, width)))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, features: Tensor, owner: Tensor, count: int) -> Tensor:
+        """features `[N, width]`, owner `[N]` the visual of each patch, count: of visuals → `[count, width]`.
+
+        Softmax and sums over patches are fp32: a bf16 running sum stops growing at 256 terms of one size.
+        """
+        query = self.q_proj(self.probe[0]).unflatten(-1, (self.heads, -1))
+        keys, values = (project(features).unflatten(-1, (self.heads, -1)) for project in (self.k_proj, self.v_proj))
+        scores = (keys.float() * query.float()).sum(-1) * query.shape[-1] ** -0.5
+        index = owner[:, None].expand_as(scores)
+        top = scores.new_full((count, self.heads), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
+        weights = (scores - top[owner]).exp()
+        total = weights.new_zeros(count, self.heads).index_add(0, owner, weights)
+        pooled = weights.new_zeros(count, *query.shape[1:]).index_add(0, owner, values.float() * weights[..., None])
+        x = self.out_proj((pooled / total[..., None]).flatten(1).to(features.dtype))
+        return x + self.mlp(self.layernorm(x))
+
+
 class Projector(nn.Module):
     """2×2 neighbouring patches → one token of the language model (released name: mlp_AR)."""
 

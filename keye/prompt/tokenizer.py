@@ -79,7 +79,9 @@ def open_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     try:
         return AutoTokenizer.from_pretrained(path, **({} if gguf_file is None else {"gguf_file": gguf_file}))
     except ImportError as error:
-        raise CheckpointError(f"{path}: {str(error).strip().splitlines()[0]}; pip install 'keye[gguf]'") from error
+        package = "sentencepiece" if gguf_file is None else "'keye[gguf]'"
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
+        raise CheckpointError(f"{path}: {reason}; pip install {package}") from error
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: no tokenizer could be loaded ({reason}); give a directory with one") from error

@@ -1,5 +1,6 @@
 """Balance: what a sample costs before anything is computed, and packs dealt to ranks so that none waits for another."""
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,12 +101,21 @@ def deal_rounds(costs: list[int], ranks: int) -> list[list[list[int]]]:
     return [[[pack] for pack in share] for share in shares]
 
 
-def deal_sums(costs: list[int], ranks: int) -> list[list[list[int]]]:
-    """As many samples to each rank, in one round, with sums as equal as dearest-first gets them; rank → one round."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads, each = [0] * ranks, len(costs) // ranks
+def deal_sums(costs: list[int], groups: int) -> list[list[int]]:
+    """As many samples to each group, with sums as equal as most-expensive-first gets them; group → samples."""
+    shares: list[list[int]] = [[] for _ in range(groups)]
+    each = len(costs) // groups
+    loads = [(0, group) for group in range(groups)]  # of the groups that are not full, a heap
     for sample in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min((r for r in range(ranks) if len(shares[r]) < each), key=lambda r: (loads[r], r))
-        shares[rank].append(sample)
-        loads[rank] += costs[sample]
-    return [[share] for share in shares]
+        load, group = heapq.heappop(loads)
+        shares[group].append(sample)
+        if len(shares[group]) < each:
+            heapq.heappush(loads, (load + costs[sample], group))
+    return shares
+
+
+def deal_parts(costs: list[int], ranks: int, parts: int = 1) -> list[list[list[int]]]:
+    """As many samples to each of `parts` rounds of each rank, with sums as equal; rank → round → its samples."""
+    groups = deal_sums(costs, ranks * parts)
+    dealt = deal_rounds([sum(costs[sample] for sample in group) for group in groups], ranks)
+    return [[groups[group] for (group,) in rounds] for rounds in dealt]

@@ -13,7 +13,7 @@ from torch import Tensor
 from keye.errors import KeyeError, VideoError
 from keye.prompt.processor import Sample
 from stages.data import exchange
-from stages.data.balance import Cost, TowerCost, deal_rounds, deal_sums
+from stages.data.balance import Cost, TowerCost, deal_parts, deal_rounds, deal_sums
 from stages.data.feed import Feed
 from stages.data.forming import Packs
 from stages.data.items import Cache, Item, Quarantine, from_bytes
@@ -272,7 +272,15 @@ def test_rounds_are_of_packs_that_cost_the_same():
 
 def test_sums_are_equal_with_as_many_samples_each():
     # 9 | 5 · 5, 4 → 9 | 9 · 4 → the first · 3 has to go to the second, 1 to the first: 9 + 4 + 1 | 5 + 4 + 3.
-    assert deal_sums([9, 5, 4, 4, 3, 1], 2) == [[[0, 3, 5]], [[1, 2, 4]]]
+    assert deal_sums([9, 5, 4, 4, 3, 1], 2) == [[0, 3, 5], [1, 2, 4]]
+
+
+def test_parts_of_a_round_cost_the_same():
+    # Four groups of two: 9 + 1, 8 + 2, 7 + 3, 6 + 4; 1,000 and 900 share a round.
+    assert deal_parts([9, 8, 7, 6, 4, 3, 2, 1], 2, 2) == [[[0, 7], [2, 5]], [[1, 6], [3, 4]]]
+    first, second = deal_parts([1000, 900, 8, 7, 1, 1, 1, 1], 2, 2)
+    assert {first[0][0], second[0][0]} == {0, 1} and len(first) == len(second) == 2
+    assert sorted(i for share in (first, second) for part in share for i in part) == list(range(8))
 
 
 def test_cost_of_a_tower_alone_is_the_frames():

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages import losses
 from stages.losses import siglip_loss
 from stages.parallel import all_gather, sum_over_ranks
-from stages.vision import Contrast, Pooling
 from tests.distributed import run_distributed
 
 PAIRS, WIDTH = 6, 8
@@ -113,45 +112,3 @@ def test_two_ranks_equal_one():
     for rank in both:
         for got, wanted in zip(rank, joined_loss(), strict=True):
             torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
-
-
-def test_pooling_keeps_visuals_apart():
-    torch.manual_seed(0)
-    pool, features = Pooling(WIDTH, 12), torch.randn(10, WIDTH)
-    owner = torch.tensor([0] * 3 + [1] * 6 + [2])
-    together = pool(features, owner, 3)
-    alone = [pool(features[owner == i], torch.zeros(int((owner == i).sum()), dtype=torch.long), 1) for i in range(3)]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-6, rtol=1e-5)
-
-
-def test_pooling_of_one_patch_is_its_value():
-    torch.manual_seed(0)
-    pool, feature = Pooling(WIDTH, 12), torch.randn(1, WIDTH)
-    torch.testing.assert_close(pool(feature, torch.tensor([0]), 1), pool.out(pool.value(feature)))
-
-
-def test_contrast_learns_to_tell_two_stills_apart():
-    from transformers import SiglipTextConfig, SiglipTextModel
-
-    from keye.model.config import KeyeConfig
-    from keye.model.vision import KeyeVisionModel
-
-    torch.manual_seed(0)
-    vision = KeyeConfig.preset("tiny").vision_config
-    vision.num_hidden_layers = 1
-    text = SiglipTextConfig(
-        vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=4, projection_size=32,
-    )  # fmt: skip
-    module = Contrast(KeyeVisionModel(vision), SiglipTextModel(text))
-    pixels = torch.cat([torch.full((4, 3, 14, 14), value) for value in (-0.5, 0.5)])
-    inputs = pixels, torch.tensor([[1, 2, 2]] * 2), torch.tensor([0, 1]), torch.tensor([[3, 0, 0, 0], [4, 0, 0, 0]])
-    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(40):
-        loss = module(*inputs)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]

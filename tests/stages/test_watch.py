@@ -12,10 +12,13 @@ from stages import watch
 from stages.alignment import Alignment
 from stages.data.packing import pack
 from stages.multitask import Multitask
+from stages.parallel import Grid
 from stages.recipe import StageRecipe, VisionRecipe
 from stages.vision import Vision
 from stages.watch import Watcher, duration, find_peak, open_tracker, operations
 from tests.stages import small
+
+ALONE = Grid(0, 1, 1, None)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +48,14 @@ def test_operations_of_a_language_step_are_those_that_run(samples, kind):
 
 
 def test_operations_of_a_vision_step_are_those_that_run(samples):
-    made, _ = samples
-    module = Vision(VisionRecipe(steps=1, lr=1.0), made).prepare(small.model(made)).train()
+    processor, _ = samples
+    made = Vision(VisionRecipe(steps=1, lr=1.0), processor)
+    module = made.prepare(small.model(processor)).train()
     grids = torch.tensor([[1, 4, 6], [1, 8, 8], [1, 6, 6]])
     batch = {"pixels": torch.randn(124, 3, 14, 14), "grids": grids, "owners": torch.tensor([0, 0, 1])}
     batch["captions"] = torch.randint(5, 50, (2, 48))
     # Pooling and the pairs' logits are left out.
-    assert operations(module, batch) == pytest.approx(counted(lambda: module(**batch)), rel=0.15)
+    assert operations(module, batch) == pytest.approx(counted(lambda: made.loss(module, batch, ALONE)), rel=0.15)
 
 
 def test_peak_of_a_cpu_is_measured_and_says_so():
