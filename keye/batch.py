@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from keye import errors
 from keye.cache import Cache, add_features, named_settings, without_tower
@@ -37,7 +38,7 @@ MOST_WORKERS = 8
 """By default; each decodes with threads of its own."""
 
 _SERVE = "from keye.batch import serve; serve()"
-_SENT = str | os.PathLike | bytes | list | tuple | np.ndarray | torch.Tensor  # a file object stays where it is open
+_SENT = str | os.PathLike | bytes | dict | np.ndarray | torch.Tensor  # a file object stays where it is open
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _elsewhere(encoder: "SlowFastEncoder", work: _Work, sources: Iterable[object
         waiting, pending = iter(enumerate(sources)), {}
         while True:
             for index, source in waiting:
-                if not isinstance(source, _SENT):
+                if not _sendable(source):
                     yield from _here(replace(work, encoder=encoder), [source], index)
                     continue
                 pending[index] = source
@@ -234,6 +235,13 @@ def _elsewhere(encoder: "SlowFastEncoder", work: _Work, sources: Iterable[object
         for worker in workers:
             worker.join()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sendable(source: object) -> bool:
+    """Whether a source can go to another process: not what is open here (files, decoders' frames, generators)."""
+    if isinstance(source, list | tuple):
+        return all(isinstance(part, _SENT | Image.Image | int | float) or _sendable(part) for part in source)
+    return isinstance(source, _SENT)
 
 
 def _finished(encoder: "SlowFastEncoder", index: int, source: object, kind: str, answer: str) -> Done:

@@ -19,7 +19,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ import keye
 from keye.errors import KeyeError
 from keye.packed import blake, pack, unpack
 from keye.slowfast.fetch import scheme_of
+from keye.slowfast.foreign import unwrapped
 from keye.slowfast.image import load_image
 from keye.slowfast.plan import VideoPlan
 
@@ -132,6 +133,8 @@ class Cache:
 
     def _content(self, source: object) -> str | None:
         """Hash of what a source holds; None for a URL or for what nobody here can read without using it up."""
+        if isinstance(source, Mapping):
+            source = unwrapped(source)
         if isinstance(source, str | os.PathLike):
             return None if scheme_of(source) else self._path_content(Path(source))
         if isinstance(source, bytes | bytearray | memoryview):

@@ -15,8 +15,10 @@ from keye.encoder_config import EncoderConfig, as_measure, as_policy
 from keye.errors import CheckpointError, KeyeError, VideoError
 from keye.slowfast.budget import SIDE, fit_size, size_tokens
 from keye.slowfast.fetch import UrlRules
+from keye.slowfast.figures import strip_frames
 from keye.slowfast.image import ImageSource, load_image
 from keye.slowfast.keep import Keeper
+from keye.slowfast.notebook import PLACES, one_line, plan_html, table_html
 from keye.slowfast.pathways import SLOW, Limits, Policy, Walk
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.similarity import Measure, patches, resize
@@ -32,7 +34,7 @@ Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(pixel_values [N, 3, 14, 14], grid_thw [F, 3]) -> features [N / 4, hidden]"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EncodedVideo:
     """A video as the model reads it.
 
@@ -47,15 +49,28 @@ class EncodedVideo:
     plan: VideoPlan
     features: torch.Tensor | None = None
 
+    def __repr__(self) -> str:
+        kind = str(self.pixel_values.dtype).removeprefix("torch.")
+        features = "" if self.features is None else f", features {list(self.features.shape)}"
+        return f"EncodedVideo({one_line(self.plan)}, {len(self.pixel_values)} patches {kind}{features})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the filmstrip as the model sees it, and the plan's summary."""
+        entries = strip_frames(self.plan, PLACES)
+        return plan_html(self.plan, {entry: self.picture(entry).permute(1, 2, 0).numpy() for entry in entries})
+
     def pictures(self) -> list[torch.Tensor]:
         """The frames as the model sees them, uint8 [3, h, w] each."""
-        frames, start, patch = [], 0, self.pixel_values.shape[-1]
-        for _, rows, columns in self.grid_thw.tolist():
-            grid = self.pixel_values[start : start + rows * columns].reshape(rows, columns, 3, patch, patch)
-            start += rows * columns
-            picture = grid.permute(2, 0, 3, 1, 4).reshape(3, rows * patch, columns * patch)
-            frames.append(((picture + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-        return frames
+        return [self.picture(entry) for entry in range(len(self.grid_thw))]
+
+    def picture(self, entry: int) -> torch.Tensor:
+        """One frame as the model sees it, uint8 [3, h, w]."""
+        counts, patch = self.grid_thw.prod(1), self.pixel_values.shape[-1]
+        _, rows, columns = self.grid_thw[entry].tolist()
+        start = int(counts[:entry].sum())
+        grid = self.pixel_values[start : start + rows * columns].reshape(rows, columns, 3, patch, patch)
+        picture = grid.permute(2, 0, 3, 1, 4).reshape(3, rows * patch, columns * patch)
+        return ((picture + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Sampling(TypedDict, total=False):
@@ -179,6 +194,14 @@ class SlowFastEncoder:
         """Plain values that build the same encoder again: `SlowFastEncoder(**encoder.settings)`."""
         settings = {field.name: getattr(self, field.name) for field in fields(EncoderConfig)}
         return {**settings, "measure": self.measure.name, "policy": self.policy.spec}
+
+    def __repr__(self) -> str:
+        return f"SlowFastEncoder({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the settings."""
+        tower = [] if self.tower is None else [("tower", "yes: features are filled")]
+        return table_html([*((name, str(value)) for name, value in self.settings.items()), *tower])
 
     def plan(self, source: Source, **sampling: Unpack[Sampling]) -> VideoPlan:
         """Decide about a video without encoding it; no frame is kept. Arguments and errors: see `open_clip`."""

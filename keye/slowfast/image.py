@@ -13,7 +13,9 @@ import torch
 from PIL import Image, ImageOps
 
 from keye.errors import VideoError
+from keye.slowfast.arrays import as_picture
 from keye.slowfast.fetch import UrlRules, data_bytes, download, file_path, scheme_of, url_name
+from keye.slowfast.foreign import picture_of, unwrapped
 
 ImageSource = str | os.PathLike | bytes | BinaryIO | Image.Image | torch.Tensor | np.ndarray
 
@@ -26,11 +28,13 @@ BACKGROUND = "white"  # what transparent pixels lie on
 def load_image(source: ImageSource, urls: UrlRules | None = None) -> torch.Tensor:
     """The picture as uint8 [3, H, W], turned as its EXIF says, transparency laid on white; VideoError if unreadable.
 
-    source: a path, a URL (`file:`, `data:`; `http(s):` if `urls` allows), bytes, a binary file object, a PIL image, or
-    uint8 values [3, H, W], [H, W, 3] or [H, W]. Of a moving picture the first is taken.
+    source: a path, a URL (`file:`, `data:`; `http(s):` if `urls` allows), bytes, a binary file object, a PIL image,
+    values [3, H, W], [H, W, 3] or [H, W] (see `as_picture`), a frame of PyAV or torchcodec, or {"path", "bytes"} of
+    `datasets`. Of a moving picture the first is taken.
     """
+    source = unwrapped(picture_of(source))
     if isinstance(source, torch.Tensor | np.ndarray):
-        return _from_values(source)
+        return as_picture(source)
     if isinstance(source, Image.Image):
         with _plain_errors("the image"):
             return rgb(source)
@@ -63,21 +67,6 @@ def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple
     if not os.path.isfile(path):
         raise VideoError(f"{source} does not exist; check the path")
     return str(source), path
-
-
-def _from_values(source: torch.Tensor | np.ndarray) -> torch.Tensor:
-    # Of a numpy array one picture is copied: its strides may be negative and its memory read-only.
-    if isinstance(source, np.ndarray) and source.dtype == np.uint8:
-        source = torch.from_numpy(np.array(source))
-    if str(source.dtype) in ("uint8", "torch.uint8") and 0 not in source.shape:
-        if source.ndim == 3 and source.shape[0] == 3:
-            return source
-        if source.ndim == 3 and source.shape[2] == 3:
-            return source.permute(2, 0, 1)
-        if source.ndim == 2:
-            return source.expand(3, *source.shape)
-    found = f"{str(source.dtype).removeprefix('torch.')} {list(source.shape)}"
-    raise VideoError(f"an image must be uint8 [3, H, W], [H, W, 3] or [H, W], not {found}; permute or convert it")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from keye.slowfast.budget import SIDE, size_tokens
 from keye.slowfast.pathways import SLOW
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VideoPlan:
     """What each of a clip's T sampled frames is and costs. Two plans are equal when their JSON is.
 
@@ -51,6 +51,17 @@ class VideoPlan:
 
     def __hash__(self) -> int:
         return hash(self.to_json())
+
+    def __repr__(self) -> str:
+        from keye.slowfast.notebook import one_line
+
+        return f"VideoPlan({one_line(self)})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: filmstrip and summary."""
+        from keye.slowfast.notebook import plan_html
+
+        return plan_html(self)
 
     @property
     def side(self) -> int:

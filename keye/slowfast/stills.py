@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -21,63 +21,123 @@ from keye.errors import VideoError
 from keye.slowfast.budget import thin
 from keye.slowfast.decode import Frame
 from keye.slowfast.fetch import UrlRules, scheme_of, url_name
+from keye.slowfast.foreign import time_of
 from keye.slowfast.image import IMAGE_SUFFIXES, load_image, reason, rgb
 
 _TOLERANCE = 1e-4  # seconds
+_DENSE = 1.1  # times the rate asked for; frames that somebody sampled already are hardly ever exactly at it
+_ENDLESS = 1 << 62
 _MOVING = {"GIF", "WEBP", "PNG", "AVIF"}  # formats whose further frames are later ones, not pages or previews
 
 
+class Clock(NamedTuple):
+    """When the pictures of a sequence are on the screen.
+
+    times: ascending seconds, one for each. last: seconds that the last one stays. rate: so many of them a second are
+    to be used; None uses every one. warning: a sentence on what was assumed.
+    """
+
+    times: list[float]
+    last: float
+    rate: float | None = None
+    warning: str | None = None
+
+
 class Stills:
-    """Every picture of a sequence is a frame, unless num_frames or max_frames say less; [start, end) in seconds."""
+    """Pictures of a sequence as frames: every one, or sampled by their clock like a video; [start, end) in seconds."""
 
     def __init__(
         self,
         name: str,
         pictures: Sequence[torch.Tensor],
-        times: Sequence[float],
-        last: float,
+        clock: Clock,
         max_frames: int,
         start: float | None = None,
         end: float | None = None,
         num_frames: int | None = None,
     ):
-        """times: ascending seconds, one for each picture; last: seconds that the last one stays on the screen."""
-        self.pictures, self.times = pictures, list(times)
-        self.warnings: list[str] = []
-        self.duration = self.times[-1] + last
+        self.pictures, self.times = pictures, clock.times
+        self.warnings = [clock.warning] if clock.warning else []
+        self.duration = self.times[-1] + clock.last
         first, stop = 0, len(self.times)
         if start is not None:  # the frame on the screen then is the first, as in a video
             _check_start(name, start, self.duration)
             first = _showing(self.times, start)
         if end is not None:
             stop = max(bisect.bisect_left(self.times, end - _TOLERANCE), first + 1)
-        self.wanted = stop - first if num_frames is None else min(num_frames, stop - first)
-        self.expected = min(self.wanted, max_frames)
-        self._chosen = [first + index for index in thin(stop - first, self.expected)]
+        inside = range(first, stop)
+        if clock.rate is None:
+            self.wanted = len(inside) if num_frames is None else min(num_frames, len(inside))
+            self._chosen = [first + index for index in thin(len(inside), min(self.wanted, max_frames))]
+        else:
+            begin = self.times[0] if start is None else start
+            length = min(self.duration, math.inf if end is None else end) - begin
+            times = self.times[first:stop]
+            count = num_frames or max(1, math.ceil(length * clock.rate - _TOLERANCE))
+            step = length / count if num_frames else 1 / clock.rate
+            self._chosen = [first + index for index in shown(times, begin, step, count)]
+            self.wanted = len(self._chosen)
+            if self.wanted > max_frames:
+                self._chosen = [first + index for index in shown(times, begin, length / max_frames, max_frames)]
+        self.expected = len(self._chosen)
+        self._indices = getattr(pictures, "indices", None) or range(len(self.times))
         self.size = tuple(pictures[self._chosen[0]].shape[1:])
 
     def frames(self) -> Iterator[Frame]:
         """The chosen pictures; each call is a new pass."""
-        return (Frame(index, self.times[index], self.pictures[index]) for index in self._chosen)
+        return (self._frame(index) for index in self._chosen)
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Frame]:
         """The picture on the screen at each of the ascending times, none twice."""
         chosen = dict.fromkeys(_showing(self.times, time) for time in times)
-        return (Frame(index, self.times[index], self.pictures[index]) for index in chosen)
+        return (self._frame(index) for index in chosen)
+
+    def _frame(self, index: int) -> Frame:
+        return Frame(self._indices[index], self.times[index], self.pictures[index])
 
 
-def clock(
-    name: str, count: int, timestamps: Sequence[float] | torch.Tensor | None, rate: float
-) -> tuple[list[float], float]:
-    """(ascending seconds of `count` frames, seconds the last one lasts), by timestamps or at `rate` per second."""
-    if timestamps is None:
-        return [index / rate for index in range(count)], 1 / rate
-    times = [float(time) for time in timestamps]
+def clock_of(
+    name: str,
+    pictures: Sequence[torch.Tensor],
+    fps: float,
+    timestamps: Sequence[float] | torch.Tensor | None,
+    source_fps: float | None,
+) -> Clock:
+    """The clock of pictures: `timestamps` (every picture is used), `source_fps`, their own, or none (1 / fps apart).
+
+    By a rate and by a clock of their own they are sampled at `fps`, unless they are no more than that already.
+    """
+    count, own = len(pictures), getattr(pictures, "times", None)
+    if timestamps is not None:
+        times = _ascending(name, [float(time) for time in timestamps], count)
+        return Clock(times, times[-1] - times[-2] if count > 1 else 1 / (source_fps or fps))
+    if source_fps is not None and not isinstance(pictures, Spool):  # which has used it already
+        times = [index / source_fps for index in range(count)]
+        return Clock(times, 1 / source_fps, fps if source_fps > fps else None)
+    if own is not None:
+        times = _ascending(name, own, count)
+        last = pictures.last or (times[-1] - times[-2] if count > 1 else 1 / fps)
+        dense = count > _DENSE * fps * (times[-1] + last - times[0]) + 1
+        sampled = isinstance(pictures, Spool) and pictures.last is not None  # here the rate only says how to thin
+        return Clock(times, last, fps if dense or sampled else None)
+    assumed = f"{name} has no clock: its frames are taken to be {1 / fps:.4g} s apart (fps={fps:g}); give source_fps"
+    times = [index / fps for index in range(count)]
+    return Clock(times, 1 / fps, None, f"{assumed} or timestamps" if count > 1 else None)
+
+
+def _ascending(name: str, times: Sequence[float], count: int) -> list[float]:
     if len(times) != count:
         raise VideoError(f"{name} has {count} frames but {len(times)} timestamps; give one for each frame")
     if not all(map(math.isfinite, times)) or any(not b > a for a, b in zip(times, times[1:], strict=False)):
         raise VideoError(f"the timestamps of {name} do not ascend; sort the frames by time")
-    return times, times[-1] - times[-2] if count > 1 else 1 / rate
+    return list(times)
+
+
+def shown(times: Sequence[float], begin: float, step: float, count: int) -> list[int]:
+    """The frames on the screen at the times begin + i * step, i < count, none twice."""
+    # Frame by frame, as a file of a few bytes can claim to last for years.
+    firsts = [max(0, math.ceil((time - begin - _TOLERANCE) / step)) for time in times] + [count]
+    return [index for index in range(len(times)) if firsts[index] < min(firsts[index + 1], count)]
 
 
 def _showing(times: Sequence[float], time: float) -> int:
@@ -89,34 +149,19 @@ def _check_start(name: str, start: float, duration: float) -> None:
         raise VideoError(f"{name} lasts {duration:.2f} s; give a start before {start:g} s")
 
 
-class Values(Sequence):
-    """Frames uint8 [T, 3, H, W] or [T, H, W, 3], numpy (of which one at a time is copied) or torch."""
-
-    def __init__(self, values: torch.Tensor | np.ndarray):
-        shape, kind = list(values.shape), str(values.dtype).removeprefix("torch.")
-        fits = len(shape) == 4 and 3 in (shape[1], shape[3])
-        if not fits or kind != "uint8" or 0 in shape:
-            raise VideoError(
-                f"frames must be uint8 [T, 3, H, W] or [T, H, W, 3] with T >= 1, not {kind} {shape}; permute or convert"
-                " them"
-            )
-        self.values, self.last = values, shape[1] != 3
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        frame = self.values[index]
-        frame = torch.from_numpy(np.array(frame)) if isinstance(frame, np.ndarray) else frame
-        return frame.permute(2, 0, 1) if self.last else frame
-
-
 class Pictures(Sequence):
-    """A list of pictures (paths, PIL images, arrays, …), loaded one at a time; all must have the size of the first."""
+    """A list of pictures (paths, PIL images, arrays, …), loaded one at a time; all must have the size of the first.
+
+    times: seconds of each, where all of them carry their own.
+    """
+
+    last: float | None = None
 
     def __init__(self, name: str, sources: Sequence[object], urls: UrlRules | None = None):
         self.name, self.sources, self.urls = name, sources, urls
         self.size: torch.Size | None = None
+        times = [time_of(source) for source in sources]
+        self.times = times if None not in times else None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -128,17 +173,67 @@ class Pictures(Sequence):
 
 
 class Spool(Sequence):
-    """Frames that come once (a generator's), kept on disk so that they can be read again without filling memory."""
+    """Frames that come once (a generator's), kept on disk so that they can be read again without filling memory.
 
-    def __init__(self, name: str, frames: Iterable[object], urls: UrlRules | None, file: BinaryIO):
-        self.file, self.count, self.shape = file, 0, torch.Size()
-        for index, frame in enumerate(frames):
-            pixels = _load(frame, index, name, urls, self.shape[1:] if index else None)
-            self.count, self.shape = index + 1, pixels.shape
-            file.write(pixels.contiguous().cpu().numpy())
+    source_fps: their rate; without it, the times that they carry. fps: of frames with times, only those on the screen
+    at begin + i / fps are kept (begin: the first one's time unless given); None keeps all.
+    indices, times: of the frames that are kept; times is None where there are none. last: seconds, of the last one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        frames: Iterable[object],
+        urls: UrlRules | None,
+        file: BinaryIO,
+        source_fps: float | None = None,
+        fps: float | None = None,
+        begin: float | None = None,
+    ):
+        self.name, self.file, self.urls = name, file, urls
+        self.indices: list[int] = []
+        self.shape = torch.Size()
+        timed = ((time_of(frame) if source_fps is None else n / source_fps, frame) for n, frame in enumerate(frames))
+        self.times, self.last = self._keep_all(timed) if fps is None else self._keep_sampled(timed, fps, begin)
+
+    def _keep_all(self, timed: Iterable[tuple[float | None, object]]) -> tuple[list[float] | None, None]:
+        times = []
+        for index, (time, frame) in enumerate(timed):
+            times.append(time)
+            self._keep(index, frame)
+        return (None if None in times else times), None
+
+    def _keep_sampled(
+        self, timed: Iterable[tuple[float | None, object]], fps: float, begin: float | None
+    ) -> tuple[list[float] | None, float | None]:
+        """A frame is on the screen until the time of the next, so it waits for that."""
+        timed = iter(timed)
+        time, frame = next(timed, (None, None))
+        if time is None:
+            self._keep_all(chain([] if frame is None else [(None, frame)], timed))
+            return None, None
+        times, gap, begin, index = [], 1 / fps, time if begin is None else begin, 0
+        for index, (until, following) in enumerate(timed, start=1):
+            if until is None or until <= time:
+                raise VideoError(f"frame {index} of {self.name} has no time or an earlier one; sort the frames by time")
+            gap = until - time
+            if shown([time, until], begin, 1 / fps, _ENDLESS)[0] == 0:
+                times.append(time)
+                self._keep(index - 1, frame)
+            time, frame = until, following
+        if not times or shown([time, time + gap], begin, 1 / fps, _ENDLESS)[0] == 0:
+            times.append(time)
+            self._keep(index, frame)
+        return times, time + gap - times[-1]
+
+    def _keep(self, index: int, frame: object) -> None:
+        pixels = _load(frame, index, self.name, self.urls, self.shape[1:] if self.indices else None)
+        self.shape = pixels.shape
+        self.indices.append(index)
+        self.file.write(pixels.contiguous().cpu().numpy())
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         size = self.shape.numel()
@@ -203,17 +298,11 @@ class Moving:
         length = min(at if end is None else end, at) - begin
         rate = min(fps, 1 / shortest)
         count = max(1, math.ceil(length * rate - _TOLERANCE)) if num_frames is None else num_frames
-        self._chosen = self._shown(begin, 1 / rate if num_frames is None else length / count, count)
+        self._chosen = shown(self.times, begin, 1 / rate if num_frames is None else length / count, count)
         self.wanted = len(self._chosen)
         if self.wanted > max_frames:
-            self._chosen = self._shown(begin, length / max_frames, max_frames)
+            self._chosen = shown(self.times, begin, length / max_frames, max_frames)
         self.expected = len(self._chosen)
-
-    def _shown(self, begin: float, step: float, count: int) -> list[int]:
-        """The frames on the screen at the times begin + i * step, i < count, none twice."""
-        # Frame by frame, as a file of a few bytes can claim to last for years.
-        firsts = [max(0, math.ceil((time - begin - _TOLERANCE) / step)) for time in self.times] + [count]
-        return [index for index in range(len(self.times)) if firsts[index] < min(firsts[index + 1], count)]
 
     def frames(self) -> Iterator[Frame]:
         """The sampled frames; each call is a new pass over the file."""

@@ -21,11 +21,13 @@ from PIL import Image
 
 from keye.checks import rate, seconds, whole
 from keye.errors import VideoError
+from keye.slowfast.arrays import FrameArray, is_clip
 from keye.slowfast.containers import open_container
 from keye.slowfast.decode import Frame, open_decoder
 from keye.slowfast.fetch import UrlRules, data_bytes, download, file_path, scheme_of, url_name
+from keye.slowfast.foreign import captured, is_batch, is_capture, time_of, unwrapped
 from keye.slowfast.image import load_image, open_image, reason
-from keye.slowfast.stills import Moving, Pictures, Spool, Stills, Values, clock, image_paths, moves
+from keye.slowfast.stills import Moving, Pictures, Spool, Stills, clock_of, image_paths, moves
 
 Source = (
     str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | torch.Tensor | np.ndarray | Image.Image | Iterable
@@ -107,9 +109,12 @@ def open_clip(
     source, with its own clock: a video or moving picture (GIF, WebP, …) as a path, a `file:` or `data:` URL, bytes or
     a binary file object, read from its beginning. Sampled at min(fps, its own rate): for each time i / fps the frame
     that is on the screen, so never the same frame twice.
-    source, without: a still picture (also a PIL image or uint8 [3, H, W]), a folder of images in natural order, uint8
-    frames [T, 3, H, W] or [T, H, W, 3], a list or iterator of pictures (PIL images, uint8 arrays, paths). Every frame
-    is used, at `timestamps` (seconds) or at `source_fps` frames per second (default: `fps`).
+    source, without: a still picture (also a PIL image or an array [3, H, W]), a folder of images in natural order,
+    frames [T, 3, H, W] or [T, H, W, 3] (see `keye.slowfast.arrays`), a list or iterator of pictures (PIL images,
+    arrays, paths). With `source_fps`, their rate, they are sampled like a video; with `timestamps` (seconds, one for
+    each) every frame is used; with neither, too, 1 / fps apart, which a warning says.
+    source, of other libraries: frames of PyAV and torchcodec and pairs (seconds, picture), in lists or iterators, a
+    FrameBatch of torchcodec and a `cv2.VideoCapture`, sampled by their own times; {"path", "bytes"} of `datasets`.
     start, end: only [start, end) seconds of the source, beginning with the frame on the screen at `start`.
     num_frames: so many frames, evenly over that range, instead of `fps` or every frame.
     urls: what may be downloaded; without it an `http(s):` URL is an error.
@@ -158,7 +163,10 @@ def _open(
     stack: ExitStack,
 ) -> Clip:
     """The clip of any source; what must be closed or deleted in the end goes on the stack."""
-    name, opened = _resolve(source, urls, stack)
+    fps, _, start, _, num_frames = sampling
+    every = timestamps is not None or num_frames is not None
+    spooling = (None if timestamps is not None else source_fps, None if every else fps, start)
+    name, opened = _resolve(unwrapped(source), urls, stack, spooling)
     if not isinstance(opened, Sequence):
         picture = _picture(name, opened)
         if picture is not None and picture is not opened:
@@ -174,17 +182,18 @@ def _open(
             decoder = open_decoder(open_container(opened, name), name, *sampling)
             stack.callback(decoder.close)
             return Clip(name, decoder)
-    fps, *rest = sampling
-    times, last = clock(name, len(opened), timestamps, source_fps or fps)
-    return Clip(name, Stills(name, opened, times, last, *rest))
+    return Clip(name, Stills(name, opened, clock_of(name, opened, fps, timestamps, source_fps), *sampling[1:]))
 
 
 def _resolve(
-    source: Source, urls: UrlRules | None, stack: ExitStack
+    source: Source, urls: UrlRules | None, stack: ExitStack, spooling: tuple[float | None, float | None, float | None]
 ) -> tuple[str, Sequence[torch.Tensor] | Path | BinaryIO | Image.Image]:
     """(what to call the source, its pictures | its file's path | a seekable file | an opened picture)"""
     if isinstance(source, torch.Tensor | np.ndarray):
-        return "frames", Values(source) if source.ndim > 3 else [load_image(source)]
+        return "frames", FrameArray(source) if is_clip(source) else [load_image(source)]
+    if is_batch(source):
+        times, lasts = (torch.as_tensor(part).tolist() for part in (source.pts_seconds, source.duration_seconds))
+        return "frames", FrameArray(source.data, times, lasts[-1] if lasts else None)
     if isinstance(source, Image.Image):
         return "the image", source
     scheme = scheme_of(source)
@@ -196,21 +205,34 @@ def _resolve(
         return _resolve_path(str(source), file_path(source) if scheme else Path(source))
     if isinstance(source, bytes | bytearray | memoryview):
         return f"{memoryview(source).nbytes} bytes", io.BytesIO(source)
+    if is_capture(source):
+        return _spooled("the cv2.VideoCapture", captured(source), urls, stack, spooling)
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
         name = name if isinstance(name, str) else "file object"
         return name, _seekable(source, name, stack)
+    if time_of(source) is not None:
+        return "the frame", [load_image(source)]
     if not isinstance(source, Iterable) or isinstance(source, Mapping | Set):
         kind = type(source).__name__
         raise VideoError(f"a video cannot be a {kind}; give a path, bytes, a file, uint8 frames or a list of pictures")
-    if isinstance(source, Sequence):
-        name, pictures = (
-            f"a list of {len(source)} pictures",
-            Pictures(f"a list of {len(source)} pictures", source, urls),
-        )
-    else:
-        name = "an iterator of pictures"
-        pictures = Spool(name, source, urls, stack.enter_context(tempfile.TemporaryFile(prefix="keye-")))
+    if not isinstance(source, Sequence):
+        return _spooled("an iterator of pictures", source, urls, stack, spooling)
+    name = f"a list of {len(source)} pictures"
+    if not len(source):
+        raise VideoError(f"{name} has no picture; give one or more")
+    return name, Pictures(name, source, urls)
+
+
+def _spooled(
+    name: str,
+    frames: Iterable[object],
+    urls: UrlRules | None,
+    stack: ExitStack,
+    spooling: tuple[float | None, float | None, float | None],
+) -> tuple[str, Spool]:
+    """Frames that come once, on a file that is deleted in the end; spooling: see `Spool`."""
+    pictures = Spool(name, frames, urls, stack.enter_context(tempfile.TemporaryFile(prefix="keye-")), *spooling)
     if not len(pictures):
         raise VideoError(f"{name} has no picture; give one or more")
     return name, pictures

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -90,6 +91,18 @@ def test_pixels_and_features_from_workers_equal_those_made_here(videos, tmp_path
         assert torch.equal(video.grid_thw, plain.grid_thw) and video.plan == plain.plan
     assert cache.hits + cache.misses == 5 and cache.misses >= 4
     assert len(list(cache.directory.glob("frames/*/*"))) == cache.misses - (cache.misses == 5)
+
+
+def test_lists_of_what_is_open_here_are_done_here(videos):
+    """PyAV's frames cannot be sent to another process; such a list once ended the whole batch."""
+    with av.open(str(videos[0])) as container:
+        frames = list(container.decode(video=0))
+    row = {"path": str(videos[1]), "bytes": None}
+    encoder = SlowFastEncoder(**TINY)
+    results = encoder.encode_many([frames, [open(videos[0], "rb")], row, videos[0]], workers=2)
+    assert [failure.index for failure in results.failures] == [1]
+    assert results[0].frame_types.tolist() == results[3].frame_types.tolist()
+    assert len(results[2]) == len(encoder.plan(videos[1]))
 
 
 def test_raise_stops_at_the_first(videos):

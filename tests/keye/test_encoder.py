@@ -127,7 +127,7 @@ def test_never_above_the_budget_never_empty(count, height, width, low, more, bud
         max_tokens=budget,
         threshold=0.9,
     )
-    encoded = encoder(noise(count, 3, height, width))
+    encoded = encoder(noise(count, 3, height, width), source_fps=2)
     plan = encoded.plan
     assert 1 <= len(plan) <= count and plan.frame_types[0] == 0
     assert plan.tokens == len(encoded.pixel_values) // 4 <= budget
@@ -286,7 +286,7 @@ def test_images(tmp_path):
     assert encoder.image(noise(3, 9, 9))[1].tolist() == [[1, 4, 4]]
     clear = Image.fromarray(np.zeros((56, 56, 4), dtype=np.uint8))
     assert torch.equal(encoder.image(clear)[0], torch.ones(16, 3, 14, 14))
-    for wrong in (tmp_path / "none.png", b"no picture", torch.zeros(4, 4)):
+    for wrong in (tmp_path / "none.png", b"no picture", torch.full((4, 4), 1.5)):
         with pytest.raises(KeyeError):
             encoder.image(wrong)
 

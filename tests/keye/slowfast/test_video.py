@@ -126,7 +126,7 @@ def test_arrays_use_every_frame():
     pixels = torch.from_numpy(numbered(7)).permute(0, 3, 1, 2)
     opened, frames = read(pixels, fps=2)
     assert times(frames) == [0, 0.5, 1, 1.5, 2, 2.5, 3] and opened.duration == 3.5
-    assert times(read(pixels.numpy(), source_fps=10)[1]) == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert times(read(pixels.numpy(), fps=10, source_fps=10)[1]) == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     assert times(read(pixels, timestamps=torch.arange(7) * 1.5)[1])[-1] == 9
     opened, frames = read(pixels, max_frames=3)
     assert [frame.index for frame in frames] == [0, 2, 4] and (opened.expected, opened.wanted) == (3, 7)
@@ -158,7 +158,7 @@ def test_errors_name_the_file_and_the_mend(tmp_path):
         (b"", "0 bytes is not a readable video"),
         (3, "cannot be a int"),
         (torch.zeros(3, 4, 4, 4, dtype=torch.uint8), r"uint8 \[T, 3, H, W\].*not uint8 \[3, 4, 4, 4\]"),
-        (torch.zeros(3, 3, 4, 4), "not float32"),
+        (torch.full((3, 3, 4, 4), 2.0), "floats from 2 to 2"),
         (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), "T >= 1"),
     ]:
         with pytest.raises(VideoError, match=match) as caught:
