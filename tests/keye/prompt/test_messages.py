@@ -170,7 +170,8 @@ def test_options_of_one_video_reach_the_encoder(processor: KeyeProcessor) -> Non
         return processor.sample(user({"type": "video", "video": frames, **options})).plans[0]
 
     assert plan().timestamps.tolist() == [index / 2 for index in range(8)]
-    assert plan(fps=4).timestamps.tolist() == plan(sample_fps=4).timestamps.tolist() == [i / 4 for i in range(8)]
+    assert plan(fps=4).timestamps.tolist() == plan(fps=4, sample_fps=4).timestamps.tolist() == [i / 4 for i in range(8)]
+    assert plan(sample_fps=4).timestamps.tolist() == [0, 0.5, 1, 1.5]  # sampled at the encoder's 2 fps
     assert plan(timestamps=[0, 1, 2, 3, 5, 8, 13, 21]).timestamps.tolist() == [0, 1, 2, 3, 5, 8, 13, 21]
     assert plan(start=1, end=3).frame_indices.tolist() == plan(video_start=1, video_end=3).frame_indices.tolist()
     assert plan(start=1, end=3).frame_indices.tolist() == [2, 3, 4, 5]
