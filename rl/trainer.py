@@ -250,11 +250,12 @@ class GspoTrainer:
     def _engine(self) -> Any:
         """The DeepSpeed engine around the model, without what the recipe freezes."""
         g = self.recipe.gspo
+        backbone = self.model.base_model
         for name in g.freeze:
             try:
-                self.model.get_submodule(name).requires_grad_(False)
+                (self.model if name.startswith("lm_head") else backbone).get_submodule(name).requires_grad_(False)
             except AttributeError:
-                parts = ", ".join(child for child, _ in self.model.named_children())
+                parts = ", ".join([*(child for child, _ in backbone.named_children()), "lm_head"])
                 raise RecipeError(f"gspo.freeze names {name!r}: the model's parts are {parts}") from None
         return build(
             self.model,

@@ -112,7 +112,7 @@ def parameters_of(config: KeyeConfig) -> dict[str, int]:
         model = KeyeForConditionalGeneration(config)
     parts = {"visual": 0, "projector": 0, "language": 0}
     for name, parameter in model.named_parameters():
-        part = name.partition(".")[0]
+        part = name.removeprefix("model.").partition(".")[0]
         parts[part if part in parts else "language"] += parameter.numel()
     return parts
 

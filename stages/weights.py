@@ -45,7 +45,7 @@ class Start:
             model = KeyeForConditionalGeneration(self.config)
         made: dict[nn.Parameter, nn.Parameter] = {}  # a head tied to the embeddings is one parameter in two places
         for prefix, module in model.named_modules():
-            if prefix.partition(".")[0] in parts:
+            if prefix.removeprefix("model.").partition(".")[0] in parts:
                 for name, empty in list(module.named_parameters(recurse=False)):
                     if empty not in made:
                         made[empty] = _read(self.stored[f"{prefix}.{name}"], dtype, device)

@@ -42,6 +42,14 @@ class KeyeConfig(PreTrainedConfig):
 
     model_type = "KeyeVL1_5"
     sub_configs = {"vision_config": KeyeVisionConfig, "text_config": AutoConfig}
+    # Tools that look for a class in transformers' own namespace, as TRL does, go by this where they find none. It is of
+    # the class and so not saved: who has not imported `keye` cannot load the model by it.
+    auto_map = {
+        "AutoConfig": "keye.model.config.KeyeConfig",
+        "AutoModel": "keye.model.keye.KeyeModel",
+        "AutoModelForImageTextToText": "keye.model.keye.KeyeForConditionalGeneration",
+        "AutoModelForMultimodalLM": "keye.model.keye.KeyeForConditionalGeneration",
+    }
 
     vision_config: Any = None
     text_config: Any = None

@@ -4,24 +4,36 @@ The tower runs once, before the prompt is copied for beams or several answers, a
 does not hold yet: a conversation goes on from its cache by giving the whole of it again, ids and pixels.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+# Pixels kept for an assistant, under names that `generate` neither copies for beams nor refuses to split in chunks.
+_KEPT = {f"_{name}": name for name in PIXELS}
+
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""What transformers calls the cache of a decoder, in arguments and outputs: `cache` from 5.24 on."""
 
 
 class KeyeGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model with `encode_vision`, `positions` and the config's two placeholder ids."""
 
+    def _ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+        """Ids `[B, L]` of the prompt, those of the placeholders alone where it is given as embeddings."""
+        if inputs_embeds is not None and (input_ids is None or input_ids.shape[1] == 0):
+            return self.model.placeholders(inputs_embeds)
+        return input_ids
+
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions `[3, B, L]` of the whole prompt, also of what the cache holds."""
-        input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:  # a prompt of embeddings alone is text
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        given = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
+        input_ids = self._ids(model_kwargs.get("input_ids", given), model_kwargs.get("inputs_embeds"))
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
         cached = 0 if cache is None else int(cache.get_seq_length())
         if cached and max(input_ids.shape[1], 0 if mask is None else mask.shape[1]) != input_ids.shape[1]:
             raise ValueError("to go on from a cache, give input_ids and pixels of the whole conversation")
@@ -35,29 +47,31 @@ class KeyeGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Copy every row `expand_size` times; pixels become features here, so that the tower sees each frame once."""
-        pixels = {name: model_kwargs.pop(name, None) for name in PIXELS}
+        pixels = {name: value for name in PIXELS if (value := model_kwargs.pop(name, None)) is not None}
         positions = model_kwargs.pop("position_ids", None)
-        features = None
-        if input_ids is not None and any(value is not None for value in pixels.values()):
-            cache = model_kwargs.get("past_key_values")
+        features = {}
+        if pixels:
+            ids = self._ids(input_ids, model_kwargs.get("inputs_embeds"))
+            cache = model_kwargs.get(CACHE)
             cached = 0 if cache is None else int(cache.get_seq_length())
-            features = self._fresh_features(input_ids, cached, expand_size, **pixels)
+            features = {"visual_features": self._fresh_features(ids, cached, expand_size, **pixels)}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if positions is not None:
             model_kwargs["position_ids"] = positions.repeat_interleave(expand_size, dim=positions.ndim - 2)
-        return input_ids, model_kwargs | ({} if features is None else {"visual_features": features})
+        kept = {f"_{name}": value for name, value in pixels.items()} if expand_size == 1 else {}
+        return input_ids, model_kwargs | features | kept
 
     def _fresh_features(
         self,
         input_ids: Tensor,
         cached: int,
         copies: int,
-        pixel_values: Tensor | None,
-        image_grid_thw: Tensor | None,
-        pixel_values_videos: Tensor | None,
-        video_grid_thw: Tensor | None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
     ) -> Tensor:
         """Features `[V, hidden]`, stills then frames, of the placeholders of `input_ids[:, cached:]`, rows copied."""
         config, device = self.config, self.device
@@ -86,13 +100,77 @@ class KeyeGenerationMixin(GenerationMixin):
         parts = features.split([len(row) for row in rows])
         return torch.cat([_copy_rows(part, row, copies) for part, row in zip(parts, rows, strict=True)])
 
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers'; a prompt that is read in chunks gives each chunk the features of its own placeholders."""
+        if generation_config.prefill_chunk_size is None or model_kwargs.get("visual_features") is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if input_ids.shape[1] == 0:
+            raise ValueError("prefill_chunk_size reads a prompt of ids in chunks; give input_ids, not inputs_embeds")
+        model_kwargs["_prompt"] = input_ids
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        del model_kwargs["_prompt"]
+        return outputs
+
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """The model's inputs of one step; what was seen goes in with the prompt, or with every step without a cache."""
         visual = {name: kwargs.pop(name) for name in (*PIXELS, "visual_features") if name in kwargs}
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        return inputs | (visual if is_first_iteration or not kwargs.get("use_cache", True) else {})
+        prompt = kwargs.pop("_prompt", None)
+        for name in _KEPT:
+            kwargs.pop(name, None)
+        cache = kwargs.get(CACHE)
+        # An assistant's own prompt is no first iteration to `generate`, and its cache is empty all the same.
+        first = is_first_iteration or not kwargs.get("use_cache", True)
+        if not first and visual and next_sequence_length != 1:
+            first = cache is None or int(cache.get_seq_length()) == 0
+        if prompt is not None:
+            start = int(cache.get_seq_length())
+            visual["visual_features"] = self._features_of_chunk(
+                prompt, visual["visual_features"], start, start + input_ids.shape[1]
+            )
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        return inputs | (visual if first else {})
+
+    def _features_of_chunk(self, prompt: Tensor, features: Tensor, start: int, stop: int) -> Tensor:
+        """Those of `features` that belong to the placeholders of `prompt[:, start:stop]`, in their order.
+
+        Features are those of the prompt's last placeholders of each kind, where a cache holds the others.
+        """
+        places = [prompt == self.config.image_token_id, prompt == self.config.video_token_id]
+        column = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
+        cached = torch.zeros_like(column, dtype=torch.bool)
+        total = sum(int(place.sum()) for place in places)
+        if total != len(features):  # placeholders in the cache have no features here: find where it ended
+            counts = torch.stack(places).any(dim=0).sum(dim=0).flip(0).cumsum(0).flip(0)
+            cached = column < int((counts > len(features)).sum())
+        chosen = [((column >= start) & (column < stop))[place & ~cached] for place in places]
+        return features[torch.cat(chosen).to(features.device)]
+
+    def _get_candidate_generator(
+        self, *args: Any, assistant_model: Any = None, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """An assistant of the same kind looks at the pixels itself; one that only reads gets ids alone."""
+        own = {"visual_features", *_KEPT, *PIXELS}
+        kept = {name: value for name, value in model_kwargs.items() if name not in own}
+        if isinstance(assistant_model, KeyeGenerationMixin):
+            kept |= {name: model_kwargs[key] for key, name in _KEPT.items() if key in model_kwargs}
+        elif assistant_model is not None:
+            kept.pop("position_ids", None)
+        return super()._get_candidate_generator(*args, assistant_model=assistant_model, model_kwargs=kept, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, num_new_tokens: int = 1, **more: Any

@@ -28,7 +28,7 @@ from keye.model.shards import (
 
 NEW_ROW_SPREAD = 0.1  # of the old rows' standard deviation
 ROWS_MULTIPLE = 64  # matrix products want it where a vocabulary grows
-EMBEDDINGS, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
 def initialise(
@@ -106,7 +106,8 @@ def initialise(
             report.made.setdefault(f"{len(ids - old_ids)} rows of new tokens around the mean", []).append(name)
     config.dtype = dtype
     expected = expected_shapes(config)
-    drawn = [name for name in expected if name.startswith(("projector.",) if pretrained else ("projector.", "visual."))]
+    own = ("model.projector.",)
+    drawn = [name for name in expected if name.startswith(own if pretrained else (*own, "model.visual."))]
     for i, name in enumerate(drawn):
         sources[name] = _drawn(name, expected[name], seed + 1 + i)
     report.made |= {"drawn at random": drawn}

@@ -1,4 +1,4 @@
-"""KeyeForConditionalGeneration: vision tower → projector → decoder, as a Hugging Face model.
+"""KeyeModel and KeyeForConditionalGeneration: vision tower → projector → decoder (→ head), as Hugging Face models.
 
 The model knows nothing of parallelism. Three seams let a trainer add it: `varlen` replaces the packed attention of the
 decoder (sequence parallelism), `frame_parts` are parts of frames that several ranks encode together, `exchange` hands
@@ -13,81 +13,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.utils.generic import can_return_tuple
 
-from keye.model import names
 from keye.model.attention import Varlen, check_name
 from keye.model.config import KeyeConfig
 from keye.model.decoder import build_decoder, multimodal_rotary
-from keye.model.generation import KeyeGenerationMixin
+from keye.model.generation import CACHE, KeyeGenerationMixin
+from keye.model.pretrained import KeyePreTrainedModel
 from keye.model.rope import batch_positions
-from keye.model.vision import FramePart, KeyeVisionModel, Projector, chunks_of, normalised
+from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace, chunks_of, normalised
 
 LOSS_CHUNK = 4096  # rows of fp32 logits alive at once
 
 
 @dataclass
-class KeyeOutput(ModelOutput):
-    """loss: scalar; logits `[B, L, vocab]`, absent when `shift_labels` were given; past_key_values: the cache.
+class KeyeOutput(CausalLMOutputWithPast):
+    """loss: scalar; logits `[B, L, vocab]`, absent when `shift_labels` were given; the decoder's cache.
 
+    The cache is `past_key_values`, or `cache` in the releases of transformers that call it so (5.24 and later).
     hidden_states, attentions: the decoder's, where asked for.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
-
-class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
-    """Keye-VL-1.5 (arXiv 2509.01563): a native-resolution SigLIP, a 2×2 merge projector and a decoder with M-RoPE."""
-
-    config_class = KeyeConfig
-    config: KeyeConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _no_split_modules = ["VisionLayer"]  # the decoder adds its own
-    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
-    _keys_to_ignore_on_load_unexpected = names.UNUSED_PATTERNS
+class KeyeModel(KeyePreTrainedModel):
+    """Keye-VL-1.5 (arXiv 2509.01563) without its head: a native-resolution SigLIP, a 2×2 merge projector, a decoder."""
 
     def __init__(self, config: KeyeConfig) -> None:
-        if config._attn_implementation is None:
-            config._attn_implementation = "keye"
         super().__init__(config)
         text = config.text_config
         self.visual = KeyeVisionModel(config.vision_config, check_name(config.attention))
         self.projector = Projector(config.vision_config.hidden_size, text.hidden_size)
         self.language_model = build_decoder(text)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; directories with the released names load, too, and are saved again with ours."""
-        loaded = super().from_pretrained(*args, **{"key_mapping": names.KEY_MAPPING, **kwargs})
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = []
-        return loaded
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.embed_tokens = value
-
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
-        """Choose the decoder's attention of transformers; "keye", the default, is the one that can be packed.
-
-        The tower always uses `keye.model.attention` (`config.attention`).
-        """
-        if isinstance(attn_implementation, str):
-            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
-        super().set_attn_implementation(attn_implementation, **kwargs)
 
     def set_rope_theta(self, theta: float) -> None:
         """Change the base of the decoder's rotary (annealing: 1e6 → 8e6, report §pre-training); kept in the config."""
@@ -138,81 +101,109 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
     def _encode_frames(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         return self.projector(self.visual(pixel_values, grid_thw), grid_thw)
 
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Patches and grids of stills, as of `forward` → the tower's features and the decoder's tokens.
+
+        Returns:
+            last_hidden_state `[N, vision width]`, a row a patch; pooler_output, for each still its tokens
+            `[patches / 4, hidden]`; where asked for, hidden_states (of the embeddings and of every layer) and
+            attentions (`[heads, N, N]` a layer, 0 between stills).
+        """
+        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        weights = self.config.output_attentions if output_attentions is None else output_attentions
+        trace = Trace([] if hidden else None, [] if weights else None)
+        grid = image_grid_thw.to(pixel_values.device)
+        features = self.visual(pixel_values, grid, trace=trace)
+        tokens = self.projector(features, grid).split((grid.prod(dim=1) // 4).tolist())
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=tokens,
+            hidden_states=trace.hidden_states and tuple(trace.hidden_states),
+            attentions=trace.attentions and tuple(trace.attentions),
+        )
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """The same for the frames of videos: pooler_output has an entry a frame."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         visual_features: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | float | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
         cu_seqlens: Tensor | None = None,
         varlen: Varlen | None = None,
         frame_parts: Sequence[FramePart] = (),
         exchange: Callable[[Tensor], Tensor] | None = None,
-        logits_to_keep: int | Tensor = 0,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> KeyeOutput:
+    ) -> BaseModelOutputWithPast:
         """One pass over a padded batch `[B, L]`, or over one packed row `[1, L]` with `cu_seqlens` `[D + 1]`.
 
         Args:
+            input_ids, inputs_embeds: `[B, L]`, or `[B, L, hidden]` in its place: there a placeholder is what has the
+                placeholder's embedding. With both, ids say where placeholders are and embeddings what the words are.
             position_ids: `[3, B, L]`; computed from the stream when left out, which a cache that is not empty forbids.
-            pixel_values, image_grid_thw: patches `[N, 3, 14, 14]`, bytes (uint8) or floats in [−1, 1], and grids
-                `[n, 3]` of all stills, in stream order.
+                `[B, L]` are positions of text, which may begin again at 0 with each document of a row.
+            past_key_values, cache: two names of one argument, the older and the newer of transformers.
+            pixel_values, image_grid_thw: patches `[N, 3, 14, 14]` or `[N, 588]`, bytes (uint8) or floats in [−1, 1],
+                and grids `[n, 3]` of all stills, in stream order.
             pixel_values_videos, video_grid_thw: the same for all frames of all videos.
             visual_features: `[V, hidden]` of pixels that went through `encode_vision` before, stills first.
-            labels: `[B, L]`, −100 where nothing is learnt; `shift_labels` the same, already moved one to the left, as
-                packing and sequence parallelism need; with them no logits are returned.
-            num_items_in_batch: what the summed loss is divided by; the number of labels when left out.
             varlen, frame_parts, exchange: the seams named in the module's docstring; the tokens of `frame_parts` come
                 before those of `pixel_values` in what `exchange` is given.
+
+        Returns:
+            last_hidden_state `[B, L, hidden]` after the decoder's norm, the cache, and what was asked for.
         """
-        if position_ids is None and input_ids is not None:
-            if past_key_values is not None and past_key_values.get_seq_length():
+        past = past_key_values if cache is None else cache
+        pixels = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
+        features = self._features(*pixels, visual_features, frame_parts, exchange)
+        if input_ids is None and (position_ids is None or features is not None):
+            input_ids = self.placeholders(inputs_embeds)
+        if position_ids is None:
+            if past is not None and past.get_seq_length():
                 raise ValueError("what stands after a cache has no positions of its own: give position_ids [3, B, L]")
             position_ids = self.positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, cu_seqlens)
         if inputs_embeds is None:
-            pixels = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
-            inputs_embeds = self._embed(input_ids, self._features(*pixels, visual_features, frame_parts, exchange))
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if input_ids is not None:
+            inputs_embeds = self._embed(input_ids, inputs_embeds, features)
         if cu_seqlens is not None:
             kwargs |= {"cu_seqlens": cu_seqlens, "varlen_fn": varlen, "attention": self.config.attention}
             attention_mask, use_cache = self._packed_mask(inputs_embeds), False
-        elif attention_mask is None and past_key_values is None:
+        elif attention_mask is None and past is None and position_ids.ndim == 3:
             # Without a mask a decoder looks for packed documents in the positions, and would find one in each frame.
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
         if use_cache is None and self.training:
             use_cache = False
-        outputs = self.language_model(
+        return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past},
             **kwargs,
-        )
-        hidden = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None or shift_labels is not None:
-            shifted = shift_labels if shift_labels is not None else F.pad(labels[:, 1:], (0, 1), value=-100)
-            loss = self._loss(hidden, shifted, num_items_in_batch)
-        if shift_labels is None:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
-        return KeyeOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
     def positions(
@@ -232,6 +223,14 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             sizes = input_ids.new_zeros(0, 2) if grid is None else grid[:, 1:].to(input_ids.device) // 2
             blocks.append((token_id, sizes))
         return batch_positions(input_ids, attention_mask, blocks, cu_seqlens)
+
+    def placeholders(self, inputs_embeds: Tensor) -> Tensor:
+        """Ids `[B, L]` of embeddings `[B, L, hidden]`: a placeholder's where its embedding is, else −1."""
+        ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
+        for token_id in (self.config.image_token_id, self.config.video_token_id):
+            own = self.get_input_embeddings()(ids.new_tensor([[token_id]])).to(inputs_embeds)
+            ids = ids.masked_fill((inputs_embeds == own).all(dim=-1), token_id)
+        return ids
 
     def _packed_mask(self, embeds: Tensor) -> Tensor:
         """What a decoder is handed in the place of a mask when rows are packed.
@@ -278,16 +277,17 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
         size = self.config.vision_config.patch_size
         return self.encode_vision(torch.zeros(4, 3, size, size, device=self.device), grid)[:0]
 
-    def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Token embeddings `[B, L, hidden]` with visual features in the place of the placeholders, in stream order.
+    def _embed(self, input_ids: Tensor, embeds: Tensor, features: Tensor | None) -> Tensor:
+        """Embeddings `[B, L, hidden]` with visual features in the place of the placeholders, in stream order.
 
         Stills come first in `features`, then frames: each kind fills its own placeholders.
         """
-        embeds = self.get_input_embeddings()(input_ids)
         if features is None and input_ids.shape[1] == 1:
             return embeds  # one step of generation, which need not wait for the device to count placeholders
         stills, frames = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
         places = stills | frames
+        if torch.compiler.is_compiling():  # a graph cannot ask for numbers: it fills as many places as there are
+            return embeds if features is None else _filled(embeds, stills, frames, features)
         count, total = int(stills.sum()), int(places.sum())
         given = 0 if features is None else len(features)
         if total != given:
@@ -301,6 +301,108 @@ class KeyeForConditionalGeneration(PreTrainedModel, KeyeGenerationMixin):
             is_still = stills[places]
             features = features[torch.where(is_still, is_still.cumsum(0) - 1, count + (~is_still).cumsum(0) - 1)]
         return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
+
+
+class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
+    """`KeyeModel` below `model`, and the head that makes words of it."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: KeyeConfig) -> None:
+        super().__init__(config)
+        self.model = KeyeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def visual(self) -> KeyeVisionModel:
+        return self.model.visual
+
+    @property
+    def projector(self) -> Projector:
+        return self.model.projector
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.language_model
+
+    def set_rope_theta(self, theta: float) -> None:
+        """As `KeyeModel.set_rope_theta`."""
+        self.model.set_rope_theta(theta)
+
+    def encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """As `KeyeModel.encode_vision`."""
+        return self.model.encode_vision(pixel_values, grid_thw)
+
+    def positions(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+        """As `KeyeModel.positions`."""
+        return self.model.positions(*args, **kwargs)
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """As `KeyeModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """As `KeyeModel.get_video_features`."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> KeyeOutput:
+        """`KeyeModel.forward`, whose arguments it takes, and the head.
+
+        Args:
+            labels: `[B, L]`, −100 where nothing is learnt; `shift_labels` the same, already moved one to the left, as
+                packing and sequence parallelism need; with them no logits are returned.
+            num_items_in_batch: what the summed loss is divided by; the number of labels when left out.
+            logits_to_keep: logits of so many last tokens alone, 0 for all; or the indices of tokens.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            visual_features=visual_features,
+            past_key_values=past_key_values if cache is None else cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None or shift_labels is not None:
+            shifted = shift_labels if shift_labels is not None else F.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = self._loss(hidden, shifted, num_items_in_batch)
+        if shift_labels is None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        return KeyeOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
+        )
 
     def _loss(self, hidden: Tensor, shifted: Tensor, num_items: Tensor | float | None) -> Tensor:
         """Summed cross-entropy over the labelled positions alone, in fp32 and in chunks, divided by `num_items`.
@@ -323,4 +425,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _filled(embeds: Tensor, stills: Tensor, frames: Tensor, features: Tensor) -> Tensor:
+    """`KeyeModel._embed` in operations whose shapes do not depend on the ids."""
+    order = torch.where(stills.flatten(), stills.flatten().cumsum(0), stills.sum() + frames.flatten().cumsum(0)) - 1
+    rows = features.to(embeds.device, embeds.dtype)[order.clamp(0, features.shape[0] - 1)]
+    return torch.where((stills | frames)[..., None], rows.view_as(embeds), embeds)
+
+
+AutoModel.register(KeyeConfig, KeyeModel)
 AutoModelForImageTextToText.register(KeyeConfig, KeyeForConditionalGeneration)
+AutoModelForMultimodalLM.register(KeyeConfig, KeyeForConditionalGeneration)

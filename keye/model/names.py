@@ -16,16 +16,16 @@ MODEL_TYPE, ARCHITECTURE = "KeyeVL1_5", "KeyeVL1_5ForConditionalGeneration"
 
 # Ours → released. Every parameter of the model begins with one of the four.
 PREFIXES = {
-    "visual.": "visual.vision_model.",
-    "projector.": "mlp_AR.",
-    "language_model.": "model.",
+    "model.visual.": "visual.vision_model.",
+    "model.projector.": "mlp_AR.",
+    "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
 # The same for transformers' `key_mapping` (patterns → replacements); none of them touches our own names.
 KEY_MAPPING = {
-    r"^visual\.vision_model\.": "visual.",
-    r"^mlp_AR\.": "projector.",
-    r"^model\.": "language_model.",
+    r"^visual\.vision_model\.": "model.visual.",
+    r"^mlp_AR\.": "model.projector.",
+    r"^model\.(?!visual\.|projector\.|language_model\.)": "model.language_model.",
 }
 
 PACKING = "visual.vision_model.embeddings.packing_position_embedding.weight"
@@ -36,7 +36,11 @@ UNUSED = {
     "visual.vision_model.head.": "SigLIP's pooling head",
     PACKING: "positions of packed rows, which interpolation replaces",
 }
-UNUSED_PATTERNS = [r"^visual\.(vision_model\.)?head\.", r"packing_position_embedding", r"rotary_emb\.inv_freq$"]
+UNUSED_PATTERNS = [
+    r"^(model\.)?visual\.(vision_model\.)?head\.",
+    r"packing_position_embedding",
+    r"rotary_emb\.inv_freq$",
+]
 
 VISION_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "layer_norm_eps",
@@ -204,10 +208,10 @@ def decoder_name(name: str) -> str | None:
         return None
     if name.startswith("lm_head."):
         return name
-    return "language_model." + name.removeprefix("model.")
+    return "model.language_model." + name.removeprefix("model.")
 
 
 def tower_name(name: str) -> str | None:
     """Our name of a parameter of a SigLIP (`SiglipModel`, `SiglipVisionModel`, old or new names); None: not needed."""
     bare = re.sub(r"^(visual\.)?(vision_model\.)?", "", name)
-    return "visual." + bare if TOWER.match(bare) else None
+    return "model.visual." + bare if TOWER.match(bare) else None

@@ -23,6 +23,17 @@ from keye.model.segments import segments_of
 FRAME_PATCHES = 4096
 
 
+class Trace(NamedTuple):
+    """What is kept of a pass for those who ask: lists to fill, None for what nobody asks for.
+
+    hidden_states: `[N, width]` before every layer and at the end; attentions: `[heads, N, N]` of every layer, float32,
+    0 between frames. The weights are computed once more for it, since no kernel hands them out.
+    """
+
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+
+
 class Places(NamedTuple):
     """Where every patch of a packed batch stands: LongTensors `[N]`, its frame's sides and its place in it."""
 
@@ -205,17 +216,25 @@ class KeyeVisionModel(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, pixel_values: Tensor | None, grid_thw: Tensor | None, part: FramePart | None = None
+        self,
+        pixel_values: Tensor | None,
+        grid_thw: Tensor | None,
+        part: FramePart | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`.
 
         Pixels are bytes (uint8) or floats in [−1, 1]. With gradient checkpointing, layers over more than
         `FRAME_PATCHES` patches are computed again in the backward pass. With a `part` of a frame instead of pixels and
-        grids: its features, in the order of its pixels.
+        grids: its features, in the order of its pixels. trace: what is kept on the way; nothing is computed again then.
         """
         if part is not None:
             return self._encode_part(part)
-        frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
+        frames = grid_thw[:, 1:]
+        if torch.compiler.is_compiling():  # a graph cannot know how many frames there are but by the rows
+            torch._assert_async((grid_thw[:, 0] == 1).all(), "inside a graph every row of grid_thw is one frame")
+        else:
+            frames = frames.repeat_interleave(grid_thw[:, 0], dim=0)
         cu_seqlens = F.pad(frames.prod(dim=1).cumsum(0), (1, 0))
         # Read here for all layers; a GPU would not notice a wrong number, and index with what is not there.
         if not torch.compiler.is_compiling() and segments_of(cu_seqlens).total != len(pixel_values):
@@ -223,7 +242,11 @@ class KeyeVisionModel(nn.Module):
                 f"grid_thw has {segments_of(cu_seqlens).total} patches, but pixel_values {len(pixel_values)}: "
                 "prepare both with one call of the processor"
             )
-        return self._layers(pixel_values, places_of(frames, len(pixel_values)), cu_seqlens, len(pixel_values))
+        places = places_of(frames, len(pixel_values))
+        if trace is None:
+            return self._layers(pixel_values, places, cu_seqlens, len(pixel_values))
+        weighed = None if trace.attentions is None else partial(_weighed, trace.attentions, self.attention)
+        return self._layers(pixel_values, places, cu_seqlens, 0, weighed, trace.hidden_states)
 
     def _encode_part(self, part: FramePart) -> Tensor:
         """Features `[4n, width]` of the patches of a part, in their order; all processes of the frame call it."""
@@ -231,7 +254,13 @@ class KeyeVisionModel(nn.Module):
         return self._layers(part.pixels, part.places(), total, part.most, part.varlen)
 
     def _layers(
-        self, pixels: Tensor, places: Places, cu_seqlens: Tensor, most: int, varlen_fn: Varlen | None = None
+        self,
+        pixels: Tensor,
+        places: Places,
+        cu_seqlens: Tensor,
+        most: int,
+        varlen_fn: Varlen | None = None,
+        hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
         x = self.embeddings(pixels, places)
         tables = None
@@ -240,11 +269,31 @@ class KeyeVisionModel(nn.Module):
             tables = vision_tables(places.row, places.column, head_dim, self.config.rope_theta)
         recomputed = self.gradient_checkpointing and self.training and most > FRAME_PATCHES
         for layer in self.encoder.layers:
+            if hidden_states is not None:
+                hidden_states.append(x)
             if recomputed:
                 x = checkpoint(layer, x, cu_seqlens, tables, self.attention, varlen_fn, use_reentrant=False)
             else:
                 x = layer(x, cu_seqlens, tables, self.attention, varlen_fn)
-        return self.post_layernorm(x)
+        x = self.post_layernorm(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        return x
+
+
+def _weighed(
+    weights: list[Tensor], backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
+) -> Tensor:
+    """`varlen`, and the weights it has applied for the list: no kernel hands them out, so they are computed again."""
+    weights.append(attention_weights(q, k, cu_seqlens))
+    return varlen(q, k, v, cu_seqlens, causal, backend=backend)
+
+
+def attention_weights(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """q, k `[N, heads, D]` of segments bounded by `cu_seqlens` → weights `[heads, N, N]` float32, 0 between them."""
+    segment = torch.bucketize(torch.arange(len(q), device=q.device), cu_seqlens[1:].to(q.device), right=True)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+    return scores.masked_fill(segment[:, None] != segment[None], -torch.inf).softmax(dim=-1)
 
 
 class PoolingHead(nn.Module):

@@ -188,7 +188,7 @@ def test_whole_model_on_two_and_four_ranks_equals_one(cut, name):
         # Gradients are of a sum over tens of tokens: compared at the scale of each parameter.
         scale = max(float(wanted.abs().max()), 1e-3)
         torch.testing.assert_close(got[key] / scale, wanted / scale, atol=1e-5, rtol=0, msg=lambda m, k=key: k + m)
-    visual = [float(value.abs().max()) for key, value in gradients.items() if key.startswith("visual")]
+    visual = [float(value.abs().max()) for key, value in gradients.items() if key.startswith("model.visual")]
     assert (max(visual) > 1e-3) == (name != "text alone")
 
 

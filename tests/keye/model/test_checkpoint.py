@@ -151,19 +151,25 @@ def test_keye_8b_has_the_released_names_shapes_and_parameters() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        ("visual.embeddings.patch_embedding.bias", "visual.vision_model.embeddings.patch_embedding.bias"),
-        ("visual.embeddings.position_embedding.weight", "visual.vision_model.embeddings.position_embedding.weight"),
-        ("visual.encoder.layers.3.self_attn.v_proj.bias", "visual.vision_model.encoder.layers.3.self_attn.v_proj.bias"),
-        ("visual.encoder.layers.3.mlp.fc1.weight", "visual.vision_model.encoder.layers.3.mlp.fc1.weight"),
-        ("visual.encoder.layers.3.layer_norm2.weight", "visual.vision_model.encoder.layers.3.layer_norm2.weight"),
-        ("visual.post_layernorm.weight", "visual.vision_model.post_layernorm.weight"),
-        ("projector.pre_norm.weight", "mlp_AR.pre_norm.weight"),
-        ("projector.linear_1.bias", "mlp_AR.linear_1.bias"),
-        ("projector.linear_2.weight", "mlp_AR.linear_2.weight"),
-        ("language_model.embed_tokens.weight", "model.embed_tokens.weight"),
-        ("language_model.layers.7.self_attn.q_norm.weight", "model.layers.7.self_attn.q_norm.weight"),
-        ("language_model.layers.7.mlp.down_proj.weight", "model.layers.7.mlp.down_proj.weight"),
-        ("language_model.norm.weight", "model.norm.weight"),
+        ("model.visual.embeddings.patch_embedding.bias", "visual.vision_model.embeddings.patch_embedding.bias"),
+        (
+            "model.visual.embeddings.position_embedding.weight",
+            "visual.vision_model.embeddings.position_embedding.weight",
+        ),
+        (
+            "model.visual.encoder.layers.3.self_attn.v_proj.bias",
+            "visual.vision_model.encoder.layers.3.self_attn.v_proj.bias",
+        ),
+        ("model.visual.encoder.layers.3.mlp.fc1.weight", "visual.vision_model.encoder.layers.3.mlp.fc1.weight"),
+        ("model.visual.encoder.layers.3.layer_norm2.weight", "visual.vision_model.encoder.layers.3.layer_norm2.weight"),
+        ("model.visual.post_layernorm.weight", "visual.vision_model.post_layernorm.weight"),
+        ("model.projector.pre_norm.weight", "mlp_AR.pre_norm.weight"),
+        ("model.projector.linear_1.bias", "mlp_AR.linear_1.bias"),
+        ("model.projector.linear_2.weight", "mlp_AR.linear_2.weight"),
+        ("model.language_model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("model.language_model.layers.7.self_attn.q_norm.weight", "model.layers.7.self_attn.q_norm.weight"),
+        ("model.language_model.layers.7.mlp.down_proj.weight", "model.layers.7.mlp.down_proj.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
         ("lm_head.weight", "lm_head.weight"),
     ],
 )  # fmt: skip
@@ -318,22 +324,22 @@ def drop(folder: Path, name: str, instead: dict[str, torch.Tensor] | None = None
 def test_missing_weights_are_an_error_unless_allowed(tmp_path: Path) -> None:
     released(tmp_path / "theirs")
     drop(tmp_path / "theirs", "mlp_AR.linear_1.bias")
-    assert check(tmp_path / "theirs").missing == ["projector.linear_1.bias"]
-    with pytest.raises(CheckpointError, match="projector.linear_1.bias"):
+    assert check(tmp_path / "theirs").missing == ["model.projector.linear_1.bias"]
+    with pytest.raises(CheckpointError, match="model.projector.linear_1.bias"):
         convert_released(tmp_path / "theirs", tmp_path / "ours")
     with pytest.raises(CheckpointError, match="1 weights are missing"):
         load_released(tmp_path / "theirs")
     assert not (tmp_path / "ours").exists()
     report = convert_released(tmp_path / "theirs", tmp_path / "ours", allow_missing=True)
-    assert report.missing == ["projector.linear_1.bias"] and "1 missing" in str(report)
+    assert report.missing == ["model.projector.linear_1.bias"] and "1 missing" in str(report)
 
 
 def test_other_shapes_and_unknown_names_are_told(tmp_path: Path) -> None:
     released(tmp_path / "theirs")
     drop(tmp_path / "theirs", "mlp_AR.linear_2.bias", {"mlp_AR.linear_2.bias": torch.zeros(3), "fast.x": torch.ones(2)})
     report = check(tmp_path / "theirs")
-    assert report.mismatched == [("projector.linear_2.bias", (3,), (64,))] and report.unexpected == ["fast.x"]
-    assert "projector.linear_2.bias is [3]" in str(report) and "fast.x" in str(report)
+    assert report.mismatched == [("model.projector.linear_2.bias", (3,), (64,))] and report.unexpected == ["fast.x"]
+    assert "model.projector.linear_2.bias is [3]" in str(report) and "fast.x" in str(report)
     with pytest.raises(CheckpointError, match=r"shape \[3\], the model's is \[64\]"):
         convert_released(tmp_path / "theirs", tmp_path / "ours", allow_missing=True)
 
@@ -466,15 +472,15 @@ def test_what_is_drawn_is_drawn_as_a_siglip(tmp_path: Path) -> None:
     compared = 0
     for name, tensor in siglip.items():
         if not name.startswith("head."):
-            mine = drawn["visual." + name]
+            mine = drawn["model.visual." + name]
             assert abs(float(mine.mean() - tensor.mean())) < 0.02, name
             assert float(mine.std()) == pytest.approx(float(tensor.std()), rel=0.15, abs=1e-5), name
             compared += 1
     assert compared == 2 + 1 + 2 * 16 + 2
-    projector = drawn["projector.linear_1.weight"]  # Xavier, uniform
+    projector = drawn["model.projector.linear_1.weight"]  # Xavier, uniform
     assert float(projector.abs().max()) == pytest.approx((6 / (384 + 384)) ** 0.5, rel=0.01)
     assert float(projector.std()) == pytest.approx((2 / (384 + 384)) ** 0.5, rel=0.05)
-    assert torch.equal(drawn["projector.pre_norm.weight"], torch.ones(384))
+    assert torch.equal(drawn["model.projector.pre_norm.weight"], torch.ones(384))
 
 
 def test_made_of_a_gguf_file_it_says_what_transformers_says(tmp_path: Path) -> None:

@@ -175,9 +175,10 @@ def test_bfloat16_directory_keeps_its_rotary_in_fp32(device_map: object, tmp_pat
 
 def test_layers_kept_on_the_disk_are_read_when_needed(model: KeyeForConditionalGeneration, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
-    device_map = {"visual": "cpu", "projector": "cpu", "lm_head": "cpu", "language_model.embed_tokens": "cpu",
-                  "language_model.norm": "cpu", "language_model.rotary_emb": "cpu", "language_model.layers.0": "cpu",
-                  "language_model.layers.1": "disk"}  # fmt: skip
+    parts = ("visual", "projector", "language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb",
+             "language_model.layers.0")  # fmt: skip
+    device_map = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
+    device_map |= {"model.language_model.layers.1": "disk"}
     again = KeyeForConditionalGeneration.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
     ).eval()

@@ -1,0 +1,57 @@
+"""What Keye's models share as Hugging Face models: how they are loaded, and which attention they use."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from keye.model import names
+from keye.model.config import KeyeConfig
+
+
+class KeyePreTrainedModel(PreTrainedModel):
+    """The base of `KeyeModel` and `KeyeForConditionalGeneration`."""
+
+    config_class = KeyeConfig
+    config: KeyeConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _no_split_modules = ["VisionLayer"]  # the decoder adds its own
+    _keys_to_ignore_on_load_unexpected = names.UNUSED_PATTERNS
+
+    def __init__(self, config: KeyeConfig) -> None:
+        text = config.text_config._attn_implementation
+        if config._attn_implementation is None:
+            config._attn_implementation = {"": "keye", "text_config": text or "keye"}
+        elif text is None:
+            config.text_config._attn_implementation = config._attn_implementation
+        super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; directories with the released names load, too, and are saved again with ours."""
+        loaded = super().from_pretrained(*args, **{"key_mapping": names.KEY_MAPPING, **kwargs})
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = []
+        return loaded
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], **kwargs: Any) -> None:
+        """Choose the decoder's attention of transformers; "keye", the default, is the one that can be packed.
+
+        The tower always uses `keye.model.attention` (`config.attention`).
+        """
+        name = attn_implementation if isinstance(attn_implementation, str) else None
+        chosen = {"": name, "text_config": name} if name else attn_implementation
+        super().set_attn_implementation(chosen, **kwargs)
+        if name:  # the tower is no model of transformers, which would warn of it
+            self.config.vision_config._attn_implementation_internal = name
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
