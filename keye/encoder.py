@@ -329,7 +329,7 @@ class SlowFastEncoder:
 
     def _thinned(self, clip: Clip) -> list[str]:
         most = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
-        if not (clip.wanted > clip.expected == most):
+        if not clip.wanted > most == self.most_frames:
             return []
         return [
             f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: max_tokens="

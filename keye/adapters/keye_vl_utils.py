@@ -10,6 +10,8 @@ sampling    at true times i / fps, and timestamps that say so, where the release
 budget      `video_total_pixels` is never exceeded, and a fast frame never costs more than its share or the minimum.
 any clip    under half a second, damaged, black, of one frame, of any aspect; video_start, video_end and nframes work.
 upright     rotation of videos and EXIF of images are obeyed; transparency is laid on white.
+shape       pixels are made square and untagged HD is BT.709, where the release takes pixels as they are coded and
+            BT.601; `sampling="index"` does as the release.
 URLs        are loaded only when `urls` allows it.
 memory      a clip's frames are held once, and nothing else that grows with it.
 
@@ -21,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,9 +33,10 @@ from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, ManifestError, VideoError
 from keye.slowfast.budget import SIDE, fit_size
 from keye.slowfast.containers import open_container
+from keye.slowfast.decode import open_decoder
 from keye.slowfast.fetch import UrlRules, data_bytes, download, scheme_of, url_name
 from keye.slowfast.image import load_image
-from keye.slowfast.video import open_clip, read_frames_at
+from keye.slowfast.video import open_clip
 
 Element = dict[str, Any]
 Sampling = Literal["time", "index"]
@@ -206,31 +209,20 @@ def _by_index(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> 
             name, local = url_name(source), stack.enter_context(download(source, urls))
         elif isinstance(source, str | Path) and not Path(source).is_file():
             raise VideoError(f"{source} is no file; check the path")
-        rate, shown = _frame_times(io.BytesIO(local) if isinstance(local, bytes) else local, name)
+        # Pixels as decord has them: neither stretched to be square nor in the colours that their size suggests.
+        opened = open_container(io.BytesIO(local) if isinstance(local, bytes) else local, name)
+        decoder = open_decoder(opened, name, encoder.fps, encoder.most_frames, as_coded=True)
+        stack.callback(decoder.close)
+        rate, shown = decoder.rate, decoder.appear
+        if not shown:
+            raise VideoError(f'the frames of {name} have no times; encode it again, or use sampling="time"')
         count = max(1, min(int(len(shown) / rate * min(encoder.fps, rate)), encoder.most_frames))
         indices = torch.linspace(0, len(shown) - 1, count).round().long()
-        frames = read_frames_at(local, [shown[index] for index in indices.tolist()])
+        frames = list(decoder.frames_at([shown[index] for index in indices.tolist()]))
     if not frames:
         raise VideoError(f"no frame of {name} can be decoded; replace it or encode it again")
     times = torch.tensor([index / rate for index in range(len(shown))])[indices]
     return torch.stack([frame.pixels for frame in frames]), times[: len(frames)]
-
-
-def _frame_times(target: str | Path | BinaryIO, name: str) -> tuple[float, list[float]]:
-    """(average frames per second, the time in seconds at which each frame appears, from the first), by the packets."""
-    container = open_container(target, name)
-    try:
-        stream = container.streams.video[0]
-        rate, unit = float(stream.average_rate or stream.guessed_rate or 25), stream.time_base
-        stamps = [packet.pts for packet in container.demux(stream) if packet.size]
-    finally:
-        container.close()
-    if not stamps:
-        raise VideoError(f"{name} has no frames; replace it or encode it again")
-    if None in stamps:
-        return rate, [index / rate for index in range(len(stamps))]
-    stamps = sorted(stamps)
-    return rate, [float((stamp - stamps[0]) * unit) for stamp in stamps]
 
 
 def _listed(

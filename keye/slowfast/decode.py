@@ -3,8 +3,8 @@
 Where the packets of the file tell enough (`index`), only what the sampled frames depend on is decoded; the pixels,
 times and indices are those of decoding everything, which is what is done once anything comes out otherwise than the
 index says. Decoding runs in a thread, a few frames ahead of the reader. No more frames are held: memory does not grow
-with the length of the file but for the index. Times are seconds from the first frame, by presentation timestamp, never
-index / average rate (wrong for variable frame rates).
+with the length of the file but for the index. Times are seconds on the container's clock (`timeline`), by presentation
+timestamp, never index / average rate (wrong for variable frame rates).
 """
 
 import math
@@ -22,8 +22,9 @@ from keye.errors import VideoError
 from keye.slowfast.ahead import Ahead
 from keye.slowfast.bitstream import FLUSH
 from keye.slowfast.containers import reopen
-from keye.slowfast.index import TOLERANCE, Index, Plan, packets_of, read_index
+from keye.slowfast.index import Index, Plan, read_index
 from keye.slowfast.picture import Painter
+from keye.slowfast.timeline import TOLERANCE, first_samples, origin_of, packets_of, scan
 
 _SMALL = 320 * 240  # pixels
 _AHEAD = 3  # frames
@@ -57,21 +58,24 @@ def open_decoder(
     start: float | None = None,
     end: float | None = None,
     num_frames: int | None = None,
+    as_coded: bool = False,
 ) -> "Decoder":
     """The decoder of a container's first video stream, called `name` in messages, sampled at `fps` frames per second.
 
-    At most `max_frames` frames, evenly over the clip. start, end: only [start, end) seconds; num_frames: so many
-    frames, evenly over that range, instead of `fps`. `close` it in the end, which closes the container. Raises
-    VideoError when no frame can be decoded.
+    At most `max_frames` frames, evenly over the clip. start, end: only [start, end) seconds of the container's clock;
+    num_frames: so many moments, evenly over that range, instead of `fps`. `close` it in the end, which closes the
+    container. as_coded: pixels as they are in the file, square or not (`Painter`). Raises VideoError when no frame can
+    be decoded.
     """
-    return Decoder(container, name, fps, max_frames, start, end, num_frames)
+    return Decoder(container, name, fps, max_frames, start, end, num_frames, as_coded)
 
 
 class Decoder:
     """Picks the frames on the screen at the sample times of one video stream, in presentation order.
 
-    size: (height, width) after turning; duration: seconds, of damaged files what was decoded once it has been read;
-    expected: the most frames a pass yields; wanted: what the sampling asks for; warnings: complete after a pass.
+    size: (height, width) after turning. duration: seconds, when the last frame leaves the screen; of damaged files
+    what was decoded, once it has been read. times: the moments at which a frame is first seen. expected: the most
+    frames a pass yields; wanted: what the sampling asks for before `max_frames`. warnings: complete after a pass.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Decoder:
         start: float | None,
         end: float | None,
         num_frames: int | None,
+        as_coded: bool = False,
     ):
         self.name = name
         self.warnings: list[str] = []
@@ -93,23 +98,20 @@ class Decoder:
         self._moved = True  # whether the container has been read from
         if self._index is not None and self._index.uncertain:
             self._index = self._index.beginning_with(self._first_pts())
-        self._claimed, self.duration = self._durations()
-        self._painter = Painter(name, 1 if self._small else None)
-        begin = min(max(start or 0.0, 0.0), self.duration)
-        length = min(self.duration if end is None else end, self.duration) - begin
-        if length <= 0 and begin > 0:
-            raise VideoError(f"{name} lasts {self.duration:.2f} s; give a start and an end within it")
-        fps = min(fps, self.rate)
-        self.wanted = max(1, math.ceil(length * fps - TOLERANCE)) if num_frames is None else num_frames
-        self.expected = min(self.wanted, max_frames)
-        step = 1 / fps if num_frames is None and self.expected == self.wanted else length / self.expected
-        self.times = [begin + index * step for index in range(self.expected)]
+        self._read_clock()
+        self._painter = Painter(name, 1 if self._small else None, self.stream.sample_aspect_ratio, as_coded)
+        begin = self._sample(fps, max_frames, start, end, num_frames)
         self._begun = self._begin(self.times)
         if self._begun is None:
             reason = f" ({self._reason})" if self._reason else ""
-            place = f" after {begin:.2f} s" if begin else ""
+            place = f" after {begin:.2f} s" if begin > self._first else ""
             raise VideoError(f"no frame of {name}{place} can be decoded{reason}; replace it or encode it again")
         self.size = self._painter.size
+
+    @property
+    def appear(self) -> list[float]:
+        """The seconds at which the stream's frames appear, ascending, as far as its packets tell."""
+        return [] if self._appear is None else self._appear.tolist()
 
     @property
     def selective(self) -> bool:
@@ -157,40 +159,70 @@ class Decoder:
 
     def _rewind(self) -> None:
         """Be at the beginning of the file, with an empty decoder."""
-        if self._moved and self._index is not None and self._seekable():
+        if self._moved and self._seekable():
             self.container.seek(int(self._index.dts[0]), stream=self.stream)
         elif self._moved:
             self._use(reopen(self.container, self.name))
         self._moved = True
 
     def _seekable(self) -> bool:
-        return not _SEEKABLE.isdisjoint(self.container.format.name.split(","))
+        """Whether a timestamp names one place in the file, and a seek finds it."""
+        single = self._index is not None and len(self._index.timeline.parts) == 1
+        return single and not _SEEKABLE.isdisjoint(self.container.format.name.split(","))
 
-    def _durations(self) -> tuple[float, float]:
-        """Seconds (that the file claims to last, that it lasts as far as is known before decoding)."""
-        stream = self.stream
-        claimed = float(max(stream.duration or 0, 0) * stream.time_base)
+    def _read_clock(self) -> None:
+        """The stream's clock, when frames appear on it as far as packets tell, and when it ends and claims to end."""
         if self._index is not None:
-            end = self._index.end
-            torn = len(self._index.pts) < stream.frames and claimed > end + 1 / self.rate
-            return (claimed if torn else end), end
-        if claimed:
-            return claimed, claimed
-        if self.container.duration and self.container.format.name != "gif":
-            start = max(self.container.start_time or 0, 0)
-            claimed = max(self.container.duration - start, 0) / av.time_base
-            return claimed, claimed
-        ends = []
-        self._rewind()
-        stream = self.stream  # rewinding may have opened the file anew
-        try:
-            for packet in packets_of(self.container, stream):
-                if packet.pts is not None:
-                    ends.append(packet.pts + (packet.duration or 0))
-        except av.error.FFmpegError:  # a damaged file: what was read before it is all that is known
-            pass
-        claimed = float(max(max(ends) - (stream.start_time or 0), 0) * stream.time_base) if ends else 0.0
-        return claimed, claimed
+            self._timeline, self._appear = self._index.timeline, self._index.times
+        else:
+            self._rewind()
+            self._timeline, self._appear = scan(self.container, self.stream, self.rate, _MOST_BROKEN)
+        claimed = self._claim()
+        torn = self._index is None or (
+            len(self._index.pts) < self.stream.frames and claimed > self._index.end + 1 / self.rate
+        )
+        if self._timeline is not None:
+            self.duration = self._timeline.end
+        else:
+            self.duration = claimed if self._appear is None else float(self._appear[-1]) + 1 / self.rate
+        self._first = 0.0 if self._timeline is None else self._timeline.seconds(self._timeline.parts[0].low, 0)
+        self._first = self._first if self._appear is None else float(self._appear[0])
+        joined = self._timeline is not None and len(self._timeline.parts) > 1  # what is claimed is one part's
+        self._claimed = claimed if torn and not joined else self.duration
+
+    def _claim(self) -> float:
+        """Seconds at which the stream ends by what the file says of itself; 0 if it says nothing."""
+        stream, origin = self.stream, origin_of(self.container, self.stream)
+        if stream.duration and stream.duration > 0:
+            return float((stream.duration + (stream.start_time or origin) - origin) * stream.time_base)
+        # The whole file's length is that of its pictures only where there is nothing else in it.
+        alone = self._timeline is None or len(self.container.streams) == 1
+        if self.container.duration and alone and self.container.format.name != "gif":
+            return max(self.container.duration, 0) / av.time_base
+        return 0.0
+
+    def _sample(
+        self, fps: float, max_frames: int, start: float | None, end: float | None, num_frames: int | None
+    ) -> float:
+        """Choose the moments to look at, each of which shows another frame; returns where the range begins."""
+        begin = self._first if start is None else max(start, self._first)
+        length = min(self.duration if end is None else end, self.duration) - begin
+        if end is not None and end <= self._first:
+            raise VideoError(f"{self.name} begins at {self._first:.2f} s; give an end after that")
+        if length <= 0 and begin > self._first:
+            raise VideoError(f"{self.name} lasts {self.duration:.2f} s; give a start and an end within it")
+        if self._appear is None:  # frames without times are as far apart as the average rate says
+            fps = min(fps, self.rate)
+        count = max(1, math.ceil(length * fps - TOLERANCE)) if num_frames is None else num_frames
+        step = 1 / fps if num_frames is None or length <= 0 else length / count
+        samples = first_samples(self._appear, begin, step, count)
+        self.wanted = len(samples)
+        if self.wanted > max_frames:
+            step = length / max_frames
+            samples = first_samples(self._appear, begin, step, max_frames)
+        self.expected = len(samples)
+        self.times = (begin + step * samples).tolist()
+        return begin
 
     def _begin(self, times: Sequence[float]) -> Iterator[Decoded] | None:
         """A pass that has its first frame; None where there is none."""
@@ -229,6 +261,10 @@ class Decoder:
         notes = list(self._painter.notes.values())
         if self._broken:
             notes.append(f"{self._broken} damaged pieces of {self.name} could not be decoded")
+        jumps = self._timeline and self._timeline.note(self.name)
+        notes += [jumps] if jumps else []
+        if self._end is None and self.duration < self._claimed - 1.0:  # all that was asked for came before its end
+            self._end = self.duration
         if self._end is not None and self._end < max(self.times[-1], self._claimed - 1.0):
             notes.append(f"{self.name} ends at {self._end:.2f} s of the {self._claimed:.2f} s it claims to last")
             self.duration = self._end
@@ -333,7 +369,7 @@ class Decoder:
     def _everything(self) -> Iterator[Decoded]:
         """Every frame that can be decoded."""
         self._rewind()
-        first: int | None = None
+        clock, part, read = self._timeline, 0, -math.inf
         index = 0
         latest = -1 / self.rate
         packets = packets_of(self.container, self.stream)
@@ -353,10 +389,11 @@ class Decoder:
             for frame in frames:
                 self._broken += bool(frame.is_corrupt)
                 time = latest + 1 / self.rate  # of frames without a time, or of a clock that stands still or jumps back
-                if frame.pts is not None:
-                    first = frame.pts if first is None else first
-                    read = (frame.pts - first) / float(1 / frame.time_base)
-                    time = read if read > latest else time
+                if frame.pts is not None and clock is not None:
+                    part = clock.follow(part, read, frame.pts)
+                    read = frame.pts
+                    placed = clock.seconds(read, part)
+                    time = placed if placed > latest else time
                 latest = time
                 yield index, time, frame
                 index += 1

@@ -7,15 +7,14 @@ here that grows with a file: 4 MB for an hour.
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import av
 import numpy as np
 
 from keye.slowfast.bitstream import NO, packet_reader
-
-TOLERANCE = 1e-4  # seconds; containers round timestamps to their own time base
+from keye.slowfast.timeline import TOLERANCE, Timeline, origin_of, packets_of, splitter
 
 # Containers in which the two fields of an interlaced picture may come as two packets.
 _FIELD_FORMATS = {"mpegts", "mpeg", "mpegvideo", "h264", "hevc"}
@@ -26,38 +25,42 @@ _MOST_PACKETS = 1 << 24
 class Index:
     """The packets of a stream in coding order, and the frames they give in presentation order.
 
-    pts, dts: int64 [packets] in the stream's time base. offsets: int64 [packets], bytes of the stream before each.
-    restarts: int8 [packets], see `bitstream`. needless: bool [packets], what no other picture is predicted from.
-    frames: int64 [frames], each frame's packet. times: float64 [frames], seconds from the first frame. end: seconds,
-    when the last frame leaves the screen. second: in units of the time base. uncertain: whether frames precede that
-    of the first packet; decoders may drop those.
+    pts, dts: int64 [packets] in the stream's time base; clock: the pts, continuous over jumps. offsets: int64
+    [packets], bytes of the stream before each. restarts: int8 [packets], see `bitstream`. needless: bool [packets],
+    what no other picture is predicted from. frames: int64 [frames], each frame's packet. times: float64 [frames],
+    seconds. timeline: the clock. uncertain: whether frames precede that of the first packet; decoders may drop those.
     """
 
     pts: np.ndarray
     dts: np.ndarray
+    clock: np.ndarray
     offsets: np.ndarray
     restarts: np.ndarray
     needless: np.ndarray
     frames: np.ndarray
     times: np.ndarray
-    end: float
-    second: float
+    timeline: Timeline
     uncertain: bool
+
+    @property
+    def end(self) -> float:
+        """Seconds, when the last frame leaves the screen."""
+        return self.timeline.end
 
     def beginning_with(self, pts: int | None) -> "Index | None":
         """The index without the frames before the one that comes out of the decoder first; None if that is unknown."""
         found = np.flatnonzero(self.pts[self.frames] == (math.nan if pts is None else pts))
         if len(found) == 0:
             return None
-        frames = self.frames[found[0] :]
-        times = (self.pts[frames] - pts) / self.second
-        end = float(times[-1]) + self.end - float(self.times[-1])
-        return replace(self, frames=frames, times=times, end=end, uncertain=False)
+        return replace(self, frames=self.frames[found[0] :], times=self.times[found[0] :], uncertain=False)
 
     def showing(self, moments: Sequence[float]) -> np.ndarray:
-        """int64 [n]: the frames on the screen at ascending moments (seconds), none twice, none after the end."""
+        """int64 [n]: the frames on the screen at ascending moments (seconds), none twice, none after the end.
+
+        Before the first frame appears, it is that one.
+        """
         inside = [moment for moment in moments if moment < max(self.end, self.times[-1] + TOLERANCE)]
-        return np.unique(np.searchsorted(self.times - TOLERANCE, inside, side="right") - 1)
+        return np.unique((np.searchsorted(self.times - TOLERANCE, inside, side="right") - 1).clip(0))
 
     def plan(self, frames: np.ndarray) -> "Plan":
         """What to decode for the given frames (ascending positions in presentation order)."""
@@ -68,7 +71,7 @@ class Index:
         fresh = []
         whole = False  # whether the group is wanted up to its end, for the pictures that lead the next one
         for start, stop in zip(starts[::-1], np.append(starts[1:], len(self.pts))[::-1], strict=True):
-            leading = self.pts[start:stop] < self.pts[start]
+            leading = self.clock[start:stop] < self.clock[start]
             here = np.flatnonzero(wanted[start:stop])
             if not whole and len(here) == 0:
                 continue
@@ -91,20 +94,6 @@ class Plan:
     fresh: frozenset[int]
 
 
-def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The packets of a stream from where the container is, and an empty one at the end of the file.
-
-    PyAV stumbles over packets of streams that appear on the way, in damaged or joined transport streams; they are not
-    of this stream and are passed over.
-    """
-    while True:
-        try:
-            yield from container.demux(stream)
-            return
-        except IndexError:
-            continue
-
-
 def read_index(container: av.container.InputContainer, stream: av.VideoStream, rate: float) -> Index | None:
     """The index of a stream, from its first packet on; None when only decoding can tell what is in it.
 
@@ -118,7 +107,7 @@ def read_index(container: av.container.InputContainer, stream: av.VideoStream, r
         return None
     pts, dts, sizes = array("q"), array("q"), array("q")
     restarts, layers, flags = array("b"), array("b"), array("b")
-    sets, last, length = None, -math.inf, 0
+    sets, parts = None, splitter(container, stream)
     try:
         for packet in packets_of(container, stream):
             if packet.size == 0 and packet.pts is None and packet.dts is None:
@@ -132,8 +121,8 @@ def read_index(container: av.container.InputContainer, stream: av.VideoStream, r
                 if nature.sets != sets:
                     return None
             shown = nature.shown and not packet.is_discard
-            if shown and packet.pts > last:
-                last, length = packet.pts, packet.duration or 0
+            length = max(packet.duration or 0, 0)
+            parts.add(len(pts), packet.pts, packet.dts, length, nature.restart != NO, shown)
             pts.append(packet.pts)
             dts.append(packet.pts if packet.dts is None else packet.dts)
             sizes.append(packet.size)
@@ -142,26 +131,26 @@ def read_index(container: av.container.InputContainer, stream: av.VideoStream, r
             flags.append(2 * shown + nature.reference)
     except av.error.FFmpegError:
         return None
-    if not pts or restarts[0] == NO or length < 0:
+    visible = np.array(flags) & 2 != 0
+    if not pts or restarts[0] == NO or not visible.any():
         return None
-    clock = np.array(pts)
-    shown = np.flatnonzero(np.array(flags) & 2)
+    timeline = parts.timeline(origin_of(container, stream), 1 / rate)
+    clock = np.array(pts) + timeline.shifts(len(pts))
+    shown = np.flatnonzero(visible)
     frames = shown[np.argsort(clock[shown], kind="stable")]
-    if len(frames) == 0 or (np.diff(clock[frames]) <= 0).any():
+    if (np.diff(clock[frames]) <= 0).any():
         return None
     bytes_to = np.cumsum(np.array(sizes))
-    second = float(1 / stream.time_base)
-    times = (clock[frames] - clock[frames[0]]) / second
     first_group = slice(0, next((at for at in range(1, len(pts)) if restarts[at]), len(pts)))
     return Index(
-        pts=clock,
+        pts=np.array(pts),
         dts=np.array(dts),
+        clock=clock,
         offsets=bytes_to - np.array(sizes),
         restarts=np.array(restarts),
         needless=(np.array(flags) & 1 == 0) & (np.array(layers) == max(layers)),
         frames=frames,
-        times=times,
-        end=float(times[-1]) + (length / second if length else 1 / rate),
-        second=second,
+        times=(clock[frames] - timeline.origin) / timeline.second,
+        timeline=timeline,
         uncertain=bool((clock[first_group] < clock[0]).any()),
     )

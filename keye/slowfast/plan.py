@@ -22,12 +22,12 @@ class VideoPlan:
     same time and index (policy two_stream).
 
     source: the clip's name (its path, when it has one).
-    frame_types: LongTensor [T], 0 slow, 1 fast. timestamps: FloatTensor [T], seconds from the start of the stream.
+    frame_types: LongTensor [T], 0 slow, 1 fast. timestamps: FloatTensor [T], seconds on the container's clock.
     frame_indices: LongTensor [T], among the source's frames in presentation order.
     similarity: FloatTensor [T] in [0, 1], with the latest slow frame before it; NaN for the first.
-    source_size: (height, width) in pixels after rotation. slow_size, fast_size: (height, width), multiples of
-    `side`.
-    max_tokens: the budget. duration: seconds. settings: the encoder's. warnings: sentences on what is not as asked.
+    source_size: (height, width) on the screen. slow_size, fast_size: (height, width), multiples of `side`.
+    max_tokens: the budget. duration: seconds, when the last frame leaves the screen. settings: the encoder's.
+    warnings: sentences on what is not as asked.
     """
 
     source: str

@@ -1,8 +1,8 @@
 """Any source of video as a clip of sampled frames with true timestamps: files, URLs, pictures, folders, arrays, lists.
 
 Nothing here keeps frames: what is kept of each is up to the reader, so memory does not grow with the length of the
-clip. Times are seconds from the start of the video stream, by presentation timestamp, never index / average rate
-(wrong for variable frame rates).
+clip. Times are seconds on the container's clock, by presentation timestamp, never index / average rate (wrong for
+variable frame rates).
 """
 
 import io
@@ -54,9 +54,10 @@ class Reader(Protocol):
 class Clip:
     """An opened source. Iterating it yields its frames; iterating it again is a second pass, which reads it again.
 
-    name: what to call it; size: (height, width) after rotation; duration: seconds (of damaged files: what was decoded,
-    once it has been read); expected: the most frames an iteration can yield; wanted: what the sampling asks for before
-    `max_frames`; warnings: what is wrong with the source, complete once it has been read.
+    name: what to call it; size: (height, width) on the screen; duration: seconds, when the last frame leaves the screen
+    (of damaged files: the last one decoded, once it has been read); expected: the most frames an iteration can yield;
+    wanted: what the sampling asks for before `max_frames`; warnings: what is wrong with the source, complete once it
+    has been read.
     """
 
     def __init__(self, name: str, reader: Reader):
@@ -107,15 +108,17 @@ def open_clip(
     """Open a source for sampling at `fps` frames per second, evenly at most `max_frames`.
 
     source, with its own clock: a video or moving picture (GIF, WebP, …) as a path, a `file:` or `data:` URL, bytes or
-    a binary file object, read from its beginning. Sampled at min(fps, its own rate): for each time i / fps the frame
-    that is on the screen, so never the same frame twice.
+    a binary file object, read from its beginning. Sampled at `fps`: at each time i / fps after its first frame, the
+    frame that is on the screen, none twice. Its clock is the container's: a stream that begins later than its sound
+    has a first time above 0. MPEG transport and program streams count from the beginning of the file, and where
+    recordings are joined, each goes on where the one before it ends.
     source, without: a still picture (also a PIL image or an array [3, H, W]), a folder of images in natural order,
     frames [T, 3, H, W] or [T, H, W, 3] (see `keye.slowfast.arrays`), a list or iterator of pictures (PIL images,
     arrays, paths). With `source_fps`, their rate, they are sampled like a video; with `timestamps` (seconds, one for
     each) every frame is used; with neither, too, 1 / fps apart, which a warning says.
     source, of other libraries: frames of PyAV and torchcodec and pairs (seconds, picture), in lists or iterators, a
     FrameBatch of torchcodec and a `cv2.VideoCapture`, sampled by their own times; {"path", "bytes"} of `datasets`.
-    start, end: only [start, end) seconds of the source, beginning with the frame on the screen at `start`.
+    start, end: only [start, end) seconds on that clock, beginning with the frame on the screen at `start`.
     num_frames: so many frames, evenly over that range, instead of `fps` or every frame.
     urls: what may be downloaded; without it an `http(s):` URL is an error.
     Raises VideoError when nothing can be read.

@@ -1,0 +1,201 @@
+"""The clock of a video stream: seconds by presentation timestamp, continuous where recordings are joined.
+
+Second 0 is the container's own. Transport and program streams have none, as their clocks begin anywhere; there it is
+the first timestamp in the file, of whichever stream, as players count. Files that are joined of several (`cat a.ts
+b.ts`, the titles of a DVD, a receiver that was reset) go on with another clock in the middle. Such a jump is found in
+the packets, and each part is placed behind the one before it, so that no frame is lost and none comes twice.
+"""
+
+import math
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import av
+import numpy as np
+from av.format import Flags
+
+TOLERANCE = 1e-4  # seconds; containers round timestamps to their own time base
+
+# Seconds. Decoding timestamps ascend, so that a step back is a jump; a step ahead is one where a stream without pauses
+# would have to pause. The limits are those of FFmpeg's own tool.
+_BACK = 0.1
+_AHEAD, _AHEAD_ELSEWHERE = 10.0, 108_000.0
+
+
+@dataclass
+class Part:
+    """Packets on one clock. packet: the first one's number. low, top: lowest and highest timestamp; length: how long
+    the frame at `top` is shown, 0 if unknown; shift: what to add for the continuous clock; all in the time base.
+    """
+
+    packet: int
+    low: float = math.inf
+    top: float = -math.inf
+    length: int = 0
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The parts of a stream in the order of the file. second: in the time base. origin: the timestamp of second 0.
+
+    last: seconds that a frame is shown which does not say so.
+    """
+
+    parts: tuple[Part, ...]
+    second: float
+    origin: int
+    last: float
+
+    @property
+    def end(self) -> float:
+        """Seconds, when the last frame leaves the screen."""
+        part = self.parts[-1]
+        return self.seconds(part.top, -1) + (part.length / self.second or self.last)
+
+    def seconds(self, pts: float, part: int) -> float:
+        """The time of a timestamp in a part."""
+        return (pts + self.parts[part].shift - self.origin) / self.second
+
+    def shifts(self, packets: int) -> np.ndarray:
+        """int64 [packets]: what to add to the timestamp of each packet."""
+        starts = [0, *(part.packet for part in self.parts[1:]), packets]
+        return np.repeat(np.array([part.shift for part in self.parts], dtype=np.int64), np.diff(starts))
+
+    def follow(self, part: int, latest: float, pts: int) -> int:
+        """The part of the next decoded frame, after one with timestamp `latest` in `part`."""
+
+        def holds(number: int) -> bool:
+            return self.parts[number].low <= pts <= self.parts[number].top
+
+        back = pts < latest - _BACK * self.second
+        if holds(part) and not back:
+            return part
+        return next((later for later in range(part + 1, len(self.parts)) if holds(later)), part)
+
+    def note(self, name: str) -> str | None:
+        """What is to be said of jumps, if there are any."""
+        jumps = len(self.parts) - 1
+        if not jumps:
+            return None
+        before, after = self.parts[0].top / self.second, self.parts[1].low / self.second
+        time = self.seconds(self.parts[1].low, 1)
+        count = "jumps once, at" if jumps == 1 else f"jumps {jumps} times, first at"
+        return (
+            f"the clock of {name} {count} {time:.2f} s (from {before:.2f} s to {after:.2f} s), as in joined recordings"
+            "; what follows is counted on from there"
+        )
+
+
+@dataclass
+class Splitter:
+    """Splits the packets of a stream, given in the order of the file, where its clock jumps."""
+
+    second: float
+    may_pause: bool
+    parts: list[Part] = field(default_factory=lambda: [Part(0)])
+    _latest: int | None = None
+
+    def add(self, number: int, pts: int, dts: int | None, length: int, restart: bool, shown: bool) -> None:
+        """The next packet. restart: whether all packets before it on the same clock are shown before it."""
+        part = self.parts[-1]
+        jump = restart and pts <= part.top
+        if dts is not None:
+            ahead = _AHEAD_ELSEWHERE if self.may_pause else _AHEAD
+            if self._latest is not None:
+                jump = jump or not -_BACK * self.second <= dts - self._latest <= ahead * self.second
+            self._latest = dts
+        if jump:
+            part = Part(number)
+            self.parts.append(part)
+        if shown:
+            part.low = min(part.low, pts)
+            if pts > part.top:
+                part.top, part.length = pts, length
+
+    def timeline(self, origin: int, last: float) -> Timeline:
+        """The parts that show something, each beginning when the last frame of the one before leaves the screen."""
+        parts = [part for part in self.parts if part.low <= part.top]
+        for before, part in zip(parts, parts[1:], strict=False):
+            end = before.top + before.shift + (before.length or last * self.second)
+            part.shift = round(end) - int(part.low)
+        return Timeline(tuple(parts), self.second, min(origin, int(parts[0].low)), last)
+
+
+def splitter(container: av.container.InputContainer, stream: av.VideoStream) -> Splitter:
+    return Splitter(float(1 / stream.time_base), not _restarts(container))
+
+
+def origin_of(container: av.container.InputContainer, stream: av.VideoStream) -> int:
+    """The timestamp, in the stream's time base, of second 0."""
+    if not _restarts(container) or container.start_time is None:
+        return 0
+    return round(container.start_time / av.time_base / stream.time_base)
+
+
+def scan(
+    container: av.container.InputContainer, stream: av.VideoStream, rate: float, most_broken: int
+) -> tuple[Timeline | None, np.ndarray | None]:
+    """(the clock, the seconds at which frames appear, ascending) by the packets alone, None where they do not tell.
+
+    Where no packet has a time there is no clock, and frames follow one another at `rate` per second, which is also how
+    long a frame is shown that does not say so. most_broken: errors to read past.
+    """
+    found, clock, count, broken = splitter(container, stream), array("q"), 0, 0
+    complete = True
+    packets = packets_of(container, stream)
+    while broken < most_broken:
+        try:
+            packet = next(packets)
+        except (StopIteration, EOFError):
+            break
+        except av.error.FFmpegError:
+            broken += 1
+            packets = packets_of(container, stream)
+            continue
+        if packet.size == 0 or packet.is_discard:
+            continue
+        count += 1
+        complete = complete and packet.pts is not None
+        pts = packet.dts if packet.pts is None else packet.pts
+        if pts is None:
+            continue
+        # Whether decoding can begin at a key frame is not known here, nor how fields are packed: no judging by order.
+        found.add(len(clock), pts, packet.dts, max(packet.duration or 0, 0), False, True)
+        clock.append(pts)
+    if not clock:
+        return None, np.arange(count) / rate if count else None
+    timeline = found.timeline(origin_of(container, stream), 1 / rate)
+    times = (np.array(clock) + timeline.shifts(len(clock)) - timeline.origin) / timeline.second
+    return timeline, np.unique(times) if complete else None
+
+
+def first_samples(times: np.ndarray | None, begin: float, step: float, count: int) -> np.ndarray:
+    """The i < count at which a frame is first on the screen at begin + i * step, given when the frames appear.
+
+    Without `times` all i. The work grows with the frames, not with `count`: a few bytes can claim to last for years.
+    """
+    if times is None:
+        return np.arange(count)
+    firsts = np.ceil((times - begin - TOLERANCE) / step).clip(0)
+    return firsts[firsts < np.minimum(np.append(firsts[1:], count), count)]
+
+
+def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of a stream from where the container is, and an empty one at the end of the file.
+
+    PyAV stumbles over packets of streams that appear on the way, in damaged or joined transport streams; they are not
+    of this stream and are passed over.
+    """
+    while True:
+        try:
+            yield from container.demux(stream)
+            return
+        except IndexError:
+            continue
+
+
+def _restarts(container: av.container.InputContainer) -> bool:
+    """Whether the format's clock may begin anywhere and begin again."""
+    return bool(container.format.flags & Flags.ts_discont.value)
