@@ -32,20 +32,19 @@ WHOLE = 2000  # frames of a clip that are compared
 BARE = ("AUTO", "FRAME", "SLICE", "one thread")
 
 Decoded = tuple[float, bytes]
-"""(seconds from the first frame, digest of the RGB pixels)"""
+"""(seconds on the container's clock, digest of the RGB pixels)"""
 
 
 def decode_all(path: Path) -> tuple[list[Decoded], float]:
     """Every frame of a clip, one after the other; seconds at the end of the last."""
     found: list[Decoded] = []
-    first = end = None
+    end = None
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         for frame in container.decode(stream):
-            first = frame.pts if first is None else first
-            seconds = len(found) / rate if frame.pts is None else float((frame.pts - first) * frame.time_base)
+            seconds = len(found) / rate if frame.pts is None else float(frame.pts * frame.time_base)
             found.append((seconds, _digest(frame.to_ndarray(format="gbrp"))))
             end = seconds + (float(frame.duration * frame.time_base) if frame.duration else 1 / rate)
             if len(found) == WHOLE:
@@ -74,7 +73,8 @@ def compare(path: Path, trials: int, draw: random.Random) -> dict:
         until = None if whole and trial % 2 else min(begin + draw.uniform(0.5, 60), last)
         count = draw.choice((1, 3, 9)) if trial % 3 == 2 else None
         decode._FAR = 0 if trial % 4 == 1 else near  # every gap is jumped over
-        decoder = open_decoder(open_container(path, path.name), path.name, draw.choice(RATES), 400, begin, until, count)
+        container = open_container(path, path.name)
+        decoder = open_decoder(container, path.name, draw.choice(RATES), 400, begin, until, count, as_coded=True)
         decode._FAR = near
         got = [(frame.index, frame.time, _digest(frame.pixels.permute(1, 2, 0).numpy())) for frame in decoder.frames()]
         want = [(at, *frames[at]) for at in expected(frames, decoder.times, end)]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -57,23 +58,33 @@ def differences(path: Path, **settings: object) -> Difference:
 
 
 def full_frames(path: Path, times: list[float]) -> Iterator[np.ndarray]:
-    """For each of the ascending times (seconds from the first frame) the frame shown then, [H, W, 3] uint8 RGB."""
+    """For each of the ascending times (seconds, the container's) the frame shown then, [H, W, 3] uint8 RGB."""
     with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        start = held = None
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        held = None
         following = iter(times)
         wanted = next(following, None)
-        for frame in container.decode(video=0):
-            start = frame.time if start is None else start
-            while wanted is not None and held is not None and frame.time - start > wanted + 1e-4:
-                yield held.to_ndarray(format="rgb24")
+        for frame in container.decode(stream):
+            while wanted is not None and held is not None and frame.time > wanted + 1e-4:
+                yield _shown(held, stream.sample_aspect_ratio)
                 wanted = next(following, None)
             if wanted is None:
                 return
             held = frame
         while wanted is not None:
-            yield held.to_ndarray(format="rgb24")
+            yield _shown(held, stream.sample_aspect_ratio)
             wanted = next(following, None)
+
+
+def _shown(frame: av.VideoFrame, aspect: Fraction | None) -> np.ndarray:
+    """A frame with square pixels [H, W, 3], in BT.709 where it is HD and says nothing of colours."""
+    aspect = aspect or Fraction(1)
+    width, height = round(frame.width * max(aspect, 1)), round(frame.height / min(aspect, 1))
+    matrix = "ITU709" if frame.colorspace == 2 and (frame.width >= 1280 or frame.height > 576) else None
+    kernel = None if (width, height) == (frame.width, frame.height) else "BICUBIC"
+    shown = frame.reformat(width, height, "rgb24", src_colorspace=matrix, dst_colorspace=matrix, interpolation=kernel)
+    return shown.to_ndarray()
 
 
 def main() -> None:
