@@ -1,4 +1,4 @@
-"""Exchange: what is known of samples to all ranks, and each encoded sample, as bytes, to the ranks that train on it.
+"""Exchange: plans and what is known of samples, between rank 0 and the others; encoded samples to who trains on them.
 
 Everything here runs in the loader's thread, in a gloo group of its own, so that it never waits for, nor holds up, what
 the training does in other groups.
@@ -6,7 +6,7 @@ the training does in other groups.
 
 import io
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,30 @@ TENSORS = (
 )  # fmt: skip
 
 
+class Failure(NamedTuple):
+    """An error as it travels between ranks: its class where it is a KeyeError, and its message."""
+
+    name: str
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception, rank: int) -> "Failure":
+        name, text = type(error).__name__, str(error)
+        known = getattr(keye.errors, name, None) is not None
+        return cls(name, text) if known else cls("KeyeError", f"the data of rank {rank}: {name}: {text}")
+
+    @property
+    def error(self) -> KeyeError:
+        return getattr(keye.errors, self.name)(self.text)
+
+
 def make_group(ranks: int) -> dist.ProcessGroup | None:
     """A gloo group of all ranks for one loader; collective. None for a process alone."""
     return dist.new_group(backend="gloo") if ranks > 1 else None
 
 
 def gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Plain values of every rank, by rank."""
+    """Plain values of every rank, by rank, on every rank."""
     if group is None:
         return [mine]
     found: list[Any] = [None] * dist.get_world_size(group)
@@ -37,8 +54,26 @@ def gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return found
 
 
+def collect(mine: Any, group: dist.ProcessGroup | None) -> list[Any] | None:
+    """Plain values of every rank, by rank, on rank 0; None on the others."""
+    if group is None:
+        return [mine]
+    found = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(mine, found, dst=0, group=group)
+    return found
+
+
+def broadcast(mine: Any, group: dist.ProcessGroup | None) -> Any:
+    """What rank 0 has, on every rank."""
+    if group is None:
+        return mine
+    box = [mine]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
 def agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank the error of the first rank that has one.
+    """Raise on every rank the error of the first rank that has one; without an error that is one number.
 
     Raises:
         KeyeError: of the class it had, or naming rank and class where it was no KeyeError.
@@ -47,14 +82,12 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
         if error is not None:
             raise error
         return
-    said = None if error is None else (type(error).__name__, str(error))
-    for rank, found in enumerate(gather(said, group)):
-        if found is not None:
-            name, text = found
-            cls = getattr(keye.errors, name, None)
-            if cls is None:
-                cls, text = KeyeError, f"the data of rank {rank}: {name}: {text}"
-            raise cls(text) from error
+    failed = torch.tensor([error is not None], dtype=torch.int32)
+    dist.all_reduce(failed, group=group)
+    if not failed:
+        return
+    failures = gather(None if error is None else Failure.of(error, dist.get_rank()), group)
+    raise next(failure for failure in failures if failure is not None).error from error
 
 
 def part(item: Item, stills: list[Piece] | None, frames: list[Piece] | None) -> Item:
@@ -88,7 +121,8 @@ def _write(items: list[tuple[Any, Item]]) -> Tensor:
     rows = []
     for key, item in items:
         tensors = {name: getattr(item.sample, name) for name in TENSORS}
-        plain = (key, item.source, item.index, item.kind, item.caption, item.sample.all_warnings, item.sample.thinned)
+        plain = (key, item.source, item.index, item.kind, item.caption, item.part)
+        plain += (item.sample.all_warnings, item.sample.thinned)
         rows.append((plain, {name: value for name, value in tensors.items() if value is not None}))
     out = io.BytesIO()
     torch.save(rows, out)

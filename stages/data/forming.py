@@ -1,41 +1,48 @@
 """Forming: which samples of the pool go together in the packs of a step.
 
-A pack is closed by an exact subset sum, so that it is full; the packs of a step are chosen to cost the same.
+Samples are dealt to the packs by their cost, then each pack is closed by an exact subset sum, so that it is full, and
+in the end samples are exchanged until the packs cost the same. Pools have tens of thousands of samples when they are
+short: everything here works on columns, and what is done once a pack looks at a window of a sorted column.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from stages.data.planner import Ledger, Waiting
+from stages.data.closing import Build, close, even_out
+from stages.data.planner import Ledger
+from stages.data.samples import Pool
 
 
-def fill(room: int, sizes: list[int]) -> list[int]:
-    """Indices of the sizes whose sum is the largest that is at most `room`: an exact subset sum.
+@dataclass(frozen=True)
+class View:
+    """The columns that packs are formed by. Costs are integers, so that their sums are the same on every machine.
 
-    Bit s of a Python integer says that s can be reached; a size is one shift. Of equal sums, earlier sizes are taken.
+    cost: excess int64 `[N]` in units of about a thousandth of a token's. late: bool `[N]`, has waited its time.
+    per_token: what a token costs without excess, in the same units.
     """
-    reached, mask = [1], (1 << (room + 1)) - 1
-    for size in sizes:
-        reached.append((reached[-1] | (reached[-1] << size)) & mask)
-        if reached[-1] >> room:
-            break
-    total, chosen = reached[-1].bit_length() - 1, []
-    for i in range(len(reached) - 2, -1, -1):
-        if not (reached[i] >> total) & 1:
-            chosen.append(i)
-            total -= sizes[i]
-    return chosen[::-1]
+
+    tokens: np.ndarray
+    cost: np.ndarray
+    kind: np.ndarray
+    late: np.ndarray
+    per_token: float
+
+    @property
+    def density(self) -> np.ndarray:
+        """Cost a token, float64 `[N]`."""
+        return self.cost / self.tokens
 
 
 class Packs:
     """Forms packs of one context length that are full, cost the same, and keep the kinds' shares of the tokens.
 
-    The oldest samples of the kinds that are behind make up most of a step. They are dealt to the packs, dearest first;
-    what is left of each pack is closed exactly with samples that bring its cost to the others'.
+    The oldest samples of the kinds that are behind make up most of a step. They are dealt to the packs, most expensive
+    first; what is left of each pack is closed exactly with samples that bring its cost to the others'.
 
-    A sample so dear that its pack would cost more than the others whatever lay beside it waits until there are as many
-    of its like as ranks meet in a round. Then each of them has a pack of its own, and these packs cost the same again.
+    A sample so expensive that its pack would cost more than the others whatever lay beside it waits until there are as
+    many such samples as ranks meet in a round. Then each of them has a pack of its own, and these packs cost the same
+    again.
 
     Args:
         context: tokens a pack holds. packs: packs a step. per_token: see `Cost`.
@@ -44,265 +51,192 @@ class Packs:
 
     samples = 64  # in the pool: enough for a subset sum to close a pack
     core = 0.85  # of a step's tokens is dealt by cost; the rest closes the packs
-    patience = 8  # steps that a sample waits at most for its like
+    patience = 8  # steps that a sample waits at most for others as expensive
     choices = 48  # candidates of a subset sum, by cost, and as many by length
     tolerance = 0.02  # how far from the mean a pack may cost before samples are held back or exchanged
     exchanges = 4  # in a pack, at most
     loss = 0.01  # of a pack that may be left open for the sake of its cost
+    singly = 2048  # samples, the longest, that are dealt one by one; the others are dealt many at once
 
     def __init__(self, context: int, packs: int, per_token: int, alike: int = 0) -> None:
         self.context, self.packs, self.per_token = context, packs, per_token
         self.alike = alike or -(-packs // 4)
         self.amount, self.guess = context * packs, context
+        self._unit = max(1, per_token >> 10)
 
-    def units(self, tokens: float) -> float:
+    def units(self, tokens: np.ndarray) -> np.ndarray:
         """A step is measured in tokens."""
         return tokens
 
-    def form(self, pool: list[Waiting], ledger: Ledger, step: int) -> list[list[Waiting]]:
+    def form(self, pool: Pool, ledger: Ledger, step: int) -> list[np.ndarray]:
         """See `Former`."""
-        dear, held = self._dear(pool, ledger, step)
-        groups = self._gathered(dear, pool, step)
-        leading = [waiting for group in groups for waiting in group]
-        held -= {waiting.serial for waiting in leading}
-        chosen = self._oldest(pool, ledger, step, held, leading)
-        packs = self._packs(groups, chosen[len(leading) :])
-        for waiting in self._deal(chosen[len(leading) :], packs):
-            ledger.add(waiting.meta, -1)
-        gone = held | {waiting.serial for pack in packs for waiting in pack.samples}
-        rest = [waiting for waiting in pool if waiting.serial not in gone]
-        rest = self._close(packs, rest, ledger)
-        self._even_out(packs, rest, ledger, step)
-        return [sorted(pack.samples, key=lambda waiting: waiting.serial) for pack in packs]
+        late = step - pool.born >= self.patience
+        view = View(pool.tokens, pool.excess // self._unit, pool.kind, late, self.per_token / self._unit)
+        expensive, held = self._expensive(view, ledger)
+        groups = self._gathered(expensive, view)
+        leading = np.concatenate([np.zeros(0, np.int64), *groups])
+        held[leading] = True
+        chosen = oldest(view.tokens, view.kind, view.late, ledger, self.amount, held, leading)
+        builds = self._builds(groups, chosen, view)
+        self._deal(chosen, builds, view)
+        rows = np.concatenate([build.rows for build in builds]).astype(np.int64)
+        ledger.add(view.kind[rows], view.tokens[rows])
+        held[rows] = True
+        rest = close(builds, np.flatnonzero(~held), view, ledger, self)
+        even_out(builds, rest, view, ledger, self)
+        return [np.sort(np.array(build.rows, np.int64)) for build in builds]
 
-    def _dear(self, pool: list[Waiting], ledger: Ledger, step: int) -> tuple[list[Waiting], set[int]]:
+    def _expensive(self, view: View, ledger: Ledger) -> tuple[np.ndarray, np.ndarray]:
         """Samples whose pack would cost more than the mean, were the rest of it the cheapest quarter of all tokens.
 
         Returns:
-            Those that it would be the turn of, and the serials of these and all others like that.
+            Rows of those that it would be the turn of, and a mask of these and all others like that.
         """
-        dear: list[Waiting] = []
+        held = np.zeros(len(view.tokens), bool)
+        found: list[np.ndarray] = []
         if self.packs == 1:
-            return dear, set()
-        spare = sum(waiting.meta.tokens for waiting in pool) - 1.2 * self.amount
+            return np.zeros(0, np.int64), held
+        spare = int(view.tokens.sum()) - 1.2 * self.amount
         while True:
-            chosen = self._oldest(pool, ledger, step, {waiting.serial for waiting in dear})
-            for waiting in chosen:
-                ledger.add(waiting.meta, -1)
-            mean = sum(waiting.meta.excess for waiting in chosen) / self.packs
-            limit = mean + self.tolerance * (self.context * self.per_token + mean)
-            cheap = _cheapest(chosen, self.amount / 4)
-            over = {w.serial for w in pool if w.meta.excess + cheap * (self.context - w.meta.tokens) > limit}
-            more = sorted((w for w in chosen if w.serial in over), key=_excess, reverse=True)
+            chosen = oldest(view.tokens, view.kind, view.late, ledger, self.amount, held)
+            mean = int(view.cost[chosen].sum()) / self.packs
+            limit = mean + self.tolerance * (self.context * view.per_token + mean)
+            cheap = _cheapest(chosen, view, self.amount / 4)
+            over = view.cost + cheap * (self.context - view.tokens) > limit
+            more = chosen[over[chosen]]
+            more = more[np.lexsort((-more, -view.cost[more]))]
             # A few at a time, because what takes their place changes the mean.
             more = more[: 1 + len(more) // 4]
-            spare -= sum(waiting.meta.tokens for waiting in more)
-            if not more or spare < 0:
-                return dear, {waiting.serial for waiting in dear} | (set() if more else over)
-            dear += more
+            spare -= int(view.tokens[more].sum())
+            if not len(more) or spare < 0:
+                return np.concatenate([np.zeros(0, np.int64), *found]), held if len(more) else held | over
+            held[more] = True
+            found.append(more)
 
-    def _gathered(self, dear: list[Waiting], pool: list[Waiting], step: int) -> list[list[Waiting]]:
-        """Groups of the dear, `alike` in each, that shall lead a pack of this step each; the others wait."""
-        near = sorted(dear, key=_excess)
+    def _gathered(self, expensive: np.ndarray, view: View) -> list[np.ndarray]:
+        """Groups of the expensive, `alike` in each, that shall lead a pack of this step each; the others wait."""
+        near = expensive[np.lexsort((expensive, view.cost[expensive]))]
         count = min(len(near), self.packs) // self.alike * self.alike
-        if not count and any(step - waiting.born >= self.patience for waiting in near):
+        if not count and view.late[near].any():
             # Time is up: those that come nearest join in.
-            held = {waiting.serial for waiting in near}
-            others = sorted((w for w in pool if w.serial not in held), key=_excess)
-            near = others[-(self.alike - len(near)) :] + near
+            others = np.setdiff1d(np.arange(len(view.tokens)), near)
+            others = others[np.lexsort((others, view.cost[others]))]
+            near = np.concatenate([others[-(self.alike - len(near)) :], near])
             count = len(near)
         if not count:
             return []
-        eldest = min(range(len(near)), key=lambda i: (near[i].born, near[i].serial))
-        first = min(
-            range(max(0, eldest - count + 1), min(eldest, len(near) - count) + 1),
-            key=lambda i: near[i + count - 1].meta.excess - near[i].meta.excess,
-        )
+        eldest, costs = int(near.argmin()), view.cost[near]
+        starts = np.arange(max(0, eldest - count + 1), min(eldest, len(near) - count) + 1)
+        first = int(starts[(costs[starts + count - 1] - costs[starts]).argmin()])
         return [near[i : i + self.alike] for i in range(first, first + count, self.alike)]
 
-    def _oldest(
-        self, pool: list[Waiting], ledger: Ledger, step: int, held: set[int], leading: Sequence[Waiting] = ()
-    ) -> list[Waiting]:
-        """A step's tokens: what leads, what has waited too long, and the oldest of the kinds that are behind."""
-        without = held | {waiting.serial for waiting in leading}
-        late: list[Waiting] = []
-        queues: dict[str, list[Waiting]] = {}
-        for waiting in reversed(pool):
-            if waiting.serial not in without:
-                old = step - waiting.born >= self.patience
-                (late if old else queues.setdefault(waiting.meta.kind, [])).append(waiting)
-        chosen, tokens = list(leading), 0
-        for waiting in leading:
-            ledger.add(waiting.meta)
-            tokens += waiting.meta.tokens
-        while tokens < self.amount and (late or any(queues.values())):
-            if late:
-                chosen.append(late.pop())
-            else:
-                kind = max((k for k in queues if queues[k]), key=lambda k: (ledger.owed(k), k))
-                chosen.append(queues[kind].pop())
-            ledger.add(chosen[-1].meta)
-            tokens += chosen[-1].meta.tokens
-        return chosen
-
-    def _packs(self, groups: list[list[Waiting]], others: list[Waiting]) -> list["_Pack"]:
-        """Packs with what leads them, and the excess that each shall have in the end."""
-        tokens, excess = (sum(getattr(w.meta, name) for w in others) for name in ("tokens", "excess"))
-        density, packs = excess / max(tokens, 1), []
+    def _builds(self, groups: list[np.ndarray], others: np.ndarray, view: View) -> list[Build]:
+        """Packs with what leads them, and the cost that each shall have in the end."""
+        tokens, cost = int(view.tokens[others].sum()), float(view.cost[others].sum())
+        density, builds = cost / max(tokens, 1), []
         for number, group in enumerate(groups):
-            ends = [w.meta.excess + density * (self.context - w.meta.tokens) for w in group]
-            target = max(sum(ends) / len(ends), max(w.meta.excess for w in group))
-            for waiting in group:
-                packs.append(_Pack(self.context, target, number))
-                packs[-1].add(waiting)
-                excess -= target - waiting.meta.excess
-        plain = self.packs - len(packs)
-        return packs + [_Pack(self.context, max(0.0, excess) / plain, len(groups)) for _ in range(plain)]
+            costs, sizes = view.cost[group].tolist(), view.tokens[group].tolist()
+            ends = [c + density * (self.context - size) for c, size in zip(costs, sizes, strict=True)]
+            target = max(sum(ends) / len(ends), max(costs))
+            for row, own, size in zip(group.tolist(), costs, sizes, strict=True):
+                builds.append(Build(self.context, target, number))
+                builds[-1].add(row, size, own)
+                cost -= target - own
+        plain = self.packs - len(builds)
+        return builds + [Build(self.context, max(0.0, cost) / plain, len(groups)) for _ in range(plain)]
 
-    def _deal(self, others: list[Waiting], packs: list["_Pack"]) -> list[Waiting]:
-        """Deal the longest of the others to the packs; returns what is not dealt: the shortest, which close the packs.
+    def _deal(self, others: np.ndarray, builds: list[Build], view: View) -> None:
+        """Deal the longest of the others to the packs; the shortest, which are not dealt, close them.
 
-        A pack needs so much excess a token to end at its target. Dear samples go where most is needed, cheap ones
+        A pack needs so much cost a token to end at its target. Expensive samples go where most is needed, cheap ones
         where least is.
         """
-        if not others:
-            return []
-        # What has waited longest is placed before a pack can be too full for it.
-        first = min(others, key=lambda waiting: (waiting.born, waiting.serial))
-        order = [first, *sorted((w for w in others if w is not first), key=_length, reverse=True)]
-        room, missing = (np.array([getattr(pack, name) for pack in packs], float) for name in ("room", "missing"))
-        tokens, count = self.amount - sum(room), 0
-        while count < len(order) and tokens < self.core * self.amount:
-            tokens += order[count].meta.tokens
-            count += 1
-        left = order[count:]
-        # Those that are long for a pack come first, so that they find room; then the dearest.
-        order = [first, *sorted(order[1:count], key=self._urgency)]
-        for waiting in order:
-            meta = waiting.meta
-            apart = abs(missing / np.maximum(room, 1) - meta.excess / meta.tokens)
-            place = int(np.where(room >= meta.tokens, apart, np.inf).argmin())
-            if room[place] < meta.tokens:
-                left.append(waiting)
-                continue
-            packs[place].add(waiting)
-            room[place] -= meta.tokens
-            missing[place] -= meta.excess
-        return left
-
-    def _urgency(self, waiting: Waiting) -> tuple[bool, int, int]:
-        return 4 * waiting.meta.tokens < self.context, -waiting.meta.excess, waiting.serial
-
-    def _close(self, packs: list["_Pack"], rest: list[Waiting], ledger: Ledger) -> list[Waiting]:
-        """Fill what is left of each pack from the rest of the pool, the emptiest pack first; returns what remains."""
-        for pack in sorted(packs, key=lambda pack: -pack.room):
-            density = pack.missing / max(pack.room, 1)
-            open_room = sum(p.room for p in packs)
-            fitting = [w for w in rest if w.meta.tokens <= pack.room]
-            behind = [w for w in fitting if ledger.owed(w.meta.kind, open_room) > 0]
-            found: list[Waiting] = []
-            for candidates in (behind, fitting):
-                near = self._candidates(candidates, density, pack.room)
-                tried = [near[i] for i in fill(pack.room, [w.meta.tokens for w in near])]
-                found = max(found, tried, key=lambda part: sum(w.meta.tokens for w in part))
-                if pack.room - sum(w.meta.tokens for w in found) <= 0.005 * self.context:
-                    break
-            for waiting in found:
-                pack.add(waiting)
-                ledger.add(waiting.meta)
-            taken = {waiting.serial for waiting in found}
-            rest = [waiting for waiting in rest if waiting.serial not in taken]
-        return rest
-
-    def _candidates(self, fitting: list[Waiting], density: float, room: int) -> list[Waiting]:
-        """Samples whose cost a token is nearest to what a pack needs, and short ones, which close what these leave."""
-        near = sorted(fitting, key=lambda w: (abs(w.meta.excess / w.meta.tokens - density), w.serial))
-        count, tokens = 0, 0
-        while count < len(near) and (count < self.choices or tokens < 2 * room):
-            tokens += near[count].meta.tokens
-            count += 1
-        return near[:count] + sorted(near[count:], key=_length)[: self.choices]
-
-    def _even_out(self, packs: list["_Pack"], rest: list[Waiting], ledger: Ledger, step: int) -> None:
-        """Exchange samples for others of their kind and nearly their length from the rest, where that evens the costs.
-
-        Samples that have waited their time stay where they are.
-        """
-        if not rest or len(packs) == 1:
+        if not len(others):
             return
-        for group in {pack.group for pack in packs}:
-            like = [pack for pack in packs if pack.group == group]
-            for pack in like:
-                pack.target = sum(p.excess for p in like) / len(like)
-        tokens = np.array([waiting.meta.tokens for waiting in rest])
-        excess = np.array([waiting.meta.excess for waiting in rest])
-        kinds = np.array([waiting.meta.kind for waiting in rest])
-        for pack in packs:
-            near = self.tolerance / 2 * (self.context * self.per_token + pack.target)
-            for _ in range(self.exchanges):
-                gap = -pack.missing
-                if abs(gap) <= near:
-                    break
-                found = []
-                for place, out in enumerate(pack.samples):
-                    if step - out.born < self.patience:
-                        longer = tokens - out.meta.tokens
-                        fits = (longer <= pack.room) & (pack.room - longer <= self.loss * self.context)
-                        fits &= kinds == out.meta.kind
-                        missed = np.where(fits, abs(gap - out.meta.excess + excess), abs(gap))
-                        found.append((float(missed.min()), place, int(missed.argmin())))
-                missed, place, into = min(found, default=(abs(gap), 0, 0))
-                if missed >= abs(gap):
-                    break
-                out = pack.samples[place]
-                pack.exchange(out, rest[into])
-                ledger.add(rest[into].meta)
-                ledger.add(out.meta, -1)
-                rest[into] = out
-                tokens[into], excess[into] = out.meta.tokens, out.meta.excess
+        room, missing = (np.array([getattr(build, name) for build in builds], float) for name in ("room", "missing"))
+        # What has waited longest is placed before a pack can be too full for it.
+        first = others.min()
+        order = others[others != first]
+        order = order[np.lexsort((-order, -view.tokens[order]))]
+        dealt = self.amount - room.sum() + view.tokens[first] + np.cumsum(view.tokens[order])
+        order = order[: int(np.searchsorted(dealt, self.core * self.amount)) + 1]
+        order, small = order[: self.singly], order[self.singly :]
+        # Those that are long for a pack come first, so that they find room; then the most expensive.
+        order = order[np.lexsort((order, -view.cost[order], 4 * view.tokens[order] < self.context))]
+        for row in [int(first), *order.tolist()]:
+            size, cost = int(view.tokens[row]), int(view.cost[row])
+            apart = abs(missing / np.maximum(room, 1) - cost / size)
+            place = int(np.where(room >= size, apart, np.inf).argmin())
+            if room[place] >= size:
+                builds[place].add(row, size, cost)
+                room[place] -= size
+                missing[place] -= cost
+        self._deal_small(small[np.lexsort((small, -view.cost[small]))], builds, view, room, missing)
+
+    def _deal_small(
+        self, order: np.ndarray, builds: list[Build], view: View, room: np.ndarray, missing: np.ndarray
+    ) -> None:
+        """One sample to every pack at once, round after round: the most expensive a token where most is needed."""
+        density, count = view.density, len(builds)
+        for begin in range(0, len(order), count):
+            rows = order[begin : begin + count]
+            rows = rows[np.argsort(-density[rows], kind="stable")]
+            needs = np.argsort(-missing / np.maximum(room, 1), kind="stable")
+            # Where there are fewer samples than packs, those packs that have the most room.
+            if len(rows) < count:
+                widest = np.sort(np.argsort(-room[needs], kind="stable")[: len(rows)])
+                needs = needs[widest]
+            sizes, costs = view.tokens[rows], view.cost[rows]
+            fits = room[needs] >= sizes
+            room[needs[fits]] -= sizes[fits]
+            missing[needs[fits]] -= costs[fits]
+            for place, row, size, cost in zip(
+                needs[fits].tolist(), rows[fits].tolist(), sizes[fits].tolist(), costs[fits].tolist(), strict=True
+            ):
+                builds[place].add(row, size, cost)
 
 
-def _length(waiting: Waiting) -> tuple[int, int]:
-    return waiting.meta.tokens, waiting.serial
+def oldest(
+    tokens: np.ndarray,
+    kind: np.ndarray,
+    late: np.ndarray,
+    ledger: Ledger,
+    amount: int,
+    without: np.ndarray,
+    leading: np.ndarray | None = None,
+    each: np.ndarray | None = None,
+) -> np.ndarray:
+    """What makes up a step: rows that have waited too long, then the oldest of the kinds that are behind.
+
+    The turns of a kind's samples lie on the scale of its tokens so far ÷ its share; taken in this order, the kinds keep
+    their shares.
+
+    Args:
+        tokens, kind, late: columns of the pool, oldest first. amount: of a step. without: mask of rows to leave.
+        leading: rows that are in the step already. each: how much of the amount a row is; its tokens by default.
+    """
+    each = tokens if each is None else each
+    leading = np.zeros(0, np.int64) if leading is None else leading
+    first, rest = np.flatnonzero(late & ~without), np.flatnonzero(~late & ~without)
+    emitted = ledger.emitted.copy()
+    for rows in (leading, first):
+        np.add.at(emitted, kind[rows], tokens[rows])
+    turns = np.empty(len(rest))
+    for place, share in enumerate(ledger.shares.tolist()):
+        mine = kind[rest] == place
+        sizes = tokens[rest[mine]]
+        # In the middle of a sample, so that no kind is favoured.
+        turns[mine] = (int(emitted[place]) - share * int(emitted.sum()) + np.cumsum(sizes) - sizes / 2) / share
+    rows = np.concatenate([first, rest[np.argsort(turns, kind="stable")]])
+    taken = int(each[leading].sum()) + np.cumsum(each[rows])
+    return rows[: int(np.searchsorted(taken, amount)) + 1] if each[leading].sum() < amount else rows[:0]
 
 
-def _excess(waiting: Waiting) -> tuple[int, int]:
-    return waiting.meta.excess, waiting.serial
-
-
-def _cheapest(samples: list[Waiting], enough: float) -> float:
-    """Excess a token of the cheapest samples that have `enough` tokens together."""
-    tokens = excess = 0
-    for waiting in sorted(samples, key=lambda w: (w.meta.excess / w.meta.tokens, w.serial)):
-        if tokens >= enough:
-            break
-        tokens += waiting.meta.tokens
-        excess += waiting.meta.excess
-    return excess / max(tokens, 1)
-
-
-class _Pack:
-    """A pack in the making. target: the excess that it shall have, as all packs of its group."""
-
-    def __init__(self, room: int, target: float, group: int) -> None:
-        self.samples: list[Waiting] = []
-        self.room, self.excess, self.target, self.group = room, 0, target, group
-
-    @property
-    def missing(self) -> float:
-        """Excess to the target."""
-        return self.target - self.excess
-
-    def add(self, waiting: Waiting) -> None:
-        self.samples.append(waiting)
-        self.room -= waiting.meta.tokens
-        self.excess += waiting.meta.excess
-
-    def exchange(self, out: Waiting, into: Waiting) -> None:
-        self.samples.remove(out)
-        self.room += out.meta.tokens
-        self.excess -= out.meta.excess
-        self.add(into)
+def _cheapest(rows: np.ndarray, view: View, enough: float) -> float:
+    """Cost a token of the cheapest of these rows that have `enough` tokens together."""
+    order = rows[np.lexsort((rows, view.density[rows]))]
+    count = int(np.searchsorted(np.cumsum(view.tokens[order]), enough)) + 1
+    return int(view.cost[order[:count]].sum()) / max(int(view.tokens[order[:count]].sum()), 1)
 
 
 class Pairs:
@@ -317,18 +251,14 @@ class Pairs:
     def __init__(self, count: int) -> None:
         self.amount = count
 
-    def units(self, tokens: float) -> float:
+    def units(self, tokens: np.ndarray) -> np.ndarray:
         """A step is measured in samples."""
-        return 1
+        return tokens * 0 + 1
 
-    def form(self, pool: list[Waiting], ledger: Ledger, step: int) -> list[list[Waiting]]:
+    def form(self, pool: Pool, ledger: Ledger, step: int) -> list[np.ndarray]:
         """See `Former`."""
-        queues: dict[str, list[Waiting]] = {}
-        for waiting in reversed(pool):
-            queues.setdefault(waiting.meta.kind, []).append(waiting)
-        packs = []
-        for _ in range(self.amount):
-            kind = max((k for k in queues if queues[k]), key=lambda k: (ledger.owed(k), k))
-            packs.append([queues[kind].pop()])
-            ledger.add(packs[-1][0].meta)
-        return packs
+        none = np.zeros(len(pool), bool)
+        each = np.ones(len(pool), np.int64)
+        rows = oldest(pool.tokens, pool.kind, none, ledger, self.amount, none, each=each)
+        ledger.add(pool.kind[rows], pool.tokens[rows])
+        return [rows[i : i + 1] for i in range(len(rows))]

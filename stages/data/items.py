@@ -18,7 +18,7 @@ PIXELS = ("pixel_values", "pixel_values_videos")
 
 @dataclass(frozen=True)
 class Item:
-    """One encoded sample, where it came from (`source`, `index`: enough to encode it again) and its caption.
+    """One encoded sample, where it came from (`source`, `index`, `part`: enough to encode it again) and its caption.
 
     Normalised pixels that came from 8-bit frames are uint8, a quarter of the room: see `from_bytes`.
     """
@@ -28,6 +28,7 @@ class Item:
     index: int
     kind: str
     caption: str
+    part: int = 0  # of a document that was split because it is longer than the context
 
     @property
     def tokens(self) -> int:

@@ -1,13 +1,17 @@
-"""Mixture: which source the next sample comes from, so that the *token* shares of what is drawn are the recipe's."""
+"""Mixture: which source the next samples come from, so that the *token* shares of what is drawn are the recipe's."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from keye.errors import CheckpointError
+from stages.data.samples import Block
 from stages.data.sources import Source
 
 
 class Mixture:
-    """Always draws from the source that is furthest behind its share of the tokens; no chance involved.
+    """Draws from the source that is furthest behind its share of the tokens; no chance involved.
 
     A sample's length is known only once it is encoded. Until then it counts as its source's mean so far, so that many
     samples can be drawn, and encoded at once, before the first of them is known.
@@ -19,6 +23,7 @@ class Mixture:
     def __init__(self, sources: list[tuple[Source, float]]) -> None:
         self.sources = {source.name: source for source, _ in sources}
         self.shares = {source.name: share for source, share in sources}
+        self.names = list(self.sources)
         self.waiting = dict.fromkeys(self.sources, 0)  # samples drawn, length not known yet
         self.known = dict.fromkeys(self.sources, 0)  # samples whose length, or badness, is known
         self.tokens = dict.fromkeys(self.sources, 0)  # of the known ones; a bad one has none
@@ -38,25 +43,58 @@ class Mixture:
             return self.tokens[name] / self.known[name]
         return sum(self.tokens.values()) / max(sum(self.known.values()), 1) or guess
 
-    def draw(self, guess: float) -> tuple[str, int]:
-        """Source and index of the next sample."""
-        counted = {name: self.tokens[name] + self.waiting[name] * self.mean(name, guess) for name in self.sources}
-        # Measured against one token more, so that the first draws follow the shares too.
-        total = sum(counted.values()) + 1
-        name = max(self.shares, key=lambda n: self.shares[n] * total - counted[n])
-        self.waiting[name] += 1
-        return name, self.sources[name].draw()
+    def draw(self, room: float, most: int, guess: float, units: Callable[[float], float]) -> Block:
+        """The next samples: as many as are expected to fill `room`, at least one and at most `most`.
 
-    def learn(self, name: str, tokens: int | None) -> None:
-        """What a drawn sample turned out to be: its tokens, or None when it is bad; in the order of the draws.
+        Between two `learn` the means stay, so the turns of a source are evenly spaced on the scale of tokens ÷ share:
+        the draws are the turns of all sources in order, which costs a sort.
+
+        Args:
+            guess: see `mean`. units: tokens of a sample → how much of `room` it takes.
+        """
+        means = [self.mean(name, guess) for name in self.names]
+        each = [units(mean) for mean in means]
+        # The room is full at the latest where one source alone would have filled it.
+        first = [
+            (self.tokens[name] + self.waiting[name] * mean) / self.shares[name]
+            for name, mean in zip(self.names, means, strict=True)
+        ]
+        apart = [mean / self.shares[name] for name, mean in zip(self.names, means, strict=True)]
+        alone = [min(most, int(room / unit) + 1) for unit in each]
+        end = min(f + a * n for f, a, n in zip(first, apart, alone, strict=True))
+        turns, sources = [], []
+        for place, (begin, gap) in enumerate(zip(first, apart, strict=True)):
+            count = min(most, max(0, int((end - begin) / gap)) + 1)
+            turns.append(begin + (np.arange(count) + 0.5) * gap)  # in the middle, so that early draws keep the shares
+            sources.append(np.full(count, place, np.int16))
+        source = np.concatenate(sources)[np.argsort(np.concatenate(turns), kind="stable")]
+        filled = np.cumsum(np.array(each, float)[source])
+        source = source[: min(most, int(np.searchsorted(filled, room)) + 1)]
+        index = np.zeros(len(source), np.int64)
+        for place, name in enumerate(self.names):
+            mine = source == place
+            count = int(mine.sum())
+            if count:
+                index[mine] = self.sources[name].draw_many(count)
+                self.waiting[name] += count
+        return Block(source, index, np.full(len(source), -1, np.int32))
+
+    def learn(self, source: np.ndarray, tokens: np.ndarray) -> None:
+        """What drawn samples turned out to be, in the order of the draws.
+
+        Args:
+            source: int16 `[n]`, places in `names`. tokens: int64 `[n]`, 0 for a bad sample.
 
         Raises:
-            ManifestError: nothing in the source can be used.
+            ManifestError: too much of a source cannot be used.
         """
-        self.waiting[name] -= 1
-        self.known[name] += 1
-        self.tokens[name] += tokens or 0
-        self.sources[name].result(tokens is not None)
+        for place, name in enumerate(self.names):
+            mine = tokens[source == place]
+            if len(mine):
+                self.waiting[name] -= len(mine)
+                self.known[name] += len(mine)
+                self.tokens[name] += int(mine.sum())
+                self.sources[name].results(mine > 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,125 +1,115 @@
-"""Planner: which samples make which packs in which step. Pure and the same on every rank, however many there are.
+"""Planner: which samples make which packs in which step. One process of a run has it; the plan depends on no ranks.
 
-It draws samples in blocks, is told of each block once it is encoded, keeps the good ones in a pool, and forms the packs
-of a step from the pool. It never sees a sample, only what is known of it (`Meta`).
+It draws samples in blocks, is given what is known of each block once it is encoded, keeps the samples in a pool, and
+forms the packs of a step from the pool. It never sees a sample, only columns of numbers (`stages.data.samples`), and
+a step costs O(n log n) in the samples of the pool. The caller does for each step
+
+    planner.draws()                        # blocks to be encoded now; also planner.flight, oldest first
+    while planner.hungry():
+        planner.take(Found.of(planner.mixture.names, metas))   # of the oldest block in flight
+        planner.draws()
+    step = planner.plan()                  # step.samples, step.starts; step.packs() has the samples of each pack
+
+`stages.data.feed` does so on rank 0 and sends the plan to the other ranks; `scripts/bench/stages_balance.py` does so
+with lengths that are drawn.
 """
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from keye.errors import CheckpointError
 from stages.data.mixture import Mixture
+from stages.data.samples import Block, Found, Meta, Pool, Samples, Step
 
-BLOCK = 64  # samples drawn at once, at most
+__all__ = ["Block", "Former", "Found", "Ledger", "Meta", "Planner", "Step"]
 
-
-@dataclass(frozen=True)
-class Meta:
-    """What is known of an encoded sample.
-
-    source, index: where it comes from. labels: tokens that are learned. stills, frames: (height, width) in patches of
-    each, in stream order. excess: see `Cost`.
-    """
-
-    source: str
-    index: int
-    kind: str
-    tokens: int
-    labels: int
-    stills: tuple[tuple[int, int], ...]
-    frames: tuple[tuple[int, int], ...]
-    excess: int
-
-    @property
-    def ref(self) -> tuple[str, int]:
-        return self.source, self.index
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A sample in the pool: `serial` counts the good samples drawn, `born` is the step before which it came."""
-
-    meta: Meta
-    serial: int
-    born: int
+BLOCK = 64  # samples that are drawn before anything is known of the first of them
 
 
 class Ledger:
     """Tokens of each kind that have been trained on, against the shares they should have.
 
     Args:
-        shares: kind → share. emitted: kind → tokens so far.
+        shares: of each kind. emitted: int64 `[kinds]`, tokens so far.
     """
 
-    def __init__(self, shares: dict[str, float], emitted: dict[str, int]) -> None:
-        self.shares, self.emitted = shares, dict(emitted)
+    def __init__(self, shares: list[float], emitted: np.ndarray) -> None:
+        self.shares, self.emitted = np.array(shares), emitted.copy()
 
-    def owed(self, kind: str, more: int = 1) -> float:
-        """Tokens that a kind is behind its share of all tokens and `more` to come."""
-        return self.shares[kind] * (sum(self.emitted.values()) + more) - self.emitted[kind]
+    def owed(self, more: int = 1) -> np.ndarray:
+        """Tokens that each kind is behind its share of all tokens and `more` to come, float64 `[kinds]`."""
+        return self.shares * (int(self.emitted.sum()) + more) - self.emitted
 
-    def add(self, meta: Meta, sign: int = 1) -> None:
-        """Count a sample, or with -1 take it back."""
-        self.emitted[meta.kind] += sign * meta.tokens
+    def add(self, kind: np.ndarray, tokens: np.ndarray) -> None:
+        """Count samples of these kinds."""
+        np.add.at(self.emitted, kind, tokens)
 
 
 class Former(Protocol):
     """Forms the packs of one step.
 
-    amount: how much a step takes; `units` says how much of that a sample is. guess: units of a sample before any is
-    known. samples: how many should be looked over.
+    amount: how much a step takes. guess: tokens of a sample before any is known. samples: how many should be looked
+    over.
     """
 
     amount: int
     guess: int
     samples: int
 
-    def units(self, tokens: float) -> float: ...
+    def units(self, tokens: Any) -> Any:
+        """Tokens of a sample (or of many, as an array) → how much of `amount` it is."""
 
-    def form(self, pool: list[Waiting], ledger: Ledger, step: int) -> list[list[Waiting]]:
-        """Packs of pool entries, whose tokens are added to the ledger. pool: oldest first."""
+    def form(self, pool: Pool, ledger: Ledger, step: int) -> list[np.ndarray]:
+        """Rows of the pool that make each pack, rising; their tokens are added to the ledger."""
 
 
 class Planner:
-    """See the module's docstring. The caller goes through `draws`, `take` while `hungry`, and `plan`, for each step."""
+    """See the module's docstring."""
 
     def __init__(self, mixture: Mixture, former: Former) -> None:
         self.mixture, self.former = mixture, former
-        self.pool: list[Waiting] = []
-        self.flight: deque[list[tuple[str, int]]] = deque()  # blocks drawn and not yet taken
-        self.restored: list[int] | None = None  # when set, the first block in flight is an old pool, born so
-        self.emitted = dict.fromkeys(mixture.kinds, 0)
-        self.step, self.serial = 0, 0
+        self.kinds = list(mixture.kinds)
+        kinds = [self.kinds.index(mixture.sources[name].recipe.kind) for name in mixture.names]
+        self._kind_of = np.array(kinds, np.int16)
+        self.pool = Pool.none()
+        self.flight: deque[Block] = deque()  # blocks drawn and not yet taken
+        self.restored: np.ndarray | None = None  # when set, the first block in flight is an old pool, born so
+        self.emitted = np.zeros(len(self.kinds), np.int64)
+        self.step = 0
 
-    def draws(self) -> list[list[tuple[str, int]]]:
-        """Blocks to be encoded now: as much as one step takes is kept under way, so that the encoders never rest."""
-        drawn: list[list[tuple[str, int]]] = []
+    def draws(self) -> list[Block]:
+        """Blocks to be encoded now: as much as one step takes is kept under way, so that the encoders never rest.
+
+        A block is about a quarter of a step, however many samples that is: a step takes few exchanges between ranks.
+        """
+        drawn: list[Block] = []
         if self.restored is not None:
             return drawn
-        known = sum(self.mixture.known.values())
-        while self._flying() + min(self._pooled(), self._wanted()) < self._wanted() + self.former.amount:
+        known, wanted = sum(self.mixture.known.values()), self._wanted()
+        pooled = min(self._pooled(), wanted)
+        while self._flying() + pooled < wanted + self.former.amount:
             # While little is known, a guess that is far off must not decide on much.
-            if sum(map(len, self.flight)) >= max(BLOCK, known):
+            most = max(BLOCK, known) - sum(map(len, self.flight))
+            if most <= 0:
                 break
-            rest = max(1.0, self.former.amount / 4)
-            block: list[tuple[str, int]] = []
-            while rest > 0 and len(block) < BLOCK:
-                name, index = self.mixture.draw(self.former.guess)
-                block.append((name, index))
-                rest -= self.former.units(self.mixture.mean(name, self.former.guess))
-            self.flight.append(block)
-            drawn.append(block)
+            room = max(1.0, self.former.amount / 4)
+            drawn.append(self.mixture.draw(room, most, self.former.guess, self.former.units))
+            self.flight.append(drawn[-1])
         return drawn
 
     def _wanted(self) -> float:
         return 2 * self.former.amount
 
     def _pooled(self) -> float:
-        return sum(self.former.units(waiting.meta.tokens) for waiting in self.pool)
+        return int(self.former.units(self.pool.tokens).sum())
 
     def _flying(self) -> float:
-        names = (name for block in self.flight for name, _ in block)
-        return sum(self.former.units(self.mixture.mean(name, self.former.guess)) for name in names)
+        names = self.mixture.names
+        units = [self.former.units(self.mixture.mean(name, self.former.guess)) for name in names]
+        counts = sum((np.bincount(block.source, minlength=len(names)) for block in self.flight), np.zeros(len(names)))
+        return sum(count * unit for count, unit in zip(counts.tolist(), units, strict=True))
 
     def hungry(self) -> bool:
         """Whether a block must be taken before a step can be planned."""
@@ -131,60 +121,79 @@ class Planner:
 
     def _unequal(self, pooled: float) -> bool:
         """Whether the pool has less of a kind than the next step owes it."""
-        held = dict.fromkeys(self.emitted, 0)
-        for waiting in self.pool:
-            held[waiting.meta.kind] += waiting.meta.tokens
-        coming = int(self.former.amount * sum(held.values()) / pooled)
-        ledger = Ledger(self.mixture.kinds, self.emitted)
-        return any(ledger.owed(kind, coming) > tokens for kind, tokens in held.items())
+        held = np.zeros(len(self.kinds), np.int64)
+        np.add.at(held, self.pool.kind, self.pool.tokens)
+        coming = int(self.former.amount * int(held.sum()) / pooled)
+        return bool((self._ledger().owed(coming) > held).any())
 
-    def take(self, metas: list[Meta | None]) -> None:
-        """What became of the oldest block in flight, in its order; None for a bad sample.
+    def _ledger(self) -> Ledger:
+        return Ledger(list(self.mixture.kinds.values()), self.emitted)
+
+    def take(self, found: Found) -> None:
+        """What became of the oldest block in flight.
 
         Raises:
-            ManifestError: nothing in a source can be used.
+            ManifestError: too much of a source cannot be used.
         """
         block = self.flight.popleft()
-        born = [self.step] * len(block) if self.restored is None else self.restored
-        for (name, _), meta, step in zip(block, metas, born, strict=True):
-            if self.restored is None:
-                self.mixture.learn(name, None if meta is None else meta.tokens)
-            if meta is not None:
-                self.pool.append(Waiting(meta, self.serial, step))
-                self.serial += 1
+        if self.restored is None:
+            tokens = np.zeros(len(block), np.int64)
+            np.add.at(tokens, found.place, found.tokens)
+            self.mixture.learn(block.source, tokens)
+        born = np.full(len(found), self.step) if self.restored is None else self.restored[found.place]
+        columns = {name: getattr(found, name) for name in Samples.__dataclass_fields__}
+        self.pool = Pool.join([self.pool, Pool(**columns, kind=self._kind_of[found.source], born=born)])
         self.restored = None
 
-    def plan(self) -> list[list[Meta]]:
+    def plan(self) -> Step:
         """The packs of the next step; what they hold leaves the pool."""
-        ledger = Ledger(self.mixture.kinds, self.emitted)
+        ledger = self._ledger()
         packs = self.former.form(self.pool, ledger, self.step)
-        gone = {waiting.serial for pack in packs for waiting in pack}
-        self.pool = [waiting for waiting in self.pool if waiting.serial not in gone]
+        rows = np.concatenate(packs)
+        columns = {name: getattr(self.pool, name)[rows] for name in Samples.__dataclass_fields__}
+        kept = np.ones(len(self.pool), bool)
+        kept[rows] = False
+        self.pool = self.pool[kept]
         self.emitted = ledger.emitted
         self.step += 1
-        return [[waiting.meta for waiting in pack] for pack in packs]
+        return Step(Samples(**columns), np.cumsum([0, *map(len, packs)]))
 
     def realised(self) -> dict[str, float]:
         """Kind → share of the tokens of all steps so far."""
-        total = max(sum(self.emitted.values()), 1)
-        return {kind: tokens / total for kind, tokens in self.emitted.items()}
+        total = max(int(self.emitted.sum()), 1)
+        return {kind: tokens / total for kind, tokens in zip(self.kinds, self.emitted.tolist(), strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on every rank. Samples are kept as references and encoded again on resume."""
+        """Plain values. Samples are kept as references and encoded again on resume."""
+        columns = ("source", "index", "part", "born")
         return {
             "mixture": self.mixture.state_dict(),
-            "pool": [[*waiting.meta.ref, waiting.born] for waiting in self.pool],
-            "flight": [[list(ref) for ref in block] for block in self.flight],
-            "emitted": dict(self.emitted),
+            "names": list(self.mixture.names),
+            "pool": {name: getattr(self.pool, name).tolist() for name in columns},
+            "flight": [{"source": block.source.tolist(), "index": block.index.tolist()} for block in self.flight],
+            "emitted": dict(zip(self.kinds, self.emitted.tolist(), strict=True)),
             "step": self.step,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> list[list[tuple[str, int]]]:
-        """Go on from a state of a planner of any number of ranks; returns the blocks to be encoded now."""
+    def load_state_dict(self, state: dict[str, Any]) -> list[Block]:
+        """Go on from a state of a run of any number of ranks; returns the blocks to be encoded now.
+
+        Raises:
+            CheckpointError: other sources, or another version, made it.
+        """
+        if "names" not in state:
+            raise CheckpointError("the checkpoint's place in the data is of an earlier version; begin the stage anew")
         self.mixture.load_state_dict(state["mixture"])
-        self.emitted, self.step, self.pool = dict(state["emitted"]), state["step"], []
-        self.restored = [born for *_, born in state["pool"]]
-        blocks = [[(name, index) for name, index, _ in state["pool"]]]
-        blocks += [[(name, index) for name, index in block] for block in state["flight"]]
-        self.flight = deque(blocks)
-        return list(blocks)
+        self.emitted = np.array([state["emitted"][kind] for kind in self.kinds], np.int64)
+        self.step, self.pool = state["step"], Pool.none()
+        places = np.array([self.mixture.names.index(name) for name in state["names"]], np.int16)
+        self.restored = np.array(state["pool"]["born"], np.int64)
+        self.flight = deque(
+            Block(
+                places[np.array(part["source"], np.int64)],
+                np.array(part["index"], np.int64),
+                np.array(part.get("part", [-1] * len(part["index"])), np.int32),
+            )
+            for part in (state["pool"], *state["flight"])
+        )
+        return list(self.flight)

@@ -57,7 +57,7 @@ class Shuffled:
             of = f" of the families {', '.join(recipe.families)}" if recipe.families else ""
             raise ManifestError(f"{path}: no {recipe.kind} samples{of} in it; mend data.sources")
         self.epoch, self.position, self.patience = 0, 0, 2 * len(self.indices) - 1
-        self._order = self._shuffled()
+        self._order: np.ndarray | None = None  # of this epoch, made by who draws: one process of a run
 
     def _report(self, bad: list[int], quarantine: Quarantine) -> None:
         for index in bad:
@@ -68,17 +68,27 @@ class Shuffled:
 
     def _shuffled(self) -> np.ndarray:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(len(self.indices), generator=generator).numpy()
+        small = torch.int32 if len(self.indices) < 1 << 31 else torch.int64
+        return torch.randperm(len(self.indices), generator=generator, dtype=small).numpy()
 
-    def draw(self) -> int:
-        if self.position == len(self.indices):
-            self.epoch, self.position = self.epoch + 1, 0
-            self._order = self._shuffled()
-        self.position += 1
-        return int(self.indices[self._order[self.position - 1]])
+    def draw_many(self, count: int) -> np.ndarray:
+        drawn = []
+        while count:
+            if self.position == len(self.indices):
+                self.epoch, self.position, self._order = self.epoch + 1, 0, None
+            if self._order is None:
+                self._order = self._shuffled()
+            places = self._order[self.position : self.position + count]
+            drawn.append(self.indices[places])
+            self.position += len(places)
+            count -= len(places)
+        return np.concatenate([np.zeros(0, np.int64), *drawn])
 
-    def owner(self, index: int, ranks: int) -> int:
-        return int(np.searchsorted(self.indices, index)) % ranks
+    def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
+        order = np.argsort(indices, kind="stable")  # a search in order stays near in memory
+        owners = np.empty(len(indices), np.int64)
+        owners[order] = np.searchsorted(self.indices, indices[order]) % ranks
+        return owners
 
     def find(self, index: int) -> Found:
         return self.table.find(index)
@@ -88,7 +98,7 @@ class Shuffled:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.position = state["epoch"], min(state["position"], len(self.indices))
-        self._order = self._shuffled()
+        self._order = None
 
 
 class Source:
@@ -134,23 +144,41 @@ class Source:
         self.bad: set[int] = set()  # samples that could not be used; they are not tried again
 
     def draw(self) -> int:
-        """Number of the next sample, by the seed alone: the same on every rank, however many there are."""
-        return self.rows.draw()
+        """Number of the next sample, by the seed alone."""
+        return int(self.draw_many(1)[0])
+
+    def draw_many(self, count: int) -> np.ndarray:
+        """Numbers of the next samples, int64 `[count]`, by the seed alone."""
+        return self.rows.draw_many(count)
 
     def owner(self, index: int, ranks: int) -> int:
-        """The rank that encodes sample `index`: the same in every epoch, so that its cache serves."""
-        return self.rows.owner(index, ranks)
+        """The rank that encodes sample `index`."""
+        return int(self.owners(np.array([index]), ranks)[0])
+
+    def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
+        """The ranks that encode samples, int64 `[n]`: the same in every epoch, so that their caches serve."""
+        return self.rows.owners(indices, ranks)
 
     def result(self, good: bool) -> None:
+        """`results` of one sample."""
+        self.results(np.array([good]))
+
+    def results(self, good: np.ndarray) -> None:
         """Told of every drawn sample, in the order of the draws, whether it could be used.
 
         Raises:
             ManifestError: a whole epoch without a good one.
         """
-        self.failures = 0 if good else self.failures + 1
+        run = int(good[::-1].argmax()) if good.any() else len(good)
+        self.failures = run if good.any() else self.failures + run
         # The good ones may come first in one epoch and last in the next: with one of n, 2n − 2 bad in a row.
         if self.failures >= self.rows.patience:
             raise ManifestError(f"{self.name}: none of its samples can be used; see quarantine.jsonl for why")
+
+    def items(self, index: int) -> list[Item]:
+        """What sample `index` gives, encoded or from the cache: nothing when it is bad."""
+        item = self.item(index)
+        return [] if item is None else [item]
 
     def item(self, index: int) -> Item | None:
         """Sample `index`, encoded or from the cache; None when it is bad, which is then in the quarantine."""

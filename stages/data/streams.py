@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keye.errors import KeyeError, ManifestError
 from stages.data.chat import EmptyRow, Row, as_chat, kind_of
 from stages.data.formats import Found, files_of, format_of, hub_name, opened, parse_line
@@ -46,13 +48,13 @@ class Lanes:
         self.base = "." if "://" in path else path if Path(path).is_dir() else str(Path(path).parent)
         self.drawn, self.patience = 0, PATIENCE * count
 
-    def draw(self) -> int:
-        self.drawn += 1
-        return self.drawn - 1
+    def draw_many(self, count: int) -> np.ndarray:
+        self.drawn += count
+        return np.arange(self.drawn - count, self.drawn)
 
-    def owner(self, index: int, ranks: int) -> int:
+    def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
         # With fewer lanes than ranks several read the same lane, each for the samples that it encodes.
-        return (index if len(self.lanes) < ranks else index % len(self.lanes)) % ranks
+        return (indices if len(self.lanes) < ranks else indices % len(self.lanes)) % ranks
 
     def find(self, index: int) -> Found | None:
         """Sample `index`; None when its lane has nothing that is wanted.

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,19 +71,19 @@ class Lengths:
         self.recipe = SimpleNamespace(kind=kind)
         self.seen: list[int] = []
 
-    def draw(self) -> int:
-        self.at += 1
-        return self.at - 1
+    def draw_many(self, count: int) -> np.ndarray:
+        self.at += count
+        return np.arange(self.at - count, self.at)
 
-    def owner(self, index: int, ranks: int) -> int:
-        return index % ranks
+    def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
+        return indices % ranks
 
-    def item(self, index: int) -> Item | None:
+    def items(self, index: int) -> list[Item]:
         self.seen.append(index)
         length = self.lengths[index % len(self.lengths)]
-        return Item(text_sample(length), self.name, index, self.recipe.kind, "") if length else None
+        return [Item(text_sample(length), self.name, index, self.recipe.kind, "")] if length else []
 
-    def result(self, good: bool) -> None:
+    def results(self, good: np.ndarray) -> None:
         """Never gives up."""
 
     def state_dict(self) -> dict[str, int]:

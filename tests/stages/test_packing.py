@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.errors import RecipeError
-from stages.data.forming import fill
+from stages.data.closing import fill
 from stages.data.items import from_bytes
 from stages.data.packing import pack
 from stages.recipe import SourceRecipe, StageRecipe

@@ -10,7 +10,7 @@ from keye.errors import CheckpointError
 from stages.data.balance import deal_rounds
 from stages.data.forming import Packs, Pairs
 from stages.data.mixture import Mixture
-from stages.data.planner import Meta, Planner
+from stages.data.planner import Block, Found, Meta, Planner
 from tests.stages import small
 
 PER_TOKEN = 10
@@ -22,7 +22,7 @@ class Plans:
     def __init__(self, parts: dict[str, tuple[float, list[int], int]], former: Packs | Pairs) -> None:
         self.parts = parts
         sources = [(small.Lengths(kind, kind, lengths), share) for kind, (share, lengths, _) in parts.items()]
-        self.planner = Planner(Mixture(sources), former)
+        self.planner, self.blocks = Planner(Mixture(sources), former), 0
 
     def meta(self, kind: str, index: int) -> Meta | None:
         _, lengths, density = self.parts[kind]
@@ -32,9 +32,18 @@ class Plans:
     def step(self) -> list[list[Meta]]:
         self.planner.draws()
         while self.planner.hungry():
-            self.planner.take([self.meta(*ref) for ref in self.planner.flight[0]])
+            self.blocks += 1
+            self.planner.take(self.encoded(self.planner.flight[0]))
             self.planner.draws()
-        return self.planner.plan()
+        names = self.planner.mixture.names
+        return [
+            [self.meta(names[source], index) for source, index, _ in pack.refs] for pack in self.planner.plan().packs()
+        ]
+
+    def encoded(self, block: Block) -> Found:
+        names = self.planner.mixture.names
+        metas = [self.meta(names[s], i) for s, i in zip(block.source.tolist(), block.index.tolist(), strict=True)]
+        return Found.of(names, metas)
 
 
 def lengths(seed: int, low: int, high: int, count: int = 499) -> list[int]:
@@ -67,10 +76,10 @@ def test_nothing_is_lost_and_no_pack_is_over_the_context(numbers, context, packs
             assert pack and sum(meta.tokens for meta in pack) <= context
             seen += [meta.index for meta in pack]
     # What was drawn is in one pack, in the pool, on its way, or bad: each once.
-    waiting = [w.meta.index for w in plans.planner.pool]
-    waiting += [index for block in plans.planner.flight for _, index in block]
+    waiting = plans.planner.pool.index.tolist()
+    waiting += [index for block in plans.planner.flight for index in block.index.tolist()]
     drawn = range(plans.planner.mixture.sources["text"].at)
-    taken = set(drawn) - {index for block in plans.planner.flight for _, index in block}
+    taken = set(drawn) - {index for block in plans.planner.flight for index in block.index.tolist()}
     bad = [index for index in taken if plans.meta("text", index) is None]
     assert sorted(seen + waiting + bad) == list(drawn)
 
@@ -100,7 +109,7 @@ def test_no_sample_waits_for_ever():
     plans = Plans(parts, Packs(8192, 4, PER_TOKEN))
     for _ in range(60):
         plans.step()
-        assert all(plans.planner.step - waiting.born <= 2 * Packs.patience for waiting in plans.planner.pool)
+        assert (plans.planner.step - plans.planner.pool.born <= 2 * Packs.patience).all()
 
 
 def test_sample_that_nothing_matches_waits_while_its_kind_has_others():
@@ -136,7 +145,8 @@ def test_resumed_planner_makes_the_same_steps(after, former):
         begun.step()
     resumed = Plans(three_kinds(), former)
     blocks = resumed.planner.load_state_dict(state)
-    assert [len(block) for block in blocks] == [len(state["pool"]), *(len(block) for block in state["flight"])]
+    counts = [len(part["index"]) for part in (state["pool"], *state["flight"])]
+    assert [len(block) for block in blocks] == counts
     for _ in range(12):
         assert whole.step() == resumed.step()
 
@@ -147,6 +157,17 @@ def test_pairs_of_a_step_keep_their_shares():
         assert [len(pack) for pack in plans.step()] == [1] * 64
     for kind, share in plans.planner.realised().items():
         assert share == pytest.approx(plans.parts[kind][0], abs=0.01)
+
+
+def test_step_of_many_short_samples_takes_as_few_blocks_as_one_of_long_ones():
+    parts = {"text": (1.0, lengths(6, 8, 40), 1)}
+    plans = Plans(parts, Packs(8192, 8, PER_TOKEN))
+    for _ in range(3):  # at first nothing is known of the lengths
+        plans.step()
+    plans.blocks = 0
+    for _ in range(6):
+        assert sum(map(len, plans.step())) > 2000
+    assert plans.blocks <= 6 * 6
 
 
 def test_state_of_other_sources_is_refused():
