@@ -307,7 +307,8 @@ def main() -> int:
     ]  # fmt: skip
     columns = ("data", "context", "median tokens", "samples a step", "packs a step", "alike",
                "ranks (packs at once × ranks a pack)", "slowest ÷ mean", "the same, frames dealt whole",
-               "best-fit, as drawn", "full", "emptiest", "points off share", "video in a step", "ms to plan a step", "kB sent and saved")  # fmt: skip
+               "best-fit, as drawn", "full", "emptiest", "points off share", "video in a step", "ms to plan a step",
+               "kB sent and saved")  # fmt: skip
     notes = [
         "Slowest ÷ mean: over all rounds of one pack a rank or sequence group, the sum of the operations of the most "
         "expensive ranks over the sum of the means over all ranks; that is how much longer the ranks take together "

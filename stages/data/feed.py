@@ -1,4 +1,4 @@
-"""Feed: this rank's batches. Rank 0 plans for all; every rank encodes samples that it owns and is sent what it needs."""
+"""Feed: batches of this rank. Rank 0 plans for all; each rank encodes what it owns and is sent what it trains on."""
 
 from collections import Counter, deque
 from collections.abc import Callable
