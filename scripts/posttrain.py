@@ -8,6 +8,7 @@ import argparse
 
 from keye.errors import run
 from rl.recipe import load
+from stages.hosts import limit_threads
 
 
 def main() -> None:
@@ -17,6 +18,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
+    limit_threads()
     recipe = load(args.recipe, args.set)
     from rl.trainer import GspoTrainer
     from stages import engine

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from keye.errors import run  # noqa: E402
+from stages.hosts import limit_threads  # noqa: E402
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the recipe with its defaults; trains nothing")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
+    limit_threads()
     from stages.recipe import load
     from stages.typed_toml import to_toml
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,28 +23,13 @@ import torch
 import torch.distributed as dist
 
 from keye.errors import CheckpointError
+from stages.ranks import first_rank
 
 MARKER = "complete.json"
 WHOLE = 8 << 20  # bytes up to which a file is summed whole; of a larger one the first and the last MiB
 PART = 1 << 20
+REPORT = 60.0  # seconds between two lines on a conversion that takes long
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def first_rank(action: Callable[[], Any], *kinds: type[Exception]) -> None:
-    """Call `action` on rank 0 while the others wait; its mistake (of one of these kinds) is everybody's.
-
-    Raises:
-        CheckpointError: on all ranks, with the message of what rank 0 met.
-    """
-    box: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except (CheckpointError, *kinds) as error:
-            box[0] = str(error)
-    dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise CheckpointError(box[0])
 
 
 # --- what is on disk
@@ -319,21 +305,38 @@ def _convert(found: Path, made: Path, needed: int) -> None:
             f"{found}: to put its shards together takes about {_size(2 * needed)}, but only {_size(free)} are free "
             "there; make room, or start as many processes as wrote it"
         )
-    workers = str(min(8, len(os.sched_getaffinity(0))))
+    workers = str(_workers(found))
     command = [
         *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
         *("--input_folder", str(found), "--output_folder", str(made)),
         *("--num_extract_workers", workers, "--num_merge_workers", workers),
     ]
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "DS_ACCELERATOR": "cpu"})
-    if done.returncode:
+    environment["DS_ACCELERATOR"] = "cpu"
+    began, done, said = time.monotonic(), None, ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as work:
+        while done is None:
+            try:
+                _, said = work.communicate(timeout=REPORT)
+                done = work.returncode
+            except subprocess.TimeoutExpired:
+                written = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+                minutes = (time.monotonic() - began) / 60
+                print(f"{found}: {_size(written)} put together after {minutes:.0f} minutes", flush=True)
+    if done:
         shutil.rmtree(made, ignore_errors=True)
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in said.splitlines() if line.strip()]
         raise CheckpointError(
-            f"{found}: its shards cannot be put together ({lines[-1] if lines else done.returncode}); "
+            f"{found}: its shards cannot be put together ({lines[-1] if lines else done}); "
             "start as many processes as wrote it"
         )
+
+
+def _workers(found: Path) -> int:
+    """Processes that put shards together: each holds a shard, and a copy of it, in host memory."""
+    largest = max((path.stat().st_size for path in found.glob("*optim_states.pt")), default=1)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(8, len(os.sched_getaffinity(0)), free // (2 * largest)))
 
 
 def _load_frozen(engine: Any, found: Path) -> None:

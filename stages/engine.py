@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keye.model.shards import Stored
+from stages.hosts import threads_each
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -28,11 +29,7 @@ def start(threads: int | None = None) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    if threads is None and not torch.cuda.is_available():
-        threads = max(1, len(os.sched_getaffinity(0)) // local)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or threads_each(devices=torch.cuda.device_count()))
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

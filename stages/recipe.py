@@ -109,7 +109,8 @@ class StageRecipe:
     that are made to cost the same, best as many as data-parallel ranks meet in a round, or more; 0 = a quarter of the
     step. lr, schedule ("cosine" to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm).
     zero: DeepSpeed ZeRO stage. sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens.
-    encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay.
+    encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay
+    until the stage is finished and only its model is left, unless `keep_finished`.
     spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running median is skipped; 0 =
     never. Memory (`stages.memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers
     in host memory; mlp_tiles: parts an MLP is computed in.
@@ -134,6 +135,7 @@ class StageRecipe:
     mlp_tiles: int = 1
     save_every: int = 200
     keep: int = 2
+    keep_finished: bool = False
     spike_loss: float = 0.0
     spike_norm: float = 0.0
 

@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 
 from keye.encoder import SlowFastEncoder
-from keye.errors import CheckpointError, KeyeError, RecipeError
+from keye.errors import CheckpointError, RecipeError
 from keye.model.checkpoint import whole_directory
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
@@ -33,6 +33,7 @@ from stages.data.items import Cache, Quarantine
 from stages.memory import economise
 from stages.multitask import Multitask
 from stages.parallel import Grid, check_sequence, make_grid
+from stages.ranks import first_rank
 from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
@@ -42,7 +43,7 @@ from stages.weights import Start, open_start, write_model
 
 KINDS = {"vision": vision.Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
-AROUND = ("save_every", "keep")  # keys of a stage that do not change what is trained
+AROUND = ("save_every", "keep", "keep_finished")  # keys of a stage that do not change what is trained
 START = "start"  # folder of the model that a run draws for itself
 WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 
@@ -59,13 +60,13 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     engine.start()
     seed(recipe.seed)
-    _first_rank(lambda: check(recipe, run, only))
+    first_rank(lambda: check(recipe, run, only))
     if dist.get_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
         (run / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=2) + "\n")
-    _first_rank(lambda: prepare_world(recipe, run))
-    _first_rank(lambda: prepare_tokenizer(recipe, run))
+    first_rank(lambda: prepare_world(recipe, run))
+    first_rank(lambda: prepare_tokenizer(recipe, run))
     cache = Cache(recipe.data.cache_mb << 20)
     for name in recipe.chain:
         if wanted(name, only):
@@ -176,7 +177,7 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     seed(recipe.seed + 1 + STAGES.index(stage_of(name)))
     grid = make_grid(told.sequence_parallel)
     processor = make_processor(recipe, told, run)
-    _first_rank(lambda: prepare_start(name, recipe, run))
+    first_rank(lambda: prepare_start(name, recipe, run))
     stage = KINDS[stage_of(name)](told, processor)
     start = open_start(start_of(name, recipe, run))
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
@@ -216,6 +217,8 @@ def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
         }
         (folder / DONE).write_text(json.dumps(done) + "\n")
         shutil.rmtree(run / START, ignore_errors=True)
+        if not told.keep_finished:  # twelve bytes a parameter that nothing goes on from
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     dist.barrier()
 
 
@@ -237,7 +240,7 @@ def save_model(opened: Opened, out: Path) -> None:
         if said:
             raise CheckpointError(said[0])
 
-    _first_rank(tell)
+    first_rank(tell)
 
 
 def start_of(name: str, recipe: Recipe, run: Path) -> Path:
@@ -348,19 +351,6 @@ def environment(value: int) -> dict[str, object]:
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "seed": value,
     }
-
-
-def _first_rank(action) -> None:
-    """Call `action` on rank 0 while the others wait; its mistake is everybody's."""
-    box: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except KeyeError as error:
-            box[0] = str(error)
-    dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise KeyeError(box[0])
 
 
 def _say(text: str) -> None:

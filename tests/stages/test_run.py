@@ -106,6 +106,12 @@ def test_each_stage_leaves_a_model_metrics_and_its_recipe(run):
     assert json.loads((run / "environment.json").read_text())["processes"] == 1
 
 
+def test_a_finished_stage_keeps_its_model_and_no_checkpoints(run):
+    for stage in STAGES:
+        assert (run / stage / "model" / "model.safetensors").exists() and not (run / stage / "checkpoints").exists()
+    assert not (run / "start").exists()
+
+
 def test_only_what_a_stage_trains_changes(run):
     before, after = (load_file(run / stage / "model" / "model.safetensors") for stage in ("vision", "alignment"))
     changed = {name for name, value in after.items() if not torch.equal(before[name], value)}
@@ -181,13 +187,15 @@ def test_contexts_in_between_are_trained_one_after_the_other(run, recipe, tmp_pa
     again = tmp_path / "run"
     shutil.copytree(run, again)
     shutil.rmtree(again / "annealing")
-    run_distributed(go, 1, 300, recipe, again, ["annealing.through={ 128 = 2 }"], "annealing")
+    overrides = ["annealing.through={ 128 = 2 }", "annealing.keep_finished=true"]
+    run_distributed(go, 1, 300, recipe, again, overrides, "annealing")
     steps = {name: json.loads((again / name / "stage.json").read_text()) for name in ("annealing-128", "annealing")}
     assert [done["steps"] for done in steps.values()] == [2, 1]
     assert steps["annealing"]["start"] == steps["annealing-128"]["made"]
     for name in steps:  # raised once, in the first
         config = KeyeForConditionalGeneration.from_pretrained(again / name / "model").config.text_config
         assert config.rope_parameters["rope_theta"] == 8e6
+        assert [path.name for path in (again / name / "checkpoints").glob("step-*")] == [f"step-{steps[name]['steps']}"]
     assert "annealing-128: " in capfd.readouterr().out
 
 

@@ -1,0 +1,86 @@
+"""What processes of one machine share, and how they wait for one another."""
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from keye.errors import ManifestError
+from stages import engine
+from stages.hosts import POOLS, local_ranks, threads_each
+from stages.ranks import first_rank
+from tests.distributed import run_distributed
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "ranks"),
+    [
+        ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "64"}, 8, 8),  # torchrun
+        ({"LOCAL_SIZE": "8", "WORLD_SIZE": "64"}, 8, 8),  # deepspeed --hostfile
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "WORLD_SIZE": "64"}, 8, 4),
+        ({"WORLD_SIZE": "64"}, 8, 8),  # nobody says: a process a GPU
+        ({"WORLD_SIZE": "2"}, 0, 2),
+        ({}, 8, 1),
+    ],
+)
+def test_processes_of_a_machine(environment, devices, ranks):
+    assert local_ranks(environment, devices) == ranks
+
+
+def test_cores_are_shared_among_the_processes_of_a_machine_not_of_all(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
+    assert threads_each({"LOCAL_SIZE": "8", "WORLD_SIZE": "64"}) == 12
+    assert threads_each({"LOCAL_SIZE": "200", "WORLD_SIZE": "200"}) == 1
+
+
+def under_deepspeed() -> int:
+    for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        os.environ.pop(name, None)
+    os.environ |= {"LOCAL_SIZE": "2", "WORLD_SIZE": "1"}
+    os.sched_getaffinity = lambda _: set(range(12))
+    engine.start()
+    return torch.get_num_threads()
+
+
+def test_engine_takes_its_share_under_deepspeeds_launcher():
+    assert run_distributed(under_deepspeed, 1, 120) == [6]
+
+
+def test_pools_of_libraries_are_limited_before_they_are_loaded():
+    told = "import sys; from stages.hosts import limit_threads; limit_threads(); import os\n"
+    told += "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules), sorted(sys.modules)\n"
+    told += f"print(*(os.environ[name] for name in {POOLS!r}))"
+    cores = len(os.sched_getaffinity(0))
+    environment = {name: value for name, value in os.environ.items() if name not in POOLS}
+    for own, wanted in (({}, str(max(1, cores // 2))), ({"OMP_NUM_THREADS": "7"}, "7")):
+        given = environment | {"LOCAL_SIZE": "2", "WORLD_SIZE": "4"} | own
+        said = subprocess.run([sys.executable, "-c", told], env=given, capture_output=True, text=True, check=True)
+        assert said.stdout.split() == [wanted, str(max(1, cores // 2)), str(max(1, cores // 2))]
+
+
+def wait_long() -> tuple[float, str]:
+    # As short a limit in the group of the training as half an hour is for a conversion of 100 GB.
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    began = time.monotonic()
+    first_rank(lambda: time.sleep(8))
+    waited = time.monotonic() - began
+
+    def fail() -> None:
+        raise ManifestError("line 3 is torn")
+
+    try:
+        first_rank(fail)
+    except ManifestError as error:
+        return waited, str(error)
+    return waited, ""
+
+
+def test_others_wait_for_the_first_rank_beyond_the_time_out_of_collectives():
+    for waited, said in run_distributed(wait_long, 2, 60):
+        assert waited >= 7.5 and said == "line 3 is torn"
