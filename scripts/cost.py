@@ -1,4 +1,4 @@
-"""What a recipe costs before anything runs: memory of a GPU, time, money, and whether it fits."""
+"""What a recipe costs before anything runs: memory of a GPU and of a node, time, money, and whether it fits."""
 
 import argparse
 import dataclasses
@@ -30,20 +30,26 @@ def main() -> None:
         "--mfu", type=float, default=0.4, help="share of the peak rate, recomputed layers included (default 0.4)"
     )
     parser.add_argument("--price", type=float, help="US dollars an hour and GPU, in the place of the assumed one")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
+    parser.add_argument("--host-gb", type=float, metavar="GB", help="memory of a node: say which stages need more")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. annealing.steps=20")
     parser.add_argument("--json", action="store_true", help="everything as JSON, memory by component")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="also draw it")
     args = parser.parse_args()
     if args.gpus < 1:
         raise KeyeError(f"--gpus {args.gpus}: name at least one")
+    if args.per_node < 1:
+        raise KeyeError(f"--per-node {args.per_node}: name at least one")
     if not 0 < args.mfu <= 1:
         raise KeyeError(f"--mfu {args.mfu:g} is no share of the peak rate; give one above 0 and up to 1")
     from stages import cost_report as report
     from stages.cost import Assumptions, estimate
     from stages.gpus import gpu_named
+    from stages.host_memory import Node
     from stages.recipe import load
 
-    recipe, gpu, assumed = load(args.recipe, args.set), gpu_named(args.gpu), Assumptions(utilisation=args.mfu)
+    recipe, gpu = load(args.recipe, args.set), gpu_named(args.gpu)
+    assumed = Assumptions(utilisation=args.mfu, node=Node(args.per_node))
     gpu = gpu if args.price is None else dataclasses.replace(gpu, price=args.price)
     costs = estimate(recipe, gpu, args.gpus, assumed)
     if args.json:
@@ -56,6 +62,12 @@ def main() -> None:
         if not cost.fits:
             peak, room = cost.memory.peak / 1e9, assumed.usable * gpu.memory / 1e9
             print(f"{cost.name} needs {peak:.1f} GB of {room:.1f}: {cost.mend}", file=sys.stderr)
+        if args.host_gb is not None and cost.host.peak > args.host_gb * 1e9:
+            largest = max(report.HOST, key=lambda part: getattr(cost.host, part))
+            print(
+                f"{cost.name} needs {cost.host.peak / 1e9:.1f} GB of a node's {args.host_gb:g}, most of it {largest}",
+                file=sys.stderr,
+            )
     if args.out:
         report.draw(args.out, gpu, costs, f"{recipe.name} on {args.gpus} × {gpu.name}")
         print(f"wrote {args.out}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """What a recipe costs before anything runs: parameters, memory a GPU, operations, time, money, and whether it fits.
 
 Nothing is measured here: shapes come from the config, operations from `keye.model.flops`, memory from
-`stages.footprint`, devices from `stages.gpus`. What a recipe does not say is assumed, and every assumption is a field
-of `Assumptions` or of `Kind`, so that it is printed with the result.
+`stages.footprint` (of a GPU) and `stages.host_memory` (of a node), devices from `stages.gpus`. What a recipe does not
+say is assumed, and every assumption is a field of `Assumptions`, `Node` or `Kind`, so that it is printed with the
+result.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.footprint import Footprint, Plan, Share, footprint, states, tower_layer
 from stages.gpus import Gpu
+from stages.host_memory import HostFootprint, Node, host_footprint
 from stages.recipe import KINDS, Recipe, StageRecipe, VisionRecipe, stage_of
 
 DAY, HOUR = 86400.0, 3600.0
@@ -44,12 +46,13 @@ class Assumptions:
 
     utilisation: share of the peak rate at which matrix products run, those of recomputed layers included. usable: share
     of the memory that tensors may fill; the rest is the driver's, the libraries' and the allocator's gaps. kinds:
-    samples, where they are known; the others come from the recipe's budgets (`kinds_of`).
+    samples, where they are known; the others come from the recipe's budgets (`kinds_of`). node: of the hosts.
     """
 
     utilisation: float = 0.4
     usable: float = 0.92
     kinds: dict[str, Kind] = field(default_factory=dict)
+    node: Node = Node()
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,10 @@ class Work:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One phase of the chain. flops: of a step over all ranks, `model` without what is recomputed, `done` with it."""
+    """One phase of the chain. flops: of a step over all ranks, `model` without what is recomputed, `done` with it.
+
+    memory: of a GPU. host: of a node.
+    """
 
     name: str
     parameters: int
@@ -77,6 +83,7 @@ class StageCost:
     flops: float
     flops_done: float
     memory: Footprint
+    host: HostFootprint
     fits: bool
     seconds: float
     mfu: float
@@ -255,6 +262,7 @@ def _reckon(
     plan = Plan(element, told.zero, gpus, told.checkpointing, told.offload, told.mlp_tiles)
     if isinstance(told, VisionRecipe):
         total, trained, memory, (model, done), tokens = _contrastive(told, config, counts, plan, kinds)
+        step, pinned, drawn = Share(0, 4 * tokens, 0), 0.0, total - counts["visual"]
     else:
         ranks = gpus // told.sequence_parallel
         if gpus % told.sequence_parallel or told.packs % ranks:
@@ -270,11 +278,17 @@ def _reckon(
         share = Share(tokens // parts, work.patches // parts, work.labels // parts)
         memory = footprint(config, plan, share, total, trained, frozen)
         model, done = step_flops(config, name, work, told)
+        step, pinned, drawn = Share(tokens, work.patches, work.labels), share.tokens, 0.0
+    first = name == next(iter(recipe.chain)) and not recipe.model.path
+    host = host_footprint(
+        config, plan, assumed.node, step, total, trained, cache=float(recipe.data.cache_mb << 20), pinned=pinned,
+        drawn=drawn, drawn_once=sum(counts.values()) if first else 0.0,
+    )  # fmt: skip
     seconds = step_seconds(done, trained, gpu, gpus, assumed.utilisation)
     days = seconds * told.steps / DAY
     return StageCost(
         name=name, parameters=total, trained=trained, tokens=tokens, steps=told.steps, flops=model, flops_done=done,
-        memory=memory, fits=memory.peak <= assumed.usable * gpu.memory, seconds=seconds,
+        memory=memory, host=host, fits=memory.peak <= assumed.usable * gpu.memory, seconds=seconds,
         mfu=model / (seconds * gpus * gpu.peak), days=days, dollars=days * DAY / HOUR * gpus * gpu.price, mend="",
     )  # fmt: skip
 

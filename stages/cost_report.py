@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.cost import Assumptions, StageCost
+from stages.footprint import Footprint
 from stages.gpus import PRICES_OF, Gpu
+from stages.host_memory import HostFootprint
 from stages.recipe import Recipe
 
+HOST = ("processes", "cache", "samples", "offload", "drawn", "written")
 PARTS = ("weights", "gradients", "optimizer", "activations", "pixels", "one layer", "logits", "step")
 GB = 1e9
 
@@ -18,7 +21,8 @@ def sentence(recipe: Recipe, gpu: Gpu, gpus: int, assumed: Assumptions) -> str:
     return (
         f"Assumed: products at {assumed.utilisation:.0%} of {gpu.peak / 1e12:,.0f} TFLOP/s, what is computed again "
         f"included; {assumed.usable:.0%} of {gpu.memory / GB:.0f} GB for tensors; {gpu.price:g} $ an hour and GPU "
-        f"({PRICES_OF}); samples as the budgets of {recipe.name} let one expect ({gpus} × {gpu.name})."
+        f"({PRICES_OF}); samples as the budgets of {recipe.name} let one expect ({gpus} × {gpu.name}); "
+        f"{assumed.node.ranks} processes a node, each of {assumed.node.process / GB:g} GB without model and data."
     )
 
 
@@ -47,16 +51,24 @@ COLUMNS = (
 def table(costs: Sequence[StageCost]) -> str:
     """The costs as aligned text, and under it where the memory goes."""
     memory = [
-        [cost.name, *(f"{cost.memory.parts.get(part, 0.0) / GB:.1f}" for part in PARTS), _moment(cost)]
+        [cost.name, *(f"{cost.memory.parts.get(part, 0.0) / GB:.1f}" for part in PARTS), _moment(cost.memory)]
         for cost in costs
     ]
-    return "\n".join(
-        [*_aligned([COLUMNS, *lines(costs)]), "", *_aligned([("GB a GPU", *PARTS, "at the peak,"), *memory])]
-    )
+    host = [
+        [cost.name, *(f"{getattr(cost.host, part) / GB:.1f}" for part in HOST), f"{cost.host.peak / GB:.1f}",
+         _moment(cost.host)]
+        for cost in costs
+    ]  # fmt: skip
+    tables = [
+        [COLUMNS, *lines(costs)],
+        [("GB a GPU", *PARTS, "at the peak,"), *memory],
+        [("GB a node", *HOST, "peak", ""), *host],
+    ]
+    return "\n\n".join("\n".join(_aligned(rows)) for rows in tables)
 
 
-def _moment(cost: StageCost) -> str:
-    return max(cost.memory.moments, key=cost.memory.moments.__getitem__)
+def _moment(memory: Footprint | HostFootprint) -> str:
+    return max(memory.moments, key=memory.moments.__getitem__)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -84,7 +96,10 @@ def as_json(recipe: Recipe, gpu: Gpu, gpus: int, assumed: Assumptions, costs: Se
     phases = []
     for cost in costs:
         memory = {"peak": cost.memory.peak, "parts": cost.memory.parts, "moments": cost.memory.moments}
-        phases.append({**asdict(cost), "memory": {**asdict(cost.memory), **memory}})
+        host = {"peak": cost.host.peak, "moments": cost.host.moments}
+        phases.append(
+            {**asdict(cost), "memory": {**asdict(cost.memory), **memory}, "host": {**asdict(cost.host), **host}}
+        )
     return {"recipe": recipe.name, "gpu": asdict(gpu), "gpus": gpus, "assumed": asdict(assumed), "phases": phases}
 
 

@@ -1,0 +1,98 @@
+"""How much memory of its host a node needs, by component, from the shapes alone; what is on the GPUs is not counted.
+
+Weights are read as pages of their files, which the processes of a node share and which the system takes back when it
+wants them: they are not counted. What is: the processes themselves, the samples that they hold, the inputs of layers
+that wait in host memory, and what passes through host memory when a checkpoint or a model is written.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from stages.footprint import CHANNELS, FP32, Plan, Share
+
+POOLED = 5  # steps whose samples are held encoded: at most four in the planner's pool or on their way, one made up
+TOKEN = 8 * (1 + 1 + 3)  # bytes of a token in a sample: id, label and three positions
+
+
+@dataclass(frozen=True)
+class HostFootprint:
+    """Bytes of one node.
+
+    processes: interpreters and libraries. cache: encoded samples that are kept (`data.cache_mb`). samples: those that
+    wait to be trained on. offload: inputs of layers in pinned memory. drawn: weights that no file has when a stage
+    begins. written: copies of what is on the devices while a checkpoint or the stage's model is written.
+    """
+
+    processes: float
+    cache: float
+    samples: float
+    offload: float
+    drawn: float
+    written: float
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """When the memory may peak → how much is then held."""
+        training = self.processes + self.cache + self.samples + self.offload
+        return {
+            "at the start": self.processes + self.drawn,
+            "in a step": training,
+            "at a checkpoint": training + self.written,
+        }
+
+    @property
+    def peak(self) -> float:
+        """The most that is held at once."""
+        return max(self.moments.values())
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is assumed of a node. ranks: processes, one a GPU. process: bytes of one that holds no model and no data."""
+
+    ranks: int = 8
+    process: float = 3e9
+
+
+def host_footprint(
+    config: Any, plan: Plan, node: Node, step: Share, parameters: float, trained: float, *,
+    cache: float = 0.0, pinned: float = 0.0, drawn: float = 0.0, drawn_once: float = 0.0,
+) -> HostFootprint:  # fmt: skip
+    """The host memory of one node in one stage.
+
+    Args:
+        plan: how one rank trains. step: what a whole step trains on, over all ranks.
+        parameters, trained: of the module that is trained.
+        cache: bytes that a process may keep of encoded samples. pinned: tokens of a rank whose layers' inputs wait in
+            host memory. drawn, drawn_once: parameters that every rank, and that one rank alone, draws in fp32.
+    """
+    text, ranks = config.text_config, min(node.ranks, plan.ranks)
+    pixels = CHANNELS * config.vision_config.patch_size**2 * plan.pixel
+    sample = (TOKEN * step.tokens + pixels * step.patches) / plan.ranks
+    inputs = _pinned(plan.element * text.hidden_size * pinned) * text.num_hidden_layers if plan.offload else 0.0
+    return HostFootprint(
+        processes=ranks * node.process,
+        cache=ranks * cache,
+        samples=ranks * POOLED * sample,
+        offload=ranks * inputs,
+        drawn=FP32 * (ranks * drawn + drawn_once),
+        written=_written(config, plan, ranks, parameters, trained),
+    )
+
+
+def _pinned(size: float) -> float:
+    """Bytes that torch's allocator of pinned memory takes for a tensor: the next power of two."""
+    return float(1 << (max(1, round(size)) - 1).bit_length())
+
+
+def _written(config: Any, plan: Plan, ranks: int, parameters: float, trained: float) -> float:
+    """What lies in host memory while a checkpoint, or a stage's model, is written: torch copies a storage at a time.
+
+    The largest storage of a rank is a third of its optimizer's state, and of the first rank the flat weights; a stage's
+    model passes through the first rank's host one tensor at a time.
+    """
+    shard = FP32 * trained / plan.ranks if plan.zero else 0.0  # without ZeRO the first rank writes all, by parameter
+    model = plan.element * (parameters / plan.ranks if plan.zero == 3 else parameters)
+    table = FP32 * config.text_config.vocab_size * config.text_config.hidden_size
+    # The first rank writes the model while the others are at their shards.
+    return max(max(model, shard) + (ranks - 1) * shard, table)
