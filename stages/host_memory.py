@@ -56,7 +56,7 @@ class Node:
 
 def host_footprint(
     config: Any, plan: Plan, node: Node, step: Share, parameters: float, trained: float, *,
-    cache: float = 0.0, pinned: float = 0.0, drawn: float = 0.0, drawn_once: float = 0.0,
+    cache: float = 0.0, pinned: float = 0.0, drawn: float = 0.0, drawn_once: float = 0.0, heldout: int = 0,
 ) -> HostFootprint:  # fmt: skip
     """The host memory of one node in one stage.
 
@@ -65,6 +65,7 @@ def host_footprint(
         parameters, trained: of the module that is trained.
         cache: bytes that a process may keep of encoded samples. pinned: tokens of a rank whose layers' inputs wait in
             host memory. drawn, drawn_once: parameters that every rank, and that one rank alone, draws in fp32.
+        heldout: steps whose held-out samples wait for the next measure.
     """
     text, ranks = config.text_config, min(node.ranks, plan.ranks)
     pixels = CHANNELS * config.vision_config.patch_size**2 * plan.pixel
@@ -73,7 +74,7 @@ def host_footprint(
     return HostFootprint(
         processes=ranks * node.process,
         cache=ranks * cache,
-        samples=ranks * POOLED * sample,
+        samples=ranks * (POOLED + heldout) * sample,
         offload=ranks * inputs,
         drawn=FP32 * (ranks * drawn + drawn_once),
         written=_written(config, plan, ranks, parameters, trained),

@@ -90,7 +90,8 @@ class DataRecipe:
 
     cache_mb: RAM a process may spend on encoded samples, so that they decode once. workers: threads of a process that
     decode and encode. not_like: manifests of evaluations; samples that show one of their pictures are passed over, up
-    to `not_like_bits` bits of 64 of perceptual hash apart.
+    to `not_like_bits` bits of 64 of perceptual hash apart. heldout: sources that nothing trains on, for the stages'
+    held-out loss; or in their place the share `heldout_fraction` of the rows of each source, chosen by row number.
     """
 
     sources: tuple[SourceRecipe, ...]
@@ -99,6 +100,8 @@ class DataRecipe:
     workers: int = 2
     not_like: tuple[str, ...] = ()
     not_like_bits: int = 6
+    heldout: tuple[SourceRecipe, ...] = ()
+    heldout_fraction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ class StageRecipe:
     zero: DeepSpeed ZeRO stage. sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens.
     encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay
     until the stage is finished and only its model is left, unless `keep_finished`.
+    heldout_every: steps between measures of the loss on held-out samples (`data.heldout`), always the same ones, as
+    many as `heldout_steps` steps take; 0 = never.
     spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running median is skipped; 0 =
     never. Memory (`stages.memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers
     in host memory; mlp_tiles: parts an MLP is computed in.
@@ -136,6 +141,8 @@ class StageRecipe:
     save_every: int = 200
     keep: int = 2
     keep_finished: bool = False
+    heldout_every: int = 0
+    heldout_steps: int = 1
     spike_loss: float = 0.0
     spike_norm: float = 0.0
 
@@ -262,9 +269,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     table = read(path, overrides, "stages/recipes")
     recipe = build(Recipe, table, str(path))
     _check(recipe, str(path))
-    located = [dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in recipe.data.sources]
+    located = {
+        key: tuple(dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in sources)
+        for key, sources in (("sources", recipe.data.sources), ("heldout", recipe.data.heldout))
+    }
     others = tuple(_located(other, path.parent) for other in recipe.data.not_like)
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources=tuple(located), not_like=others))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, not_like=others, **located))
 
 
 def _check(recipe: Recipe, file: str) -> None:
@@ -278,18 +288,32 @@ def _check(recipe: Recipe, file: str) -> None:
     need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
     need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
     need(recipe.data.workers >= 1, "data.workers must be at least 1")
-    for i, source in enumerate(recipe.data.sources):
-        need(source.kind in KINDS, f"data.sources[{i}].kind must be one of {', '.join(KINDS)}")
-        need(source.weight > 0, f"data.sources[{i}].weight must be above 0")
-        need(source.format in ("", *FORMATS), f"data.sources[{i}].format must be one of {', '.join(FORMATS)}")
-        need(source.shuffle >= 1, f"data.sources[{i}].shuffle must be at least 1")
+    data = recipe.data
+    need(0 <= data.heldout_fraction < 1, "data.heldout_fraction must be in [0, 1)")
+    need(not (data.heldout and data.heldout_fraction), "give data.heldout or data.heldout_fraction, not both")
+    need(
+        not (data.heldout_fraction and any(source.streaming for source in data.sources)),
+        "data.heldout_fraction takes rows by their number, which a streaming source has not; name data.heldout instead",
+    )
+    named = [(f"data.sources[{i}]", source) for i, source in enumerate(data.sources)]
+    for key, source in [*named, *((f"data.heldout[{i}]", source) for i, source in enumerate(data.heldout))]:
+        need(source.kind in KINDS, f"{key}.kind must be one of {', '.join(KINDS)}")
+        need(source.weight > 0, f"{key}.weight must be above 0")
+        need(source.format in ("", *FORMATS), f"{key}.format must be one of {', '.join(FORMATS)}")
+        need(source.shuffle >= 1, f"{key}.shuffle must be at least 1")
         unfit = checked(source.transforms, source.streaming)
-        need(unfit is None, f"data.sources[{i}].transforms: {unfit}")
-        need(set(source.stages) <= set(STAGES), f"data.sources[{i}].stages may name only {', '.join(STAGES)}")
+        need(unfit is None, f"{key}.transforms: {unfit}")
+        need(set(source.stages) <= set(STAGES), f"{key}.stages may name only {', '.join(STAGES)}")
     for name in recipe.stages:
         stage: StageRecipe = getattr(recipe, name)
-        for key in ("steps", "context", "packs", "sequence_parallel", "save_every", "keep"):
+        for key in ("steps", "context", "packs", "sequence_parallel", "save_every", "keep", "heldout_steps"):
             need(getattr(stage, key) >= 1, f"{name}.{key} must be at least 1")
+        need(stage.heldout_every >= 0, f"{name}.heldout_every must not be below 0")
+        need(
+            not stage.heldout_every or bool(data.heldout) or data.heldout_fraction > 0,
+            f"{name}.heldout_every measures held-out samples, and there are none; give data.heldout or "
+            "data.heldout_fraction",
+        )
         need(0 <= stage.alike <= stage.packs, f"{name}.alike must be from 0 (a quarter) to {name}.packs")
         need(stage.lr > 0, f"{name}.lr must be above 0")
         need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')

@@ -10,6 +10,7 @@ import shutil
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ from stages.weights import Start, open_start, write_model
 
 KINDS = {"vision": vision.Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
-AROUND = ("save_every", "keep", "keep_finished")  # keys of a stage that do not change what is trained
+# Keys of a stage that do not change what is trained.
+AROUND = ("save_every", "keep", "keep_finished", "heldout_every", "heldout_steps")
 START = "start"  # folder of the model that a run draws for itself
 WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 
@@ -80,7 +82,7 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
 
 def check(recipe: Recipe, run: Path, only: str | None) -> None:
     """Find before anything is trained what would stop a later stage; KeyeError names it."""
-    for source in recipe.data.sources:
+    for source in (*recipe.data.sources, *recipe.data.heldout):
         if "{run}" not in source.path and "://" not in source.path and source.format != "hub":
             files_of(format_of(source, source.path), source.path)
     for path in recipe.data.not_like:
@@ -100,6 +102,8 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
         if wanted(name, only) and not (run / name / DONE).exists():
             make_encoder(recipe, told)
             choose_sources(name, recipe)
+            if told.heldout_every:
+                choose_sources(name, recipe, heldout=True)
             check_sequence(told.sequence_parallel, world)
             batches_of(name, told, Grid(0, world, told.sequence_parallel, None))
             if isinstance(told, VisionRecipe) and told.text_model:
@@ -185,15 +189,19 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     economise(model, told.checkpointing, told.offload, told.mlp_tiles)
     module = stage.prepare(model).train()
     quarantine = Quarantine(folder / "quarantine.jsonl")
-    mixture = open_mixture(name, recipe, processor, grid, cache, quarantine, str(run))
-    loader = stage.loader(mixture, grid, model, recipe.data.workers)
-    batches = batches_of(name, told, grid)
+    given, batches = (name, recipe, processor, grid, cache, quarantine, str(run)), batches_of(name, told, grid)
+    heldout: list[list[dict[str, Any]]] = []
+    if told.heldout_every:  # the same batches each time, which wait in host memory
+        held = stage.loader(open_mixture(*given, heldout=True), grid, model, recipe.data.workers)
+        heldout = [[held.next() for _ in range(batches)] for _ in range(told.heldout_steps)]
+        held.close()
+    loader = stage.loader(open_mixture(*given), grid, model, recipe.data.workers)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     _say(f"{name}: {trained / 1e6:.2f} M parameters, {told.steps} steps, {grid.data_size} × {grid.sequence} ranks")
     config = dataclasses.asdict(recipe)
     trainer = Trainer(
         stage, module, loader, grid, told, folder, batches, recipe.precision, recipe.trackers, config,
-        sources=start.sources(model),
+        sources=start.sources(model), heldout=heldout,
     )  # fmt: skip
     return Opened(trainer, model, module, start, processor, quarantine)
 

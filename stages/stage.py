@@ -112,41 +112,53 @@ def visual_samples(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def open_mixture(
-    name: str, recipe: Recipe, processor: KeyeProcessor, grid: Grid, cache: Cache, quarantine: Quarantine, run: str
-) -> Mixture:
-    """The stage's sources with their token shares, the same on every rank."""
+    name: str, recipe: Recipe, processor: KeyeProcessor, grid: Grid, cache: Cache, quarantine: Quarantine, run: str,
+    heldout: bool = False,
+) -> Mixture:  # fmt: skip
+    """The stage's sources with their token shares, the same on every rank; those that are held out, if asked for."""
     stage = recipe.chain[name]
     guard = make_guard(recipe.data.not_like, recipe.data.not_like_bits, processor, run)
+    fraction = recipe.data.heldout_fraction
     sources = []
-    for source, share in choose_sources(name, recipe):
+    for source, share in choose_sources(name, recipe, heldout):
         made = Source(
             source, processor, recipe.seed, cache, quarantine,
-            limit=stage.limit, run=run, report=grid.rank == 0, guard=guard,
+            limit=stage.context, run=run, report=grid.rank == 0, guard=guard, part=(fraction, heldout),
         )  # fmt: skip
         sources.append((made, share))
     return Mixture(sources)
 
 
-def choose_sources(name: str, recipe: Recipe) -> list[tuple[SourceRecipe, float]]:
+def choose_sources(name: str, recipe: Recipe, heldout: bool = False) -> list[tuple[SourceRecipe, float]]:
     """The sources that a stage, or a phase of it, reads, each with its share of the tokens.
+
+    heldout: those that its held-out loss is measured on; kinds of the mixture that they lack are left out of it.
 
     Raises:
         RecipeError: there is none, or none of a kind that the stage's mixture wants.
     """
-    stage = recipe.chain[name]
-    chosen = [s for s in recipe.data.sources if stage_of(name) in s.stages or (not s.stages and name != "vision")]
-    return _shares(name, stage, [s for s in chosen if not stage.mixture or stage.mixture.get(s.kind, 0) > 0])
+    stage, sources = recipe.chain[name], (heldout and recipe.data.heldout) or recipe.data.sources
+    chosen = [s for s in sources if stage_of(name) in s.stages or (not s.stages and name != "vision")]
+    chosen = [s for s in chosen if not stage.mixture or stage.mixture.get(s.kind, 0) > 0]
+    mixture = stage.mixture
+    if heldout:
+        held = {s.kind for s in chosen}
+        total = sum(share for kind, share in mixture.items() if kind in held)
+        mixture = {kind: share / total for kind, share in mixture.items() if kind in held}
+    return _shares(name, mixture, chosen, "data.heldout" if heldout else "data.sources")
 
 
-def _shares(name: str, stage: StageRecipe, sources: list[SourceRecipe]) -> list[tuple[SourceRecipe, float]]:
+def _shares(
+    name: str, mixture: dict[str, float], sources: list[SourceRecipe], key: str
+) -> list[tuple[SourceRecipe, float]]:
     if not sources:
-        raise RecipeError(f"no data source serves the stage {name}; add one with stages = [\"{name}\"]")
+        raise RecipeError(f"{key}: no data source serves the stage {name}; add one with stages = [\"{name}\"]")
     parts = [(s.path, s.config, s.split, s.kind, frozenset(s.families), s.transforms) for s in sources]
     if len(set(parts)) < len(parts):
         raise RecipeError(f"the stage {name} reads the same part of a manifest twice; write it once with its weight")
     weights = {kind: sum(s.weight for s in sources if s.kind == kind) for kind in {s.kind for s in sources}}
-    missing = [kind for kind, share in stage.mixture.items() if share > 0 and kind not in weights]
+    missing = [kind for kind, share in mixture.items() if share > 0 and kind not in weights]
     if missing:
         raise RecipeError(f"{name}.mixture wants {missing[0]}, but no data source of that kind serves the stage")
-    mixture = stage.mixture or {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
+    mixture = mixture or {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
     return [(s, mixture[s.kind] * s.weight / weights[s.kind]) for s in sources]

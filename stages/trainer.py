@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,16 @@ class Trainer:
         stage, module: what is trained and its loss. recipe: the stage's. folder: `runs/<name>/<stage>`.
         micro_batches: batches a step on this rank. precision: "auto", "fp32" or "bf16". trackers: told every step.
         told: the whole recipe as plain values, for the trackers. sources: where the exact start of parameters is on
-            disk (`engine.build`).
+            disk (`engine.build`). heldout: batches, a list for each step, that nothing trains on.
     """
 
     def __init__(
         self, stage: Stage, module: nn.Module, loader: Loader, grid: Grid, recipe: StageRecipe, folder: Path,
         micro_batches: int, precision: str, trackers: tuple[str, ...] = (), told: dict[str, Any] | None = None,
-        sources: Mapping[nn.Parameter, Stored] | None = None,
+        sources: Mapping[nn.Parameter, Stored] | None = None, heldout: Sequence[list[dict[str, Any]]] = (),
     ) -> None:  # fmt: skip
         self.stage, self.module, self.loader, self.grid, self.recipe = stage, module, loader, grid, recipe
-        self.folder, self.micro_batches = folder, micro_batches
+        self.folder, self.micro_batches, self.heldout = folder, micro_batches, heldout
         self.asked: set[str] = set()  # of this rank, by signals: "save", "stop"
         self.agreed: set[str] = set()  # of any rank, the same on all
         self.engine = deep.build(
@@ -87,6 +87,23 @@ class Trainer:
         self.guard.end()
         self.step += 1
         return self._values(batches, lr, time.perf_counter() - started, self.loader.stalled - stalled)
+
+    def heldout_loss(self) -> float:
+        """The loss on the held-out batches; collective. It moves nothing, and every rank makes as many passes.
+
+        The module stays in training mode, where also a rank without pictures passes through the tower: ranks whose
+        collectives differ would wait for one another.
+        """
+        mine = torch.zeros(2, dtype=torch.float64, device=deep.device())  # summed loss, and what it is divided by
+        for step in self.heldout:
+            batches = [_move(batch) for batch in step]
+            self.stage.begin(self.engine, batches, self.grid)
+            for batch in batches:
+                with torch.no_grad():
+                    mine[0] += self.stage.loss(self.engine, batch, self.grid).double()
+                mine[1] += self.stage.weight(batch, self.grid)
+        total, weight = sum_over_ranks(mine).tolist()
+        return total / max(weight, 1e-12)
 
     def _values(self, batches: list[dict[str, Any]], lr: float, seconds: float, stalled: float) -> dict[str, Any]:
         """What is told of a step; sums over all ranks are taken together."""
@@ -169,7 +186,10 @@ class Trainer:
             told = {"peak_flops": self.peak.flops, "peak_source": self.peak.source, "processes": self.grid.world}
             (self.folder / PEAK).write_text(json.dumps(told) + "\n")
         while self.step < self.recipe.steps:
-            self.watcher.tell(self.train_step())
+            values, every = self.train_step(), self.recipe.heldout_every
+            if every and (self.step % every == 0 or self.step == self.recipe.steps):
+                values["heldout_loss"] = self.heldout_loss()
+            self.watcher.tell(values)
             if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self.agreed:
                 self.save()
             if "stop" in self.agreed and self.step < self.recipe.steps:

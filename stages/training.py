@@ -88,16 +88,22 @@ def _stages(run: Path, chain: dict[str, Any], logs: dict[str, list[dict[str, Any
         log = logs[name]
         steps, losses = [row["step"] for row in log], [row["loss"] for row in log]
         series = [Series("each step", steps, losses, "c0", style="faint"), Series("", steps, smooth(losses), "c0")]
+        held = [row for row in log if "heldout_loss" in row]
+        if held:
+            points = [row["step"] for row in held], [row["heldout_loss"] for row in held]
+            series = [series[0], Series("mean", *series[1][1:3], "c0"), Series("held out", *points, "c1")]
         chart = line_chart(series, "step", "loss", width=WIDTH, height=HEIGHT)
-        charts.append(f'<div class="panel"><h3>{title}</h3><p class="note">{trains}</p>{chart}</div>')
+        key = legend(series) if held else ""
+        charts.append(f'<div class="panel"><h3>{title}</h3><p class="note">{trains}</p>{key}{chart}</div>')
         tenth = max(1, len(losses) // 10)
         change = [f"{sum(part) / len(part):.3f}" for part in (losses[:tenth], losses[-tenth:])]
         done = f"{steps[-1]:,}" + (f" of {told.steps:,}" if told is not None and told.steps > steps[-1] else "")
         kept = ", ".join(path.name.removeprefix("step-") for path in checkpoints(run / name / "checkpoints"))
         tokens = sum(row.get("tokens", 0) for row in log)
-        rows.append([title, done, *change, f"{tokens:,}" if tokens else "–", kept or "–"])
+        least = f"{held[-1]['heldout_loss']:.3f}" if held else "–"
+        rows.append([title, done, *change, least, f"{tokens:,}" if tokens else "–", kept or "–"])
     note = '<p class="note">First and last loss are means over a tenth of the steps.</p>'
-    head = ["stage", "steps", "first loss", "last loss", "tokens", "checkpoints at"]
+    head = ["stage", "steps", "first loss", "last loss", "held out", "tokens", "checkpoints at"]
     return f'<div class="panels">{"".join(charts)}</div>' + (table(head, rows) + note if rows else "")
 
 

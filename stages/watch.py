@@ -202,9 +202,11 @@ class Watcher:
 def said(values: dict[str, Any]) -> str:
     """A step's values as a line."""
     smaller = f"{values['thinned']:,} thinned  " if values.get("thinned") else ""
+    held = f"held-out {values['heldout_loss']:.3f}  " if "heldout_loss" in values else ""
     return (
-        f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu'] * 100:.1f} %  "
-        f"stall {values['stall_share'] * 100:.0f} %  {smaller}{duration(values['eta_seconds'])} left"
+        f"loss {values['loss']:.3f}  {held}{values['tokens_per_second']:,.0f} tokens/s  "
+        f"MFU {values['mfu'] * 100:.1f} %  stall {values['stall_share'] * 100:.0f} %  {smaller}"
+        f"{duration(values['eta_seconds'])} left"
     )
 
 

@@ -33,18 +33,34 @@ def source_name(recipe: SourceRecipe) -> str:
     return f"{recipe.path}{own}#{recipe.kind}{part}" + "".join(f">{name}" for name in recipe.transforms)
 
 
+def held_out(count: int, share: float) -> np.ndarray:
+    """Which of `count` rows are held out: about `share` of them `[count] bool`, by their numbers alone.
+
+    A row is held out or not whichever source reads it, in every run, and stays so when others are added behind it.
+    """
+    mixed = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    # SplitMix64's finaliser: neighbouring numbers come out as independent ones.
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(share * 2**64))
+
+
 class Shuffled:
     """The rows of a map-style data set that have the wanted kind and families, every epoch in another order.
 
     Args:
         recipe: which data set. path: the recipe's, with the run's folder put in. seed: of the orders.
         quarantine: takes the rows that cannot be read; None where another process reports them.
+        part: (share of the rows that is held out, whether those are the wanted ones or the others).
 
     Raises:
         ManifestError: no such file, or nothing in it fits.
     """
 
-    def __init__(self, recipe: SourceRecipe, path: str, seed: int, quarantine: Quarantine | None) -> None:
+    def __init__(
+        self, recipe: SourceRecipe, path: str, seed: int, quarantine: Quarantine | None,
+        part: tuple[float, bool] = (0.0, False),
+    ) -> None:  # fmt: skip
         self.table, self.seed = Table(recipe, path), seed
         kinds, families, names = self.table.scan()
         if quarantine is not None:
@@ -52,9 +68,12 @@ class Shuffled:
         wanted = kinds == KINDS.index(recipe.kind)
         if recipe.families:
             wanted &= np.isin(families, [i for i, name in enumerate(names) if name in recipe.families])
+        if part[0]:
+            wanted &= held_out(len(wanted), part[0]) == part[1]
         self.indices = np.flatnonzero(wanted)
         if not len(self.indices):
-            of = f" of the families {', '.join(recipe.families)}" if recipe.families else ""
+            of = " that are held out" if part[0] and part[1] else ""
+            of += f" of the families {', '.join(recipe.families)}" if recipe.families else ""
             raise ManifestError(f"{path}: no {recipe.kind} samples{of} in it; mend data.sources")
         self.epoch, self.position, self.patience = 0, 0, 2 * len(self.indices) - 1
         self._order: np.ndarray | None = None  # of this epoch, made by who draws: one process of a run
@@ -114,6 +133,7 @@ class Source:
         run: what `{run}` in the recipe's path stands for.
         report: whether this process writes down what is found bad when the data set is opened (one of them should).
         guard: knows the pictures of evaluations; samples that show one of them are quarantined.
+        part: see `Shuffled`.
 
     Raises:
         ManifestError: no such data set, or nothing in it fits.
@@ -130,6 +150,7 @@ class Source:
         run: str = "",
         report: bool = True,
         guard: Guard | None = None,
+        part: tuple[float, bool] = (0.0, False),
     ) -> None:
         self.recipe, self.processor, self.seed, self.limit = recipe, processor, seed, limit
         self.cache, self.quarantine, self.guard = cache, quarantine, guard
@@ -138,7 +159,7 @@ class Source:
         if recipe.streaming:
             self.rows: Shuffled | Lanes = Lanes(recipe, self.path, seed, quarantine)
         else:
-            self.rows = Shuffled(recipe, self.path, seed, quarantine if report else None)
+            self.rows = Shuffled(recipe, self.path, seed, quarantine if report else None, part)
         self.warnings = WarningLog()
         self.failures = 0
         self.bad: set[int] = set()  # samples that could not be used; they are not tried again
