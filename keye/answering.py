@@ -1,13 +1,13 @@
 """One answer of the model as it is written: pieces of text, what of it is thought, and what it took.
 
-`Answering` runs `generate` in a thread of its own, so that whoever reads the pieces can stop at any time: between two
-tokens, and during the prompt between two layers.
+`Answering` runs `generate` in a thread of its own, `BatchedAnswering` takes part in a running batch. Whoever reads the
+pieces can stop at any time: between two tokens, and during the prompt between two layers.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from keye.batching import BatchEngine
 from keye.errors import KeyeError
+from keye.sampling import Sampling
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -26,38 +28,6 @@ class Piece(NamedTuple):
 
     text: str
     thinking: bool
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a reply is drawn.
-
-    max_new_tokens: at most so many. temperature: 0 takes the likeliest token. top_p: only the likeliest tokens that sum
-    up to this probability. seed: for repeatable draws. stop: texts that end the reply and are left out of it.
-    """
-
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise KeyeError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more")
-        if not 0 <= self.temperature <= 100:
-            raise KeyeError(f"temperature is {self.temperature}; give 0 for the likeliest answer, or about 0.7")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise KeyeError(f"top_p is {self.top_p}; give a share above 0 and at most 1")
-        if "" in self.stop:
-            raise KeyeError("stop holds an empty text, which is everywhere; leave it out")
-
-    def options(self) -> dict[str, Any]:
-        """The same for `generate`."""
-        if not self.temperature:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        drawn = {"do_sample": True, "temperature": self.temperature}
-        return {"max_new_tokens": self.max_new_tokens, **drawn, **({"top_p": self.top_p} if self.top_p else {})}
 
 
 @dataclass
@@ -113,8 +83,7 @@ class Answering:
         self._failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[Piece]:
-        worker = threading.Thread(target=self._generate, daemon=True)
-        worker.start()
+        wait = self._start()
         split, complete, cut = ThoughtSplit(), False, StopTexts(self.sampling.stop)
         try:
             for text in cut(detokenize(self.tokenizer, iter(self._tokens.get, None))):
@@ -124,7 +93,7 @@ class Answering:
             complete = True
         finally:
             self._stop.set()
-            worker.join()
+            wait()
             if not complete:
                 self.figures.finish = "interrupted"
             elif cut.found or self._ended():
@@ -142,6 +111,16 @@ class Answering:
                 f"the model failed on this chat ({type(self._failure).__name__}: {reason}); ask again without its clips"
                 " to see whether they are the cause"
             ) from self._failure
+
+    def _start(self) -> Callable[[], object]:
+        """Begin to generate; what is returned waits for the end."""
+        worker = threading.Thread(target=self._generate, daemon=True)
+        worker.start()
+        return worker.join
+
+    def stop(self) -> None:
+        """Ask the model to end the reply at the next token; the iterator then ends by itself."""
+        self._stop.set()
 
     def _ended(self) -> bool:
         return self.sequence is not None and int(self.sequence[-1]) in self._ends()
@@ -186,6 +165,35 @@ class Answering:
     def _leave(self, *_: object) -> None:
         if self._stop.is_set() and not self.figures.new_tokens:
             raise _Stopped
+
+
+@dataclass
+class BatchedAnswering(Answering):
+    """The same reply from a `BatchEngine`, beside those to other requests; without a cache to go on from."""
+
+    engine: BatchEngine | None = None
+
+    def _start(self) -> Callable[[], object]:
+        self._done = threading.Event()
+        self._streamer = _Streamer(self._tokens, self.figures, time.perf_counter())
+        self._streamer.prompt = False
+        self.engine.submit(self, self.inputs, self.sampling, self._ends())
+        return self._done.wait
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the reader has left."""
+        return self._stop.is_set()
+
+    def emit(self, token: int) -> None:
+        """One more token, from the engine."""
+        self._streamer.put(torch.tensor([token]))
+
+    def done(self, sequence: Tensor | None, error: BaseException | None) -> None:
+        """The end, from the engine."""
+        self.sequence, self._failure = sequence, error
+        self._tokens.put(None)
+        self._done.set()
 
 
 class _Streamer(BaseStreamer):

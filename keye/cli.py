@@ -38,6 +38,7 @@ SERVE_EXAMPLES = """examples:
   keye serve runs/demo/gspo/model                              http://127.0.0.1:8000/v1, clips inside of requests
   keye serve MODEL --media-root videos                         requests may name files in this folder
   keye serve MODEL --url --max-bytes 100_000_000               and public http(s) URLs
+  KEYE_API_KEY=… keye serve MODEL --host 0.0.0.0               other machines, with a key
 """
 
 POLICY_HELP = (
@@ -149,8 +150,10 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--name", metavar="NAME", help="what the model is called in requests (its directory)")
     parser.add_argument("--media-root", metavar="DIR", help="requests may name files in this folder; without it none")
     parser.add_argument("--url", action="store_true", help="requests may name http(s) URLs of public addresses")
-    parser.add_argument("--max-bytes", type=int, default=1 << 28, metavar="N", help="of one clip or image (256 MiB)")
+    parser.add_argument("--api-key", metavar="KEY", help="requests must send it (KEYE_API_KEY; without either, none)")
+    parser.add_argument("--max-bytes", type=int, default=1 << 26, metavar="N", help="of one clip or image (64 MiB)")
     parser.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="most of one answer (4096)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="requests answered side by side (8)")
     parser.add_argument("--queue", type=int, default=16, metavar="N", help="requests that may wait; more get 429 (16)")
     parser.set_defaults(call=_with_model("keye.serve", "serve"))
 

@@ -11,13 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keye.answering import Sampling
 from keye.errors import KeyeError
+from keye.sampling import Sampling
 from keye.slowfast.fetch import UrlRules, file_path, scheme_of, url_name
 
 SAMPLING = ("start", "end", "fps")  # what a request may say about a clip; none of it goes beyond the encoder's budget
-REFUSED = ("tools", "functions", "response_format", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction")
-NEUTRAL = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0}
+NEUTRAL = {
+    "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "response_format": {"type": "text"},
+    "tool_choice": "none", "function_call": "none", "modalities": ["text"], "use_beam_search": False, "best_of": 1,
+}  # fmt: skip
+"""What clients send although it changes nothing: taken at this value (or null), refused at any other."""
+READ = (
+    "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+    "top_k", "min_p", "seed", "stop", "chat_template_kwargs", "reasoning_effort",
+)  # fmt: skip
+LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+"""What has no effect on the answer and is not looked at."""
 ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
 KINDS = {"image_url": "image", "input_image": "image", "video_url": "video"}
 
@@ -36,7 +45,7 @@ class Access:
 
     media_root: Path | None = None
     urls: UrlRules | None = None
-    max_bytes: int = 1 << 28
+    max_bytes: int = 1 << 26
 
     def source(self, given: Any) -> str:
         """A clip or image as the encoder takes it; RequestError if it may not be had."""
@@ -98,12 +107,12 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
         raise RequestError(f"the body is not JSON ({str(error)[:80]})") from error
     if not isinstance(given, dict):
         raise RequestError("the body is not a JSON object")
-    for name in REFUSED:
-        if given.get(name):
-            raise RequestError(f"{name} is not supported; leave it out", param=name)
-    for name, value in NEUTRAL.items():
-        if given.get(name) not in (None, value):
-            raise RequestError(f"{name} can only be {value}", param=name)
+    for name, value in given.items():
+        if name in NEUTRAL and value not in (None, NEUTRAL[name]):
+            raise RequestError(f"{name} can only be {json.dumps(NEUTRAL[name])}", param=name)
+        # A field that is passed over in silence would leave its sender with answers that were drawn otherwise.
+        if name not in (*NEUTRAL, *READ, *LABELS) and value not in (None, [], False):
+            raise RequestError(f"{name[:40]} is not supported; leave it out", param=name)
     messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is missing or empty; give a list of messages", param="messages")
@@ -154,6 +163,8 @@ def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
             top_p=_number(given, "top_p"),
             seed=seed,
             stop=tuple(stop),
+            top_k=None if given.get("top_k") == -1 else _number(given, "top_k", whole=True),
+            min_p=_number(given, "min_p"),
         )
     except RequestError:
         raise

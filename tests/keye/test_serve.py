@@ -1,6 +1,7 @@
 """The server by real HTTP requests, in the wire format of OpenAI's clients, written by hand."""
 
 import base64
+import contextlib
 import http.client
 import json
 import socket
@@ -10,12 +11,15 @@ import time
 import pytest
 from PIL import Image
 
+from keye.answerer import Answerer
 from keye.answering import Answering
+from keye.batching import BatchEngine
 from keye.chat import Chat, Sampling, load_model
 from keye.cli import main
 from keye.errors import KeyeError
+from keye.http_server import Limits, make_server
 from keye.openai_format import Access, RequestError, read_request
-from keye.serve import Answerer, Line, for_transformers, make_server
+from keye.serve import for_transformers
 from keye.slowfast.fetch import UrlRules
 from tests.keye.slowfast.make import numbered, write_video
 from tests.keye.talk import tiny_directory
@@ -40,14 +44,34 @@ def loaded(folder):
     return load_model(folder / "model", "cpu", "float32")
 
 
+@contextlib.contextmanager
+def serving(answerer, access, **more):
+    """A running server's (host, port)."""
+    with make_server(answerer, access, **more) as server:
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        yield server.address
+        server.stop()
+        thread.join(30)
+
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
-def address(folder, loaded):
+def answerer(loaded):
+    return Answerer(*loaded, "tiny", most_tokens=8, batch=4, waiting=2)
+
+
+@pytest.fixture(scope="module")
+def address(folder, answerer):
     """A server for the files below clips/."""
-    answerer = Answerer(*loaded, "tiny", most_tokens=8, longest_line=2)
-    with make_server(answerer, Access(folder / "clips", max_bytes=200_000)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_address
-        server.shutdown()
+    with serving(answerer, Access(folder / "clips", max_bytes=200_000)) as address:
+        yield address
 
 
 def ask(address, body, headers=None, method="POST", path=POST):
@@ -58,7 +82,13 @@ def ask(address, body, headers=None, method="POST", path=POST):
     response = connection.getresponse()
     text = response.read().decode()
     connection.close()
-    return response.status, dict(response.getheaders()), text
+    return response.status, response.headers, text
+
+
+def head_of(length):
+    """The head of a POST whose body has so many bytes."""
+    head = f"POST {POST} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {length}\r\n\r\n".encode()
 
 
 def user(*parts, **more):
@@ -135,14 +165,13 @@ def test_a_stream_is_the_whole_answer_in_pieces(address, folder, loaded):
 def test_thoughts_have_a_field_of_their_own(address, loaded, monkeypatch):
     tokenizer = loaded[1].tokenizer
 
-    def generate(streamer, input_ids, **_):
-        ids = tokenizer("<think>red</think>blue", return_tensors="pt")["input_ids"]
-        streamer.put(input_ids)
-        for token in ids[0]:
-            streamer.put(token)
-        return ids
+    def submit(self, reader, inputs, sampling, ends):
+        ids = tokenizer("<think>red</think>blue", return_tensors="pt")["input_ids"][0]
+        for token in ids.tolist():
+            reader.emit(token)
+        reader.done(ids, None)
 
-    monkeypatch.setattr(loaded[0], "generate", generate)
+    monkeypatch.setattr(BatchEngine, "submit", submit)
     message = json.loads(ask(address, user(words("?"), reasoning_effort="high"))[2])["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("red", "blue")
     deltas = [c["choices"][0]["delta"] for c in events(ask(address, user(words("?"), stream=True))[2])]
@@ -163,6 +192,11 @@ def test_thoughts_have_a_field_of_their_own(address, loaded, monkeypatch):
         ({"messages": ["x", {"role": "user", "content": "x"}]}, 400, "needs a role"),
         (user(words("?"), tools=[{}]), 400, "tools is not supported"),
         (user(words("?"), n=2), 400, "n can only be 1"),
+        (user(words("?"), response_format={"type": "json_object"}), 400, "response_format can only be"),
+        (user(words("?"), min_tokens=3), 400, "min_tokens is not supported"),
+        (user(words("?"), logit_bias={"1": 2}), 400, "logit_bias is not supported"),
+        (user(words("?"), top_k=-3), 400, "top_k is -3"),
+        (user(words("?"), min_p=2), 400, "min_p is 2"),
         (user(words("?"), temperature="hot"), 400, "temperature is 'hot'"),
         (user(words("?"), max_tokens=0), 400, "max_new_tokens is 0"),
         (user(words("?"), seed=2**70), 400, "64 bits"),
@@ -195,88 +229,140 @@ def test_other_pages_and_endless_bodies_are_refused(address):
     assert ask(address, body, {"Host": "evil.example"})[0] == 403
     assert ask(address, None, {"Host": "evil.example:80"}, "GET", "/v1/models")[0] == 403
     assert ask(address, body, {"Host": "localhost:1"})[0] == 200
-    for header, status in (("Content-Length: 999999999", 413), ("Content-Length: x", 411), ("X: y", 411)):
+    for header, status in (("Content-Length: 999999999", 413), ("Content-Length: x", 400), ("X: y", 411)):
         with socket.create_connection(address, timeout=20) as line:
             line.sendall(f"POST {POST} HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n".encode())
             assert line.recv(100).split()[1] == str(status).encode()
 
 
-def test_requests_wait_in_line_and_too_many_are_sent_away(address, monkeypatch):
-    inside, go, order = threading.Event(), threading.Event(), []
-    run = Answering.__iter__
+def tokens_of(address, **more):
+    return json.loads(ask(address, user(words("red"), **more))[2])
 
-    def slowly(self):
-        order.append(self.inputs["input_ids"].shape[1])
-        inside.set()
-        assert go.wait(30)
-        return run(self)
 
-    monkeypatch.setattr(Answering, "__iter__", slowly)
-    results = {}
+def test_places_are_taken_before_a_body_is_read(folder, loaded):
+    """Two places, both held by requests whose bodies do not come: the third is refused at once, its body unread."""
+    answerer = Answerer(*loaded, "tiny", most_tokens=8, batch=1, waiting=1)
+    with serving(answerer, Access()) as address:
+        head = head_of(99)
+        held = [socket.create_connection(address, timeout=20) for _ in range(3)]
+        for line in held:
+            line.sendall(head)
+            time.sleep(0.2)
+        assert held[2].recv(100).split()[1] == b"429"
+        for line in held:
+            line.close()
+        until(lambda: answerer._taken == 0)
+        assert ask(address, user(words("?"), max_tokens=1))[0] == 200
 
-    def one(name):
-        results[name] = ask(address, user(words("red " * name), max_tokens=1))[0]
 
-    threads = [threading.Thread(target=one, args=(name,)) for name in (1, 2, 3)]
+def test_slow_requests_are_closed(loaded):
+    limits = Limits(head_seconds=0.5, body_seconds=0.5, body_rate=1 << 20)
+    with serving(Answerer(*loaded, "tiny", most_tokens=8), Access(), limits=limits) as address:
+        for sent, answer in (
+            (b"", b""),
+            (b"POST /v1/chat/comp", b""),
+            (head_of(50) + b"{", b"408"),
+        ):
+            with socket.create_connection(address, timeout=20) as line:
+                line.sendall(sent)
+                found = line.recv(200)
+                assert found.split()[1:2] == ([answer] if answer else [])
+
+
+def test_bodies_together_are_bounded(loaded):
+    """Two bodies of the largest size are in flight; a third waits outside, whatever places are free."""
+    access = Access(max_bytes=1000)
+    with serving(Answerer(*loaded, "tiny", most_tokens=8), access) as address:
+        largest = 1500 + (1 << 20)
+        held = [socket.create_connection(address, timeout=20) for _ in range(2)]
+        for line in held:
+            line.sendall(head_of(largest))
+        time.sleep(0.5)
+        assert ask(address, user(words("?"), max_tokens=1))[0] == 429
+        for line in held:
+            line.close()
+        until(lambda: ask(address, user(words("?"), max_tokens=1))[0] == 200)
+
+
+def test_a_key_is_asked_for(loaded):
+    with serving(Answerer(*loaded, "tiny", most_tokens=2), Access(), key="secret") as address:
+        for header, status in (({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": "secret"}, 401),
+                               ({"Authorization": "Bearer secret"}, 200)):  # fmt: skip
+            assert ask(address, user(words("?")), header)[0] == status
+            assert ask(address, None, header, "GET", "/v1/models")[0] == status
+        assert ask(address, None, method="GET", path="/health")[0] == 200
+
+
+def test_requests_are_answered_side_by_side_with_the_answers_they_get_alone(address, loaded):
+    questions = [user(words("red " * n), max_tokens=8) for n in (1, 5, 2, 9)] + [user(video("a.mp4"), words("How?"))]
+    alone = [json.loads(ask(address, question)[2])["choices"][0]["message"] for question in questions]
+    forward, widths = loaded[0].forward, []
+
+    def counted(*args, **kwargs):
+        widths.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    together = {}
+
+    def one(place):
+        together[place] = json.loads(ask(address, questions[place])[2])["choices"][0]["message"]
+
+    loaded[0].forward = counted
+    threads = [threading.Thread(target=one, args=(place,)) for place in range(len(questions))]
     for thread in threads:
         thread.start()
-        assert inside.wait(30)
-        time.sleep(0.2)  # the next one stands behind it
-    assert ask(address, user(words("one more")))[0] == 429
-    assert len(order) == 1
-    go.set()
     for thread in threads:
-        thread.join(30)
-    assert results == {1: 200, 2: 200, 3: 200} and order == sorted(order)
+        thread.join(60)
+    del loaded[0].forward
+    assert [together[place] for place in range(len(questions))] == alone
+    assert max(widths) > 1, "several rows in one forward call"
 
 
-def test_who_leaves_takes_the_request_along(address, loaded, monkeypatch):
-    stopped = threading.Event()
-    run = Answering.__iter__
+def test_a_drawn_answer_depends_on_its_seed_alone(address):
+    asked = {"temperature": 1.5, "top_k": 20, "min_p": 0.01, "max_tokens": 8}
+    one, two, other = (tokens_of(address, seed=seed, **asked)["choices"][0]["message"] for seed in (1, 1, 2))
+    assert one == two != other
+    greedy = tokens_of(address, max_tokens=8)["choices"][0]["message"]
+    assert tokens_of(address, temperature=5.0, top_k=1, max_tokens=8)["choices"][0]["message"] == greedy
+    assert tokens_of(address, temperature=5.0, min_p=1.0, max_tokens=8)["choices"][0]["message"] == greedy
 
-    def endless(self):
-        self.sampling = Sampling(100_000, temperature=2.0)
-        try:
-            yield from run(self)
-        finally:
-            stopped.set()
 
-    monkeypatch.setattr(Answering, "__iter__", endless)
+def test_who_leaves_takes_the_request_along(address, answerer, monkeypatch, capfd):
     monkeypatch.setattr(Answering, "_ends", lambda self: [10**6])
+    monkeypatch.setattr(answerer, "most_tokens", 100_000)
     for stream in (True, False):
-        stopped.clear()
-        body = json.dumps(user(words("?"), stream=stream)).encode()
-        head = f"POST {POST} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
-        head += "Content-Type: application/json"
+        body = json.dumps(user(words("?"), stream=stream, temperature=2)).encode()
         with socket.create_connection(address, timeout=20) as line:
-            line.sendall(head.encode() + b"\r\n\r\n" + body)
+            line.sendall(head_of(len(body)) + body)
             if stream:
                 assert line.recv(12) == b"HTTP/1.1 200"
             else:
-                time.sleep(0.2)
-        assert stopped.wait(30)
+                time.sleep(0.3)
+            assert answerer._taken == 1
+        until(lambda: answerer._taken == 0)
     monkeypatch.undo()
     assert ask(address, user(words("?"), max_tokens=2))[0] == 200
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_a_line_is_first_come_first_served():
-    line, order = Line(5), []
-    with line.turn(lambda: True):
-        threads = []
-        for name in range(4):
-            def wait(name=name):
-                with line.turn(lambda: True):
-                    order.append(name)
+def test_the_client_of_openai_is_served(address):
+    import openai
 
-            threads.append(threading.Thread(target=wait))
-            threads[-1].start()
-            while len(line._waiting) < name + 2:
-                time.sleep(0.001)
-        with pytest.raises(ConnectionError), line.turn(lambda: False):
-            pass
-    for thread in threads:
-        thread.join(10)
-    assert order == [0, 1, 2, 3] and not line._waiting
+    client = openai.OpenAI(base_url=f"http://{address[0]}:{address[1]}/v1", api_key="none", max_retries=0)
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "red"}], "max_tokens": 4}
+    whole = client.chat.completions.create(**asked, response_format={"type": "text"})
+    parts = client.chat.completions.create(**asked, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="response_format can only be"):
+        client.chat.completions.create(**asked, response_format={"type": "json_object"})
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
+        client.chat.completions.create(**asked | {"model": "gpt"})
+
+
+def test_an_error_advises_what_a_request_can_change(address, folder):
+    (folder / "clips" / "broken.mp4").write_bytes(b"no video")
+    error = json.loads(ask(address, user(video("broken.mp4"), words("?")))[2])["error"]["message"]
+    assert "not a readable video" in error and "SlowFastEncoder" not in error and "send another clip" in error
 
 
 def test_a_question_longer_than_the_context_is_refused(loaded):
@@ -300,10 +386,11 @@ def test_what_a_request_says_is_understood():
             {"role": "user", "content": [video("https://example.org/a.mp4", fps=1, start=2)]},
         ],
         **{"max_tokens": 50, "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": "\n", "user": "x", "n": 1},
+        **{"top_k": 40, "min_p": 0.1, "response_format": {"type": "text"}},
         "chat_template_kwargs": {"enable_thinking": False},
     }
     got = read_request(json.dumps(asked).encode(), Access(urls=UrlRules()), 20)
-    assert got.sampling == Sampling(20, 0.5, 0.9, 1, ("\n",)) and got.thinking is False and not got.stream
+    assert got.sampling == Sampling(20, 0.5, 0.9, 1, ("\n",), 40, 0.1) and got.thinking is False and not got.stream
     assert [message["role"] for message in got.messages] == ["system", "user", "assistant", "user"]
     source = {"type": "video", "video": "https://example.org/a.mp4", "fps": 1.0, "start": 2.0}
     assert got.messages[-1]["content"] == [source]
