@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "SlowFastEncoder": "keye.encoder",
-    "EncodedVideo": "keye.encoder",
+    "EncodedVideo": "keye.encoded",
     "VideoPlan": "keye.slowfast.plan",
     "KeyeConfig": "keye.model.config",
     "KeyeForConditionalGeneration": "keye.model.keye",

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -28,11 +28,13 @@ from PIL import Image
 
 from keye import errors
 from keye.cache import Cache, add_features, named_settings, without_tower
+from keye.encoded import EncodedVideo, split_options
 from keye.packed import pack, unpack
+from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
 
 if TYPE_CHECKING:
-    from keye.encoder import EncodedVideo, SlowFastEncoder
+    from keye.encoder import SlowFastEncoder
 
 MOST_WORKERS = 8
 """By default; each decodes with threads of its own."""
@@ -62,7 +64,7 @@ class Done(NamedTuple):
 
     index: int
     source: object
-    result: "VideoPlan | EncodedVideo | None"
+    result: VideoPlan | EncodedVideo | None
     failure: Failure | None
 
 
@@ -70,7 +72,7 @@ class Done(NamedTuple):
 class Results(Sequence):
     """The result of every source in their order, None where it failed; `failures` says why, in the same order."""
 
-    items: list["VideoPlan | EncodedVideo | None"]
+    items: list[VideoPlan | EncodedVideo | None]
     failures: list[Failure]
 
     def __len__(self) -> int:
@@ -80,7 +82,7 @@ class Results(Sequence):
         return self.items[index]
 
     @property
-    def succeeded(self) -> list["VideoPlan | EncodedVideo"]:
+    def succeeded(self) -> list[VideoPlan | EncodedVideo]:
         """The results without the failed ones, no longer in step with the sources."""
         return [item for item in self.items if item is not None]
 
@@ -151,7 +153,11 @@ def iter_many(
         raise errors.KeyeError(f"{unsendable}, so other processes cannot use it; give workers=0")
     if count < 2 or unsendable:
         return _here(_Work(encoder, cache, pixels, options), sources)
-    return _elsewhere(encoder, _Work(without_tower(encoder), cache, pixels, options), sources, count)
+    output, sampling = split_options(options)
+    PixelFormat.of(output)  # says at once what would fail for every video
+    sampling |= {"dtype": torch.uint8} if pixels else {}  # a quarter of the bytes to hand over
+    work = _Work(without_tower(encoder), cache, pixels, sampling)
+    return _elsewhere(_Work(encoder, cache, pixels, options), work, output, sources, count)
 
 
 def _count(workers: int | None, sources: Iterable[object]) -> int:
@@ -186,7 +192,7 @@ class _Work:
     pixels: bool
     options: dict
 
-    def __call__(self, source: object) -> "VideoPlan | EncodedVideo":
+    def __call__(self, source: object) -> VideoPlan | EncodedVideo:
         if self.cache is not None:
             return (self.cache.encode if self.pixels else self.cache.plan)(self.encoder, source, **self.options)
         return (self.encoder if self.pixels else self.encoder.plan)(source, **self.options)
@@ -200,8 +206,11 @@ def _here(work: _Work, sources: Iterable[object], first: int = 0) -> Iterator[Do
             yield Done(index, source, None, _failure(index, source, type(error).__name__, _sentence(error)))
 
 
-def _elsewhere(encoder: "SlowFastEncoder", work: _Work, sources: Iterable[object], count: int) -> Iterator[Done]:
-    """Hand sources to `count` workers, each minded by a thread that starts it anew when it dies."""
+def _elsewhere(here: _Work, work: _Work, output: Output, sources: Iterable[object], count: int) -> Iterator[Done]:
+    """Hand sources to `count` workers, each minded by a thread that starts it anew when it dies.
+
+    here: what is done with a source that cannot be sent; output: what is made here of the pixels that workers send.
+    """
     jobs: queue.SimpleQueue = queue.SimpleQueue()
     results: queue.SimpleQueue = queue.SimpleQueue()
     folder = Path(tempfile.mkdtemp(prefix="keye-"))
@@ -213,7 +222,7 @@ def _elsewhere(encoder: "SlowFastEncoder", work: _Work, sources: Iterable[object
         while True:
             for index, source in waiting:
                 if not _sendable(source):
-                    yield from _here(replace(work, encoder=encoder), [source], index)
+                    yield from _here(here, [source], index)
                     continue
                 pending[index] = source
                 jobs.put((index, source))
@@ -228,7 +237,7 @@ def _elsewhere(encoder: "SlowFastEncoder", work: _Work, sources: Iterable[object
             kind, value, counts = answer
             if work.cache is not None:
                 work.cache.count(*counts)
-            yield _finished(encoder, index, source, kind, value)
+            yield _finished(here.encoder, output, index, source, kind, value)
     finally:
         for worker in workers:
             worker.stop()
@@ -244,13 +253,13 @@ def _sendable(source: object) -> bool:
     return isinstance(source, _SENT)
 
 
-def _finished(encoder: "SlowFastEncoder", index: int, source: object, kind: str, answer: str) -> Done:
+def _finished(encoder: "SlowFastEncoder", output: Output, index: int, source: object, kind: str, answer: str) -> Done:
     if kind == "plan":
         return Done(index, source, VideoPlan.from_json(answer), None)
     if kind == "pixels":
         video = unpack(answer)
         os.unlink(answer)
-        return Done(index, source, add_features(encoder, video), None)
+        return Done(index, source, add_features(encoder, video.to(**output)), None)
     return Done(index, source, None, _failure(index, source, kind, answer))
 
 

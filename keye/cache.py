@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 import keye
+from keye.encoded import EncodedVideo, split_options
 from keye.errors import KeyeError
 from keye.packed import blake, pack, unpack
 from keye.slowfast.fetch import scheme_of
@@ -38,9 +39,9 @@ from keye.slowfast.image import load_image
 from keye.slowfast.plan import VideoPlan
 
 if TYPE_CHECKING:
-    from keye.encoder import EncodedVideo, SlowFastEncoder
+    from keye.encoder import SlowFastEncoder
 
-FORMAT = 1
+FORMAT = 2
 """Of the entries; raised when older ones are to be left alone."""
 
 _BLOCK = 4096  # bytes; entries are counted in whole blocks, as file systems do
@@ -84,18 +85,19 @@ class Cache:
                 self._store_plan(key, plan)
         return _renamed(plan, source)
 
-    def encode(self, encoder: "SlowFastEncoder", source: object, **options: object) -> "EncodedVideo":
+    def encode(self, encoder: "SlowFastEncoder", source: object, **options: object) -> EncodedVideo:
         """`encoder(source, **options)`, remembered bit for bit (as uint8 pictures); `features` are computed anew."""
-        key, stamp = self._key(encoder, source, options), _stamp(source)
+        output, sampling = split_options(options)
+        key, stamp = self._key(encoder, source, sampling), _stamp(source)
         if key is None:
             return encoder(source, **options)
         video = self._found(self._path("frames", key), unpack)
         if video is None:
-            video = without_tower(encoder)(source, **options)
+            video = without_tower(encoder)(source, **sampling, dtype=torch.uint8)
             if _stamp(source) == stamp:
                 self._store(self._path("frames", key), lambda path: pack(video, path))
                 self._store_plan(key, video.plan)
-        return add_features(encoder, replace(video, plan=_renamed(video.plan, source)))
+        return add_features(encoder, replace(video, plan=_renamed(video.plan, source)).to(**output))
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -289,7 +291,7 @@ def without_tower(encoder: "SlowFastEncoder") -> "SlowFastEncoder":
     return bare
 
 
-def add_features(encoder: "SlowFastEncoder", video: "EncodedVideo") -> "EncodedVideo":
+def add_features(encoder: "SlowFastEncoder", video: EncodedVideo) -> EncodedVideo:
     """The video with the features of the encoder's tower, if it holds one."""
     if encoder.tower is None:
         return video
@@ -351,7 +353,7 @@ def _hash(data: bytes | memoryview, *about: object) -> str:
 def _code(*modules: str) -> str:
     """Hash of the code that makes plans and pixels, and of the libraries under it: what changes it changes them."""
     here = Path(__file__).parent
-    files = {here / "encoder.py", here / "packed.py", *(here / "slowfast").glob("*.py")}
+    files = {here / "encoder.py", here / "encoded.py", here / "packed.py", *(here / "slowfast").glob("*.py")}
     files |= {Path(sys.modules[name].__file__) for name in modules if getattr(sys.modules.get(name), "__file__", None)}
     codes = [path.read_bytes() for path in sorted(files, key=lambda path: path.name) if path.is_file()]
     under = [library.__version__.partition("+")[0] for library in (keye, torch, av)]

@@ -3,25 +3,33 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
 from keye.checks import share, whole
+from keye.encoded import (
+    ChosenFrames,
+    EncodedVideo,
+    Options,
+    Sampling,
+    encode_patches,
+    split_options,
+)
 from keye.encoder_config import EncoderConfig, as_measure, as_policy
 from keye.errors import CheckpointError, KeyeError, VideoError
-from keye.slowfast.budget import SIDE, fit_size, size_tokens
+from keye.slowfast.budget import SIDE, fit_size
 from keye.slowfast.fetch import UrlRules
-from keye.slowfast.figures import strip_frames
 from keye.slowfast.image import ImageSource, load_image
 from keye.slowfast.keep import Keeper
-from keye.slowfast.notebook import PLACES, one_line, plan_html, table_html
-from keye.slowfast.pathways import SLOW, Limits, Policy, Walk
+from keye.slowfast.notebook import table_html
+from keye.slowfast.pathways import FAST, SLOW, Limits, Policy, Walk
+from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.similarity import Measure, patches, resize
+from keye.slowfast.similarity import Measure, resize
 from keye.slowfast.threads import one_thread
 from keye.slowfast.video import Clip, Frame, Source, open_clip
 
@@ -32,55 +40,6 @@ BATCH = 64 << 20  # bytes of full-size frames that are scored and resized togeth
 
 Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(pixel_values [N, 3, 14, 14], grid_thw [F, 3]) -> features [N / 4, hidden]"""
-
-
-@dataclass(frozen=True, repr=False)
-class EncodedVideo:
-    """A video as the model reads it.
-
-    pixel_values: float32 [N, 3, 14, 14] in [-1, 1], frame after frame in time order, raster patch order in each.
-    grid_thw: LongTensor [T, 3], a row (1, height / 14, width / 14) per frame. plan: the VideoPlan.
-    (14 is half of the encoder's `token_side`.)
-    features: [plan.tokens, hidden] when the encoder holds a vision tower, else None.
-    """
-
-    pixel_values: torch.Tensor
-    grid_thw: torch.Tensor
-    plan: VideoPlan
-    features: torch.Tensor | None = None
-
-    def __repr__(self) -> str:
-        kind = str(self.pixel_values.dtype).removeprefix("torch.")
-        features = "" if self.features is None else f", features {list(self.features.shape)}"
-        return f"EncodedVideo({one_line(self.plan)}, {len(self.pixel_values)} patches {kind}{features})"
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the filmstrip as the model sees it, and the plan's summary."""
-        entries = strip_frames(self.plan, PLACES)
-        return plan_html(self.plan, {entry: self.picture(entry).permute(1, 2, 0).numpy() for entry in entries})
-
-    def pictures(self) -> list[torch.Tensor]:
-        """The frames as the model sees them, uint8 [3, h, w] each."""
-        return [self.picture(entry) for entry in range(len(self.grid_thw))]
-
-    def picture(self, entry: int) -> torch.Tensor:
-        """One frame as the model sees it, uint8 [3, h, w]."""
-        counts, patch = self.grid_thw.prod(1), self.pixel_values.shape[-1]
-        _, rows, columns = self.grid_thw[entry].tolist()
-        start = int(counts[:entry].sum())
-        grid = self.pixel_values[start : start + rows * columns].reshape(rows, columns, 3, patch, patch)
-        picture = grid.permute(2, 0, 3, 1, 4).reshape(3, rows * patch, columns * patch)
-        return ((picture + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-class Sampling(TypedDict, total=False):
-    """What may be said about reading one source, see `open_clip`: which part of it, how many frames, whose clock."""
-
-    timestamps: Sequence[float] | torch.Tensor | None
-    source_fps: float | None
-    start: float | None
-    end: float | None
-    num_frames: int | None
 
 
 @dataclass(frozen=True)
@@ -208,22 +167,68 @@ class SlowFastEncoder:
         with self._open(source, sampling) as clip:
             return self._walk(clip, None)[0]
 
-    def __call__(self, source: Source, **sampling: Unpack[Sampling]) -> EncodedVideo:
-        """Plan and encode a video. Arguments and errors: see `open_clip`.
+    def __call__(self, source: Source, **options: Unpack[Options]) -> EncodedVideo:
+        """Plan and encode a video.
 
         One pass over the clip; a second one where frames had to be kept too small, or not at all (a policy that sees
         the whole clip before it decides, on a large clip).
+
+        options: how the source is read, see `open_clip`, and dtype, device, mean and std of `pixel_values`, see
+        `PixelFormat`: float32 in [-1, 1] in host memory by default, torch.uint8 for bytes. A tower is given the pixels
+        as they come out. Raises VideoError for what cannot be read, KeyeError for an impossible format.
         """
-        with self._open(source, sampling) as clip:
-            keeper = Keeper(self._limits(clip.size), clip.expected, self.policy)
-            plan, positions = self._walk(clip, keeper)
-            frames = _entries(clip, keeper, positions, plan.frame_sizes)
-            pixel_values, grid_thw = _encode(frames, plan.frame_sizes, self.token_side)
+        output, sampling = split_options(options)
+        pixel_format = PixelFormat.of(output)
+        with self._chosen(source, sampling) as (plan, frames):
+            sizes = plan.frame_sizes
+            pixel_values, grid_thw = encode_patches(frames(sizes), sizes, self.token_side, pixel_format)
         features = None
         if self.tower is not None:
             with torch.inference_mode():
                 features = self.tower(pixel_values, grid_thw)
-        return EncodedVideo(pixel_values, grid_thw, plan, features)
+        return EncodedVideo(pixel_values, grid_thw, plan, features, pixel_format)
+
+    def frames(
+        self,
+        source: Source,
+        *,
+        size: int | tuple[int, int] | None = None,
+        fast_size: int | tuple[int, int] | None = None,
+        **options: Unpack[Options],
+    ) -> ChosenFrames:
+        """The frames that the plan chooses, whole, for any other model; bytes by default.
+
+        size: (height, width) of the frames, or one number for both, such as 336 or 384: each is resized to it, whatever
+        its aspect; None takes the plan's sizes. fast_size: another size for the fast ones. options: as for a call, but
+        that dtype is torch.uint8 unless given.
+        """
+        output, sampling = split_options(options)
+        pixel_format = PixelFormat.of(output, torch.uint8)
+        with self._chosen(source, sampling) as (plan, frames):
+            slow = plan.slow_size if size is None else _size("size", size)
+            fast = (plan.fast_size if size is None else slow) if fast_size is None else _size("fast_size", fast_size)
+            counts = plan.counts
+            rooms = [pixel_format.empty(counts[kind], 3, *(slow, fast)[kind]) for kind in (SLOW, FAST)]
+            filled = [0, 0]
+            frames = frames([(slow, fast)[kind] for kind in plan.frame_types.tolist()])
+            for kind, frame in zip(plan.frame_types.tolist(), frames, strict=True):
+                resized = resize(frame[None], (slow, fast)[kind], "bicubic")[0]
+                pixel_format.fill(rooms[kind][filled[kind]], resized)
+                filled[kind] += 1
+        return ChosenFrames(*rooms, plan)
+
+    @contextmanager
+    def _chosen(
+        self, source: Source, sampling: "Sampling"
+    ) -> Iterator[tuple[VideoPlan, Callable[[Sequence[tuple[int, int]]], Iterator[torch.Tensor]]]]:
+        """The plan of a video, and a function that gives its frames uint8 [3, h, w], no smaller than the sizes asked.
+
+        Each frame is dropped once it has been given, so that what is made of them takes its place in memory.
+        """
+        with self._open(source, sampling) as clip:
+            keeper = Keeper(self._limits(clip.size), clip.expected, self.policy)
+            plan, positions = self._walk(clip, keeper)
+            yield plan, lambda sizes: _entries(clip, keeper, positions, sizes)
 
     def stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator["FrameDecision"]:
         """Decide about live video frame by frame: a decision as each frame arrives, the memory of one slow frame.
@@ -264,15 +269,24 @@ class SlowFastEncoder:
         return encode_many(self, sources, **options)
 
     def image(
-        self, source: ImageSource, *, max_tokens: int = 20_480, min_tokens: int = 4
+        self,
+        source: ImageSource,
+        *,
+        max_tokens: int = 20_480,
+        min_tokens: int = 4,
+        **output: Unpack[Output],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A still as (pixel_values [N, 3, 14, 14], grid_thw [1, 3]), at most 20,480 tokens by default (report)."""
+        """A still as (pixel_values [N, 3, 14, 14], grid_thw [1, 3]), at most 20,480 tokens by default (report).
+
+        output: dtype, device, mean and std of the pixels, see `PixelFormat`.
+        """
         least, most = whole("min_tokens", min_tokens), whole("max_tokens", max_tokens)
         if least > most:
             raise KeyeError(f"min_tokens={least} is above max_tokens={most}; give a range that is not empty")
+        pixel_format = PixelFormat.of(output)
         picture = load_image(source, self.urls)
         size = fit_size(*picture.shape[1:], least, most, self.token_side)
-        return _encode([picture], [size], self.token_side)
+        return encode_patches([picture], [size], self.token_side, pixel_format)
 
     @property
     def most_frames(self) -> int:
@@ -365,17 +379,8 @@ def _entries(
             entry += 1
 
 
-def _encode(
-    frames: Iterable[torch.Tensor], sizes: Sequence[tuple[int, int]], side: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames uint8 [3, h, w] at their sizes (height, width) as (pixel_values [N, 3, p, p], grid_thw [T, 3])."""
-    patch = side // 2
-    pixel_values = torch.empty(4 * sum(size_tokens(size, side) for size in sizes), 3, patch, patch)
-    start = 0
-    for frame, size in zip(frames, sizes, strict=True):
-        cut = patches(resize(frame[None], size, "bicubic"), patch)[0]
-        end = start + len(cut)
-        pixel_values[start:end] = cut
-        start = end
-    pixel_values.div_(127.5).sub_(1)
-    return pixel_values, torch.tensor([(1, height // patch, width // patch) for height, width in sizes])
+def _size(name: str, given: int | tuple[int, int]) -> tuple[int, int]:
+    sides = (given, given) if isinstance(given, int | float) else tuple(given)
+    if len(sides) != 2:
+        raise KeyeError(f"{name} is {given!r}; give (height, width), or one number for both")
+    return whole(name, sides[0]), whole(name, sides[1])

@@ -27,7 +27,8 @@ from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import CACHE, KeyeGenerationMixin
 from keye.model.pretrained import KeyePreTrainedModel
 from keye.model.rope import batch_positions
-from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace, chunks_of, normalised
+from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace, chunks_of
+from keye.slowfast.pixels import normalised
 
 LOSS_CHUNK = 4096  # rows of fp32 logits alive at once
 

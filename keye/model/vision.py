@@ -17,6 +17,7 @@ from keye.model.attention import Varlen, varlen
 from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
 from keye.model.segments import segments_of
+from keye.slowfast.pixels import normalised
 
 # Patches that pass through the tower at once where the rest need not wait in memory with them: what their activations
 # take is bounded by it (SigLIP-so400m in bf16: about 5 GB), and a GPU is busy with them for some milliseconds.
@@ -65,11 +66,6 @@ class FramePart(NamedTuple):
         row = 2 * (token // (self.width // 2)) + corner // 2
         column = 2 * (token % (self.width // 2)) + corner % 2
         return Places(row, column, torch.full_like(row, self.height), torch.full_like(row, self.width))
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """Bytes `uint8` → float32 in [−1, 1], to the bit as the encoder makes them; floats come back as they are."""
-    return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels
 
 
 def chunks_of(grid_thw: Tensor) -> list[tuple[int, int]]:

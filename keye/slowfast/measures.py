@@ -15,6 +15,7 @@ import torch
 from keye.errors import KeyeError
 from keye.slowfast.budget import PATCH, SIDE, fit_size
 from keye.slowfast.colour import rgb_to_hsv, rgb_to_lab
+from keye.slowfast.pixels import normalised
 from keye.slowfast.similarity import copy, patches, register, resize
 from keye.slowfast.threads import over_threads
 
@@ -280,7 +281,7 @@ class Features:
         pixels = patches(resize(frames, (height, width), "bicubic"), PATCH).flatten(0, 1)
         grid = torch.tensor([(1, height // PATCH, width // PATCH)] * len(frames), device=frames.device).view(-1, 3)
         with torch.no_grad():
-            features = self.tower(pixels.float() / 127.5 - 1, grid).float()
+            features = self.tower(normalised(pixels), grid).float()
         tokens = (height // SIDE) * (width // SIDE)
         wanted = len(frames) * tokens
         if features.ndim != 2 or len(features) != wanted or not bool(features.isfinite().all()):

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from keye.errors import run  # noqa: E402
 from scripts.bench.record import OUT, arguments, document, out_of, run_parts  # noqa: E402
 
-PARTS = ("identity", "scoring", "plan", "pixels", "recall", "budget", "decoding", "fuzz")
+PARTS = ("identity", "scoring", "plan", "memory", "pixels", "recall", "budget", "decoding", "fuzz")
 EXAMPLES = """examples:
   python scripts/bench/encoder.py                     everything; about an hour, on a machine that does nothing else
   python scripts/bench/encoder.py --part plan pixels  some parts

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import KeyeError, run  # noqa: E402
+from keye.slowfast.pixels import as_bytes  # noqa: E402
 from scripts.bench.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save  # noqa: E402
 
 if TYPE_CHECKING:  # the bench's main process loads neither torch nor transformers
@@ -158,7 +159,7 @@ def draw(context: int) -> int:
     bounds = row["cu_seqlens"].tolist()
     row |= {name: row[name][..., :context].clone() for name in ("input_ids", "position_ids", "shift_labels")}
     row["cu_seqlens"] = torch.tensor([*(b for b in bounds if b < context), context], dtype=torch.int32)
-    row["pixel_values_videos"] = ((row["pixel_values_videos"] + 1) * 127.5).round().to(torch.uint8)
+    row["pixel_values_videos"] = as_bytes(row["pixel_values_videos"])
     row["video_tokens"] = torch.tensor(len(video))
     save_file(row, SCRATCH / f"{context}.partial")
     (SCRATCH / f"{context}.partial").rename(SCRATCH / f"{context}.safetensors")

@@ -26,6 +26,7 @@ from keye.model.vision import merge_order  # noqa: E402
 from keye.prompt.processor import KeyeProcessor  # noqa: E402
 from keye.prompt.stream import IMAGE_PAD, VIDEO_PAD, VISION_START  # noqa: E402
 from keye.prompt.tokenizer import load_tokenizer  # noqa: E402
+from keye.slowfast.pixels import normalised  # noqa: E402
 from scripts.bench.model_pairs import SIZES, our_config, their_config  # noqa: E402
 from scripts.bench.model_timing import ratio  # noqa: E402
 from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
@@ -53,8 +54,7 @@ def their_sample(document: Document) -> dict[str, Tensor]:
     for pixels, grids in VISUAL:
         if grids in document.visual:
             values, grid = document.visual[pixels], document.visual[grids]
-            values = values / 127.5 - 1 if values.dtype == torch.uint8 else values
-            sample[pixels] = values[merge_order(grid, len(values)).flatten()].flatten(1)
+            sample[pixels] = normalised(values)[merge_order(grid, len(values)).flatten()].flatten(1)
             sample[grids] = grid
     return sample
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from keye.prompt.processor import Sample
+from keye.slowfast.pixels import as_bytes, normalised
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 
@@ -109,11 +110,11 @@ def to_bytes(pixels: Tensor) -> Tensor:
     """Pixels in [−1, 1] as uint8 where they come back the same; as they are otherwise."""
     if pixels.dtype == torch.uint8:
         return pixels
-    small = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    small = as_bytes(pixels)
     # The same to fp32 rounding.
-    return small if torch.allclose(from_bytes(small), pixels, atol=1e-6) else pixels
+    return small if torch.allclose(normalised(small), pixels, atol=1e-6) else pixels
 
 
 def from_bytes(pixels: Tensor) -> Tensor:
     """Bytes as the normalised float32 pixels they stand for; floats as they are."""
-    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+    return normalised(pixels)

@@ -1,0 +1,115 @@
+"""Bytes and normalised floats: the one place where one becomes the other.
+
+Pixels are uint8 from decoding to the vision tower. What a model wants otherwise, a `PixelFormat` says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from keye.errors import KeyeError
+
+HALF = (0.5, 0.5, 0.5)
+"""Mean and standard deviation of SigLIP and Keye-VL: bytes become [-1, 1]."""
+
+
+class Output(TypedDict, total=False):
+    """What may be said about the pixels that come out; see `PixelFormat`."""
+
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    mean: float | Sequence[float] | None
+    std: float | Sequence[float] | None
+
+
+def normalised(pixels: Tensor, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> Tensor:
+    """Bytes uint8 [..., 3, h, w] as float32 (value / 255 - mean) / std; floats come back as they are.
+
+    With the defaults any shape is taken, and the result lies in [-1, 1].
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return _normalise_(pixels.float(), mean, std)
+
+
+def as_bytes(pixels: Tensor, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> Tensor:
+    """Normalised floats [..., 3, h, w] as the nearest uint8; bytes come back as they are."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    if tuple(mean) == tuple(std) == HALF:
+        return ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+    mean, std = (_channels(values, pixels.device) for values in (mean, std))
+    return ((pixels.float() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _normalise_(floats: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """In place, of float32 from 0 to 255."""
+    if tuple(mean) == tuple(std) == HALF:
+        return floats.div_(127.5).sub_(1)
+    mean, std = (_channels(values, floats.device) for values in (mean, std))
+    return floats.div_(255).sub_(mean).div_(std)
+
+
+def _channels(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How pixels come out: type, place and normalisation.
+
+    dtype: torch.uint8 for bytes, or float32, float16 or bfloat16 for (value / 255 - mean) / std, computed in float32.
+    device: where; None leaves them in host memory. mean, std: of values from 0 to 1, one number or one per channel.
+    Raises KeyeError for what is impossible.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
+
+    @classmethod
+    def of(cls, output: Output, dtype: torch.dtype = torch.float32) -> "PixelFormat":
+        """The format of options of which None says nothing; dtype: where they say none."""
+        given = {name: value for name, value in output.items() if value is not None}
+        unknown = set(given) - set(Output.__annotations__)
+        if unknown:
+            raise KeyeError(f"{', '.join(sorted(unknown))} is not known; use {', '.join(Output.__annotations__)}")
+        for name in ("mean", "std"):
+            if name in given:
+                given[name] = _three(name, given[name])
+        return cls(**{"dtype": dtype, **given})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.uint8, torch.float32, torch.float16, torch.bfloat16):
+            raise KeyeError(f"dtype is {self.dtype}; give torch.uint8, float32, float16 or bfloat16")
+        if self.dtype == torch.uint8 and (self.mean, self.std) != (HALF, HALF):
+            raise KeyeError("bytes are not normalised; give mean and std with a float dtype, or leave them out")
+        if not all(value > 0 for value in self.std):
+            raise KeyeError(f"std is {self.std}; give numbers above 0")
+
+    def empty(self, *shape: int) -> Tensor:
+        """Room for pixels of this format."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def convert(self, pixels: Tensor) -> Tensor:
+        """Bytes [..., 3, h, w] in this format; they travel to the device as bytes."""
+        pixels = pixels.to(self.device or pixels.device)
+        return pixels if self.dtype == torch.uint8 else normalised(pixels, self.mean, self.std).to(self.dtype)
+
+    def fill(self, room: Tensor, pixels: Tensor) -> None:
+        """Write bytes into `room` of the same shape; float32 is normalised in place, without a copy."""
+        if self.dtype == torch.float32:
+            _normalise_(room.copy_(pixels), self.mean, self.std)
+        else:
+            room.copy_(self.convert(pixels))
+
+
+def _three(name: str, value: float | Sequence[float]) -> tuple[float, float, float]:
+    values = (value,) * 3 if isinstance(value, int | float) else tuple(float(one) for one in value)
+    if len(values) != 3 or not all(abs(one) < 1e6 for one in values):
+        raise KeyeError(f"{name} is {value!r}; give one number, or one for each of the three channels")
+    return values
