@@ -276,7 +276,10 @@ def _videos(given: str) -> list[str]:
 def _names(videos: Sequence[str]) -> list[str]:
     """What to call each video and what is written about it: its file's name, or the whole path if that is not one."""
     twice = Counter(Path(video).name for video in videos)
-    return [video if twice[Path(video).name] > 1 or not Path(video).name else Path(video).name for video in videos]
+    names = [video if twice[Path(video).name] > 1 or not Path(video).name else Path(video).name for video in videos]
+    from keye.slowfast.fetch import path_name
+
+    return [path_name(name) for name in names]
 
 
 class _Shown:

@@ -21,13 +21,13 @@ from av.video.frame import VideoFrame
 from keye.errors import VideoError
 from keye.slowfast.ahead import Ahead
 from keye.slowfast.bitstream import FLUSH
-from keye.slowfast.containers import reopen
+from keye.slowfast.containers import reopen, video_stream
 from keye.slowfast.index import Index, Plan, read_index
 from keye.slowfast.picture import Painter
 from keye.slowfast.timeline import TOLERANCE, first_samples, origin_of, packets_of, scan
 
 _SMALL = 320 * 240  # pixels
-_AHEAD = 3  # frames
+_AHEAD, _AHEAD_BYTES = 3, 64 << 20  # frames; and no more than so many bytes of them, but one
 _FAR = 4 << 20  # bytes of packets from which on going to a place is cheaper than reading on to it
 _SEEKABLE = {"mov", "matroska"}
 _MOST_BROKEN = 10_000  # errors in one pass: a demuxer that never gets past a broken place
@@ -68,6 +68,11 @@ def open_decoder(
     be decoded.
     """
     return Decoder(container, name, fps, max_frames, start, end, num_frames, as_coded)
+
+
+def ahead_of(size: tuple[int, int]) -> int:
+    """How many frames of a (height, width) are decoded ahead of their reader."""
+    return max(1, min(_AHEAD, _AHEAD_BYTES // (3 * size[0] * size[1])))
 
 
 class Decoder:
@@ -139,7 +144,7 @@ class Decoder:
 
     def _use(self, container: av.container.InputContainer) -> None:
         self.container, self._moved = container, False
-        self.stream = container.streams.video[0]
+        self.stream = video_stream(container)
         # On small frames a pool of threads costs more than the decoding itself (2-3 times slower at 112x112).
         self._small = self.stream.codec_context.width * self.stream.codec_context.height <= _SMALL
         if self._small:
@@ -244,7 +249,7 @@ class Decoder:
         if begun is None:
             return
         frames = (Frame(index, time, self._painter.paint(frame, time)) for index, time, frame in begun)
-        ahead = self._ahead = Ahead(frames, _AHEAD, self._halt)
+        ahead = self._ahead = Ahead(frames, ahead_of(self.size), self._halt)
         try:
             yield from ahead
         finally:

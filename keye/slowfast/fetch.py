@@ -11,6 +11,7 @@ import base64
 import binascii
 import http.client
 import ipaddress
+import os
 import re
 import socket
 import ssl
@@ -71,6 +72,15 @@ def url_name(url: str) -> str:
     except ValueError:
         return url.split("?")[0]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def path_name(path: str | os.PathLike) -> str:
+    """A path as text that can be printed and written: on Linux names are bytes, and need not be UTF-8."""
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:  # no name of this system's
+        name = str(path).encode("utf-8", "backslashreplace")
+    return name.decode("utf-8", "backslashreplace")
 
 
 def file_path(url: str) -> Path:

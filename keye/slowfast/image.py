@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from keye.errors import VideoError
 from keye.slowfast.arrays import as_picture
-from keye.slowfast.fetch import UrlRules, data_bytes, download, file_path, scheme_of, url_name
+from keye.slowfast.fetch import UrlRules, data_bytes, download, file_path, path_name, scheme_of, url_name
 from keye.slowfast.foreign import picture_of, unwrapped
 
 ImageSource = str | os.PathLike | bytes | BinaryIO | Image.Image | torch.Tensor | np.ndarray
@@ -24,13 +24,19 @@ IMAGE_SUFFIXES = {
 }
 BACKGROUND = "white"  # what transparent pixels lie on
 
+# What Pillow may read; JPEG includes MPO. It knows some forty formats more: one starts another program (EPS runs
+# Ghostscript), and most are read by code that is hardly ever used.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
+MAX_PIXELS = 65_000_000  # of one picture: those of the 64-megapixel cameras of phones; 195 MB as uint8
+
 
 def load_image(source: ImageSource, urls: UrlRules | None = None) -> torch.Tensor:
     """The picture as uint8 [3, H, W], turned as its EXIF says, transparency laid on white; VideoError if unreadable.
 
     source: a path, a URL (`file:`, `data:`; `http(s):` if `urls` allows), bytes, a binary file object, a PIL image,
     values [3, H, W], [H, W, 3] or [H, W] (see `as_picture`), a frame of PyAV or torchcodec, or {"path", "bytes"} of
-    `datasets`. Of a moving picture the first is taken.
+    `datasets`. Of a moving picture the first is taken. What is opened here is of `FORMATS` and of `MAX_PIXELS` at most;
+    a PIL image and values are the caller's.
     """
     source = unwrapped(picture_of(source))
     if isinstance(source, torch.Tensor | np.ndarray):
@@ -45,9 +51,20 @@ def load_image(source: ImageSource, urls: UrlRules | None = None) -> torch.Tenso
 
 
 def open_image(opened: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
-    """A picture file, called `name` in messages, opened with Pillow; its pixels are not read yet."""
+    """A picture file, called `name` in messages, opened with Pillow; its pixels are not read yet.
+
+    Raises VideoError for formats other than `FORMATS` and for more than `MAX_PIXELS`.
+    """
     with _plain_errors(name):
-        return Image.open(opened)
+        image = Image.open(opened, formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            image.close()
+            raise VideoError(
+                f"{name} has {width}x{height} pixels, and {MAX_PIXELS:,} are the most; make it smaller, or open it"
+                " yourself and give its values"
+            )
+        return image
 
 
 def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple[str, str | os.PathLike | BinaryIO]:
@@ -55,7 +72,7 @@ def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple
     if isinstance(source, bytes | bytearray | memoryview):
         return f"the image of {len(source)} bytes", io.BytesIO(source)
     if hasattr(source, "read"):
-        return str(getattr(source, "name", "the image")), source
+        return path_name(str(getattr(source, "name", "the image"))), source
     scheme = scheme_of(source)
     if scheme == "data":
         return url_name(source), io.BytesIO(data_bytes(source))
@@ -65,8 +82,8 @@ def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple
         raise VideoError(f"an image cannot be a {type(source).__name__}; give a path, bytes or uint8 values")
     path = file_path(source) if scheme else Path(source)
     if not os.path.isfile(path):
-        raise VideoError(f"{source} does not exist; check the path")
-    return str(source), path
+        raise VideoError(f"{path_name(source)} does not exist; check the path")
+    return path_name(source), path
 
 
 @contextmanager

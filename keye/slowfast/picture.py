@@ -11,10 +11,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 
 from keye.errors import VideoError
+from keye.slowfast.containers import shown_size
 
 _HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
 _BT709, _UNSPECIFIED, _BT2020 = 1, 2, 9  # matrices and primaries of the same
-_FLATTEST = 10  # a pixel's longer side over its shorter one; what claims more is not believed
 
 
 class Orientation(NamedTuple):
@@ -40,19 +40,14 @@ class Painter:
 
     def __init__(self, name: str, threads: int | None, aspect: Fraction | None = None, as_coded: bool = False):
         self.name, self.threads, self.as_coded = name, threads, as_coded
-        believed = aspect is not None and not as_coded and 1 / _FLATTEST <= aspect <= _FLATTEST
-        self.aspect = aspect if believed else Fraction(1)
+        self.aspect = None if as_coded else aspect
         self.size: tuple[int, int] | None = None
         self.notes: dict[str, str] = {}
         self._reformatter = av.video.reformatter.VideoReformatter()
 
     def measure(self, frame: VideoFrame) -> tuple[int, int]:
         """A frame's (height, width) on the screen."""
-        height, width = frame.height, frame.width
-        if self.aspect > 1:
-            width = round(width * self.aspect)
-        else:
-            height = round(height / self.aspect)
+        height, width = shown_size(frame, self.aspect)
         return (width, height) if orientation(frame).transposed else (height, width)
 
     def paint(self, frame: VideoFrame, time: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ from PIL import Image
 from keye.errors import VideoError
 from keye.slowfast.budget import thin
 from keye.slowfast.decode import Frame
-from keye.slowfast.fetch import UrlRules, scheme_of, url_name
+from keye.slowfast.fetch import UrlRules, path_name, scheme_of, url_name
 from keye.slowfast.foreign import time_of
 from keye.slowfast.image import IMAGE_SUFFIXES, load_image, reason, rgb
 
@@ -243,7 +243,7 @@ class Spool(Sequence):
 
 def _load(source: object, index: int, name: str, urls: UrlRules | None, size: torch.Size | None) -> torch.Tensor:
     """The picture, of the given (height, width) if any; errors name it."""
-    called = str(source) if isinstance(source, str | os.PathLike) else f"frame {index} of {name}"
+    called = path_name(source) if isinstance(source, str | os.PathLike) else f"frame {index} of {name}"
     called = url_name(called) if scheme_of(called) else called
     try:
         pixels = load_image(source, urls)
@@ -263,7 +263,9 @@ def image_paths(folder: Path) -> list[Path]:
 
     paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
     if not paths:
-        raise VideoError(f"{folder} holds no images; give a folder of {', '.join(sorted(IMAGE_SUFFIXES))} files")
+        raise VideoError(
+            f"{path_name(folder)} holds no images; give a folder of {', '.join(sorted(IMAGE_SUFFIXES))} files"
+        )
     return sorted(paths, key=natural)
 
 

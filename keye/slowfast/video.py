@@ -24,7 +24,7 @@ from keye.errors import VideoError
 from keye.slowfast.arrays import FrameArray, is_clip
 from keye.slowfast.containers import open_container
 from keye.slowfast.decode import Frame, open_decoder
-from keye.slowfast.fetch import UrlRules, data_bytes, download, file_path, scheme_of, url_name
+from keye.slowfast.fetch import UrlRules, data_bytes, download, file_path, path_name, scheme_of, url_name
 from keye.slowfast.foreign import captured, is_batch, is_capture, time_of, unwrapped
 from keye.slowfast.image import load_image, open_image, reason
 from keye.slowfast.stills import Moving, Pictures, Spool, Stills, clock_of, image_paths, moves
@@ -205,14 +205,14 @@ def _resolve(
     if scheme not in (None, "file"):
         return url_name(source), stack.enter_context(download(source, urls))
     if isinstance(source, str | os.PathLike):
-        return _resolve_path(str(source), file_path(source) if scheme else Path(source))
+        return _resolve_path(path_name(source), file_path(source) if scheme else Path(source))
     if isinstance(source, bytes | bytearray | memoryview):
         return f"{memoryview(source).nbytes} bytes", io.BytesIO(source)
     if is_capture(source):
         return _spooled("the cv2.VideoCapture", captured(source), urls, stack, spooling)
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
-        name = name if isinstance(name, str) else "file object"
+        name = path_name(name) if isinstance(name, str) else "file object"
         return name, _seekable(source, name, stack)
     if time_of(source) is not None:
         return "the frame", [load_image(source)]
