@@ -7,22 +7,26 @@ result.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import SiglipTextConfig
 
 from keye.errors import RecipeError
 from keye.model import flops
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from stages.footprint import Footprint, Plan, Share, footprint, states, tower_layer
+from stages.footprint import CHANNELS, FP32, Footprint, Plan, Share, footprint, states, tower_layer
 from stages.gpus import Gpu
 from stages.host_memory import HostFootprint, Node, host_footprint
+from stages.losses import LOGITS
 from stages.recipe import KINDS, Recipe, StageRecipe, VisionRecipe, stage_of
 
 DAY, HOUR = 86400.0, 3600.0
+SIGLIP_VOCABULARY = 32_000  # tokens of SigLIP's tokenizer
 UPDATE_PASSES = 7  # fp32 values of a parameter that AdamW moves: gradient, master, two moments read, three written
 
 
@@ -134,10 +138,11 @@ def kinds_of(recipe: Recipe, told: StageRecipe) -> dict[str, Kind]:
     encoder = {**recipe.processor.encoder, **told.encoder}
     low, high = encoder.get("min_tokens_per_frame", 48), encoder.get("max_tokens_per_frame", 768)
     frame = (low * high) ** 0.5
-    clip = min(encoder.get("max_tokens", 75_000), told.context) / 2
+    context = told.context if told.limit is not None else math.inf  # stage 0 has none
+    clip = min(encoder.get("max_tokens", 75_000), context) / 2
     stills = recipe.processor.image
-    still = min(max(500.0, stills.get("min_tokens", 4)), stills.get("max_tokens", 20_480), told.context / 2)
-    words = min(200.0, told.context / 4)
+    still = min(max(500.0, stills.get("min_tokens", 4)), stills.get("max_tokens", 20_480), context / 2)
+    words = min(200.0, context / 4)
     mark = 8.0  # tokens that say a frame's time
     return {
         "video": Kind(clip * (1 + mark / frame) + words, clip / (clip * (1 + mark / frame) + words), 4 * frame, 0.1),
@@ -234,6 +239,12 @@ def _mends(told: StageRecipe, gpus: int) -> list[dict[str, Any]]:
         if told.mlp_tiles == 1:
             changes = {**changes, "mlp_tiles": 4}
             tried.append(changes)
+    if isinstance(told, VisionRecipe):
+        micro = told.pairs // gpus // told.micro_batches(gpus)
+        while micro % 2 == 0:
+            micro //= 2
+            changes = {**changes, "micro_pairs": micro}
+            tried.append(changes)
     for zero in range(told.zero + 1, 4):
         changes = {**changes, "zero": zero}
         tried.append(changes)
@@ -242,7 +253,7 @@ def _mends(told: StageRecipe, gpus: int) -> list[dict[str, Any]]:
         tried.append(changes)
     if isinstance(told, VisionRecipe):  # fewer negatives a pair, so this one changes what is learnt
         pairs = told.pairs
-        while pairs % (2 * gpus) == 0:
+        while pairs % (2 * gpus * changes.get("micro_pairs", 1)) == 0:
             pairs //= 2
             tried.append({**changes, "pairs": pairs})
         return tried
@@ -302,60 +313,75 @@ def step_seconds(done: float, trained: float, gpu: Gpu, gpus: int, utilisation: 
 def _contrastive(
     told: VisionRecipe, config: Any, counts: dict[str, int], plan: Plan, kinds: dict[str, Kind]
 ) -> tuple[int, int, Footprint, tuple[float, float], int]:
-    """Stage 0: the tower and the text tower; all pairs of a rank are one batch."""
-    if told.pairs % plan.ranks:
-        raise RecipeError(
-            f"vision: {told.pairs} pairs cannot be shared by {plan.ranks} GPUs; give a number that divides them"
-        )
-    vision, e = config.vision_config, plan.element
-    text = _TextTower(told.text_width, told.text_layers, told.text_heads)
+    """Stage 0: the tower with its pooling head and the text tower; a micro-batch is held at once, and all vectors."""
+    micro = told.micro_batches(plan.ranks)
+    vision, e, text = config.vision_config, plan.element, _text_tower(told, config)
     mixture = told.mixture or dict.fromkeys(kinds, 1 / len(kinds))
     sizes = {k: kinds[k].tokens * kinds[k].visual * 4 for k in mixture}
     frames: list[tuple[int, int]] = []
     for kind, share in mixture.items():
         frames += [_sides(kinds[kind].patches)] * round(told.pairs * share * sizes[kind] / kinds[kind].patches)
     patches = sum(height * width for height, width in frames)
-    words = told.pairs * told.text_length
-    total = counts["visual"] + text.parameters(config.text_config.vocab_size, told.text_length)
-    held, read = patches / plan.ranks, words / plan.ranks
-    layer, kept = tower_layer(vision, e) * held, tower_layer(text, e) * read * text.layers
+    total = counts["visual"] + text.parameters + head_parameters(vision)
+    held, read = patches / plan.ranks / micro, told.pairs * text.length / plan.ranks / micro
+    kept = tower_layer(text, e) * read * text.num_hidden_layers
+    layer, again = tower_layer(vision, e) * held, 0.0
     if told.checkpointing:  # of the tower; captions are short
         kept, again = kept + e * vision.hidden_size * held * vision.num_hidden_layers, layer
     else:
-        kept, again = kept + layer * vision.num_hidden_layers, 0.0
-    pairs = told.pairs / plan.ranks * told.pairs * 4 * 3  # this rank's visuals against all captions, three times
+        kept += layer * vision.num_hidden_layers
+    # The patches as floats, the last norm, and the pooling head, which keeps keys and values in fp32.
+    kept += held * (e * CHANNELS * vision.patch_size**2 + 2 * (e + FP32) * vision.hidden_size)
+    own = told.pairs / plan.ranks
+    vectors = (2 * own + told.pairs) * vision.hidden_size * 2 * FP32  # this rank's, all captions', and the gradients
     memory = Footprint(
-        **states(total, total, plan), activations=kept + 2 * e * vision.hidden_size * held,
-        pixels=3 * vision.patch_size**2 * held * (1 + e), layer=again + e * held * vision.intermediate_size,
-        logits=pairs,
+        **states(total, total, plan), activations=kept,
+        pixels=plan.pixel * CHANNELS * vision.patch_size**2 * held * micro,
+        layer=again + e * held * vision.intermediate_size, logits=vectors + 3 * FP32 * min(own * told.pairs, LOGITS),
     )  # fmt: skip
-    seen = flops.tower(vision, frames)
-    read_flops = flops.tower_layers(text, [told.text_length] * told.pairs)
-    model = flops.TRAINING * (seen + read_flops).total
-    again_flops = flops.tower_layers(vision, [height * width for height, width in frames]).total
-    done = model + (again_flops if told.checkpointing else 0)
-    return total, total, memory, (model, done), patches // 4
+    once = flops.tower(vision, frames).total + flops.tower_layers(text, [text.length] * told.pairs).total
+    done = flops.TRAINING * once + (once if micro > 1 else 0)  # the pass that makes the vectors
+    if told.checkpointing:
+        done += flops.tower_layers(vision, [height * width for height, width in frames]).total
+    return total, total, memory, (flops.TRAINING * once, done), patches // 4
+
+
+def head_parameters(vision: Any) -> int:
+    """Parameters of the pooling head, with the temperature and the bias of the logits."""
+    width, wide = vision.hidden_size, vision.intermediate_size
+    return width + 4 * width * (width + 1) + 2 * width + 2 * width * wide + wide + width + 2
 
 
 @dataclass(frozen=True)
 class _TextTower:
-    """The shape of stage 0's text tower, named as the vision tower's config is."""
+    """The shape of stage 0's text tower, named as the vision tower's config is; `out` values of a caption."""
 
     hidden_size: int
-    layers: int
+    num_hidden_layers: int
     num_attention_heads: int
+    intermediate_size: int
+    vocabulary: int
+    length: int
+    out: int
 
     @property
-    def intermediate_size(self) -> int:
-        return 4 * self.hidden_size
+    def parameters(self) -> int:
+        """Tables, layers, last norm and projection."""
+        width, wide = self.hidden_size, self.intermediate_size
+        layer = 4 * width * (width + 1) + 2 * width * wide + wide + width + 4 * width
+        tables = (self.vocabulary + self.length) * width
+        return tables + self.num_hidden_layers * layer + 2 * width + self.out * (width + 1)
 
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.layers
 
-    def parameters(self, vocabulary: int, length: int) -> int:
-        """Tables, layers (4 + 8 squares of the width, norms and biases) and the head."""
-        width = self.hidden_size
-        layer = 12 * width * width + 13 * width
-        return (vocabulary + length) * width + self.layers * layer + width * (width + 3)
-
+def _text_tower(told: VisionRecipe, config: Any) -> _TextTower:
+    """The text tower of `text_model` where that is there, else one of the recipe's sizes."""
+    out = config.vision_config.hidden_size
+    if told.text_model and (Path(told.text_model) / "config.json").is_file():
+        found = SiglipTextConfig.from_pretrained(told.text_model)
+        return _TextTower(
+            found.hidden_size, found.num_hidden_layers, found.num_attention_heads, found.intermediate_size,
+            found.vocab_size, found.max_position_embeddings, out,
+        )  # fmt: skip
+    vocabulary = SIGLIP_VOCABULARY if told.text_model else config.text_config.vocab_size
+    width = told.text_width
+    return _TextTower(width, told.text_layers, told.text_heads, 4 * width, vocabulary, told.text_length, out)

@@ -179,6 +179,24 @@ class VisionRecipe(StageRecipe):
     def limit(self) -> None:
         """No limit: there is no context to fit."""
 
+    def micro_batches(self, ranks: int) -> int:
+        """Micro-batches of a step on each of so many ranks.
+
+        Raises:
+            RecipeError: pairs that do not divide among ranks and micro-batches.
+        """
+        own, rest = divmod(self.pairs, ranks)
+        if rest:
+            raise RecipeError(f"vision: {self.pairs} pairs cannot be shared by {ranks} ranks evenly; give a divisor")
+        if not self.micro_pairs or self.micro_pairs >= own:
+            return 1
+        if own % self.micro_pairs:
+            raise RecipeError(
+                f"vision: micro_pairs = {self.micro_pairs} does not divide the {own} pairs of each of {ranks} ranks; "
+                "set it to a divisor of them, or to 0 for one batch"
+            )
+        return own // self.micro_pairs
+
 
 @dataclass(frozen=True)
 class AnnealingRecipe(StageRecipe):
@@ -196,6 +214,9 @@ class AnnealingRecipe(StageRecipe):
 class Recipe:
     """A whole pre-training run.
 
+    start: the stage that begins with `model`; those before it are not part of the run. Empty = the first there is. So
+    `start = "alignment"` goes on from pretrained parts without stage 0.
+
     precision: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16". trackers: "wandb" and "trackio", which are told
     every step besides metrics.jsonl and TensorBoard.
     """
@@ -210,6 +231,7 @@ class Recipe:
     annealing: AnnealingRecipe | None = None
     seed: int = 0
     precision: str = "auto"
+    start: str = ""
     trackers: tuple[str, ...] = ()
 
     @property
@@ -219,12 +241,12 @@ class Recipe:
 
     @property
     def chain(self) -> dict[str, StageRecipe]:
-        """What is trained one after the other, each from the last: phase → what it is told.
+        """What is trained one after the other from `start` on, each from the last: phase → what it is told.
 
         A phase is a stage, or one of the contexts that the annealing goes `through`, shortest first.
         """
         chain = {}
-        for name in self.stages:
+        for name in self.stages[self.stages.index(self.start) if self.start else 0 :]:
             told = getattr(self, name)
             chain |= _phases(told) if isinstance(told, AnnealingRecipe) else {name: told}
         return chain
@@ -285,6 +307,7 @@ def _check(recipe: Recipe, file: str) -> None:
     need(bool(recipe.data.sources), "data.sources is empty; name at least one manifest")
     need(0 <= recipe.data.not_like_bits < 32, "data.not_like_bits must be in [0, 32), of 64 bits")
     need(bool(recipe.stages), f"no stage; add one of the tables {', '.join(STAGES)}")
+    need(recipe.start in ("", *recipe.stages), f"start must be one of {', '.join(recipe.stages)}, or empty")
     need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
     need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
     need(recipe.data.workers >= 1, "data.workers must be at least 1")

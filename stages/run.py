@@ -25,7 +25,7 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor
 from keye.prompt.tokenizer import load_tokenizer, train_tokenizer
-from stages import engine, report, vision
+from stages import engine, report
 from stages.alignment import Alignment
 from stages.annealing import Annealing
 from stages.contrast import text_config
@@ -39,10 +39,11 @@ from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
 from stages.typed_toml import to_toml
+from stages.vision import Vision
 from stages.watch import open_tracker
 from stages.weights import Start, open_start, write_model
 
-KINDS = {"vision": vision.Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
+KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
 # Keys of a stage that do not change what is trained.
 AROUND = ("save_every", "keep", "keep_finished", "heldout_every", "heldout_steps")
@@ -82,7 +83,10 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
 
 def check(recipe: Recipe, run: Path, only: str | None) -> None:
     """Find before anything is trained what would stop a later stage; KeyeError names it."""
+    stages = {stage_of(name) for name in recipe.chain if wanted(name, only)}
     for source in (*recipe.data.sources, *recipe.data.heldout):
+        if source.stages and not stages & set(source.stages):
+            continue
         if "{run}" not in source.path and "://" not in source.path and source.format != "hub":
             files_of(format_of(source, source.path), source.path)
     for path in recipe.data.not_like:
@@ -95,7 +99,10 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
         open_tracker(tracker)
     earlier = before(recipe, next(name for name in recipe.chain if wanted(name, only))) if only is not None else []
     if earlier and not (run / earlier[-1] / DONE).exists():
-        raise CheckpointError(f"{run / earlier[-1]} is not finished; run the stage {earlier[-1]} before {only}")
+        raise CheckpointError(
+            f"{run / earlier[-1]} is not finished; run the stage {earlier[-1]} before {only}, or begin with the "
+            f"recipe's model by --set start={stage_of(only)}"
+        )
     check_finished(recipe, run, only)
     world = dist.get_world_size()
     for name, told in recipe.chain.items():
@@ -127,6 +134,12 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
                     f"{name} was finished with {changed[0]} = {trained[changed[0]]!r}, but the recipe says "
                     f"{told[changed[0]]!r}; remove {run / name} to train it again, or take another --run"
                 )
+            earlier = before(recipe, name)[-1:]
+            if earlier and done.get("start") is None and not (run / earlier[0] / DONE).exists():
+                raise CheckpointError(
+                    f"{name} was trained without {earlier[0]}; give --set start={stage_of(name)} as before, or take "
+                    "another --run"
+                )
             if done.get("start") != made(recipe, run, name):
                 raise CheckpointError(
                     f"{name} was trained from other weights than {run / before(recipe, name)[-1]} has now; remove "
@@ -137,7 +150,7 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
 def batches_of(name: str, told: StageRecipe, grid: Grid) -> int:
     """Batches of a step on each rank; RecipeError where they do not divide."""
     if isinstance(told, VisionRecipe):
-        return vision.micro_batches(told, grid)
+        return told.micro_batches(grid.data_size)
     return micro_batches(name, told.packs, grid)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.prompt.processor import KeyeProcessor
 from keye.prompt.tokenizer import open_tokenizer
@@ -65,7 +64,7 @@ class Vision:
             batch["captions"] = self.tokens([item.caption for item in items])
             return {**batch, "kinds": count_kinds(items), "thinned": count_thinned(items)}
 
-        planner, parts = Planner(mixture, Pairs(self.recipe.pairs)), micro_batches(self.recipe, grid)
+        planner, parts = Planner(mixture, Pairs(self.recipe.pairs)), self.recipe.micro_batches(grid.data_size)
         cost, deal = TowerCost(model.config.vision_config), partial(deal_parts, parts=parts)
         # A step's micro-batches are asked for at once; all of them are made while the step before trains.
         return Loader(Feed(planner, cost, deal, assemble, grid, workers), grid, ahead=max(2, parts))
@@ -115,22 +114,3 @@ class Vision:
 
 def _vectors(module: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
     return module(batch["pixels"], batch["grids"], batch["owners"], batch["captions"])
-
-
-def micro_batches(recipe: VisionRecipe, grid: Grid) -> int:
-    """Micro-batches of a step on each rank.
-
-    Raises:
-        RecipeError: pairs that do not divide among ranks and micro-batches.
-    """
-    own, rest = divmod(recipe.pairs, grid.data_size)
-    if rest:
-        raise RecipeError(f"vision: {recipe.pairs} pairs a step cannot be shared by {grid.data_size} ranks evenly")
-    if not recipe.micro_pairs or recipe.micro_pairs >= own:
-        return 1
-    if own % recipe.micro_pairs:
-        raise RecipeError(
-            f"vision: micro_pairs = {recipe.micro_pairs} does not divide the {own} pairs of each of {grid.data_size} "
-            "ranks; set it to a divisor of them, or to 0 for one batch"
-        )
-    return own // recipe.micro_pairs

@@ -21,7 +21,7 @@ from stages.losses import siglip_loss
 from stages.memory import economise
 from stages.parallel import Grid, make_grid, sum_over_ranks
 from stages.recipe import VisionRecipe
-from stages.vision import Vision, micro_batches
+from stages.vision import Vision
 from tests.distributed import run_distributed
 from tests.keye.model import parts
 from tests.stages import small
@@ -338,12 +338,12 @@ def test_micro_batches_are_one_batch(one_batch, in_parts, way):
 
 def test_micro_batches_of_a_stage_divide():
     recipe = VisionRecipe(steps=1, lr=1.0, pairs=48, micro_pairs=4)
-    assert [micro_batches(recipe, Grid(0, world, 1, None)) for world in (1, 2, 12)] == [12, 6, 1]
-    assert micro_batches(VisionRecipe(steps=1, lr=1.0, pairs=48), Grid(0, 2, 1, None)) == 1
+    assert [recipe.micro_batches(ranks) for ranks in (1, 2, 12)] == [12, 6, 1]
+    assert VisionRecipe(steps=1, lr=1.0, pairs=48).micro_batches(2) == 1
     with pytest.raises(RecipeError, match="micro_pairs = 4 does not divide the 6 pairs of each of 8 ranks"):
-        micro_batches(recipe, Grid(0, 8, 1, None))
-    with pytest.raises(RecipeError, match="48 pairs a step cannot be shared by 5 ranks"):
-        micro_batches(recipe, Grid(0, 5, 1, None))
+        recipe.micro_batches(8)
+    with pytest.raises(RecipeError, match="48 pairs cannot be shared by 5 ranks"):
+        recipe.micro_batches(5)
 
 
 def test_stage_0_learns_to_tell_stills_apart():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from keye.errors import KeyeError, RecipeError
@@ -16,11 +17,14 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.stages_cost import BASE, Case, pack_of
 from stages import cost, cost_report
-from stages.cost import Assumptions, Kind, Work, config_of, estimate, parameters_of, step_flops, work_of
+from stages.cost import Assumptions, Kind, StageCost, Work, config_of, estimate, parameters_of, step_flops, work_of
 from stages.footprint import Plan, Share, activations, footprint, states
 from stages.gpus import GPUS, Gpu, gpu_named
 from stages.memory import economise
+from stages.parallel import Grid
 from stages.recipe import Recipe, load
+from stages.vision import Vision
+from tests.stages import small
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "stages" / "recipes"
@@ -105,15 +109,83 @@ def test_parameters_are_the_models():
     assert counted["projector"] == sum(p.numel() for p in model.projector.parameters())
 
 
-def test_text_towers_parameters_are_siglips():
+def contrastive(**changes: object) -> tuple[Recipe, StageCost]:
+    """A recipe of stage 0 on one device in fp32, with stills of 100 tokens, and its cost."""
+    recipe = load(RECIPES / "tiny.toml", ["precision=fp32"])
+    told = replace(recipe.vision, pairs=8, zero=0, mixture={"image": 1.0}, **changes)
+    image = Kind(104.0, 100 / 104, 400.0, 0.1)
+    recipe = replace(recipe, vision=told, alignment=None, multitask=None, annealing=None)
+    return recipe, estimate(recipe, GPU, 1, Assumptions(kinds={"image": image}))[0]
+
+
+def contrast_of(recipe: Recipe) -> tuple[Vision, torch.nn.Module, dict[str, torch.Tensor]]:
+    """The module that `contrastive` has the cost of, and a batch of as many pairs."""
+    torch.manual_seed(0)
+    processor = small.processor()
+    processor.tokenizer.add_tokens([f"more{i}" for i in range(recipe.model.vocab_size - len(processor.tokenizer))])
+    stage = Vision(recipe.vision, processor)
+    model = KeyeForConditionalGeneration(KeyeConfig.preset("tiny", vocab_size=recipe.model.vocab_size))
+    pairs = recipe.vision.pairs
+    batch = {
+        "pixels": torch.zeros(400 * pairs, 3, 14, 14, dtype=torch.uint8), "grids": torch.tensor([[1, 20, 20]] * pairs),
+        "owners": torch.arange(pairs), "captions": torch.randint(5, 60, (pairs, recipe.vision.text_length)),
+    }  # fmt: skip
+    return stage, stage.prepare(model).train(), batch
+
+
+def test_stage_0_is_counted_as_it_is_built():
+    recipe, cost = contrastive()
+    _, module, batch = contrast_of(recipe)
+    assert cost.parameters == sum(p.numel() for p in module.parameters())
+    passed = {x.untyped_storage().data_ptr() for x in [*module.parameters(), *batch.values()]}
+    held: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in passed:
+            held[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        module(**batch)
+    kept = sum(x.untyped_storage().nbytes() for x in held.values())
+    assert cost.memory.activations == pytest.approx(kept, rel=0.06)
+
+
+def test_micro_batches_take_a_parts_memory_and_another_forward_pass():
+    recipe, whole = contrastive()
+    _, parts = contrastive(micro_pairs=2)
+    assert parts.memory.activations == pytest.approx(whole.memory.activations / 4)
+    assert parts.memory.pixels == whole.memory.pixels and parts.parameters == whole.parameters
+    stage, module, batch = contrast_of(recipe)
+    module.requires_grad_(False)  # torch's counter looks for what a first pass has not: a graph
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        one = {"owners": torch.arange(2), "grids": batch["grids"][:2]}
+        batches = [
+            {**one, "pixels": pixels, "captions": captions}
+            for pixels, captions in zip(batch["pixels"].split(800), batch["captions"].split(2), strict=True)
+        ]
+        stage.begin(module, batches, Grid(0, 1, 1, None))
+    assert parts.flops_done - whole.flops_done == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert parts.flops == whole.flops
+
+
+def test_stage_0_has_no_context_to_bound_its_stills():
+    recipe = load(RECIPES / "tiny.toml", ["processor.image.min_tokens=3888", "processor.image.max_tokens=20480"])
+    assert cost.kinds_of(recipe, recipe.vision)["image"].patches == 4 * 3888
+    assert cost.kinds_of(recipe, recipe.multitask)["image"].patches == 4 * 512
+
+
+def test_text_towers_parameters_are_siglips(tmp_path):
     from transformers import SiglipTextConfig, SiglipTextModel
 
     config = SiglipTextConfig(
-        vocab_size=400, hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=16, projection_size=32,
+        vocab_size=400, hidden_size=32, intermediate_size=100, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=16, projection_size=96,
     )  # fmt: skip
-    real = sum(p.numel() for p in SiglipTextModel(config).parameters())
-    assert cost._TextTower(32, 3, 2).parameters(400, 16) == pytest.approx(real, rel=0.001)
+    config.save_pretrained(tmp_path)
+    recipe = load(RECIPES / "tiny.toml", [f"vision.text_model={tmp_path}"])
+    tower = cost._text_tower(recipe.vision, config_of(recipe))
+    assert tower.parameters == sum(p.numel() for p in SiglipTextModel(config).parameters())
 
 
 def test_operations_of_a_step():
@@ -183,14 +255,15 @@ def test_what_does_not_fit_gets_a_mend_that_fits(keye_8b: Recipe):
     assert "no setting" in hopeless.mend
 
 
-@pytest.mark.parametrize("gpus", [64, 128])
+@pytest.mark.parametrize("gpus", [8, 64, 128])
 def test_the_reports_recipe_fits_80_gb(keye_8b: Recipe, gpus: int):
     costs = estimate(keye_8b, gpu_named("h100"), gpus)
     assert [c.name for c in costs] == list(keye_8b.chain) and all(c.fits for c in costs)
 
 
 def test_eight_gpus_are_told_what_to_change(keye_8b: Recipe):
-    costs = [c for c in estimate(keye_8b, gpu_named("h100"), 8) if not c.fits]
+    recipe = replace(keye_8b, vision=replace(keye_8b.vision, micro_pairs=0))
+    costs = [c for c in estimate(recipe, gpu_named("h100"), 8) if not c.fits]
     assert costs and all(c.mend.startswith("--set") for c in costs)
     changes = [word for c in costs for word in c.mend.split() if word != "--set"]
     assert all(c.fits for c in estimate(load(RECIPES / "keye_8b.toml", changes), gpu_named("h100"), 8))
@@ -206,7 +279,7 @@ def test_contexts_in_between_cost_the_same_memory(keye_8b: Recipe):
 def test_gpus_that_cannot_share_the_packs_are_named(keye_8b: Recipe):
     with pytest.raises(RecipeError, match="alignment: 256 packs, each on 1 ranks, cannot be shared by 48 GPUs"):
         estimate(replace(keye_8b, vision=None), GPU, 48)
-    with pytest.raises(RecipeError, match="vision: 8192 pairs cannot be shared by 48 GPUs"):
+    with pytest.raises(RecipeError, match="vision: 8192 pairs cannot be shared by 48 ranks evenly"):
         estimate(keye_8b, GPU, 48)
     with pytest.raises(KeyeError, match="--gpu h300: not known; take one of "):
         gpu_named("h300")

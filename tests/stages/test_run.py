@@ -1,5 +1,6 @@
 """A whole run: all stages from one recipe; what is finished is passed over, unless the recipe says something else."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+import stages.recipe
 from keye.errors import KeyeError
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.recipe import load
-from stages.run import check, pretrain
+from stages.run import check, pretrain, start_of
 from tests.distributed import run_distributed
 from tests.stages import small
 
@@ -157,9 +159,45 @@ def test_stage_after_one_that_was_trained_again_is_named(alone, run, recipe, tmp
 
 
 def test_stage_before_must_be_there(alone, recipe, tmp_path):
-    with pytest.raises(KeyeError, match="run the stage alignment before annealing"):
+    with pytest.raises(KeyeError, match="run the stage alignment before annealing, or begin with"):
         check(load(recipe), tmp_path / "run", "annealing")
     check(load(recipe), tmp_path / "run", "vision")
+
+
+def test_start_begins_with_the_recipes_own_model_without_the_stages_before(alone, run, recipe, tmp_path):
+    folder, pretrained = tmp_path / "run", run / "vision" / "model"
+    own = [f"model.path={pretrained}", "start=alignment"]
+    begun = load(recipe, own)
+    assert list(begun.chain) == ["alignment", "annealing"] and begun.stages == list(STAGES)
+    run_distributed(go, 1, 300, recipe, folder, own, "alignment")
+    before, after = (load_file(path / "model.safetensors") for path in (pretrained, folder / "alignment" / "model"))
+    assert all(torch.equal(after[name], value) for name, value in before.items() if not name.startswith("projector"))
+    check(begun, folder, None)
+    check(begun, folder, "annealing")
+    assert not (folder / "vision").exists()
+    # Without the key the run would go back to stage 0, and the alignment would not follow from it.
+    with pytest.raises(KeyeError, match="alignment was trained without vision; give --set start=alignment as before"):
+        check(load(recipe, own[:1]), folder, None)
+    with pytest.raises(KeyeError, match="run the stage vision before alignment, or .* by --set start=alignment"):
+        check(load(recipe), tmp_path / "other", "alignment")
+
+
+def test_command_of_the_8b_recipes_header_begins_without_stage_0(alone, tmp_path, monkeypatch):
+    """The line as it stands there, beside a model and the manifests of the stages that it trains."""
+    path = Path(stages.recipe.__file__).parent / "recipes" / "keye_8b.toml"
+    line = next(line for line in path.read_text().splitlines() if "--stage alignment" in line)
+    words = line.partition("keye_8b.toml")[2].split()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("caption", "ocr_vqa", "grounding_counting", "interleaved", "video"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("{}\n")
+    told = load(path, [word for flag, word in zip(words, words[1:], strict=False) if flag == "--set"])
+    sources = tuple(dataclasses.replace(s, path=f"data/{Path(s.path).name}") for s in told.data.sources)
+    told = dataclasses.replace(told, data=dataclasses.replace(told.data, sources=sources))
+    only = words[words.index("--stage") + 1]
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    check(told, tmp_path / "run", only)
+    assert start_of(only, told, tmp_path / "run") == Path("models/keye-8b-start")
 
 
 @pytest.mark.parametrize(
