@@ -123,7 +123,7 @@ def open_mixture(
     for source, share in choose_sources(name, recipe, heldout):
         made = Source(
             source, processor, recipe.seed, cache, quarantine,
-            limit=stage.context, run=run, report=grid.rank == 0, guard=guard, part=(fraction, heldout),
+            limit=stage.limit, run=run, report=grid.rank == 0, guard=guard, part=(fraction, heldout),
         )  # fmt: skip
         sources.append((made, share))
     return Mixture(sources)

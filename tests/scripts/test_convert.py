@@ -46,7 +46,7 @@ def test_there_and_back_on_the_command_line(command, tmp_path: Path) -> None:
     code, text = command("init", tmp_path / "text", "--vision", tmp_path / "vision", "--out", tmp_path / "keye")
     assert (
         code == 0
-        and "drawn at random: projector" in text
+        and "drawn at random: model.projector" in text
         and "68 tensors fit" in text
         and str(tmp_path / "keye") in text
     )
@@ -64,7 +64,7 @@ def test_there_and_back_on_the_command_line(command, tmp_path: Path) -> None:
     config["vision_config"]["intermediate_size"] += 1
     write_json(tmp_path / "keye" / "config.json", config)
     code, text = command("check", tmp_path / "keye")
-    assert code == 1 and "another shape: visual.encoder.layers.0.mlp.fc1.weight" in text
+    assert code == 1 and "another shape: model.visual.encoder.layers.0.mlp.fc1.weight" in text
 
 
 def test_help_has_examples_and_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ def test_every_source_is_counted(found):
 
 
 def test_clips_longer_than_the_context_are_counted_as_made_smaller(found, manifest):
-    whole, tight = found["video"], looked_over(manifest, context=40)["video"]
-    assert max(whole.tokens) > 40 and whole.thinned == 0
-    assert max(tight.tokens) <= 40 and tight.thinned == sum(count > 40 for count in whole.tokens)
+    whole, tight = found["video"], looked_over(manifest, context=60)["video"]
+    assert max(whole.tokens) > 60 and whole.thinned == 0
+    assert max(tight.tokens) <= 60 and tight.thinned == sum(count > 60 for count in whole.tokens)
 
 
 def test_words_and_picture_say_what_was_found(found, tmp_path):

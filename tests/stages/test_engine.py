@@ -32,10 +32,11 @@ def test_bf16_leaves_fp32_weights_and_steps_that_are_skipped_leave_no_trace():
     found = run_distributed(one_step, 1, 300)[0]
     for name, before in found["start"].items():
         after, moved = found["after"][name], not name.startswith("frozen")
-        assert after.dtype == torch.float32
-        assert torch.equal(found["untouched"][name], before), name
+        # What does not train has no fp32 value in the optimizer: its exact value stays on disk (`stages.weights`).
+        assert after.dtype == (torch.float32 if moved else torch.bfloat16)
+        assert torch.equal(found["untouched"][name], before if moved else before.bfloat16()), name
         # Adam's first step is the learning rate in the direction of the gradient, whatever its size.
-        steps = (after - before).abs()
+        steps = (after - (before if moved else before.bfloat16())).abs()
         torch.testing.assert_close(steps, torch.full_like(steps, LR if moved else 0.0), rtol=0.02, atol=0)
     big, again, small, _ = found["norms"]  # once a group, in the steps whose gradient is finite
     assert big == again > 1e3 * small > 0

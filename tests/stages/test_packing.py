@@ -11,7 +11,7 @@ from keye.errors import RecipeError
 from stages.data.closing import fill
 from stages.data.items import from_bytes
 from stages.data.packing import pack
-from stages.recipe import SourceRecipe, StageRecipe
+from stages.recipe import SourceRecipe
 from stages.stage import _shares
 from tests.stages import small
 
@@ -71,14 +71,14 @@ def test_kinds_keep_their_share_whatever_the_weights_inside():
         SourceRecipe("b.jsonl", "video"),
         SourceRecipe("c.jsonl", "text"),
     ]
-    stage = StageRecipe(steps=1, lr=1.0, mixture={"video": 0.8, "text": 0.2})
-    assert [share for _, share in _shares("alignment", stage, sources)] == pytest.approx([0.6, 0.2, 0.2])
+    mixture, key = {"video": 0.8, "text": 0.2}, "data.sources"
+    assert [share for _, share in _shares("alignment", mixture, sources, key)] == pytest.approx([0.6, 0.2, 0.2])
     with pytest.raises(RecipeError, match="wants image"):
-        _shares("alignment", StageRecipe(steps=1, lr=1.0, mixture={"image": 1.0}), sources)
+        _shares("alignment", {"image": 1.0}, sources, key)
     with pytest.raises(RecipeError, match="no data source serves the stage alignment"):
-        _shares("alignment", stage, [])
+        _shares("alignment", mixture, [], key)
     with pytest.raises(RecipeError, match="the same part of a manifest twice"):
-        _shares("alignment", stage, [*sources, SourceRecipe("a.jsonl", "video")])
+        _shares("alignment", mixture, [*sources, SourceRecipe("a.jsonl", "video")], key)
 
 
 @pytest.fixture(scope="module")

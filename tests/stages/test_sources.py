@@ -248,6 +248,6 @@ def test_threads_encode_what_one_alone_does(manifest, processor):
 
 def test_long_clip_is_thinned_to_the_context(manifest, processor):
     whole = small.source(manifest, "video", processor)
-    tight = small.source(manifest, "video", processor, limit=40)
-    assert max(item.tokens for item in served(whole, 4)) > 40
-    assert max(item.tokens for item in served(tight, 4)) <= 40 and len(tight.quarantine) == 0
+    tight = small.source(manifest, "video", processor, limit=60)
+    assert max(item.tokens for item in served(whole, 4)) > 60
+    assert max(item.tokens for item in served(tight, 4)) <= 60 and len(tight.quarantine) == 0
