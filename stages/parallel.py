@@ -9,6 +9,7 @@ each loss by their number. That makes ZeRO partition over the whole world, seque
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -279,13 +280,16 @@ def own_pixels(pack: dict[str, Tensor], share: list[Piece]) -> Tensor | None:
     return torch.cat([piece_pixels(*parts[piece.frame], piece) for piece in share]) if share else None
 
 
-def shard(pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: int) -> dict[str, object]:
+def shard(
+    pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: int, attention: str = "auto"
+) -> dict[str, object]:
     """One pack → the model's arguments on this rank.
 
     Without sequence parallelism that is the pack itself. With it: this rank's L / P tokens, the frames it encodes, and
     the seams `varlen`, `frame_parts` and `exchange`. L must be a multiple of P (`data.packing` sees to it). The pack
     may hold the pixels of all frames, or as `pixel_values_mine` only those of this rank's `vision_shares`, in their
-    order (absent where the rank has none); uint8 or normalised floats.
+    order (absent where the rank has none); uint8 or normalised floats. attention: the backend of packed attention, as
+    the model's config names it.
     """
     if grid.sequence_group is None:
         return dict(pack)
@@ -293,7 +297,7 @@ def shard(pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: in
     inputs: dict[str, object] = {
         **{name: _cut(pack[name], grid, length) for name in ("input_ids", "position_ids", "shift_labels")},
         "cu_seqlens": pack["cu_seqlens"],
-        "varlen": ulysses(grid.sequence_group),
+        "varlen": ulysses(grid.sequence_group, partial(varlen, backend=attention)),
     }
     both = [pack[name] for name in ("image_grid_thw", "video_grid_thw") if name in pack]
     if not both:
@@ -303,7 +307,7 @@ def shard(pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: in
     mine = shares[grid.sequence_rank]
     if mine:
         pixels = pack["pixel_values_mine"] if "pixel_values_mine" in pack else own_pixels(pack, mine)
-        inputs |= _visual_inputs(pixels, grids, shares, grid)
+        inputs |= _visual_inputs(pixels, grids, shares, grid, attention)
     ids = pack["input_ids"][0]
     stills, frames = ((ids == token).nonzero()[:, 0] for token in (image_token, video_token))
     route = route_features(grids, shares, torch.cat([stills, frames]) // length, grid.sequence_rank)
@@ -311,7 +315,9 @@ def shard(pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: in
     return inputs
 
 
-def _visual_inputs(pixels: Tensor, grids: Tensor, shares: list[list[Piece]], grid: Grid) -> dict[str, object]:
+def _visual_inputs(
+    pixels: Tensor, grids: Tensor, shares: list[list[Piece]], grid: Grid, backend: str
+) -> dict[str, object]:
     """The pixels of this rank's pieces as whole frames and parts of frames, for the model."""
     mine, sizes = shares[grid.sequence_rank], grids.prod(1).tolist()
     split = pixels.split([4 * piece.tokens for piece in mine])
@@ -322,7 +328,7 @@ def _visual_inputs(pixels: Tensor, grids: Tensor, shares: list[list[Piece]], gri
         inputs["pixel_values"] = pixels if len(whole) == len(mine) else torch.cat([part for _, part in whole])
         inputs["image_grid_thw"] = grids[[frame for frame, _ in whole]]
     inputs["frame_parts"] = [
-        _frame_part(part, grids[piece.frame].tolist(), piece, shares, grid.sequence_group)
+        _frame_part(part, grids[piece.frame].tolist(), piece, shares, grid.sequence_group, backend)
         for piece, part in pairs
         if 4 * piece.tokens != sizes[piece.frame]
     ]
@@ -330,15 +336,15 @@ def _visual_inputs(pixels: Tensor, grids: Tensor, shares: list[list[Piece]], gri
 
 
 def _frame_part(
-    pixels: Tensor, size: list[int], piece: Piece, shares: list[list[Piece]], group: dist.ProcessGroup
+    pixels: Tensor, size: list[int], piece: Piece, shares: list[list[Piece]], group: dist.ProcessGroup, backend: str
 ) -> FramePart:
     lengths = [4 * other.tokens for share in shares for other in share if other.frame == piece.frame]
-    return FramePart(pixels, *size[1:], piece.first, max(lengths), _frame_attention(group, lengths))
+    return FramePart(pixels, *size[1:], piece.first, max(lengths), _frame_attention(group, lengths, backend))
 
 
-def _frame_attention(group: dist.ProcessGroup, lengths: list[int]) -> Varlen:
+def _frame_attention(group: dist.ProcessGroup, lengths: list[int], backend: str) -> Varlen:
     """`ulysses` over the parts of a frame; heads of nothing make up what the ranks do not divide."""
-    attend = ulysses(group, lengths=lengths)
+    attend = ulysses(group, partial(varlen, backend=backend), lengths)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
         heads, missing = q.shape[1], -q.shape[1] % len(lengths)

@@ -85,8 +85,9 @@ class LanguageStage:
 
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
         row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        attention = getattr(module, "module", module).config.attention
         inputs = shard(
-            row, grid, self.processor.token_id(IMAGE_PAD), self.processor.token_id(VIDEO_PAD)
+            row, grid, self.processor.token_id(IMAGE_PAD), self.processor.token_id(VIDEO_PAD), attention
         )
         return module(**inputs, num_items_in_batch=1.0).loss
 

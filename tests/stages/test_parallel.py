@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from keye.errors import RecipeError
-from keye.model import flops
+from keye.model import attention, flops
 from keye.model.attention import varlen
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
@@ -321,3 +321,28 @@ def test_sequence_parallel_that_does_not_divide_the_processes_is_named():
     with pytest.raises(RecipeError, match="sequence_parallel = 2 does not divide the 1 processes"):
         make_grid(2)
     assert make_grid(1).sequence_group is None
+
+
+def backends_used() -> list[str]:
+    """Backends that computed attention on this rank: in the decoder over the whole pack, in the tower over parts."""
+    used, run = [], attention.run
+
+    def noted(name: str, *args: object) -> Tensor:
+        used.append(name)
+        return run(name, *args)
+
+    attention.run = noted
+    grid, row = make_grid(2), pack(packs()["stills and frames"], 4)
+    small.model().language_model(
+        inputs_embeds=torch.randn(1, row["input_ids"].shape[1] // 2, 128),
+        position_ids=shard(row, grid, IMAGE, VIDEO)["position_ids"],
+        attention_mask=torch.empty(0, 0, 0, 0),
+        use_cache=False,
+        cu_seqlens=row["cu_seqlens"],
+        varlen_fn=shard(row, grid, IMAGE, VIDEO, "plain")["varlen"],
+    )
+    return used
+
+
+def test_sequence_parallel_attention_is_the_one_that_the_config_names():
+    assert run_distributed(backends_used, 2, 120)[0] == ["plain"] * 2
