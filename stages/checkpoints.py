@@ -9,6 +9,7 @@ processes can read; the optimizer's moments and fp32 weights come back whole.
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -281,15 +282,17 @@ def _load_from_others(engine: Any, found: Path, before: int, now: int) -> None:
     made = found.with_name(f"universal-{found.name}")
     needed = bytes_needed(engine)
     first_rank(lambda: _convert(found, made, needed), OSError)
-    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    keys = ("weight_decay", "initial_lr")
+    own = [{key: group[key] for key in keys} for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
         _load(engine, made)
     finally:
         engine._config.load_universal_checkpoint = False
     # ZeRO-3 gives all groups the settings of the first.
-    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
+    rates = engine.lr_scheduler.get_last_lr() if engine.lr_scheduler else [None] * len(own)
+    for group, settings, rate in zip(engine.optimizer.param_groups, own, rates, strict=True):
+        group |= settings | ({} if rate is None else {"lr": rate})
     _load_frozen(engine, found)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -345,7 +348,10 @@ def _load_frozen(engine: Any, found: Path) -> None:
     frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
     if not files or not frozen:
         return
-    saved = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True)["module"]
+    try:
+        saved = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)["module"]
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{files[0]} holds more than tensors and plain values; remove {found}") from error
     with torch.no_grad():
         for name, parameter in frozen.items():
             parameter.copy_(saved[name])

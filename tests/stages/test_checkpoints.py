@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 
 from keye.errors import CheckpointError
 from stages import engine as deep
-from stages.checkpoints import MARKER, checksum, flaw, load_checkpoint, newest, save_checkpoint, whole_checkpoints
+from stages.checkpoints import (
+    MARKER,
+    _load_frozen,
+    checksum,
+    flaw,
+    load_checkpoint,
+    newest,
+    save_checkpoint,
+    whole_checkpoints,
+)
 from tests.distributed import run_distributed
 
 STEPS, BATCH = 6, 4
@@ -198,3 +208,25 @@ def several(folder: Path) -> list[list[str]]:
 def test_the_last_few_are_kept(tmp_path):
     left = run_distributed(several, 1, 180, tmp_path)[0]
     assert left == [["step-1"], ["step-1"], ["step-1", "step-3"], ["step-1", "step-3", "step-4"]]
+
+
+class Harm:
+    """Runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_frozen_weights_are_read_without_running_what_a_file_holds(tmp_path):
+    module, marked = Net(0), tmp_path / "ran"
+    engine, file = SimpleNamespace(module=module), tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": Net(1).state_dict()}, file)
+    _load_frozen(engine, tmp_path)
+    assert torch.equal(module.frozen.weight, Net(1).frozen.weight)
+    torch.save({"module": Net(1).state_dict(), "extra": Harm(marked)}, file)
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        _load_frozen(engine, tmp_path)
+    assert not marked.exists()
