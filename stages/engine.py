@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from keye.model.shards import Stored
 from stages.hosts import threads_each
+from stages.zero3 import gather_by_units
+
+PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter whole on every rank
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -87,43 +90,52 @@ def build(
     accumulation: int = 1,
     precision: str = "auto",
     sources: Mapping[nn.Parameter, Stored] | None = None,
+    lr_scale: Mapping[str, float] | None = None,
 ) -> Any:
     """A DeepSpeed engine that trains the parameters of `module` that want gradients, with AdamW.
 
-    Biases, norms and other vectors are not decayed. `accumulation`: calls of `backward` a step. `backward` divides by
+    Biases, norms and other vectors are not decayed. `lr_scale`: part of the model ("vision", "projector", "decoder") →
+    factor on its learning rate. `accumulation`: calls of `backward` a step. `backward` divides by
     that and averages over all ranks; `trainer.Trainer` undoes both. In bf16 the optimizer keeps fp32 weights, which
     begin as `module` has them, or where it is in bf16 already as `sources` has them on disk, of which a rank reads its
-    share; without ZeRO DeepSpeed has none, so that `zero` is 1 at least.
+    share. Gradients are then summed in fp32, over micro-batches and over ranks, and `zero` is 2 at least: without ZeRO
+    there are no fp32 weights, and ZeRO-1 would keep the fp32 gradients of all parameters on every rank.
     """
     import deepspeed
 
     half = resolve_precision(precision) == "bf16"
-    zero = max(zero, 1) if half else zero
+    zero = max(zero, 2) if half else zero
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=lr, betas=tuple(betas), fused=torch.cuda.is_available()
-    )
+    groups = parameter_groups(module, lr, weight_decay, lr_scale or {})
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=torch.cuda.is_available())
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, warmup, schedule)
     )
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip,
-        "zero_optimization": {"stage": zero, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True},
+        "gradient_clipping": clip if zero else 0.0,
+        "zero_optimization": {
+            "stage": zero,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": PERSISTENT,
+        },
         "zero_allow_untested_optimizer": True,
         # Without the check ZeRO would step on gradients that are not finite in bf16, though not in fp32.
         "bf16": {"enabled": half, "check_grad_overflow": True},
         "steps_per_print": 1 << 30,
     }
+    if half:
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
     # The engine gives the parameters other memory, in bf16.
     begun = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    if zero == 0 and clip:
+        optimizer.register_step_pre_hook(functools.partial(_clip, trained, clip))
+    if zero == 3:
+        gather_by_units(engine)
     if half:  # else the fp32 weights would be those that were rounded to bf16
         for parameter in trained:
             if parameter in begun:
@@ -131,6 +143,32 @@ def build(
             elif parameter in stored and stored[parameter].dtype != torch.bfloat16:
                 set_master_weight(parameter, stored[parameter].mapped())
     return engine
+
+
+def parameter_groups(
+    module: nn.Module, lr: float, weight_decay: float, lr_scale: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The trained parameters by learning rate and decay: first those at `lr`, matrices before vectors.
+
+    A parameter below a module `visual` belongs to "vision", below `projector` to "projector", else to "decoder".
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            modules = set(name.split("."))
+            part = "vision" if "visual" in modules else "projector" if "projector" in modules else "decoder"
+            groups.setdefault((lr_scale.get(part, 1.0), parameter.ndim < 2), []).append(parameter)
+    order = sorted(groups, key=lambda key: (key[0] != 1.0, *key))
+    decays = {False: weight_decay, True: 0.0}
+    return [{"params": groups[key], "lr": lr * key[0], "weight_decay": decays[key[1]]} for key in order]
+
+
+def _clip(parameters: list[nn.Parameter], limit: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Clip what the optimizer is about to step on; here, because DeepSpeed without ZeRO clips before the guard looks.
+
+    The optimizer remembers the norm as ZeRO's does.
+    """
+    optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
 
 
 def hold_steps(engine: Any, hold: Callable[[float], bool]) -> None:
@@ -149,11 +187,11 @@ def hold_steps(engine: Any, hold: Callable[[float], bool]) -> None:
 
 
 def gradient_norm(engine: Any) -> float:
-    """Norm of the whole gradient of the last step; without ZeRO, of the one that lies in the parameters now."""
-    if hasattr(engine.optimizer, "_global_grad_norm"):
-        return float(engine.optimizer._global_grad_norm or 0.0)
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    """Norm of the whole gradient before clipping: of the last step, or of the one that is about to be taken."""
+    gradients = [] if engine.zero_optimization() else [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if gradients:
+        return float(nn.utils.get_total_norm(gradients))
+    return float(getattr(engine.optimizer, "_global_grad_norm", None) or 0.0)
 
 
 def master_weight(parameter: nn.Parameter) -> Tensor:
@@ -161,9 +199,13 @@ def master_weight(parameter: nn.Parameter) -> Tensor:
 
     The parameter itself where there is no such value: it is fp32 already, or does not train.
     """
+    from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param
 
     kept = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+    if hasattr(parameter, "ds_id") and not parameter.requires_grad:
+        with zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
     value = safe_get_full_fp32_param(parameter) if kept and parameter.requires_grad else None
     return parameter.detach() if value is None else value.detach()
 

@@ -96,16 +96,20 @@ class Footprint:
 
 def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
     """weights, gradients, optimizer and step of `Footprint`, for so many parameters and so many that train."""
-    share = trained / plan.ranks
-    weights = min(parameters, parameters / plan.ranks + plan.live) if plan.zero == 3 else parameters
-    held = share if plan.zero >= 2 else trained
-    bucket = plan.buckets * min(BUCKET, trained) if plan.zero and plan.ranks > 1 else 0
+    share, half = trained / plan.ranks, plan.element < FP32
+    zero = max(plan.zero, 2) if half else plan.zero  # as `engine.build`
+    weights = min(parameters, parameters / plan.ranks + plan.live) if zero == 3 else parameters
+    held = share if zero >= 2 else trained
+    bucket = min(BUCKET, trained) if zero and plan.ranks > 1 else 0
+    # Gradients are summed in fp32; in bf16 a bucket of them is turned into fp32 before it is reduced.
+    turned = FP32 if half and plan.buckets else 0
+    gradients = FP32 * held + (plan.element * plan.buckets + turned) * bucket
     # The optimizer works on flat fp32 gradients of its share; unfused it also makes two tensors of that size.
-    flat = FP32 * (share if plan.zero else trained)
+    flat = FP32 * (share if zero else trained)
     return {
         "weights": plan.element * weights,
-        "gradients": plan.element * (held + bucket),
-        "optimizer": 3 * FP32 * (share if plan.zero else trained),
+        "gradients": gradients,
+        "optimizer": 3 * FP32 * (share if zero else trained),
         "step": flat + (0 if plan.fused else 2 * flat),
     }
 
@@ -164,14 +168,15 @@ def _tower(config: Any, plan: Plan, patches: int, frozen: bool) -> tuple[float, 
     """Bytes of the frames: (kept, needed while a chunk of them passes through tower and projector)."""
     vision, e = config.vision_config, plan.element
     tokens = e * config.text_config.hidden_size * patches / 4
+    features = e * vision.hidden_size  # a patch, between tower and projector
     pixels = e * CHANNELS * vision.patch_size**2
     projector = 4 * e * vision.hidden_size  # a patch: merged, normed, before and after the GELU, a quarter as often
-    if frozen:
-        return tokens + projector * patches, e * vision.intermediate_size * patches
-    whole = pixels + projector + tower_layer(vision, e) * vision.num_hidden_layers
+    tower = e * vision.intermediate_size if frozen else pixels + tower_layer(vision, e) * vision.num_hidden_layers
     if plan.checkpointing:
-        return tokens, whole * min(patches, FRAME_PATCHES)
-    return whole * patches, e * vision.intermediate_size * patches
+        return tokens + features * patches, max(tower, projector) * min(patches, FRAME_PATCHES)
+    if frozen:
+        return tokens + projector * patches, tower * min(patches, FRAME_PATCHES)
+    return (tower + projector) * patches, e * vision.intermediate_size * patches
 
 
 def footprint(

@@ -58,7 +58,7 @@ class Guard:
             KeyeError: too many steps in a row were held.
         """
         # The norm is not known, either, when ZeRO left the step out by itself for a gradient that is not finite.
-        self.not_finite += not math.isfinite(self.norm)
+        self.not_finite = self.not_finite or int(not math.isfinite(self.norm))
         self.bad = self.bad + 1 if self.not_finite else 0
         self.spikes = self.spikes + 1 if self.reason else 0
         if self.bad > MAX_HELD:

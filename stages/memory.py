@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -38,13 +38,24 @@ def economise(
             "set checkpointing = true, or offload = false"
         )
     if checkpointing:
-        model._set_gradient_checkpointing(True, partial(recompute, offload=offload))
+        # Tower and projector cut their frames into chunks by themselves; a decoder layer is recomputed inside its own
+        # call, so that what ZeRO-3 does around the call (gather, release) is no part of what is computed again.
+        model.visual.gradient_checkpointing = model.projector.gradient_checkpointing = True
+        for layer in model.language_model.layers:
+            layer.forward = partial(_recomputed, layer, layer.forward, offload)
     if mlp_tiles > 1:
         for layer in model.language_model.layers:
             if not hasattr(layer, "mlp"):
                 name = model.config.text_config.model_type
                 raise RecipeError(f"mlp_tiles = {mlp_tiles}: the layers of a {name} decoder have no MLP to tile; set 1")
             layer.mlp.forward = partial(in_tiles, layer.mlp.forward, mlp_tiles)
+
+
+def _recomputed(layer: nn.Module, run: Callable[..., Any], offload: bool, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of a decoder layer, recomputed when it trains."""
+    if layer.training and torch.is_grad_enabled():
+        return recompute(partial(run, **kwargs), *args, offload=offload)
+    return run(*args, **kwargs)
 
 
 def recompute(run: Callable[..., Any], *args: Any, offload: bool = False) -> Any:

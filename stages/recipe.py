@@ -110,7 +110,8 @@ class StageRecipe:
 
     steps: optimizer steps. context: tokens a pack holds. packs: packs a step, over all ranks. alike: packs of a step
     that are made to cost the same, best as many as data-parallel ranks meet in a round, or more; 0 = a quarter of the
-    step. lr, schedule ("cosine" to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm).
+    step. lr, lr_scale (part of the model, "vision", "projector" or "decoder" → factor on its lr), schedule ("cosine" to
+    zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm).
     zero: DeepSpeed ZeRO stage. sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens.
     encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay
     until the stage is finished and only its model is left, unless `keep_finished`.
@@ -132,6 +133,7 @@ class StageRecipe:
     betas: tuple[float, ...] = (0.9, 0.95)
     clip: float = 1.0
     zero: int = 2
+    lr_scale: dict[str, float] = field(default_factory=dict)
     sequence_parallel: int = 1
     mixture: dict[str, float] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)
@@ -339,6 +341,9 @@ def _check(recipe: Recipe, file: str) -> None:
         )
         need(0 <= stage.alike <= stage.packs, f"{name}.alike must be from 0 (a quarter) to {name}.packs")
         need(stage.lr > 0, f"{name}.lr must be above 0")
+        parts = ("vision",) if name == "vision" else ("vision", "projector", "decoder")
+        need(set(stage.lr_scale) <= set(parts), f"{name}.lr_scale may name only {', '.join(parts)}")
+        need(all(factor > 0 for factor in stage.lr_scale.values()), f"{name}.lr_scale: factors must be above 0")
         need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')
         need(stage.mlp_tiles >= 1, f"{name}.mlp_tiles must be at least 1")
         need(

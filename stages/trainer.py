@@ -50,7 +50,7 @@ class Trainer:
         self.engine = deep.build(
             module, lr=recipe.lr, steps=recipe.steps, warmup=recipe.warmup, schedule=recipe.schedule,
             weight_decay=recipe.weight_decay, betas=recipe.betas, clip=recipe.clip, zero=recipe.zero,
-            accumulation=micro_batches, precision=precision, sources=sources,
+            accumulation=micro_batches, precision=precision, sources=sources, lr_scale=recipe.lr_scale,
         )  # fmt: skip
         self.guard = Guard(stage.name, recipe.spike_loss, recipe.spike_norm)
         deep.hold_steps(self.engine, self.guard.holds)
@@ -79,7 +79,8 @@ class Trainer:
             value = float(sum_over_ranks(loss.float()))
             finite = math.isfinite(value)
             self.guard.not_finite += not finite
-            self.engine.backward(loss * factor if finite else self._nothing())
+            # Also of a loss that is not finite: collectives go on as in every step, and the guard holds the optimizer.
+            self.engine.backward(loss * factor)
             total += value if finite else 0.0
             self.guard.loss = total / max(weights, 1e-12)  # the step's, when the optimizer is asked for after the last
             self.engine.step()
@@ -146,10 +147,6 @@ class Trainer:
         if self.grid.world > 1:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return float(most.sum()) / mean - 1
-
-    def _nothing(self) -> Tensor:
-        """A loss of zero that touches every parameter: collectives go on as if the batch had been good."""
-        return sum((p.nan_to_num() * 0).sum() for p in self.engine.module.parameters() if p.requires_grad)
 
     def _make_up(self) -> None:
         """Take the schedule's step that the engine leaves out together with a step whose gradient is not finite."""

@@ -27,7 +27,7 @@ from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import CACHE, KeyeGenerationMixin
 from keye.model.pretrained import KeyePreTrainedModel
 from keye.model.rope import batch_positions
-from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace, chunks_of
+from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace
 from keye.slowfast.pixels import normalised
 
 LOSS_CHUNK = 4096  # rows of fp32 logits alive at once
@@ -59,48 +59,17 @@ class KeyeModel(KeyePreTrainedModel):
         text.rope_parameters = {**text.rope_parameters, "rope_theta": theta}
         self.language_model.rotary_emb = multimodal_rotary(self.language_model.rotary_emb.own, text)
 
-    def encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    def encode_vision(
+        self, pixel_values: Tensor | None, grid_thw: Tensor | None, frame_parts: Sequence[FramePart] = ()
+    ) -> Tensor:
         """Patches `[N, 3, 14, 14]` of frames or images with grids `[F, 3]` → tokens `[N / 4, hidden]`.
 
         Pixels are bytes (uint8), which become floats here, or floats in [−1, 1]. Without a gradient, and with gradient
-        checkpointing, frames pass through in chunks, so that beyond pixels and tokens no more than a chunk's
-        activations are in memory; a chunk is computed again in the backward pass.
+        checkpointing, frames pass through tower and projector in chunks, whose activations alone are in memory. The
+        tokens of `frame_parts` come first.
         """
-        recomputed = self.visual.gradient_checkpointing and self.training
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not recomputed):
-            return self._encode_frames(pixel_values, grid_thw)
-        chunks = chunks_of(grid_thw)
-        if sum(patches for _, patches in chunks) != len(pixel_values):
-            return self._encode_frames(pixel_values, grid_thw)  # the tower says what does not fit
-        parts = zip(
-            pixel_values.split([patches for _, patches in chunks]),
-            grid_thw.split([rows for rows, _ in chunks]),
-            strict=True,
-        )
-        if not torch.is_grad_enabled():
-            return _joined([self._encode_frames(*part) for part in parts])
-        if any(p.requires_grad for p in self.visual.parameters()):
-            return _joined([checkpoint(self._encode_frames, *part, use_reentrant=False) for part in parts])
-        # A tower that stays as it is has nothing to compute again: its features are what the projector keeps.
-        with torch.no_grad():
-            features = [(self.visual(*part), part[1]) for part in parts]
-        return _joined([checkpoint(self.projector, *part, use_reentrant=False) for part in features])
-
-    def _encode_part(self, part: FramePart) -> Tensor:
-        """Tokens `[n, hidden]` of a part of a frame; recomputed in the backward pass as a chunk of frames is."""
-        if not (self.visual.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return self._part_tokens(part)
-        if any(p.requires_grad for p in self.visual.parameters()):
-            return checkpoint(self._part_tokens, part, use_reentrant=False)
-        with torch.no_grad():
-            features = self.visual(None, None, part)
-        return checkpoint(self.projector, features, None, use_reentrant=False)
-
-    def _part_tokens(self, part: FramePart) -> Tensor:
-        return self.projector(self.visual(None, None, part), None)
-
-    def _encode_frames(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        return self.projector(self.visual(pixel_values, grid_thw), grid_thw)
+        features = self.visual(pixel_values, grid_thw, frame_parts)
+        return self.projector(features, grid_thw, sum(len(part.pixels) for part in frame_parts))
 
     def get_image_features(
         self,
@@ -255,17 +224,14 @@ class KeyeModel(KeyePreTrainedModel):
     ) -> Tensor | None:
         """Visual tokens `[V, hidden]`, stills first; None where there are none and no parameter needs one."""
         pixels = [p for p in (pixel_values, pixel_values_videos) if p is not None and len(p)]
-        # The parts come first: there the ranks wait for one another, before each goes on with frames of its own.
-        shared = [self._encode_part(part) for part in frame_parts]
         if visual_features is not None:
             features = visual_features
-        elif pixels:
+        elif pixels or frame_parts:
             grids = [g for g in (image_grid_thw, video_grid_thw) if g is not None and len(g)]
             if len({part.dtype for part in pixels}) > 1:
                 pixels = [normalised(part) for part in pixels]
-            features = _joined([*shared, self.encode_vision(_joined(pixels), _joined(grids))])
-        elif shared:
-            features = _joined(shared)
+            whole = (_joined(pixels), _joined(grids)) if pixels else (None, None)
+            features = self.encode_vision(*whole, frame_parts)
         elif exchange is None and not self.training:
             return None
         else:
@@ -304,6 +270,27 @@ class KeyeModel(KeyePreTrainedModel):
         return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
 
 
+class Readout(nn.Module):
+    """The language head over hidden states: logits, or the summed loss of any number of labels.
+
+    It has no parameters of its own. It is called once a forward pass, however many labels there are, so that a trainer
+    that partitions the head's weight gathers it once for all chunks of the loss.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, head: nn.Module) -> Tensor:
+        """hidden `[…, width]` → logits `[…, vocab]`; with targets `[N]` of `[N, width]` their summed loss, in fp32."""
+        if targets is None:
+            return head(hidden)
+        total = torch.zeros((), device=hidden.device)
+        for rows, part in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+            total = total + checkpoint(_chunk_loss, head, rows, part, use_reentrant=False)
+        return total
+
+
+def _chunk_loss(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(rows).float(), targets, reduction="sum")
+
+
 class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
     """`KeyeModel` below `model`, and the head that makes words of it."""
 
@@ -314,6 +301,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         super().__init__(config)
         self.model = KeyeModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.readout = Readout()
         self.post_init()
 
     @property
@@ -396,7 +384,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
             loss = self._loss(hidden, shifted, num_items_in_batch)
         if shift_labels is None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
+            logits = self.readout(hidden[:, keep], head=self.lm_head)
         return KeyeOutput(
             loss=loss,
             logits=logits,
@@ -412,13 +400,8 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         """
         chosen = shifted != -100
         rows, targets = hidden[chosen], shifted[chosen]
-        total = torch.zeros((), device=hidden.device)
-        for part, target in zip(rows.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            total = total + checkpoint(self._chunk_loss, part, target, use_reentrant=False)
+        total = self.readout(rows, targets, head=self.lm_head)
         return total / (max(len(targets), 1) if num_items is None else num_items)
-
-    def _chunk_loss(self, rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(rows).float(), targets, reduction="sum")
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

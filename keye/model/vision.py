@@ -4,6 +4,7 @@ Parameter names are SigLIP's, so that its weights load as they are. Frames of al
 frame is a segment of its own (as in the release).
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -77,6 +78,24 @@ def chunks_of(grid_thw: Tensor) -> list[tuple[int, int]]:
         else:
             chunks.append((1, patches))
     return chunks
+
+
+def in_chunks(
+    run: Callable[[Tensor, Tensor], Tensor], values: Tensor, grid_thw: Tensor, recomputed: bool = False
+) -> Tensor:
+    """`run(values, grid_thw)` over neighbouring chunks of whole frames (`chunks_of`), joined along the first dimension.
+
+    recomputed: a chunk keeps its inputs alone, and is computed again in the backward pass.
+    """
+    chunks = chunks_of(grid_thw)
+    if not chunks or sum(patches for _, patches in chunks) != len(values):
+        return run(values, grid_thw)  # it says what does not fit
+    parts = zip(
+        values.split([patches for _, patches in chunks]), grid_thw.split([rows for rows, _ in chunks]), strict=True
+    )
+    step = partial(checkpoint, run, use_reentrant=False) if recomputed else run
+    results = [step(*part) for part in parts]
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def places_of(frames: Tensor, total: int) -> Places:
@@ -194,7 +213,11 @@ class VisionEncoder(nn.Module):
 
 
 class KeyeVisionModel(nn.Module):
-    """Patches of any number of frames or images → one feature a patch; `attention` names the backend of `varlen`."""
+    """Patches of any number of frames or images → one feature a patch; `attention` names the backend of `varlen`.
+
+    It is called once for all frames, however many there are, so that a trainer that partitions parameters gathers the
+    tower once; chunks of frames are made inside.
+    """
 
     def __init__(self, config: KeyeVisionConfig, attention: str = "auto") -> None:
         super().__init__()
@@ -215,17 +238,34 @@ class KeyeVisionModel(nn.Module):
         self,
         pixel_values: Tensor | None,
         grid_thw: Tensor | None,
-        part: FramePart | None = None,
+        parts: Sequence[FramePart] = (),
         trace: Trace | None = None,
     ) -> Tensor:
         """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`.
 
-        Pixels are bytes (uint8) or floats in [−1, 1]. With gradient checkpointing, layers over more than
-        `FRAME_PATCHES` patches are computed again in the backward pass. With a `part` of a frame instead of pixels and
-        grids: its features, in the order of its pixels. trace: what is kept on the way; nothing is computed again then.
+        Pixels are bytes (uint8) or floats in [−1, 1]. Without a gradient, and with gradient checkpointing, frames pass
+        through in chunks, so that beyond pixels and features no more than a chunk's activations are in memory; a chunk
+        is computed again in the backward pass. A tower that does not train has nothing to compute again. parts: of
+        frames that other processes encode, too; their features come first, in the order of their pixels. trace: what is
+        kept on the way; nothing is computed again then.
         """
-        if part is not None:
-            return self._encode_part(part)
+        if trace is not None or (torch.compiler.is_compiling() and not parts):
+            return self._encode(pixel_values, grid_thw, trace)
+        values = [part.pixels for part in parts] + ([] if pixel_values is None else [pixel_values])
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (*values, *self.parameters()))
+        recomputed = trains and self.gradient_checkpointing and self.training
+        with torch.set_grad_enabled(trains):
+            encode = partial(checkpoint, self._encode_part, use_reentrant=False) if recomputed else self._encode_part
+            # The parts come first: there the ranks wait for one another, before each goes on with frames of its own.
+            found = [encode(part) for part in parts]
+            if pixel_values is not None:
+                chunked = recomputed or not trains
+                whole = partial(in_chunks, self._encode, recomputed=recomputed) if chunked else self._encode
+                found.append(whole(pixel_values, grid_thw))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _encode(self, pixel_values: Tensor, grid_thw: Tensor, trace: Trace | None = None) -> Tensor:
+        """All frames at once; layers over more than `FRAME_PATCHES` patches are recomputed with checkpointing."""
         frames = grid_thw[:, 1:]
         if torch.compiler.is_compiling():  # a graph cannot know how many frames there are but by the rows
             torch._assert_async((grid_thw[:, 0] == 1).all(), "inside a graph every row of grid_thw is one frame")
@@ -332,12 +372,26 @@ class Projector(nn.Module):
         self.pre_norm = nn.LayerNorm(merged, eps=1e-5)
         self.linear_1 = nn.Linear(merged, merged)
         self.linear_2 = nn.Linear(merged, hidden_size)
+        self.gradient_checkpointing = False
 
-    def forward(self, features: Tensor, grid_thw: Tensor | None) -> Tensor:
-        """features `[N, width]` → `[N / 4, hidden]`, in raster order of the merged grid.
+    def forward(self, features: Tensor, grid_thw: Tensor | None, ordered: int = 0) -> Tensor:
+        """features `[N, width]` → `[N / 4, hidden]`, in raster order of the merged grid; in chunks as the tower.
 
-        Without a grid the four patches of each token follow one another already.
+        ordered: of the first so many features the four of each token follow one another already; grid_thw is that of
+        the rest, None when there are none.
         """
+        if torch.compiler.is_compiling() and not ordered:
+            return self._project(features, grid_thw)
+        recomputed = torch.is_grad_enabled() and self.gradient_checkpointing and self.training
+        project = partial(checkpoint, self._project, use_reentrant=False) if recomputed else self._project
+        found = [project(part, None) for part in features[:ordered].split(FRAME_PATCHES)] if ordered else []
+        if grid_thw is not None:
+            chunked = recomputed or not torch.is_grad_enabled()
+            whole = partial(in_chunks, self._project, recomputed=recomputed) if chunked else self._project
+            found.append(whole(features[ordered:], grid_thw))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _project(self, features: Tensor, grid_thw: Tensor | None) -> Tensor:
         squares = features.unflatten(0, (-1, 4)) if grid_thw is None else features[merge_order(grid_thw, len(features))]
         merged = squares.flatten(1)
         return self.linear_2(F.gelu(self.linear_1(self.pre_norm(merged))))

@@ -1,5 +1,6 @@
 """What leaves bf16 training is fp32; what is not finite, or held, moves nothing."""
 
+import pytest
 import torch
 
 from stages import engine as deep
@@ -40,3 +41,102 @@ def test_bf16_leaves_fp32_weights_and_steps_that_are_skipped_leave_no_trace():
         torch.testing.assert_close(steps, torch.full_like(steps, LR if moved else 0.0), rtol=0.02, atol=0)
     big, again, small, _ = found["norms"]  # once a group, in the steps whose gradient is finite
     assert big == again > 1e3 * small > 0
+
+
+def norms(zero: int) -> tuple[float, float, float, torch.Tensor]:
+    """The norm of a gradient above the limit of 0.5, as the guard, the step's metrics and a hand computation have it.
+
+    Last, the gradient that the optimizer stepped on.
+    """
+    model = Net(0)
+    engine = deep.build(model, lr=0.1, steps=9, zero=zero, clip=0.5, precision="fp32")
+    asked, x = [], torch.full((1, 5), 3.0)
+    deep.hold_steps(engine, lambda norm: bool(asked.append(norm)))
+    plain = Net(0)
+    (plain(x) * 1e4).backward()
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+    stepped = []
+    engine.basic_optimizer.register_step_pre_hook(
+        lambda optimizer, *_: stepped.extend(p.grad.clone() for g in optimizer.param_groups for p in g["params"])
+    )
+    engine.backward(engine(x) * 1e4)
+    engine.step()
+    return asked[0], deep.gradient_norm(engine), float(wanted), torch.cat([g.flatten() for g in stepped])
+
+
+def all_norms() -> list[tuple[float, float, float, torch.Tensor]]:
+    deep.start(threads=1)
+    return [norms(zero) for zero in (0, 1)]
+
+
+def test_guard_sees_the_norm_before_clipping_and_the_optimizer_the_clipped_gradient():
+    for seen, told, wanted, stepped in run_distributed(all_norms, 1, 300)[0]:
+        assert wanted > 100 and seen == pytest.approx(wanted, rel=1e-5) and told == pytest.approx(wanted, rel=1e-5)
+        assert float(stepped.norm()) <= 0.5 * (1 + 1e-5)
+
+
+class Sum(torch.nn.Module):
+    """One weight whose gradient is what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight * x).sum()
+
+
+def summed(zero: int) -> float:
+    """Norm of the mean of 32 gradients of each rank: on rank 0 one of 256 and else 1, which bf16 cannot add to 256."""
+    engine = deep.build(Sum(), lr=1e-3, steps=9, zero=zero, clip=0.0, accumulation=32, precision="bf16")
+    for i in range(32):
+        value = 256.0 if i == 0 and torch.distributed.get_rank() == 0 else 1.0
+        engine.backward(engine(torch.full((4, 2), value, dtype=torch.bfloat16)))
+        engine.step()
+    return deep.gradient_norm(engine)
+
+
+def all_summed() -> list[float]:
+    deep.start(threads=1)
+    return [summed(zero) for zero in (0, 1, 2, 3)]
+
+
+def test_gradients_in_bf16_are_summed_in_fp32_over_micro_batches_and_ranks():
+    wanted = (256 + 31 + 32) / 64 * 8**0.5
+    assert run_distributed(all_summed, 2, 300)[0] == pytest.approx([wanted] * 4, rel=1e-5)
+
+
+class Parts(torch.nn.Module):
+    """Modules named as a model's parts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.projector, self.lm_head = (torch.nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.projector(self.visual(x))).sum()
+
+
+def moved(zero: int) -> dict[str, float]:
+    """Part → how far Adam's first step moves each of its values, which is the learning rate."""
+    torch.manual_seed(0)
+    model = Parts()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scale = {"vision": 0.1, "projector": 4.0}
+    engine = deep.build(model, lr=1e-3, steps=9, zero=zero, precision="fp32", lr_scale=scale)
+    engine.backward(engine(torch.ones(1, 3)))
+    engine.step()
+    after = small.master_weights(model)
+    return {name: float((after[name] - before[name]).abs().max()) for name in before}
+
+
+def all_moved() -> list[dict[str, float]]:
+    deep.start(threads=1)
+    return [moved(zero) for zero in (0, 2, 3)]
+
+
+def test_each_part_of_a_model_learns_at_its_own_rate():
+    for rates in run_distributed(all_moved, 1, 300)[0]:
+        for name, wanted in (("visual", 1e-4), ("projector", 4e-3), ("lm_head", 1e-3)):
+            assert rates[f"{name}.weight"] == pytest.approx(wanted, rel=0.01)
+            assert rates[f"{name}.bias"] == pytest.approx(wanted, rel=0.01)
