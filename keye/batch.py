@@ -6,10 +6,12 @@ pixels as a file of uint8 patches that is read and removed as soon as it is want
 """
 
 import contextlib
+import math
 import os
 import pickle
 import queue
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -28,6 +30,7 @@ from PIL import Image
 
 from keye import errors
 from keye.cache import Cache, add_features, named_settings, without_tower
+from keye.checks import rate, whole
 from keye.encoded import EncodedVideo, split_options
 from keye.packed import pack, unpack
 from keye.slowfast.pixels import Output, PixelFormat
@@ -41,6 +44,10 @@ MOST_WORKERS = 8
 
 _SERVE = "from keye.batch import serve; serve()"
 _SENT = str | os.PathLike | bytes | dict | np.ndarray | torch.Tensor  # a file object stays where it is open
+
+
+_OPEN = "max_seconds and max_memory hold in other processes, where what is open here cannot go; give a path or bytes"
+_LOOK = 0.02  # seconds between two looks at a worker's memory
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ def encode_many(
     pixels: bool = False,
     progress: bool | None = None,
     on_error: str = "collect",
+    max_seconds: float | None = None,
+    max_memory: int | None = None,
     **options: object,
 ) -> Results:
     """Plan (or with `pixels` encode) every source; results in the order of the sources, failures at the end.
@@ -110,14 +119,21 @@ def encode_many(
     workers: processes; 0 or 1 works in this one; None takes as many as there are processors, at most 8 and one for
     every four sources. cache: a Cache or a folder for one. progress: a bar on stderr; None shows it where stderr is a
     terminal. on_error: "collect" goes on past a bad video, "raise" stops at the first. options: `start`, `end`,
-    `num_frames`… as for `encoder.plan`. For more videos than fit into memory as pixels take `iter_many`.
+    `num_frames`… as for `encoder.plan`, with `pixels` also `dtype`, `device`, `mean` and `std`. For more videos than
+    fit into memory as pixels take `iter_many`.
+
+    max_seconds, max_memory: what one video may take, in time and in resident bytes of the process that reads it (its
+    imports, about 0.3 GB, included). One that takes more is a failure and the others go on: its process is ended and
+    another one started. Memory is looked at 50 times a second, so a peak between two looks may pass. Videos are then
+    read in worker processes only, at least one; a source that is open in this one is a failure.
     """
     if on_error not in ("collect", "raise"):
         raise errors.KeyeError(f'on_error={on_error!r} is not known; use "collect" or "raise"')
     total = len(sources) if hasattr(sources, "__len__") else None
     shown = sys.stderr.isatty() if progress is None else progress
     found: dict[int, Done] = {}
-    running = iter_many(encoder, sources, workers=workers, cache=cache, pixels=pixels, **options)
+    limits = {"max_seconds": max_seconds, "max_memory": max_memory}
+    running = iter_many(encoder, sources, workers=workers, cache=cache, pixels=pixels, **limits, **options)
     with contextlib.closing(running), progress_bar(total, shown) as advance:
         for done in running:
             if done.failure and on_error == "raise":
@@ -135,6 +151,8 @@ def iter_many(
     workers: int | None = None,
     cache: Cache | str | os.PathLike | None = None,
     pixels: bool = False,
+    max_seconds: float | None = None,
+    max_memory: int | None = None,
     **options: object,
 ) -> Iterator[Done]:
     """Yield each source as soon as it is finished, in any order; arguments as for `encode_many`.
@@ -142,22 +160,23 @@ def iter_many(
     At most two sources per worker are under way, however long the iterable and however slow the reader, so memory
     does not grow with their number. Features of an encoder with a vision tower are computed here, not in the workers.
     """
-    if workers is not None and workers < 0:
-        raise errors.KeyeError(f"workers is {workers}; give 0 (none but this process) or more")
+    workers = None if workers is None else whole("workers", workers, 0)
+    limits = Limits.of(max_seconds, max_memory)
     cache = cache if cache is None or isinstance(cache, Cache) else Cache(cache)
     if cache is not None:
         named_settings(encoder)  # says at once what would fail for every video
-    count = _count(workers, sources)
-    unsendable = _unsendable(encoder) if count > 1 else None
-    if unsendable and workers is not None:
-        raise errors.KeyeError(f"{unsendable}, so other processes cannot use it; give workers=0")
-    if count < 2 or unsendable:
+    count = max(_count(workers, sources), bool(limits))
+    alone = count < 2 and not limits
+    unsendable = None if alone else _unsendable(encoder)
+    if unsendable and (workers is not None or limits):
+        raise errors.KeyeError(f"{unsendable}, so other processes cannot use it; give workers=0 and no limits")
+    if alone or unsendable:
         return _here(_Work(encoder, cache, pixels, options), sources)
     output, sampling = split_options(options)
     PixelFormat.of(output)  # says at once what would fail for every video
     sampling |= {"dtype": torch.uint8} if pixels else {}  # a quarter of the bytes to hand over
     work = _Work(without_tower(encoder), cache, pixels, sampling)
-    return _elsewhere(_Work(encoder, cache, pixels, options), work, output, sources, count)
+    return _elsewhere(_Work(encoder, cache, pixels, options), work, output, limits, sources, count)
 
 
 def _count(workers: int | None, sources: Iterable[object]) -> int:
@@ -184,6 +203,35 @@ def _unsendable(encoder: "SlowFastEncoder") -> str | None:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Of one video in a worker. seconds: of wall clock. memory: bytes, resident, of the worker's process in all."""
+
+    seconds: float | None = None
+    memory: int | None = None
+
+    @classmethod
+    def of(cls, max_seconds: float | None, max_memory: int | None) -> "Limits":
+        """The limits that were asked for, checked; KeyeError where one is impossible or cannot be watched here."""
+        seconds = None if max_seconds is None else rate("max_seconds", max_seconds)
+        memory = None if max_memory is None else whole("max_memory", max_memory)
+        if memory is not None and _resident(os.getpid()) is None:
+            raise errors.KeyeError("max_memory needs /proc, which this system does not have; leave it out")
+        return cls(seconds, memory)
+
+    def __bool__(self) -> bool:
+        return self.seconds is not None or self.memory is not None
+
+
+def _resident(process: int) -> int | None:
+    """Bytes of memory that a process holds, by Linux's /proc; None where that is not to be had."""
+    try:
+        with open(f"/proc/{process}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+@dataclass(frozen=True)
 class _Work:
     """What is to be done with each source."""
 
@@ -206,7 +254,9 @@ def _here(work: _Work, sources: Iterable[object], first: int = 0) -> Iterator[Do
             yield Done(index, source, None, _failure(index, source, type(error).__name__, _sentence(error)))
 
 
-def _elsewhere(here: _Work, work: _Work, output: Output, sources: Iterable[object], count: int) -> Iterator[Done]:
+def _elsewhere(
+    here: _Work, work: _Work, output: Output, limits: Limits, sources: Iterable[object], count: int
+) -> Iterator[Done]:
     """Hand sources to `count` workers, each minded by a thread that starts it anew when it dies.
 
     here: what is done with a source that cannot be sent; output: what is made here of the pixels that workers send.
@@ -214,7 +264,7 @@ def _elsewhere(here: _Work, work: _Work, output: Output, sources: Iterable[objec
     jobs: queue.SimpleQueue = queue.SimpleQueue()
     results: queue.SimpleQueue = queue.SimpleQueue()
     folder = Path(tempfile.mkdtemp(prefix="keye-"))
-    workers = [_Worker(work, folder, jobs, results) for _ in range(count)]
+    workers = [_Worker(work, folder, jobs, results, limits) for _ in range(count)]
     try:
         for worker in workers:
             worker.start()
@@ -222,7 +272,10 @@ def _elsewhere(here: _Work, work: _Work, output: Output, sources: Iterable[objec
         while True:
             for index, source in waiting:
                 if not _sendable(source):
-                    yield from _here(here, [source], index)
+                    if limits:
+                        yield Done(index, source, None, _failure(index, source, "VideoError", _OPEN))
+                    else:
+                        yield from _here(here, [source], index)
                     continue
                 pending[index] = source
                 jobs.put((index, source))
@@ -278,9 +331,11 @@ def _sentence(error: BaseException) -> str:
 class _Worker(threading.Thread):
     """A thread that feeds one process with jobs, one at a time, and passes its answers on."""
 
-    def __init__(self, work: _Work, folder: Path, jobs: queue.SimpleQueue, results: queue.SimpleQueue):
+    def __init__(
+        self, work: _Work, folder: Path, jobs: queue.SimpleQueue, results: queue.SimpleQueue, limits: Limits
+    ):
         super().__init__(daemon=True)
-        self.work, self.folder, self.jobs, self.results = work, folder, jobs, results
+        self.work, self.folder, self.jobs, self.results, self.limits = work, folder, jobs, results, limits
         self.process: subprocess.Popen | None = None
         self.stopped = threading.Event()
         self.lock = threading.Lock()  # between starting a process and stopping it
@@ -318,11 +373,30 @@ class _Worker(threading.Thread):
             self._start()
         try:
             _send(self.process.stdin, source)
+            if excess := self._excess():
+                self.process.kill()
+                self.process.wait()
+                return "VideoError", excess, ()
             return _receive(self.process.stdout)
         except (EOFError, OSError):
             code = self.process.wait()
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return "VideoError", f"the process that read it died ({how}); convert the video, or leave it out", ()
+
+    def _excess(self) -> str | None:
+        """Wait until the process answers or dies; a sentence if it takes too long or too much before."""
+        seconds, memory = self.limits.seconds, self.limits.memory
+        until = None if seconds is None else time.monotonic() + seconds
+        while self.limits:
+            left = math.inf if until is None else until - time.monotonic()
+            if left <= 0:
+                return f"it takes longer than max_seconds={seconds:g}; leave it out or raise the limit"
+            if memory is not None and (_resident(self.process.pid) or 0) > memory:
+                return f"the process that reads it needs more than max_memory={memory}; leave it out or raise the limit"
+            look = min(left, _LOOK if memory is not None else 1.0)
+            if select.select([self.process.stdout], [], [], look)[0]:
+                return None
+        return None
 
     def _start(self) -> None:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -333,8 +407,9 @@ class _Worker(threading.Thread):
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
-        with contextlib.suppress(OSError):  # it died already: the question after this finds out
+        with contextlib.suppress(EOFError, OSError):  # it died already: the question after this finds out
             _send(self.process.stdin, (self.work, str(self.folder)))
+            _receive(self.process.stdout)  # that it is ready: what it imports is not on the first video's time
 
 
 def _send(pipe: BinaryIO, value: object) -> None:
@@ -363,6 +438,7 @@ def serve() -> None:
             work, folder = _receive(questions)
         except (ImportError, AttributeError) as error:  # a class of the user's that is not to be found here
             work, folder = error, ""
+        _send(answers, "ready")
         while True:
             _send(answers, _answer(work, _receive(questions), folder))
     except (EOFError, BrokenPipeError):

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import av
 import numpy as np
@@ -46,6 +46,7 @@ FORMAT = 2
 
 _BLOCK = 4096  # bytes; entries are counted in whole blocks, as file systems do
 _FRESH = 2 * 10**9  # ns; a file younger than this may change again without its time changing
+_END, _PLACES = 64 << 10, 16  # bytes at each end of a file, and parts between which a block is sampled
 _ABANDONED = 3600  # s; then a part belongs to a process that died
 _HERE = "\0source\0"  # stands for the clip's name inside warnings
 
@@ -56,9 +57,18 @@ class Cache:
     hits, misses: how often an entry was there; rebuilt: how many of the misses were damaged entries. A URL's content
     is not known before it is fetched, so URLs pass through uncached. A measure of your own must be registered, and is
     known by its name and by the file that it is defined in.
+
+    verify: how a file is known to be the one of an entry. "full": all its bytes are hashed each time. "quick": a file's
+    hash is remembered under its path, size, inode, times of change (mtime and ctime) and a sample of its bytes (its
+    ends and places between, at most 200 kB), and computed when any of them differs. A change that leaves all of these
+    as they were goes unseen: on local file systems one made with the system's clock set back or beneath the file
+    system, and only in bytes that are not sampled; file systems without ctime have the sample alone.
     """
 
-    def __init__(self, directory: str | os.PathLike, max_bytes: int = 10 << 30):
+    def __init__(self, directory: str | os.PathLike, max_bytes: int = 10 << 30, verify: str = "quick"):
+        if verify not in ("quick", "full"):
+            raise KeyeError(f'verify={verify!r} is not known; use "quick" or "full"')
+        self.verify = verify
         if max_bytes < _BLOCK:
             raise KeyeError(f"max_bytes={max_bytes} holds no entry; give {_BLOCK} or more")
         self.directory, self.max_bytes = Path(directory).expanduser().resolve(), max_bytes
@@ -162,13 +172,17 @@ class Cache:
                 inside = sorted(part for part in path.iterdir() if part.is_file())
                 return _hash(json.dumps(["folder", *((one.name, self._path_content(one)) for one in inside)]).encode())
             about = path.stat()
-            known = self._path("files", _hash(b"", path.absolute(), about.st_size, about.st_mtime_ns))
-            content = self._found(known, _read_text, counted=False)
-            if content is None:
-                with path.open("rb") as file:
+            with path.open("rb") as file:
+                if self.verify == "full":
+                    return hashlib.file_digest(file, blake).hexdigest()
+                samples = _samples(file, about.st_size)
+                known = self._path("files", _hash(samples, path.absolute(), *_marks(about)))
+                content = self._found(known, _read_text, counted=False)
+                if content is None:
+                    file.seek(0)
                     content = hashlib.file_digest(file, blake).hexdigest()
-                if time.time_ns() - about.st_mtime_ns > _FRESH:
-                    self._store(known, lambda to: _write_json(to, content))
+                    if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) > _FRESH:
+                        self._store(known, lambda to: _write_json(to, content))
         except OSError:
             return None  # the encoder says what is wrong with it
         return content
@@ -320,13 +334,34 @@ def _renamed(plan: VideoPlan, source: object) -> VideoPlan:
     return replace(plan, source=name, warnings=tuple(text.replace(_HERE, name) for text in plan.warnings))
 
 
-def _stamp(source: object) -> tuple[int, int] | None:
-    """Size and time of a file, to see whether it changed while it was read."""
-    with contextlib.suppress(OSError):
-        if isinstance(source, str | os.PathLike):
-            about = os.stat(source)
-            return about.st_size, about.st_mtime_ns
+def _stamp(source: object) -> object:
+    """What tells that a file, a folder's files or a list's were changed while they were read; None for the rest."""
+    if isinstance(source, Mapping):
+        source = source.get("path")
+    if isinstance(source, list | tuple):
+        return [_stamp(part) for part in source]
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(source, str | os.PathLike) and not scheme_of(source):
+            path = Path(source)
+            inside = sorted(path.iterdir()) if path.is_dir() else []
+            return [_marks(path.stat()), *((part.name, _marks(part.stat())) for part in inside)]
     return None
+
+
+def _marks(about: os.stat_result) -> tuple[int, ...]:
+    """What the system tells of a file that changes with its content: a write sets ctime, which no program can set."""
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def _samples(file: BinaryIO, size: int) -> bytes:
+    """The ends of a file and places spread evenly between them."""
+    parts = [file.read(_END)]
+    for place in range(1, _PLACES):
+        file.seek(size * place // _PLACES)
+        parts.append(file.read(_BLOCK))
+    file.seek(max(0, size - _END))
+    parts.append(file.read(_END))
+    return b"".join(parts)
 
 
 def _lasting_name(source: object) -> list[str] | None:

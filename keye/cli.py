@@ -108,6 +108,8 @@ def add_encode(commands: argparse._SubParsersAction) -> None:
     output.add_argument("--pixels", metavar="PATH", help="patches (and features) as safetensors")
     many = parser.add_argument_group("many videos")
     many.add_argument("--workers", type=int, metavar="N", help="processes (default: one per processor, at most 8)")
+    many.add_argument("--max-seconds", type=float, metavar="X", help="give a video up that takes longer")
+    many.add_argument("--max-memory", type=_bytes, metavar="N", help="give a video up that needs more bytes, as in 2G")
     many.add_argument("--cache", metavar="DIR", help="remember plans and pixels here, by content and settings")
     parser.set_defaults(call=encode)
 
@@ -189,6 +191,14 @@ def _time(text: str) -> float:
     return 3600 * hours + 60 * minutes + rest
 
 
+def _bytes(text: str) -> int:
+    """A number of bytes: "500000000", "500M" or "2G", in powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.replace("_", "").upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; give one such as 500M or 2G")
+    return round(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)) if match[2] else round(float(match[1]))
+
+
 SETTINGS = (
     "measure",
     "threshold",
@@ -234,6 +244,8 @@ def encode(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         cache=cache,
         pixels=bool(arguments.pixels or arguments.model),
+        max_seconds=arguments.max_seconds,
+        max_memory=arguments.max_memory,
         **{name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None},
     )
     shown, failures = [None] * len(videos), []
@@ -303,7 +315,7 @@ class _Shown:
         for option, (what, suffix, write) in writers.items():
             if given := getattr(arguments, option):
                 path = _output(given, name, suffix, several)
-                write(path)
+                _written(path, write)
                 self.facts.append((what, str(path)))
 
     def print_frames(self) -> None:
@@ -334,13 +346,28 @@ def _print_all(shown: Sequence[_Shown | None], names: Sequence[str], took: list[
             one.print_frames()
 
 
+def _written(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file; where that cannot be it is no fault of the video's, so the command ends."""
+    try:
+        write(path)
+    except errors.VideoError as error:
+        if isinstance(error.__cause__, OSError):
+            raise errors.KeyeError(str(error)) from error
+        raise
+
+
 def _save_pixels(encoded: object, path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {"pixel_values": encoded.pixel_values, "grid_thw": encoded.grid_thw}
     if encoded.features is not None:
         tensors["features"] = encoded.features
-    save_file(tensors, path, metadata={"plan": encoded.plan.to_json()})
+    with errors.writing(path, "the pixels"):
+        try:
+            save_file(tensors, path, metadata={"plan": encoded.plan.to_json()})
+        except SafetensorError as error:  # its own kind of error, also for a path that cannot be written to
+            raise OSError(str(error)) from error
 
 
 def _output(given: str, name: str, suffix: str, several: bool) -> Path:

@@ -342,13 +342,13 @@ class SlowFastEncoder:
         return plan, decided.positions
 
     def _thinned(self, clip: Clip) -> list[str]:
-        most = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
-        if not clip.wanted > most == self.most_frames:
+        if not clip.wanted > clip.expected == self.most_frames:
             return []
-        return [
-            f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: max_tokens="
-            f"{self.max_tokens} holds no more of min_tokens_per_frame={self.min_tokens_per_frame}"
-        ]
+        budget = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
+        why = f"max_tokens={self.max_tokens} holds no more of min_tokens_per_frame={self.min_tokens_per_frame}"
+        if self.most_frames < budget:
+            why = f"max_frames={self.max_frames} allows no more"
+        return [f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: {why}"]
 
 
 def _batches(clip: Clip) -> Iterator[list[Frame]]:

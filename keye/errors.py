@@ -3,7 +3,8 @@
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class KeyeError(Exception):
@@ -24,6 +25,16 @@ class ManifestError(KeyeError):
 
 class CheckpointError(KeyeError):
     """A model or checkpoint directory that is missing, torn or of another model."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike, what: str = "the file", kind: type[KeyeError] = KeyeError) -> Iterator[None]:
+    """Turn what the system says about a path that cannot be written to into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error).splitlines()[0]
+        raise kind(f"{what} cannot be written to {path} ({why}); give a path that you may write to") from error
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -32,7 +32,7 @@ from rich.progress import (  # noqa: E402
     TransferSpeedColumn,
 )
 
-from keye.errors import CheckpointError, run  # noqa: E402
+from keye.errors import CheckpointError, run, writing  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -137,7 +137,8 @@ def convert(told: argparse.Namespace, action: Callable[..., object]) -> int:
             "largest_tensor_mb": max(t.size for t in stored) / 1e6,
             "total_mb": sum(t.size for t in stored) / 1e6,
         }
-        told.figures.write_text(json.dumps(figures, indent=2) + "\n")
+        with writing(told.figures, "the figures"):
+            told.figures.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 

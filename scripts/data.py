@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from keye.errors import RecipeError, run  # noqa: E402
+from keye.errors import RecipeError, run, writing  # noqa: E402
 
 _EXAMPLES = """examples:
   python scripts/data.py stages/recipes/tiny.toml --run runs/tiny --stage multitask
@@ -72,7 +72,8 @@ def main() -> int:
     if args.out:
         check.picture(found, recipe.chain[stage].limit, args.out)
     if args.json:
-        Path(args.json).write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
+        with writing(args.json, "the report"):
+            Path(args.json).write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
     over = [one.name for one in found if len(one.bad) > args.most_bad * one.looked_at]
     for name in over:
         print(f"{name}: more than {args.most_bad:.0%} of the samples looked at are bad", file=sys.stderr)

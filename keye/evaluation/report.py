@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keye.errors import ManifestError
+from keye.errors import ManifestError, writing
 from keye.evaluation.benchmark import Question
 from keye.evaluation.match import match, parse_box
 
@@ -123,8 +123,9 @@ class Report:
     def save(self, path: str | Path) -> None:
         """Write JSON."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with writing(path, "the report"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":

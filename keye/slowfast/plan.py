@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from keye.errors import VideoError
+from keye.errors import VideoError, writing
 from keye.slowfast.budget import SIDE, size_tokens
 from keye.slowfast.pathways import SLOW
+from keye.slowfast.plan_values import check_values
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,10 +158,8 @@ class VideoPlan:
 
     @classmethod
     def from_dict(cls, values: dict) -> "VideoPlan":
-        """The plan of `to_dict`; a missing or unknown key is a VideoError."""
-        if set(values) != set(cls.__dataclass_fields__):
-            wrong = ", ".join(sorted(set(values) ^ set(cls.__dataclass_fields__)))
-            raise VideoError(f"this is not a video plan: the keys {wrong} are missing or unknown; make the plan again")
+        """The plan of `to_dict`; VideoError names the key that is missing, unknown or impossible."""
+        check_values(values, set(cls.__dataclass_fields__))
         similarity = [math.nan if score is None else score for score in values["similarity"]]
         return cls(
             **{
@@ -185,13 +184,12 @@ class VideoPlan:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise VideoError(f"this is not a video plan ({error}); make the plan again") from error
-        if not isinstance(values, dict):
-            raise VideoError("this is not a video plan but another kind of JSON; make the plan again")
         return cls.from_dict(values)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the plan as JSON; VideoError where that cannot be."""
+        with writing(path, "the plan", VideoError):
+            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "VideoPlan":
@@ -227,12 +225,8 @@ class VideoPlan:
 
         text = plan_page(self, frames)
         if path is not None:
-            try:
+            with writing(path, "the page", VideoError):
                 Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise VideoError(
-                    f"the page cannot be written to {path} ({error.strerror}); give a file in a folder that exists"
-                ) from error
         return text
 
     def summary(self) -> str:

@@ -25,7 +25,7 @@ TINY = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 100
 
 @register
 class Fatal:
-    """A stand-in for a codec with a fault: frames 48 high end the process, 80 high hang it."""
+    """A stand-in for a codec with a fault: frames 48 high end the process, 80 high hang it, 112 high take 2 GB."""
 
     name, threshold = "fatal_in_tests", 0.5
 
@@ -34,6 +34,10 @@ class Fatal:
             os.kill(os.getpid(), signal.SIGSEGV)
         if frames.shape[2] == 80:
             time.sleep(600)
+        if frames.shape[2] == 112:
+            hoard = torch.ones(2 << 30, dtype=torch.uint8)
+            time.sleep(600)
+            del hoard
         return frames.float().mean((1, 2, 3))
 
     def compare(self, reference, features):
@@ -153,6 +157,29 @@ print(encode_many(SlowFastEncoder(measure=Fatal()), sys.argv[1:], workers=2, pro
 
 
 @pytest.mark.slow
+def test_a_video_that_takes_too_long_or_too_much_fails_alone(tmp_path):
+    """A hang and a hoard, each in the midst of good clips: an error for each, results for the rest, in every order."""
+    sizes = {"hangs": 80, "hoards": 112, "one": 64, "two": 64, "three": 64}
+    paths = [write_video(tmp_path / f"{name}.mp4", numbered(10, height=height)) for name, height in sizes.items()]
+    encoder = SlowFastEncoder(measure="fatal_in_tests", **TINY)
+    for pixels in (False, True):
+        results = encode_many(encoder, paths, workers=2, pixels=pixels, max_seconds=4, max_memory=1 << 30)
+        assert [item is None for item in results] == [True, True, False, False, False]
+        reasons = [failure.reason for failure in results.failures]
+        assert "takes longer than max_seconds=4; leave it out" in reasons[0]
+        assert f"needs more than max_memory={1 << 30}; leave it out" in reasons[1]
+        assert not children()
+
+
+def test_limits_hold_without_workers_and_for_what_cannot_be_sent(videos):
+    encoder = SlowFastEncoder(measure="fatal_in_tests", **TINY)
+    results = encode_many(encoder, [videos[0], open(videos[0], "rb")], workers=0, max_seconds=60)
+    assert len(results[0]) and "give a path or bytes" in results.failures[0].reason
+    for wrong in ({"max_seconds": 0}, {"max_seconds": float("nan")}, {"max_memory": 2.5}, {"max_memory": -1}):
+        with pytest.raises(KeyeError, match=f"{next(iter(wrong))} is"):
+            encode_many(encoder, videos, **wrong)
+
+
 def test_ctrl_c_ends_everything(tmp_path):
     videos = [write_video(tmp_path / f"{i}.mp4", numbered(10, height=80 if i else 64)) for i in range(10)]
     command = [sys.executable, "-c", SCRIPT, *map(str, videos)]

@@ -1,3 +1,4 @@
+import hashlib
 import importlib
 import json
 import os
@@ -102,17 +103,69 @@ def test_warnings_name_the_file_that_was_asked_for(tmp_path, cache):
     assert cache.plan(encoder, after).warnings == encoder.plan(after).warnings and cache.hits == 1
 
 
-def test_an_unchanged_file_is_not_read_again(video, cache):
-    encoder = SlowFastEncoder(**TINY)
-    os.utime(video, (1e9, 1e9))
+def test_an_unchanged_file_is_not_read_again(video, cache, monkeypatch):
+    monkeypatch.setattr("keye.cache._FRESH", -1)
+    encoder, read = SlowFastEncoder(**TINY), []
+    digest = hashlib.file_digest
+    monkeypatch.setattr("keye.cache.hashlib.file_digest", lambda *given: read.append(1) or digest(*given))
     plan = cache.plan(encoder, video)
-    content = video.read_bytes()
-    video.write_bytes(bytes(len(content)))  # other bytes that nobody can notice without reading
-    os.utime(video, (1e9, 1e9))
-    assert cache.plan(encoder, video) == plan
+    assert cache.plan(encoder, video) == cache.plan(encoder, video) == plan and len(read) == 1
     os.utime(video, (1e9, 1e9 + 1))
-    with pytest.raises(VideoError):
-        cache.plan(encoder, video)
+    assert cache.plan(encoder, video) == plan and len(read) == 2
+    full = Cache(cache.directory, verify="full")
+    assert full.plan(encoder, video) == full.plan(encoder, video) == plan and len(read) == 4
+    with pytest.raises(KeyeError, match='use "quick" or "full"'):
+        Cache(cache.directory, verify="mtime")
+
+
+@pytest.mark.parametrize("how", ["written over", "moved there"])
+def test_a_file_with_the_size_and_time_of_another_is_not_taken_for_it(tmp_path, cache, monkeypatch, how):
+    """As `cp -p`, `rsync --times` and archives leave them: once, the plan of the old file came back."""
+    monkeypatch.setattr("keye.cache._FRESH", -1)
+    encoder, path, other = SlowFastEncoder(**TINY), tmp_path / "a.bmp", tmp_path / "b.bmp"
+    for level, file in ((10, path), (200, other)):
+        Image.fromarray(np.full((560, 560, 3), level, np.uint8)).save(file)
+        os.utime(file, (1e9, 1e9))
+    before = cache.encode(encoder, path)
+    if how == "written over":
+        path.write_bytes(other.read_bytes())
+        os.utime(path, (1e9, 1e9))
+    else:
+        os.replace(other, path)
+    after = cache.encode(encoder, path)
+    assert before.pixel_values.mean() == pytest.approx(10 / 127.5 - 1)
+    assert after.pixel_values.mean() == pytest.approx(200 / 127.5 - 1)
+
+
+def test_the_sample_alone_tells_a_change_at_either_end_or_of_a_part(tmp_path, cache, monkeypatch):
+    """On a file system whose times say nothing."""
+    monkeypatch.setattr("keye.cache._FRESH", -1)
+    monkeypatch.setattr("keye.cache._marks", lambda about: (about.st_size,))
+    path, size = tmp_path / "a.bin", 3 << 20
+    for place in (0, 60_000, size // 16, size // 2, size - 60_000, size - 1):
+        content = bytearray(size)
+        path.write_bytes(content)
+        before = cache._path_content(path)
+        content[place] = 1
+        path.write_bytes(content)
+        assert cache._path_content(path) != before, place
+
+
+def test_a_folder_that_changes_while_it_is_read_is_not_remembered(tmp_path, cache):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(np.full((56, 56, 3), 10 + index, np.uint8)).save(folder / f"{index}.png")
+
+    class Changing(SlowFastEncoder):
+        def plan(self, source, **options):
+            plan = super().plan(source, **options)
+            Image.fromarray(np.full((56, 56, 3), 200, np.uint8)).save(folder / "1.png")
+            return plan
+
+    for source in (folder, sorted(folder.iterdir())):
+        cache.plan(Changing(**TINY), source)
+    assert not [*cache.directory.glob("plans/*/*")]
 
 
 def test_a_file_that_may_still_change_is_read_again(tmp_path, cache):

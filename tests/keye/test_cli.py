@@ -151,3 +151,21 @@ def test_a_reader_that_has_enough_is_no_error():
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     assert process.wait(60) in (0, 141)
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--plot", "--pixels"])
+def test_an_output_that_cannot_be_written_is_one_line(option, capsys):
+    for path in ("/proc/a/b.png", "/proc/b.png"):
+        assert main(["encode", str(clip("bikes.mp4")), "--max-frames", "2", option, path]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and "/proc" in error
+
+
+def test_limits_of_one_video_on_the_command_line(capsys):
+    assert main(["encode", str(clip("bikes.mp4")), "--max-seconds", "0.001"]) == 2
+    assert "takes longer than max_seconds=0.001" in capsys.readouterr().err
+    assert main(["encode", str(clip("bikes.mp4")), "--max-memory", "10M"]) == 2
+    assert "needs more than max_memory=10485760" in capsys.readouterr().err
+    assert main(["encode", str(clip("bikes.mp4")), "--max-memory", "8G", "--max-seconds", "500"]) == 0
+    with pytest.raises(SystemExit):
+        main(["encode", "a.mp4", "--max-memory", "much"])

@@ -153,7 +153,9 @@ def test_too_many_frames_are_thinned_with_a_warning(tmp_path):
     steps = plan.timestamps.diff()
     assert float(steps.max() - steps.min()) <= 0.05
     limited = SlowFastEncoder(max_frames=3).plan(path)
-    assert len(limited) == 3 and not limited.warnings
+    assert len(limited) == 3
+    assert limited.warnings == (f"3 of 20 frames of {path} are used, spread evenly: max_frames=3 allows no more",)
+    assert not SlowFastEncoder(max_frames=20).plan(path).warnings  # which thins nothing
 
 
 def test_plan_and_call_agree():

@@ -92,6 +92,7 @@ def test_what_part_of_the_clip_it_covers(times, duration, span):
 @given(st.lists(st.tuples(st.sampled_from([0, 1]), scores, st.floats(0, 1e5, width=32)), min_size=1, max_size=30))
 def test_json_is_exact(rows):
     types, similarity, times = zip(*rows, strict=True)
+    times = sorted(times)
     plan = a_plan(types, similarity, timestamps=torch.tensor(times, dtype=torch.float32))
     again = VideoPlan.from_json(plan.to_json())
     assert again == plan and hash(again) == hash(plan)
@@ -115,6 +116,47 @@ def test_wrong_files_are_one_sentence(tmp_path):
     for name in ("none", "list", "torn", "other", "binary"):
         with pytest.raises(VideoError, match="make the plan again|does not exist"):
             VideoPlan.load(tmp_path / f"{name}.json")
+
+
+NAN, INF = float("nan"), float("inf")
+NONSENSE = [
+    *(("frame_types", value) for value in (None, [], [0, 1], [0, 1, 2, 0], [0, 1.0, 1, 0], [0, True, 1, 0], "0110", 3)),
+    *(("timestamps", value) for value in ([0, 2, 1, 3], [0, NAN, 1, 2], [0, "1", 2, 3], [0, 1, 2, INF], {}, [None])),
+    *(("frame_indices", value) for value in ([0, -1, 2, 3], [0, 1.5, 2, 3], [0, "1", 2, 3])),
+    *(("similarity", value) for value in ([None, 95, 1, 1], [None, -1, 1, 1], [None, "x", 1, 1], [None, INF, 1, 1])),
+    *((name, value) for name in ("slow_size", "fast_size") for value in ([28, 30], [0, 28], [28], "28", [28.0, 28])),
+    *(("source_size", value) for value in ([0, 720], [720], [-5, 5], None)),
+    *(("max_tokens", value) for value in (0, -1, "many", 8000.5, True, None)),
+    *(("duration", value) for value in (-1, NAN, "long", None)),
+    *(("settings", value) for value in (None, [], "adaptive", {"token_side": 0}, {"token_side": "28"})),
+    *(("warnings", value) for value in ("text", [1], None)),
+    *(("source", value) for value in (3, None)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NONSENSE)
+def test_nonsense_is_refused_by_its_key(key, value):
+    values = a_plan().to_dict()
+    assert VideoPlan.from_dict(values) == a_plan() and len(values["frame_types"]) == 4
+    with pytest.raises(VideoError, match="this is not a video plan") as error:
+        VideoPlan.from_dict({**values, key: value})
+    named = "token_side" if isinstance(value, dict) and value else key
+    assert named in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("values", [None, 3, "plan", [], {}, {"source": "x"}])
+def test_what_is_no_plan_at_all(values):
+    with pytest.raises(VideoError, match="not a video plan"):
+        VideoPlan.from_dict(values)
+
+
+def test_a_path_that_cannot_be_written_to_is_one_sentence(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for write in (a_plan().save, a_plan().to_html, a_plan().plot):
+        for path in (tmp_path / "folder.png", tmp_path / "none" / "a.json", "/proc/a.png"):
+            with pytest.raises(VideoError, match="cannot be written to") as error:
+                write(path)
+            assert "\n" not in str(error.value)
 
 
 def test_summary_and_table():
