@@ -287,6 +287,7 @@ def _reckon(
         work, tokens = work_of(told, kinds), told.packs * told.context
         parts = told.packs * told.sequence_parallel
         share = Share(tokens // parts, work.patches // parts, work.labels // parts)
+        plan = dataclasses.replace(plan, accumulates=told.packs > ranks)
         memory = footprint(config, plan, share, total, trained, frozen)
         model, done = step_flops(config, name, work, told)
         step, pinned, drawn = Share(tokens, work.patches, work.labels), share.tokens, 0.0

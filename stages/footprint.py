@@ -24,7 +24,8 @@ class Plan:
     element: bytes of a value in training (2 in bf16, 4 in fp32). zero: ZeRO's stage, over `ranks`. checkpointing,
     offload, mlp_tiles: as in a stage's recipe (`stages.memory`). fused: whether the optimizer makes no tensors of its
     own (a GPU's). buckets: of gradients on their way to other ranks (two when reduction and backward overlap).
-    live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes.
+    live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes. accumulates: whether a step has
+    several micro-batches, so that gradients of the earlier ones are held in the forward passes of the later.
     """
 
     element: int
@@ -37,6 +38,7 @@ class Plan:
     buckets: int = 2
     live: int = LIVE
     pixel: int = 1
+    accumulates: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Footprint:
 
     activations: what is kept for the backward pass. layer: what the dearest layer, or chunk of frames, needs while it
     is run again, with its gradients. logits: what a chunk of the loss needs. step: what the optimizer makes and drops.
+    before: gradients that earlier micro-batches have left when the loss is computed.
     """
 
     weights: float
@@ -64,13 +67,14 @@ class Footprint:
     layer: float
     logits: float
     step: float
+    before: float = 0.0
 
     @property
     def moments(self) -> dict[str, float]:
         """When the memory may peak → how much is then held."""
         states, kept = self.weights + self.optimizer, self.activations + self.pixels
         return {
-            "at the loss": states + kept + self.logits,
+            "at the loss": states + self.before + kept + self.logits,
             "in the backward pass": states + self.gradients + kept + self.layer,
             "in the optimizer's step": states + self.gradients + self.step,
         }
@@ -85,8 +89,8 @@ class Footprint:
         """Component → bytes at the moment of the peak; they add up to it."""
         moment = max(self.moments, key=self.moments.__getitem__)
         parts = {"weights": self.weights, "optimizer": self.optimizer}
-        if moment != "at the loss":
-            parts["gradients"] = self.gradients
+        gradients = self.before if moment == "at the loss" else self.gradients
+        parts |= {"gradients": gradients} if gradients else {}
         if moment != "in the optimizer's step":
             parts |= {"activations": self.activations, "pixels": self.pixels}
         last = {"at the loss": ("logits", self.logits), "in the backward pass": ("one layer", self.layer)}
@@ -184,8 +188,11 @@ def footprint(
 ) -> Footprint:
     """The memory of a language stage's step on one rank."""
     kept, layer, logits = activations(config, plan, share, frozen)
+    held = states(parameters, trained, plan)
     return Footprint(
-        **states(parameters, trained, plan),
+        **held,
+        # From ZeRO-2 on the buckets are given back after each backward pass.
+        before=(plan.element * trained / plan.ranks if plan.zero >= 2 else held["gradients"]) * plan.accumulates,
         activations=kept,
         pixels=plan.pixel * CHANNELS * config.vision_config.patch_size**2 * share.patches,
         layer=layer,

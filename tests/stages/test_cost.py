@@ -319,3 +319,15 @@ def test_script(tmp_path: Path):
     assert done.returncode == 0 and json.loads(done.stdout)["gpu"]["price"] == 0.4
     wrong = script("--mfu", "3")
     assert wrong.returncode == 2 and "--mfu 3 is no share" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_gradients_of_earlier_micro_batches_are_held_at_the_loss():
+    config, share = KeyeConfig.preset("tiny"), Share(1000, 400, 100)
+    one, several = (
+        footprint(config, Plan(2, 1, 4, accumulates=more), share, 1e6, 1e6).moments for more in (False, True)
+    )
+    # ZeRO-1: a gradient in bf16 of each parameter, and two buckets.
+    assert several["at the loss"] - one["at the loss"] == 2 * (1e6 + 2 * 1e6)
+    assert several["in the backward pass"] == one["in the backward pass"]
+    split = footprint(config, Plan(2, 2, 4, accumulates=True), share, 1e6, 1e6)
+    assert split.before == 2 * 1e6 / 4
