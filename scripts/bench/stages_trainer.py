@@ -2,7 +2,8 @@
 
 Both train on the same documents of mixed data: the same tokens, the same frames, encoded beforehand. Ours takes the
 packs that its loader made of them; theirs groups them by length, which is its own means against padding, and takes the
-batch size that suits it best of several. Rounds alternate; every round is other documents.
+batch size that suits it best of several. Timed on both sides is the optimizer step alone: batches are collated and the
+optimizer's moments exist before. Rounds alternate; every round is other documents.
 """
 
 import argparse
@@ -34,8 +35,8 @@ from scripts.bench.stages_data import draw_mixed, write_recipe  # noqa: E402
 from scripts.bench.stages_packing import VISUAL, Document, Prepared, documents  # noqa: E402
 
 SEED = 3
-LOAD = {"tiny": (2048, 4, 7), "middle": (1024, 2, 3)}  # context, packs a step, rounds
-ROWS = (2, 8, 32)  # batch sizes that theirs may choose from
+LOAD = {"tiny": (2048, 4, 7), "middle": (1024, 2, 5)}  # context, packs a step, rounds
+ROWS = (1, 2, 4, 8, 16)  # batch sizes that theirs may choose from
 OURS = "ours"
 SCRATCH = ROOT / ".cache" / "bench" / "stages_trainer"
 EXAMPLES = """examples:
@@ -77,6 +78,19 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+class Collation:
+    """`collate`, and the seconds that it took: the trainer calls it between its steps, in the same thread."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        began = time.perf_counter()
+        batch = collate(samples)
+        self.seconds += time.perf_counter() - began
+        return batch
+
+
 class Clock(transformers.TrainerCallback):
     """Seconds from the first step's beginning to the last one's end: what is set up before is not counted."""
 
@@ -87,8 +101,15 @@ class Clock(transformers.TrainerCallback):
         self.seconds = time.perf_counter() - self.began
 
 
-def their_step(model: nn.Module, step: list[dict[str, Tensor]], rows: int, folder: Path) -> float:
-    """Seconds that Hugging Face's Trainer takes for one optimizer step on these samples."""
+def their_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW as the Trainer makes it, for all rounds, so that no round pays for fresh moments."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-9, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def their_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: list[dict[str, Tensor]], rows: int, folder: Path
+) -> float:
+    """Seconds that Hugging Face's Trainer takes for one optimizer step on these samples, without their collation."""
     told = transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=rows, gradient_accumulation_steps=-(-len(step) // rows),
         num_train_epochs=1, learning_rate=1e-9, lr_scheduler_type="constant", optim="adamw_torch_fused",
@@ -96,12 +117,15 @@ def their_step(model: nn.Module, step: list[dict[str, Tensor]], rows: int, folde
         save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    clock = Clock()
-    trainer = transformers.Trainer(model, told, data_collator=collate, train_dataset=step, callbacks=[clock])
+    clock, collation = Clock(), Collation()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    trainer = transformers.Trainer(
+        model, told, data_collator=collation, train_dataset=step, callbacks=[clock], optimizers=(optimizer, schedule)
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     assert trainer.state.global_step == 1, "the samples of a round are one optimizer step"
-    return clock.seconds
+    return clock.seconds - collation.seconds
 
 
 def our_step(trainer: Any, step: list[dict[str, Any]]) -> float:
@@ -149,6 +173,7 @@ def compare(size: str, folder: Path, context: int, packs: int, rounds: int) -> t
     # With a rank in the environment their trainer would wrap its model for several processes, which only costs it time.
     os.environ.pop("LOCAL_RANK", None)
     theirs = open_theirs(size, opened.processor)
+    optimizer = their_optimizer(theirs)
     seconds: dict[str, list[float]] = {OURS: [], **{f"theirs, {rows} rows": [] for rows in ROWS}}
     counts = []
     for number, step in enumerate(steps):
@@ -157,7 +182,9 @@ def compare(size: str, folder: Path, context: int, packs: int, rounds: int) -> t
         samples = [their_sample(document) for document in found]
         calls = {OURS: lambda step=step: our_step(trainer, step)}
         for rows in ROWS:
-            calls[f"theirs, {rows} rows"] = lambda rows=rows, s=samples: their_step(theirs, s, rows, folder / "hf")
+            calls[f"theirs, {rows} rows"] = lambda rows=rows, s=samples: their_step(
+                theirs, optimizer, s, rows, folder / "hf"
+            )
         for name in calls if number % 2 else reversed(calls):
             took = calls[name]()
             seconds[name].append(took)
@@ -195,7 +222,9 @@ def main() -> None:
     engine.stop()
     notes = [
         "float32, sdpa in both, one process, AdamW (fused in theirs), gradients clipped; the data of "
-        "`stages_data.py`, encoded before. Theirs: `train_sampling_strategy=\"group_by_length\"`, positions given. "
+        "`stages_data.py`, encoded, collated or packed before, and the optimizer's moments made before, on both sides; "
+        "taken beside other work on the same cores. Theirs: `train_sampling_strategy=\"group_by_length\"`, positions "
+        "given. "
         "Widths are those of the model's bench; ours computes logits where there are labels alone.",
     ]
     columns = ("widths", "who", "tokens a second, median over rounds", "of their best")

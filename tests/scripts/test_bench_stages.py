@@ -110,6 +110,14 @@ def test_their_samples_predict_the_same_words_and_hold_the_same_patches():
     assert (batch["labels"][1, 3:] == -100).all()
 
 
+def test_collation_of_theirs_is_timed_apart():
+    found = stages_packing.documents(pack(samples()), IMAGE, VIDEO)
+    given, collation = [stages_trainer.their_sample(document) for document in found], stages_trainer.Collation()
+    batch = collation(given)
+    assert collation.seconds > 0
+    assert all(torch.equal(value, batch[name]) for name, value in stages_trainer.collate(given).items())
+
+
 def test_a_gain_is_paired():
     more, error = stages_extension.gain([True, True, False, True], [False, True, False, False])
     assert more == 0.5
