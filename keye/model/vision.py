@@ -286,7 +286,7 @@ class KeyeVisionModel(nn.Module):
 
     def _encode_part(self, part: FramePart) -> Tensor:
         """Features `[4n, width]` of the patches of a part, in their order; all processes of the frame call it."""
-        total = torch.tensor([0, part.height * part.width], dtype=torch.int32, device=part.pixels.device)
+        total = torch.tensor([0, part.height * part.width], dtype=torch.int32)  # read on the host, by every layer
         return self._layers(part.pixels, part.places(), total, part.most, part.varlen)
 
     def _layers(

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from keye.errors import run  # noqa: E402
 from keye.model.config import KeyeConfig  # noqa: E402
 from scripts.bench.record import Claim, Table, arguments, out_of, save  # noqa: E402
-from stages.data.balance import Cost, deal_rounds, rank_operations  # noqa: E402
+from stages.data.balance import Cost, TowerCost, deal_rounds, rank_operations  # noqa: E402
 from stages.data.forming import Packs  # noqa: E402
 from stages.data.mixture import Mixture  # noqa: E402
 from stages.data.planner import Block, Found, Meta, Planner  # noqa: E402
@@ -128,9 +128,11 @@ def sample(kind: str, draw: random.Random, context: int) -> tuple[int, int, list
     return text, max(1, text // 2), [], []
 
 
-def metas_of(kind: str, group: str, context: int, cost: Cost, seed: int) -> Iterator[Meta]:
+def metas_of(
+    kind: str, group: str, context: int, cost: Cost | TowerCost, seed: int, count: int = 0
+) -> Iterator[Meta]:
     draw, made = random.Random(f"{seed} {kind} {context}"), 0
-    while made < SAMPLES:
+    while made < (count or SAMPLES):
         text, labels, stills, frames = sample(kind, draw, context)
         tokens = text + sum(h * w // 4 for h, w in [*stills, *frames])
         if tokens <= context:

@@ -1,0 +1,90 @@
+"""What simulated ranks are held against: one another's collectives, and the memory that `stages.cost` estimates."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from keye.model.config import KeyeConfig
+from scripts.bench.simulation.rank import Simulated
+from stages.collectives import difference
+from stages.cost import Assumptions, Kind, estimate, parameters_of
+from stages.footprint import Footprint, Plan, Share, activations, footprint
+from stages.gpus import gpu_named
+from stages.parallel import Grid
+from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
+from stages.vision import micro_batches
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A phase. alike: None, or where ranks differ. counts: collectives of each rank. parts: (simulated, estimated)."""
+
+    name: str
+    alike: str | None
+    counts: list[int]
+    largest: Simulated
+    parts: dict[str, tuple[float, float]]
+    planning: float
+
+    @property
+    def off(self) -> float:
+        """Simulated peak against the estimated one."""
+        simulated, estimated = self.parts["peak"]
+        return simulated / estimated - 1
+
+
+def collectives(found: list[Simulated], sequence: int) -> str | None:
+    """Where ranks differ, in words: all that the ranks of a sequence group issue, and of all ranks what is over all."""
+    found = sorted(found, key=lambda one: one.rank)
+    world = max(call.ranks for one in found for call in one.calls)
+    whole = [[call for call in one.calls if call.ranks == world] for one in found]
+    said = difference(whole)
+    if said is None and sequence > 1:
+        for first in range(0, len(found), sequence):
+            said = said or difference([one.calls for one in found[first : first + sequence]])
+    return said
+
+
+def memory(
+    recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, ranks: int
+) -> dict[str, tuple[float, float]]:
+    """Part → bytes (simulated, estimated)."""
+    has, estimated = one.memory, expected(recipe, name, config, one, ranks)
+    frozen = stage_of(name) == "alignment"
+    plan = plan_of(recipe.chain[name], ranks)
+    _, chunk, _ = activations(config, plan, Share(0, one.share[1], 0), frozen)
+    parts = {
+        "weights": (has.weights, estimated.weights),
+        "gradients": (has.gradients, estimated.gradients),
+        "optimizer": (has.optimizer, estimated.optimizer),
+        "activations kept": (has.kept, estimated.activations),
+        "pixels": (has.pixels, estimated.pixels),
+        "logits": (has.logits, estimated.logits),
+        "vision, a chunk of frames": (has.vision, chunk),
+        "at the loss": (has.at_loss, estimated.moments["at the loss"]),
+        "in the backward pass": (has.in_backward, estimated.moments["in the backward pass"]),
+        "in the optimizer's step": (has.in_step, estimated.moments["in the optimizer's step"]),
+        "peak": (has.peak, estimated.peak),
+    }
+    return {part: pair for part, pair in parts.items() if any(pair)}
+
+
+def plan_of(told: StageRecipe, ranks: int) -> Plan:
+    """How a stage trains on one of so many GPUs, in bf16."""
+    several = told.packs > ranks // told.sequence_parallel
+    return Plan(
+        2, told.zero, ranks, told.checkpointing, told.offload, told.mlp_tiles, accumulates=several
+    )
+
+
+def expected(recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, ranks: int) -> Footprint:
+    """The estimate for what this rank trained on."""
+    told = recipe.chain[name]
+    if isinstance(told, VisionRecipe):
+        patches = one.share[1] * ranks * micro_batches(told, Grid(0, ranks, 1, None)) / told.pairs
+        kinds = {"image": Kind(patches / 4, 1.0, patches, 0.0)}
+        alone = dataclasses.replace(recipe, alignment=None, multitask=None, annealing=None)
+        return estimate(alone, gpu_named("h100"), ranks, Assumptions(kinds=kinds))[0].memory
+    counts = parameters_of(config)
+    total, frozen = sum(counts.values()), stage_of(name) == "alignment"
+    trained = counts["projector"] if frozen else total
+    return footprint(config, plan_of(told, ranks), Share(*one.share), total, trained, frozen)
