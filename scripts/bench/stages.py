@@ -20,6 +20,7 @@ SCRIPTS = {
     "extension": "stages_extension",
     "trainer": "stages_trainer",
     "cost": "stages_cost",
+    "simulation": "stages_simulation",
     "kills": "kills",
 }
 PARTS, GPU = tuple(SCRIPTS), "gpu"
@@ -28,14 +29,14 @@ EXAMPLES = """examples:
   python scripts/bench/stages.py --part kills       one of them
   python scripts/bench/stages.py --part             only the document, from what was measured before
   python scripts/bench/stages.py --quick            a fraction of every part, into .cache: shows that it runs
-  python scripts/bench/stages.py --gpu              steps at 8B shapes, on a machine with a GPU; ten minutes at most
+  python scripts/bench/stages.py --gpu              steps at 8B widths, on a machine with a GPU; ten minutes at most
   python scripts/bench/stages.py --gpu --small --device cpu
 """
 HEAD = """# The stages, measured
 
 All of it again: `python scripts/bench/stages.py`; one part: `--part NAME`; on a machine with a GPU: `--gpu`. Without a
 GPU the part `gpu` stays as it was measured, or is named below as not measured: seconds, MFU and the longest context of
-a step at 8B shapes cannot be had elsewhere."""
+a step at 8B widths cannot be had elsewhere."""
 
 
 def main() -> int:

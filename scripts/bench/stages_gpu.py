@@ -1,40 +1,58 @@
-"""Training steps of stages 2 and 3 with the shapes of the 8B model on one GPU: tokens/s, MFU, the longest context.
+"""Training steps of stages 2 and 3 with the widths of the 8B model on one GPU: tokens/s, MFU, the longest context.
 
-The whole model in bfloat16 with AdamW's moments in bfloat16 (their fp32 forms are shared out over many GPUs in a real
-run and take no time of the step), layers recomputed, MLPs in tiles; frames of a slow-fast video and text, random but of
-the right number. Needs torch, transformers and this repository. `--small --device cpu` runs the same code on small
-shapes, which proves nothing but that it runs.
+The path of a run: the loader with its planner, the trainer's step, DeepSpeed with the recipe's settings, fp32 master
+weights and moments, layers recomputed, MLPs in tiles. One GPU holds no more than a part of the model so, because nobody
+shares the optimizer's states: the decoder has as many layers as fit. Samples are made up: frames of a slow-fast video
+and text, random but of the right number. `--small --device cpu` runs the same code on small shapes, which proves
+nothing but that it runs.
 """
 
 import argparse
+import dataclasses
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from keye.errors import KeyeError, run  # noqa: E402
-from keye.model import flops  # noqa: E402
 from keye.model.config import KeyeConfig  # noqa: E402
 from keye.model.keye import KeyeForConditionalGeneration  # noqa: E402
-from scripts.bench.model_timing import seconds  # noqa: E402
+from keye.model.rope import stream_positions  # noqa: E402
+from keye.prompt.processor import Sample  # noqa: E402
 from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
+from scripts.bench.simulation.drawn import processor  # noqa: E402
+from stages import engine  # noqa: E402
+from stages.data.items import Item  # noqa: E402
+from stages.data.mixture import Mixture  # noqa: E402
 from stages.gpus import GPUS  # noqa: E402
 from stages.memory import economise  # noqa: E402
+from stages.multitask import Multitask  # noqa: E402
+from stages.parallel import make_grid  # noqa: E402
+from stages.recipe import StageRecipe  # noqa: E402
+from stages.trainer import Trainer  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/bench/stages.py --gpu                       on a machine with a GPU; ten minutes at most
   python scripts/bench/stages_gpu.py --small --device cpu    the same code on small shapes, anywhere
 """
 SLOW, FAST, TIMESTAMP = (28, 44), (16, 24), 4  # patches of a slow and of a fast frame; tokens of a time stamp
-COLUMNS = ("step", "tokens", "of them visual", "MLP tiles", "s a step", "tokens/s", "TFLOP/s", "MFU", "GB at the peak")
+STATES = 18  # bytes a parameter: bf16 weight and gradient, its buckets, fp32 master and two moments
+COLUMNS = (
+    "step", "tokens", "of them visual", "MLP tiles", "s a step", "waiting for data", "tokens/s", "TFLOP/s", "MFU",
+    "GB at the peak",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,7 @@ class Sizes:
     """What is measured: the model, stage 2's context and documents, the contexts of stage 3, frames, repetitions."""
 
     config: KeyeConfig
-    dtype: torch.dtype
+    precision: str
     context: int
     documents: int
     contexts: tuple[int, ...]
@@ -50,101 +68,135 @@ class Sizes:
     rounds: int
 
 
-def sizes_of(small: bool) -> Sizes:
-    """The released shapes, or tiny ones in float32."""
+def sizes_of(small: bool, memory: float = 80e9) -> Sizes:
+    """The released widths with as many layers as fit in 60 % of `memory` bytes, or tiny ones in float32."""
     if small:
-        config = KeyeConfig.preset("tiny", vocab_size=320)
-        sizes = Sizes(config, torch.float32, 256, 4, (256, 512), ((4, 6), (2, 4), (2, 4)), 1)
+        config = KeyeConfig.preset("tiny", vocab_size=512)
+        sizes = Sizes(config, "fp32", 256, 4, (256, 512), ((4, 6), (2, 4), (2, 4)), 1)
     else:
         config = KeyeConfig.preset("keye_8b")
+        text, vision = config.text_config, config.vision_config
+        around = 2 * text.vocab_size * text.hidden_size
+        width = vision.hidden_size
+        tower = vision.num_hidden_layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+        heads = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+        layer = text.hidden_size * (heads + 3 * text.intermediate_size)
+        layers = int((0.6 * memory / STATES - around - tower) / layer)
+        text.num_hidden_layers = max(1, min(text.num_hidden_layers, layers))
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
         contexts = (16_384, 32_768, 65_536, 98_304, 131_072, 163_840, 196_608)
-        sizes = Sizes(config, torch.bfloat16, 8192, 8, contexts, (SLOW, FAST, FAST), 5)
-    vocabulary = config.text_config.vocab_size
-    config.image_token_id, config.video_token_id = vocabulary - 1, vocabulary - 2
+        sizes = Sizes(config, "bf16", 8192, 8, contexts, (SLOW, FAST, FAST), 5)
+    processor().configure(config)
     return sizes
 
 
-def row(sizes: Sizes, lengths: Sequence[int], visual: float, device: torch.device) -> dict[str, Tensor]:
-    """A packed row of documents of these lengths, about `visual` of each frames, the rest text that is learnt."""
-    draw = torch.Generator().manual_seed(0)
-    ids, grids = [], []
-    for length in lengths:
-        document, used = [], 0
-        while True:
-            height, width = sizes.frames[len(document) // 2 % len(sizes.frames)]
-            tokens = height * width // 4
-            if used + tokens + TIMESTAMP > visual * length:
-                break
-            document += [_text(sizes, TIMESTAMP, draw), torch.full((tokens,), sizes.config.video_token_id)]
-            grids.append((1, height, width))
-            used += tokens + TIMESTAMP
-        ids.append(torch.cat([*document, _text(sizes, length - used, draw)]))
-    row_ids, grid = torch.cat(ids)[None], torch.tensor(grids)
-    labels = row_ids.roll(-1, 1)
-    labels[(row_ids == sizes.config.video_token_id) | (labels == sizes.config.video_token_id)] = -100
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    labels[0, bounds[1:] - 1] = -100
+def sample(sizes: Sizes, length: int, visual: float, seed: int) -> Sample:
+    """A document of `length` tokens, about `visual` of them frames and their times, the rest text that is learnt."""
+    draw, parts, grids, used = torch.Generator().manual_seed(seed), [], [], 0
+    while True:
+        height, width = sizes.frames[len(grids) % len(sizes.frames)]
+        tokens = height * width // 4
+        if used + tokens + TIMESTAMP > visual * length:
+            break
+        parts += [_text(sizes, TIMESTAMP, draw), torch.full((tokens,), sizes.config.video_token_id)]
+        grids.append((1, height, width))
+        used += tokens + TIMESTAMP
+    ids, grid = torch.cat([*parts, _text(sizes, length - used, draw)]), torch.tensor(grids)
     patch = sizes.config.vision_config.patch_size
-    pixels = torch.randint(0, 256, (int(grid.prod(1).sum()), 3, patch, patch), generator=draw, dtype=torch.uint8)
-    row = {"input_ids": row_ids, "shift_labels": labels, "cu_seqlens": bounds.int(), "video_grid_thw": grid}
-    return {name: value.to(device) for name, value in (row | {"pixel_values_videos": pixels}).items()}
+    return Sample(
+        input_ids=ids,
+        labels=torch.where(ids == sizes.config.video_token_id, -100, ids),
+        position_ids=stream_positions(ids, [(sizes.config.video_token_id, grid[:, 1:] // 2)]),
+        pixel_values_videos=torch.randint(
+            0, 256, (int(grid.prod(1).sum()), 3, patch, patch), generator=draw, dtype=torch.uint8
+        ),
+        video_grid_thw=grid,
+    )
+
+
+class Documents:
+    """A source of made-up documents of one length; counts as one of `stages.data.sources`."""
+
+    def __init__(self, sizes: Sizes, length: int, visual: float) -> None:
+        self.name, self.recipe, self.at = "made up", SimpleNamespace(kind="video"), 0
+        self.sizes, self.length, self.visual = sizes, length, visual
+
+    def draw_many(self, count: int) -> np.ndarray:
+        self.at += count
+        return np.arange(self.at - count, self.at)
+
+    def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
+        return indices % ranks
+
+    def items(self, index: int) -> list[Item]:
+        return [Item(sample(self.sizes, self.length, self.visual, index), self.name, index, "video", "")]
+
+    def results(self, good: np.ndarray) -> None:
+        """All are good."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
 
 
 def _text(sizes: Sizes, count: int, draw: torch.Generator) -> Tensor:
-    return torch.randint(8, sizes.config.text_config.vocab_size - 8, (count,), generator=draw)
-
-
-def operations(sizes: Sizes, given: dict[str, Tensor]) -> int:
-    """Of a whole training step; what is computed again is not counted."""
-    frames = [(height, width) for _, height, width in given["video_grid_thw"].tolist()]
-    labelled = int((given["shift_labels"] != -100).sum())
-    return flops.training_step(sizes.config, frames, given["cu_seqlens"].diff().tolist(), labelled)
+    """Ids of words: the special tokens come first in the vocabulary."""
+    return torch.randint(64, sizes.config.text_config.vocab_size - 8, (count,), generator=draw)
 
 
 class Bench:
-    """The model and its optimizer on one device, and what was measured of their steps."""
+    """A stage's trainer on one device, and what was measured of its steps."""
 
     def __init__(self, sizes: Sizes, device: torch.device, out: Path, limit: float) -> None:
         self.sizes, self.device, self.out, self.limit = sizes, device, out, limit
         self.began, self.rows, self.longest, self.mfu = time.monotonic(), [], 0, {}
+        self.folder, self.tiles = tempfile.TemporaryDirectory(), 1
+        self.told = StageRecipe(
+            steps=1 << 20, lr=1e-6, context=sizes.context, packs=1, zero=1, checkpointing=True, mixture={"video": 1.0}
+        )
+        self.grid = make_grid(1)
         torch.manual_seed(0)
         with torch.device(device):
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(sizes.dtype)
-            self.model = KeyeForConditionalGeneration(sizes.config).train()
-            torch.set_default_dtype(before)
-        self.tiles = 1
+            self.model = KeyeForConditionalGeneration(sizes.config)
         economise(self.model, checkpointing=True)
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=fused)
+        stage = Multitask(self.told, processor())
+        module = stage.prepare(self.model).train()
+        self.trainer = Trainer(
+            stage, module, self.loader(sizes.context, sizes.context // sizes.documents, 0.7), self.grid, self.told,
+            Path(self.folder.name), 1, sizes.precision,
+        )  # fmt: skip
 
-    def step(self, given: dict[str, Tensor]) -> None:
-        """Forward, backward, and the optimizer's step."""
-        self.model(**given).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def loader(self, context: int, length: int, visual: float) -> Any:
+        """The stage's own loader over documents of `length` tokens in packs of `context`."""
+        stage = Multitask(dataclasses.replace(self.told, context=context), processor())
+        return stage.loader(Mixture([(Documents(self.sizes, length, visual), 1.0)]), self.grid, self.model, 4)
 
-    def measure(self, name: str, given: dict[str, Tensor], rounds: int) -> bool:
-        """Time a step and keep its row; False when it does not fit."""
+    def step(self) -> tuple[float, dict[str, Any]]:
+        """Seconds of the trainer's step, and what it tells."""
+        began = time.perf_counter()
+        values = self.trainer.train_step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, values
+
+    def measure(self, name: str, tokens: int, visual: float, rounds: int) -> bool:
+        """Time steps and keep their row; False when they do not fit."""
         cuda = self.device.type == "cuda"
-        tokens = given["input_ids"].shape[1]
         try:
-            self.step(given)
+            self.step()
             if cuda:
-                torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            took = median(seconds(lambda: self.step(given), self.device) for _ in range(rounds))
+            found = [self.step() for _ in range(rounds)]
         except torch.OutOfMemoryError:
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            self._row(name, tokens, given, "does not fit")
+            self._row(name, tokens, visual, "does not fit")
             return False
-        rate = operations(self.sizes, given) / took
+        took, stalled = median(t for t, _ in found), median(v["stall_share"] for _, v in found)
+        rate = median(v["flops"] / t for t, v in found)
         peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
         self.mfu[name] = rate / self.ceiling if self.ceiling else 0.0
         share = f"{self.mfu[name]:.0%}" if self.ceiling else "–"
         memory = f"{peak:.0f}" if cuda else "–"
-        self._row(name, tokens, given, f"{took:.2f}", f"{tokens / took:,.0f}", f"{rate / 1e12:.3g}", share, memory)
+        cells = f"{took:.2f}", f"{stalled:.0%}", f"{tokens / took:,.0f}", f"{rate / 1e12:.3g}", share, memory
+        self._row(name, tokens, visual, *cells)
         return True
 
     @property
@@ -155,8 +207,7 @@ class Bench:
         told = torch.cuda.get_device_name().lower()
         return next((gpu.peak for name, gpu in GPUS.items() if name.split("-")[0] in told), 0.0)
 
-    def _row(self, name: str, tokens: int, given: dict[str, Tensor], *cells: str) -> None:
-        visual = int((given["input_ids"] == self.sizes.config.video_token_id).sum()) / tokens
+    def _row(self, name: str, tokens: int, visual: float, *cells: str) -> None:
         told = (name, tokens, f"{visual:.0%}", self.tiles, *cells)
         self.rows.append((*told, *["–"] * (len(COLUMNS) - len(told))))
         print(*self.rows[-1], sep=" | ", flush=True)
@@ -164,8 +215,7 @@ class Bench:
 
     def stage2(self) -> None:
         """A pack of several documents at stage 2's context."""
-        each = self.sizes.context // self.sizes.documents
-        self.measure("stage 2", row(self.sizes, [each] * self.sizes.documents, 0.7, self.device), self.sizes.rounds)
+        self.measure("stage 2", self.sizes.context, 0.7, self.sizes.rounds)
 
     def stage3(self) -> None:
         """One long video a step, longer each time, until it no longer fits or the time is up."""
@@ -175,7 +225,9 @@ class Bench:
         for context in self.sizes.contexts:
             if time.monotonic() - self.began > self.limit:
                 return
-            if not self.measure(f"stage 3, {context:,}", row(self.sizes, [context], 0.9, self.device), 1):
+            self.trainer.loader.close()
+            self.trainer.loader = self.loader(context, context, 0.9)
+            if not self.measure(f"stage 3, {context:,}", context, 0.9, 1):
                 return
             self.longest = context
 
@@ -183,24 +235,28 @@ class Bench:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         weights = sum(p.numel() for p in self.model.parameters())
         notes = [
-            f"{device}; {weights / 1e9:.2f} B parameters. MFU is of the data sheet's dense bf16 rate; operations are "
+            f"{device}; {weights / 1e9:.2f} B parameters, {self.sizes.config.text_config.num_hidden_layers} decoder "
+            "layers. The loader, the trainer and DeepSpeed of a run, fp32 master weights and moments. "
+            "MFU is of the data sheet's dense bf16 rate; operations are "
             "the model's own, what is computed again is not counted, causal attention counts the pairs it sees."
         ]
         save(
             self.out, name, claims, [Table("Training steps on one device", COLUMNS, self.rows)], notes=notes,
-            seconds=time.monotonic() - self.began, quick=self.sizes.dtype is torch.float32, script="stages_gpu",
+            seconds=time.monotonic() - self.began, quick=self.sizes.precision == "fp32", script="stages_gpu",
         )  # fmt: skip
 
     def conclude(self) -> None:
         """The claims, and the whole result in the place of the partial one."""
         claims = [
-            Claim(f"{name}, 8B shapes: MFU of a training step on one GPU", "–", f"{share:.0%}")
+            Claim(f"{name}, 8B widths: MFU of a training step on one GPU", "–", f"{share:.0%}")
             for name, share in self.mfu.items()
             if self.ceiling and name in ("stage 2", f"stage 3, {self.longest:,}")
         ]
         claims.append(Claim("longest context of a training step on one GPU", "–", f"{self.longest:,} tokens"))
         self.keep("gpu", claims)
         (self.out / "gpu_partial.json").unlink(missing_ok=True)
+        self.trainer.loader.close()
+        self.folder.cleanup()
 
 
 def main() -> int:
@@ -213,18 +269,23 @@ def main() -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print(
-            "no CUDA here, so nothing was measured and no earlier result was touched: steps at 8B shapes need a GPU of "
-            "140 GB. There: python scripts/bench/stages.py --gpu. The same code on small shapes: --small --device cpu"
+            "no CUDA here, so nothing was measured and no earlier result was touched: steps at 8B widths need a GPU of "
+            "40 GB. There: python scripts/bench/stages.py --gpu. The same code on small shapes: --small --device cpu"
         )
         return 0
     if device.type != "cuda" and not args.small:
         raise KeyeError(f"--device {args.device} takes --small: steps at 8B shapes are measured on a GPU")
     if args.small and args.out is None:
         args.out = ROOT / ".cache" / "bench" / "quick_stages"
-    bench = Bench(sizes_of(args.small), device, out_of(args), args.limit)
+    # A rank of its own, for a machine without a launcher.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    engine.start()
+    memory = torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else 0.0
+    bench = Bench(sizes_of(args.small, memory), device, out_of(args), args.limit)
     bench.stage2()
     bench.stage3()
     bench.conclude()
+    engine.stop()
     return 0
 
 

@@ -43,7 +43,6 @@ from stages.data.planner import Meta  # noqa: E402
 from stages.gpus import gpu_named  # noqa: E402
 from stages.parallel import Grid  # noqa: E402
 from stages.recipe import STAGES, StageRecipe, VisionRecipe, stage_of  # noqa: E402
-from stages.vision import micro_batches  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/bench/stages_simulation.py
@@ -51,6 +50,11 @@ EXAMPLES = """examples:
   python scripts/bench/stages_simulation.py --quick
 """
 RECIPE = ROOT / "stages" / "recipes" / "keye_8b.toml"
+# Stage 0's text tower of SigLIP-so400m's shape, without its files.
+DRAWN_TOWER = [
+    "vision.text_model=", "vision.text_width=1152", "vision.text_layers=27", "vision.text_heads=16",
+    "vision.text_length=64",
+]  # fmt: skip
 SCRATCH = ROOT / ".cache" / "bench" / "stages_simulation"
 GPU = "h100"  # what a step takes is estimated for it
 SHALLOW = 2  # layers of decoder and tower where all ranks are simulated
@@ -69,7 +73,7 @@ class Phase:
     def dealt(self, ranks: int, config: KeyeConfig) -> list[list[list[Meta]]]:
         """Data-parallel rank → its micro-batches."""
         if isinstance(self.told, VisionRecipe):
-            parts = micro_batches(self.told, Grid(0, ranks, 1, None))
+            parts = self.told.micro_batches(ranks)
             costs = [sum(meta.excess for meta in pack) for pack in self.packs]
             rounds = deal_parts(costs, ranks, parts)
         else:
@@ -160,15 +164,17 @@ def heaviest(phase: Phase, config: KeyeConfig, ranks: int) -> int:
 
 
 def compare(
-    recipe: recipes.Recipe, phase: Phase, config: KeyeConfig, ranks: int, folder: Path, processes: int, bar: Progress
+    recipe: recipes.Recipe, phase: Phase, config: KeyeConfig, ranks: int, args: Any, bar: Progress
 ) -> Compared:
-    """Simulate a phase: all ranks with few layers, one with all."""
+    """Simulate a phase: ranks with few layers, one with all."""
     deep = [heaviest(phase, config, ranks)]
-    task = bar.add_task(phase.name, total=ranks + len(deep))
+    apart = args.some and phase.told.sequence_parallel == 1
+    numbers = list(range(0, ranks, max(1, ranks // args.some))) if apart else list(range(ranks))
+    task = bar.add_task(phase.name, total=len(numbers) + len(deep))
     found: dict[bool, list[Simulated]] = {False: [], True: []}
-    for whole, numbers in ((False, list(range(ranks))), (True, deep)):
+    for whole, chosen in ((False, numbers), (True, deep)):
         layers = config if whole else shallow(config)
-        for one in simulate_all(phase, layers, numbers, ranks, folder, processes):
+        for one in simulate_all(phase, layers, chosen, ranks, SCRATCH, args.processes):
             found[whole].append(one)
             bar.advance(task)
     alike = collectives(found[False], phase.told.sequence_parallel)
@@ -183,12 +189,13 @@ def main() -> int:
     parser = arguments(__doc__, EXAMPLES, results="stages")
     parser.add_argument("--phase", nargs="+", choices=STAGES, default=list(STAGES), help="stages to simulate")
     parser.add_argument("--ranks", type=int, default=64, help="ranks to simulate (64)")
+    parser.add_argument("--some", type=int, help="simulate so many ranks of a stage without sequence groups, not all")
     parser.add_argument("--processes", type=int, default=2, help="simulated at once (2)")
     parser.add_argument("--only", action="store_true", help="leave what was simulated in the cache and write no result")
     args = parser.parse_args()
     began = time.monotonic()
     torch.set_num_threads(1)
-    recipe = recipes.load(RECIPE)
+    recipe = recipes.load(RECIPE, DRAWN_TOWER)
     config = drawn.processor().configure(KeyeConfig.preset("keye_8b"))
     ranks = 16 if args.quick else args.ranks
     if args.quick:
@@ -201,7 +208,7 @@ def main() -> int:
     with Progress(*columns) as bar:
         for name in args.phase:
             phase = plan(name, recipe.chain[name], config, 1 if args.quick else 3)
-            found.append(compare(recipe, phase, config, ranks, SCRATCH, args.processes, bar))
+            found.append(compare(recipe, phase, config, ranks, args, bar))
             print(name, found[-1].alike or "same collectives on all ranks", flush=True)
     if args.only:
         return 0
@@ -222,7 +229,8 @@ def smaller(recipe: recipes.Recipe, ranks: int) -> recipes.Recipe:
 def write(args: Any, found: list[Compared], seconds: dict[str, float], ranks: int, took: float) -> None:
     """The claims and tables of docs/results/stages.md."""
     claims = [
-        Claim(f"{one.name} of keye_8b on {ranks} simulated ranks: collectives of a step", "the same on every rank",
+        Claim(f"{one.name} of keye_8b, {len(one.counts)} of {ranks} ranks simulated: collectives of a step",
+              "the same on every rank",
               one.alike or f"the same ({median(one.counts):.0f} each)", met=one.alike is None)
         for one in found
     ]  # fmt: skip
@@ -241,7 +249,7 @@ def write(args: Any, found: list[Compared], seconds: dict[str, float], ranks: in
         for one in found for part, (has, told) in one.parts.items()
     ]  # fmt: skip
     counts = [
-        (one.name, ranks, f"{min(one.counts)}–{max(one.counts)}", len(one.largest.calls),
+        (one.name, f"{len(one.counts)} of {ranks}", f"{min(one.counts)}–{max(one.counts)}", len(one.largest.calls),
          f"{one.largest.operators:,}", *(f"{n:,}" for n in one.largest.share),
          f"{one.planning:.2f}", f"{seconds[one.name]:.2f}")
         for one in found
@@ -260,7 +268,7 @@ def write(args: Any, found: list[Compared], seconds: dict[str, float], ranks: in
         "refers to them, from one optimizer step. Tokens, patches and labels are the most of that rank's "
         "micro-batches. Ranks of a sequence group must issue the same collectives in the same order, all ranks the "
         "same ones over all. The simulated logits include the gradient of the head, which the estimate has among the "
-        "gradients.",
+        "gradients. Stage 0's text tower has SigLIP-so400m's shape and Keye's vocabulary.",
         "What this cannot show: whether NCCL or a kernel works or how fast it is (the attention of GPUs is its shape "
         "alone), time and overlap, fragmentation of the allocator and workspaces of libraries, values (overflow, loss, "
         "a skipped step), the loader's own exchange of samples between ranks, checkpoints, and start-up.",

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,26 +145,25 @@ def test_lengths_beyond_the_context_alone_count_for_the_extension():
     assert [row[2] for row in table.rows][0] == "0.8 ×"
 
 
-def test_a_row_for_the_gpu_has_its_tokens_pixels_and_labels():
+def test_a_document_for_the_gpu_has_its_tokens_pixels_and_labels():
     sizes = stages_gpu.sizes_of(small=True)
-    row = stages_gpu.row(sizes, [40, 24], 0.6, torch.device("cpu"))
-    ids, labels = row["input_ids"][0], row["shift_labels"][0]
-    assert len(ids) == 64 and row["cu_seqlens"].tolist() == [0, 40, 64]
-    patches = int(row["video_grid_thw"].prod(1).sum())
-    assert len(row["pixel_values_videos"]) == patches == 4 * int((ids == sizes.config.video_token_id).sum())
-    assert labels[39] == labels[63] == -100  # no document learns its neighbour's first word
-    learnt = labels != -100
-    assert torch.equal(labels[:-1][learnt[:-1]], ids[1:][learnt[:-1]])
+    made = stages_gpu.sample(sizes, 40, 0.6, 0)
+    visual = made.input_ids == sizes.config.video_token_id
+    patches = int(made.video_grid_thw.prod(1).sum())
+    assert len(made.input_ids) == 40 and len(made.pixel_values_videos) == patches == 4 * int(visual.sum()) > 0
+    assert (made.labels[visual] == -100).all() and torch.equal(made.labels[~visual], made.input_ids[~visual])
 
 
-def test_steps_of_the_gpu_run_small_and_leave_their_record(tmp_path):
-    sizes = stages_gpu.sizes_of(small=True)
-    bench = stages_gpu.Bench(sizes, torch.device("cpu"), tmp_path, limit=0)
-    bench.stage2()
-    bench.stage3()  # the time is up
-    bench.conclude()
+def test_the_model_for_the_gpu_has_the_layers_that_fit():
+    few, many = (stages_gpu.sizes_of(False, memory).config.text_config.num_hidden_layers for memory in (80e9, 1e12))
+    assert 0 < few < many == 36
+
+
+def test_steps_of_the_gpu_go_through_loader_and_deepspeed_and_leave_their_record(tmp_path):
+    command = [sys.executable, str(record.HERE / "stages_gpu.py"), "--small", "--device", "cpu", "--out", str(tmp_path)]
+    subprocess.run([*command, "--limit", "0"], check=True)
     kept = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row[0] for row in kept["tables"][0]["rows"]] == ["stage 2"] and kept["quick"]
+    assert [row[0] for row in kept["tables"][0]["rows"]] == ["stage 2"] and kept["quick"]  # then the time is up
     assert not (tmp_path / "gpu_partial.json").exists()
 
 

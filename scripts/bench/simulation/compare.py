@@ -9,9 +9,7 @@ from stages.collectives import difference
 from stages.cost import Assumptions, Kind, estimate, parameters_of
 from stages.footprint import Footprint, Plan, Share, activations, footprint
 from stages.gpus import gpu_named
-from stages.parallel import Grid
 from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
-from stages.vision import micro_batches
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def expected(recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, rank
     """The estimate for what this rank trained on."""
     told = recipe.chain[name]
     if isinstance(told, VisionRecipe):
-        patches = one.share[1] * ranks * micro_batches(told, Grid(0, ranks, 1, None)) / told.pairs
+        patches = one.share[1] * ranks * told.micro_batches(ranks) / told.pairs
         kinds = {"image": Kind(patches / 4, 1.0, patches, 0.0)}
         alone = dataclasses.replace(recipe, alignment=None, multitask=None, annealing=None)
         return estimate(alone, gpu_named("h100"), ranks, Assumptions(kinds=kinds))[0].memory
