@@ -107,7 +107,7 @@ def as_on_a_gpu() -> Iterator[None]:
     begin = deepspeed.initialize
     replaced = (
         (deepspeed, "initialize"), (attention, "choose"), (torch, "is_autocast_enabled"),
-        (adam, "_device_dtype_check_for_fused"),
+        (adam, "_device_dtype_check_for_fused"), (torch, "tensor"),
     )  # fmt: skip
     own = [(place, name, getattr(place, name)) for place, name in replaced]
     backends.obstacle("torch", torch.device("cpu"))  # loads the kernel's module
@@ -120,6 +120,8 @@ def as_on_a_gpu() -> Iterator[None]:
 
     deepspeed.initialize = initialize
     attention.choose = lambda *_: "torch"
+    make = torch.tensor
+    torch.tensor = lambda *args, device=None, **more: make(*args, **more)  # what is made of numbers keeps them
     # Neither knows the meta device.
     torch.is_autocast_enabled = lambda *_: False
     adam._device_dtype_check_for_fused = lambda *_, **__: None
