@@ -148,8 +148,8 @@ def open_ours(size: str, folder: Path, context: int, packs: int) -> Any:
     processor = KeyeProcessor(load_tokenizer(str(folder / "tokenizer")))
     torch.manual_seed(0)
     model = KeyeForConditionalGeneration(processor.configure(our_config(size)))
-    model.save_pretrained(folder / "start")
-    recipe = recipes.load(recipe_path, [f"model.path={folder / 'start'}", f"model.tokenizer={folder / 'tokenizer'}"])
+    model.save_pretrained(folder / "begun")
+    recipe = recipes.load(recipe_path, [f"model.path={folder / 'begun'}", f"model.tokenizer={folder / 'tokenizer'}"])
     return open_stage("multitask", recipe, folder, Cache(1 << 30))
 
 
