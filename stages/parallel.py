@@ -137,13 +137,15 @@ class _ToHeads(torch.autograd.Function):
         got = _swap(sent, [n * width for n in ctx.lengths], [length * w for w in widths], ctx.group)
         del sent, grads
         grad_q = got.new_empty(length, heads, size)
-        grad_k, grad_v = (got.new_zeros(kv_shape) for _ in range(2))
+        # Ranks may share a KV head: their gradients of it are summed in fp32.
+        wide = torch.promote_types(got.dtype, torch.float32)
+        grad_k, grad_v = (got.new_zeros(kv_shape, dtype=wide) for _ in range(2))
         for taker, (block, kv) in enumerate(zip(_blocks(got, length, widths), ctx.wanted, strict=True)):
             of_q, of_k, of_v = block.split([own, len(kv), len(kv)], dim=1)
             grad_q[:, taker * own : (taker + 1) * own] = of_q
             grad_k[:, kv[0] : kv[-1] + 1] += of_k
             grad_v[:, kv[0] : kv[-1] + 1] += of_v
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k.to(got.dtype), grad_v.to(got.dtype), None, None, None
 
 
 def _blocks(rows: Tensor, length: int, widths: list[int]) -> list[Tensor]:

@@ -346,3 +346,17 @@ def backends_used() -> list[str]:
 
 def test_sequence_parallel_attention_is_the_one_that_the_config_names():
     assert run_distributed(backends_used, 2, 120)[0] == ["plain"] * 2
+
+
+def shared_key_gradient() -> float:
+    """Gradient of the one key head that four ranks' query heads read: 256 of the first, 1 of each other."""
+    grid, upstream = make_grid(4), torch.ones(2, 4, 8, dtype=torch.bfloat16)
+    upstream[:, 0] = 256
+    q, k, v = (torch.zeros(2, heads, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 1, 1))
+    given = ulysses(grid.sequence_group, lambda q, k, v, cu_seqlens, causal: q * 0 + k + v * 0)
+    given(q, k, v, torch.tensor([0, 8]), True).backward(upstream)
+    return float(k.grad.max())
+
+
+def test_gradients_of_a_key_head_that_ranks_share_are_summed_in_fp32():
+    assert run_distributed(shared_key_gradient, 4, 120) == [float(torch.tensor(259.0).bfloat16())] * 4
