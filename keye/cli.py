@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from keye import errors
@@ -58,10 +59,22 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return re.sub("MEASURES|POLICIES", lambda found: ", ".join(known[found[0]]()), action.help)
 
 
+COMMANDS = "keye.commands"
+"""Entry points: commands with a parser of their own, such as those of `stages` and `rl`, which keye does not import."""
+
+
+def further_commands() -> dict[str, EntryPoint]:
+    """Name → the `main` of every installed command beside those below."""
+    return {point.name: point for point in entry_points(group=COMMANDS)}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand sets `call`, a function of the parsed arguments that returns the exit code."""
+    more = ", ".join(sorted(further_commands()))
     parser = argparse.ArgumentParser(
-        prog="keye", description="Adaptive slow-fast video encoding and what is built on it."
+        prog="keye",
+        description="Adaptive slow-fast video encoding and what is built on it.",
+        epilog=f"further commands, each with --help: {more}" if more else None,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_encode(commands)
@@ -384,6 +397,11 @@ def _output(given: str, name: str, suffix: str, several: bool) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `keye`; the entry point of the installed command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    further = further_commands() if arguments else {}
+    if arguments and arguments[0] in further:
+        sys.argv = [f"keye {arguments[0]}", *arguments[1:]]
+        errors.run(further[arguments[0]].load())
     parsed = build_parser().parse_args(arguments)
     try:
         code = parsed.call(parsed)

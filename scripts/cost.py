@@ -1,77 +1,12 @@
-"""What a recipe costs before anything runs: memory of a GPU and of a node, time, money, and whether it fits."""
+"""`keye cost` from a checkout; see --help."""
 
-import argparse
-import dataclasses
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keye.errors import KeyeError, run  # noqa: E402
-
-EXAMPLES = """examples:
-  python scripts/cost.py stages/recipes/keye_8b.toml --gpus 64 --gpu h200
-  python scripts/cost.py stages/recipes/keye_8b.toml --gpus 64 --gpu h100 --mfu 0.35 --price 2.5 --out cost.png
-  python scripts/cost.py stages/recipes/small.toml --gpu 4090 --set vision.checkpointing=true --json
-
-Nothing is run and nothing need be there: neither the data nor the model nor a GPU.
-"""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="a TOML file, such as stages/recipes/keye_8b.toml")
-    parser.add_argument("--gpus", type=int, default=1, help="how many (default 1)")
-    parser.add_argument("--gpu", default="h200", metavar="NAME", help="one of stages/gpus.py (default h200)")
-    parser.add_argument(
-        "--mfu", type=float, default=0.4, help="share of the peak rate, recomputed layers included (default 0.4)"
-    )
-    parser.add_argument("--price", type=float, help="US dollars an hour and GPU, in the place of the assumed one")
-    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
-    parser.add_argument("--host-gb", type=float, metavar="GB", help="memory of a node: say which stages need more")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. annealing.steps=20")
-    parser.add_argument("--json", action="store_true", help="everything as JSON, memory by component")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="also draw it")
-    args = parser.parse_args()
-    if args.gpus < 1:
-        raise KeyeError(f"--gpus {args.gpus}: name at least one")
-    if args.per_node < 1:
-        raise KeyeError(f"--per-node {args.per_node}: name at least one")
-    if not 0 < args.mfu <= 1:
-        raise KeyeError(f"--mfu {args.mfu:g} is no share of the peak rate; give one above 0 and up to 1")
-    from stages import cost_report as report
-    from stages.cost import Assumptions, estimate
-    from stages.gpus import gpu_named
-    from stages.host_memory import Node
-    from stages.recipe import load
-
-    recipe, gpu = load(args.recipe, args.set), gpu_named(args.gpu)
-    assumed = Assumptions(utilisation=args.mfu, node=Node(args.per_node))
-    gpu = gpu if args.price is None else dataclasses.replace(gpu, price=args.price)
-    costs = estimate(recipe, gpu, args.gpus, assumed)
-    if args.json:
-        print(json.dumps(report.as_json(recipe, gpu, args.gpus, assumed, costs), indent=1))
-    else:
-        print(f"{recipe.name} on {args.gpus} × {gpu.name}\n")
-        print(report.table(costs))
-        print("\n" + report.sentence(recipe, gpu, args.gpus, assumed))
-    for cost in costs:
-        if not cost.fits:
-            peak, room = cost.memory.peak / 1e9, assumed.usable * gpu.memory / 1e9
-            print(f"{cost.name} needs {peak:.1f} GB of {room:.1f}: {cost.mend}", file=sys.stderr)
-        if args.host_gb is not None and cost.host.peak > args.host_gb * 1e9:
-            largest = max(report.HOST, key=lambda part: getattr(cost.host, part))
-            print(
-                f"{cost.name} needs {cost.host.peak / 1e9:.1f} GB of a node's {args.host_gb:g}, most of it {largest}",
-                file=sys.stderr,
-            )
-    if args.out:
-        report.draw(args.out, gpu, costs, f"{recipe.name} on {args.gpus} × {gpu.name}")
-        print(f"wrote {args.out}", file=sys.stderr)
-
+from keye.errors import run  # noqa: E402
+from stages.commands.cost import main  # noqa: E402
 
 if __name__ == "__main__":
     run(main)

@@ -1,77 +1,12 @@
-"""Average models that were trained from one start, as the report does with models annealed on different mixtures."""
+"""`keye merge` from a checkout; see --help."""
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keye.errors import CheckpointError, run  # noqa: E402
-
-EXAMPLES = """examples:
-  python scripts/merge.py runs/a/annealing/model runs/b/annealing/model --out runs/merged
-  python scripts/merge.py A B C --weights 2,1,1 --out merged        A counts as much as B and C together
-  python scripts/merge.py A B --base START --weights 0.6,0.6 --out merged
-                                     START plus 0.6 of what each one's training changed (task arithmetic)
-  python scripts/merge.py A B --sweep 0:1:0.25 --eval dev.jsonl --out merged
-                                     five mixtures are evaluated, the best is kept; merged.sweep has all results
-
-The result is a model's directory like the others: evaluate it with
-  python scripts/evaluate.py runs/merged runs/a/world/heldout.jsonl
-"""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, as the stages write them")
-    parser.add_argument("--out", required=True, help="directory to write; must not be there")
-    parser.add_argument("--weights", metavar="W,W,…", help="how much each model counts (default: all alike)")
-    parser.add_argument("--base", metavar="MODEL", help="what they were trained from: add their changes to it")
-    parser.add_argument("--sweep", metavar="A:B:STEP", help="try all weights from A to B in such steps; needs --eval")
-    parser.add_argument("--eval", metavar="MANIFEST", help="questions that choose the best of a sweep")
-    parser.add_argument("--limit", type=int, help="with --eval: at most so many questions of each family")
-    parser.add_argument("--shard-gb", type=float, default=4.0, help="largest output file, in GiB (default 4)")
-    args = parser.parse_args()
-    if (args.sweep is None) != (args.eval is None):
-        raise CheckpointError("--sweep and --eval go together: --sweep 0:1:0.25 --eval MANIFEST")
-    if args.sweep:
-        if args.weights:
-            raise CheckpointError("--weights are what a sweep looks for; leave one of the two out")
-        swept(args)
-        return
-    weights = None
-    if args.weights:
-        try:
-            weights = [float(part) for part in args.weights.split(",")]
-        except ValueError:
-            raise CheckpointError(f"--weights {args.weights} are not numbers with commas; write 2,1,1") from None
-    from stages.merge import merge
-
-    made = merge(args.models, args.out, weights, int(args.shard_gb * 2**30), base=args.base)
-    print(f"wrote {made}")
-
-
-def swept(args: argparse.Namespace) -> None:
-    """Run the sweep that the command line asks for."""
-    from transformers.utils import logging
-
-    from keye.evaluation import Report, evaluate
-    from scripts.evaluate import load
-    from stages.sweep import grid, sweep
-
-    def score(directory: Path) -> Report:
-        return evaluate(*load(str(directory)), args.eval, limit=args.limit)
-
-    logging.disable_progress_bar()
-    values = grid(args.sweep)
-    about = {"eval": str(Path(args.eval).absolute()), "limit": args.limit}
-    best = sweep(args.models, args.out, values, score, about, args.base)
-    told = ", ".join(f"{weight:g}" for weight in best.weights)
-    print(f"best weights: {told}\n{best.report.table()}\nwrote {args.out}; all mixtures are in {args.out}.sweep")
-    print("chosen on these questions: report the result on others")
-
+from keye.errors import run  # noqa: E402
+from stages.commands.merge import main  # noqa: E402
 
 if __name__ == "__main__":
     run(main)

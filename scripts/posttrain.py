@@ -1,42 +1,12 @@
-"""Tune a pre-trained run with GSPO on questions whose answers can be checked.
+"""`keye posttrain` from a checkout; see --help."""
 
-torchrun --nproc_per_node 2 -- scripts/posttrain.py rl/recipes/tiny.toml --run runs/demo
-deepspeed scripts/posttrain.py rl/recipes/keye_8b.toml --run runs/mine --set gspo.steps=200
-"""
+import sys
+from pathlib import Path
 
-import argparse
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keye.errors import run
-from rl.recipe import load
-from stages.hosts import limit_threads
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a TOML file; the ready-made ones are in rl/recipes")
-    parser.add_argument("--run", required=True, help="the run's folder, where pre-training left its model and world")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    args = parser.parse_args()
-    limit_threads()
-    recipe = load(args.recipe, args.set)
-    from rl.trainer import GspoTrainer
-    from stages import engine
-
-    engine.start()
-    trainer = GspoTrainer(recipe, args.run)
-    result = trainer.train()
-    if trainer.rank == 0:
-        before, after = result["before"], result["after"]
-        print(
-            f"held-out reward {before['reward_mean']:.3f} ± {before['reward_stderr']:.3f} → {after['reward_mean']:.3f} "
-            f"± {after['reward_stderr']:.3f}; gain {result['gain']:+.3f} ± {result['gain_stderr']:.3f} (paired), "
-            f"greedy {result['greedy_gain']:+.3f} ± {result['greedy_gain_stderr']:.3f}"
-        )
-        if result["rejected"]:
-            print(f"{len(result['rejected'])} samples were left out; {args.run}/gspo/eval.json says why")
-    engine.stop()
-
+from keye.errors import run  # noqa: E402
+from rl.commands.posttrain import main  # noqa: E402
 
 if __name__ == "__main__":
     run(main)

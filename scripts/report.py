@@ -1,27 +1,12 @@
-"""Write a run's report.html anew, from its files alone; also while the run goes on. Pre-training does so by itself.
+"""`keye report` from a checkout; see --help."""
 
-python scripts/report.py runs/mine
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keye.errors import CheckpointError, run  # noqa: E402
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="the run's directory, such as runs/tiny")
-    args = parser.parse_args()
-    if not Path(args.run).is_dir():
-        raise CheckpointError(f"{args.run}: no such run; name the directory that pre-training writes to")
-    from stages import report
-
-    print(f"wrote {report.write(args.run)}")
-
+from keye.errors import run  # noqa: E402
+from stages.commands.report import main  # noqa: E402
 
 if __name__ == "__main__":
     run(main)

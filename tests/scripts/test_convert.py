@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from keye import KeyeConfig, KeyeForConditionalGeneration
+from keye.commands import convert
 from keye.errors import CheckpointError
 from keye.model import names
 from keye.model.initialise import expected_shapes
@@ -30,7 +31,6 @@ def script(name: str):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Call convert.py in this process: its exit code or mistake, and what it printed."""
-    convert = script("convert")
 
     def call(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
@@ -68,7 +68,7 @@ def test_there_and_back_on_the_command_line(command, tmp_path: Path) -> None:
 
 
 def test_help_has_examples_and_mistakes_are_one_line(tmp_path: Path) -> None:
-    help_text = script("convert").parser().format_help()
+    help_text = convert.parser().format_help()
     assert "init Qwen3-8B --vision" in help_text and "to-released keye --out" in help_text
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "convert.py", "check", tmp_path / "nowhere"], capture_output=True, text=True
@@ -93,12 +93,12 @@ def test_memory_of_a_conversion_is_far_below_a_shard(tmp_path: Path) -> None:
     write_json(folder / "config.json", names.config_to_released(config.to_dict()))
     shards = list(folder.glob("*.safetensors"))
     assert len(shards) >= 4
-    figures = script("convert").peak_of_conversion(folder, tmp_path / "keye")
+    figures = convert.peak_of_conversion(folder, tmp_path / "keye")
     assert figures["largest_shard_mb"] > 90 and figures["total_mb"] > 300
     assert figures["peak_mb"] - figures["before_mb"] < 60
     assert open_checkpoint(tmp_path / "keye").keys() == expected_shapes(config).keys()
     with pytest.raises(CheckpointError, match="exists already"):
-        script("convert").peak_of_conversion(folder, tmp_path / "keye")
+        convert.peak_of_conversion(folder, tmp_path / "keye")
 
 
 def test_weights_are_unpacked_once_and_checked(tmp_path: Path, monkeypatch) -> None:

@@ -1,7 +1,6 @@
 """The sweep: costs rise with the threshold, detail is measured against the original frames, what was done is kept."""
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
 
@@ -164,9 +163,8 @@ def test_without_a_terminal_there_is_a_line_a_clip_with_the_time_left(capsys):
 
 
 def test_thresholds_are_ranges_and_lists():
-    spec = importlib.util.spec_from_file_location("ablate", ROOT / "scripts/ablate.py")
-    ablate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ablate)
+    from keye.commands import ablate
+
     assert ablate.thresholds("0.1:0.5:0.2") == [0.1, 0.3, 0.5]
     assert ablate.thresholds("0.9,0.2") == [0.2, 0.9]
     assert ablate.thresholds("0.5,0.8:0.9:0.05") == [0.5, 0.8, 0.85, 0.9]

@@ -1,0 +1,131 @@
+"""Sweep the threshold over clips, and over the held-out questions of a trained model: CSV, JSON and a picture.
+
+What was measured is written as it comes; the same command again goes on where it stopped.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from keye.encoder import SlowFastEncoder
+from keye.errors import KeyeError, run
+from keye.evaluation import Report, ablation
+from keye.slowfast.similarity import get_measure
+
+EXAMPLES = """examples:
+  python scripts/ablate.py --videos clips
+  python scripts/ablate.py --videos a.mp4 b.mp4 --threshold 0.1:0.9:0.1 --out runs/ablation
+  python scripts/ablate.py --videos clips --measure patch_cosine --threshold 0.5,0.8:0.98:0.02
+  python scripts/ablate.py --videos clips --model runs/demo/annealing/model --manifest runs/demo/world/heldout.jsonl
+"""
+SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".gif"}
+
+
+def thresholds(text: str) -> list[float]:
+    """Numbers and ranges `first:last:step` (both ends included) with commas between them, in ascending order."""
+    found: set[float] = set()
+    for part in text.split(","):
+        try:
+            numbers = [float(number) for number in part.split(":")]
+            first, last, step = numbers if ":" in part else (*numbers, *numbers, 1.0)
+        except ValueError:
+            raise KeyeError(
+                f"--threshold {text} is not first:last:step (0.1:0.9:0.1) or a list (0.5,0.6); write one"
+            ) from None
+        if not (step > 0 and last >= first):
+            raise KeyeError(f"--threshold {text} is empty; give first <= last and a step above 0")
+        found |= {round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)}
+    return sorted(found)
+
+
+def clips(places: list[str]) -> list[Path]:
+    """The clips named, and those in the folders named."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            found += sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
+        else:
+            found.append(place)
+    if not found:
+        raise KeyeError(f"no clips in {', '.join(places)}; name files or a folder with some")
+    return found
+
+
+def accuracy_of(
+    model_dir: str, manifest: str, families: list[str] | None, limit: int | None, measure: str | None
+) -> tuple[Callable[[float], Report], str]:
+    """(threshold → the model's report on the manifest's questions about videos, the measure's name).
+
+    measure: how frames are compared; None takes the one that the model was trained with.
+    """
+    from keye.commands.evaluate import load
+
+    from keye import KeyeProcessor
+    from keye.evaluation import evaluate
+    from keye.world import read_manifest
+
+    # A still costs the same at every threshold. A bad line is said before a model is loaded.
+    about = dict.fromkeys(sample["family"] for sample in read_manifest(manifest) if '"video"' in json.dumps(sample))
+    families = families or list(about)
+    model, own = load(model_dir)
+    encoder = {**own.encoder, "measure": measure or own.encoder["measure"]}
+
+    def ask(threshold: float) -> Report:
+        processor = KeyeProcessor(own.tokenizer, {**encoder, "threshold": threshold}, own.image, own.chat_template)
+        return evaluate(model, processor, manifest, families, limit)
+
+    return ask, encoder["measure"]
+
+
+def stamp(path: str) -> list:
+    """Path, size and time of writing of a file, or of a model directory's weights: what tells that it changed."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    return [str(Path(path).absolute()), *([f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threshold", default="0.1:0.9:0.1", help="first:last:step, numbers, or both with commas")
+    parser.add_argument("--videos", nargs="+", required=True, help="clips or folders of clips")
+    parser.add_argument("--out", default="runs/ablation", help="where to write (default runs/ablation)")
+    parser.add_argument(
+        "--measure", help="how frames are compared: change (default, or the model's), patch_cosine, ssim, …"
+    )
+    parser.add_argument("--max-tokens", type=int, default=65_536, help="budget of a clip")
+    parser.add_argument("--max-tokens-per-frame", type=int, default=768)
+    parser.add_argument("--max-frames", type=int, default=120, help="frames of a clip that are looked at")
+    parser.add_argument("--model", help="a trained model's directory; its accuracy is measured, too")
+    parser.add_argument("--manifest", help="held-out questions for --model")
+    parser.add_argument("--families", help="only these, with commas")
+    parser.add_argument("--limit", type=int, help="at most so many questions of each family")
+    args = parser.parse_args()
+    if bool(args.model) != bool(args.manifest):
+        raise KeyeError("--model and --manifest go together; give both or neither")
+    wanted, videos = thresholds(args.threshold), clips(args.videos)
+    if args.measure:
+        get_measure(args.measure)
+    name, ask, asked = args.measure or SlowFastEncoder().measure.name, None, None
+    if args.model:
+        families = args.families.split(",") if args.families else None
+        ask, name = accuracy_of(args.model, args.manifest, families, args.limit, args.measure)
+        asked = {"model": stamp(args.model), "manifest": stamp(args.manifest), "families": families}
+        asked |= {"limit": args.limit, "measure": name}
+    settings = {
+        "measure": name,
+        "max_tokens": args.max_tokens,
+        "max_tokens_per_frame": args.max_tokens_per_frame,
+        "max_frames": args.max_frames,
+    }
+    default = SlowFastEncoder(**settings).threshold
+    rows, details = ablation.sweep(videos, wanted, settings, ask, args.out, asked)
+    ablation.save(args.out, rows, details, {**settings, "default_threshold": default})
+    for row in rows:
+        print(ablation.line(row))
+    print(f"written: {args.out}/ablation.csv, ablation.json and ablation.png")
+
+
+if __name__ == "__main__":
+    run(main)

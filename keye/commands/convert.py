@@ -1,0 +1,208 @@
+"""Make, read and write Keye model directories.
+
+  python scripts/convert.py init Qwen3-8B --vision siglip-so400m-patch14-384 --out keye       decoder + SigLIP → Keye
+  python scripts/convert.py init SmolLM2 --gguf SmolLM2.Q4_1.gguf --tower tiny --out keye     a GGUF file, tower drawn
+  python scripts/convert.py from-released Keye-VL-1_5-8B --out keye                           the released model → Keye
+  python scripts/convert.py to-released keye --out served --like Keye-VL-1_5-8B               Keye → serving engines
+  python scripts/convert.py check keye                                                        do weights and config fit?
+
+Every conversion goes from file to file, one tensor at a time; an output directory appears when it is complete. The
+directories that `init` and `from-released` write are what `model.path` of a recipe and `keye chat` take.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from keye.errors import CheckpointError, run, writing
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def memory_mb(field: str) -> float:
+    """`VmHWM` (the most so far) or `VmRSS` (now) of this process in MB.
+
+    Not getrusage: its peak is handed down from the process that started this one.
+    """
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise CheckpointError(f"/proc/self/status has no {field}; figures of memory need Linux")
+    return int(found[1]) * 1024 / 1e6
+
+
+def peak_of_conversion(source: Path, out: Path, direction: str = "from-released") -> dict[str, float]:
+    """Convert a directory in a process of its own and say what it took.
+
+    direction: "from-released" or "to-released". Returns `seconds`, `before_mb` (resident with everything imported),
+    `peak_mb`, `largest_shard_mb` and `largest_tensor_mb` of the source, `total_mb`.
+
+    Raises:
+        CheckpointError: the conversion failed; its message is passed on.
+    """
+    figures = Path(f"{out}.figures.json")
+    command = [sys.executable, "-m", "keye.commands.convert", direction, str(source)]
+    command += ["--out", str(out), "--figures", str(figures)]
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise CheckpointError(
+            done.stderr.strip().removeprefix("error: ") or f"{direction} ended with {done.returncode}"
+        )
+    values = json.loads(figures.read_text())
+    figures.unlink()
+    return values
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with size, speed and remaining time, moved by (bytes written, bytes in all)."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def init(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
+    import torch
+
+    from keye.model.checkpoint import initialise
+    from keye.model.config import KeyeConfig
+
+    vision = told.vision
+    if vision is None:
+        vision = KeyeConfig.preset(told.tower).vision_config
+    return initialise(
+        told.text,
+        vision,
+        out=told.out,
+        tokenizer=told.tokenizer,
+        gguf_file=told.gguf,
+        dtype=getattr(torch, told.dtype) if told.dtype else None,
+        max_shard=told.max_shard_mb * 1_000_000,
+        seed=told.seed,
+        progress=progress,
+    )
+
+
+def from_released(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
+    from keye.model.checkpoint import convert_released
+
+    size = told.max_shard_mb * 1_000_000
+    return convert_released(told.source, told.out, allow_missing=told.allow_missing, max_shard=size, progress=progress)
+
+
+def to_released(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
+    from keye.model.checkpoint import export_released
+
+    size = told.max_shard_mb * 1_000_000
+    return export_released(told.source, told.out, like=told.like, max_shard=size, progress=progress)
+
+
+def convert(told: argparse.Namespace, action: Callable[..., object]) -> int:
+    """Run one conversion with its bar, print its report, and write figures where they are asked for."""
+    import keye.model.checkpoint
+    import keye.prompt.processor  # noqa: F401  # what the conversion needs, before memory is looked at
+
+    before, began = memory_mb("VmRSS") if told.figures else 0.0, time.perf_counter()
+    with progress_bar(told.command) as progress:
+        report = action(told, progress)
+    print(report)
+    print(told.out)
+    if told.figures:
+        stored = keye.model.checkpoint.open_checkpoint(told.source).values()
+        shards = {t.path for t in stored}
+        figures = {
+            "seconds": time.perf_counter() - began,
+            "before_mb": before,
+            "peak_mb": memory_mb("VmHWM"),
+            "largest_shard_mb": max(path.stat().st_size for path in shards) / 1e6,
+            "largest_tensor_mb": max(t.size for t in stored) / 1e6,
+            "total_mb": sum(t.size for t in stored) / 1e6,
+        }
+        with writing(told.figures, "the figures"):
+            told.figures.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def check(told: argparse.Namespace) -> int:
+    from keye.model.checkpoint import check as compare
+
+    report = compare(told.source)
+    print(report)
+    return 0 if report.clean else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help)
+
+    make = command("init", "decoder (and SigLIP) → Keye")
+    make.add_argument("text", type=Path, help="directory of a Qwen3, Qwen2 or Llama")
+    tower = make.add_mutually_exclusive_group()
+    tower.add_argument("--vision", type=Path, help="directory of a SigLIP")
+    presets = ("tiny", "small", "keye_8b")
+    tower.add_argument("--tower", default="keye_8b", choices=presets, help="sizes of a tower drawn at random")
+    make.add_argument("--tokenizer", type=Path, help="directory of the tokenizer, when it is not the decoder's")
+    make.add_argument(
+        "--gguf", metavar="FILE", help="a GGUF file in the decoder's directory (pip install 'keye[gguf]')"
+    )
+    make.add_argument("--dtype", choices=DTYPES, help="of what is written (default: the decoder's)")
+    make.add_argument("--seed", type=int, default=0, help="of what is drawn")
+
+    read = command("from-released", "released names and config → ours")
+    read.add_argument("source", type=Path, help="directory of Keye-VL-1.5-8B")
+    read.add_argument("--allow-missing", action="store_true", help="go on when weights are missing")
+
+    write = command("to-released", "our directory → released names, config and settings, for serving engines")
+    write.add_argument("source", type=Path, help="directory of a Keye model")
+    write.add_argument("--like", type=Path, help="released directory whose code and settings go along")
+
+    for part in (make, read, write):
+        part.add_argument("--out", type=Path, required=True, help="new directory")
+        part.add_argument("--max-shard-mb", type=int, default=5000, help="size of a weight file (default 5000)")
+    for part in (read, write):
+        part.add_argument("--figures", type=Path, metavar="FILE", help="write time and peak memory as JSON")
+    make.set_defaults(figures=None)
+
+    look = command("check", "compare weights and config.json of a directory; exit code 1 when they do not fit")
+    look.add_argument("source", type=Path)
+    return whole
+
+
+def main() -> int:
+    told = parser().parse_args()
+    for key in ("text", "source", "vision", "tokenizer", "like"):
+        path = getattr(told, key, None)
+        if path is not None and not path.is_dir():
+            raise CheckpointError(f"{path}: no such directory; name one that holds a model")
+    if told.command == "check":
+        return check(told)
+    return convert(told, {"init": init, "from-released": from_released, "to-released": to_released}[told.command])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,82 @@
+"""Look over the data of a recipe, or one manifest, before anything trains on it.
+
+Says for every source: its share of the tokens, its rows and how many times the stage will read them, what cannot be
+read, and of some samples the tokens, what was made smaller to fit, and what is bad and why. Exits with 1 when a source
+has more bad samples than --most-bad allows.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+from keye.errors import RecipeError, run, writing
+
+_EXAMPLES = """examples:
+  python scripts/data.py stages/recipes/tiny.toml --run runs/tiny --stage multitask
+  python scripts/data.py train.jsonl --tokenizer Qwen/Qwen3-8B --context 8192 --out data.png
+  python scripts/data.py train.jsonl --not-like heldout.jsonl      pictures that the evaluation shows too are bad
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", help="a recipe (.toml), or a manifest or data set as data.sources names them")
+    parser.add_argument("--stage", help="the recipe's stage that reads the data (default its last)")
+    parser.add_argument("--run", help="what {run} in a recipe stands for (default runs/<name of the recipe>)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
+    parser.add_argument("--tokenizer", default="", help="of a manifest; default a small one, which makes texts longer")
+    parser.add_argument("--context", type=int, default=8192, help="tokens of a sample at most, for a manifest")
+    parser.add_argument("--not-like", action="append", default=[], metavar="MANIFEST", help="an evaluation's manifest")
+    parser.add_argument("--samples", type=int, default=100, help="looked at of each source (default 100)")
+    parser.add_argument("--most-bad", type=float, default=0.05, help="share of bad samples allowed (default 0.05)")
+    parser.add_argument("--out", help="write a picture (PNG)")
+    parser.add_argument("--json", help="write all figures as JSON")
+    args = parser.parse_args()
+
+    from rich.progress import Progress
+
+    from stages.data import check
+    from stages.recipe import load
+
+    logging.getLogger("stages").setLevel(logging.ERROR)  # the table says what is bad
+    if args.data.endswith(".toml"):
+        recipe = load(args.data, args.set)
+        others = (*recipe.data.not_like, *args.not_like)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, not_like=others))
+        if recipe.data.world is not None:
+            from stages.run import prepare_world
+
+            prepare_world(recipe, Path(args.run or f"runs/{recipe.name}"))  # as the run itself does first
+    else:
+        recipe = check.one_manifest(args.data, args.tokenizer, args.context, tuple(args.not_like), 6)
+    stage = args.stage or list(recipe.chain)[-1]
+    if stage not in recipe.chain:
+        raise RecipeError(f"{args.data} has no stage {stage}; it has {', '.join(recipe.chain)}")
+    with Progress(transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name.rpartition("/")[2], total=total)
+            bar.update(tasks[name], completed=done)
+
+        found = check.look_over(recipe, stage, Path(args.run or f"runs/{recipe.name}"), args.samples, progress)
+    print("\n".join(check.lines(found, planned=args.data.endswith(".toml"))))
+    if args.out:
+        check.picture(found, recipe.chain[stage].limit, args.out)
+    if args.json:
+        with writing(args.json, "the report"):
+            Path(args.json).write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
+    over = [one.name for one in found if len(one.bad) > args.most_bad * one.looked_at]
+    for name in over:
+        print(f"{name}: more than {args.most_bad:.0%} of the samples looked at are bad", file=sys.stderr)
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    run(main)

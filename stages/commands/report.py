@@ -1,0 +1,24 @@
+"""Write a run's report.html anew, from its files alone; also while the run goes on. Pre-training does so by itself.
+
+python scripts/report.py runs/mine
+"""
+
+import argparse
+from pathlib import Path
+
+from keye.errors import CheckpointError, run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the run's directory, such as runs/tiny")
+    args = parser.parse_args()
+    if not Path(args.run).is_dir():
+        raise CheckpointError(f"{args.run}: no such run; name the directory that pre-training writes to")
+    from stages import report
+
+    print(f"wrote {report.write(args.run)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+"""Every command of the installed `keye` is also a script of the checkout, and the other way round."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from keye import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][cli.COMMANDS]
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_a_command_has_its_script_and_calls_the_same_function(name):
+    module, _, function = POINTS[name].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text())
+    assert (module, [function]) in [
+        (node.module, [alias.name for alias in node.names]) for node in tree.body if isinstance(node, ast.ImportFrom)
+    ]
+
+
+def test_keye_runs_a_further_command(monkeypatch, capsys):
+    points = [EntryPoint(name, value, cli.COMMANDS) for name, value in POINTS.items()]
+    monkeypatch.setattr(cli, "entry_points", lambda group: points)
+    monkeypatch.setattr(sys, "argv", ["keye"])
+    with pytest.raises(SystemExit) as left:
+        cli.main(["pretrain", str(ROOT / "stages/recipes/tiny.toml"), "--print"])
+    assert left.value.code == 0 and 'name = "tiny"' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        cli.main(["ablate", "--threshold", "high", "--videos", "x.mp4"])
+    assert left.value.code == 2 and "--threshold high is not" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "further commands, each with --help: ablate, convert, cost" in capsys.readouterr().out
+
+
+def test_the_encoder_alone_imports_no_command():
+    code = "import sys, keye.cli; print(sorted(m for m in sys.modules if m.split('.')[0] in ('stages', 'rl')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
