@@ -189,10 +189,11 @@ def footprint(
     """The memory of a language stage's step on one rank."""
     kept, layer, logits = activations(config, plan, share, frozen)
     held = states(parameters, trained, plan)
+    zero = max(plan.zero, 2) if plan.element < FP32 else plan.zero
     return Footprint(
         **held,
-        # From ZeRO-2 on the buckets are given back after each backward pass.
-        before=(plan.element * trained / plan.ranks if plan.zero >= 2 else held["gradients"]) * plan.accumulates,
+        # From ZeRO-2 on, as which bf16 runs, the buckets are given back after each backward pass; the fp32 sums stay.
+        before=(FP32 * trained / plan.ranks if zero >= 2 else held["gradients"]) * plan.accumulates,
         activations=kept,
         pixels=plan.pixel * CHANNELS * config.vision_config.patch_size**2 * share.patches,
         layer=layer,

@@ -59,9 +59,8 @@ def accuracy_of(
 
     measure: how frames are compared; None takes the one that the model was trained with.
     """
-    from keye.commands.evaluate import load
-
     from keye import KeyeProcessor
+    from keye.commands.evaluate import load
     from keye.evaluation import evaluate
     from keye.world import read_manifest
 

@@ -323,11 +323,11 @@ def test_script(tmp_path: Path):
 
 def test_gradients_of_earlier_micro_batches_are_held_at_the_loss():
     config, share = KeyeConfig.preset("tiny"), Share(1000, 400, 100)
-    one, several = (
-        footprint(config, Plan(2, 1, 4, accumulates=more), share, 1e6, 1e6).moments for more in (False, True)
-    )
-    # ZeRO-1: a gradient in bf16 of each parameter, and two buckets.
-    assert several["at the loss"] - one["at the loss"] == 2 * (1e6 + 2 * 1e6)
-    assert several["in the backward pass"] == one["in the backward pass"]
-    split = footprint(config, Plan(2, 2, 4, accumulates=True), share, 1e6, 1e6)
-    assert split.before == 2 * 1e6 / 4
+    # ZeRO-1 in fp32: a gradient of each parameter, and two buckets. In bf16 it runs as ZeRO-2: a share of fp32 sums.
+    for element, zero, before in ((4, 1, 4 * (1e6 + 2 * 1e6)), (2, 1, 4 * 1e6 / 4), (2, 2, 4 * 1e6 / 4)):
+        one, several = (
+            footprint(config, Plan(element, zero, 4, accumulates=more), share, 1e6, 1e6).moments
+            for more in (False, True)
+        )
+        assert several["at the loss"] - one["at the loss"] == before
+        assert several["in the backward pass"] == one["in the backward pass"]
