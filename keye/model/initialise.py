@@ -55,7 +55,8 @@ def initialise(
     Args:
         text: directory of a Qwen3, Qwen2 or Llama (`ForCausalLM` or the bare decoder, safetensors), or the directory of
             `gguf_file`, which is turned into floats in memory, all of it.
-        vision: directory of a SigLIP (whole, or the vision model alone); its pooling head and text tower are left out.
+        vision: directory of a SigLIP (whole, or the vision model alone); its pooling head and text tower are left out
+            (stage 0 reads them from there, see `stages.contrast`).
             A config instead of a directory gives the sizes of a tower that is drawn at random; None those of the
             release.
         tokenizer: directory of the tokenizer when it is not the decoder's.
