@@ -7,7 +7,7 @@ visual features to the rank that holds their place.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from keye.model.attention import Varlen, check_name
 from keye.model.config import KeyeConfig
@@ -126,7 +126,7 @@ class KeyeModel(KeyePreTrainedModel):
         varlen: Varlen | None = None,
         frame_parts: Sequence[FramePart] = (),
         exchange: Callable[[Tensor], Tensor] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """One pass over a padded batch `[B, L]`, or over one packed row `[1, L]` with `cu_seqlens` `[D + 1]`.
 
@@ -354,7 +354,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         num_items_in_batch: Tensor | float | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> KeyeOutput:
         """`KeyeModel.forward`, whose arguments it takes, and the head.
 
