@@ -119,6 +119,8 @@ def test_prefill_in_chunks(model: KeyeForConditionalGeneration, size: int) -> No
     batch = padded([CLIP, MIXED], "left")
     expected = model.generate(**batch, **GREEDY)
     assert model.generate(**batch, **GREEDY, prefill_chunk_size=size).tolist() == expected.tolist()
+    words = model.generate(**embedded(model, batch), **GREEDY, prefill_chunk_size=size)
+    assert words.tolist() == expected[:, batch["input_ids"].shape[1] :].tolist()
     twice = model.generate(**batch, **{**GREEDY, "num_beams": 2}, prefill_chunk_size=size)
     assert twice.tolist() == model.generate(**batch, **{**GREEDY, "num_beams": 2}).tolist()
 
