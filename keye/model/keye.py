@@ -354,6 +354,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         num_items_in_batch: Tensor | float | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> KeyeOutput:
         """`KeyeModel.forward`, whose arguments it takes, and the head.
@@ -363,6 +364,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
                 packing and sequence parallelism need; with them no logits are returned.
             num_items_in_batch: what the summed loss is divided by; the number of labels when left out.
             logits_to_keep: logits of so many last tokens alone, 0 for all; or the indices of tokens.
+            mm_token_type_ids: taken since tools pass it on; ids say the same.
         """
         outputs = self.model(
             input_ids=input_ids,

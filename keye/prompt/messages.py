@@ -7,10 +7,11 @@ A message is {"role": ..., "content": ...}; the content a string or a list of pa
     {"type": "video", "video": SOURCE}        also "url", "path" or "base64", or {"type": "video_url", "video_url": ...}
 
 with options of the image or video beside them (`keye.prompt.options`). An assistant's message may carry its thought as
-`reasoning_content`; and a user's or an assistant's message may say `"thinking": true` or `false`: in which mode the
-question was put.
+`reasoning_content` and its `tool_calls`, which become words; and a user's or an assistant's message may say
+`"thinking": true` or `false`: in which mode the question was put.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -88,13 +89,14 @@ def read_chat(
 
 def _turn(message: Message, base: Path, visuals: list[Visual]) -> Message:
     """The message with role and content alone; its images and videos go on the list."""
-    if not isinstance(message, Mapping) or "role" not in message or message.get("content") is None:
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(message, Mapping) or "role" not in message or (message.get("content") is None and not calls):
         raise ManifestError("a message needs 'role' and 'content': write {'role': 'user', 'content': [...]}")
-    role, content = message["role"], message["content"]
+    role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise ManifestError(f"a message has the role {role!r}; use one of {', '.join(ROLES)}")
-    if message.get("tool_calls"):
-        raise ManifestError("a message has tool_calls, which the chat template does not write; put them into its text")
+    if content is None:
+        content = ""
     if isinstance(content, str):
         plain: str | list[Message] = _words(content)
     elif isinstance(content, Sequence):
@@ -108,7 +110,30 @@ def _turn(message: Message, base: Path, visuals: list[Visual]) -> Message:
         if role != "assistant":
             raise ManifestError(f"a message of role {role} has reasoning_content; only the assistant's have a thought")
         plain = write_reply(Reply(_words(thought), _text(plain)))
+    if calls:
+        plain = _with_calls(role, plain, calls)
     return {"role": role, "content": plain}
+
+
+def _with_calls(role: str, content: str | list[Message], calls: Any) -> str | list[Message]:
+    """The content with its `tool_calls` behind it, each on lines of its own as Qwen's models write them."""
+    if role != "assistant":
+        raise ManifestError(f"a message of role {role} has tool_calls; only the assistant's call tools")
+    lines = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ManifestError(f"tool_calls holds {call!r:.80}; write {{'function': {{'name', 'arguments'}}}}")
+        arguments = function.get("arguments") or {}
+        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        lines.append(f'<tool_call>\n{{"name": {json.dumps(function["name"])}, "arguments": {written}}}\n</tool_call>')
+    before = _text(content)
+    words = ("\n" if before and not before.endswith("\n") else "") + "\n".join(lines)
+    if isinstance(content, str):
+        return content + words
+    parts = list(content)
+    _add(parts, {"type": "text", "text": words})
+    return parts
 
 
 def _add(parts: list[Message], part: Message) -> None:

@@ -1,7 +1,7 @@
 """KeyeProcessor: chat messages with images and videos → model inputs, for training and for generation."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from keye.prompt.stream import (
     VISION_START,
     Stream,
 )
+from keye.prompt.template import Spans, has_generation, render_jinja_template, variables_of
 from keye.slowfast.fetch import UrlRules
 from keye.slowfast.plan import VideoPlan
 
@@ -120,6 +121,9 @@ class KeyeProcessor(ProcessorMixin):
         self._spelling = Spelling(tokenizer)
         self._stream = Stream(self._spelling.ids, ids)
 
+        self.image_token, self.video_token = IMAGE_PAD, VIDEO_PAD
+        self.image_token_id, self.video_token_id = ids[IMAGE_PAD], ids[VIDEO_PAD]
+
     @classmethod
     def get_attributes(cls) -> list[str]:
         return ["tokenizer"]
@@ -127,7 +131,7 @@ class KeyeProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """The entries of what a call returns; those of the media where there are media."""
-        return ["input_ids", "attention_mask", "position_ids", *PIXELS]
+        return ["input_ids", "attention_mask", *PIXELS]
 
     def to_dict(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "image": self.image, "processor_class": type(self).__name__}
@@ -179,7 +183,7 @@ class KeyeProcessor(ProcessorMixin):
             VideoError: a clip or image that cannot be read.
             KeyeError: settings that make no sense, or a chat that cannot be made to fit.
         """
-        text, visuals = self._chat(messages, base_dir, add_generation_prompt, thinking, continue_final_message)
+        text, visuals, _ = self._chat(messages, base_dir, add_generation_prompt, thinking, continue_final_message)
         return self._build(text, visuals, max_length, last_turn_only)
 
     def build(
@@ -198,8 +202,13 @@ class KeyeProcessor(ProcessorMixin):
         thinking: Thinking,
         continue_final_message: bool,
         chat_template: str | None = None,
-    ) -> tuple[str, list[Visual]]:
-        """A conversation as rendered text, and the media of its placeholders."""
+        variables: Mapping[str, Any] | None = None,
+        marked: bool = False,
+    ) -> tuple[str, list[Visual], Spans | None]:
+        """A conversation as rendered text, the media of its placeholders, and where the assistant speaks.
+
+        marked: ask the template for the last, which one without `{% generation %}` cannot say.
+        """
         generating = add_generation_prompt or continue_final_message
         chat = read_chat(messages, base_dir, self._spelling.guard, thinking, generating)
         if continue_final_message and (add_generation_prompt or chat.messages[-1]["role"] != "assistant"):
@@ -207,19 +216,32 @@ class KeyeProcessor(ProcessorMixin):
                 "continue_final_message goes on with the assistant's last message; let the chat end with one, and leave"
                 " add_generation_prompt out"
             )
-        text = self.tokenizer.apply_chat_template(
-            chat.messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template=chat_template or self.chat_template,
-        )
-        return text, chat.visuals
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **(variables or {}),
+        }
+        template = chat_template or self.chat_template
+        if marked and has_generation(template):
+            rendered, spans = render_jinja_template(
+                conversations=[chat.messages],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **options},
+            )
+            return rendered[0], chat.visuals, [(int(begin), int(end)) for begin, end in spans[0]]
+        text = self.tokenizer.apply_chat_template(chat.messages, tokenize=False, chat_template=template, **options)
+        return text, chat.visuals, None
 
     def _build(
-        self, text: str, visuals: Sequence[Visual], max_length: int | None = None, last_turn_only: bool = False
+        self,
+        text: str,
+        visuals: Sequence[Visual],
+        max_length: int | None = None,
+        last_turn_only: bool = False,
+        spans: Spans | None = None,
     ) -> Sample:
-        ids = self._spelling.ids(text)
+        ids, places = self._spelling.located(text)
         placeholders = [ids.count(self.token_id(token)) for token in (IMAGE_PAD, VIDEO_PAD)]
         given = [sum(visual.kind == kind for visual in visuals) for kind in ("image", "video")]
         if placeholders != given:
@@ -240,7 +262,9 @@ class KeyeProcessor(ProcessorMixin):
         ]
         return Sample(
             input_ids=input_ids,
-            labels=self._stream.labels(input_ids, last_turn_only),
+            labels=self._stream.labels(input_ids, last_turn_only)
+            if spans is None
+            else self._stream.spoken(input_ids, ids, places, spans),
             position_ids=stream_positions(input_ids, blocks),
             pixel_values=torch.cat([pixels for pixels, _ in stills]) if stills else None,
             image_grid_thw=image_grid,
@@ -293,27 +317,38 @@ class KeyeProcessor(ProcessorMixin):
         """Chat messages, or a list of such lists, → text (`tokenize=False`), ids or `KeyeInputs`.
 
         thinking: see `sample`. return_assistant_tokens_mask: also `assistant_masks` `[B, L]`, 1 where the assistant
-        speaks. The rest (`max_length`, `truncation`, `padding`, `padding_side`, `pad_to_multiple_of`, `return_tensors`,
-        `images_kwargs`, `videos_kwargs`) is as for a call of the processor; what is not known is refused.
+        speaks: where the template says so by `{% generation %}`, else between `<|im_start|>assistant` and `<|im_end|>`.
+        The rest (`max_length`, `padding`, `return_tensors`, …) is as for a call of the processor; other names are
+        variables of the template where it has them (`enable_thinking` of Qwen3's, for instance), and refused where not.
+        Without return_dict and return_tensors, ids are lists.
         """
+        template = chat_template or self.chat_template
+        variables = {name: kwargs.pop(name) for name in variables_of(template, kwargs)}
         settings = call_settings(kwargs)
         batched = not isinstance(conversation, str) and bool(conversation) and not hasattr(conversation[0], "keys")
         chats = [
-            self._chat(messages, ".", add_generation_prompt, thinking, continue_final_message, chat_template)
+            self._chat(
+                messages, ".", add_generation_prompt, thinking, continue_final_message, chat_template, variables,
+                marked=tokenize and return_assistant_tokens_mask,
+            )
             for messages in (conversation if batched else [conversation])
-        ]
+        ]  # fmt: skip
         if not tokenize:
-            texts = [text for text, _ in chats]
+            texts = [text for text, *_ in chats]
             return texts if batched else texts[0]
         generating = add_generation_prompt or continue_final_message
-        rows = [(text, settings.configured(visuals)) for text, visuals in chats]
+        visuals = settings.configured([visuals for _, visuals, _ in chats])
+        rows = [(text, media, spans) for (text, _, spans), media in zip(chats, visuals, strict=True)]
         inputs = self._inputs(rows, settings, "left" if generating else "right", return_assistant_tokens_mask)
-        return inputs if return_dict else inputs["input_ids"]
+        if return_dict:
+            return inputs
+        ids = inputs["input_ids"]
+        return ids.tolist() if settings.return_tensors is None and not isinstance(ids, list) else ids
 
     def __call__(
         self,
-        text: str | Sequence[str] | None = None,
         images: Any = None,
+        text: str | Sequence[str] | None = None,
         videos: Any = None,
         **kwargs: Any,
     ) -> KeyeInputs:
@@ -323,12 +358,16 @@ class KeyeProcessor(ProcessorMixin):
             text: a text or a list of them. Special tokens in it are special: render chats with `apply_chat_template`.
             images, videos: one, a list of all, or a list of lists, one for each text. A list of frames counts as one
                 video only inside a list.
-            padding: True, "longest" (both the default), "max_length" or False; padding_side: "left" (the default) or
-                "right"; pad_to_multiple_of: rows as long as a multiple of so many tokens.
+            padding: True or "longest", "max_length" or False; padding_side: "left" (the default) or "right";
+                pad_to_multiple_of: rows as long as a multiple of so many tokens.
             max_length: at most so many tokens a row, by smaller videos and stills; with truncation=False only the
                 length of `padding="max_length"`. truncation=True alone takes the tokenizer's limit.
             images_kwargs, videos_kwargs: options of every image and video, see `keye.prompt.options`.
-            return_tensors: "pt".
+            return_tensors: "pt" or "np". Rows that differ in length are lists where neither this nor a padding is
+                given, as in transformers; all else are tensors.
+            return_mm_token_type_ids: also `mm_token_type_ids` `[B, L]`, 1 for stills and 2 for frames.
+            do_sample_frames: False takes every frame of videos that are given as frames. video_metadata: what is known
+                of each video (`fps`, `frames_indices`).
 
         Raises:
             KeyeError: an unknown argument, or what `sample` raises.
@@ -337,10 +376,9 @@ class KeyeProcessor(ProcessorMixin):
             raise KeyeError(f"the processor got no text; give one with {IMAGE_PAD} or {VIDEO_PAD} for each medium")
         settings = call_settings(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        rows = []
         dealt = [self._dealt(texts, kind, given) for kind, given in (("image", images), ("video", videos))]
-        for one, stills, clips in zip(texts, *dealt, strict=True):
-            rows.append((one, settings.configured([*stills, *clips])))
+        visuals = settings.configured([[*stills, *clips] for stills, clips in zip(*dealt, strict=True)])
+        rows = [(one, media, None) for one, media in zip(texts, visuals, strict=True)]
         return self._inputs(rows, settings, "left")
 
     def _dealt(self, texts: Sequence[str], kind: str, given: Any) -> list[list[Visual]]:
@@ -362,20 +400,34 @@ class KeyeProcessor(ProcessorMixin):
 
     def _inputs(
         self,
-        rows: Sequence[tuple[str, list[Visual]]],
+        rows: Sequence[tuple[str, list[Visual], Spans | None]],
         settings: CallSettings,
         padding_side: str,
         masks: bool = False,
     ) -> KeyeInputs:
         limit = settings.limit(self.tokenizer.model_max_length)
-        samples = [self._build(text, visuals, limit) for text, visuals in rows]
-        if settings.padding is False and len({len(sample) for sample in samples}) > 1:
+        samples = [self._build(text, visuals, limit, spans=spans) for text, visuals, spans in rows]
+        uneven = len({len(sample) for sample in samples}) > 1
+        if settings.padding is False and uneven and settings.return_tensors is not None:
             raise KeyeError("padding is False and the rows differ in length; give padding=True or one row")
         length = settings.padded(max(map(len, samples)))
         batch: dict[str, Any] = self.collate(samples, settings.padding_side or padding_side, length)
-        labels = batch.pop("labels")
+        # The model computes positions as they are here; tools that change the length of a row would break them.
+        labels, _ = batch.pop("labels"), batch.pop("position_ids")
         if masks:
             batch["assistant_masks"] = (labels != IGNORED).long()
+        if settings.return_mm_token_type_ids:
+            still, clip = (batch["input_ids"] == token for token in (self.image_token_id, self.video_token_id))
+            batch["mm_token_type_ids"] = still.long() + 2 * clip.long()
+        for name in ("pixel_values", "pixel_values_videos"):
+            if name in batch:
+                batch[name] = batch[name].flatten(1)  # a row a patch, as transformers has it
+        if uneven and settings.return_tensors is None and settings.as_lists:
+            real = batch["attention_mask"].bool()
+            for name in [name for name in batch if name not in PIXELS]:
+                batch[name] = [row[mask].tolist() for row, mask in zip(batch[name], real, strict=True)]
+        if settings.return_tensors == "np":
+            batch = {name: value.numpy() for name, value in batch.items()}
         return KeyeInputs(batch, samples=samples)
 
 

@@ -35,13 +35,30 @@ class Spelling:
 
     def ids(self, text: str) -> list[int]:
         """Ids of rendered text: special tokens are themselves, marked ones the characters they are written with."""
+        return self.located(text)[0]
+
+    def located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`ids`, and for each of them where in the text its first and its last character stand."""
         if not self._marked.search(text):
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self._tokens(text, list(range(len(text))), False)
         ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        start = 0
         for piece in self._special.split(text):
             if self._special.fullmatch(piece):
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+                places.append((start, start + len(piece) - 1))
             elif piece:
-                plain = self._marked.sub(lambda found: found[0].replace(MARK, "", 1), piece)
-                ids += self.tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
+                marks = {found.start() + 1 for found in self._marked.finditer(piece)}  # behind the first character
+                kept = [place for place in range(len(piece)) if place not in marks]
+                more = self._tokens("".join(piece[k] for k in kept), [start + k for k in kept], True)
+                ids, places = ids + more[0], places + more[1]
+            start += len(piece)
+        return ids, places
+
+    def _tokens(self, text: str, places: list[int], split: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of plain text, and the entries of `places` at the first and the last character of each."""
+        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split, return_offsets_mapping=True)
+        last = len(places) - 1
+        bounds = [(places[min(a, last)], places[min(max(a, b - 1), last)]) for a, b in found["offset_mapping"]]
+        return found["input_ids"], bounds

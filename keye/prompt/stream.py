@@ -33,18 +33,23 @@ CONTENT_TOKENS = (
 SLOW, FAST = 0, 1
 IGNORED = -100
 
-# Line breaks are written as expressions: the template's own white space is trimmed.
+# Line breaks are written as expressions: the template's own white space is trimmed. `generation` marks what the
+# assistant says, with the token that ends its turn: training tools read it, and rendering leaves it out.
 CHAT_TEMPLATE = """
-{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\\n' }}
-{%- if message.content is string -%}{{ message.content }}{%- else -%}
-{%- for part in message.content -%}
+{%- macro words(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for part in content -%}
 {%- if part.type in ('image', 'image_url') -%}<|vision_start|><|image_pad|><|vision_end|>
 {%- elif part.type in ('video', 'video_url') -%}<|vision_start|><|video_pad|><|vision_end|>
 {%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{ '<|im_end|>\\n' }}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{ words(message.content) + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}
+{%- else -%}{{ words(message.content) + '<|im_end|>\\n' }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
@@ -135,3 +140,22 @@ class Stream:
         begins, closes = ids == self.id[VISION_START], ids == self.id[VISION_END]
         shown = begins.cumsum(0) - closes.cumsum(0) + closes.long() > 0
         return labels.masked_fill(shown, IGNORED)
+
+    def spoken(
+        self, ids: Tensor, bare: Sequence[int], places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """`[L]` labels of what a template marks as the assistant's words, −100 elsewhere and at images and videos.
+
+        Args:
+            ids: `[L]`, expanded. bare: before placeholders were replaced; places: the first and the last character in
+                the text of each of these.
+            spans: first and last-plus-one characters that are the assistant's; a token with one of them is its word.
+        """
+        pads, closing, rest = (self.id[IMAGE_PAD], self.id[VIDEO_PAD]), self.id[VISION_END], ids.tolist()
+        flags: list[bool] = []
+        for token, (first, last) in zip(bare, places, strict=True):
+            if token in pads:  # it became all that stands before the next `<|vision_end|>`
+                flags += [False] * (rest.index(closing, len(flags)) - len(flags))
+            else:
+                flags.append(any(first < stop and last >= start for start, stop in spans))
+        return ids.masked_fill(~torch.tensor(flags), IGNORED)

@@ -67,11 +67,13 @@ def test_processor_and_model_agree_and_load_through_auto_classes(processor: Keye
     again = AutoProcessor.from_pretrained(tmp_path)
     assert again.encoder == processor.encoder and again.image == processor.image
     inputs = again.apply_chat_template(
-        [chat(clip(4, 2), None), chat(clip(3, 1), None)], tokenize=True, return_dict=True, add_generation_prompt=True
+        [chat(clip(4, 2), None), chat(clip(3, 1), None)], tokenize=True, padding=True, add_generation_prompt=True
     )
+    rows = [processor.sample(chat(clip(*c), None), add_generation_prompt=True) for c in ((4, 2), (3, 1))]
+    positions = processor.collate(rows, "left")["position_ids"]
     with torch.inference_mode():
-        told = model(**inputs).logits
-        found = model(**{name: value for name, value in inputs.items() if name != "position_ids"}).logits
+        told = model(**inputs, position_ids=positions).logits
+        found = model(**inputs).logits
     real = inputs["attention_mask"].bool()
     assert torch.equal(told[real], found[real])  # the model finds the positions that the processor gives
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 2
@@ -93,7 +95,7 @@ def test_batch_of_rows_with_and_without_media(processor: KeyeProcessor) -> None:
         inputs = processor.apply_chat_template(
             chats, tokenize=True, add_generation_prompt=True, padding=True, padding_side=side, return_tensors="pt"
         )
-        assert set(inputs) == {"input_ids", "attention_mask", "position_ids", "pixel_values_videos", "video_grid_thw"}
+        assert set(inputs) == {"input_ids", "attention_mask", "pixel_values_videos", "video_grid_thw"}
         for row, sample in enumerate(alone):
             real = inputs["attention_mask"][row].bool()
             assert torch.equal(inputs["input_ids"][row, real], sample.input_ids)
@@ -114,7 +116,18 @@ def test_call_takes_text_and_media_as_transformers_does(processor: KeyeProcessor
     picture, video = ("<|vision_start|><|" + kind + "_pad|><|vision_end|>" for kind in ("image", "video"))
     texts = [f"{picture}a{video}", f"{video}b"]
     flat = processor(text=texts, images=[still], videos=[one, two], padding=True, return_tensors="pt")
-    nested = processor(text=texts, images=[[still], []], videos=[[one], [two]])
+    nested = processor(text=texts, images=[[still], []], videos=[[one], [two]], padding=True)
+    assert flat["pixel_values"].shape == (24, 588) and flat["pixel_values_videos"].ndim == 2
+    bare = processor([still], texts, [one, two])  # in transformers' order; rows that differ are lists, and not padded
+    rows = [row[mask.bool()].tolist() for row, mask in zip(flat["input_ids"], flat["attention_mask"], strict=True)]
+    assert bare["input_ids"] == rows and torch.equal(bare["pixel_values"], flat["pixel_values"])
+    arrays = processor([still], texts, [one, two], padding=True, return_tensors="np")
+    for name in flat:
+        assert isinstance(arrays[name], np.ndarray) and np.array_equal(arrays[name], flat[name].numpy())
+    kinds = processor([still], texts, [one, two], padding=True, return_mm_token_type_ids=True)["mm_token_type_ids"]
+    assert torch.equal(kinds == 1, flat["input_ids"] == processor.image_token_id)
+    assert torch.equal(kinds == 2, flat["input_ids"] == processor.video_token_id)
+    assert (processor.image_token, processor.video_token) == ("<|image_pad|>", "<|video_pad|>")
     for name in flat:
         assert torch.equal(flat[name], nested[name])
     single = processor(text=f"{picture}a", images=still)
@@ -135,16 +148,17 @@ def test_padding_truncation_and_max_length(processor: KeyeProcessor) -> None:
     chats = [chat(clip(8, 4), None), [{"role": "user", "content": "Which?"}]]
 
     def ids(**kwargs: object) -> torch.Tensor:
-        return processor.apply_chat_template(chats, tokenize=True, **kwargs)["input_ids"]
+        return processor.apply_chat_template(chats, tokenize=True, **{"padding": True, **kwargs})["input_ids"]
 
     longest = ids().shape[1]
     assert ids(padding="longest").shape[1] == ids(max_length=9, truncation=False).shape[1] == longest
     assert ids(max_length=60).shape[1] <= 60 and ids(max_length=60, truncation=True).shape[1] <= 60
     assert ids(padding="max_length", max_length=longest + 7).shape == (2, longest + 7)
-    assert ids(text_kwargs={"padding": "max_length"}, max_length=60).shape == (2, 60)
+    assert ids(padding=None, text_kwargs={"padding": "max_length"}, max_length=60).shape == (2, 60)
     assert ids(pad_to_multiple_of=64).shape[1] == -(-longest // 64) * 64
+    assert [len(row) for row in ids(padding=False)] == [longest, min(map(len, ids(padding=None)))]
     with pytest.raises(KeyeError, match="padding is False"):
-        ids(padding=False)
+        ids(padding=False, return_tensors="pt")
     cut = processor.apply_chat_template(chats, tokenize=True, max_length=60)
     assert ["max_length=60" in " ".join(row) for row in cut.warnings] == [True, False]
 
@@ -153,7 +167,7 @@ def test_assistant_masks_and_ids_alone(processor: KeyeProcessor) -> None:
     inputs = processor.apply_chat_template(chat(clip(2, 1)), tokenize=True, return_assistant_tokens_mask=True)
     assert processor.decode(inputs["input_ids"][inputs["assistant_masks"].bool()]) == "red<|im_end|>"
     ids = processor.apply_chat_template(chat(clip(2, 1)), tokenize=True, return_dict=False)
-    assert torch.equal(ids, inputs["input_ids"])
+    assert ids == inputs["input_ids"].tolist()
     assert processor.batch_decode(ids, skip_special_tokens=True)[0].endswith("Which colour?\nassistant\nred\n")
     assert processor.post_process_image_text_to_text(ids)[0].endswith("red\n")
 
@@ -165,7 +179,7 @@ def test_assistant_masks_and_ids_alone(processor: KeyeProcessor) -> None:
         ({"processor_kwargs": {"sizes": 3}}, "does not know sizes"),
         ({"enable_thinking": True}, "does not know enable_thinking"),
         ({"tools": [{}]}, "tools was given"),
-        ({"return_tensors": "np"}, "return_tensors is 'np'"),
+        ({"return_tensors": "tf"}, "return_tensors is 'tf'"),
         ({"padding": "most"}, "padding is 'most'"),
         ({"padding": "max_length"}, "no max_length"),
         ({"padding_side": "top"}, "padding_side is 'top'"),
@@ -182,6 +196,59 @@ def test_unknown_arguments_are_refused_by_name(processor: KeyeProcessor, kwargs:
     with pytest.raises(KeyeError, match=match):
         processor(text="red", **kwargs)
     processor(text="red", tools=None, load_audio_from_video=False, return_tensors=None)  # what servers pass along
+
+
+def test_a_template_says_what_the_assistant_says(processor: KeyeProcessor) -> None:
+    """`{% generation %}` marks the words, also where turns do not look like Keye's and words hold special tokens."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}!{% endgeneration %}"
+        "{% else %}Q: {% for part in m.content %}{% if part.type == 'video' %}<|vision_start|><|video_pad|>"
+        "<|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    for answer in ("red", "say <|im_end|> twice"):
+        question = {"role": "user", "content": [{"type": "video", "video": clip(2, 1)}, {"type": "text", "text": "Wh"}]}
+        messages = [question, {"role": "assistant", "content": answer}, {"role": "user", "content": []}]
+        options = {"tokenize": True, "return_assistant_tokens_mask": True}
+        inputs = processor.apply_chat_template(messages, template, **options)
+        marked = inputs["input_ids"][inputs["assistant_masks"].bool()]
+        assert processor.decode(marked).lstrip() == answer + "!"
+        own = processor.apply_chat_template(messages[:2], **options)
+        text = processor.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+        plain = processor.apply_chat_template(messages[:2], text, **options)
+        for name in own:
+            assert torch.equal(own[name], plain[name]), name
+        assert processor.decode(own["input_ids"][own["assistant_masks"].bool()]) == answer + "<|im_end|>"
+
+
+def test_variables_of_a_template_reach_it(processor: KeyeProcessor) -> None:
+    template = "{% if enable_thinking %}think: {% endif %}{{ messages[0].content }}"
+    chats = [{"role": "user", "content": "red"}]
+    assert processor.apply_chat_template(chats, template, enable_thinking=True) == "think: red"
+    assert processor.apply_chat_template(chats, template, enable_thinking=False) == "red"
+
+
+def test_tool_calls_become_words(processor: KeyeProcessor) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "ball"}}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    text = processor.apply_chat_template(messages)
+    assert '<tool_call>\n{"name": "look", "arguments": {"at": "ball"}}\n</tool_call><|im_end|>' in text
+    with pytest.raises(ManifestError, match="only the assistant's call tools"):
+        processor.apply_chat_template([{"role": "user", "content": "hi", "tool_calls": [call]}])
+
+
+def test_metadata_and_sampling_of_frames(processor: KeyeProcessor) -> None:
+    video = "<|vision_start|><|video_pad|><|vision_end|>"
+    frames = clip(8, 4)
+    known = {"fps": 4.0, "total_num_frames": 8, "frames_indices": None}
+    sampled = processor(text=video, videos=frames, video_metadata=[known])
+    every = processor(text=video, videos=frames, video_metadata=[known], do_sample_frames=False)
+    assert sampled.num_frames.tolist() == [4] and every.num_frames.tolist() == [8]  # at the encoder's 2 frames a second
+    assert every.plans[0][0].timestamps.tolist() == [index / 4 for index in range(8)]
+    placed = {"fps": 10.0, "frames_indices": [0, 5, 10, 15, 20, 25, 30, 75]}
+    told = processor(text=video, videos=frames, video_metadata=[placed])
+    assert told.plans[0][0].timestamps.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 7.5]
+    with pytest.raises(KeyeError, match="video_metadata is of 2 videos"):
+        processor(text=video, videos=frames, video_metadata=[known, known])
 
 
 def test_saved_settings_come_back_in_a_process_of_their_own(processor: KeyeProcessor, tmp_path) -> None:
