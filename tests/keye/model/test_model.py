@@ -115,15 +115,16 @@ def test_a_video_without_fast_frames_beside_one_with_many() -> None:
     kinds = [plan.frame_types.sum() for plan in processor.sample(chats[0]).plans]
     assert kinds == [0, 5]  # fast frames of the changing and of the resting video
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-    batch = processor.apply_chat_template(chats, **options)
+    batch = processor.apply_chat_template(chats, padding=True, **options)
+    samples = [processor.sample(chat, add_generation_prompt=True) for chat in chats]
+    positions = processor.collate(samples, "left")["position_ids"]
     grids = batch["image_grid_thw"], batch["video_grid_thw"]
-    assert torch.equal(model.positions(batch["input_ids"], batch["attention_mask"], *grids), batch["position_ids"])
+    assert torch.equal(model.positions(batch["input_ids"], batch["attention_mask"], *grids), positions)
     together = model.generate(**batch, max_new_tokens=3, do_sample=False)[:, -3:]
     with torch.no_grad():
         logits = model(**batch).logits
     for row, messages in enumerate(chats):
         single = processor.apply_chat_template([messages], **options)
-        single.pop("position_ids")
         with torch.no_grad():
             alone, real = model(**single).logits[0], batch["attention_mask"][row].bool()
         torch.testing.assert_close(logits[row, real], alone, atol=1e-4, rtol=1e-4)
