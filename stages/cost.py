@@ -270,7 +270,7 @@ def _reckon(
 ) -> StageCost:  # fmt: skip
     kinds = {**kinds_of(recipe, told), **assumed.kinds}
     element = 4 if recipe.precision == "fp32" else 2
-    plan = Plan(element, told.zero, gpus, told.checkpointing, told.offload, told.mlp_tiles)
+    plan = Plan(element, told.zero, gpus, told.checkpointing, told.offload, told.mlp_tiles, hpz=told.hpz)
     if isinstance(told, VisionRecipe):
         total, trained, memory, (model, done), tokens = _contrastive(told, config, counts, plan, kinds)
         step, pinned, drawn = Share(0, 4 * tokens, 0), 0.0, total - counts["visual"]

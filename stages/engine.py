@@ -91,6 +91,7 @@ def build(
     precision: str = "auto",
     sources: Mapping[nn.Parameter, Stored] | None = None,
     lr_scale: Mapping[str, float] | None = None,
+    hpz: int = 1,
 ) -> Any:
     """A DeepSpeed engine that trains the parameters of `module` that want gradients, with AdamW.
 
@@ -99,7 +100,8 @@ def build(
     that and averages over all ranks; `trainer.Trainer` undoes both. In bf16 the optimizer keeps fp32 weights, which
     begin as `module` has them, or where it is in bf16 already as `sources` has them on disk, of which a rank reads its
     share. Gradients are then summed in fp32, over micro-batches and over ranks, and `zero` is 2 at least: without ZeRO
-    there are no fp32 weights, and ZeRO-1 would keep the fp32 gradients of all parameters on every rank.
+    there are no fp32 weights, and ZeRO-1 would keep the fp32 gradients of all parameters on every rank. hpz:
+    neighbouring ranks that keep the weights of ZeRO-3 among them a second time, see `StageRecipe`.
     """
     import deepspeed
 
@@ -128,6 +130,8 @@ def build(
     }
     if half:
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    if hpz > 1:
+        config["zero_optimization"]["zero_hpz_partition_size"] = hpz
     stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
     # The engine gives the parameters other memory, in bf16.
     begun = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}

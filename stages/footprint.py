@@ -26,6 +26,7 @@ class Plan:
     own (a GPU's). buckets: of gradients on their way to other ranks (two when reduction and backward overlap).
     live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes. accumulates: whether a step has
     several micro-batches, so that gradients of the earlier ones are held in the forward passes of the later.
+    hpz: ranks that keep the weights of ZeRO-3 among them a second time; 1 = none.
     """
 
     element: int
@@ -39,6 +40,7 @@ class Plan:
     live: int = LIVE
     pixel: int = 1
     accumulates: bool = False
+    hpz: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
     share, half = trained / plan.ranks, plan.element < FP32
     zero = max(plan.zero, 2) if half else plan.zero  # as `engine.build`
     weights = min(parameters, parameters / plan.ranks + plan.live) if zero == 3 else parameters
+    weights += parameters / plan.hpz if plan.hpz > 1 else 0
     held = share if zero >= 2 else trained
     bucket = min(BUCKET, trained) if zero and plan.ranks > 1 else 0
     # Gradients are summed in fp32; in bf16 a bucket of them is turned into fp32 before it is reduced.

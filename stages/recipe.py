@@ -112,7 +112,9 @@ class StageRecipe:
     that are made to cost the same, best as many as data-parallel ranks meet in a round, or more; 0 = a quarter of the
     step. lr, lr_scale (part of the model, "vision", "projector" or "decoder" → factor on its lr), schedule ("cosine" to
     zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm).
-    zero: DeepSpeed ZeRO stage. sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens.
+    zero: DeepSpeed ZeRO stage. hpz: with zero = 3, ranks of a node that keep the weights among them a second time, so
+    that the backward pass gathers them within the node (hpZ, arXiv 2306.10209); 1 = none.
+    sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens.
     encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay
     until the stage is finished and only its model is left, unless `keep_finished`.
     heldout_every: steps between measures of the loss on held-out samples (`data.heldout`), always the same ones, as
@@ -134,6 +136,7 @@ class StageRecipe:
     clip: float = 1.0
     zero: int = 2
     lr_scale: dict[str, float] = field(default_factory=dict)
+    hpz: int = 1
     sequence_parallel: int = 1
     mixture: dict[str, float] = field(default_factory=dict)
     encoder: dict[str, Any] = field(default_factory=dict)
@@ -351,6 +354,10 @@ def _check(recipe: Recipe, file: str) -> None:
             f"{name}.offload keeps what checkpointing recomputes from; set {name}.checkpointing = true besides",
         )
         need(stage.zero in (0, 1, 2, 3), f"{name}.zero must be 0, 1, 2 or 3")
+        need(
+            stage.hpz == 1 or (stage.hpz > 1 and stage.zero == 3),
+            f"{name}.hpz = {stage.hpz} keeps a second copy of what ZeRO-3 cuts; set {name}.zero = 3 or hpz = 1",
+        )
         for key in ("warmup", "weight_decay", "clip"):
             need(getattr(stage, key) >= 0, f"{name}.{key} must not be below 0")
         for key in ("spike_loss", "spike_norm"):

@@ -31,6 +31,7 @@ from stages.annealing import Annealing
 from stages.contrast import text_config
 from stages.data.formats import files_of, format_of
 from stages.data.items import Cache, Quarantine
+from stages.hosts import local_ranks
 from stages.memory import economise
 from stages.multitask import Multitask
 from stages.parallel import Grid, check_sequence, make_grid
@@ -112,9 +113,19 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
             if told.heldout_every:
                 choose_sources(name, recipe, heldout=True)
             check_sequence(told.sequence_parallel, world)
+            check_hpz(name, told.hpz, local_ranks(devices=torch.cuda.device_count()))
             batches_of(name, told, Grid(0, world, told.sequence_parallel, None))
             if isinstance(told, VisionRecipe) and told.text_model:
                 text_config(told.text_model)
+
+
+def check_hpz(name: str, hpz: int, ranks: int) -> None:
+    """RecipeError when the `ranks` of a node cannot be cut into groups of `hpz`."""
+    if ranks % hpz:
+        raise RecipeError(
+            f"{name}.hpz = {hpz} does not divide the {ranks} processes of a node, which keep the weights among them; "
+            f"set it to {ranks}, or to 1 for none"
+        )
 
 
 def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:

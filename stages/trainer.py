@@ -51,6 +51,7 @@ class Trainer:
             module, lr=recipe.lr, steps=recipe.steps, warmup=recipe.warmup, schedule=recipe.schedule,
             weight_decay=recipe.weight_decay, betas=recipe.betas, clip=recipe.clip, zero=recipe.zero,
             accumulation=micro_batches, precision=precision, sources=sources, lr_scale=recipe.lr_scale,
+            hpz=recipe.hpz,
         )  # fmt: skip
         self.guard = Guard(stage.name, recipe.spike_loss, recipe.spike_norm)
         deep.hold_steps(self.engine, self.guard.holds)

@@ -80,6 +80,11 @@ def test_states_are_zeros():
     assert sizes == pytest.approx([16.6 + more] * 3 + [1.9 + more], abs=0.05)
 
 
+def test_a_second_copy_within_the_node_is_counted():
+    plain, twice = (states(8e9, 8e9, Plan(2, 3, 64, live=0, hpz=hpz)) for hpz in (1, 8))
+    assert twice["weights"] - plain["weights"] == 2 * 8e9 / 8
+
+
 def test_frozen_parameters_have_neither_gradients_nor_states():
     held = states(1e9, 1e6, Plan(2, 0, 1))
     assert held["weights"] == 2e9 and held["gradients"] == 4e6 and held["optimizer"] == 12e6
