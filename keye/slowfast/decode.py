@@ -16,6 +16,7 @@ from itertools import chain
 import av
 import numpy as np
 import torch
+from av.error import FFmpegError
 from av.video.frame import VideoFrame
 
 from keye.errors import VideoError
@@ -159,7 +160,7 @@ class Decoder:
             return next(
                 (frame.pts for packet in packets_of(self.container, self.stream) for frame in packet.decode()), None
             )
-        except (av.error.FFmpegError, EOFError):
+        except (FFmpegError, EOFError):
             return None
 
     def _rewind(self) -> None:
@@ -249,6 +250,7 @@ class Decoder:
         if begun is None:
             return
         frames = (Frame(index, time, self._painter.paint(frame, time)) for index, time, frame in begun)
+        del begun  # the thread's alone
         ahead = self._ahead = Ahead(frames, ahead_of(self.size), self._halt)
         try:
             yield from ahead
@@ -287,7 +289,7 @@ class Decoder:
                     yield decoded
                 self._end = self._index.end
                 return
-            except (_Unexpected, av.error.FFmpegError, EOFError):
+            except (_Unexpected, FFmpegError, EOFError):
                 if self._halt.is_set():  # nothing is wrong with the file; nobody reads on
                     return
                 self._index = None
@@ -385,7 +387,7 @@ class Decoder:
                 frames = packet.decode()
             except (StopIteration, EOFError):
                 return
-            except av.error.FFmpegError as error:
+            except FFmpegError as error:
                 self._broken += 1
                 self._reason = error.strerror
                 if packet is None:  # reading failed, which ended the iterator; what comes after may be whole

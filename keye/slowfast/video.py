@@ -21,6 +21,7 @@ from PIL import Image
 
 from keye.checks import rate, seconds, whole
 from keye.errors import VideoError
+from keye.slowfast.ahead import check_ending, reading
 from keye.slowfast.arrays import FrameArray, is_clip
 from keye.slowfast.containers import open_container
 from keye.slowfast.decode import Frame, open_decoder
@@ -66,6 +67,7 @@ class Clip:
     def __iter__(self) -> Iterator[Frame]:
         frame = None
         for frame in self._reader.frames():
+            check_ending()
             yield frame
         if frame is None:  # nothing before the damage, or all of what was asked for lies behind it
             why = "; ".join(self.warnings) or "none can be decoded"
@@ -124,14 +126,14 @@ def open_clip(
     Raises VideoError when nothing can be read.
     """
     _check_request(fps, max_frames, source_fps, start, end, num_frames)
-    with ExitStack() as stack:
+    with reading(), ExitStack() as stack:
         sampling = (fps, max_frames, start, end, num_frames)
         yield _open(source, sampling, timestamps, source_fps, urls, stack)
 
 
 def read_frames_at(source: Source, times: Sequence[float], *, urls: UrlRules | None = None) -> list[Frame]:
     """The frames on the screen at the given ascending times (seconds) of a source, for a handful of pictures."""
-    with ExitStack() as stack:
+    with reading(), ExitStack() as stack:
         clip = _open(source, (1.0, 1, None, None, None), None, None, urls, stack)
         return list(clip._reader.frames_at(times))
 

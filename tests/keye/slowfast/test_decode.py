@@ -504,3 +504,38 @@ print(next(kept))
 """
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (told.returncode, told.stdout.split("\n")[:2]) == (0, ["1", "['MainThread']"]), told.stderr
+
+
+def test_a_daemon_that_reads_when_the_program_ends_is_waited_for(tmp_path):
+    """Ended inside PyAV or torch it would abort the process: "terminate called without an active exception"."""
+    script = """
+import sys, threading, time
+from keye import SlowFastEncoder
+def work():
+    encoder = SlowFastEncoder(fps=25.0)
+    while True:
+        encoder.plan(sys.argv[1])
+        read.set()
+read = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+read.wait()
+time.sleep(float(sys.argv[2]))
+"""
+    for wait in (0.0, 0.1, 0.23, 0.4):
+        arguments = [sys.executable, "-c", script, str(clip("bigbuckbunny.mp4")), str(wait)]
+        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+        assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_clip_left_open_ends_with_the_program(tmp_path):
+    script = """
+import sys
+from keye.slowfast.video import open_clip
+clip = open_clip(sys.argv[1], 25.0, 1000)
+frames = iter(clip.__enter__())
+next(frames)
+sys.modules["kept"] = (clip, frames)
+"""
+    arguments = [sys.executable, "-c", script, str(clip("bikes.mp4"))]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
