@@ -89,15 +89,18 @@ class DataRecipe:
     """Where the samples come from.
 
     cache_mb: RAM a process may spend on encoded samples, so that they decode once. workers: threads of a process that
-    decode and encode. not_like: manifests of evaluations; samples that show one of their pictures are passed over, up
-    to `not_like_bits` bits of 64 of perceptual hash apart. heldout: sources that nothing trains on, for the stages'
-    held-out loss; or in their place the share `heldout_fraction` of the rows of each source, chosen by row number.
+    decode and encode; 0 = by the cores that each process of the machine has for itself. max_bad_fraction: a source of
+    whose last 1,000 samples more cannot be used ends the run. not_like: manifests of evaluations; samples that show
+    one of their pictures are passed over, up to `not_like_bits` bits of 64 of perceptual hash apart. heldout: sources
+    that nothing trains on, for the stages' held-out loss; or in their place the share `heldout_fraction` of the rows of
+    each source, chosen by row number.
     """
 
     sources: tuple[SourceRecipe, ...]
     world: WorldRecipe | None = None
     cache_mb: int = 1024
-    workers: int = 2
+    workers: int = 0
+    max_bad_fraction: float = 0.5
     not_like: tuple[str, ...] = ()
     not_like_bits: int = 6
     heldout: tuple[SourceRecipe, ...] = ()
@@ -315,7 +318,8 @@ def _check(recipe: Recipe, file: str) -> None:
     need(recipe.start in ("", *recipe.stages), f"start must be one of {', '.join(recipe.stages)}, or empty")
     need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
     need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
-    need(recipe.data.workers >= 1, "data.workers must be at least 1")
+    need(recipe.data.workers >= 0, "data.workers must be at least 1, or 0 to go by the cores")
+    need(0 < recipe.data.max_bad_fraction <= 1, "data.max_bad_fraction must be above 0 and at most 1")
     data = recipe.data
     need(0 <= data.heldout_fraction < 1, "data.heldout_fraction must be in [0, 1)")
     need(not (data.heldout and data.heldout_fraction), "give data.heldout or data.heldout_fraction, not both")

@@ -31,6 +31,7 @@ from stages.annealing import Annealing
 from stages.contrast import text_config
 from stages.data.formats import files_of, format_of
 from stages.data.items import Cache, Quarantine
+from stages.data.loader import encoding_threads
 from stages.hosts import local_ranks
 from stages.memory import economise
 from stages.multitask import Multitask
@@ -212,14 +213,15 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     model = start.build(dtype, engine.device(), stage.parts)
     economise(model, told.checkpointing, told.offload, told.mlp_tiles)
     module = stage.prepare(model).train()
-    quarantine = Quarantine(folder / "quarantine.jsonl")
+    quarantine = Quarantine(folder / "quarantine.jsonl", grid.rank)
+    workers = encoding_threads(recipe.data.workers)
     given, batches = (name, recipe, processor, grid, cache, quarantine, str(run)), batches_of(name, told, grid)
     heldout: list[list[dict[str, Any]]] = []
     if told.heldout_every:  # the same batches each time, which wait in host memory
-        held = stage.loader(open_mixture(*given, heldout=True), grid, model, recipe.data.workers)
+        held = stage.loader(open_mixture(*given, heldout=True), grid, model, workers)
         heldout = [[held.next() for _ in range(batches)] for _ in range(told.heldout_steps)]
         held.close()
-    loader = stage.loader(open_mixture(*given), grid, model, recipe.data.workers)
+    loader = stage.loader(open_mixture(*given), grid, model, workers)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     _say(f"{name}: {trained / 1e6:.2f} M parameters, {told.steps} steps, {grid.data_size} × {grid.sequence} ranks")
     config = dataclasses.asdict(recipe)

@@ -125,6 +125,7 @@ def open_mixture(
         made = Source(
             source, processor, recipe.seed, cache, quarantine,
             limit=stage.limit, run=run, report=grid.rank == 0, guard=guard, part=(fraction, heldout),
+            max_bad_fraction=recipe.data.max_bad_fraction,
         )  # fmt: skip
         sources.append((made, share))
     return Mixture(sources)

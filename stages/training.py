@@ -3,7 +3,7 @@
     recipe.toml                   the chain of stages, the shares asked for
     <stage>/metrics.jsonl         step, loss, tokens_per_second, mfu, stall_share, tokens_<kind>, skipped …
     <stage>/peak.json             what the MFU is a share of
-    <stage>/quarantine.jsonl      samples that could not be used, and why
+    <stage>/quarantine*.jsonl     samples that could not be used, and why; a file a rank
     <stage>/checkpoints, stage.json
 """
 
@@ -19,6 +19,7 @@ from stages import findings
 from stages import recipe as recipes
 from stages.charts import NOT_RUN, Series, legend, line_chart, percent, smooth, table
 from stages.checkpoints import checkpoints
+from stages.data.items import Quarantine
 from stages.watch import duration
 
 STAGES = {
@@ -175,7 +176,7 @@ def _passed_over(run: Path, logs: dict[str, list[dict[str, Any]]]) -> str:
     ]
     reasons: Counter[tuple[str, str]] = Counter()
     for name in logs:
-        for row in findings.read_jsonl(run / name / "quarantine.jsonl"):
+        for row in Quarantine(run / name / "quarantine.jsonl").rows():
             # Numbers and names differ from sample to sample, the reason does not.
             reasons[name, re.sub(r"(/\S+|\d[\d,.]*)", "…", str(row.get("reason", row)))] += 1
     said = f"<p>Steps skipped because of a spike or of what is not finite: {len(steps) or 'none'}.</p>"

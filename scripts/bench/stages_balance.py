@@ -66,7 +66,7 @@ class Drawn:
         self.at += count
         return np.arange(self.at - count, self.at)
 
-    def results(self, good: np.ndarray) -> None:
+    def results(self, good: np.ndarray, causes: dict[int, str]) -> None:
         """All are good."""
 
     def state_dict(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ from keye.prompt.tokenizer import load_tokenizer, train_tokenizer
 from stages.data.duplicates import make_guard, sample_hashes
 from stages.data.formats import BAD, Table
 from stages.data.items import Cache, Item, Quarantine
+from stages.data.loader import encoding_threads
 from stages.data.sources import Source, source_name
 from stages.data.streams import Lanes
 from stages.recipe import KINDS, DataRecipe, Recipe, SourceRecipe, StageRecipe, VisionRecipe
@@ -31,7 +32,8 @@ class Found:
     """What a source has.
 
     share: of the stage's tokens. rows: wanted ones, None for a stream. unreadable: rows of its data set that are in no
-    form. tokens, visual: of each good sample that was looked at. thinned: how many of them were made smaller to fit.
+    form. good: rows looked at that can be used. split: texts among them that are longer than the context, of which each
+    part is a sample. tokens, visual: of each sample. thinned: how many of them were made smaller to fit.
     seconds: of one thread for each sample. twins: pictures that another sample shows too. bad: file, line, reason.
     epochs: how many times the stage goes through it, None for a stream.
     """
@@ -41,6 +43,8 @@ class Found:
     share: float
     rows: int | None
     unreadable: int = 0
+    good: int = 0
+    split: int = 0
     tokens: list[int] = field(default_factory=list)
     visual: list[int] = field(default_factory=list)
     thinned: int = 0
@@ -52,7 +56,7 @@ class Found:
 
     @property
     def looked_at(self) -> int:
-        return len(self.tokens) + len(self.bad)
+        return self.good + len(self.bad)
 
 
 def one_manifest(path: str, tokenizer: str, context: int, not_like: tuple[str, ...], bits: int) -> Recipe:
@@ -104,11 +108,11 @@ def look_over(
                 source, processor, recipe.seed, Cache(0), quarantine,
                 limit=told.limit, run=str(run), report=False, guard=guard,
             )  # fmt: skip
-            found.append(_look(opened, share, samples, recipe.data.workers, progress))
+            found.append(_look(opened, share, samples, encoding_threads(recipe.data.workers), progress))
             # The stage reads by tokens; a source that holds few of them for its share is read many times.
             if found[-1].rows is not None and found[-1].tokens:
                 per_step = told.pairs if isinstance(told, VisionRecipe) else told.packs * told.context
-                each = 1.0 if isinstance(told, VisionRecipe) else float(np.mean(found[-1].tokens))
+                each = 1.0 if isinstance(told, VisionRecipe) else sum(found[-1].tokens) / found[-1].good
                 found[-1].epochs = told.steps * per_step * share / (each * found[-1].rows)
     return found
 
@@ -122,15 +126,18 @@ def _look(source: Source, share: float, samples: int, workers: int, progress: Ca
         samples = min(samples, found.rows)
     hashes: list[np.ndarray] = []
 
-    def timed(index: int) -> tuple[Item | None, float]:
+    def timed(index: int) -> tuple[list[Item], float]:
         started = perf_counter()
-        return source.item(index), perf_counter() - started
+        return source.items(index), perf_counter() - started
 
     with ThreadPoolExecutor(workers) as threads:
         indices = [source.draw() for _ in range(samples)]
-        for done, (item, seconds) in enumerate(threads.map(timed, indices), start=1):
-            if item is not None:
+        for done, (items, seconds) in enumerate(threads.map(timed, indices), start=1):
+            for item in items:
                 _add(found, item, hashes)
+            if items:
+                found.good += 1
+                found.split += len(items) > 1
                 found.seconds += seconds / samples
             progress(name, done, samples)
     found.bad = source.quarantine.rows()
@@ -163,8 +170,9 @@ def lines(found: list[Found], planned: bool) -> list[str]:
         plan = f"{one.share:.0%} of the tokens{times}; " if planned else ""
         said += [
             f"{_short(one.name)}: {plan}{rows}",
-            f"  {one.looked_at:,} looked at: {len(one.tokens):,} good, {len(one.bad):,} bad; {one.thinned:,} made"
-            f" smaller to fit; {one.twins:,} of {one.pictures:,} pictures shown by several; {one.seconds:.2f} s each",
+            f"  {one.looked_at:,} looked at: {one.good:,} good, {len(one.bad):,} bad; {one.thinned:,} made"
+            f" smaller to fit, {one.split:,} split;"
+            f" {one.twins:,} of {one.pictures:,} pictures shown by several; {one.seconds:.2f} s each",
             f"  tokens: half below {median:,.0f}, 95 % below {most_have:,.0f}, most {tokens.max():,};"
             f" {sum(one.visual) / max(tokens.sum(), 1):.0%} of them visual",
             *(f"  bad: {row['file']} line {row['line']}: {row['reason']}" for row in one.bad[:3]),
@@ -205,7 +213,7 @@ def picture(found: list[Found], context: int | None, path: str | Path) -> None:
     left.set_xlabel("tokens of a sample: least, half of the samples, median, most")
     start = np.zeros(len(shown))
     parts = {
-        "as it is": [len(one.tokens) - one.thinned for one in shown],
+        "as it is": [one.good - one.thinned for one in shown],
         "made smaller to fit": [one.thinned for one in shown],
         "bad": [len(one.bad) for one in shown],
     }

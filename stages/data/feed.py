@@ -1,5 +1,6 @@
 """Feed: batches of this rank. Rank 0 plans for all; each rank encodes what it owns and is sent what it trains on."""
 
+import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from keye.errors import KeyeError
+from keye.errors import KeyeError, ManifestError
 from stages.data import exchange
 from stages.data.balance import Cost, TowerCost
 from stages.data.exchange import Failure
@@ -45,9 +46,10 @@ class Turn(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a rank says of its samples of a block."""
+    """What a rank says of its samples of a block. causes: place in the block → why a sample is bad."""
 
     found: Found
+    causes: dict[int, str]
     failure: Failure | None
 
 
@@ -80,7 +82,8 @@ class Feed:
         self.places = {name: place for place, name in enumerate(planner.mixture.names)}
         self.group = exchange.make_group(grid.world)
         self.encoders = ThreadPoolExecutor(workers, thread_name_prefix="encoder")
-        self.coding: deque[list[tuple[int, int, Future[list[Item]]]]] = deque()  # place in the block, part, items
+        # Of each block: place, part, (source, index), what it gives.
+        self.coding: deque[list[tuple[int, int, tuple[int, int], Future[list[Item]]]]] = deque()
         self.kept: dict[Ref, Item] = {}  # encoded here and not trained on yet
         self.uses: Counter[Ref] = Counter()
         self.dealt: Dealt | None = None
@@ -88,6 +91,7 @@ class Feed:
         self._begun: list[Block] = []  # restored, to be encoded with the first turn
         self._reports: list[Report] | None = None  # on rank 0, of the oldest block
         self._cause: Exception | None = None  # of a failure of this rank
+        self._compared = grid.world == 1
         self._planned = self._handed = planner.state_dict() if grid.rank == 0 else {}
 
     def next(self) -> dict[str, Any]:
@@ -107,6 +111,8 @@ class Feed:
 
     def _plan(self) -> None:
         """The next step, by turns with rank 0."""
+        if not self._compared:
+            self._compare()
         while True:
             turn = exchange.broadcast(self._turn() if self.grid.rank == 0 else None, self.group)
             if turn.failure is not None:
@@ -120,6 +126,13 @@ class Feed:
             if reports is not None:
                 self._reports = reports
 
+    def _compare(self) -> None:
+        """See that all ranks read the same data: the numbers of a plan are rows of them. Collective."""
+        marks = exchange.collect((socket.gethostname(), [source.mark for source in self.sources]), self.group)
+        error = None if marks is None else _differing(self.planner.mixture.names, marks)
+        exchange.agree(error, self.group)
+        self._compared = True
+
     def _turn(self) -> Turn:
         """Rank 0's next word; its own mistakes are everybody's."""
         try:
@@ -129,7 +142,8 @@ class Feed:
                 if failure is not None:
                     return Turn([], failure=failure)
                 found = Found.join([report.found for report in reports])
-                self.planner.take(found[np.argsort(found.place, kind="stable")])
+                causes = {place: why for report in reports for place, why in report.causes.items()}
+                self.planner.take(found[np.argsort(found.place, kind="stable")], dict(sorted(causes.items())))
             blocks, self._begun = [*self._begun, *self.planner.draws()], []
             dealt = None
             if not self.planner.hungry():
@@ -167,7 +181,7 @@ class Feed:
             key = (source, index, place if part < 0 else -1)
             if key not in begun:
                 begun[key] = self.encoders.submit(self._items, source, index)
-            mine.append((place, part, begun[key]))
+            mine.append((place, part, (source, index), begun[key]))
         self.coding.append(mine)
 
     def _items(self, source: int, index: int) -> list[Item]:
@@ -176,10 +190,14 @@ class Feed:
     def _encoded(self) -> Report:
         """What is known of this rank's samples of the oldest block."""
         rows: list[tuple[int, Meta]] = []
+        causes: dict[int, str] = {}
         failure = None
-        for place, part, future in self.coding.popleft():
+        for place, part, (source, index), future in self.coding.popleft():
             try:
-                for item in future.result():
+                items = future.result()
+                if not items and index in self.sources[source].bad:
+                    causes[place] = self.sources[source].bad[index]
+                for item in items:
                     if part in (-1, item.part):
                         rows.append((place, meta_of(item, self.cost)))
                         ref = (self.places[item.source], item.index, item.part)
@@ -187,7 +205,7 @@ class Feed:
                         self.uses[ref] += 1
             except Exception as error:
                 self._cause, failure = error, Failure.of(error, self.grid.rank)
-        return Report(Found.of_rows(self.planner.mixture.names, rows), failure)
+        return Report(Found.of_rows(self.planner.mixture.names, rows), causes, failure)
 
     # --- batches
 
@@ -223,7 +241,9 @@ class Feed:
         samples = self.dealt.step.samples[rows]
         shares, refs = self._shares(samples), samples.refs
         for place in mine:
-            item = self.kept[refs[place]]
+            item = self.kept.get(refs[place])
+            if item is None:  # who waits for it says so
+                continue
             for i, (stills, frames) in enumerate(shares[place]):
                 whole = exchange.part(item, stills, frames)
                 outgoing[data_rank * self.grid.sequence + i].append((place, whole))
@@ -242,8 +262,8 @@ class Feed:
             name = self.planner.mixture.names[source]
             if item is None or (item.source, item.index, item.part) != (name, index, part) or len(came) != len(refs):
                 raise KeyeError(
-                    f"rank {self.grid.rank} was to train on {len(refs)} samples and was sent {len(came)}, not among "
-                    f"them sample {index} of {name} at place {place}; are all processes of one version?"
+                    f"rank {self.grid.rank} was to train on {len(refs)} samples and was sent {len(came)}: sample "
+                    f"{index} of {name} did not come from rank {self.sources[source].owner(index, self.grid.world)}"
                 )
         return [items[place] for place in range(len(refs))]
 
@@ -288,6 +308,20 @@ class Feed:
     def close(self) -> None:
         """Wait for the threads that encode; what they have not begun is dropped."""
         self.encoders.shutdown(cancel_futures=True)
+
+
+def _differing(names: list[str], marks: list[tuple[str, list[dict[str, Any]]]]) -> KeyeError | None:
+    """An error that names the first source which two ranks have different copies of. marks: rank → host, of each."""
+    host, first = marks[0]
+    for rank, (other, found) in enumerate(marks):
+        for name, mine, theirs in zip(names, first, found, strict=True):
+            if mine != theirs:
+                said = [", ".join(f"{key} {value}" for key, value in mark.items()) for mark in (mine, theirs)]
+                return ManifestError(
+                    f"{name}: the ranks read different data: rank 0 ({host}) has {said[0]}; rank {rank} ({other}) has "
+                    f"{said[1]}; copy the same files to every machine"
+                )
+    return None
 
 
 def meta_of(item: Item, cost: Cost | TowerCost) -> Meta:

@@ -7,6 +7,7 @@ docs/stages.md, "Data". Rows are in the chat form of `stages.data.chat`; media a
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from stages.recipe import KINDS, SourceRecipe
 
 BAD, EMPTY = 254, 255  # codes of rows beside the kinds' places in KINDS
 SCANNED = 2048  # rows looked over at a time
+CHECKED = 4096  # bytes of a file's beginning and of its end that are compared between machines
 SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".json": "json",
     ".parquet": "parquet", ".tar": "webdataset",
@@ -237,6 +239,22 @@ def files_of(kind: str, path: str) -> list[str]:
     if not found:
         raise ManifestError(f"{path}: no such manifest; mend data.sources in the recipe or make it first")
     return sorted(found)
+
+
+def marks(files: list[str]) -> dict[str, Any]:
+    """What tells copies of files apart: how many, their bytes, and a checksum of the beginning and end of each local
+    one. Paths do not count: machines may keep their copies in different places."""
+    total, crc = 0, 0
+    for file in files:
+        crc = zlib.crc32(Path(file).name.encode(), crc)
+        if os.path.isfile(file):
+            size = os.path.getsize(file)
+            total += size
+            with open(file, "rb") as content:
+                crc = zlib.crc32(content.read(CHECKED), crc)
+                content.seek(max(0, size - CHECKED))
+                crc = zlib.crc32(content.read(CHECKED), crc)
+    return {"files": len(files), "bytes": total, "checksum": crc}
 
 
 def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:

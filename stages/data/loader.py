@@ -1,11 +1,27 @@
 """Loader: what a rank trains on next, made ahead by a thread; its state is that of what was handed out."""
 
+import os
 import queue
 import threading
 import time
 from typing import Any, Protocol
 
 from stages.parallel import Grid
+
+MOST_WORKERS = 16  # threads that encode; beyond, what they do under Python's lock leaves nothing to gain
+
+
+def encoding_threads(asked: int) -> int:
+    """Threads of this process that decode and encode: `asked`, or for 0 the cores that it has for itself less one.
+
+    The cores this process may run on are shared with the other processes of the machine (LOCAL_WORLD_SIZE, as torchrun
+    and deepspeed set it). One is left to the training thread, and at least two threads overlap reading and decoding.
+    """
+    if asked:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(2, min(MOST_WORKERS, own - 1))
 
 
 class Stream(Protocol):

@@ -79,22 +79,26 @@ class Mixture:
                 self.waiting[name] += count
         return Block(source, index, np.full(len(source), -1, np.int32))
 
-    def learn(self, source: np.ndarray, tokens: np.ndarray) -> None:
+    def learn(self, source: np.ndarray, tokens: np.ndarray, causes: dict[int, str]) -> None:
         """What drawn samples turned out to be, in the order of the draws.
 
         Args:
-            source: int16 `[n]`, places in `names`. tokens: int64 `[n]`, 0 for a bad sample.
+            source: int16 `[n]`, places in `names`. tokens: int64 `[n]`, 0 for a bad sample. causes: place in these →
+                why a sample is bad.
 
         Raises:
             ManifestError: too much of a source cannot be used.
         """
         for place, name in enumerate(self.names):
-            mine = tokens[source == place]
-            if len(mine):
+            rows = np.flatnonzero(source == place)
+            if len(rows):
+                mine = tokens[rows]
                 self.waiting[name] -= len(mine)
                 self.known[name] += len(mine)
                 self.tokens[name] += int(mine.sum())
-                self.sources[name].results(mine > 0)
+                bad = np.flatnonzero(mine == 0).tolist()
+                why = {at: causes[int(rows[at])] for at in bad if int(rows[at]) in causes}
+                self.sources[name].results(mine > 0, why)
 
     def state_dict(self) -> dict[str, Any]:
         return {

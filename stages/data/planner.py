@@ -129,8 +129,8 @@ class Planner:
     def _ledger(self) -> Ledger:
         return Ledger(list(self.mixture.kinds.values()), self.emitted)
 
-    def take(self, found: Found) -> None:
-        """What became of the oldest block in flight.
+    def take(self, found: Found, causes: dict[int, str] | None = None) -> None:
+        """What became of the oldest block in flight; causes: place in the block → why a sample is bad.
 
         Raises:
             ManifestError: too much of a source cannot be used.
@@ -139,7 +139,7 @@ class Planner:
         if self.restored is None:
             tokens = np.zeros(len(block), np.int64)
             np.add.at(tokens, found.place, found.tokens)
-            self.mixture.learn(block.source, tokens)
+            self.mixture.learn(block.source, tokens, causes or {})
         born = np.full(len(found), self.step) if self.restored is None else self.restored[found.place]
         columns = {name: getattr(found, name) for name in Samples.__dataclass_fields__}
         self.pool = Pool.join([self.pool, Pool(**columns, kind=self._kind_of[found.source], born=born)])

@@ -5,6 +5,8 @@ Every rank holds the same sources and draws the same numbers from them; a sample
 
 import json
 import random
+import zlib
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,15 @@ from keye.prompt.processor import KeyeProcessor
 from keye.slowfast.fetch import scheme_of
 from stages.data.chat import Row, caption_of, each_part
 from stages.data.duplicates import Guard
-from stages.data.formats import BAD, Found, Table
+from stages.data.formats import BAD, Found, Table, marks
 from stages.data.items import Cache, Item, Quarantine, packed
-from stages.data.streams import Lanes
+from stages.data.splitting import is_plain_text, split
+from stages.data.streams import WINDOW, Lanes
 from stages.data.thinned import WarningLog
 from stages.data.transforms import apply
 from stages.recipe import KINDS, SourceRecipe
+
+REASON = 300  # characters of why a sample is bad that are kept
 
 
 def source_name(recipe: SourceRecipe) -> str:
@@ -109,6 +114,16 @@ class Shuffled:
         owners[order] = np.searchsorted(self.indices, indices[order]) % ranks
         return owners
 
+    @property
+    def size(self) -> int:
+        """Rows in an epoch."""
+        return len(self.indices)
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        return {"rows": len(self.indices), **marks([part.file for part in self.table.parts]),
+                "order": zlib.crc32(np.ascontiguousarray(self.indices))}  # fmt: skip
+
     def find(self, index: int) -> Found:
         return self.table.find(index)
 
@@ -134,6 +149,7 @@ class Source:
         report: whether this process writes down what is found bad when the data set is opened (one of them should).
         guard: knows the pictures of evaluations; samples that show one of them are quarantined.
         part: see `Shuffled`.
+        max_bad_fraction: of the last `WINDOW` samples; with more of them bad, the run ends.
 
     Raises:
         ManifestError: no such data set, or nothing in it fits.
@@ -151,18 +167,26 @@ class Source:
         report: bool = True,
         guard: Guard | None = None,
         part: tuple[float, bool] = (0.0, False),
+        max_bad_fraction: float = 0.5,
     ) -> None:
         self.recipe, self.processor, self.seed, self.limit = recipe, processor, seed, limit
         self.cache, self.quarantine, self.guard = cache, quarantine, guard
         self.path, self.name = recipe.path.replace("{run}", run), source_name(recipe)
         self.settings = json.dumps([processor.encoder, processor.image, limit, recipe.transforms, seed], sort_keys=True)
         if recipe.streaming:
-            self.rows: Shuffled | Lanes = Lanes(recipe, self.path, seed, quarantine)
+            self.rows: Shuffled | Lanes = Lanes(recipe, self.path, seed, quarantine, max_bad_fraction)
         else:
             self.rows = Shuffled(recipe, self.path, seed, quarantine if report else None, part)
         self.warnings = WarningLog()
-        self.failures = 0
-        self.bad: set[int] = set()  # samples that could not be used; they are not tried again
+        self.failures, self.max_bad_fraction = 0, max_bad_fraction
+        self.recent: deque[bool] = deque(maxlen=WINDOW)  # of the last samples, whether they were bad
+        self.causes: deque[str] = deque(maxlen=3)  # of the last bad ones
+        self.bad: dict[int, str] = {}  # samples that could not be used, which are not tried again, and why
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What tells this data set from another copy: rows, files, bytes, and a checksum of parts of them."""
+        return self.rows.mark
 
     def draw(self) -> int:
         """Number of the next sample, by the seed alone."""
@@ -184,58 +208,76 @@ class Source:
         """`results` of one sample."""
         self.results(np.array([good]))
 
-    def results(self, good: np.ndarray) -> None:
+    def results(self, good: np.ndarray, causes: dict[int, str] | None = None) -> None:
         """Told of every drawn sample, in the order of the draws, whether it could be used.
 
+        Args:
+            good: bool `[n]`. causes: place in `good` → why it is bad.
+
         Raises:
-            ManifestError: a whole epoch without a good one.
+            ManifestError: a whole epoch without a good one, or too many bad ones lately.
         """
+        causes = causes or {}
+        self.causes.extend(causes.values())
+        self.recent.extend(place in causes for place in range(len(good)))
         run = int(good[::-1].argmax()) if good.any() else len(good)
         self.failures = run if good.any() else self.failures + run
         # The good ones may come first in one epoch and last in the next: with one of n, 2n − 2 bad in a row.
         if self.failures >= self.rows.patience:
-            raise ManifestError(f"{self.name}: none of its samples can be used; see quarantine.jsonl for why")
+            said = f"{self.name}: none of its samples can be used; see quarantine.jsonl for why"
+            raise ManifestError(said + self._last())
+        bad = sum(self.recent)
+        # A data set of fewer rows would count the same bad ones in every epoch; `patience` ends that.
+        if len(self.recent) == WINDOW <= self.rows.size and bad > self.max_bad_fraction * WINDOW:
+            raise ManifestError(
+                f"{self.name}: {bad} of its last {WINDOW} samples cannot be used, and data.max_bad_fraction allows "
+                f"{self.max_bad_fraction:g} of them; mend the source or raise the fraction{self._last()}"
+            )
+
+    def _last(self) -> str:
+        return f". The last reasons: {' | '.join(self.causes)}" if self.causes else ""
 
     def items(self, index: int) -> list[Item]:
-        """What sample `index` gives, encoded or from the cache: nothing when it is bad."""
-        item = self.item(index)
-        return [] if item is None else [item]
+        """What sample `index` gives, encoded or from the cache: one item, the parts of a long text, or nothing when it
+        is bad, which is then in the quarantine."""
+        if index in self.bad:
+            return []
+        key = (self.path, index, self.settings)
+        items = self.cache.get(key)
+        if items is None:
+            items = self._encode(index)
+            if items and not self.recipe.streaming:  # a stream gives every sample a new number: none comes again
+                self.cache.put(key, items)
+        return [replace(item, source=self.name) for item in items]
 
     def item(self, index: int) -> Item | None:
-        """Sample `index`, encoded or from the cache; None when it is bad, which is then in the quarantine."""
-        if index in self.bad:
-            return None
-        key = (self.path, index, self.settings)
-        item = self.cache.get(key)
-        if item is None:
-            item = self._encode(index)
-            if item is None:
-                self.bad.add(index)
-                return None
-            if not self.recipe.streaming:  # a stream gives every sample a new number, so that none comes again
-                self.cache.put(key, item)
-        return replace(item, source=self.name)
+        """Sample `index`, of a split text the first part; None when it is bad."""
+        return next(iter(self.items(index)), None)
 
-    def _encode(self, index: int) -> Item | None:
+    def _encode(self, index: int) -> list[Item]:
         try:
             found = self.rows.find(index)
         except ManifestError as error:  # it has become shorter or other since it was opened, or since the checkpoint
-            self.quarantine.add(self.path, index + 1, str(error))
-            return None
+            return self._bad(index, self.path, index + 1, str(error))
         if found is None:
-            return None
+            return []
         try:
-            return self._item(found, index)
+            return self._items(found, index)
         except KeyeError as error:
-            self.quarantine.add(found.file, found.line, str(error))
+            return self._bad(index, found.file, found.line, str(error))
         except Exception as error:  # a template, a decoder or an image library may raise anything at odd content
-            self.quarantine.add(found.file, found.line, f"{type(error).__name__}: {error}")
-        return None
+            return self._bad(index, found.file, found.line, f"{type(error).__name__}: {error}")
 
-    def _item(self, found: Found, index: int) -> Item:
+    def _bad(self, index: int, file: str, line: int, reason: str) -> list[Item]:
+        self.quarantine.add(file, line, reason)
+        self.bad[index] = f"{file} line {line}: {reason}"[:REASON]
+        return []
+
+    def _items(self, found: Found, index: int) -> list[Item]:
         row = self._transformed(found, index)
         messages = row["messages"]
-        sample = self.processor.sample(messages, found.base, max_length=self.limit)
+        long = self.limit is not None and is_plain_text(messages)
+        sample = self.processor.sample(messages, found.base, max_length=None if long else self.limit)
         if not bool((sample.labels[1:] != -100).any()):
             raise ManifestError("the assistant says nothing; add an assistant message")
         self.warnings.add(found.file, found.line, sample.all_warnings)
@@ -243,7 +285,10 @@ class Source:
         if like is not None:
             raise ManifestError(like)
         caption = row.get("caption") or caption_of(messages)
-        return packed(Item(sample, self.name, index, self.recipe.kind, caption))
+        parts = split(sample, self.limit) if long else [sample]
+        return [
+            packed(Item(part, self.name, index, self.recipe.kind, caption, number)) for number, part in enumerate(parts)
+        ]
 
     def _transformed(self, found: Found, index: int) -> Row:
         if not self.recipe.transforms:

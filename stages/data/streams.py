@@ -7,7 +7,7 @@ Sample `o` of a stream of `n` lanes is sample `o // n` of lane `o % n`, whoever 
 import logging
 import random
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ import numpy as np
 
 from keye.errors import KeyeError, ManifestError
 from stages.data.chat import EmptyRow, Row, as_chat, kind_of
-from stages.data.formats import Found, files_of, format_of, hub_name, opened, parse_line
+from stages.data.formats import Found, files_of, format_of, hub_name, marks, opened, parse_line
 from stages.data.items import Quarantine
 from stages.data.tars import stream_tars, tar_row
 from stages.recipe import SourceRecipe
 
 MOST_LANES = 64  # a lane keeps a file open and a buffer full
-WINDOW = 512  # rows of all lanes kept after they were read, for threads that ask out of turn
+KEPT = 512  # rows of all lanes kept after they were read, for threads that ask out of turn
 PATIENCE = 1000  # bad samples in a row, a lane, before the source is given up
+WINDOW = 1000  # of the last samples of a source, the share of bad ones is looked at
 
 
 class Lanes:
@@ -31,18 +32,27 @@ class Lanes:
 
     Args:
         recipe: which data set. path: the recipe's, with the run's folder put in. seed: of the shuffling.
-        quarantine: takes the rows that cannot be read.
+        quarantine: takes the rows that cannot be read. max_bad_fraction: of the last `WINDOW` rows of a lane.
 
     Raises:
         ManifestError: no such data set, or one that cannot be streamed.
     """
 
-    def __init__(self, recipe: SourceRecipe, path: str, seed: int, quarantine: Quarantine) -> None:
+    size = 1 << 62  # rows in an epoch: not known
+
+    def __init__(
+        self, recipe: SourceRecipe, path: str, seed: int, quarantine: Quarantine, max_bad_fraction: float = 0.5
+    ) -> None:
         self.stream, self.kind = open_stream(recipe, path)
+        files = [] if self.kind == "hub" else files_of(self.kind, path)
+        self.mark = {"lanes": self.stream.num_shards, **marks(files)}
         count = min(self.stream.num_shards, MOST_LANES)
         parts = [self.stream.shard(count, lane) for lane in range(count)]
         self.lanes = [
-            _Lane(part, self.kind, recipe, f"{path} (lane {i})", f"{seed}:{i}", max(8, WINDOW // count), quarantine)
+            _Lane(
+                part, self.kind, recipe, f"{path} (lane {i})", f"{seed}:{i}", max(8, KEPT // count), quarantine,
+                max_bad_fraction,
+            )  # fmt: skip
             for i, part in enumerate(parts)
         ]
         self.base = "." if "://" in path else path if Path(path).is_dir() else str(Path(path).parent)
@@ -77,10 +87,12 @@ class _Lane:
     """One lane: its rows by number, read forward; who asks for one long gone makes it begin anew."""
 
     def __init__(
-        self, part: Any, kind: str, recipe: SourceRecipe, name: str, seed: str, window: int, quarantine: Quarantine
-    ) -> None:
+        self, part: Any, kind: str, recipe: SourceRecipe, name: str, seed: str, window: int, quarantine: Quarantine,
+        max_bad_fraction: float,
+    ) -> None:  # fmt: skip
         self.part, self.kind, self.recipe, self.name, self.seed = part, kind, recipe, name, seed
         self.quarantine, self.window, self.empty = quarantine, window, False
+        self.max_bad_fraction = max_bad_fraction
         self._lock = threading.Lock()
         self._begin()
 
@@ -125,7 +137,12 @@ class _Lane:
             epoch += 1
 
     def _wanted(self) -> Iterator[tuple[int, Row]]:
-        """One epoch's rows of the wanted kind and families; those that cannot be read go to the quarantine."""
+        """One epoch's rows of the wanted kind and families; those that cannot be read go to the quarantine.
+
+        Raises:
+            KeyeError: too many of the last rows cannot be read.
+        """
+        recent: deque[bool] = deque(maxlen=WINDOW)
         for number, raw in enumerate(self.part, start=1):
             try:
                 row = as_chat(_read(self.kind, raw), dict(self.recipe.columns))
@@ -133,7 +150,15 @@ class _Lane:
                 continue
             except ManifestError as error:
                 self.quarantine.add(self.name, number, str(error))
+                recent.append(True)
+                if len(recent) == WINDOW and sum(recent) > self.max_bad_fraction * WINDOW:
+                    raise KeyeError(
+                        f"{self.name}: {sum(recent)} of the last {WINDOW} rows cannot be read, and "
+                        f"data.max_bad_fraction allows {self.max_bad_fraction:g} of them; mend the source or raise the "
+                        f"fraction. The last reason: {error}"
+                    ) from None
                 continue
+            recent.append(False)
             families = self.recipe.families
             if kind_of(row["messages"]) == self.recipe.kind and (not families or row.get("family") in families):
                 yield number, row

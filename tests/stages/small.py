@@ -70,10 +70,15 @@ class Lengths:
         self.name, self.lengths, self.at = name, lengths, 0
         self.recipe = SimpleNamespace(kind=kind)
         self.seen: list[int] = []
+        self.bad: dict[int, str] = {}
+        self.mark = {"rows": len(lengths)}
 
     def draw_many(self, count: int) -> np.ndarray:
         self.at += count
         return np.arange(self.at - count, self.at)
+
+    def owner(self, index: int, ranks: int) -> int:
+        return index % ranks
 
     def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
         return indices % ranks
@@ -83,7 +88,7 @@ class Lengths:
         length = self.lengths[index % len(self.lengths)]
         return [Item(text_sample(length), self.name, index, self.recipe.kind, "")] if length else []
 
-    def results(self, good: np.ndarray) -> None:
+    def results(self, good: np.ndarray, causes: dict[int, str]) -> None:
         """Never gives up."""
 
     def state_dict(self) -> dict[str, int]:

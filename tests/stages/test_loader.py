@@ -1,5 +1,6 @@
 """One plan, many hands: any number of ranks makes the same packs in the same steps; errors and ends reach all."""
 
+import os
 import random
 import threading
 import time
@@ -18,7 +19,7 @@ from stages.data.balance import Cost, TowerCost, deal_parts, deal_rounds, deal_s
 from stages.data.feed import Feed
 from stages.data.forming import Packs
 from stages.data.items import Cache, Item, Quarantine, from_bytes
-from stages.data.loader import Loader
+from stages.data.loader import Loader, encoding_threads
 from stages.data.mixture import Mixture
 from stages.data.packing import pack
 from stages.data.planner import Planner
@@ -94,6 +95,15 @@ def test_state_is_that_of_what_was_handed_out():
     resumed.load_state_dict(state)
     assert resumed.next() == second == 1
     resumed.close()
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads"), [(96, 8, 11), (224, 8, 16), (2, 1, 2), (2, 2, 2), (8, 1, 7)]
+)
+def test_encoding_threads_share_the_cores_among_the_processes_of_a_machine(cores, processes, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert encoding_threads(0) == threads and encoding_threads(3) == 3
 
 
 # --- the feed, on one process and on several
@@ -285,6 +295,78 @@ def meets_an_error() -> tuple[str, str]:
 
 def test_error_on_one_rank_is_the_same_on_all():
     assert run_distributed(meets_an_error, 2, 360) == [("VideoError", "clip 7 is gone")] * 2
+
+
+def reads_other_data(copies: list[list[int]]) -> tuple[str, str]:
+    grid = make_grid(1)
+    loader = numbers(small.Lengths("copy", "text", copies[grid.rank]), grid)
+    try:
+        loader.next()
+    except KeyeError as error:
+        said = type(error).__name__, str(error)
+    loader.close()
+    return said
+
+
+def test_ranks_that_read_different_data_are_named_before_the_first_step():
+    first, second = run_distributed(reads_other_data, 2, 360, [[10, 7, 3], [10, 7, 3, 5]])
+    assert first == second and first[0] == "ManifestError"
+    assert "copy: the ranks read different data: rank 0" in first[1] and "rows 3" in first[1] and "rows 4" in first[1]
+
+
+class Lossy(dict):
+    """Has lost sample 6."""
+
+    def get(self, ref: tuple[int, int, int]) -> Item | None:
+        return None if ref[1] == 6 else super().get(ref)
+
+
+def loses_a_sample() -> tuple[str, str]:
+    loader = numbers(small.Lengths("f", "text", [10, 7, 3]), make_grid(1))
+    loader.stream.kept = Lossy()
+    try:
+        for _ in range(20):
+            loader.next()
+    except KeyeError as error:
+        said = type(error).__name__, str(error)
+    loader.close()
+    return said
+
+
+def test_planned_samples_must_arrive():
+    first, second = run_distributed(loses_a_sample, 2, 360)
+    assert first == second and first[1].endswith("sample 6 of f did not come from rank 0")
+
+
+class Books(small.Lengths):
+    """Every sample is a document of so many parts as its length says, of 7 tokens each."""
+
+    def items(self, index: int) -> list[Item]:
+        self.seen.append(index)
+        count = self.lengths[index % len(self.lengths)]
+        return [Item(small.text_sample(7, 3 + 7 * i), self.name, index, "text", "", i) for i in range(count)]
+
+
+def test_parts_of_split_documents_are_trained_on_once_each_also_after_a_resume():
+    def read(state: dict[str, Any] | None, steps: int) -> tuple[list[Any], dict[str, Any], Books]:
+        source = Books("b", "text", [1, 9, 4])
+        loader = numbers(source, ALONE)
+        if state is not None:
+            loader.load_state_dict(state)
+        found = [loader.next() for _ in range(2 * steps)]
+        after = loader.state_dict()
+        loader.close()
+        return [(batch["indices"], batch["input_ids"][0].tolist()) for batch in found], after, source
+
+    whole, _, _ = read(None, 12)
+    begun, state, _ = read(None, 5)
+    resumed, _, source = read(state, 7)
+    assert begun + resumed == whole
+    assert len(source.seen) == len(set(source.seen))  # what waits of a document is encoded at once
+    trained = [(index, first) for indices, ids in whole for index, first in zip(indices, ids[::7], strict=True)]
+    assert len(trained) == len(set(trained))
+    first = {index for index, _ in trained[: len(trained) // 2]}
+    assert all((index, 3 + 7 * i) in trained for index in first for i in range([1, 9, 4][index % 3]))
 
 
 def test_only_the_owner_encodes_and_bad_samples_are_passed_over():

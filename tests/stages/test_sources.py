@@ -4,10 +4,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from keye.errors import ManifestError
+from keye.errors import KeyeError, ManifestError
 from stages.data.chat import caption_of, kind_of
 from stages.data.items import Cache, Item, Quarantine
 from stages.data.sources import Source
@@ -141,6 +142,88 @@ def test_sample_longer_than_the_context_is_quarantined(manifest, processor):
     quarantine = Quarantine()
     source = small.source(path, "text", processor, quarantine, limit=64)
     assert {item.index for item in served(source, 3)} == {1} and quarantine.seen == {(str(path), 1)}
+
+
+@pytest.mark.parametrize("limit", [16, 40, 64])
+def test_text_longer_than_the_context_becomes_consecutive_documents(manifest, processor, limit):
+    text = " ".join(f"red {number} green" for number in range(60))
+    path = beside(manifest, "book.jsonl", [json.dumps({"text": text}), json.dumps({"text": "which colour"})])
+    source = small.source(path, "text", processor, limit=limit)
+    whole = processor.sample([{"role": "assistant", "content": text}])
+    parts = source.items(0)
+    assert len(whole) > 4 * limit and [item.part for item in parts] == list(range(len(parts)))
+    assert all(item.tokens == limit for item in parts[:-1]) and parts[-1].tokens <= limit
+    learned = [item.sample.labels[item.sample.labels != -100] for item in parts]
+    assert torch.equal(torch.cat(learned), whole.labels[whole.labels != -100])
+    opening = int((whole.labels != -100).nonzero()[0])
+    for item in parts:  # each is a document of its own, opened like the whole
+        assert torch.equal(item.sample.input_ids[:opening], whole.input_ids[:opening])
+        assert torch.equal(item.sample.position_ids, torch.arange(item.tokens).expand(3, -1))
+        labels, ids = item.sample.labels, item.sample.input_ids
+        assert torch.equal(labels[labels != -100], ids[labels != -100]) and (labels[:opening] == -100).all()
+    end = processor.token_id("<|im_end|>")
+    assert [int((item.sample.input_ids == end).sum()) for item in parts] == [0] * (len(parts) - 1) + [1]
+    assert not source.quarantine.seen and [item.part for item in source.items(1)] == [0]
+
+
+def test_chat_longer_than_the_context_is_named_and_not_split(manifest, processor):
+    path = beside(manifest, "chats.jsonl", [chat("red", "blue " * 200), chat("red")])
+    source = small.source(path, "text", processor, limit=64)
+    assert source.items(0) == [] and source.quarantine.seen == {(str(path), 1)}
+    assert "64" in source.bad[0] and source.bad[0].startswith(f"{path} line 1: ")
+
+
+def test_source_of_bad_samples_ends_the_run_with_their_reasons(manifest, processor):
+    path = beside(manifest, "dead.jsonl", [clip(f"gone-{number}.mp4") for number in range(1200)])
+    source = small.source(path, "video", processor)
+    with pytest.raises(ManifestError, match=r"dead.jsonl#video: 1000 of its last 1000 .*max_bad_fraction.*gone-\d+"):
+        for _ in range(12):
+            indices = source.draw_many(100).tolist()
+            items = [source.items(index) for index in indices]
+            good = np.array([bool(found) for found in items])
+            source.results(good, {place: source.bad[index] for place, index in enumerate(indices)})
+    # As many bad ones as are allowed go on.
+    calm = small.source(path, "video", processor, max_bad_fraction=0.5)
+    for _ in range(40):
+        calm.results(np.array([True, False] * 50), {place: "gone" for place in range(1, 100, 2)})
+    with pytest.raises(ManifestError, match="501 of its last 1000"):
+        calm.results(np.array([False] * 2), {0: "gone", 1: "gone"})
+
+
+def test_stream_of_unreadable_rows_ends_the_run(manifest, processor):
+    path = beside(manifest, "torn.jsonl", [chat("red")] + ["{"] * 3000)
+    source = Source(SourceRecipe(str(path), "text", streaming=True), processor, 0, Cache(0), Quarantine())
+    with pytest.raises(KeyeError, match="999 of the last 1000 rows cannot be read.*max_bad_fraction"):
+        [source.items(index) for index in range(600)]
+
+
+def test_torn_line_of_the_quarantine_is_passed_over_and_every_rank_has_its_file(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(path).add("a.jsonl", 1, "gone")
+    with path.open("a") as file:  # two processes wrote at once, and one was killed within its line
+        file.write('{"file": "a.jsonl", "li{"file": "a.jsonl", "line": 3, "reason": "gone"}\n[1]\n{"file": "a.js')
+    again, other = Quarantine(path), Quarantine(path, rank=3)
+    assert {row["line"] for row in again.rows()} == {1}
+    again.add("a.jsonl", 4, "gone")
+    other.add("b.jsonl", 7, "gone")
+    assert (tmp_path / "quarantine-3.jsonl").read_text().count("\n") == 1
+    assert {(row["file"], row["line"]) for row in Quarantine(path).rows()} == {
+        ("a.jsonl", 1), ("a.jsonl", 4), ("b.jsonl", 7)
+    }  # fmt: skip
+
+
+def test_copies_of_a_manifest_are_told_apart_by_their_rows_and_contents(manifest, processor, tmp_path):
+    rows = [chat("red"), chat("blue")]
+    copies = []
+    for name, lines in {"one": rows, "same": rows, "more": [*rows, chat("red")], "other": rows[::-1]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
+        for streaming in (False, True):
+            recipe = SourceRecipe(str(tmp_path / name / "rows.jsonl"), "text", streaming=streaming)
+            copies.append(Source(recipe, processor, 0, Cache(0), Quarantine()).mark)
+    for kept, streamed in (copies[:2], copies[2:4]):
+        assert (kept, streamed) == (copies[0], copies[1])
+    assert all(mark not in copies[:2] for mark in copies[4:]) and copies[4]["rows"] == 3
 
 
 def test_only_bad_lines_is_an_error_that_says_where_to_look(manifest, processor):
