@@ -260,11 +260,13 @@ class Feed:
         for place, (source, index, part) in enumerate(refs):
             item = items.get(place)
             name = self.planner.mixture.names[source]
-            if item is None or (item.source, item.index, item.part) != (name, index, part) or len(came) != len(refs):
+            if item is None or (item.source, item.index, item.part) != (name, index, part):
                 raise KeyeError(
                     f"rank {self.grid.rank} was to train on {len(refs)} samples and was sent {len(came)}: sample "
                     f"{index} of {name} did not come from rank {self.sources[source].owner(index, self.grid.world)}"
                 )
+        if len(came) != len(refs):
+            raise KeyeError(f"rank {self.grid.rank} was to train on {len(refs)} samples and was sent {len(came)}")
         return [items[place] for place in range(len(refs))]
 
     def _forget(self, ref: Ref) -> None:
