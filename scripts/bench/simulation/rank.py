@@ -245,7 +245,7 @@ def watch(trainer: Trainer, model: nn.Module, memory: Memory, found: Measured) -
 
     for place, name, around in (
         (trainer.stage, "begin", begin), (trainer.stage, "loss", loss), (model, "_loss", head),
-        (model.base_model, "_encode_frames", frames), (trainer.engine, "backward", backward),
+        (model.base_model.visual, "_encode", frames), (trainer.engine, "backward", backward),
         (trainer.engine, "step", step), (optimizer, "reduce_ipg_grads", reduce),
     ):  # fmt: skip
         setattr(place, name, partial(around, getattr(place, name)))
