@@ -48,6 +48,8 @@ class FrameDecision:
 
     index: its place, from 0. time: seconds. frame_type: 0 slow, 1 fast. similarity: in [0, 1], with the latest slow
     frame before it; NaN for the first. size: (height, width) that it gets in a video whose budget does not bind.
+    beyond_budget: whether so many frames have come that a plan of all of them would leave some out (`most_frames`); its
+    decisions may then differ.
     """
 
     index: int
@@ -55,6 +57,7 @@ class FrameDecision:
     frame_type: int
     similarity: float
     size: tuple[int, int]
+    beyond_budget: bool = False
 
 
 class SlowFastEncoder:
@@ -234,8 +237,9 @@ class SlowFastEncoder:
         """Decide about live video frame by frame: a decision as each frame arrives, the memory of one slow frame.
 
         frames: uint8 [3, H, W], each as it is or as (seconds, frame); without seconds they are 1 / fps apart. Every
-        frame is used, as of an array given to `plan`, and the types and similarities are those of that plan. Raises
-        KeyeError for a policy that decides only once it has seen the whole clip.
+        frame is used, as of an array given to `plan`, and the types and similarities are those of that plan. A plan
+        leaves out frames where there are more than `most_frames`; a stream does not know its end, so it uses them all
+        and marks them `beyond_budget`. Raises KeyeError for a policy that decides only once it has seen the whole clip.
         """
         if not self.policy.online:
             raise KeyeError(
@@ -260,7 +264,7 @@ class SlowFastEncoder:
                     " give frames of one size"
                 )
             (kind,), (score,) = walk.step(frame[None])
-            yield FrameDecision(index, float(time), kind, score, sizes[kind])
+            yield FrameDecision(index, float(time), kind, score, sizes[kind], index >= self.most_frames)
 
     def encode_many(self, sources: Sequence[Source], **options: object) -> "Results":
         """Plan or encode many videos with worker processes, a progress bar and a cache: `keye.batch.encode_many`."""

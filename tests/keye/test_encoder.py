@@ -330,7 +330,21 @@ def test_a_stream_decides_as_the_plan_does(policy):
         assert decision.time == pytest.approx(float(plan.timestamps[decision.index]))
         assert np.array_equal(np.float32(decision.similarity), plan.similarity[decision.index], equal_nan=True)
         assert decision.size == (plan.slow_size, plan.fast_size)[decision.frame_type]
+        assert not decision.beyond_budget
     assert count == len(plan)
+
+
+@pytest.mark.parametrize("limit", [{"max_frames": 5}, {"max_tokens": 40, "min_tokens_per_frame": 8}])
+def test_a_stream_marks_the_frames_that_a_plan_would_leave_no_room_for(limit):
+    encoder, frames = SlowFastEncoder(**limit), [noise(3, 56, 56, seed=i) for i in range(7)]
+    assert encoder.most_frames == 5
+    decisions = list(encoder.stream(frames))
+    assert [decision.beyond_budget for decision in decisions] == [False] * 5 + [True] * 2
+    for count in (4, 5):
+        plan = encoder.plan(torch.stack(frames[:count]), timestamps=[i / encoder.fps for i in range(count)])
+        assert plan.frame_types.tolist() == [decision.frame_type for decision in decisions[:count]]
+    whole = encoder.plan(torch.stack(frames), timestamps=[i / encoder.fps for i in range(7)])
+    assert len(whole) == 5 and whole.warnings
 
 
 def test_what_cannot_be_streamed():
