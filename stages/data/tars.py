@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tarfile
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,12 @@ class Tar:
         self.file, self.local = file, local
         state = os.stat(local)
         self.mark = json.dumps([local, state.st_size, state.st_mtime_ns])
-        with np.load(kept("tar", self.mark, ".npz", self._list)) as saved:
-            self.names, self.places, self.starts = saved["names"], saved["places"], saved["starts"]
+        self.names, self.places, self.starts, self.codes = open_index(kept("tar", self.mark, ".index", self._list))
 
     def _list(self, path: str) -> None:
-        """Write the names `[M]`, (offset, size) `[M, 2]` of the members, and where each sample begins `[N + 1]`."""
-        names, places, starts, last = [], [], [], None
+        """Write the index: (offset, size) `[M, 2]` of the members, their names, and where each sample begins."""
+        codes, places, starts, last = array("i"), array("q"), array("q"), None
+        names: dict[str, int] = {}
         try:
             with tarfile.open(self.local, "r:") as tar:
                 for member in tar:
@@ -51,15 +52,18 @@ class Tar:
                     if not member.isfile() or not name:
                         continue
                     if key != last:
-                        starts.append(len(names))
+                        starts.append(len(codes))
                     last = key
-                    names.append(name)
-                    places.append((member.offset_data, member.size))
+                    codes.append(names.setdefault(name, len(names)))
+                    places.extend((member.offset_data, member.size))
+                    tar.members = []  # it keeps every member otherwise
         except tarfile.TarError as error:
             raise ManifestError(f"{self.file}: not a plain tar ({error}); unpack .gz first, or stream it") from None
+        starts.append(len(codes))
         with open(path, "wb") as out:
-            table = np.array(places, dtype=np.int64).reshape(-1, 2)
-            np.savez(out, names=np.array(names, dtype=str), places=table, starts=np.array([*starts, len(names)]))
+            for part in (array("q", [len(codes), len(starts)]), places, starts, codes):
+                part.tofile(out)
+            out.write(json.dumps(list(names)).encode())
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -80,7 +84,7 @@ class Tar:
         with open(self.local, "rb") as tar:
             for at in range(self.starts[index], self.starts[index + 1]):
                 offset, size = self.places[at].tolist()
-                name = str(self.names[at])
+                name = self.names[self.codes[at]]
                 tar.seek(offset)
                 members[name] = tar.read(size) if ending(name) in wanted else b""
         return members
@@ -108,14 +112,32 @@ def stream_tars(files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def split_name(path: str) -> tuple[str, str]:
-    """ "a/000.0.jpg" → ("a/000", "0.jpg")."""
+    """ "a/000.0.jpg" → ("a/000", "0.jpg"); the case of both stays, since the sample's JSON names its files."""
     folder, slash, base = path.rpartition("/")
     key, _, name = base.partition(".")
-    return folder + slash + key, name.lower()
+    return folder + slash + key, name
 
 
 def ending(name: str) -> str:
-    return name.rpartition(".")[2]
+    """What a file is by its name, in lower case: `Front.JPG` is a `jpg`."""
+    return name.rpartition(".")[2].lower()
+
+
+def open_index(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """The different names, and as views of the mapped file: places `[M, 2]`, starts `[N + 1]`, name of each `[M]`.
+
+    The processes of a machine share the pages of the file: 28 bytes a sample of one member are read, none are copied.
+    """
+    members, starts = (int(value) for value in np.fromfile(path, np.int64, 2))
+    at, parts = 16, []
+    for kind, count in ((np.int64, 2 * members), (np.int64, starts), (np.int32, members)):
+        size = np.dtype(kind).itemsize * count
+        parts.append(np.memmap(path, kind, "r", at, (count,)) if count else np.empty(0, kind))
+        at += size
+    with open(path, "rb") as file:
+        file.seek(at)
+        names = json.load(file)
+    return names, parts[0].reshape(-1, 2), parts[1], parts[2]
 
 
 def tar_row(members: dict[str, bytes]) -> Row:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,7 +19,7 @@ from stages.data.chat import as_chat
 from stages.data.formats import Table
 from stages.data.items import Cache, Quarantine, from_bytes
 from stages.data.sources import Source
-from stages.data.tars import split_name
+from stages.data.tars import Tar, split_name, stream_tars
 from stages.recipe import SourceRecipe
 from tests.stages import small
 
@@ -347,5 +348,46 @@ def test_pictures_among_the_assistants_words_are_no_labels(processor, folder):
 
 
 def test_names_in_tars_are_cut_at_the_first_dot_of_the_file():
-    assert split_name("a.b/000.0.JPG") == ("a.b/000", "0.jpg")
+    assert split_name("a.b/000.0.JPG") == ("a.b/000", "0.JPG")
     assert split_name("000") == ("000", "")
+
+
+def test_files_of_a_tar_keep_the_case_of_their_names(processor, tmp_path):
+    chat = {"messages": [
+        {"role": "user", "content": [{"type": "image", "image": "Front.JPG"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "red"},
+    ]}  # fmt: skip
+    picture = io.BytesIO()
+    Image.new("RGB", (56, 56), "red").save(picture, "JPEG")
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("7.Front.JPG", picture.getvalue()), ("7.JSON", json.dumps(chat).encode())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (row,) = (row["members"] for row in stream_tars([str(path)]))
+    assert set(row) == {"Front.JPG", "JSON"}
+    source = small.source(path, "image", processor)
+    assert source.item(0).sample.pixel_values is not None and not len(source.quarantine)
+
+
+def test_index_of_a_tar_is_mapped_and_gives_what_the_tar_holds(tmp_path):
+    parts = ("txt", "json", "0.PNG")
+    content = {f"{i}.{name}": f"{i}{name}".encode() * (i + 1) for i in range(5) for name in parts[i % 3 :]}
+    path, made = tmp_path / "a.tar", []
+    with tarfile.open(path, "w") as tar:
+        for name, data in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+    def kept(kind, mark, suffix, write):
+        made.append(tmp_path / f"{kind}{suffix}")
+        write(str(made[-1]))
+        return made[-1]
+
+    tar = Tar("a.tar", str(path), kept)
+    assert isinstance(tar.places.base, np.memmap) and len(tar) == 5
+    for i in range(5):
+        found = tar._members(i, ("txt", "json", "png"))
+        assert found == {split_name(name)[1]: data for name, data in content.items() if name.startswith(f"{i}.")}
