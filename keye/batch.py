@@ -257,7 +257,7 @@ def _here(work: _Work, sources: Iterable[object], first: int = 0) -> Iterator[Do
 def _elsewhere(
     here: _Work, work: _Work, output: Output, limits: Limits, sources: Iterable[object], count: int
 ) -> Iterator[Done]:
-    """Hand sources to `count` workers, each minded by a thread that starts it anew when it dies.
+    """Hand sources to `count` workers, each supervised by a thread that restarts it when it dies.
 
     here: what is done with a source that cannot be sent; output: what is made here of the pixels that workers send.
     """

@@ -1,4 +1,4 @@
-"""The `keye` command: one subcommand per thing that needs no training."""
+"""The `keye` command: encode, chat and serve, and the commands that entry points of `keye.commands` add."""
 
 import argparse
 import contextlib
@@ -402,6 +402,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in further:
         sys.argv = [f"keye {arguments[0]}", *arguments[1:]]
         errors.run(further[arguments[0]].load())
+    known = ("encode", "chat", "serve", *sorted(further))
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        print(
+            f"error: {arguments[0]} is no command; use one of {', '.join(known)}. If a command of the guides is "
+            "missing, install the package again (pip install -e '.[train]')",
+            file=sys.stderr,
+        )
+        return 2
     parsed = build_parser().parse_args(arguments)
     try:
         code = parsed.call(parsed)

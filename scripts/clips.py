@@ -1,5 +1,6 @@
 """Fetch the real sample clips into .cache/clips (2.3 MB, once) and print their paths."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tests.clips import ClipsMissing, fetch_clips  # noqa: E402
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     try:
         print(*fetch_clips(), sep="\n")
     except ClipsMissing as error:

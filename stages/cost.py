@@ -19,6 +19,7 @@ from keye.errors import RecipeError
 from keye.model import flops
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
+from keye.model.vision import FRAME_PATCHES
 from stages.footprint import CHANNELS, FP32, Footprint, Plan, Share, footprint, states, tower_layer
 from stages.gpus import Gpu
 from stages.host_memory import HostFootprint, Node, host_footprint
@@ -326,11 +327,11 @@ def _contrastive(
     total = counts["visual"] + text.parameters + head_parameters(vision)
     held, read = patches / plan.ranks / micro, told.pairs * text.length / plan.ranks / micro
     kept = tower_layer(text, e) * read * text.num_hidden_layers
-    layer, again = tower_layer(vision, e) * held, 0.0
-    if told.checkpointing:  # of the tower; captions are short
-        kept, again = kept + e * vision.hidden_size * held * vision.num_hidden_layers, layer
+    layer, again = tower_layer(vision, e) * vision.num_hidden_layers, 0.0  # of one patch
+    if told.checkpointing:  # of the tower; captions are short. A chunk of frames is computed again as a whole
+        kept, again = kept + e * vision.hidden_size * held, layer * min(held, FRAME_PATCHES)
     else:
-        kept += layer * vision.num_hidden_layers
+        kept += layer * held
     # The patches as floats, the last norm, and the pooling head, which keeps keys and values in fp32.
     kept += held * (e * CHANNELS * vision.patch_size**2 + 2 * (e + FP32) * vision.hidden_size)
     own = told.pairs / plan.ranks

@@ -21,8 +21,9 @@ def sentence(recipe: Recipe, gpu: Gpu, gpus: int, assumed: Assumptions) -> str:
     return (
         f"Assumed: products at {assumed.utilisation:.0%} of {gpu.peak / 1e12:,.0f} TFLOP/s, what is computed again "
         f"included; {assumed.usable:.0%} of {gpu.memory / GB:.0f} GB for tensors; {gpu.price:g} $ an hour and GPU "
-        f"({PRICES_OF}); samples as the budgets of {recipe.name} let one expect ({gpus} × {gpu.name}); "
-        f"{assumed.node.ranks} processes a node, each of {assumed.node.process / GB:g} GB without model and data."
+        f"({PRICES_OF}); samples of the sizes that the budgets of {recipe.name} allow ({gpus} × {gpu.name}); "
+        f"{min(assumed.node.ranks, gpus)} processes a node, each of {assumed.node.process / GB:g} GB without model and "
+        "data."
     )
 
 

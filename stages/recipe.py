@@ -325,7 +325,7 @@ def _check(recipe: Recipe, file: str) -> None:
     need(not (data.heldout and data.heldout_fraction), "give data.heldout or data.heldout_fraction, not both")
     need(
         not (data.heldout_fraction and any(source.streaming for source in data.sources)),
-        "data.heldout_fraction takes rows by their number, which a streaming source has not; name data.heldout instead",
+        "data.heldout_fraction selects rows by number, and a streaming source has none; name data.heldout instead",
     )
     named = [(f"data.sources[{i}]", source) for i, source in enumerate(data.sources)]
     for key, source in [*named, *((f"data.heldout[{i}]", source) for i, source in enumerate(data.heldout))]:
@@ -358,6 +358,7 @@ def _check(recipe: Recipe, file: str) -> None:
             f"{name}.offload keeps what checkpointing recomputes from; set {name}.checkpointing = true besides",
         )
         need(stage.zero in (0, 1, 2, 3), f"{name}.zero must be 0, 1, 2 or 3")
+        need(stage.hpz >= 1, f"{name}.hpz must be at least 1; 1 keeps no second copy")
         need(
             stage.hpz == 1 or (stage.hpz > 1 and stage.zero == 3),
             f"{name}.hpz = {stage.hpz} keeps a second copy of what ZeRO-3 cuts; set {name}.zero = 3 or hpz = 1",

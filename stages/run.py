@@ -93,7 +93,7 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
             files_of(format_of(source, source.path), source.path)
     for path in recipe.data.not_like:
         if "{run}" not in path and "://" not in path and not Path(path).exists():
-            raise RecipeError(f"{path}: no such manifest; mend data.not_like in the recipe or make it first")
+            raise RecipeError(f"{path}: no such manifest; check the path, or correct data.not_like in the recipe")
     unknown = set(recipe.processor.image) - {"min_tokens", "max_tokens"}
     if unknown:
         raise RecipeError(f"processor.image: unknown key {min(unknown)}; it takes min_tokens and max_tokens")

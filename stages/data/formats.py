@@ -237,7 +237,7 @@ def files_of(kind: str, path: str) -> list[str]:
         except Exception as error:  # the file systems behind it raise their own
             raise ManifestError(f"{path}: cannot be listed ({type(error).__name__}: {error})") from None
     if not found:
-        raise ManifestError(f"{path}: no such manifest; mend data.sources in the recipe or make it first")
+        raise ManifestError(f"{path}: no such manifest; check the path, or correct data.sources in the recipe")
     return sorted(found)
 
 

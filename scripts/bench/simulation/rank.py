@@ -157,6 +157,10 @@ def step(
             module = stage.prepare(model).train()
         for parameter in module.parameters():
             shapes.memory.see(parameter.data)
+        trained = {id(parameter) for parameter in module.parameters()}
+        for parameter in model.parameters():  # stage 0 reads the tower's weights and no others
+            if id(parameter) not in trained:
+                shapes.memory.forget(parameter.data)
         training.find_peak = lambda precision: Peak(1.0, "simulated")
         training.load_checkpoint = lambda *_: None
         trainer = Trainer(stage, module, Prepared(batches), grid, told, Path(folder), len(batches), "bf16")
