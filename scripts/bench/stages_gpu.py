@@ -131,7 +131,7 @@ class Documents:
     def items(self, index: int) -> list[Item]:
         return [Item(sample(self.sizes, self.length, self.visual, index), self.name, index, "video", "")]
 
-    def results(self, good: np.ndarray) -> None:
+    def results(self, good: np.ndarray, causes: dict[int, str]) -> None:
         """All are good."""
 
     def state_dict(self) -> dict[str, int]:

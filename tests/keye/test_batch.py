@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import av
@@ -183,7 +184,11 @@ def test_limits_hold_without_workers_and_for_what_cannot_be_sent(videos):
 def test_ctrl_c_ends_everything(tmp_path):
     videos = [write_video(tmp_path / f"{i}.mp4", numbered(10, height=80 if i else 64)) for i in range(10)]
     command = [sys.executable, "-c", SCRIPT, *map(str, videos)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell starts its background jobs with SIGINT ignored, which children inherit.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+    )
     for line in process.stderr:
         if line.startswith("1 of 10 videos"):
             break
