@@ -21,7 +21,9 @@ _BOX = re.compile(r"\s*\[?\(?\s*(\d+)\s*,\s*(\d+)\s*\)?\s*,\s*\(?\s*(\d+)\s*,\s*
 _EDGES = " \t\n.,;:!?\"'`*()[]{}“”‘’…"
 _ARTICLES = ("a", "an", "the")
 _LEAD = re.compile(
-    r"\s*(?:so\W+)?(?:the\s+|my\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\b(?:\s+is\b)?\s*[:=]?\s*", re.I
+    r"[\s*_]*(?:so\W+)?(?:the\s+|my\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\b"
+    r"(?:\s+is\b)?[\s*_]*[:=]?[\s*_]*",
+    re.I,
 )
 _LETTER = re.compile(
     r"""\s*(?:
@@ -183,8 +185,8 @@ def _denies(text: str, plain: Sequence[str]) -> bool:
     Where the options are yes and no, the first word decides: `No, it does not move.`
     """
     words = normalise(text)
-    if set(plain) <= _POLAR:
-        return words.split(" ")[0].strip(_EDGES) not in plain
+    if set(plain) <= _POLAR and words.split(" ")[0].strip(_EDGES) in plain:
+        return False
     for option in sorted(filter(None, plain), key=len, reverse=True):
         words = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", " ", words)
     return _NEGATION.search(words) is not None
