@@ -47,7 +47,7 @@ class _Stopped(Exception):
     """Leaves a prompt that nobody waits for."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """One reply in the batch. position: of the next token; tokens: the reply so far."""
 
@@ -120,7 +120,12 @@ class BatchEngine:
                     self._changed.wait()
                 if self._closed:
                     break
+                left = [row for row in self._waiting if row.reader.stopped]
+                for row in left:
+                    self._waiting.remove(row)
                 fresh = self._waiting.popleft() if self._waiting and len(self._rows) < self.size else None
+            for row in left:
+                row.finish()
             if fresh is not None:
                 self._admit(fresh)
             if self._rows:
@@ -169,7 +174,7 @@ class BatchEngine:
     def _step(self) -> None:
         """One token for every row; rows that end leave, the others are read on."""
         try:
-            kept = [place for place, row in enumerate(self._rows) if self._draw(row, self._logits[place])]
+            kept = [place for place, row in enumerate(self._rows) if self._drawn(row, self._logits[place])]
             if len(kept) < len(self._rows):
                 self._keep(kept)
             if self._rows:
@@ -178,6 +183,14 @@ class BatchEngine:
             for row in self._rows:
                 row.finish(error=error)
             self._rows, self._cache = [], None
+
+    def _drawn(self, row: _Row, logits: Tensor) -> bool:
+        """`_draw`, whose failure ends this row alone."""
+        try:
+            return self._draw(row, logits)
+        except Exception as error:
+            row.finish(error=error)
+            return False
 
     def _draw(self, row: _Row, logits: Tensor) -> bool:
         """Draw a row's next token from logits `[V]`; whether the row goes on."""
@@ -258,10 +271,12 @@ def _side_by_side(
     """Two caches `[B, H, L, D]` and masks `[B, L]` as one batch, the shorter padded on the left; `cache` is changed."""
     length = max(mask.shape[1], other_mask.shape[1])
     mask = torch.cat([pad(m, (length - m.shape[1], 0)) for m in (mask, other_mask)])
+    joined = []
     for mine, theirs in zip(cache.layers, other.layers, strict=True):
         if type(mine) is not DynamicLayer or type(theirs) is not DynamicLayer:
             raise NotImplementedError(f"{type(mine).__name__} cannot be batched; start the server with --batch 1")
-        for name in ("keys", "values"):
-            parts = (getattr(mine, name), getattr(theirs, name))
-            setattr(mine, name, torch.cat([pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts]))
+        pairs = ((mine.keys, theirs.keys), (mine.values, theirs.values))
+        joined.append([torch.cat([pad(p, (0, 0, length - p.shape[-2], 0)) for p in pair]) for pair in pairs])
+    for mine, (keys, values) in zip(cache.layers, joined, strict=True):  # all or none: the running rows live in here
+        mine.keys, mine.values = keys, values
     return cache, mask

@@ -207,6 +207,8 @@ class Bodies:
 
     def check(self, request: HttpRequest) -> None:
         """RequestError for a body that will not be read."""
+        if "transfer-encoding" in request.headers:  # it would overrule the Content-Length
+            raise RequestError("Transfer-Encoding is not taken; send a Content-Length alone", 411, "length_required")
         try:
             length = int(request.headers["content-length"])
         except (KeyError, ValueError):
@@ -246,10 +248,19 @@ class Reply(Response):
         self.answerer, self.parse, self.bodies, self.threads = answerer, parse, bodies, threads
         self.begun = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send_: Send) -> None:
+        async def send(message: Any) -> None:
+            try:
+                async with asyncio.timeout(self.bodies.limits.body_seconds):
+                    await send_(message)
+            except TimeoutError:
+                raise ConnectionAbortedError from None
+
         try:
             with self.answerer.place():
                 await self._answer(HttpRequest(scope, receive), scope, receive, send)
+        except ConnectionAbortedError:  # who does not read is let go; uvicorn closes what is not complete
+            return
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception as error:

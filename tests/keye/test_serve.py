@@ -284,6 +284,27 @@ def test_bodies_together_are_bounded(loaded):
         until(lambda: ask(address, user(words("?"), max_tokens=1))[0] == 200)
 
 
+def test_a_body_without_a_known_length_is_refused(address):
+    head = head_of(10).replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+    with socket.create_connection(address, timeout=20) as line:
+        line.sendall(head)
+        assert line.recv(100).split()[1] == b"411"
+
+
+def test_a_row_that_fails_ends_alone(address):
+    asked, found = [{"temperature": 1e-39}, {}, {}], {}
+
+    def one(place):
+        found[place] = ask(address, user(words("red"), max_tokens=8, **asked[place]))[0]
+
+    threads = [threading.Thread(target=one, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (found[1], found[2]) == (200, 200) and found[0] in (400, 500)
+
+
 def test_a_key_is_asked_for(loaded):
     with serving(Answerer(*loaded, "tiny", most_tokens=2), Access(), key="secret") as address:
         for header, status in (({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": "secret"}, 401),
