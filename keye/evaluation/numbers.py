@@ -17,6 +17,8 @@ _TENS_AND_UNITS = re.compile(rf"\b({'|'.join(_TENS)})[\s-]+({'|'.join(_UNITS[1:1
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+(?![a-z]))?")
 _MAGNITUDE = re.compile(r"\b(?:hundreds?|thousands?|millions?|billions?|dozens?|half|halves|quarters?)\b|\d\s*/\s*\d")
 """Words and forms that change the value of the number beside them. A reply that holds one names no plain number."""
+_PRONOUN = re.compile(r"\b(?:the|this|that|which)\s+(?:[a-z]+\s+)?one\b(?!\s+time)")
+"""`one` that stands for a thing: `The red one flashes three times.`"""
 _INEQUALITY = re.compile(
     r"\b(?:more|less|fewer|greater|larger|smaller|higher|lower|other)\s+than\b|\bat\s+(?:least|most)\b"
     r"|\bup\s+to\b|\b(?:over|under|above|below)\s+(?=[-+.\d])|[<>≤≥≠~]"
@@ -38,6 +40,7 @@ def parse_number(text: str) -> str | None:
     text = _CLOCK.sub(_clock_seconds, text)
     text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
     text = _TENS_AND_UNITS.sub(lambda found: str(_WORDS[found[1]] + _WORDS[found[2]]), text)
+    text = _PRONOUN.sub(" ", text)
     text = re.sub(r"[a-z]+", lambda word: str(_WORDS.get(word[0], word[0])), text)
     text = re.sub(r"\b(?:minus|negative)\s+(?=\d)", "-", text)
     found = _NUMBER.findall(text)
