@@ -405,7 +405,11 @@ class _Worker(threading.Thread):
             if self.stopped.is_set():
                 raise EOFError
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                [sys.executable, "-P", "-c", _SERVE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                process_group=0,  # Ctrl-C reaches the group of the terminal; this process ends its workers itself
             )
         with contextlib.suppress(EOFError, OSError):  # it died already: the question after this finds out
             _send(self.process.stdin, (self.work, str(self.folder)))
@@ -429,7 +433,6 @@ def _receive(pipe: BinaryIO) -> object:
 
 def serve() -> None:
     """A worker's life: read the work, then answer one source after another until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us in its own time
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not fall among the answers
     torch.set_num_threads(1)
