@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keye.errors import KeyeError, ManifestError
+from keye.errors import CheckpointError, KeyeError, ManifestError
+from keye.prompt.messages import read_chat
 from keye.prompt.processor import KeyeProcessor, Sample
 from keye.world.manifest import parse_line
+from stages.data.items import Cache, Item
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question with its ground truth. messages: the chat without the assistant's turns; base_dir: of its clips."""
+    """One question with its ground truth.
+
+    messages: the chat without the assistant's turns. base_dir: what the paths of its clips are relative to. where: its
+    place, `file:line`.
+    """
 
     id: str
     family: str
@@ -25,44 +32,112 @@ class Prompt:
     tolerance: float | None
     options: tuple[str, ...]
     base_dir: Path
+    where: str = ""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """prompts: what can be asked; rejected: where → why for the manifest lines that are no samples."""
+    """A manifest's questions.
+
+    prompts: what can be asked. rejected: `file:line` → why, for the lines that cannot. digest: SHA-256 of the file.
+    """
 
     prompts: list[Prompt]
     rejected: dict[str, str]
+    digest: str
 
 
-def load_prompts(manifest: str | Path, families: Iterable[str] = ()) -> PromptSet:
+def load_prompts(manifest: str | Path, families: Iterable[str] = (), unique: bool = False) -> PromptSet:
     """The questions of `manifest` that have an answer to check, of `families` (all when empty).
 
-    A line that is not JSON, or not a chat, is left out and kept in `rejected`.
+    A line that is not a chat in JSON, or has a value of the wrong type, is left out and kept in `rejected`.
+
+    Args:
+        unique: refuse questions that share an id, because results are paired by it.
 
     Raises:
-        ManifestError: the file is missing, or holds no such question.
+        ManifestError: the file is missing, holds no such question, or two of them share an id.
     """
     path, families = Path(manifest), set(families)
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; give a .jsonl manifest or make one with python -m keye.world")
-    prompts, rejected = [], {}
-    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            line = parse_line(raw.decode("utf-8", errors="replace"), f"{path}:{number}")
-        except ManifestError as error:
-            rejected[f"{path}:{number}"] = str(error)
-            continue
-        if not isinstance(line.get("answer"), str) or (families and line.get("family") not in families):
-            continue
-        asked = [message for message in line["messages"] if message["role"] != "assistant"]
-        name, family = str(line.get("id", f"{path}:{number}")), line.get("family", "")
-        options = tuple(line.get("options") or ())
-        prompts.append(Prompt(name, family, asked, line["answer"], line.get("tolerance"), options, path.parent))
+    prompts, rejected, digest = [], {}, hashlib.sha256()
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            digest.update(raw)
+            if not raw.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                prompt = _question(raw, path, number, families)
+            except ManifestError as error:
+                rejected[where] = str(error)
+                continue
+            if prompt is not None:
+                prompts.append(prompt)
     if not prompts:
-        wanted = f" of the families {', '.join(sorted(families))}" if families else ""
-        raise ManifestError(f"{path} holds no question{wanted} with an answer: add some or change gspo.families")
-    return PromptSet(prompts, rejected)
+        raise ManifestError(_nothing_to_ask(path, families, rejected))
+    if unique:
+        _check_unique(prompts)
+    return PromptSet(prompts, rejected, digest.hexdigest())
+
+
+def _nothing_to_ask(path: Path, families: set[str], rejected: dict[str, str]) -> str:
+    wanted = f" of the families {', '.join(sorted(families))}" if families else ""
+    said = f"{path} holds no question{wanted} with an answer: add some or change gspo.families"
+    if rejected:
+        said += f"; {len(rejected)} lines cannot be used, the first because {next(iter(rejected.values()))}"
+    return said
+
+
+def _check_unique(prompts: list[Prompt]) -> None:
+    places: dict[str, str] = {}
+    for prompt in prompts:
+        first = places.setdefault(prompt.id, prompt.where)
+        if first != prompt.where:
+            raise ManifestError(
+                f"{first} and {prompt.where} have the same id {prompt.id!r}, and answers before and after training are "
+                "paired by it; give each question an id of its own, or none"
+            )
+
+
+def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt | None:
+    """A manifest's line as a prompt; None where it has no answer to check or is of another family.
+
+    Raises:
+        ManifestError: not a chat, or a value of the wrong type; file, line and key are named.
+    """
+    where = f"{path}:{number}"
+
+    def need(key: str, ok: bool, wanted: str) -> None:
+        if not ok:
+            raise ManifestError(f"{where}: {key} is {line[key]!r:.80}, but must be {wanted}; mend or delete that line")
+
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{where} is not UTF-8 text; save the manifest as UTF-8") from error
+    line = parse_line(text, where)
+    given = {key: value for key, value in line.items() if value is not None}  # tables fill in what others have
+    if "answer" not in given:
+        return None
+    family = given.get("family", "")
+    need("family", isinstance(family, str), "text")
+    if families and family not in families:
+        return None
+    answer, name, tolerance = given["answer"], given.get("id", f"{path.name}:{number}"), given.get("tolerance")
+    need("answer", isinstance(answer, str) and bool(answer.strip()), "text that is not empty")
+    need("id", isinstance(name, str) and name != "" or type(name) is int, "text that is not empty, or a whole number")
+    number_given = tolerance is None or isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    need("tolerance", number_given and 0 <= (tolerance or 0) < math.inf, "a number from 0 on")
+    options = given.get("options", [])
+    need("options", isinstance(options, list) and all(isinstance(x, str) for x in options), "a list of texts")
+    asked = [message for message in line["messages"] if message["role"] != "assistant"]
+    try:
+        read_chat(asked, path.parent, generating=True)
+    except ManifestError as error:
+        raise ManifestError(f"{where}: messages cannot be asked ({error}); mend or delete that line") from error
+    return Prompt(str(name), family, asked, answer, tolerance, tuple(options), path.parent, where)
 
 
 Taken = tuple[Prompt, Sample]
@@ -75,15 +150,15 @@ class PromptStream:
 
     A step takes the next `count` prompts of one global order; each rank encodes its own places of them. The order of an
     epoch follows from (seed, epoch). A prompt whose clip cannot be read is left out, its place takes the next prompt,
-    and the reason stands in `rejected` on the rank that met it. Encoded prompts are kept up to `cache` of them, since a
-    small set is walked over many times.
+    and the reason stands in `rejected` on all ranks: `file:line` → why. Encoded prompts are kept in `cache` bytes of
+    host memory, since a small set is walked over many times.
     """
 
-    def __init__(self, prompts: list[Prompt], processor: KeyeProcessor, seed: int, cache: int = 512) -> None:
-        self.prompts, self.processor, self.seed, self.cache = prompts, processor, seed, cache
+    def __init__(self, prompts: list[Prompt], processor: KeyeProcessor, seed: int, cache: int = 1 << 30) -> None:
+        self.prompts, self.processor, self.seed = prompts, processor, seed
         self.epoch = self.position = 0
         self.rejected: dict[str, str] = {}
-        self._encoded: OrderedDict[str, Sample] = OrderedDict()
+        self.cache = Cache(cache)
         self._order: tuple[int, list[int]] = (-1, [])
 
     def take(self, count: int, mine: Iterable[int] | None = None, gather: Gather | None = None) -> list[Taken]:
@@ -109,10 +184,11 @@ class PromptStream:
             failed = {}
             for place in sorted(own & drawn.keys()):
                 try:
-                    taken[place] = (drawn[place], self._encode(drawn[place]))
+                    taken[place] = (self.prompts[drawn[place]], self._encode(drawn[place]))
                 except KeyeError as error:
-                    failed[place] = self.rejected[drawn[place].id] = str(error)
+                    failed[place] = str(error)
             everywhere = {place: why for rank in gather(failed) for place, why in rank.items()}
+            self.rejected |= {self.prompts[drawn[place]].where: why for place, why in everywhere.items()}
             failures = failures + len(everywhere) if len(everywhere) == len(places) else 0
             if failures > len(self.prompts):
                 last = everywhere[max(everywhere)]
@@ -122,28 +198,45 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, int]:
         """The place in the global order: the same on every rank."""
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position, "questions": len(self.prompts)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved place.
+
+        Raises:
+            CheckpointError: the place is not one of this manifest's.
+        """
+        count = state.get("questions", len(self.prompts))
+        if count != len(self.prompts):
+            raise CheckpointError(
+                f"the checkpoint was written with {count} questions to ask, but now there are {len(self.prompts)}; put "
+                "the manifest back as it was, or train again with another --run"
+            )
+        if not 0 <= state["position"] < count:
+            raise CheckpointError(
+                f"the checkpoint stands at position {state['position']} of an epoch, but there are only {count} "
+                "questions to ask; put the manifest back as it was, or train again with another --run"
+            )
         self.epoch, self.position = state["epoch"], state["position"]
 
-    def _next(self) -> Prompt:
+    def _next(self) -> int:
+        """Place in `prompts` of the next prompt."""
         if self._order[0] != self.epoch:
             order = list(range(len(self.prompts)))
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
             self._order = (self.epoch, order)
-        prompt = self.prompts[self._order[1][self.position]]
+        index = self._order[1][self.position]
         self.position += 1
         if self.position == len(self.prompts):
             self.epoch, self.position = self.epoch + 1, 0
-        return prompt
+        return index
 
-    def _encode(self, prompt: Prompt) -> Sample:
-        if prompt.id in self._encoded:
-            self._encoded.move_to_end(prompt.id)
-            return self._encoded[prompt.id]
+    def _encode(self, index: int) -> Sample:
+        """The sample of the prompt at a place in `prompts`; ids need not be unique."""
+        kept = self.cache.get(index)
+        if kept is not None:
+            return kept[0].sample
+        prompt = self.prompts[index]
         sample = self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
-        self._encoded[prompt.id] = sample
-        if len(self._encoded) > self.cache:
-            self._encoded.popitem(last=False)
+        self.cache.put(index, [Item(sample, prompt.where, index, prompt.family, "")])
         return sample

@@ -27,6 +27,8 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
         raise ManifestError(
             f"{where} is not JSON ({error.msg} at column {error.colno}); mend or delete that line"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
+        raise ManifestError(f"{where} cannot be read as JSON ({error}); mend or delete that line") from error
     messages = sample.get("messages") if isinstance(sample, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ManifestError(f'{where} has no messages; each line needs a list "messages" of chat turns')

@@ -112,4 +112,4 @@ def test_a_prompt_whose_clip_is_missing_is_passed_over(tmp_path, processor):
     manifest.write_text("\n".join([broken, LINE.format("a", "count")]))
     stream = PromptStream(load_prompts(manifest).prompts, processor, seed=0)
     assert [prompt.id for prompt, _ in stream.take(3)] == ["a", "a", "a"]
-    assert "gone.mp4" in stream.rejected["broken"]
+    assert "gone.mp4" in stream.rejected[f"{manifest}:1"]
