@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from keye.errors import KeyeError
+from stages.ranks import first_rank
 
 Result = TypeVar("Result")
 
@@ -40,3 +41,21 @@ def agree(action: Callable[[], Result]) -> Result:
         kind, message = first
         raise kind(message) from error
     return result
+
+
+def from_first(action: Callable[[], Result]) -> Result:
+    """What rank 0's `action` returns, on every rank; only rank 0 runs it. Collective.
+
+    For what is read from files that ranks may see differently, when it decides which collectives come next.
+
+    Raises:
+        KeyeError: on all ranks, what the action raised; an OSError as CheckpointError.
+    """
+    box: list[Any] = [None]
+
+    def run() -> None:
+        box[0] = action()
+
+    first_rank(run, OSError)
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

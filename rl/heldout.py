@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from keye.errors import CheckpointError, KeyeError
 from keye.prompt.processor import Sample
 from rl.prompts import Prompt
-from rl.rewards import Judgement, RewardSum
+from rl.rewards import Earned, Judgement, RewardSum
 from rl.rollout import RolloutEngine
 
 
@@ -32,40 +35,78 @@ class Answered:
     text: str
 
 
+ASKED_AT_ONCE = 32  # questions that are encoded at a time: with a long video each, they take much host memory
+
+
 def ask(
     engine: RolloutEngine,
-    questions: list[tuple[Prompt, Sample]],
+    questions: list[Prompt],
+    encode: Callable[[Prompt], Sample],
     reward: RewardSum,
     samples: int,
     temperature: float,
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
-) -> list[Answered]:
-    """Answer each question `samples` times at `temperature` and once greedily. progress: called with the count done."""
-    answered = []
-    for begin in range(0, len(questions), 32):
-        part = questions[begin : begin + 32]
-        inputs = [sample for _, sample in part]
+) -> tuple[list[Answered], dict[str, str]]:
+    """Answer each question `samples` times at `temperature` and once greedily.
+
+    progress: called with the count done.
+
+    Returns:
+        The outcomes, and `file:line` → why for the questions that `encode` cannot read.
+    """
+    answered: list[Answered] = []
+    rejected: dict[str, str] = {}
+    for begin in range(0, len(questions), ASKED_AT_ONCE):
+        part = questions[begin : begin + ASKED_AT_ONCE]
+        read: list[tuple[Prompt, Sample]] = []
+        for prompt in part:
+            try:
+                read.append((prompt, encode(prompt)))
+            except KeyeError as error:
+                rejected[prompt.where] = str(error)
+        inputs = [sample for _, sample in read]
         drawn = engine.generate(inputs, samples, temperature, max_new_tokens)
         greedy = engine.generate(inputs, 1, 0.0, max_new_tokens)
-        for (prompt, _), many, one in zip(part, drawn, greedy, strict=True):
+        for (prompt, _), many, one in zip(read, drawn, greedy, strict=True):
             earned = [reward(Judgement(prompt, t, f)) for t, f in zip(many.texts, many.finished, strict=True)]
             best = reward(Judgement(prompt, one.texts[0], one.finished[0]))
-            accuracy = [e.parts["accuracy"] for e in earned if "accuracy" in e.parts]
-            answered.append(
-                Answered(
-                    prompt.id,
-                    prompt.family,
-                    fmean(e.total for e in earned),
-                    best.total,
-                    fmean(accuracy) if accuracy else None,
-                    best.parts.get("accuracy"),
-                    one.texts[0],
-                )
-            )
+            answered.append(_answered(prompt, earned, best, one.texts[0]))
         if progress:
             progress(len(part))
-    return answered
+    return answered, rejected
+
+
+def _answered(prompt: Prompt, earned: list[Earned], best: Earned, text: str) -> Answered:
+    accuracy = [e.parts["accuracy"] for e in earned if "accuracy" in e.parts]
+    return Answered(
+        prompt.id,
+        prompt.family,
+        fmean(e.total for e in earned),
+        best.total,
+        fmean(accuracy) if accuracy else None,
+        best.parts.get("accuracy"),
+        text,
+    )
+
+
+def write_answers(path: Path, answered: list[Answered]) -> None:
+    """Write outcomes as JSON lines; the file appears only when it is whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(asdict(one)) + "\n" for one in answered), encoding="utf-8")
+    part.replace(path)
+
+
+def read_answers(path: Path, questions: list[Prompt]) -> list[Answered] | None:
+    """The outcomes in `path`; None where it is not there, torn, or of other questions than these."""
+    if not path.is_file():
+        return None
+    try:
+        rows = [Answered(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError):
+        return None
+    known = {prompt.id for prompt in questions}
+    return rows if rows and all(isinstance(row.id, str) and row.id in known for row in rows) else None
 
 
 def summary(answered: list[Answered]) -> dict[str, Any]:
@@ -77,9 +118,17 @@ def summary(answered: list[Answered]) -> dict[str, Any]:
 
 
 def compare(before: list[Answered], after: list[Answered]) -> dict[str, Any]:
-    """What `eval.json` holds: both summaries, and the gain with the standard error of the paired differences."""
+    """What `eval.json` holds: both summaries, and the gain with the standard error of the paired differences.
+
+    Raises:
+        CheckpointError: no question was answered both times.
+    """
     earlier = {one.id: one for one in before}
     pairs = [(earlier[one.id], one) for one in after if one.id in earlier]
+    if not pairs:
+        raise CheckpointError(
+            "no held-out question was answered both before and after training; give clips that decode"
+        )
     sampled = [new.sampled - old.sampled for old, new in pairs]
     greedy = [new.greedy - old.greedy for old, new in pairs]
     return {

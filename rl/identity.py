@@ -1,58 +1,124 @@
-"""What a GSPO run was started with, its recipe and its start model, so that two runs are never mixed."""
+"""What a GSPO run was started with: its recipe, its start model and its questions, so that two runs are never mixed."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from keye.errors import CheckpointError
+from rl.agree import gather
 from rl.recipe import RlRecipe
-from stages.checkpoints import checksum
+from stages.checkpoints import checkpoints, checksum
+from stages.engine import resolve_precision
 
 FILE = "run.json"
-MAY_CHANGE = ("gspo.steps", "gspo.checkpoint_every", "gspo.decode_batch")
+MAY_CHANGE = ("gspo.steps", "gspo.checkpoint_every", "gspo.decode_batch", "gspo.cache_mb")
 """Keys that a resumed run may change: the learning rate does not depend on them, nor does what a step computes."""
+READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
+"""Endings of the files that make a model: weights, configs, tokenizer, chat template and processor."""
 
 
-def claim(out: Path, recipe: RlRecipe, start: Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a run is. recipe: key → value. files: path, relative to the run's folder → what tells its contents."""
+
+    recipe: dict[str, Any]
+    files: dict[str, str]
+
+
+def identity(run: Path, recipe: RlRecipe, digests: dict[str, str]) -> Identity:
+    """The identity of a run of `recipe` in `run`; digests: manifest, as the recipe names it → SHA-256 of the file.
+
+    Of a large file of the start model only the ends are read, see `stages.checkpoints.checksum`.
+    """
+    told = _flat(dataclasses.asdict(recipe)) | {"gspo.precision": resolve_precision(recipe.gspo.precision)}
+    folder = run / recipe.gspo.start / "model"
+    start = {
+        f"{recipe.gspo.start}/model/{path.relative_to(folder)}": f"{path.stat().st_size} bytes, CRC-32 {checksum(path)}"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix in READ and not path.name.startswith(".")
+    }
+    return Identity(told, digests | start)
+
+
+def check_ranks(mine: Identity) -> None:
+    """Refuses ranks that read another recipe or other files than rank 0, as from a node's own copy; collective.
+
+    Raises:
+        CheckpointError: on all ranks, with the first key or file that differs.
+    """
+    first, *others = gather(mine)
+    for rank, other in enumerate(others, 1):
+        for name in _differing(first.files, other.files):
+            raise CheckpointError(f"rank {rank} reads another {name} than rank 0; give all nodes the same files")
+        for key in _differing(first.recipe, other.recipe):
+            values = f"{first.recipe.get(key)!r} on rank 0 and {other.recipe.get(key)!r} on rank {rank}"
+            raise CheckpointError(f"{key} is {values}; give all nodes the same recipe and the same --set")
+
+
+def claim(out: Path, run: Path, now: Identity) -> None:
     """Records in `out/run.json` what this run starts from, or checks that it is what the run started from before.
 
     Call it on one rank, before anything of `out` is loaded.
 
     Raises:
-        CheckpointError: `out` holds the training of another recipe or of other start weights, named with the remedy.
+        CheckpointError: `out` holds the training of another recipe, start model or manifest, or does not say of which;
+            the key or file is named with the remedy.
     """
-    told = {"recipe": _flat(dataclasses.asdict(recipe)), "start": fingerprint(start)}
-    record = out / FILE
-    if any((out / "checkpoints").glob("step-*")):
-        _check(out, start, told, json.loads(record.read_text()) if record.is_file() else None)
+    if checkpoints(out / "checkpoints"):
+        _check(out, run, now, _read(out))
     out.mkdir(parents=True, exist_ok=True)
+    record = out / FILE
     part = record.with_name(record.name + ".part")
-    part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(now), indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(record)
 
 
-def fingerprint(model: Path) -> str:
-    """SHA-256 of the names, sizes and checksums of a model directory's weights and config."""
-    digest = hashlib.sha256()
-    for path in sorted([*model.glob("*.safetensors"), model / "config.json"]):
-        digest.update(f"{path.name} {path.stat().st_size} {checksum(path)}\n".encode())
-    return digest.hexdigest()
+def _remedy(out: Path) -> str:
+    return f"remove {out} to train again, or use another --run"
 
 
-def _check(out: Path, start: Path, told: dict[str, Any], before: dict[str, Any] | None) -> None:
-    remedy = f"remove {out} to train again, or use another --run"
-    if before is None:
-        raise CheckpointError(f"{out} holds checkpoints, but no {FILE} says what they were trained from; {remedy}")
-    if before["start"] != told["start"]:
-        raise CheckpointError(f"{out} was trained from other weights than {start} has now; {remedy}")
-    for key in sorted(told["recipe"].keys() | before["recipe"].keys()):
-        old, new = before["recipe"].get(key), told["recipe"].get(key)
-        if old != new and key not in MAY_CHANGE:
-            raise CheckpointError(f"{out} was trained with {key} = {old!r}, but the recipe says {new!r}; {remedy}")
+def _read(out: Path) -> Identity:
+    """What `out/run.json` says."""
+    record = out / FILE
+    try:
+        found = Identity(**json.loads(record.read_text(encoding="utf-8")))
+        if isinstance(found.recipe, dict) and isinstance(found.files, dict):
+            return found
+        reason = "its recipe or files are no tables"
+    except FileNotFoundError:
+        reason = "it does not exist"
+    except (ValueError, TypeError) as error:
+        reason = f"it is torn or of another version: {error}"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise CheckpointError(
+        f"{out} holds checkpoints, but {record} does not say what they were trained from ({reason}); {_remedy(out)}"
+    )
+
+
+def _check(out: Path, run: Path, now: Identity, before: Identity) -> None:
+    for key in _differing(before.recipe, now.recipe):
+        if key not in MAY_CHANGE:
+            old, new = before.recipe.get(key), now.recipe.get(key)
+            raise CheckpointError(
+                f"{out} was trained with {key} = {old!r}, but the recipe says {new!r}; {_remedy(out)}"
+            )
+    for name in _differing(before.files, now.files):
+        what = "is new" if name not in before.files else "is gone" if name not in now.files else "has changed"
+        raise CheckpointError(
+            f"{run / name} {what} since the checkpoints of {out} were trained; put it back as it was, {_remedy(out)}"
+        )
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

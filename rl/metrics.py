@@ -13,7 +13,8 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
     """Metrics of one step from what every rank gathered (see `GspoTrainer.train_step`).
 
     reward_stderr is taken over prompts, since the answers of a group share their question. clip_fraction and the ratios
-    are over the sequences of informative groups, in all mini-batches; informative is the share of such groups.
+    are over the sequences of informative groups, in all mini-batches; informative is the share of such groups, empty
+    that of answers without a word. rejected, left out so far, is the same on every rank.
     """
 
     def flat(name: str) -> list[Any]:
@@ -45,6 +46,7 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
         "entropy": fmean(value for update in updates for value in update["entropy"]),
         "response_length": fmean(lengths),
         "finished": fmean(flat("finished")),
+        "empty": fmean(flat("empty")),
         "grad_norm": fmean(update["grad_norm"] for update in updates),
         "tokens": tokens,
         "visual_tokens": sum(rank["visual_tokens"] for rank in ranks),
@@ -52,5 +54,5 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
         "seconds": sum(seconds.values()),
         "seconds_rollout": seconds["rollout"],
         "seconds_update": seconds["update"],
-        "rejected": sum(rank["rejected"] for rank in ranks),
+        "rejected": ranks[0]["rejected"],
     }

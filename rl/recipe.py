@@ -16,7 +16,8 @@ class Gspo:
 
     start: the run's stage whose model is tuned. manifest: the questions, relative to the run's folder; families: which
     of them, all when empty. prompts: over all processes. freeze: parts of the model that stay, such as "visual".
-    max_new_tokens bounds an answer; decode_batch: sequences decoded side by side. learning_rate rises linearly over
+    max_new_tokens bounds an answer; decode_batch: sequences decoded side by side; cache_mb: host memory of each process
+    for encoded questions, which need not be decoded again. learning_rate rises linearly over
     `warmup` optimizer steps and then stays. checkpoint_every: steps between checkpoints. zero: ZeRO stage, 0 to 2.
     precision: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16".
     """
@@ -34,6 +35,7 @@ class Gspo:
     temperature: float = 1.0
     max_new_tokens: int = 32
     decode_batch: int = 256
+    cache_mb: int = 1024
     warmup: int = 0
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -85,6 +87,8 @@ def _check(recipe: RlRecipe, file: str) -> None:
     g, heldout = recipe.gspo, recipe.heldout
     for key in ("steps", "prompts", "mini_batches", "max_new_tokens", "decode_batch", "checkpoint_every"):
         need(getattr(g, key) >= 1, f"gspo.{key} must be at least 1")
+    need(g.cache_mb >= 0, "gspo.cache_mb must be at least 0")
+    need(g.start != "gspo", 'gspo.start = "gspo" would tune a model in the folder it is read from; copy it elsewhere')
     need(g.group >= 2, "gspo.group must be at least 2, because an answer is judged against its siblings")
     need(g.temperature > 0, "gspo.temperature must be above 0, because equal answers teach nothing")
     need(g.learning_rate > 0, "gspo.learning_rate must be above 0")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -18,22 +19,24 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError
-from keye.model.keye import KeyeForConditionalGeneration
+from keye.errors import CheckpointError, ManifestError, RecipeError, writing
 from keye.prompt.processor import KeyeProcessor, Sample
-from rl.agree import agree, gather
+from rl.agree import agree, from_first, gather
 from rl.gspo import group_advantages, gspo_loss
-from rl.heldout import Answered, ask, compare
-from rl.identity import claim
+from rl.heldout import Answered, ask, compare, read_answers, write_answers
+from rl.identity import check_ranks, claim, identity
 from rl.metrics import step_metrics
 from rl.policy import Group, Score, score
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
 from rl.recipe import RlRecipe, check_world, places_of
 from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
-from stages.checkpoints import first_rank, load_checkpoint, save_checkpoint
-from stages.engine import build
+from rl.watch import read_metrics, warnings_of
+from stages.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from stages.engine import build, device, resolve_precision
+from stages.ranks import first_rank
 from stages.typed_toml import to_toml
+from stages.weights import Start, open_start, replace_model
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class GspoTrainer:
     """Tunes the model of `run/<start>/model` and leaves `run/gspo/{metrics.jsonl, eval.json, checkpoints, model}`.
 
     Raises:
-        CheckpointError: the stage to start from has left no model, or `run/gspo` holds the training of another recipe
-            or start model.
+        CheckpointError: the stage to start from has left no model, or `run/gspo` holds the training of another recipe,
+            start model or manifest.
         ManifestError: no questions to ask.
         RecipeError: the recipe does not fit the number of processes.
     """
@@ -76,23 +79,53 @@ class GspoTrainer:
         self.recipe, self.run = recipe, Path(run)
         self.out = self.run / "gspo"
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        check_world(recipe, self.world)
-        start = self.run / recipe.gspo.start / "model"
-        if not (start / "config.json").is_file():
-            raise CheckpointError(f"{start} holds no model: run scripts/pretrain.py with --run {run} first")
-        first_rank(lambda: claim(self.out, recipe, start))
-        self.processor = KeyeProcessor.from_pretrained(start)
-        self.model = KeyeForConditionalGeneration.from_pretrained(start)
+        agree(lambda: check_world(recipe, self.world))
+        self.start = agree(self._open_start)
+        self.rejected: dict[str, str] = {}
+        prompts = self._claim()
+        self.processor = agree(lambda: KeyeProcessor.from_pretrained(self.start.directory))
+        dtype = torch.bfloat16 if resolve_precision(recipe.gspo.precision) == "bf16" else torch.float32
+        self.model = agree(lambda: self.start.build(dtype, device()))
         self.engine = self._engine()
         self.generator = torch.Generator(self.engine.device)
         self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch)
-        self.reward = rewards_from(recipe.rewards)
-        found = agree(lambda: load_prompts(self.run / recipe.gspo.manifest, recipe.gspo.families))
-        self.stream = PromptStream(found.prompts, self.processor, recipe.seed)
-        self.stream.rejected |= found.rejected
+        self.reward = agree(lambda: rewards_from(recipe.rewards))
+        self.stream = PromptStream(prompts, self.processor, recipe.seed, recipe.gspo.cache_mb << 20)
         self.step = 0
-        if self.rank == 0:
-            self._write(self.out / "recipe.toml", to_toml(recipe))
+        self.warned: set[str] = set()
+        first_rank(lambda: self._write(self.out / "recipe.toml", to_toml(recipe)))
+
+    def _open_start(self) -> Start:
+        """The directory of the model that is tuned."""
+        name = self.recipe.gspo.start
+        folder = self.run / name / "model"
+        if (folder / "config.json").is_file():
+            return open_start(folder)
+        if (self.run / "model" / "config.json").is_file():
+            raise CheckpointError(f"{self.run} is the folder of a stage: give that of the run, --run {self.run.parent}")
+        found = sorted(
+            path.parents[1].name for path in self.run.glob("*/model/config.json") if path.parts[-3] != "gspo"
+        )
+        remedy = (
+            f"set gspo.start to one of {', '.join(found)}" if found else "pre-train first: scripts/pretrain.py --out"
+        )
+        raise CheckpointError(f"{folder} holds no model: {remedy}{'' if found else f' {self.run}'}")
+
+    def _claim(self) -> list[Prompt]:
+        """The questions to train on, once all ranks read the same files and these are those that the run began with."""
+        g, held = self.recipe.gspo, self.recipe.heldout
+        found = agree(lambda: load_prompts(self.run / g.manifest, g.families))
+        asked = agree(lambda: load_prompts(self.run / held.manifest, g.families, unique=True))
+        digests = {g.manifest: found.digest, held.manifest: asked.digest}
+        mine = agree(lambda: identity(self.run, self.recipe, digests))
+        check_ranks(mine)
+        first_rank(lambda: claim(self.out, self.run, mine), OSError)
+        self.questions = self._limited(asked.prompts)
+        self.rejected = found.rejected | asked.rejected
+        if self.rejected and self.rank == 0:
+            first = next(iter(self.rejected.values()))
+            print(f"{len(self.rejected)} lines of the manifests are left out, the first because {first}", flush=True)
+        return found.prompts
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -101,15 +134,14 @@ class GspoTrainer:
         from torch.utils.tensorboard import SummaryWriter
 
         g = self.recipe.gspo
-        questions = self._questions()
+        before = self._before()
         self._load()
-        before = self._measure(questions, "before")
         writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step) if self.rank == 0 else None
         with self._progress() as bar:
             task = bar.add_task("gspo", total=g.steps, completed=self.step, said="")
             while self.step < g.steps:
                 metrics = self.train_step()
-                self._log(metrics, writer)
+                self._log(metrics, writer, bar)
                 said = f"reward {metrics['reward_mean']:.3f} · {metrics['tokens_per_second']:.0f} tokens/s"
                 bar.update(task, advance=1, said=said)
                 if self.step % g.checkpoint_every == 0 or self.step == g.steps:
@@ -117,13 +149,10 @@ class GspoTrainer:
                     save_checkpoint(self.engine, self.out / "checkpoints", self.step, state, shared=True)
         if writer:
             writer.close()
-        after = self._measure(questions, "after")
-        result = compare(before, after) | {"seed": self.recipe.seed, "rejected": self._rejected()}
-        if self.rank == 0:
-            self._write(self.out / "eval.json", json.dumps(result, indent=1))
-            self.model.save_pretrained(self.out / "model")
-            self.processor.save_pretrained(self.out / "model")
-        dist.barrier()
+        after = self._measure("after")
+        result = compare(before, after) | {"seed": self.recipe.seed} | self._summary()
+        replace_model(self.model, self.model, self.start, self.out / "model", self.processor.save_pretrained)
+        first_rank(lambda: self._write(self.out / "eval.json", json.dumps(result, indent=1)))
         return result
 
     def train_step(self) -> dict[str, Any]:
@@ -143,10 +172,11 @@ class GspoTrainer:
             "earned": [[asdict(e) for e in group] for group in experience.earned],
             "lengths": [len(c) for group in experience.groups for c in group.completions],
             "finished": [f for group in experience.groups for f in group.finished],
+            "empty": [not text.strip() for group in experience.groups for text in group.texts],
             "visual_tokens": sum(group.sample.visual_tokens for group in experience.groups),
             "prompt_tokens": sum(len(group.sample) for group in experience.groups),
             "updates": [asdict(update) for update in updates],
-            "rejected": len(self.stream.rejected),
+            "rejected": len(self.rejected | self.stream.rejected),
         }
         metrics = step_metrics(self.step, gather(local), seconds)
         return metrics | {"lr": self.engine.get_lr()[0], "epoch": self.stream.epoch}
@@ -208,42 +238,51 @@ class GspoTrainer:
 
     # --- held-out questions -----------------------------------------------------------------------------------------
 
-    def _questions(self) -> list[tuple[Prompt, Sample]]:
-        """This rank's share of the held-out questions, encoded; at most `limit` of each family over all ranks."""
-        wanted, seen = self.recipe.heldout, {}
+    def _limited(self, questions: list[Prompt]) -> list[Prompt]:
+        """At most `heldout.limit` questions of each family."""
+        seen: Counter[str] = Counter()
         chosen = []
-        for prompt in agree(lambda: load_prompts(self.run / wanted.manifest, self.recipe.gspo.families)).prompts:
-            seen[prompt.family] = seen.get(prompt.family, 0) + 1
-            if seen[prompt.family] <= wanted.limit:
+        for prompt in questions:
+            seen[prompt.family] += 1
+            if seen[prompt.family] <= self.recipe.heldout.limit:
                 chosen.append(prompt)
-        questions = []
-        for prompt in chosen[self.rank :: self.world]:
-            try:
-                sample = self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
-                questions.append((prompt, sample))
-            except KeyeError as error:
-                self.stream.rejected[prompt.id] = str(error)
-        if not any(gather(len(questions))):
-            raise ManifestError(f"no question of {self.run / wanted.manifest} can be read: give clips that decode")
-        return questions
+        return chosen
 
-    def _measure(self, questions: list[tuple[Prompt, Sample]], name: str) -> list[Answered]:
-        """All ranks' answers to the held-out questions; what was measured before is kept in `<name>.jsonl`."""
-        path = self.out / f"{name}.jsonl"
-        if name == "before" and self.step and path.is_file():
-            return [Answered(**json.loads(line)) for line in path.read_text().splitlines()]
+    def _before(self) -> list[Answered]:
+        """What the start model answers: as it was measured, or measured now, before a checkpoint is loaded."""
+        path, kept = self.out / "before.jsonl", self.out / "checkpoints"
+        rows = from_first(lambda: read_answers(path, self.questions) if checkpoints(kept) else None)
+        return self._measure("before") if rows is None else rows
+
+    def _measure(self, name: str) -> list[Answered]:
+        """All ranks' answers to the held-out questions, kept in `<name>.jsonl`."""
         wanted, g = self.recipe.heldout, self.recipe.gspo
+        mine = self.questions[self.rank :: self.world]
         self._seed("heldout", 0)
         with self._progress() as bar:
-            task = bar.add_task(f"held-out reward {name}", total=len(questions) * self.world, said="")
-            answered = ask(
-                self.rollout, questions, self.reward, wanted.samples, wanted.temperature, g.max_new_tokens,
-                lambda count: bar.advance(task, count * self.world),
-            )  # fmt: skip
+            task = bar.add_task(f"held-out reward {name}", total=len(mine) * self.world, said="")
+            answered, rejected = agree(
+                lambda: ask(
+                    self.rollout,
+                    mine,
+                    self._encode,
+                    self.reward,
+                    wanted.samples,
+                    wanted.temperature,
+                    g.max_new_tokens,
+                    lambda count: bar.advance(task, count * self.world),
+                )  # fmt: skip
+            )
         rows = [one for rank in gather(answered) for one in rank]
-        if self.rank == 0:
-            self._write(path, "\n".join(json.dumps(asdict(row)) for row in rows))
+        for rank in gather(rejected):
+            self.rejected |= rank
+        if not rows:
+            raise ManifestError(f"no question of {self.run / wanted.manifest} can be read: give clips that decode")
+        first_rank(lambda: write_answers(self.out / f"{name}.jsonl", rows), OSError)
         return rows
+
+    def _encode(self, prompt: Prompt) -> Sample:
+        return self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -267,6 +306,7 @@ class GspoTrainer:
             clip=g.clip,
             zero=g.zero,
             precision=g.precision,
+            sources=self.start.sources(self.model),
         )
 
     def _load(self) -> None:
@@ -275,22 +315,40 @@ class GspoTrainer:
         if found is not None:
             self.step, state = found
             self.stream.load_state_dict(state)
-        log = self.out / "metrics.jsonl"
-        if self.rank == 0 and log.is_file():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            self._write(log, "\n".join(kept))
+        if self.step > self.recipe.gspo.steps:
+            raise CheckpointError(
+                f"{self.out} was trained for {self.step} steps already, but gspo.steps = {self.recipe.gspo.steps}; "
+                f"give at least as many, remove {self.out} to train again, or use another --run"
+            )
+        first_rank(self._cut_metrics, OSError)
 
-    def _rejected(self) -> dict[str, str]:
-        """Every rank's unreadable prompts and lines: which → why."""
-        return {name: why for rank in gather(self.stream.rejected) for name, why in rank.items()}
+    def _cut_metrics(self) -> None:
+        log = self.out / "metrics.jsonl"
+        if log.is_file():
+            self._write(log, "\n".join(json.dumps(row) for row in read_metrics(log, self.step)))
+
+    def _summary(self) -> dict[str, Any]:
+        """What went wrong in the whole run: the prompts and lines left out, and steps without any advantage."""
+        rows = from_first(lambda: read_metrics(self.out / "metrics.jsonl", self.step))
+        constant = sum(row.get("informative") == 0 for row in rows)
+        return {
+            "steps": self.step,
+            "steps_without_advantage": constant,
+            "rejected": self.rejected | self.stream.rejected,
+        }
 
     # --- what is seen -----------------------------------------------------------------------------------------------
 
-    def _log(self, metrics: dict[str, Any], writer: Any) -> None:
+    def _log(self, metrics: dict[str, Any], writer: Any, bar: Progress) -> None:
         if self.rank:
             return
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        said = warnings_of(metrics, self.recipe.gspo.max_new_tokens)
+        for kind in said.keys() - self.warned:  # said once while it lasts
+            bar.console.print(f"step {self.step}: {said[kind]}", markup=False, highlight=False, soft_wrap=True)
+        self.warned = set(said)
+        log = self.out / "metrics.jsonl"
+        with writing(log, "the metrics", CheckpointError), log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics | ({"warnings": list(said.values())} if said else {})) + "\n")
         for name, value in metrics.items():
             if isinstance(value, int | float):
                 writer.add_scalar(f"gspo/{name}", value, self.step)
@@ -298,8 +356,9 @@ class GspoTrainer:
     @staticmethod
     def _write(path: Path, text: str) -> None:
         part = path.with_name(path.name + ".part")
-        part.write_text(text + "\n" if text else "", encoding="utf-8")
-        part.replace(path)
+        with writing(path, kind=CheckpointError):
+            part.write_text(text + "\n" if text else "", encoding="utf-8")
+            part.replace(path)
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

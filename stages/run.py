@@ -43,7 +43,7 @@ from stages.trainer import Trainer, micro_batches
 from stages.typed_toml import to_toml
 from stages.vision import Vision
 from stages.watch import open_tracker
-from stages.weights import Start, open_start, write_model
+from stages.weights import Start, open_start, replace_model
 
 KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
@@ -262,19 +262,7 @@ def save_model(opened: Opened, out: Path) -> None:
     Raises:
         CheckpointError: on all ranks, when rank 0 cannot write it.
     """
-    said: list[str] = []
-    if dist.get_rank() == 0:
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could say that the stage was done
-    try:
-        write_model(opened.model, opened.module, opened.start, out, opened.processor.save_pretrained)
-    except OSError as error:
-        said.append(f"{out} could not be written ({error.strerror or error}); make room and give the same command")
-
-    def tell() -> None:
-        if said:
-            raise CheckpointError(said[0])
-
-    first_rank(tell)
+    replace_model(opened.model, opened.module, opened.start, out, opened.processor.save_pretrained)
 
 
 def start_of(name: str, recipe: Recipe, run: Path) -> Path:

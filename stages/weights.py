@@ -6,6 +6,7 @@ On the way out the tensors that were trained are gathered one by one from the op
 are copied from the files that the stage began with.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from keye.errors import CheckpointError
 from keye.model.checkpoint import open_weights
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.shards import MAX_SHARD, Computed, Stored, whole_directory, write_shards
 from stages import engine
+from stages.ranks import first_rank
 
 PARTS = ("visual", "projector", "language_model", "lm_head")
 
@@ -106,6 +109,29 @@ def write_model(
     finally:
         for _ in values:  # every rank gives every tensor, whatever became of the file
             pass
+
+
+def replace_model(
+    model: KeyeForConditionalGeneration, module: nn.Module, start: Start, out: Path, beside: Callable[[Path], Any]
+) -> None:
+    """`write_model` in place of what `out` holds; collective.
+
+    Raises:
+        CheckpointError: on all ranks, when rank 0 cannot write it.
+    """
+    said: list[str] = []
+    if dist.get_rank() == 0:
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could say that it was done
+    try:
+        write_model(model, module, start, out, beside)
+    except OSError as error:
+        said.append(f"{out} could not be written ({error.strerror or error}); make room and give the same command")
+
+    def tell() -> None:
+        if said:
+            raise CheckpointError(said[0])
+
+    first_rank(tell)
 
 
 def _masters(trained: Mapping[str, nn.Parameter]) -> Iterator[Tensor | None]:

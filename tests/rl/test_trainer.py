@@ -54,14 +54,14 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     run = make_run(tmp_path)
     two = run_distributed(train, 2, 240, run)
     # Six prompts of nine a step: after two steps the second epoch's third place.
-    assert two == [{"step": 2, "stream": {"epoch": 1, "position": 3}}] * 2
+    assert two == [{"step": 2, "stream": {"epoch": 1, "position": 3, "questions": 9}}] * 2
     for world, steps in ((1, 4), (3, 5)):
         longer = dataclasses.replace(RECIPE, gspo=dataclasses.replace(GSPO, steps=steps))
         done = run_distributed(train, world, 240, run, longer)
         assert [one["step"] for one in done] == [steps] * world
     rows = [json.loads(line) for line in (run / "gspo/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert done[0]["stream"] == {"epoch": 3, "position": 3}
+    assert done[0]["stream"] == {"epoch": 3, "position": 3, "questions": 9}
 
 
 def refused(run: Path, other: Path) -> list[str]:
@@ -86,7 +86,7 @@ def test_a_run_refuses_another_recipe_and_another_start(tmp_path):
     [(rate, rewards, start)] = run_distributed(refused, 1, 240, *runs)
     assert "learning_rate = 0.001, but the recipe says 0.002; remove" in rate
     assert "rewards.format = 1.0, but the recipe says 0.5" in rewards
-    assert "was trained from other weights than" in start and "annealing/model has now" in start
+    assert "annealing/model/model.safetensors has changed since" in start and "put it back" in start
 
 
 def one_rank_without_its_file(run: Path) -> str:
