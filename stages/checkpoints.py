@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from keye.errors import CheckpointError
-from stages.ranks import first_rank
+from stages.ranks import first_rank, waiting_group
 
 MARKER = "complete.json"
 WHOLE = 8 << 20  # bytes up to which a file is summed whole; of a larger one the first and the last MiB
@@ -103,6 +104,54 @@ def save_checkpoint(
     Raises:
         CheckpointError: on all ranks, when the disk is full or a file cannot be written; what was begun is removed.
     """
+    return begin_checkpoint(engine, directory, step, state, keep, shared).finish()
+
+
+@dataclass
+class Begun:
+    """A checkpoint whose files are written, or are being written in the background: it counts once it is finished.
+
+    target: its directory. needed: bytes it takes, about. told: what its marker says besides. failures: of this rank.
+    writer: what still writes, None where all is written.
+    """
+
+    target: Path
+    needed: int
+    told: dict[str, Any]
+    keep: int
+    failures: list[tuple[str, BaseException]]
+    writer: Any = None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write, or has failed."""
+        return self.writer is None or self.writer.done
+
+    def finish(self) -> Path:
+        """Wait for the files of all ranks, mark the checkpoint as whole and leave the last `keep`; collective.
+
+        Raises:
+            CheckpointError: on all ranks, when a file of any rank could not be written; what was begun is removed.
+        """
+        failures = self.failures + ([] if self.writer is None else self.writer.wait())
+        reason = _first_said([f"{file}: {_plainly(error)}" for file, error in failures[:1]])
+        directory, target, needed = self.target.parent, self.target, self.needed
+        if reason is not None:
+            first_rank(lambda: _undo(directory, target, needed, reason))
+        first_rank(lambda: _finish(directory, target, needed, self.told, self.keep))
+        return target
+
+
+def begin_checkpoint(
+    engine: Any, directory: str | Path, step: int, state: dict[str, Any], keep: int = 2, shared: bool = False
+) -> Begun:
+    """`save_checkpoint` up to where files are written; with `stages.background`, copied to be written; collective.
+
+    The one before must be finished.
+
+    Raises:
+        CheckpointError: on all ranks, when there is no room for it.
+    """
     directory, rank = Path(directory), dist.get_rank()
     target, needed = directory / f"step-{step}", bytes_needed(engine)
     first_rank(lambda: _make_room(directory, target, needed), OSError)
@@ -110,18 +159,15 @@ def save_checkpoint(
         try:
             engine.save_checkpoint(str(directory), tag=target.name, client_state={"step": step}, save_latest=False)
         except OSError as error:  # beside the shards, which `failures` holds: DeepSpeed's script for recovery
-            failures.append(error)
+            failures.append((str(error.filename), error))
             dist.barrier()  # the others wait in the last one of `engine.save_checkpoint`
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.get_rng_state()
         mine = {"state": state if rank == 0 or not shared else {}, "rng": rng}
-        _catch(failures, lambda: torch.save(mine, target / f"state-{rank}.pt"))
-    reason = _first_said([_plainly(error) for error in failures[:1]])
-    if reason is not None:
-        first_rank(lambda: _undo(directory, target, needed, reason))
-    first_rank(lambda: _finish(directory, target, needed, {"step": step, "shared": shared}, keep))
-    return target
+        engine.checkpoint_engine.save(mine, str(target / f"state-{rank}.pt"))
+    writer = engine.checkpoint_engine if hasattr(engine.checkpoint_engine, "wait") else None
+    return Begun(target, needed, {"step": step, "shared": shared}, keep, failures, writer)
 
 
 def bytes_needed(engine: Any) -> int:
@@ -133,7 +179,8 @@ def bytes_needed(engine: Any) -> int:
 
 def _make_room(directory: Path, target: Path, needed: int) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    for left in directory.glob("universal-*"):  # by a run that was killed while it resumed
+    torn = [path for path in checkpoints(directory) if not (path / MARKER).exists()]
+    for left in (*torn, *directory.glob("universal-*")):  # by a run that was killed while it saved, or resumed
         shutil.rmtree(left, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
@@ -181,37 +228,40 @@ def _size(count: int) -> str:
 
 
 @contextmanager
-def _gathered_failures(engine: Any) -> Iterator[list[Exception]]:
-    """What goes wrong while DeepSpeed writes is kept for later: a rank that raised would leave the others waiting."""
-    failures: list[Exception] = []
+def _gathered_failures(engine: Any) -> Iterator[list[tuple[str, BaseException]]]:
+    """What goes wrong with which file is kept for later: a rank that raised would leave the others waiting."""
+    failures: list[tuple[str, BaseException]] = []
     writer = engine.checkpoint_engine
     write = writer.save
-    writer.save = lambda state_dict, path: _catch(failures, lambda: write(state_dict, path))
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            failures.append((Path(path).name, error))
+
+    writer.save = save
     try:
         yield failures
     finally:
         del writer.save  # the class's own is seen again
 
 
-def _catch(failures: list[Exception], action: Callable[[], Any]) -> None:
-    try:
-        action()
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        failures.append(error)
-
-
-def _plainly(error: Exception) -> str:
+def _plainly(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = str(error).splitlines()[0]
+    said = (str(error).splitlines() or [type(error).__name__])[0]
     # Of a full disk torch's own writer says only where it stood.
     return "a file was cut short, as on a full disk" if "inline_container" in said else said
 
 
 def _first_said(mine: list[str]) -> str | None:
     """The first of all ranks' sentences, the same on every rank."""
+    if dist.get_world_size() == 1:
+        return next(iter(mine), None)
     said: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(said, mine)
+    # On the host, where ranks wait for a slow disk as long as it takes.
+    dist.all_gather_object(said, mine, group=waiting_group(dist.group.WORLD))
     return next((text for texts in said for text in texts), None)
 
 

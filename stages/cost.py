@@ -296,7 +296,7 @@ def _reckon(
     host = host_footprint(
         config, plan, assumed.node, step, total, trained, cache=float(recipe.data.cache_mb << 20), pinned=pinned,
         drawn=drawn, drawn_once=sum(counts.values()) if first else 0.0,
-        heldout=told.heldout_steps if told.heldout_every else 0,
+        heldout=told.heldout_steps if told.heldout_every else 0, background=told.async_checkpoints,
     )  # fmt: skip
     seconds = step_seconds(done, trained, gpu, gpus, assumed.utilisation)
     days = seconds * told.steps / DAY

@@ -20,7 +20,8 @@ class HostFootprint:
 
     processes: interpreters and libraries. cache: encoded samples that are kept (`data.cache_mb`). samples: those that
     wait to be trained on. offload: inputs of layers in pinned memory. drawn: weights that no file has when a stage
-    begins. written: copies of what is on the devices while a checkpoint or the stage's model is written.
+    begins. written: copies of what is on the devices while a checkpoint or the stage's model is written. copied: with
+    `async_checkpoints`, the whole checkpoint in pinned memory, which stays taken between one and the next.
     """
 
     processes: float
@@ -29,11 +30,12 @@ class HostFootprint:
     offload: float
     drawn: float
     written: float
+    copied: float = 0.0
 
     @property
     def moments(self) -> dict[str, float]:
         """When the memory may peak → how much is then held."""
-        training = self.processes + self.cache + self.samples + self.offload
+        training = self.processes + self.cache + self.samples + self.offload + self.copied
         return {
             "at the start": self.processes + self.drawn,
             "in a step": training,
@@ -57,6 +59,7 @@ class Node:
 def host_footprint(
     config: Any, plan: Plan, node: Node, step: Share, parameters: float, trained: float, *,
     cache: float = 0.0, pinned: float = 0.0, drawn: float = 0.0, drawn_once: float = 0.0, heldout: int = 0,
+    background: bool = False,
 ) -> HostFootprint:  # fmt: skip
     """The host memory of one node in one stage.
 
@@ -66,6 +69,7 @@ def host_footprint(
         cache: bytes that a process may keep of encoded samples. pinned: tokens of a rank whose layers' inputs wait in
             host memory. drawn, drawn_once: parameters that every rank, and that one rank alone, draws in fp32.
         heldout: steps whose held-out samples wait for the next measure.
+        background: whether checkpoints are written in the background.
     """
     text, ranks = config.text_config, min(node.ranks, plan.ranks)
     pixels = CHANNELS * config.vision_config.patch_size**2 * plan.pixel
@@ -77,7 +81,8 @@ def host_footprint(
         samples=ranks * (POOLED + heldout) * sample,
         offload=ranks * inputs,
         drawn=FP32 * (ranks * drawn + drawn_once),
-        written=_written(config, plan, ranks, parameters, trained),
+        written=_table(config) if background else _written(config, plan, ranks, parameters, trained),
+        copied=_copied(plan, ranks, parameters, trained) if background else 0.0,
     )
 
 
@@ -94,6 +99,24 @@ def _written(config: Any, plan: Plan, ranks: int, parameters: float, trained: fl
     """
     shard = FP32 * trained / plan.ranks if plan.zero else 0.0  # without ZeRO the first rank writes all, by parameter
     model = plan.element * (parameters / plan.ranks if plan.zero == 3 else parameters)
-    table = FP32 * config.text_config.vocab_size * config.text_config.hidden_size
     # The first rank writes the model while the others are at their shards.
-    return max(max(model, shard) + (ranks - 1) * shard, table)
+    return max(max(model, shard) + (ranks - 1) * shard, _table(config))
+
+
+def _table(config: Any) -> float:
+    """The largest tensor of a stage's model in fp32: the embeddings."""
+    return float(FP32 * config.text_config.vocab_size * config.text_config.hidden_size)
+
+
+def _copied(plan: Plan, ranks: int, parameters: float, trained: float) -> float:
+    """A whole checkpoint: of each rank its share of the fp32 weights and both moments, each a storage of its own.
+
+    The first rank writes the weights besides; with ZeRO-3 every rank its share of them, and without ZeRO the first rank
+    alone writes anything, by parameter, which is counted without what powers of two add.
+    """
+    if not plan.zero:
+        return plan.element * parameters + 2 * FP32 * trained
+    shard = 3 * _pinned(FP32 * trained / plan.ranks)
+    if plan.zero == 3:
+        return ranks * (shard + _pinned(plan.element * parameters / plan.ranks))
+    return ranks * shard + _pinned(plan.element * parameters)

@@ -31,12 +31,12 @@ def first_rank(action: Callable[[], Any], *kinds: type[Exception]) -> None:
         except kinds as error:
             box[0] = "CheckpointError", str(error)
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0, group=_waiting_group(dist.group.WORLD))
+        dist.broadcast_object_list(box, src=0, group=waiting_group(dist.group.WORLD))
     if box[0] is not None:
         raise getattr(keye.errors, box[0][0], KeyeError)(box[0][1])
 
 
 @functools.lru_cache(maxsize=1)
-def _waiting_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+def waiting_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of all ranks on the host that waits as long as it takes; made anew for another `world`."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)

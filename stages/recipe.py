@@ -119,7 +119,8 @@ class StageRecipe:
     that the backward pass gathers them within the node (hpZ, arXiv 2306.10209); 1 = none.
     sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens.
     encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay
-    until the stage is finished and only its model is left, unless `keep_finished`.
+    until the stage is finished and only its model is left, unless `keep_finished`. async_checkpoints: copy them to host
+    memory and write them while training goes on.
     heldout_every: steps between measures of the loss on held-out samples (`data.heldout`), always the same ones, as
     many as `heldout_steps` steps take; 0 = never.
     spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running median is skipped; 0 =
@@ -149,6 +150,7 @@ class StageRecipe:
     save_every: int = 200
     keep: int = 2
     keep_finished: bool = False
+    async_checkpoints: bool = False
     heldout_every: int = 0
     heldout_steps: int = 1
     spike_loss: float = 0.0

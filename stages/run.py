@@ -48,7 +48,7 @@ from stages.weights import Start, open_start, replace_model
 KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
 # Keys of a stage that do not change what is trained.
-AROUND = ("save_every", "keep", "keep_finished", "heldout_every", "heldout_steps")
+AROUND = ("save_every", "keep", "keep_finished", "async_checkpoints", "heldout_every", "heldout_steps")
 START = "start"  # folder of the model that a run draws for itself
 WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 

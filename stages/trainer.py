@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from keye.errors import KeyeError, RecipeError
 from keye.model.shards import Stored
 from stages import engine as deep
-from stages.checkpoints import load_checkpoint, save_checkpoint
+from stages.checkpoints import Begun, begin_checkpoint, load_checkpoint
 from stages.data.loader import Loader
 from stages.data.thinned import COUNTS
 from stages.guard import Guard
@@ -25,6 +25,7 @@ from stages.stage import Stage
 from stages.watch import Watcher, find_peak, operations, own_operations
 
 PEAK = "peak.json"  # what the MFU in metrics.jsonl is a share of
+ASKED = ("save", "stop")  # what signals ask for
 HASTE = 30.0  # seconds that a rank which failed alone waits for its loader, which may wait for other ranks
 
 
@@ -46,13 +47,18 @@ class Trainer:
         self.stage, self.module, self.loader, self.grid, self.recipe = stage, module, loader, grid, recipe
         self.folder, self.micro_batches, self.heldout = folder, micro_batches, heldout
         self.asked: set[str] = set()  # of this rank, by signals: "save", "stop"
-        self.agreed: set[str] = set()  # of any rank, the same on all
+        self.agreed: set[str] = set()  # of any rank, the same on all; "written": of all ranks
+        self.begun: Begun | None = None  # a checkpoint that is being written in the background
         self.engine = deep.build(
             module, lr=recipe.lr, steps=recipe.steps, warmup=recipe.warmup, schedule=recipe.schedule,
             weight_decay=recipe.weight_decay, betas=recipe.betas, clip=recipe.clip, zero=recipe.zero,
             accumulation=micro_batches, precision=precision, sources=sources, lr_scale=recipe.lr_scale,
             hpz=recipe.hpz,
         )  # fmt: skip
+        if recipe.async_checkpoints:
+            from stages.background import write_in_background
+
+            write_in_background(self.engine)
         self.guard = Guard(stage.name, recipe.spike_loss, recipe.spike_norm)
         deep.hold_steps(self.engine, self.guard.holds)
         self.peak = find_peak(precision)
@@ -115,10 +121,12 @@ class Trainer:
         mine["flops"] = sum(operations(self.module, batch) for batch in batches) if speaks else 0
         mine["stalled"] = stalled
         # Signals reach the ranks at different times; asked together, all save or stop after the same step.
-        mine |= {name: name in self.asked for name in ("save", "stop")}
+        mine |= {name: name in self.asked for name in ASKED}
+        mine["written"] = self.begun is not None and self.begun.written
         sums = sum_over_ranks(torch.tensor(list(mine.values()), dtype=torch.float64, device=deep.device())).tolist()
         every = dict(zip(mine, sums, strict=True))
-        self.agreed = {name for name in ("save", "stop") if every[name]}
+        self.agreed = {name for name in ASKED if every[name]}
+        self.agreed |= {"written"} if every["written"] == self.grid.world else set()
         kinds = {kind: int(every[kind]) for kind in KINDS if every[kind]}
         imbalance = self._imbalance([own_operations(self.module, batch, self.grid) for batch in batches])
         norm = deep.gradient_norm(self.engine) if math.isnan(self.guard.norm) else self.guard.norm
@@ -188,17 +196,38 @@ class Trainer:
             if every and (self.step % every == 0 or self.step == self.recipe.steps):
                 values["heldout_loss"] = self.heldout_loss()
             self.watcher.tell(values)
-            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self.agreed:
+            if "written" in self.agreed:
+                self.finish_saving()
+            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self.agreed & {*ASKED}:
                 self.save()
+            if self.step == self.recipe.steps or "stop" in self.agreed:
+                self.finish_saving()
             if "stop" in self.agreed and self.step < self.recipe.steps:
                 raise KeyeError(f"{self.stage.name}: stopped at step {self.step}; the same command goes on from it")
             self.asked -= self.agreed
 
     def save(self) -> None:
-        """A checkpoint of the engine, the loader, the guard and the RNG."""
+        """A checkpoint of the engine, the loader, the guard and the RNG, whole when this returns; collective.
+
+        With `async_checkpoints` it is whole at the next step that finds all ranks' files written, before the next save,
+        or at the end of the stage.
+        """
+        self.finish_saving()
         state = {"loader": self.loader.state_dict(), "guard": self.guard.state_dict()}
         keep = self.recipe.keep
-        save_checkpoint(self.engine, self.folder / "checkpoints", self.step, state, keep, shared=True)
+        self.begun = begin_checkpoint(self.engine, self.folder / "checkpoints", self.step, state, keep, shared=True)
+        if not self.recipe.async_checkpoints:
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and mark it as whole; collective.
+
+        Raises:
+            CheckpointError: on all ranks, when a rank could not write a file.
+        """
+        begun, self.begun = self.begun, None
+        if begun is not None:
+            begun.finish()
 
 
 def micro_batches(name: str, count: int, grid: Grid) -> int:

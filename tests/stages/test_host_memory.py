@@ -59,6 +59,24 @@ def test_inputs_that_wait_in_pinned_memory_take_powers_of_two():
     assert more.offload == 2 * made.offload
 
 
+@pytest.mark.parametrize(
+    ("zero", "wanted"),
+    [
+        # 8 G parameters on 64 ranks: a rank's fp32 share is 0.5 GB, a storage of 2^29 bytes, for weights and two
+        # moments; the first rank's 16 GB in bf16 take 2^34.
+        (2, 8 * 3 * 2**29 + 2**34),
+        (3, 8 * (3 * 2**29 + 2**28)),
+        (0, 2 * 8e9 + 8 * 8e9),
+    ],
+)
+def test_checkpoints_in_the_background_hold_a_copy_of_everything_that_a_node_writes(zero, wanted):
+    made = host_footprint(CONFIG, Plan(2, zero, 64), NODE, STEP, 8e9, 8e9, background=True)
+    assert made.copied == wanted
+    assert made.moments["in a step"] == made.processes + made.samples + wanted
+    assert made.written == 4 * 151_936 * 4096  # a stage's model still passes through the host one tensor at a time
+    assert host_footprint(CONFIG, Plan(2, zero, 64), NODE, STEP, 8e9, 8e9).copied == 0
+
+
 def test_drawn_weights_are_fp32_and_one_rank_draws_the_model():
     made = host_footprint(CONFIG, Plan(2, 2, 64), NODE, STEP, 1e9, 1e9, drawn=0.5e9, drawn_once=8e9)
     assert made.drawn == 4 * (8 * 0.5e9 + 8e9) and made.moments["at the start"] == 16e9 + made.drawn
