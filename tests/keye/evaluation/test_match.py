@@ -5,7 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keye.evaluation.match import choose, extract_answer, iou, match, parse_number
-from tests.keye.evaluation.answers import TRUTHS, Truth
+from tests.keye.evaluation.answers import TRUTHS as FIRST
+from tests.keye.evaluation.answers import Truth
+from tests.keye.evaluation.answers_second import TRUTHS as SECOND
+
+TRUTHS = FIRST + SECOND
 
 WORDS = st.lists(st.text(string.ascii_lowercase, min_size=3, max_size=7), min_size=2, max_size=6, unique=True).filter(
     lambda words: not any(one != two and one in two for one in words for two in words)
@@ -13,7 +17,7 @@ WORDS = st.lists(st.text(string.ascii_lowercase, min_size=3, max_size=7), min_si
 
 
 def test_the_table_of_answers_is_large() -> None:
-    assert sum(len(truth.replies) for truth in TRUTHS) >= 300
+    assert sum(len(truth.replies) for truth in TRUTHS) >= 1700
 
 
 @pytest.mark.parametrize("truth", TRUTHS, ids=lambda truth: f"{truth.answer}-{truth.options}")
@@ -40,6 +44,27 @@ def test_only_the_right_option_earns(options: list[str], data: st.DataObject) ->
 @given(st.text(string.punctuation + string.whitespace), st.text(string.ascii_letters, min_size=1), st.none() | WORDS)
 def test_silence_never_earns(reply: str, answer: str, options: list[str] | None) -> None:
     assert not match(reply, answer, options=options)
+
+
+PIECES = st.sampled_from(
+    ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "[", "(", "]", '"bbox_2d": ', "9" * 5000, ":",
+     "1:", "e", "e99999999", ".", "-", "½", "²", "٣", "\ud800", "\x00", "$", "\\text{", "and a half", "half a second",
+     "minutes", "not", "neither", "red", "A", " ", "\n", ",", "三", "①", "1,1,2,"]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", ["3", "07", "0.5", "red", "A", "yes", "[1, 1, 2, 2]", "9" * 5000, "\ud800"])
+@given(st.lists(PIECES | st.text(st.characters(), max_size=3), max_size=14).map("".join), st.none() | st.floats(0, 2))
+def test_no_reply_raises(answer: str, reply: str, tolerance: float | None) -> None:
+    for options in (None, ["red", "blue"], ["1", "2", "3"]):
+        assert match(reply, answer, tolerance, options) in (True, False)
+
+
+@pytest.mark.parametrize("piece", ["9" * 5000, "[" * 5000, "(" * 5000, "<think>" * 2000, "1:" * 4000, "1," * 4000,
+                                   "\\boxed{" * 2000, "not " * 4000, "$" * 5000, "a-" * 5000, "'" * 5000])  # fmt: skip
+def test_long_replies_end(piece: str) -> None:
+    for answer in ("3", "red", "A", "[1, 1, 2, 2]"):
+        assert not match(piece, answer) and not match(piece + ":00:00", answer, options=["red", "blue"])
 
 
 @given(st.text(), st.text(max_size=12), st.none() | st.floats(0, 2), st.lists(st.text(max_size=6), max_size=5))
