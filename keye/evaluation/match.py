@@ -1,81 +1,59 @@
 """Does a reply agree with the true answer? One strict, deterministic judge for evaluation and for rewards.
 
-A reply earns nothing when it is empty, unfinished, names several options, denies the right one or contradicts itself.
-The judge is a reward in `rl/`, so a rule that is generous to an odd reply is a rule that a policy learns to exploit.
+A reply is judged in three steps:
+
+1. *Extract.* The thought is left out first; then the last `<answer>…</answer>` counts, or `\\boxed{…}`, or the whole
+   rest (`extract_answer`).
+2. *Read one claim*: an option (`choices`), a number (`numbers`), a box (`boxes`) or a few words. A denied alternative
+   (`red, not blue`) is no claim. Two claims are none.
+3. *Refuse what is left over.* Every further word must be on a list of words that change nothing (`words`): `The answer
+   is`, `I would choose`, nouns and verbs of plain sentences. An unknown word, sign or question mark makes the reply
+   wrong. So `hardly red`, `3k` and `3 or more` earn nothing, and neither does any hedge that nobody thought of.
+
+The judge is a reward in `rl/`: a rule that is generous to an odd reply is a rule that a policy learns to exploit. The
+price is that some right replies in unusual sentences are refused; a prompt that asks for the answer alone avoids it.
+Nothing that a reply contains raises an error.
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 
+from keye.evaluation.boxes import iou, parse_box
+from keye.evaluation.choices import choose, explains, letter_of, pick, says, without_lead
 from keye.evaluation.numbers import is_number, parse_number, same_number
+from keye.evaluation.words import normalise, plain
+from keye.prompt.reply import parse_reply
 
 __all__ = ["choose", "extract_answer", "iou", "match", "normalise", "parse_box", "parse_number"]
 
 IOU = 0.5
 """A box is right from this intersection over union on, as in the grounding benchmarks (RefCOCO)."""
 
-_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
-_THINK = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)
-_BOX = re.compile(r"\s*\[?\(?\s*(\d+)\s*,\s*(\d+)\s*\)?\s*,\s*\(?\s*(\d+)\s*,\s*(\d+)\s*\)?\]?\s*")
-_EDGES = " \t\n.,;:!?\"'`*()[]{}“”‘’…"
-_ARTICLES = ("a", "an", "the")
-_LEAD = re.compile(
-    r"[\s*_]*(?:so\W+)?(?:the\s+|my\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\b"
-    r"(?:\s+is\b)?[\s*_]*[:=]?[\s*_]*",
-    re.I,
-)
-_LETTER = re.compile(
-    r"""\s*(?:
-        [\[({*"'`]+\s*(?P<enclosed>[A-Za-z])\s*[\])}*"'`]+[.):,;]*   # (B)  [b]  **B**
-      | (?P<marked>[A-Za-z])\s*[.):,;](?!\w)                        # B.  b)  B:
-      | (?P<bare>[A-Za-z])\s*$                                      # B
-      | (?P<spaced>[B-Z])(?=\s)                                     # B blue; "A blue one" begins with an article
-    )\s*""",
-    re.VERBOSE,
-)
-_NEGATION = re.compile(
-    r"\b(?:not|no|never|neither|nor|none|nothing|without|except|excluding|cannot|unlike|instead|rather|wrong|incorrect"
-    r"|false|opposite|other\s+than|anything\s+but)\b|n['’]t\b"
-)
-_POLAR = {"yes", "no", "true", "false"}
+_LONGEST = 2_000
+"""Characters of the longest reply that is read, beside those of answer and options. It bounds the work."""
+
+_SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
+_MATH = re.compile(r"\\[()\[\]]|\$\$?")
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_DENIED_BOX = re.compile(r"(?:\bnot|n['’]t|\bnever|\bno)\W*\\boxed\{", re.I)
+_OPEN_DOUBT = re.compile(r"[?？]|(?<!\S)!(?=\w)")
 
 
 def extract_answer(text: str) -> str:
-    """What a reply finally answers: the last `<answer>…</answer>`, else all that follows `<think>…</think>`."""
-    found = _ANSWER.findall(text)
-    answer = found[-1] if found else _THINK.sub("", text)
-    answer = re.sub(r"<\|[a-z_]+\|>", "", answer)
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", answer)
-    return (boxed[-1] if boxed else answer).strip()
+    """What a reply finally answers, without its thought, tags, special tokens and the marks of formulas.
 
-
-def normalise(text: str) -> str:
-    """Lower case, one space between words, without articles and without punctuation at the edges of words.
-
-    A text of articles alone keeps them: `A` is an answer. Hyphens between letters are spaces: `top-left`.
+    Behind the thought the last `<answer>…</answer>` counts, else all that is there; in it what `\\boxed{…}` encloses,
+    unless several boxes differ or the box is denied.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
-    text = re.sub(r"(?<=[^\W\d_])[-‐–](?=[^\W\d_])", " ", text)
-    words = [word for word in (word.strip(_EDGES) for word in text.split()) if word]
-    return " ".join([word for word in words if word not in _ARTICLES] or words)
-
-
-def parse_box(text: str) -> tuple[int, int, int, int] | None:
-    """`[x1, y1, x2, y2]`, also with inner brackets as in `(x1,y1),(x2,y2)`; None when it is not exactly one box."""
-    found = _BOX.fullmatch(text.strip())
-    return tuple(map(int, found.groups())) if found else None
-
-
-def iou(one: Sequence[float], two: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 for a box without area."""
-    width = min(one[2], two[2]) - max(one[0], two[0])
-    height = min(one[3], two[3]) - max(one[1], two[1])
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, two)]
-    if width <= 0 or height <= 0 or min(areas) <= 0:
-        return 0.0
-    return width * height / (sum(areas) - width * height)
+    answer = _SPECIAL.sub(" ", parse_reply(text).answer)
+    if "\\" in answer or "$" in answer:
+        answer = _TEXT.sub(r"\1", answer)
+        boxed = [inner.strip() for inner in _BOXED.findall(answer)]
+        if len(set(boxed)) == 1 and not _DENIED_BOX.search(answer):
+            answer = boxed[0]
+        answer = _MATH.sub("", answer) if answer.count("$") % 2 == 0 else answer
+    return answer.strip()
 
 
 def match(
@@ -89,8 +67,8 @@ def match(
 
     Options: reply and answer are resolved to an option each, by letter or by words (`choose`), and must be the same.
     Boxes: IoU ≥ 0.5. Numbers: within `tolerance`, or equal without one; digits with leading zeros are codes and must be
-    the same. A single letter: the reply is that letter, alone or before further words (`B`, `(b)`, `B. blue`). All
-    else: the same words, whatever their case, articles and punctuation.
+    the same; a time is in seconds (`2 minutes` is 120). A single letter: the reply is that letter, alone or before
+    further words (`B`, `(b)`, `B. blue`). All else: the same words, whatever their case, articles and punctuation.
 
     Args:
         prediction: the model's reply, with or without `<think>` and `<answer>` tags.
@@ -100,114 +78,23 @@ def match(
         finished: False for a reply that was cut off by the token limit. It is wrong, whatever it says so far.
     """
     reply = extract_answer(prediction)
+    known = " ".join([answer, *(options or ())])
+    if len(reply) > _LONGEST + 2 * len(known) or (_OPEN_DOUBT.search(reply) and not _OPEN_DOUBT.search(known)):
+        return False
     if not finished or not normalise(reply) or not normalise(answer):
         return False
-    truth = _place(answer, options) if options else None
+    truth = pick(answer, options) if options else None
     if truth is not None:
-        return _place(reply, options) == truth
+        return pick(reply, options or ()) == truth
     box = parse_box(answer)
     if box is not None:
-        found = parse_box(_without_lead(reply))
+        found = parse_box(reply)
         return found is not None and iou(found, box) >= IOU
     if is_number(answer):
-        # "never" is a number here (0); beside another number there are two, which is none.
-        denied = _NEGATION.search(reply.casefold().replace("never", ""))
-        return not denied and same_number(reply, answer, tolerance)
-    if normalise(reply) == normalise(answer) or normalise(_without_lead(reply)) == normalise(answer):
+        return same_number(reply, answer, tolerance)
+    if normalise(reply) == normalise(answer) or normalise(without_lead(plain(reply))) == normalise(answer):
         return True
-    return re.fullmatch(r"[A-Z]", answer.strip()) is not None and _letter(reply)[0] == answer.strip()
-
-
-def choose(reply: str, options: Sequence[str]) -> str | None:
-    """The option that a reply picks: by its words, its number or its letter; None when it picks none or several.
-
-    A reply whose letter and words name different options contradicts itself and picks none, and so does one that
-    denies what it names (`not red`).
-    """
-    place = _place(reply, options)
-    return None if place is None else options[place]
-
-
-def _place(reply: str, options: Sequence[str]) -> int | None:
-    """Index of the option that `reply` picks."""
-    options = _without_letters(options)
-    plain = [normalise(option) for option in options]
-    for text in (reply, _without_lead(reply)):
-        same = [place for place, option in enumerate(plain) if option and normalise(text) == option]
-        if same:
-            return same[0] if len(same) == 1 else None
-    letter, rest = _letter(reply)
-    place = ord(letter) - ord("A") if letter else len(options)
-    if place >= len(options):
-        return _named(reply, options, plain)
-    if not normalise(rest) or normalise(rest) == plain[place]:
-        return place
-    # "B, because …" and "B) 4 times": further words may not name another option nor deny this one.
-    named = _names(rest, options, plain) | _letters(rest, len(options))
-    return place if named <= {place} and not _denies(rest, plain) else None
-
-
-def _without_letters(options: Sequence[str]) -> Sequence[str]:
-    """`["A. red", "B. blue"]` as `["red", "blue"]`; other options as they are."""
-    found = [re.match(r"\s*\(?([A-Z])[.):]\s*(?=\S)", option) for option in options]
-    if all(letter and ord(letter[1]) - ord("A") == place for place, letter in enumerate(found)):
-        return [option[letter.end() :] for option, letter in zip(options, found, strict=True) if letter]
-    return options
-
-
-def _named(reply: str, options: Sequence[str], plain: Sequence[str]) -> int | None:
-    named = _names(reply, options, plain)
-    return named.pop() if len(named) == 1 and not _denies(reply, plain) else None
-
-
-def _names(text: str, options: Sequence[str], plain: Sequence[str]) -> set[int]:
-    """Indices of the options that `text` names; `dark red` does not name `red`."""
-    if all(is_number(option) for option in options):
-        number = parse_number(text)
-        return {i for i, option in enumerate(options) if number is not None and same_number(number, option)}
-    words = normalise(text)
-    spans = [
-        (found.start(), found.end(), place)
-        for place, option in enumerate(plain)
-        if option
-        for found in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", words)
-    ]
-    return {
-        place
-        for start, end, place in spans
-        if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in spans)
-    }
-
-
-def _denies(text: str, plain: Sequence[str]) -> bool:
-    """Whether `text` holds a negation that is not part of an option it names.
-
-    Where the options are yes and no, the first word decides: `No, it does not move.`
-    """
-    words = normalise(text)
-    if set(plain) <= _POLAR and words.split(" ")[0].strip(_EDGES) in plain:
-        return False
-    for option in sorted(filter(None, plain), key=len, reverse=True):
-        words = re.sub(rf"(?<!\w){re.escape(option)}(?!\w)", " ", words)
-    return _NEGATION.search(words) is not None
-
-
-def _letter(reply: str) -> tuple[str | None, str]:
-    """(letter in upper case, what follows it), or (None, reply) for a reply that does not begin with a letter alone."""
-    text = _without_lead(reply)
-    found = _LETTER.match(text)
-    if not found:
-        return None, reply
-    return next(filter(None, found.groups())).upper(), text[found.end() :]
-
-
-def _letters(text: str, count: int) -> set[int]:
-    """Indices of the options whose letters stand alone in `text`; an `A` before a word is an article."""
-    found = re.findall(r"\b(?!A\s+[a-z])[A-Z]\b", text)
-    return {place for place in (ord(letter) - ord("A") for letter in found) if place < count}
-
-
-def _without_lead(reply: str) -> str:
-    """`reply` without `The answer is`, `Answer:`, `Option` in front."""
-    found = _LEAD.match(reply)
-    return reply[found.end() :] if found and found.end() < len(reply) else reply
+    if re.fullmatch(r"[A-Z]", answer.strip()):
+        letter, rest = letter_of(reply)
+        return letter == answer.strip() and explains(rest)
+    return says(reply, answer)

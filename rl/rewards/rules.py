@@ -9,6 +9,7 @@ from rl.rewards.base import Judgement, register
 
 _TAGS = re.compile(r"</?(?:think|answer)>")
 _TAGGED = re.compile(r"\s*(?:<think>.*?</think>\s*)?<answer>(.+?)</answer>\s*", re.DOTALL)
+_FORMS = (["<think>", "</think>", "<answer>", "</answer>"], ["<answer>", "</answer>"])
 
 
 @register("accuracy")
@@ -24,7 +25,8 @@ class Accuracy:
 class Format:
     """1 when the completion ended by itself and is either one plain line or `<think>…</think><answer>…</answer>`.
 
-    The thought may be left out (`/no_think`), each tag stands at most once, and nothing stands outside.
+    The thought may be left out (`/no_think`), each tag stands once, nothing stands outside, and the answer is not
+    blank.
     """
 
     def __call__(self, judgement: Judgement) -> float:
@@ -33,5 +35,4 @@ class Format:
         if not _TAGS.search(judgement.text):
             return float("\n" not in judgement.text.strip())
         tagged = _TAGGED.fullmatch(judgement.text)
-        tags = _TAGS.findall(judgement.text)
-        return float(tagged is not None and len(tags) == len(set(tags)))
+        return float(tagged is not None and bool(tagged[1].strip()) and _TAGS.findall(judgement.text) in _FORMS)

@@ -23,6 +23,10 @@ def judged(text: str, answer: str = "3", tolerance: float | None = None, finishe
         ("4.4", "4.0", 0.5, 1.0),
         ("4.6", "4.0", 0.5, 0.0),
         ("", "3", None, 0.0),
+        ("<think>maybe <answer>3</answer></think>4", "3", None, 0.0),
+        ("<think>maybe <answer>4</answer></think>3", "3", None, 1.0),
+        ("3 or more", "3", None, 0.0),
+        ("9" * 5000 + ":00:00", "3", None, 0.0),
     ],
 )
 def test_accuracy(text, answer, tolerance, earned):
@@ -41,6 +45,13 @@ def test_accuracy(text, answer, tolerance, earned):
         ("<answer>red</answer> surely", True, 0.0),
         ("<think>so<answer>red</answer>", True, 0.0),
         ("<answer>red</answer><answer>blue</answer>", True, 0.0),
+        ("<answer> \n </answer>", True, 0.0),
+        ("<think>so</think><answer></answer>", True, 0.0),
+        ("<answer>so</think>red</answer>", True, 0.0),  # its answer is empty: what precedes `</think>` is thought
+        ("<think>so<answer>red</answer></think>", True, 0.0),
+        ("<think>so", True, 0.0),
+        ("so</think>red", True, 0.0),
+        ("red</answer>", True, 0.0),
     ],
 )
 def test_format(text, finished, earned):

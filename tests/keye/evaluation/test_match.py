@@ -1,14 +1,22 @@
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.evaluation.match import choose, extract_answer, iou, match, parse_number
+from keye.evaluation.words import COLOURS, DEGREE, FRAMING, SHAPES, THINGS
 from tests.keye.evaluation.answers import TRUTHS as FIRST
 from tests.keye.evaluation.answers import Truth
 from tests.keye.evaluation.answers_second import TRUTHS as SECOND
 
+KNOWN = FRAMING | THINGS | COLOURS | SHAPES | DEGREE | set("times count counted number value code reads into".split())
+KNOWN |= set(
+    "second three four five eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+)
+KNOWN |= set(
+    "thirty forty fifty sixty seventy eighty ninety zero once twice thrice never minus bounding located".split()
+)
 TRUTHS = FIRST + SECOND
 
 WORDS = st.lists(st.text(string.ascii_lowercase, min_size=3, max_size=7), min_size=2, max_size=6, unique=True).filter(
@@ -41,19 +49,35 @@ def test_only_the_right_option_earns(options: list[str], data: st.DataObject) ->
             assert match(string.ascii_uppercase[other], truth, options=options) is (other == place)
 
 
+@given(
+    st.text(string.ascii_lowercase, min_size=4, max_size=9).filter(lambda word: word not in KNOWN and word[-1] != "s")
+)
+def test_a_further_word_that_is_not_known_is_refused(word: str) -> None:
+    cases = [("3", None), ("red", ["red", "blue"]), ("blue", None), ("[1, 1, 9, 9]", None), ("yes", ["yes", "no"])]
+    for answer, options in cases:
+        for reply in (
+            f"{word} {answer}",
+            f"{answer} {word}",
+            f"The answer is {word} {answer}.",
+            f"It is {word}, {answer}",
+        ):
+            assert match(answer, answer, options=options) and not match(reply, answer, options=options)
+
+
 @given(st.text(string.punctuation + string.whitespace), st.text(string.ascii_letters, min_size=1), st.none() | WORDS)
 def test_silence_never_earns(reply: str, answer: str, options: list[str] | None) -> None:
     assert not match(reply, answer, options=options)
 
 
 PIECES = st.sampled_from(
-    ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "[", "(", "]", '"bbox_2d": ', "9" * 5000, ":",
-     "1:", "e", "e99999999", ".", "-", "½", "²", "٣", "\ud800", "\x00", "$", "\\text{", "and a half", "half a second",
-     "minutes", "not", "neither", "red", "A", " ", "\n", ",", "三", "①", "1,1,2,"]
+    ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "[", "(", "]", '"bbox_2d": ', "9" * 5000,
+     ":", "1:", "e", "e99999999", ".", "-", "½", "²", "٣", "\ud800", "\x00", "$", "\\text{", "and a half",
+     "half a second", "minutes", "not", "neither", "red", "A", " ", "\n", ",", "三", "①", "1,1,2,"]
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("answer", ["3", "07", "0.5", "red", "A", "yes", "[1, 1, 2, 2]", "9" * 5000, "\ud800"])
+@settings(deadline=None)
 @given(st.lists(PIECES | st.text(st.characters(), max_size=3), max_size=14).map("".join), st.none() | st.floats(0, 2))
 def test_no_reply_raises(answer: str, reply: str, tolerance: float | None) -> None:
     for options in (None, ["red", "blue"], ["1", "2", "3"]):
