@@ -74,6 +74,7 @@ class _Options:
 
     @classmethod
     def of(cls, texts: Sequence[str], allowed: frozenset[str] | None = None) -> "_Options":
+        """Options of these texts; `allowed` defaults to the words that are harmless beside them."""
         read = (
             _meaning if len(set(map(_meaning, texts))) == len(texts) else normalise
         )  # a synonym may merge two options

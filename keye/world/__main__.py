@@ -14,15 +14,18 @@ _EXAMPLES = """examples:
 
 
 def parse_counts(text: str) -> dict[str, int]:
-    """`count=500,order=20` → {"count": 500, "order": 20}."""
+    """`count=500,order=20` → {"count": 500, "order": 20}; ManifestError for anything else."""
     try:
-        return {name: int(number) for name, number in (part.split("=") for part in text.split(","))}
+        pairs = [(name.strip(), int(number)) for name, number in (part.split("=") for part in text.split(","))]
     except ValueError as error:
         raise ManifestError(f"--counts {text!r} is not understood; write it like count=500,order=20") from error
+    if len(dict(pairs)) < len(pairs):
+        raise ManifestError(f"--counts {text!r} gives a family twice; write each family once")
+    return dict(pairs)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`HEIGHTxWIDTH` → (height, width)."""
+    """`HEIGHTxWIDTH` → (height, width) in pixels; ManifestError for anything else."""
     try:
         height, width = map(int, text.lower().split("x"))
     except ValueError as error:
@@ -31,6 +34,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
+    """Parse the command line and draw one split."""
     parser = argparse.ArgumentParser(
         prog="python -m keye.world",
         description="Draw SlowFastWorld: H.264 clips, stills and a JSONL manifest of questions with known answers.",
@@ -41,7 +45,7 @@ def main() -> None:
     parser.add_argument("--split", default="train", help="train or heldout (default train)")
     parser.add_argument("--each", type=int, default=100, help="samples of each family (default 100)")
     parser.add_argument("--counts", help="samples of some families, like count=500,order=20, instead of --each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="0 or more; the same seed draws the same world (default 0)")
     parser.add_argument("--size", default="112x112", help="height x width in pixels (default 112x112)")
     parser.add_argument("--duration", type=float, default=8.0, help="seconds (default 8; find clips are twice as long)")
     parser.add_argument("--fps", type=int, default=4, help="frames a second, even (default 4)")

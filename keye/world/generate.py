@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from keye.errors import ManifestError
+from keye.errors import ManifestError, writing
 from keye.world.draft import QUESTIONS
 from keye.world.families import FAMILIES, deal
 from keye.world.manifest import write_manifest
@@ -38,6 +38,7 @@ class Job:
 
     @property
     def name(self) -> str:
+        """Its id in the manifest and the name of its media file."""
         return f"{self.split}-{self.family}-{self.index:05d}"
 
 
@@ -93,11 +94,16 @@ def generate(
     counts: samples per family (default 100 of each). size: (height, width) in pixels. duration: seconds of a clip;
     `find` clips are twice as long. difficulty: 0 … 1 for all families, or per family (others 0.3). workers: processes
     (default one per core). The same arguments give the same manifest and the same pixels, whatever the workers.
-    Splits draw from disjoint seeds. Raises ManifestError for an unknown split or family.
+    Splits draw from disjoint seeds.
+
+    Raises:
+        ManifestError: an unknown split or family, a number out of range, no samples at all, or an `out_dir` that cannot
+            be written to.
     """
     counts = dict.fromkeys(FAMILIES, 100) if counts is None else dict(counts)
     hardness = difficulty if isinstance(difficulty, Mapping) else dict.fromkeys(FAMILIES, difficulty)
     _check(split, [*counts, *hardness])
+    _check_numbers(counts, seed, workers)
     try:
         jobs = [
             Job(family, split, seed, index, Setting(size, duration, fps, hardness.get(family, 0.3)))
@@ -107,10 +113,11 @@ def generate(
     except ValueError as error:
         raise ManifestError(f"the world cannot be drawn: {error}") from error
     out_dir = Path(out_dir)
-    for folder in ("clips", "stills"):
-        (out_dir / folder).mkdir(parents=True, exist_ok=True)
     path = out_dir / f"{split}.jsonl"
-    write_manifest(path, _track(_run(jobs, out_dir, workers), len(jobs), f"world {split}", progress))
+    with writing(out_dir, "the world", ManifestError):
+        for folder in ("clips", "stills"):
+            (out_dir / folder).mkdir(parents=True, exist_ok=True)
+        write_manifest(path, _track(_run(jobs, out_dir, workers), len(jobs), f"world {split}", progress))
     return path
 
 
@@ -122,8 +129,20 @@ def _check(split: str, families: Iterable[str]) -> None:
             raise ManifestError(f"there is no family {family!r}; choose among {', '.join(FAMILIES)}")
 
 
+def _check_numbers(counts: Mapping[str, int], seed: int, workers: int | None) -> None:
+    for family, number in counts.items():
+        if number < 0:
+            raise ManifestError(f"the count {family}={number} is negative; give 0 or more")
+    if not sum(counts.values()):
+        raise ManifestError("no samples are asked for; give at least 1 of one family")
+    if seed < 0:
+        raise ManifestError(f"seed {seed} is negative; give 0 or more")
+    if workers is not None and workers < 1:
+        raise ManifestError(f"workers {workers} is no number of processes; give at least 1, or none for one per core")
+
+
 def _run(jobs: list[Job], out_dir: Path, workers: int | None) -> Iterator[dict[str, Any]]:
-    workers = workers or os.cpu_count() or 1
+    workers = (os.cpu_count() or 1) if workers is None else workers
     if workers == 1 or len(jobs) < _POOL_FROM:
         yield from map(partial(make, out_dir=out_dir), jobs)
         return

@@ -17,6 +17,7 @@ from keye import SlowFastEncoder
 from keye.errors import ManifestError
 from keye.evaluation.match import match
 from keye.world import FAMILIES, Setting, generate, read_manifest, texts
+from keye.world.__main__ import parse_counts
 from keye.world.families import deal
 from keye.world.scene import COLOURS, shape_mask
 from keye.world.words import is_heldout, text_items
@@ -314,3 +315,30 @@ def test_bad_arguments_are_named(tmp_path):
         generate(tmp_path, counts={"count": 1}, duration=1.3)
     with pytest.raises(ManifestError, match="does not exist"):
         read_manifest(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"counts": {"text": 0}}, "no samples.*at least 1"),
+        ({"counts": {}}, "no samples.*at least 1"),
+        ({"counts": {"text": -3}}, "text=-3.*0 or more"),
+        ({"counts": {"text": 1}, "seed": -1}, "seed -1.*0 or more"),
+        ({"counts": {"text": 1}, "workers": -1}, "workers -1.*at least 1"),
+    ],
+)
+def test_counts_seed_and_workers_are_checked_before_anything_is_written(tmp_path, arguments, complaint):
+    with pytest.raises(ManifestError, match=complaint):
+        generate(tmp_path / "out", progress=False, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ManifestError, match="file.*give a path that you may write to"):
+        generate(tmp_path / "file", counts={"text": 1}, progress=False)
+
+
+def test_a_family_given_twice_is_named():
+    with pytest.raises(ManifestError, match="'count=2,count=3'.*each family once"):
+        parse_counts("count=2,count=3")
