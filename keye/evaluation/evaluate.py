@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from rich.progress import Progress
 
-from keye.errors import VideoError
+from keye.errors import KeyeError, VideoError
 from keye.evaluation.benchmark import Benchmark, ManifestBenchmark, Question
 from keye.evaluation.match import match
 from keye.evaluation.report import Baselines, Outcome, Report, merge
@@ -41,14 +41,25 @@ def evaluate(
 ) -> Report:
     """Accuracy of `model` on a benchmark, or on a manifest given by its path.
 
-    families, limit: only these families, at most so many questions of each (manifests only). control: "blind" leaves
-    out images and videos, "zeroed" gives every pixel the value 0; both leave out the questions that have neither.
-    temperature: 0 is greedy; otherwise replies are sampled from `seed`.
-    train: the training manifest, from which the majority answers are taken (default: the benchmark itself). rank,
-    world_size: answer only every world_size-th question; `merge` (or `gather` under torch.distributed) joins the
-    reports. A clip that cannot be read is recorded and counts as wrong. Raises ManifestError for a manifest that is
-    not one.
+    Args:
+        families, limit: only these families, at most so many questions of each (manifests only).
+        control: "blind" leaves out images and videos, "zeroed" gives every pixel the value 0; both leave out the
+            questions that have neither.
+        temperature: 0 is greedy; otherwise replies are sampled from `seed`.
+        train: the training manifest, from which the majority answers are taken (default: the benchmark itself).
+        batch_size: questions a batch. max_new_tokens: a reply that is longer is cut off and counts as wrong.
+        rank, world_size: answer only every world_size-th question; `merge` (or `gather` under torch.distributed) joins
+            the reports.
+        progress: show a bar.
+
+    Returns:
+        Every reply with its score. A clip that cannot be read is recorded and counts as wrong.
+
+    Raises:
+        ManifestError: a manifest that is not one, or that lacks a family.
+        KeyeError: a setting out of range.
     """
+    _check(limit, batch_size, max_new_tokens, temperature)
     began = time.monotonic()
     if isinstance(benchmark, str | Path):
         benchmark = ManifestBenchmark(benchmark, families, limit)
@@ -73,6 +84,14 @@ def evaluate(
     model.train(was_training)
     settings = {"control": control, "temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     return Report(benchmark.name, outcomes, settings, time.monotonic() - began)
+
+
+def _check(limit: int | None, batch_size: int, max_new_tokens: int, temperature: float) -> None:
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise KeyeError(f"{name} {value} is too small; give at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise KeyeError(f"temperature {temperature} is not a number of 0 or more; give 0 for greedy replies")
 
 
 def _grade(index: int, question: Question, reply: "Reply", error: str | None, baselines: Baselines) -> Outcome:

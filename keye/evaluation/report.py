@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keye.errors import ManifestError, writing
+from keye.errors import KeyeError, ManifestError, writing
 from keye.evaluation.benchmark import Question
 from keye.evaluation.match import match, parse_box
 
@@ -58,8 +58,14 @@ class Score:
 
 
 def score(outcomes: Sequence[Outcome]) -> Score:
-    """Mean over outcomes. The standard error uses (k + 1) / (n + 2), so that all right does not read as certain."""
+    """Mean over outcomes. The standard error uses (k + 1) / (n + 2), so that all right does not read as certain.
+
+    Raises:
+        KeyeError: no outcomes.
+    """
     n = len(outcomes)
+    if not n:
+        raise KeyeError("there are no replies to score; evaluate a manifest with questions (a control needs media)")
     right = sum(outcome.correct for outcome in outcomes)
     smooth = (right + 1) / (n + 2)
     return Score(
@@ -90,7 +96,7 @@ class Report:
 
     @property
     def overall(self) -> Score:
-        """Score over all questions alike."""
+        """Score over all questions alike; KeyeError without any."""
         return score(self.outcomes)
 
     @property

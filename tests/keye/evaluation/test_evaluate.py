@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from keye.errors import ManifestError
+from keye.errors import KeyeError, ManifestError
 from keye.evaluation import ManifestBenchmark, Outcome, Report, evaluate, merge
 from keye.evaluation.benchmark import Question
 from keye.evaluation.evaluate import Reply, zeroed
@@ -151,3 +151,24 @@ def test_limit_and_families(world):
     assert {question.family for question in ManifestBenchmark(world, families=["text"])} == {"text"}
     with pytest.raises(ManifestError, match="no family 'dance'; it has count, image_place, text"):
         ManifestBenchmark(world, families=["dance"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ({"limit": 0}, "limit 0.*at least 1"),
+        ({"limit": -2}, "limit -2.*at least 1"),
+        ({"batch_size": 0}, "batch_size 0.*at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0.*at least 1"),
+        ({"temperature": -1.0}, "temperature -1.0.*0 or more"),
+        ({"temperature": float("nan")}, "temperature nan.*0 or more"),
+    ],
+)
+def test_settings_out_of_range_are_named(world, pair, setting, complaint):
+    with pytest.raises(KeyeError, match=complaint):
+        evaluate(*pair, world, **setting)
+
+
+def test_a_report_without_replies_has_no_score():
+    with pytest.raises(KeyeError, match="no replies to score.*questions"):
+        _ = Report("x", []).overall
