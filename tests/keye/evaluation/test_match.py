@@ -64,6 +64,23 @@ def test_a_further_word_that_is_not_known_is_refused(word: str) -> None:
             assert match(answer, answer, options=options) and not match(reply, answer, options=options)
 
 
+SPEECH = st.sampled_from(
+    "red blue A B not or maybe 3 4 three no yes is the it , . ) ( hardly because I think answer <think> </think> "
+    "<answer> </answer> and times left right to - / neither nor but".split()
+)
+
+
+@settings(deadline=None)
+@given(st.lists(SPEECH, min_size=1, max_size=6).map(" ".join))
+def test_no_reply_is_right_for_two_truths_and_no_hedge_is_right_for_any(reply: str) -> None:
+    colours, ways, polar = ["red", "blue", "green"], ["left", "right", "up", "down"], ["yes", "no"]
+    pairs = [("red", "blue", colours), ("3", "4", None), ("left", "right", ways), ("yes", "no", polar)]
+    for one, two, options in [*pairs, ("yes", "no", None)]:
+        right = [match(reply, truth, options=options) for truth in (one, two)]
+        assert not all(right)
+        assert not (any(right) and {"or", "maybe", "hardly"} & set(extract_answer(reply).split()))
+
+
 @given(st.text(string.punctuation + string.whitespace), st.text(string.ascii_letters, min_size=1), st.none() | WORDS)
 def test_silence_never_earns(reply: str, answer: str, options: list[str] | None) -> None:
     assert not match(reply, answer, options=options)
