@@ -125,7 +125,7 @@ class StageRecipe:
     many as `heldout_steps` steps take; 0 = never.
     spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running median is skipped; 0 =
     never. Memory (`stages.memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers
-    in host memory; mlp_tiles: parts an MLP is computed in.
+    in host memory; mlp_tiles: parts an MLP is computed in; compile: `torch.compile` the layers of decoder and tower.
     """
 
     steps: int
@@ -147,6 +147,7 @@ class StageRecipe:
     checkpointing: bool = False
     offload: bool = False
     mlp_tiles: int = 1
+    compile: bool = False
     save_every: int = 200
     keep: int = 2
     keep_finished: bool = False
@@ -358,6 +359,17 @@ def _check(recipe: Recipe, file: str) -> None:
         need(
             stage.checkpointing or not stage.offload,
             f"{name}.offload keeps what checkpointing recomputes from; set {name}.checkpointing = true besides",
+        )
+        for key, plain in (("sequence_parallel", 1), ("mlp_tiles", 1)):
+            need(
+                not stage.compile or getattr(stage, key) == plain,
+                f"{name}.compile = true takes no {key} = {getattr(stage, key)}; set {name}.compile = false or "
+                f"{name}.{key} = {plain}",
+            )
+        need(
+            not stage.compile or stage.zero != 3 or stage.checkpointing,
+            f"{name}.compile = true with zero = 3 would keep all gathered weights until the backward pass; set "
+            f"{name}.checkpointing = true or {name}.compile = false",
         )
         need(stage.zero in (0, 1, 2, 3), f"{name}.zero must be 0, 1, 2 or 3")
         need(stage.hpz >= 1, f"{name}.hpz must be at least 1; 1 keeps no second copy")

@@ -211,7 +211,9 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     start = open_start(start_of(name, recipe, run))
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
     model = start.build(dtype, engine.device(), stage.parts)
-    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+    economise(model, told.checkpointing, told.offload, told.mlp_tiles, told.compile)
+    if told.compile:
+        _say(f"{name}: layers are compiled in the first steps, which takes a minute or more")
     module = stage.prepare(model).train()
     quarantine = Quarantine(folder / "quarantine.jsonl", grid.rank)
     workers = encoding_threads(recipe.data.workers)

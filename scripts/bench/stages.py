@@ -20,6 +20,7 @@ SCRIPTS = {
     "extension": "stages_extension",
     "trainer": "stages_trainer",
     "cost": "stages_cost",
+    "compile": "stages_compile",
     "simulation": "stages_simulation",
     "kills": "kills",
 }
