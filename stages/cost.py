@@ -20,7 +20,19 @@ from keye.model import flops
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import FRAME_PATCHES
-from stages.footprint import CHANNELS, FP32, Footprint, Plan, Share, footprint, states, tower_layer
+from stages.footprint import (
+    CHANNELS,
+    FP32,
+    Footprint,
+    Plan,
+    Share,
+    footprint,
+    reduced,
+    states,
+    tower_chunk,
+    tower_gradients,
+    tower_layer,
+)
 from stages.gpus import Gpu
 from stages.host_memory import HostFootprint, Node, host_footprint
 from stages.losses import LOGITS
@@ -152,6 +164,18 @@ def kinds_of(recipe: Recipe, told: StageRecipe) -> dict[str, Kind]:
     }
 
 
+def largest_frame(recipe: Recipe, told: StageRecipe, frames: bool = True) -> int:
+    """Patches of the largest still or frame that the recipe's limits admit in a stage; a rank may meet it in any step.
+
+    frames: whether the stage has clips.
+    """
+    still = recipe.processor.image.get("max_tokens", 20_480)
+    encoder = {**recipe.processor.encoder, **told.encoder}
+    largest = max(still, encoder.get("max_tokens_per_frame", 768) if frames else 0)
+    # A sequence group cuts frames larger than a chunk among its ranks.
+    return round(4 * min(largest, told.context if told.limit is not None else math.inf) / told.sequence_parallel)
+
+
 def work_of(told: StageRecipe, kinds: dict[str, Kind]) -> Work:
     """An average step of a language stage: its tokens shared out by the mixture, in whole documents and frames."""
     tokens = told.packs * told.context
@@ -273,7 +297,8 @@ def _reckon(
     element = 4 if recipe.precision == "fp32" else 2
     plan = Plan(element, told.zero, gpus, told.checkpointing, told.offload, told.mlp_tiles, hpz=told.hpz)
     if isinstance(told, VisionRecipe):
-        total, trained, memory, (model, done), tokens = _contrastive(told, config, counts, plan, kinds)
+        frame = largest_frame(recipe, told, frames=told.mixture.get("video", not told.mixture) > 0)
+        total, trained, memory, (model, done), tokens = _contrastive(told, config, counts, plan, kinds, frame)
         step, pinned, drawn = Share(0, 4 * tokens, 0), 0.0, total - counts["visual"]
     else:
         ranks = gpus // told.sequence_parallel
@@ -287,8 +312,9 @@ def _reckon(
         trained = counts["projector"] if frozen else total
         work, tokens = work_of(told, kinds), told.packs * told.context
         parts = told.packs * told.sequence_parallel
-        share = Share(tokens // parts, work.patches // parts, work.labels // parts)
-        plan = dataclasses.replace(plan, accumulates=told.packs > ranks)
+        frame = largest_frame(recipe, told)
+        share = Share(tokens // parts, work.patches // parts, work.labels // parts, frame)
+        plan = dataclasses.replace(plan, micro_batches=told.packs // ranks)
         memory = footprint(config, plan, share, total, trained, frozen)
         model, done = step_flops(config, name, work, told)
         step, pinned, drawn = Share(tokens, work.patches, work.labels), share.tokens, 0.0
@@ -313,9 +339,12 @@ def step_seconds(done: float, trained: float, gpu: Gpu, gpus: int, utilisation: 
 
 
 def _contrastive(
-    told: VisionRecipe, config: Any, counts: dict[str, int], plan: Plan, kinds: dict[str, Kind]
+    told: VisionRecipe, config: Any, counts: dict[str, int], plan: Plan, kinds: dict[str, Kind], frame: int
 ) -> tuple[int, int, Footprint, tuple[float, float], int]:
-    """Stage 0: the tower with its pooling head and the text tower; a micro-batch is held at once, and all vectors."""
+    """Stage 0: the tower with its pooling head and the text tower; a micro-batch is held at once, and all vectors.
+
+    frame: patches of the largest still.
+    """
     micro = told.micro_batches(plan.ranks)
     vision, e, text = config.vision_config, plan.element, _text_tower(told, config)
     mixture = told.mixture or dict.fromkeys(kinds, 1 / len(kinds))
@@ -326,20 +355,28 @@ def _contrastive(
     patches = sum(height * width for height, width in frames)
     total = counts["visual"] + text.parameters + head_parameters(vision)
     held, read = patches / plan.ranks / micro, told.pairs * text.length / plan.ranks / micro
-    kept = tower_layer(text, e) * read * text.num_hidden_layers
-    layer, again = tower_layer(vision, e) * vision.num_hidden_layers, 0.0  # of one patch
-    if told.checkpointing:  # of the tower; captions are short. A chunk of frames is computed again as a whole
-        kept, again = kept + e * vision.hidden_size * held, layer * min(held, FRAME_PATCHES)
+    features, bucket = e * vision.hidden_size * held, reduced(total, plan)
+    # The pooling head keeps keys, values and the weighted values in fp32. Its backward pass makes the gradients of the
+    # weighted values and of the values, and a product of both.
+    head = 3 * FP32 * vision.hidden_size * held
+    kept = tower_layer(text, e) * read * text.num_hidden_layers + features + head
+    if told.checkpointing:  # of the tower; captions are short
+        # When a chunk of frames runs again, captions and pooling head are through: what is left is the gradient of the
+        # features.
+        several = held > FRAME_PATCHES
+        chunk = tower_chunk(vision, e, held, frame) + (tower_gradients(vision, e) if several else bucket)
+        layer = max(head + bucket, features + chunk - kept)
     else:
-        kept += layer * held
-    # The patches as floats, the last norm, and the pooling head, which keeps keys and values in fp32.
-    kept += held * (e * CHANNELS * vision.patch_size**2 + 2 * (e + FP32) * vision.hidden_size)
+        # The layers, the patches as floats, and the input of the last norm.
+        kept += held * (tower_layer(vision, e) * vision.num_hidden_layers + e * CHANNELS * vision.patch_size**2)
+        kept += features
+        layer = max(head, e * held * vision.intermediate_size) + bucket
     own = told.pairs / plan.ranks
     vectors = (2 * own + told.pairs) * vision.hidden_size * 2 * FP32  # this rank's, all captions', and the gradients
     memory = Footprint(
         **states(total, total, plan), activations=kept,
         pixels=plan.pixel * CHANNELS * vision.patch_size**2 * held * micro,
-        layer=again + e * held * vision.intermediate_size, logits=vectors + 3 * FP32 * min(own * told.pairs, LOGITS),
+        layer=layer, logits=vectors + 3 * FP32 * min(own * told.pairs, LOGITS),
     )  # fmt: skip
     once = flops.tower(vision, frames).total + flops.tower_layers(text, [text.length] * told.pairs).total
     done = flops.TRAINING * once + (once if micro > 1 else 0)  # the pass that makes the vectors

@@ -12,7 +12,7 @@ from stages.host_memory import HostFootprint
 from stages.recipe import Recipe
 
 HOST = ("processes", "cache", "samples", "offload", "drawn", "written")
-PARTS = ("weights", "gradients", "optimizer", "activations", "pixels", "one layer", "logits", "step")
+PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "pixels", "one layer", "logits", "step")
 GB = 1e9
 
 
@@ -133,4 +133,4 @@ def draw(path: Path, gpu: Gpu, costs: Sequence[StageCost], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-_COLOURS = ("#35507a", "#6f9bd1", "#a9c8e8", "#d98b3a", "#ecc48f", "#8a6fb0", "#b8a6d1", "#9a9a9a")
+_COLOURS = ("#35507a", "#6f9bd1", "#8fb7c9", "#a9c8e8", "#d98b3a", "#ecc48f", "#8a6fb0", "#b8a6d1", "#9a9a9a")

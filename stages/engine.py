@@ -17,6 +17,7 @@ from keye.model.shards import Stored
 from stages.hosts import threads_each
 from stages.zero3 import gather_by_units
 
+BUCKET = 500_000_000  # gradients that are reduced in one collective, at most
 PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter whole on every rank
 
 if not torch.cuda.is_available():
@@ -121,6 +122,8 @@ def build(
             "stage": zero,
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
+            # DeepSpeed allocates whole buckets, however few parameters train.
+            "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in trained)),
             "stage3_param_persistence_threshold": PERSISTENT,
         },
         "zero_allow_untested_optimizer": True,

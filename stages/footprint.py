@@ -10,8 +10,8 @@ from typing import Any
 
 from keye.model.keye import LOSS_CHUNK
 from keye.model.vision import FRAME_PATCHES
+from stages.engine import BUCKET
 
-BUCKET = 500_000_000  # elements of DeepSpeed's bucket of gradients (reduce_bucket_size)
 LIVE = 1_000_000_000  # parameters that ZeRO-3 gathers at once at most (stage3_max_live_parameters)
 FP32 = 4
 CHANNELS = 3
@@ -24,9 +24,9 @@ class Plan:
     element: bytes of a value in training (2 in bf16, 4 in fp32). zero: ZeRO's stage, over `ranks`. checkpointing,
     offload, mlp_tiles: as in a stage's recipe (`stages.memory`). fused: whether the optimizer makes no tensors of its
     own (a GPU's). buckets: of gradients on their way to other ranks (two when reduction and backward overlap).
-    live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes. accumulates: whether a step has
-    several micro-batches, so that gradients of the earlier ones are held in the forward passes of the later.
-    hpz: ranks that keep the weights of ZeRO-3 among them a second time; 1 = none.
+    live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes. micro_batches: of a step. The pixels
+    of all of them are on the device from its beginning, and gradients of the earlier ones are held in the forward
+    passes of the later. hpz: ranks that keep the weights of ZeRO-3 among them a second time; 1 = none.
     """
 
     element: int
@@ -39,30 +39,37 @@ class Plan:
     buckets: int = 2
     live: int = LIVE
     pixel: int = 1
-    accumulates: bool = False
+    micro_batches: int = 1
     hpz: int = 1
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank holds of one micro-batch: tokens in the decoder, patches in the tower, labelled positions."""
+    """What one rank holds of one micro-batch: tokens in the decoder, patches in the tower, labelled positions.
+
+    frame: patches of the largest frame that passes through the tower whole; 0 = no more than `FRAME_PATCHES`.
+    """
 
     tokens: int
     patches: int
     labels: int
+    frame: int = 0
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of one rank.
 
-    activations: what is kept for the backward pass. layer: what the dearest layer, or chunk of frames, needs while it
-    is run again, with its gradients. logits: what a chunk of the loss needs. step: what the optimizer makes and drops.
+    gradients: those that stay when a backward pass is done. buckets: of gradients on their way to other ranks, held in
+    a backward pass. pixels: of all micro-batches of a step. activations: what is kept for the backward pass. layer:
+    what the most expensive layer, or chunk of frames, needs besides while it is run again, with its gradients and a
+    bucket that is reduced meanwhile. logits: what a chunk of the loss needs. step: what the optimizer makes and drops.
     before: gradients that earlier micro-batches have left when the loss is computed.
     """
 
     weights: float
     gradients: float
+    buckets: float
     optimizer: float
     activations: float
     pixels: float
@@ -74,11 +81,11 @@ class Footprint:
     @property
     def moments(self) -> dict[str, float]:
         """When the memory may peak → how much is then held."""
-        states, kept = self.weights + self.optimizer, self.activations + self.pixels
+        always = self.weights + self.optimizer + self.pixels
         return {
-            "at the loss": states + self.before + kept + self.logits,
-            "in the backward pass": states + self.gradients + kept + self.layer,
-            "in the optimizer's step": states + self.gradients + self.step,
+            "at the loss": always + self.before + self.activations + self.logits,
+            "in the backward pass": always + self.gradients + self.buckets + self.activations + self.layer,
+            "in the optimizer's step": always + self.gradients + self.step,
         }
 
     @property
@@ -93,31 +100,47 @@ class Footprint:
         parts = {"weights": self.weights, "optimizer": self.optimizer}
         gradients = self.before if moment == "at the loss" else self.gradients
         parts |= {"gradients": gradients} if gradients else {}
-        if moment != "in the optimizer's step":
-            parts |= {"activations": self.activations, "pixels": self.pixels}
+        if moment == "in the backward pass" and self.buckets:
+            parts |= {"buckets": self.buckets}
+        parts |= {"pixels": self.pixels} if moment == "in the optimizer's step" else {
+            "activations": self.activations, "pixels": self.pixels
+        }  # fmt: skip
         last = {"at the loss": ("logits", self.logits), "in the backward pass": ("one layer", self.layer)}
         name, size = last.get(moment, ("step", self.step))
         return {**parts, name: size}
 
 
+def _bucket(trained: float, plan: Plan) -> float:
+    """Elements of a bucket of gradients, see `engine.build`."""
+    zero = max(plan.zero, 2) if plan.element < FP32 else plan.zero
+    return min(BUCKET, trained) if zero and plan.ranks > 1 and plan.buckets else 0
+
+
+def reduced(trained: float, plan: Plan) -> float:
+    """Bytes that a bucket takes besides while it is reduced: its slices are joined, and in bf16 turned into fp32."""
+    return _bucket(trained, plan) * (plan.element + (FP32 if plan.element < FP32 else 0))
+
+
 def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
-    """weights, gradients, optimizer and step of `Footprint`, for so many parameters and so many that train."""
+    """weights, gradients, buckets, optimizer and step of `Footprint`, for so many parameters and so many that train."""
     share, half = trained / plan.ranks, plan.element < FP32
+    bucket = _bucket(trained, plan)
     zero = max(plan.zero, 2) if half else plan.zero  # as `engine.build`
     weights = min(parameters, parameters / plan.ranks + plan.live) if zero == 3 else parameters
     weights += parameters / plan.hpz if plan.hpz > 1 else 0
     held = share if zero >= 2 else trained
-    bucket = min(BUCKET, trained) if zero and plan.ranks > 1 else 0
-    # Gradients are summed in fp32; in bf16 a bucket of them is turned into fp32 before it is reduced.
-    turned = FP32 if half and plan.buckets else 0
-    gradients = FP32 * held + (plan.element * plan.buckets + turned) * bucket
-    # The optimizer works on flat fp32 gradients of its share; unfused it also makes two tensors of that size.
+    # The optimizer works on flat fp32 gradients of its share. The fp32 sums of bf16 training are flat already, others
+    # are copied. Unfused it also makes two tensors of that size.
     flat = FP32 * (share if zero else trained)
+    copied = 0 if half else flat
+    # DeepSpeed frees the buckets after each backward pass; ZeRO-3's stays.
+    stays = plan.element * bucket if zero == 3 else 0
     return {
         "weights": plan.element * weights,
-        "gradients": gradients,
+        "gradients": FP32 * held,
+        "buckets": plan.element * plan.buckets * bucket,
         "optimizer": 3 * FP32 * (share if zero else trained),
-        "step": flat + (0 if plan.fused else 2 * flat),
+        "step": copied + stays + (0 if plan.fused else 2 * flat),
     }
 
 
@@ -141,19 +164,35 @@ def tower_layer(vision: Any, element: int) -> float:
     return element * (8 * vision.hidden_size + 2 * vision.intermediate_size) + FP32 * vision.num_attention_heads
 
 
-def activations(config: Any, plan: Plan, share: Share, frozen: bool = False) -> tuple[float, float, float]:
-    """(kept for the backward, needed while one layer or chunk of frames runs, needed for the loss), in bytes.
+def activations(
+    config: Any, plan: Plan, share: Share, frozen: bool = False, reduced: float = 0.0
+) -> tuple[float, float, float]:
+    """(kept for the backward, needed besides in the backward pass, needed for the loss), in bytes.
 
-    frozen: only the projector trains, as in the alignment.
+    Besides is what the most expensive decoder layer needs, or a chunk of frames: by then the backward pass has used up
+    what the decoder kept. frozen: only the projector trains, as in the alignment. reduced: of a bucket, see `reduced`.
     """
     text, e = config.text_config, plan.element
     kept, layer = _decoder(text, plan, frozen)
     kept, layer = kept * share.tokens * text.num_hidden_layers, layer * share.tokens
-    seen, chunk = _tower(config, plan, share.patches, frozen)
+    seen, chunk = _tower(config, plan, share, frozen)
+    several = plan.checkpointing and share.patches > FRAME_PATCHES
+    chunk += (0.0 if frozen else tower_gradients(config.vision_config, e)) if several else reduced
     # The last norm, the rows that are labelled, and the tokens that stand for frames.
     kept += seen + (FP32 + e) * text.hidden_size * share.tokens + e * text.hidden_size * share.labels
-    rows = min(LOSS_CHUNK, share.labels)
-    return kept, max(layer, chunk), rows * text.vocab_size * (2 * e + 2 * FP32)
+    return kept, max(layer + reduced, seen + chunk - kept), _loss(text, e, share.labels, frozen)
+
+
+def _loss(text: Any, element: int, labels: int, frozen: bool) -> float:
+    """Bytes that a chunk of the loss needs: logits, in fp32 as well, and the gradients of both."""
+    rows = min(LOSS_CHUNK, labels)
+    logits = rows * text.vocab_size * 2 * (element + FP32)
+    if frozen:
+        return logits
+    # The gradient of the head's weight: of the earlier chunks it is held while the next one runs; that of the chunk
+    # itself is made when of its logits only their gradient is left.
+    head = element * text.vocab_size * text.hidden_size
+    return max(logits + (head if labels > rows else 0), element * rows * text.vocab_size + head)
 
 
 def _decoder(text: Any, plan: Plan, frozen: bool) -> tuple[float, float]:
@@ -171,16 +210,40 @@ def _decoder(text: Any, plan: Plan, frozen: bool) -> tuple[float, float]:
     return e * hidden + attended, rest - attended + at_once + gradients
 
 
-def _tower(config: Any, plan: Plan, patches: int, frozen: bool) -> tuple[float, float]:
+def tower_chunk(vision: Any, element: int, patches: float, frame: float = 0) -> float:
+    """Bytes that a chunk of so many patches, or the largest frame, needs while it is computed again as a whole.
+
+    Each layer keeps what its backward pass reads. A frame of more than `FRAME_PATCHES` keeps the inputs of its layers,
+    and one layer at a time is computed again; its widest gradients come on top.
+    """
+    pixels, layer = element * CHANNELS * vision.patch_size**2, tower_layer(vision, element)
+    chunk = (pixels + layer * vision.num_hidden_layers) * min(patches, FRAME_PATCHES)
+    if frame <= FRAME_PATCHES:
+        return chunk
+    inputs = element * vision.hidden_size * vision.num_hidden_layers
+    gradients = element * (vision.hidden_size + vision.intermediate_size)
+    return max(chunk, (pixels + inputs + layer + gradients) * frame)
+
+
+def tower_gradients(vision: Any, element: int) -> float:
+    """Bytes of the gradients of the tower's layers that autograd adds up over chunks, before they reach a bucket."""
+    width = vision.hidden_size
+    return element * vision.num_hidden_layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+
+
+def _tower(config: Any, plan: Plan, share: Share, frozen: bool) -> tuple[float, float]:
     """Bytes of the frames: (kept, needed while a chunk of them passes through tower and projector)."""
-    vision, e = config.vision_config, plan.element
+    vision, e, patches = config.vision_config, plan.element, share.patches
     tokens = e * config.text_config.hidden_size * patches / 4
     features = e * vision.hidden_size  # a patch, between tower and projector
     pixels = e * CHANNELS * vision.patch_size**2
     projector = 4 * e * vision.hidden_size  # a patch: merged, normed, before and after the GELU, a quarter as often
     tower = e * vision.intermediate_size if frozen else pixels + tower_layer(vision, e) * vision.num_hidden_layers
     if plan.checkpointing:
-        return tokens + features * patches, max(tower, projector) * min(patches, FRAME_PATCHES)
+        chunk = max(tower, projector) * min(patches, FRAME_PATCHES)
+        if not frozen:
+            chunk = max(chunk, tower_chunk(vision, e, patches, share.frame))
+        return tokens + features * patches, chunk
     if frozen:
         return tokens + projector * patches, tower * min(patches, FRAME_PATCHES)
     return (tower + projector) * patches, e * vision.intermediate_size * patches
@@ -190,15 +253,15 @@ def footprint(
     config: Any, plan: Plan, share: Share, parameters: float, trained: float, frozen: bool = False
 ) -> Footprint:
     """The memory of a language stage's step on one rank."""
-    kept, layer, logits = activations(config, plan, share, frozen)
+    kept, layer, logits = activations(config, plan, share, frozen, reduced(trained, plan))
     held = states(parameters, trained, plan)
     zero = max(plan.zero, 2) if plan.element < FP32 else plan.zero
     return Footprint(
         **held,
         # From ZeRO-2 on, as which bf16 runs, the buckets are given back after each backward pass; the fp32 sums stay.
-        before=(FP32 * trained / plan.ranks if zero >= 2 else held["gradients"]) * plan.accumulates,
+        before=(held["gradients"] + (0 if zero >= 2 else held["buckets"])) * (plan.micro_batches > 1),
         activations=kept,
-        pixels=plan.pixel * CHANNELS * config.vision_config.patch_size**2 * share.patches,
+        pixels=plan.pixel * CHANNELS * config.vision_config.patch_size**2 * share.patches * plan.micro_batches,
         layer=layer,
         logits=logits,
     )

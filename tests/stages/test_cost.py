@@ -18,7 +18,7 @@ from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.stages_cost import BASE, Case, pack_of
 from stages import cost, cost_report
 from stages.cost import Assumptions, Kind, StageCost, Work, config_of, estimate, parameters_of, step_flops, work_of
-from stages.footprint import Plan, Share, activations, footprint, states
+from stages.footprint import Plan, Share, activations, footprint, reduced, states, tower_chunk, tower_layer
 from stages.gpus import GPUS, Gpu, gpu_named
 from stages.memory import economise
 from stages.parallel import Grid
@@ -331,8 +331,73 @@ def test_gradients_of_earlier_micro_batches_are_held_at_the_loss():
     # ZeRO-1 in fp32: a gradient of each parameter, and two buckets. In bf16 it runs as ZeRO-2: a share of fp32 sums.
     for element, zero, before in ((4, 1, 4 * (1e6 + 2 * 1e6)), (2, 1, 4 * 1e6 / 4), (2, 2, 4 * 1e6 / 4)):
         one, several = (
-            footprint(config, Plan(element, zero, 4, accumulates=more), share, 1e6, 1e6).moments
+            footprint(config, Plan(element, zero, 4, micro_batches=1 + more), share, 1e6, 1e6).moments
             for more in (False, True)
         )
-        assert several["at the loss"] - one["at the loss"] == before
-        assert several["in the backward pass"] == one["in the backward pass"]
+        pixels = 400 * 3 * 14 * 14  # of the second micro-batch
+        assert several["at the loss"] - one["at the loss"] == before + pixels
+        assert several["in the backward pass"] == one["in the backward pass"] + pixels
+
+
+def test_buckets_are_held_in_the_backward_pass_alone():
+    # 600 M parameters: buckets of 500 M. bf16: two of them, the joined slices of a third, and these in fp32.
+    held = states(600e6, 600e6, Plan(2, 2, 4))
+    assert held["gradients"] == 4 * 150e6 and held["buckets"] == 500e6 * 2 * 2
+    assert reduced(600e6, Plan(2, 2, 4)) == 500e6 * (2 + 4)
+    assert held["step"] == 0  # the fp32 sums are what the optimizer reads
+    # Fewer parameters: buckets of their size (`engine.build`). fp32: no other precision, but a flat copy for the step.
+    held = states(1e6, 1e6, Plan(4, 2, 4))
+    assert held["buckets"] == 1e6 * 2 * 4 and reduced(1e6, Plan(4, 2, 4)) == 4e6
+    assert held["step"] == 4 * 1e6 / 4
+    made = footprint(KeyeConfig.preset("tiny"), Plan(2, 2, 4), Share(1000, 400, 100), 600e6, 600e6)
+    backward, step = made.moments["in the backward pass"], made.moments["in the optimizer's step"]
+    assert step == 1.2e9 + 12 * 150e6 + 4 * 150e6 + made.pixels
+    assert backward - step == pytest.approx(made.buckets + made.activations + made.layer)
+
+
+def test_pixels_of_all_micro_batches_are_held_throughout_a_step():
+    config, share = KeyeConfig.preset("tiny"), Share(1000, 400, 100)
+    one, four = (footprint(config, Plan(2, 2, 4, micro_batches=n), share, 1e6, 1e6) for n in (1, 4))
+    assert one.pixels == 400 * 3 * 14 * 14 and four.pixels == 4 * one.pixels
+    assert four.parts["pixels"] == four.pixels
+
+
+def test_logits_of_a_second_chunk_come_on_top_of_the_heads_gradient():
+    config = KeyeConfig.preset("tiny")
+    text = config.text_config
+    head = 2 * text.vocab_size * text.hidden_size
+    one, two = (activations(config, Plan(2, 2, 4), Share(0, 0, labels))[2] for labels in (4096, 4097))
+    assert one == 4096 * text.vocab_size * (2 + 4 + 4 + 2) and two - one == head
+    few = activations(config, Plan(2, 2, 4), Share(0, 0, 1))[2]  # what is left of one row's logits, and that gradient
+    assert few == 2 * text.vocab_size + head
+    frozen = activations(config, Plan(2, 2, 4), Share(0, 0, 1), frozen=True)[2]
+    assert frozen == 12 * text.vocab_size
+
+
+def test_a_large_frame_keeps_its_layers_inputs_and_one_layer():
+    vision = KeyeConfig.preset("keye_8b").vision_config
+    layer = 2 * (8 * 1152 + 2 * 4304) + 4 * 16
+    assert tower_layer(vision, 2) == layer
+    chunk = 4096 * (2 * 588 + 27 * layer)
+    assert tower_chunk(vision, 2, 100_000) == chunk == tower_chunk(vision, 2, 100_000, frame=4096)
+    large = 81_920 * (2 * 588 + 27 * 2 * 1152 + layer + 2 * (1152 + 4304))
+    assert tower_chunk(vision, 2, 100_000, frame=81_920) == large > 2 * chunk
+
+
+def test_largest_frame_is_the_largest_that_the_recipe_admits(keye_8b: Recipe):
+    frames = {name: cost.largest_frame(keye_8b, getattr(keye_8b, name)) for name in keye_8b.stages}
+    assert frames == {"vision": 4 * 20_480, "alignment": 4 * 8192, "multitask": 4 * 8192, "annealing": 4 * 20_480 // 8}
+
+
+def test_decoder_and_frames_do_not_wait_for_each_other_in_the_backward_pass():
+    config, plan = KeyeConfig.preset("keye_8b"), Plan(2, 2, 64, checkpointing=True)
+    kept, besides, _ = activations(config, plan, Share(8192, 0, 0))
+    _, alone, _ = activations(config, plan, Share(0, 4096, 0))
+    both, with_both, _ = activations(config, plan, Share(8192, 4096, 0))
+    # Two chunks share the tower's gradient, 27 layers of bf16, and are not reduced in between.
+    _, several, _ = activations(config, plan, Share(0, 8192, 0), reduced=1e9)
+    assert several - alone == 2 * 27 * (4 * 1152**2 + 2 * 1152 * 4304)
+    assert activations(config, plan, Share(8192, 0, 0), reduced=1e9)[1] - besides == 1e9
+    seen = 4096 * (2 * 4096 / 4 + 2 * 1152)
+    assert alone == 4096 * (2 * 588 + 27 * tower_layer(config.vision_config, 2)) and both == kept + seen
+    assert both + with_both == max(both + besides, seen + alone)

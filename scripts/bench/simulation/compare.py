@@ -7,7 +7,7 @@ from keye.model.config import KeyeConfig
 from scripts.bench.simulation.rank import Simulated
 from stages.collectives import difference
 from stages.cost import Assumptions, Kind, estimate, parameters_of
-from stages.footprint import Footprint, Plan, Share, activations, footprint
+from stages.footprint import Footprint, Plan, activations, footprint, reduced
 from stages.gpus import gpu_named
 from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
 
@@ -48,11 +48,13 @@ def memory(
     """Part → bytes (simulated, estimated)."""
     has, estimated = one.memory, expected(recipe, name, config, one, ranks)
     frozen = stage_of(name) == "alignment"
-    plan = plan_of(recipe.chain[name], ranks)
-    _, chunk, _ = activations(config, plan, Share(0, one.share[1], 0), frozen)
+    plan, counts = plan_of(recipe.chain[name], ranks), parameters_of(config)
+    trained = counts["projector"] if frozen else has.weights / plan.element
+    _, chunk, _ = activations(config, plan, dataclasses.replace(one.share, tokens=0, labels=0), frozen)
     parts = {
         "weights": (has.weights, estimated.weights),
         "gradients": (has.gradients, estimated.gradients),
+        "buckets of gradients": (has.buckets, estimated.buckets + reduced(trained, plan)),
         "optimizer": (has.optimizer, estimated.optimizer),
         "activations kept": (has.kept, estimated.activations),
         "pixels": (has.pixels, estimated.pixels),
@@ -68,21 +70,21 @@ def memory(
 
 def plan_of(told: StageRecipe, ranks: int) -> Plan:
     """How a stage trains on one of so many GPUs, in bf16."""
-    several = told.packs > ranks // told.sequence_parallel
-    return Plan(
-        2, told.zero, ranks, told.checkpointing, told.offload, told.mlp_tiles, accumulates=several
-    )
+    several = 1 if isinstance(told, VisionRecipe) else told.packs * told.sequence_parallel // ranks
+    return Plan(2, told.zero, ranks, told.checkpointing, told.offload, told.mlp_tiles, micro_batches=several)
 
 
 def expected(recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, ranks: int) -> Footprint:
     """The estimate for what this rank trained on."""
     told = recipe.chain[name]
     if isinstance(told, VisionRecipe):
-        patches = one.share[1] * ranks * told.micro_batches(ranks) / told.pairs
+        patches = one.share.patches * ranks * told.micro_batches(ranks) / told.pairs
         kinds = {"image": Kind(patches / 4, 1.0, patches, 0.0)}
-        alone = dataclasses.replace(recipe, alignment=None, multitask=None, annealing=None)
+        limits = {**recipe.processor.image, "max_tokens": one.share.frame // 4}
+        processor = dataclasses.replace(recipe.processor, image=limits)
+        alone = dataclasses.replace(recipe, processor=processor, alignment=None, multitask=None, annealing=None)
         return estimate(alone, gpu_named("h100"), ranks, Assumptions(kinds=kinds))[0].memory
     counts = parameters_of(config)
     total, frozen = sum(counts.values()), stage_of(name) == "alignment"
     trained = counts["projector"] if frozen else total
-    return footprint(config, plan_of(told, ranks), Share(*one.share), total, trained, frozen)
+    return footprint(config, plan_of(told, ranks), one.share, total, trained, frozen)

@@ -25,8 +25,9 @@ from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.simulation.shapes import Memory, Shapes
 from stages import trainer as training
 from stages.collectives import Collective, recorded
+from stages.footprint import Share
 from stages.memory import economise
-from stages.parallel import Grid, make_grid
+from stages.parallel import Grid, make_grid, vision_shares
 from stages.recipe import StageRecipe, stage_of
 from stages.run import KINDS
 from stages.trainer import Trainer
@@ -39,9 +40,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 class Measured:
     """Bytes of a rank in one step.
 
-    weights, optimizer: held all the time. gradients: held when the backward passes are done, and `buckets` on their
-    way to other ranks. kept: activations at the loss. logits: what the loss and its backward pass take besides.
-    vision: what a chunk of frames has while it is recomputed. pixels: of all micro-batches. at_loss, in_backward,
+    weights, optimizer: held all the time. gradients: held when the backward passes are done. buckets: of gradients on
+    their way to other ranks, with what one takes that is reduced (not those of a parameter larger than a bucket).
+    kept: activations at the loss. logits: what the loss and its backward pass take besides. vision: what a chunk of
+    frames has at most, from when it is recomputed to the next one. pixels: of all micro-batches. at_loss, in_backward,
     in_step: all that is held at the three moments of `Footprint.moments`.
     """
 
@@ -70,7 +72,7 @@ class Simulated:
     calls: list[Collective]
     memory: Measured
     operators: int
-    share: tuple[int, int, int]  # tokens, patches and labels of its largest micro-batch
+    share: Share  # the most of its micro-batches
 
 
 class Prepared:
@@ -105,7 +107,9 @@ def as_on_a_gpu() -> Iterator[None]:
     from torch.optim import adam
 
     begin = deepspeed.initialize
+    attend = torch.nn.functional.scaled_dot_product_attention
     replaced = (
+        (torch.nn.functional, "scaled_dot_product_attention"),
         (deepspeed, "initialize"), (attention, "choose"), (torch, "is_autocast_enabled"),
         (adam, "_device_dtype_check_for_fused"), (torch, "tensor"),
     )  # fmt: skip
@@ -119,6 +123,17 @@ def as_on_a_gpu() -> Iterator[None]:
         return begin(config=config, optimizer=optimizer, **more)
 
     deepspeed.initialize = initialize
+
+    def attend_as_kernel(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        """The text tower's attention. Without values torch takes it apart, which keeps all weights in fp32."""
+        if attn_mask is not None or not query.is_meta:
+            return attend(query, key, value, attn_mask, **more)
+        more = {"scale": more.get("scale"), "is_causal": more.get("is_causal", False)}
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, **more)[0]
+
+    torch.nn.functional.scaled_dot_product_attention = attend_as_kernel
     attention.choose = lambda *_: "torch"
     make = torch.tensor
     torch.tensor = lambda *args, device=None, **more: make(*args, **more)  # what is made of numbers keeps them
@@ -173,7 +188,7 @@ def step(
     # The first step makes the moments; any other one has them from its beginning.
     moments = found.optimizer - masters
     found.at_loss, found.in_backward = found.at_loss + moments, found.in_backward + moments
-    found.gradients += found.buckets - found.weights - masters - found.pixels
+    found.gradients -= found.weights + masters + found.pixels
     return Simulated(grid.rank, list(calls), found, shapes.operators, _share(batches, grid))
 
 
@@ -221,27 +236,38 @@ def watch(trainer: Trainer, model: nn.Module, memory: Memory, found: Measured) -
         memory.restart()
 
     def frames(run: Any, *args: Any) -> Any:
-        begun = memory.now
-        try:
-            return run(*args)
-        finally:  # a chunk that is computed again stops where nothing more is wanted
-            found.vision = max(found.vision, memory.now - begun)
+        chunk_is_done()
+        held["chunk"] = memory.window = memory.now
+        return run(*args)
+
+    def chunk_is_done() -> None:
+        if "chunk" in held:
+            found.vision = max(found.vision, memory.window - held.pop("chunk"))
 
     def backward(run: Any, *args: Any, **kwargs: Any) -> Any:
         held["backward"] = memory.now
+        held.pop("chunk", None)  # of the forward pass, whose window has all that follows
         memory.restart()
         out = run(*args, **kwargs)
+        chunk_is_done()
         found.in_backward = max(found.in_backward, memory.peak)
         return out
 
+    def held_by_buckets() -> int:
+        return _bytes(x for bucket in optimizer.ipg_buckets.values() for x in bucket.buffer if x is not None)
+
     def reduce(run: Any, *args: Any, **kwargs: Any) -> Any:
-        buffers = [x for bucket in optimizer.ipg_buckets.values() for x in bucket.buffer if x is not None]
-        found.buckets = max(found.buckets, _bytes(buffers))
-        return run(*args, **kwargs)
+        begun, before, alone = memory.now, (memory.peak, memory.window), not optimizer.extra_large_param_to_reduce
+        memory.restart()
+        out = run(*args, **kwargs)
+        if alone:
+            found.buckets = max(found.buckets, held_by_buckets() + memory.peak - begun)
+        # A chunk of frames is not charged with the reduction; the step is.
+        memory.peak, memory.window = max(memory.peak, before[0]), max(memory.now, before[1])
+        return out
 
     def step(run: Any, *args: Any, **kwargs: Any) -> Any:
-        buffers = [x for bucket in optimizer.ipg_buckets.values() for x in bucket.buffer if x is not None]
-        found.gradients = max(found.gradients, memory.now - _bytes(buffers))
+        found.gradients = max(found.gradients, memory.now - held_by_buckets())
         memory.restart()
         out = run(*args, **kwargs)
         found.in_step = max(found.in_step, memory.peak)
@@ -268,15 +294,27 @@ def _optimizer(engine: Any) -> int:
     return _bytes([*masters, *moments])
 
 
-def _share(batches: list[dict[str, Any]], grid: Grid) -> tuple[int, int, int]:
-    """The most tokens, patches and labels of this rank's micro-batches."""
+def _share(batches: list[dict[str, Any]], grid: Grid) -> Share:
+    """The most tokens, patches and labels of this rank's micro-batches, and the patches of its largest frame."""
     shares = []
     for batch in batches:
         names = ("pixel_values", "pixel_values_videos", "pixel_values_mine", "pixels")
         patches = sum(len(batch[name]) for name in names if name in batch)
+        frame = _largest_frame(batch, grid)
         if "captions" in batch:
-            shares.append((batch["captions"].numel(), patches, 0))
+            shares.append((batch["captions"].numel(), patches, 0, frame))
             continue
         labels = batch["shift_labels"].chunk(grid.sequence, dim=-1)[grid.sequence_rank]
-        shares.append((labels.numel(), patches, int((labels != -100).sum())))
-    return tuple(map(max, zip(*shares, strict=True)))
+        shares.append((labels.numel(), patches, int((labels != -100).sum()), frame))
+    return Share(*map(max, zip(*shares, strict=True)))
+
+
+def _largest_frame(batch: dict[str, Any], grid: Grid) -> int:
+    """Patches of the largest frame that this rank encodes whole, or of its largest part of one."""
+    grids = [batch[name] for name in ("grids", "image_grid_thw", "video_grid_thw") if name in batch]
+    if not grids:
+        return 0
+    rows = torch.cat(grids)
+    if grid.sequence == 1:
+        return int(rows[:, 1:].prod(1).max())
+    return max((4 * piece.tokens for piece in vision_shares(rows, grid.sequence)[grid.sequence_rank]), default=0)

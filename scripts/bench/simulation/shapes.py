@@ -23,10 +23,10 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 
 
 class Memory:
-    """Bytes of the meta storages that are alive, now and at most."""
+    """Bytes of the meta storages that are alive, now and at most; `window`: at most since a moment of its own."""
 
     def __init__(self) -> None:
-        self.now = self.peak = 0
+        self.now = self.peak = self.window = 0
         self._known: dict[int, weakref.ref] = {}
 
     def see(self, tensor: Tensor) -> None:
@@ -43,7 +43,7 @@ class Memory:
 
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.peak, self.window = max(self.peak, self.now), max(self.window, self.now)
 
     def forget(self, tensor: Tensor) -> None:
         """Count a storage no longer, though it stays."""
