@@ -267,8 +267,8 @@ def write(args: Any, found: list[Compared], seconds: dict[str, float], ranks: in
         "recipe's configuration and overlapped reduction, fused AdamW. Memory is what storages take while something "
         "refers to them, from one optimizer step. Tokens, patches and labels are the most of that rank's "
         "micro-batches. Ranks of a sequence group must issue the same collectives in the same order, all ranks the "
-        "same ones over all. The simulated logits include the gradient of the head, which the estimate has among the "
-        "gradients. Stage 0's text tower has SigLIP-so400m's shape and Keye's vocabulary.",
+        "same ones over all. Logits include the gradient of the head where there are several chunks of labels. Buckets "
+        "include what one takes that is reduced. Stage 0's text tower has SigLIP-so400m's shape and Keye's vocabulary.",
         "What this cannot show: whether NCCL or a kernel works or how fast it is (the attention of GPUs is its shape "
         "alone), time and overlap, fragmentation of the allocator and workspaces of libraries, values (overflow, loss, "
         "a skipped step), the loader's own exchange of samples between ranks, checkpoints, and start-up.",

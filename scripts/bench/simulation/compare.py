@@ -7,7 +7,7 @@ from keye.model.config import KeyeConfig
 from scripts.bench.simulation.rank import Simulated
 from stages.collectives import difference
 from stages.cost import Assumptions, Kind, estimate, parameters_of
-from stages.footprint import Footprint, Plan, activations, footprint, reduced
+from stages.footprint import Footprint, Plan, activations, footprint, reduced, tower_chunk
 from stages.gpus import gpu_named
 from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
 
@@ -50,7 +50,9 @@ def memory(
     frozen = stage_of(name) == "alignment"
     plan, counts = plan_of(recipe.chain[name], ranks), parameters_of(config)
     trained = counts["projector"] if frozen else has.weights / plan.element
-    _, chunk, _ = activations(config, plan, dataclasses.replace(one.share, tokens=0, labels=0), frozen)
+    chunk = tower_chunk(config.vision_config, plan.element, one.share.patches, one.share.frame)
+    if frozen:
+        _, chunk, _ = activations(config, plan, dataclasses.replace(one.share, tokens=0, labels=0), frozen)
     parts = {
         "weights": (has.weights, estimated.weights),
         "gradients": (has.gradients, estimated.gradients),
