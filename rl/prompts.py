@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from keye.errors import CheckpointError, KeyeError, ManifestError
 from keye.prompt.messages import read_chat
 from keye.prompt.processor import KeyeProcessor, Sample
 from keye.world.manifest import parse_line
-from stages.data.items import Cache, Item
+from stages.data.items import PIXELS, Cache, Item, from_bytes, packed
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class PromptStream:
 
     A step takes the next `count` prompts of one global order; each rank encodes its own places of them. The order of an
     epoch follows from (seed, epoch). A prompt whose clip cannot be read is left out, its place takes the next prompt,
-    and the reason stands in `rejected` on all ranks: `file:line` → why. Encoded prompts are kept in `cache` bytes of
-    host memory, since a small set is walked over many times.
+    and the reason stands in `rejected` on all ranks: `file:line` → why. Encoded prompts, pixels as bytes, are kept in
+    `cache` bytes of host memory, since a small set is walked over many times.
     """
 
     def __init__(self, prompts: list[Prompt], processor: KeyeProcessor, seed: int, cache: int = 1 << 30) -> None:
@@ -234,9 +234,12 @@ class PromptStream:
     def _encode(self, index: int) -> Sample:
         """The sample of the prompt at a place in `prompts`; ids need not be unique."""
         kept = self.cache.get(index)
-        if kept is not None:
-            return kept[0].sample
-        prompt = self.prompts[index]
-        sample = self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
-        self.cache.put(index, [Item(sample, prompt.where, index, prompt.family, "")])
-        return sample
+        if kept is None:
+            prompt = self.prompts[index]
+            sample = self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
+            kept = [packed(Item(sample, prompt.where, index, prompt.family, ""))]
+            self.cache.put(index, kept)
+        # As floats again, because a batch may hold others that are no bytes; the same whether it was kept or not.
+        sample = kept[0].sample
+        pixels = {name: getattr(sample, name) for name in PIXELS}
+        return replace(sample, **{name: None if x is None else from_bytes(x) for name, x in pixels.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def _check(recipe: RlRecipe, file: str) -> None:
         g.prompts % g.mini_batches == 0,
         f"gspo.prompts = {g.prompts} must be a multiple of gspo.mini_batches = {g.mini_batches}",
     )
+    need(all(map(math.isfinite, recipe.rewards.values())), "every weight of [rewards] must be a finite number")
+    need(heldout.limit >= 1, "heldout.limit must be at least 1")
     need(heldout.samples >= 1 and heldout.temperature > 0, "heldout.samples and temperature must be above 0")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from keye.errors import RecipeError
+from keye.errors import KeyeError, RecipeError
 from rl.prompts import Prompt
 
 
@@ -35,13 +36,32 @@ class Earned:
 
 @dataclass(frozen=True)
 class RewardSum:
-    """Weighted rewards: `terms` maps a name to (weight, reward)."""
+    """Weighted rewards: `terms` maps a name to (weight, reward).
+
+    Raises:
+        KeyeError: when called, a reward that is not a finite number, with its name and the question.
+    """
 
     terms: dict[str, tuple[float, Reward]]
 
     def __call__(self, judgement: Judgement) -> Earned:
-        parts = {name: float(reward(judgement)) for name, (_, reward) in self.terms.items()}
+        parts = {name: _number(name, reward(judgement), judgement) for name, (_, reward) in self.terms.items()}
         return Earned(sum(self.terms[name][0] * value for name, value in parts.items()), parts)
+
+
+def _number(name: str, value: Any, judgement: Judgement) -> float:
+    """A reward's value; one that is not finite would make all weights NaN in one step."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        asked, reply = judgement.prompt, judgement.text
+        raise KeyeError(
+            f"reward {name!r} gave {value!r} for an answer to {asked.id!r} ({asked.where}): {reply!r:.80}; let it "
+            "return a finite number for every answer"
+        )
+    return number
 
 
 _REGISTRY: dict[str, Callable[[], Reward]] = {}

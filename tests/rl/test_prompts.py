@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from keye.errors import CheckpointError, ManifestError
 from rl.prompts import PromptStream, load_prompts
@@ -120,3 +122,18 @@ def test_encoded_prompts_are_kept_up_to_a_number_of_bytes(tmp_path, processor):
     stream = PromptStream(prompts, processor, seed=0, cache=3 * size + 1)
     stream.take(16)
     assert len(stream.cache.entries) == 3 and stream.cache.used == 3 * size
+
+
+def test_kept_pixels_are_bytes_and_come_back_as_they_were(tmp_path, processor):
+    picture = np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    content = [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "how many?"}]
+    line = QUESTION | {"messages": [{"role": "user", "content": content}]}
+    prompts = load_prompts(write(tmp_path / "train.jsonl", line)).prompts
+    alone = processor.sample(prompts[0].messages, tmp_path, add_generation_prompt=True).pixel_values
+    stream = PromptStream(prompts, processor, seed=0)
+    (_, first), (_, second) = stream.take(2)
+    torch.testing.assert_close(first.pixel_values, alone, rtol=0, atol=1e-6)
+    assert torch.equal(first.pixel_values, second.pixel_values)
+    [[kept, size]] = stream.cache.entries.values()
+    assert kept[0].sample.pixel_values.dtype == torch.uint8 and size < alone.numel() * 2

@@ -1,0 +1,74 @@
+"""The guide to GSPO: its examples run on a model of a few thousand weights, and its tables name every key."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from rl.recipe import Gspo, HeldOut
+from rl.rewards import Accuracy, Format
+from tests.docs.examples import elsewhere, sections
+from tests.rl.test_trainer import make_run
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "docs" / "rl.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run as pre-training leaves it, with questions of a family that `tiny.toml` asks."""
+    path = tmp_path_factory.mktemp("guide")
+    run = make_run(path / "runs/mine")
+    for name in ("train", "heldout"):
+        manifest = run / f"world/{name}.jsonl"
+        lines = [json.loads(line) | {"family": "read"} for line in manifest.read_text().splitlines()]
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "rl").symlink_to(ROOT / "rl")
+    return path
+
+
+def test_examples_run(folder):
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.docs.examples", str(GUIDE)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
+    assert "on 5 questions" in result.stdout and "of 2 steps taught nothing" in result.stdout
+    assert "1.1 {'accuracy': 1.0, 'brief': 1.0}" in result.stdout
+    rows = [json.loads(line) for line in (folder / "runs/mine/gspo/metrics.jsonl").read_text().splitlines()]
+    named = set(re.findall(r"`(\w+)`", GUIDE.read_text(encoding="utf-8").partition("| in `metrics.jsonl`")[2]))
+    assert {"informative", "empty", "clip_fraction", "entropy", "seconds_rollout"} <= named & rows[0].keys()
+    made = {path.name for path in (folder / "runs/mine/gspo").iterdir()}
+    assert {"recipe.toml", "run.json", "before.jsonl", "after.jsonl", "eval.json", "model", "checkpoints"} <= made
+
+
+def test_tables_give_every_key_with_its_default():
+    text = GUIDE.read_text(encoding="utf-8")
+    for table, cls in (("gspo", Gspo), ("heldout", HeldOut)):
+        rows = text.partition(f"| `[{table}]` |")[2].partition("\n\n")[0]
+        told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
+        ours = {f.name: "–" if f.default is MISSING else f.default for f in fields(cls)}
+        assert told.keys() == ours.keys()
+        for key, value in ours.items():
+            value = list(value) if isinstance(value, tuple) else value
+            assert told[key] == "–" if value == "–" else json.loads(told[key]) == value, key
+
+
+def test_what_is_not_run_is_written_right():
+    assert len(sections(GUIDE)) == 3
+    for language, code in elsewhere(GUIDE):
+        assert language == "python"
+        compile(code, str(GUIDE), "exec")
+    assert Accuracy and Format  # the two that the guide's table names
+    text = GUIDE.read_text(encoding="utf-8")
+    headings = set(re.findall(r"^## (.+)$", text, re.MULTILINE))
+    assert set(re.findall(r"^\d\. \[(.+?)\]", text, re.MULTILINE)) == headings

@@ -1,0 +1,84 @@
+"""A run that cannot learn says so: constant rewards, empty answers, answers that are cut off, rewards that are NaN."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from keye.errors import KeyeError
+from rl.metrics import step_metrics
+from rl.prompts import Prompt
+from rl.rewards import Judgement, register, rewards_from
+from rl.watch import warnings_of
+from tests.distributed import run_distributed
+from tests.rl.test_identity import recipe_of, train
+from tests.rl.test_trainer import make_run
+
+
+@register("same")
+class Same:
+    """The same for every answer."""
+
+    def __call__(self, judgement: Judgement) -> float:
+        return 0.25
+
+
+@register("wrong")
+class Bad:
+    """What a reward with a fault may give."""
+
+    def __call__(self, judgement: Judgement) -> float:
+        return {"nan": float("nan"), "inf": float("inf"), "none": None, "text": "right"}[judgement.text]
+
+
+def metrics(rewards: list[float], texts: list[str], finished: list[bool]) -> dict:
+    """Of one rank with one group."""
+    update = {"loss": 0.0, "entropy": [1.0], "ratio": [1.0], "clipped": [False], "grad_norm": 0.0}
+    rank = {
+        "families": ["count"],
+        "earned": [[{"total": reward, "parts": {"same": reward}} for reward in rewards]],
+        "lengths": [1] * len(texts),
+        "finished": finished,
+        "empty": [not text.strip() for text in texts],
+        "visual_tokens": 0,
+        "prompt_tokens": 5,
+        "updates": [update],
+        "rejected": 0,
+    }
+    return step_metrics(1, [rank], {"rollout": 1.0, "update": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("rewards", "texts", "finished", "kinds"),
+    [
+        ([0.0, 1.0], ["a", "b"], [True, False], {}),
+        ([0.5, 0.5], ["a", "b"], [True, True], {"constant": "earned the same (mean reward 0.500)"}),
+        ([0.0, 0.0], ["", " "], [True, True], {"empty": "every answer is empty", "constant": "gspo.group"}),
+        ([0.0, 0.0], ["a", "b"], [False, False], {"unfinished": "gspo.max_new_tokens = 7", "constant": "zero"}),
+        ([0.0, 1.0], ["", "b"], [True, True], {}),
+    ],
+)
+def test_each_kind_of_a_step_that_teaches_nothing_is_named(rewards, texts, finished, kinds):
+    said = warnings_of(metrics(rewards, texts, finished), 7)
+    assert said.keys() == kinds.keys()
+    assert all(words in said[kind] for kind, words in kinds.items())
+
+
+def with_the_same_reward(run: Path) -> None:
+    train(run, recipe_of(2, "same"))
+
+
+def test_a_run_whose_rewards_are_constant_says_so_and_counts_the_steps(tmp_path):
+    run = make_run(tmp_path)
+    run_distributed(with_the_same_reward, 2, 120, run)
+    rows = [json.loads(line) for line in (run / "gspo/metrics.jsonl").read_text().splitlines()]
+    assert [any("every advantage is zero" in text for text in row["warnings"]) for row in rows] == [True, True]
+    result = json.loads((run / "gspo/eval.json").read_text())
+    assert (result["steps"], result["steps_without_advantage"]) == (2, 2)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "none", "text"])
+def test_a_reward_that_is_no_finite_number_is_named(text):
+    prompt = Prompt("q7", "count", [], "3", None, (), Path("."), "world/train.jsonl:8")
+    with pytest.raises(KeyeError, match=r"reward 'wrong' .*world/train\.jsonl:8.*finite number"):
+        rewards_from({"wrong": 1.0})(Judgement(prompt, text, True))
