@@ -250,13 +250,14 @@ def write(args: Any, found: list[Compared], seconds: dict[str, float], ranks: in
     ]  # fmt: skip
     counts = [
         (one.name, f"{len(one.counts)} of {ranks}", f"{min(one.counts)}–{max(one.counts)}", len(one.largest.calls),
-         f"{one.largest.operators:,}", *(f"{n:,}" for n in one.largest.share),
+         f"{one.largest.operators:,}", *(f"{n:,}" for n in dataclasses.astuple(one.largest.share)),
          f"{one.planning:.2f}", f"{seconds[one.name]:.2f}")
         for one in found
     ]  # fmt: skip
     tables = [
         Table("Collectives of one optimizer step", ("stage", "ranks with 2 + 2 layers", "collectives of each",
               "collectives with all layers", "operators of a rank", "tokens", "patches", "labels",
+              "patches of its largest frame",
               "seconds to plan", "seconds a step, estimated"), counts),
         Table("Memory of the rank with the most patches, all layers, GB", ("stage", "part", "simulated", "estimated",
               "simulated against estimated"), rows),
