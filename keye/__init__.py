@@ -16,7 +16,7 @@ _WHERE = {
     "VideoPlan": "keye.slowfast.plan",
     "KeyeConfig": "keye.model.config",
     "KeyeForConditionalGeneration": "keye.model.keye",
-    "KeyeProcessor": "keye.prompt.processor",
+    "KeyeProcessor": "keye.processor.processor",
 }
 __all__ = list(_WHERE)
 

@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from keye import errors
-from keye.tables import print_facts, print_table, seconds
+from keye.visualize.tables import print_facts, print_table, seconds
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts"}
 
@@ -52,8 +52,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Help that looks up known names when it is shown: importing them takes longer than all the rest."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        from keye.slowfast.pathways import known_policies
-        from keye.slowfast.similarity import known_measures
+        from keye.slowfast.measures import known_measures
+        from keye.slowfast.policies import known_policies
 
         known = {"MEASURES": known_measures, "POLICIES": known_policies}
         return re.sub("MEASURES|POLICIES", lambda found: ", ".join(known[found[0]]()), action.help)
@@ -147,7 +147,7 @@ def add_chat(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--ask", action="append", metavar="QUESTION", help="answer this and leave; may be repeated")
     parser.add_argument("--json", action="store_true", help="with --ask: one line of JSON for each answer")
     parser.add_argument("--url", action="store_true", help="download http(s) URLs, though not from private addresses")
-    parser.set_defaults(call=_with_model("keye.terminal", "chat"))
+    parser.set_defaults(call=_with_model("keye.inference.terminal", "chat"))
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
@@ -170,7 +170,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="most of one answer (4096)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="requests answered side by side (8)")
     parser.add_argument("--queue", type=int, default=16, metavar="N", help="requests that may wait; more get 429 (16)")
-    parser.set_defaults(call=_with_model("keye.serve", "serve"))
+    parser.set_defaults(call=_with_model("keye.inference.serve", "serve"))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -230,7 +230,7 @@ SAMPLING = ("start", "end", "num_frames")
 def make_encoder(arguments: argparse.Namespace):
     """The SlowFastEncoder that the arguments describe."""
     from keye.encoder import SlowFastEncoder
-    from keye.slowfast.fetch import UrlRules
+    from keye.video.fetch import UrlRules
 
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     if arguments.url:
@@ -244,8 +244,8 @@ def make_encoder(arguments: argparse.Namespace):
 
 def encode(arguments: argparse.Namespace) -> int:
     """Plan every video; one that cannot be read is reported at the end and makes the exit code 2, the others go on."""
-    from keye.batch import iter_many, progress_bar
-    from keye.cache import Cache
+    from keye.batch.cache import Cache
+    from keye.batch.workers import iter_many, progress_bar
 
     videos = [video for given in arguments.videos for video in _videos(given)]
     names = _names(videos)
@@ -302,7 +302,7 @@ def _names(videos: Sequence[str]) -> list[str]:
     """What to call each video and what is written about it: its file's name, or the whole path if that is not one."""
     twice = Counter(Path(video).name for video in videos)
     names = [video if twice[Path(video).name] > 1 or not Path(video).name else Path(video).name for video in videos]
-    from keye.slowfast.fetch import path_name
+    from keye.video.fetch import path_name
 
     return [path_name(name) for name in names]
 

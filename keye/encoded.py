@@ -7,12 +7,12 @@ from typing import TypedDict, Unpack
 import torch
 
 from keye.slowfast.budget import size_tokens
-from keye.slowfast.figures import strip_frames
-from keye.slowfast.notebook import PLACES, one_line, plan_html
-from keye.slowfast.pathways import FAST, SLOW
 from keye.slowfast.pixels import Output, PixelFormat, as_bytes
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.similarity import patches, resize
+from keye.slowfast.policies import FAST, SLOW
+from keye.slowfast.resizing import patches, resize
+from keye.visualize.figures import strip_frames
+from keye.visualize.notebook import PLACES, one_line, plan_html
 
 
 @dataclass(frozen=True, repr=False)

@@ -22,19 +22,21 @@ from keye.encoded import (
 from keye.encoder_config import EncoderConfig, as_measure, as_policy
 from keye.errors import CheckpointError, KeyeError, VideoError
 from keye.slowfast.budget import SIDE, fit_size
-from keye.slowfast.fetch import UrlRules
-from keye.slowfast.image import ImageSource, load_image
-from keye.slowfast.keep import Keeper
-from keye.slowfast.notebook import table_html
-from keye.slowfast.pathways import FAST, SLOW, Limits, Policy, Walk
+from keye.slowfast.frame_buffer import Keeper
+from keye.slowfast.measures import Measure
 from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.similarity import Measure, resize
+from keye.slowfast.policies import FAST, SLOW, Limits, Policy
+from keye.slowfast.resizing import resize
 from keye.slowfast.threads import one_thread
-from keye.slowfast.video import Clip, Frame, Source, open_clip
+from keye.slowfast.walk import Walk
+from keye.video.clip import Clip, Frame, Source, open_clip
+from keye.video.fetch import UrlRules
+from keye.video.images import ImageSource, load_image
+from keye.visualize.notebook import table_html
 
 if TYPE_CHECKING:
-    from keye.batch import Results
+    from keye.batch.workers import Results
 
 BATCH = 64 << 20  # bytes of full-size frames that are scored and resized together
 
@@ -67,7 +69,7 @@ class SlowFastEncoder:
     threshold: a frame less similar than this to the latest slow frame is slow; None takes the policy object's own, or
     the measure's. One that differs from a policy object's own is an error.
     policy: who is slow: "adaptive", "adaptive:max_gap=16", "adaptive_budget:share=0.2", "all_slow", "uniform:4", … (all
-    in `keye.slowfast.pathways`), or a Policy.
+    in `keye.slowfast.policies`), or a Policy.
     fast_ratio: tokens of a fast frame as a share of a slow one's. max_tokens: the whole video's budget, never exceeded.
     min_tokens_per_frame, max_tokens_per_frame: limits of one frame; a token is 28x28 pixels.
     fps: sampling rate. max_frames: at most so many frames, spread evenly; None takes all that the budget can hold.
@@ -267,8 +269,8 @@ class SlowFastEncoder:
             yield FrameDecision(index, float(time), kind, score, sizes[kind], index >= self.most_frames)
 
     def encode_many(self, sources: Sequence[Source], **options: object) -> "Results":
-        """Plan or encode many videos with worker processes, a progress bar and a cache: `keye.batch.encode_many`."""
-        from keye.batch import encode_many
+        """Plan or encode many videos in worker processes; arguments as for `keye.batch.workers.encode_many`."""
+        from keye.batch.workers import encode_many
 
         return encode_many(self, sources, **options)
 

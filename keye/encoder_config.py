@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from keye.checks import rate, share, whole
 from keye.errors import KeyeError
 from keye.slowfast.budget import SIDE
-from keye.slowfast.pathways import Policy, get_policy
-from keye.slowfast.similarity import Measure, get_measure
+from keye.slowfast.measures import Measure, get_measure
+from keye.slowfast.policies import Policy, get_policy
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def as_measure(given: str | Measure) -> Measure:
         if not callable(getattr(given, name, None)):
             raise KeyeError(
                 f"measure is {_shown(given)}, which has no method {name}; give a name or an object with the methods of"
-                " keye.slowfast.similarity.Measure"
+                " keye.slowfast.measures.Measure"
             )
     if not isinstance(getattr(given, "name", None), str):
         raise KeyeError(f"the measure {type(given).__name__} has no name; give its class an attribute `name`")

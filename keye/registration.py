@@ -1,8 +1,8 @@
 """`import keye` is enough for transformers' Auto classes to know Keye's, and still loads nothing of transformers.
 
 transformers has no place where a package could name its classes: they are registered by code that runs. That code is
-in `keye.model.config` and `keye.prompt.processor`, and it runs when transformers' own registries are loaded, whenever
-that is: before `import keye` or after it.
+in `keye.model.config` and `keye.processor.processor`, and it runs when transformers' own registries are loaded,
+whenever that is: before `import keye` or after it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _REGISTERED_BY = {
     f"{_AUTO}configuration_auto": "keye.model.config",
     # Where this registry begins to load the one above, no config of a decoder can be imported before its own end.
     f"{_AUTO}modeling_auto": "keye.model.config",
-    f"{_AUTO}processing_auto": "keye.prompt.processor",
+    f"{_AUTO}processing_auto": "keye.processor.processor",
 }
 
 

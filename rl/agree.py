@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from keye.errors import KeyeError
-from stages.ranks import first_rank
+from stages.distributed.ranks import first_rank
 
 Result = TypeVar("Result")
 

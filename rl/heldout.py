@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from keye.errors import CheckpointError, KeyeError
-from keye.prompt.processor import Sample
+from keye.processor.processor import Sample
 from rl.prompts import Prompt
 from rl.rewards import Earned, Judgement, RewardSum
 from rl.rollout import RolloutEngine

@@ -11,8 +11,8 @@ from typing import Any
 from keye.errors import CheckpointError
 from rl.agree import gather
 from rl.recipe import RlRecipe
-from stages.checkpoints import checkpoints, checksum
-from stages.engine import resolve_precision
+from stages.distributed.checkpoints import checkpoints, checksum
+from stages.distributed.engine import resolve_precision
 
 FILE = "run.json"
 MAY_CHANGE = ("gspo.steps", "gspo.checkpoint_every", "gspo.decode_batch", "gspo.cache_mb")
@@ -32,7 +32,7 @@ class Identity:
 def identity(run: Path, recipe: RlRecipe, digests: dict[str, str]) -> Identity:
     """The identity of a run of `recipe` in `run`; digests: manifest, as the recipe names it → SHA-256 of the file.
 
-    Of a large file of the start model only the ends are read, see `stages.checkpoints.checksum`.
+    Of a large file of the start model only the ends are read, see `stages.distributed.checkpoints.checksum`.
     """
     told = _flat(dataclasses.asdict(recipe)) | {"gspo.precision": resolve_precision(recipe.gspo.precision)}
     folder = run / recipe.gspo.start / "model"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from keye.prompt.processor import Sample
+from keye.processor.processor import Sample
 from rl.prefix import PrefixTree
 
 CHUNK = 1024  # rows of float32 log-probabilities [CHUNK, vocab] alive at once

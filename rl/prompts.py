@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from keye.errors import CheckpointError, KeyeError, ManifestError
-from keye.prompt.messages import read_chat
-from keye.prompt.processor import KeyeProcessor, Sample
+from keye.processor.messages import read_chat
+from keye.processor.processor import KeyeProcessor, Sample
 from keye.world.manifest import parse_line
 from stages.data.items import PIXELS, Cache, Item, from_bytes, packed
 

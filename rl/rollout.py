@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from keye.prompt.processor import KeyeProcessor, Sample
-from keye.prompt.stream import IM_END
+from keye.processor.processor import KeyeProcessor, Sample
+from keye.processor.stream import IM_END
 from rl.policy import Group, banned_tokens, token_log_probs
 
 

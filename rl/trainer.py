@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from keye.errors import CheckpointError, ManifestError, RecipeError, writing
-from keye.prompt.processor import KeyeProcessor, Sample
+from keye.processor.processor import KeyeProcessor, Sample
 from rl.agree import agree, from_first, gather
 from rl.gspo import group_advantages, gspo_loss
 from rl.heldout import Answered, ask, compare, read_answers, write_answers
@@ -32,11 +32,11 @@ from rl.recipe import RlRecipe, check_world, places_of
 from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
 from rl.watch import read_metrics, warnings_of
-from stages.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from stages.engine import build, device, resolve_precision
-from stages.ranks import first_rank
+from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from stages.distributed.engine import build, device, resolve_precision
+from stages.distributed.ranks import first_rank
 from stages.typed_toml import to_toml
-from stages.weights import Start, open_start, replace_model
+from stages.distributed.weights import Start, open_start, replace_model
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def evaluate_model(demo: Demo, stage: str, controls: tuple[str, ...]) -> None:
 def closing_table(run_dir: Path) -> str:
     """The findings as a table of plain text: every family, then the claims."""
     from keye.evaluation import Score
-    from stages import findings
+    from stages.report import findings
 
     def share(score: Score | None) -> str:
         return f"{'–' if score is None else f'{score.accuracy:.1%} ± {score.stderr:.1%}':>17}"
@@ -225,7 +225,7 @@ def main() -> None:
         shutil.rmtree(run_dir)
     demo = Demo(run_dir, args.short, clips)
     follow(demo)
-    from stages import report
+    from stages.report import page as report
 
     page = report.write(run_dir)
     print(f"\n{closing_table(run_dir)}\n\n{page.resolve()}\n{(time.monotonic() - demo.began) / 60:.1f} minutes in all")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stages.parallel import all_gather
+from stages.distributed.parallel import all_gather
 
 LOGITS = 1 << 22  # pairs whose logits are alive at once: 16 MB of fp32, and as much again for their gradient
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keye.errors import RecipeError
-from stages.data.transforms import checked
+from stages.data.sources.transforms import checked
 from stages.typed_toml import build, read
 
 STAGES = ("vision", "alignment", "multitask", "annealing")
@@ -52,9 +52,9 @@ class SourceRecipe:
     reads only what names it.
 
     format: "jsonl", "json", "parquet", "webdataset" or "hub"; empty = as the path's ending says. config, split: of a
-    data set of the hub. columns: what the data set's own columns serve as (`stages.data.chat`). streaming: read it as
+    data set of the hub. columns: what the data set's own columns serve as (`stages.data.sources.chat`). streaming: read it as
     it comes in instead of keeping it on disk, shuffled in a buffer of `shuffle` rows a lane. transforms: names in
-    `stages.data.transforms`, applied in this order.
+    `stages.data.sources.transforms`, applied in this order.
     """
 
     path: str
@@ -124,7 +124,7 @@ class StageRecipe:
     heldout_every: steps between measures of the loss on held-out samples (`data.heldout`), always the same ones, as
     many as `heldout_steps` steps take; 0 = never.
     spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running median is skipped; 0 =
-    never. Memory (`stages.memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers
+    never. Memory (`stages.distributed.activation_memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers
     in host memory; mlp_tiles: parts an MLP is computed in; compile: `torch.compile` the layers of decoder and tower.
     """
 

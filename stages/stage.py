@@ -7,22 +7,22 @@ from torch import Tensor, nn
 
 from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.prompt.processor import KeyeProcessor, Sample
-from keye.prompt.stream import IMAGE_PAD, VIDEO_PAD
-from stages.data.balance import Cost, deal_rounds
-from stages.data.duplicates import make_guard
-from stages.data.feed import Feed
-from stages.data.forming import Packs
+from keye.processor.processor import KeyeProcessor, Sample
+from keye.processor.stream import IMAGE_PAD, VIDEO_PAD
+from stages.data.batches import Feed
+from stages.data.collate import join, pack
 from stages.data.items import PIXELS
 from stages.data.loader import Loader
-from stages.data.mixture import Mixture
-from stages.data.packing import join, pack
-from stages.data.planner import Planner
-from stages.data.sources import Cache, Item, Quarantine, Source
+from stages.data.packing.balance import Cost, deal_rounds
+from stages.data.packing.mixture import Mixture
+from stages.data.packing.packer import Packs
+from stages.data.packing.planner import Planner
+from stages.data.sources.decontaminate import make_guard
+from stages.data.sources.source import Cache, Item, Quarantine, Source
 from stages.data.thinned import count_thinned
-from stages.parallel import Grid, shard
+from stages.distributed.parallel import Grid, shard
+from stages.distributed.weights import PARTS
 from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
-from stages.weights import PARTS
 
 
 class Stage(Protocol):
@@ -86,9 +86,7 @@ class LanguageStage:
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
         row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         attention = getattr(module, "module", module).config.attention
-        inputs = shard(
-            row, grid, self.processor.token_id(IMAGE_PAD), self.processor.token_id(VIDEO_PAD), attention
-        )
+        inputs = shard(row, grid, self.processor.token_id(IMAGE_PAD), self.processor.token_id(VIDEO_PAD), attention)
         return module(**inputs, num_items_in_batch=1.0).loss
 
 
@@ -154,7 +152,7 @@ def _shares(
     name: str, mixture: dict[str, float], sources: list[SourceRecipe], key: str
 ) -> list[tuple[SourceRecipe, float]]:
     if not sources:
-        raise RecipeError(f"{key}: no data source serves the stage {name}; add one with stages = [\"{name}\"]")
+        raise RecipeError(f'{key}: no data source serves the stage {name}; add one with stages = ["{name}"]')
     parts = [(s.path, s.config, s.split, s.kind, frozenset(s.families), s.transforms) for s in sources]
     if len(set(parts)) < len(parts):
         raise RecipeError(f"the stage {name} reads the same part of a manifest twice; write it once with its weight")

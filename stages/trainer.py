@@ -13,16 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keye.errors import KeyeError, RecipeError
-from keye.model.shards import Stored
-from stages import engine as deep
-from stages.checkpoints import Begun, begin_checkpoint, load_checkpoint
+from keye.checkpoint.shards import Stored
+from stages.distributed import engine as deep
+from stages.distributed.checkpoints import Begun, begin_checkpoint, load_checkpoint
 from stages.data.loader import Loader
 from stages.data.thinned import COUNTS
-from stages.guard import Guard
-from stages.parallel import Grid, sum_over_ranks
+from stages.skip_step import Guard
+from stages.distributed.parallel import Grid, sum_over_ranks
 from stages.recipe import KINDS, StageRecipe
 from stages.stage import Stage
-from stages.watch import Watcher, find_peak, operations, own_operations
+from stages.metrics import Watcher, find_peak, operations, own_operations
 
 PEAK = "peak.json"  # what the MFU in metrics.jsonl is a share of
 ASKED = ("save", "stop")  # what signals ask for

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.prompt.processor import KeyeProcessor
-from keye.prompt.tokenizer import open_tokenizer
-from stages import contrast
-from stages.data.balance import TowerCost, deal_parts
-from stages.data.feed import Feed
-from stages.data.forming import Pairs
+from keye.processor.processor import KeyeProcessor
+from keye.processor.tokenizer import open_tokenizer
+from stages import contrastive as contrast
+from stages.data.batches import Feed
 from stages.data.items import Item
 from stages.data.loader import Loader
-from stages.data.mixture import Mixture
-from stages.data.planner import Planner
+from stages.data.packing.balance import TowerCost, deal_parts
+from stages.data.packing.mixture import Mixture
+from stages.data.packing.packer import Pairs
+from stages.data.packing.planner import Planner
 from stages.data.thinned import count_thinned
+from stages.distributed.parallel import Grid
 from stages.losses import siglip_loss
-from stages.parallel import Grid
 from stages.recipe import VisionRecipe
 from stages.stage import count_kinds, visual_samples
 

@@ -32,11 +32,11 @@ from PIL import Image
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, ManifestError, VideoError
 from keye.slowfast.budget import SIDE, fit_size
-from keye.slowfast.containers import open_container
-from keye.slowfast.decode import open_decoder
-from keye.slowfast.fetch import UrlRules, data_bytes, download, scheme_of, url_name
-from keye.slowfast.image import load_image
-from keye.slowfast.video import open_clip
+from keye.video.clip import open_clip
+from keye.video.decoding.containers import open_container
+from keye.video.decoding.decoder import open_decoder
+from keye.video.fetch import UrlRules, data_bytes, download, scheme_of, url_name
+from keye.video.images import load_image
 
 Element = dict[str, Any]
 Sampling = Literal["time", "index"]

@@ -27,10 +27,10 @@ import torch
 from keye.encoder import EncodedVideo, SlowFastEncoder
 from keye.errors import KeyeError, ManifestError
 from keye.slowfast.budget import SIDE, fit_size
-from keye.slowfast.image import load_image
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.similarity import resize
-from keye.slowfast.video import Source
+from keye.slowfast.resizing import resize
+from keye.video.clip import Source
+from keye.video.images import load_image
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, ProcessorMixin

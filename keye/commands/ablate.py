@@ -11,7 +11,7 @@ from pathlib import Path
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, run
 from keye.evaluation import Report, ablation
-from keye.slowfast.similarity import get_measure
+from keye.slowfast.measures import get_measure
 
 EXAMPLES = """examples:
   python scripts/ablate.py --videos clips

@@ -85,7 +85,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def init(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
     import torch
 
-    from keye.model.checkpoint import initialise
+    from keye.checkpoint.convert import initialise
     from keye.model.config import KeyeConfig
 
     vision = told.vision
@@ -105,14 +105,14 @@ def init(told: argparse.Namespace, progress: Callable[[int, int], None]) -> obje
 
 
 def from_released(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
-    from keye.model.checkpoint import convert_released
+    from keye.checkpoint.convert import convert_released
 
     size = told.max_shard_mb * 1_000_000
     return convert_released(told.source, told.out, allow_missing=told.allow_missing, max_shard=size, progress=progress)
 
 
 def to_released(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
-    from keye.model.checkpoint import export_released
+    from keye.checkpoint.convert import export_released
 
     size = told.max_shard_mb * 1_000_000
     return export_released(told.source, told.out, like=told.like, max_shard=size, progress=progress)
@@ -120,8 +120,8 @@ def to_released(told: argparse.Namespace, progress: Callable[[int, int], None]) 
 
 def convert(told: argparse.Namespace, action: Callable[..., object]) -> int:
     """Run one conversion with its bar, print its report, and write figures where they are asked for."""
-    import keye.model.checkpoint
-    import keye.prompt.processor  # noqa: F401  # what the conversion needs, before memory is looked at
+    import keye.checkpoint.convert
+    import keye.processor.processor  # noqa: F401  # what the conversion needs, before memory is looked at
 
     before, began = memory_mb("VmRSS") if told.figures else 0.0, time.perf_counter()
     with progress_bar(told.command) as progress:
@@ -129,7 +129,7 @@ def convert(told: argparse.Namespace, action: Callable[..., object]) -> int:
     print(report)
     print(told.out)
     if told.figures:
-        stored = keye.model.checkpoint.open_checkpoint(told.source).values()
+        stored = keye.checkpoint.convert.open_checkpoint(told.source).values()
         shards = {t.path for t in stored}
         figures = {
             "seconds": time.perf_counter() - began,
@@ -145,7 +145,7 @@ def convert(told: argparse.Namespace, action: Callable[..., object]) -> int:
 
 
 def check(told: argparse.Namespace) -> int:
-    from keye.model.checkpoint import check as compare
+    from keye.checkpoint.convert import check as compare
 
     report = compare(told.source)
     print(report)

@@ -23,9 +23,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from keye.encoder import SlowFastEncoder
 from keye.evaluation.report import Report
 from keye.slowfast.budget import SIDE, fit_size
-from keye.slowfast.keep import WHOLE
-from keye.slowfast.similarity import resize
-from keye.slowfast.video import open_clip
+from keye.slowfast.frame_buffer import WHOLE
+from keye.slowfast.resizing import resize
+from keye.video.clip import open_clip
 
 REFERENCE_TOKENS = 768
 """Original frames above so many tokens (28 × 28 pixels each) are compared at that size, to bound memory."""

@@ -16,7 +16,7 @@ from keye.evaluation.report import Baselines, Outcome, Report, merge
 
 if TYPE_CHECKING:
     from keye.model.keye import KeyeForConditionalGeneration
-    from keye.prompt.processor import KeyeProcessor, Sample
+    from keye.processor.processor import KeyeProcessor, Sample
 
 Control = Literal["none", "blind", "zeroed"]
 """What is taken from the model: nothing; images and videos with all their tokens; the pixels alone, so that token

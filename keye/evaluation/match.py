@@ -22,7 +22,7 @@ from keye.evaluation.boxes import iou, parse_box
 from keye.evaluation.choices import choose, explains, letter_of, pick, says, without_lead
 from keye.evaluation.numbers import is_number, parse_number, same_number
 from keye.evaluation.words import normalise, plain
-from keye.prompt.reply import parse_reply
+from keye.processor.reply import parse_reply
 
 __all__ = ["choose", "extract_answer", "iou", "match", "normalise", "parse_box", "parse_number"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, Qwen3Config
 
+from keye.checkpoint import released_layout as names
 from keye.errors import KeyeError
-from keye.model import names
 
 
 class KeyeVisionConfig(PreTrainedConfig):
@@ -76,7 +76,7 @@ class KeyeConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "KeyeConfig":
-        """A config.json as this project or as the release writes it (decoder fields flat, `keye.model.names`)."""
+        """A config.json as this project or the release writes it (flat fields, `keye.checkpoint.released_layout`)."""
         if names.is_released(config_dict):
             config_dict = names.config_from_released(config_dict)
         importlib.import_module("keye.model.keye")  # registers the model's class, which Auto classes look for next

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from keye.model import names
+from keye.checkpoint import released_layout as names
 from keye.model.config import KeyeConfig
 
 

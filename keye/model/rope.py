@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keye.model.names import mrope_section
+from keye.checkpoint.released_layout import mrope_section
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 
 from keye.errors import VideoError, writing
 from keye.slowfast.budget import SIDE, size_tokens
-from keye.slowfast.pathways import SLOW
-from keye.slowfast.plan_values import check_values
+from keye.slowfast.plan_checks import check_values
+from keye.slowfast.policies import SLOW
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,13 +54,13 @@ class VideoPlan:
         return hash(self.to_json())
 
     def __repr__(self) -> str:
-        from keye.slowfast.notebook import one_line
+        from keye.visualize.notebook import one_line
 
         return f"VideoPlan({one_line(self)})"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: filmstrip and summary."""
-        from keye.slowfast.notebook import plan_html
+        from keye.visualize.notebook import plan_html
 
         return plan_html(self)
 
@@ -207,7 +207,7 @@ class VideoPlan:
         frames: T pictures uint8 [3, h, w] for the filmstrip; by default they are read again from `source`, and the
         strip is left out when that is no longer there (bytes, arrays).
         """
-        from keye.slowfast.figures import draw_plan
+        from keye.visualize.figures import draw_plan
 
         draw_plan(self, path, frames)
 
@@ -221,7 +221,7 @@ class VideoPlan:
         A timeline to be looked along frame by frame (mouse, touch or arrow keys), every frame in a table, settings and
         warnings. The pictures in it take at most about 2 MB.
         """
-        from keye.slowfast.page import plan_page
+        from keye.visualize.page import plan_page
 
         text = plan_page(self, frames)
         if path is not None:

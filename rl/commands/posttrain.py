@@ -8,7 +8,7 @@ import argparse
 
 from keye.errors import run
 from rl.recipe import load
-from stages.hosts import limit_threads
+from stages.distributed.hosts import limit_threads
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     limit_threads()
     recipe = load(args.recipe, args.set)
     from rl.trainer import GspoTrainer
-    from stages import engine
+    from stages.distributed import engine
 
     engine.start()
     trainer = GspoTrainer(recipe, args.run)

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye import SlowFastEncoder  # noqa: E402
 from keye.errors import run  # noqa: E402
-from keye.slowfast import decode  # noqa: E402
-from keye.slowfast.containers import open_container  # noqa: E402
-from keye.slowfast.decode import open_decoder  # noqa: E402
+from keye.video.decoding import decoder as decode  # noqa: E402
+from keye.video.decoding.containers import open_container  # noqa: E402
+from keye.video.decoding.decoder import open_decoder  # noqa: E402
 from scripts.bench.corpus import film, real_clips  # noqa: E402
 from scripts.bench.record import Claim, Table, arguments, out_of, save  # noqa: E402
 

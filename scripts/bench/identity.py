@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.encoder import SlowFastEncoder  # noqa: E402
 from keye.errors import run  # noqa: E402
-from keye.slowfast.video import open_clip  # noqa: E402
+from keye.video.clip import open_clip  # noqa: E402
 from keye.world import FAMILIES, Setting  # noqa: E402
 from scripts.bench.corpus import real_clips  # noqa: E402
 from scripts.bench.record import Claim, Table, arguments, out_of, save  # noqa: E402

@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye import KeyeConfig  # noqa: E402
+from keye.checkpoint.convert import check, convert_released, export_released  # noqa: E402
 from keye.errors import KeyeError, run  # noqa: E402
-from keye.model.checkpoint import check, convert_released, export_released  # noqa: E402
 from scripts.bench.model_released import write_random  # noqa: E402
 from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from keye import KeyeConfig, KeyeForConditionalGeneration
-from keye.model.checkpoint import convert_released, export_released
-from keye.model.initialise import expected_shapes
-from keye.model.shards import Computed, open_checkpoint, write_shards
+from keye.checkpoint.convert import convert_released, export_released
+from keye.checkpoint.initialise import expected_shapes
+from keye.checkpoint.shards import Computed, open_checkpoint, write_shards
 
 
 def write_random(config: KeyeConfig, out: Path, max_shard: int) -> int:

@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from keye.errors import KeyeError, run  # noqa: E402
-from keye.slowfast.similarity import Measure, get_measure  # noqa: E402
-from keye.slowfast.video import open_clip  # noqa: E402
+from keye.slowfast.measures import Measure, get_measure  # noqa: E402
+from keye.video.clip import open_clip  # noqa: E402
 from scripts.bench.continuity import SEED, continuity_film, cuts  # noqa: E402
 from scripts.bench.corpus import film, film_cuts, film_times, real_clips  # noqa: E402
 from scripts.bench.recall_claims import CONTINUITY, FILM, claims, tables  # noqa: E402

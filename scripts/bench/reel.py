@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from keye.slowfast.video import open_clip  # noqa: E402
+from keye.video.clip import open_clip  # noqa: E402
 from keye.world.render import write_mp4  # noqa: E402
 from scripts.bench.corpus import FOLDER, locked  # noqa: E402
 from scripts.bench.scenes import FPS, HEIGHT, WIDTH, Scene, Span  # noqa: E402

@@ -22,10 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from keye.errors import run  # noqa: E402
-from keye.slowfast.pathways import Walk, get_policy  # noqa: E402
-from keye.slowfast.similarity import get_measure, known_measures, resize  # noqa: E402
+from keye.slowfast.measures import get_measure, known_measures  # noqa: E402
+from keye.slowfast.policies import get_policy  # noqa: E402
+from keye.slowfast.resizing import resize  # noqa: E402
 from keye.slowfast.threads import one_thread  # noqa: E402
-from keye.slowfast.video import open_clip  # noqa: E402
+from keye.slowfast.walk import Walk  # noqa: E402
+from keye.video.clip import open_clip  # noqa: E402
 from scripts.bench.corpus import FILMED, real_clips  # noqa: E402
 from scripts.bench.identity import compare  # noqa: E402
 from scripts.bench.record import Claim, Table, arguments, out_of, save  # noqa: E402

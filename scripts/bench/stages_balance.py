@@ -24,11 +24,11 @@ import torch  # noqa: E402
 from keye.errors import run  # noqa: E402
 from keye.model.config import KeyeConfig  # noqa: E402
 from scripts.bench.record import Claim, Table, arguments, out_of, save  # noqa: E402
-from stages.data.balance import Cost, TowerCost, deal_rounds, rank_operations  # noqa: E402
-from stages.data.forming import Packs  # noqa: E402
-from stages.data.mixture import Mixture  # noqa: E402
-from stages.data.planner import Block, Found, Meta, Planner  # noqa: E402
-from stages.parallel import Piece, share_frames, vision_shares  # noqa: E402
+from stages.data.packing.balance import Cost, TowerCost, deal_rounds, rank_operations  # noqa: E402
+from stages.data.packing.mixture import Mixture  # noqa: E402
+from stages.data.packing.packer import Packs  # noqa: E402
+from stages.data.packing.planner import Block, Found, Meta, Planner  # noqa: E402
+from stages.distributed.parallel import Piece, share_frames, vision_shares  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/bench/stages_balance.py
@@ -56,7 +56,7 @@ SAMPLES = 4000  # of each kind, over and over
 
 
 class Drawn:
-    """A source of made-up samples; counts as one of `stages.data.sources`."""
+    """A source of made-up samples; counts as one of `stages.data.sources.source`."""
 
     def __init__(self, name: str, kind: str, metas: list[Meta]) -> None:
         self.name, self.metas, self.at = name, metas, 0
@@ -128,9 +128,7 @@ def sample(kind: str, draw: random.Random, context: int) -> tuple[int, int, list
     return text, max(1, text // 2), [], []
 
 
-def metas_of(
-    kind: str, group: str, context: int, cost: Cost | TowerCost, seed: int, count: int = 0
-) -> Iterator[Meta]:
+def metas_of(kind: str, group: str, context: int, cost: Cost | TowerCost, seed: int, count: int = 0) -> Iterator[Meta]:
     draw, made = random.Random(f"{seed} {kind} {context}"), 0
     while made < (count or SAMPLES):
         text, labels, stills, frames = sample(kind, draw, context)
@@ -235,9 +233,7 @@ def rank_costs(pack: list[Meta], cost: Cost, ranks: int, cut: bool) -> list[floa
     ]
 
 
-def slowest(
-    steps: list[list[list[Meta]]], at_once: int, sequence: int, cost: Cost, planned: bool, cut: bool
-) -> float:
+def slowest(steps: list[list[list[Meta]]], at_once: int, sequence: int, cost: Cost, planned: bool, cut: bool) -> float:
     """How much longer the slowest ranks of all rounds take than the mean: Σ largest ÷ Σ mean, over all ranks.
 
     planned: dealt in rounds as the loader does; otherwise as the packs come.

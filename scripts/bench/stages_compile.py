@@ -16,8 +16,8 @@ from keye.errors import run  # noqa: E402
 from keye.model.keye import KeyeForConditionalGeneration  # noqa: E402
 from scripts.bench.record import Table, arguments, out_of, save  # noqa: E402
 from scripts.bench.stages_cost import Case, pack_of  # noqa: E402
-from stages import engine as deep  # noqa: E402
-from stages.memory import economise  # noqa: E402
+from stages.distributed import engine as deep  # noqa: E402
+from stages.distributed.activation_memory import economise  # noqa: E402
 
 EXAMPLES = """examples:
   python scripts/bench/stages_compile.py           about two minutes on a quiet machine

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # the bench's main process loads neither torch nor transforme
     from transformers import PreTrainedTokenizerFast
 
     from stages.annealing import Annealing
-    from stages.parallel import Grid
+    from stages.distributed.parallel import Grid
 
 EXAMPLES = """examples:
   python scripts/bench/stages_context.py                  8,192 … 131,072 tokens; goes on where it was broken off
@@ -126,7 +126,7 @@ def launch(command: list[str]) -> None:
 
 def tokenizer() -> "PreTrainedTokenizerFast":
     """A small one of the world's own text, made once."""
-    from keye.prompt.tokenizer import load_tokenizer, train_tokenizer
+    from keye.processor.tokenizer import load_tokenizer, train_tokenizer
     from keye.world import texts
 
     folder = SCRATCH / "tokenizer"
@@ -140,9 +140,9 @@ def draw(context: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from keye.prompt.processor import KeyeProcessor
+    from keye.processor.processor import KeyeProcessor
     from keye.world import generate
-    from stages.data.packing import pack
+    from stages.data.collate import pack
 
     folder = SCRATCH / str(context)
     processor = KeyeProcessor(tokenizer(), encoder=ENCODER | {"max_tokens": context})
@@ -174,11 +174,11 @@ def step(context: int) -> int:
 
     from keye.model.config import KeyeConfig
     from keye.model.keye import KeyeForConditionalGeneration
-    from keye.prompt.processor import KeyeProcessor
-    from stages import engine
+    from keye.processor.processor import KeyeProcessor
     from stages.annealing import Annealing
-    from stages.memory import economise
-    from stages.parallel import make_grid
+    from stages.distributed import engine
+    from stages.distributed.activation_memory import economise
+    from stages.distributed.parallel import make_grid
     from stages.recipe import AnnealingRecipe
 
     engine.start()
@@ -219,7 +219,7 @@ def learn(stage: "Annealing", built: Any, batch: dict[str, "Tensor"], grid: "Gri
     """A step on one pack as the trainer takes it; the mean loss and the norm of the gradient."""
     import torch
 
-    from stages.parallel import sum_over_ranks
+    from stages.distributed.parallel import sum_over_ranks
 
     labels = float(sum_over_ranks(torch.tensor(stage.weight(batch, grid))))
     loss = stage.loss(built, batch, grid)
@@ -243,7 +243,7 @@ def load(path: Path, grid: "Grid") -> dict[str, "Tensor"]:
     import torch
     from safetensors import safe_open
 
-    from stages.parallel import piece_pixels, vision_shares
+    from stages.distributed.parallel import piece_pixels, vision_shares
 
     with safe_open(path, "pt") as file:
         row = {name: file.get_tensor(name).clone() for name in file.keys() if name != "pixel_values_videos"}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""What stages/cost.py reckons, against steps that are run: peak memory and time of small trainings on the CPU.
+"""What stages/cost/estimate.py reckons, against steps that are run: peak memory and time of small trainings on the CPU.
 
 Each case has a process of its own with the real engine for the peak of resident memory, and one in which it is timed
 in turn with the base case, whose share of the machine's matrix rate the case's time is reckoned with; memory is
@@ -24,9 +24,9 @@ from keye.errors import KeyeError, run  # noqa: E402
 from keye.model.config import KeyeConfig, KeyeVisionConfig  # noqa: E402
 from scripts.bench.model_memory import resident  # noqa: E402
 from scripts.bench.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save  # noqa: E402
-from stages.cost import Work, parameters_of, step_flops, step_seconds  # noqa: E402
-from stages.footprint import Plan, Share, footprint  # noqa: E402
-from stages.gpus import Gpu  # noqa: E402
+from stages.cost.estimate import Work, parameters_of, step_flops, step_seconds  # noqa: E402
+from stages.cost.footprint import Plan, Share, footprint  # noqa: E402
+from stages.cost.gpus import Gpu  # noqa: E402
 from stages.recipe import StageRecipe  # noqa: E402
 
 MIB = 1 << 20
@@ -128,7 +128,7 @@ def one(case: Case, steps: int) -> dict[str, Any]:
 
     The two take turns in one process, so that what else the machine does meets both.
     """
-    from stages import engine as deep
+    from stages.distributed import engine as deep
 
     deep.start(threads=1)
     Training(Case("warm-up", width=128, layers=1, tower=1, tokens=128, documents=2)).step()  # loads what is loaded once
@@ -153,8 +153,8 @@ class Training:
 
     def __init__(self, case: Case) -> None:
         from keye.model.keye import KeyeForConditionalGeneration
-        from stages import engine as deep
-        from stages.memory import economise
+        from stages.distributed import engine as deep
+        from stages.distributed.activation_memory import economise
 
         torch.manual_seed(0)
         model, told = KeyeForConditionalGeneration(case.config()), case.told()

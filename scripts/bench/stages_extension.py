@@ -181,7 +181,7 @@ def ask(folder: Path, seed: int, count: int) -> None:
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps(known))
         partial.rename(record)
-        print(f"seed {seed}, {2 * duration} s: {({arm: mean(r) for arm, r in right.items()})}", flush=True)
+        print(f"seed {seed}, {2 * duration} s: { ({arm: mean(r) for arm, r in right.items()}) }", flush=True)
 
 
 def ask_all(folder: Path, count: int) -> dict[int, dict]:

@@ -30,16 +30,16 @@ from keye.errors import KeyeError, run  # noqa: E402
 from keye.model.config import KeyeConfig  # noqa: E402
 from keye.model.keye import KeyeForConditionalGeneration  # noqa: E402
 from keye.model.rope import stream_positions  # noqa: E402
-from keye.prompt.processor import Sample  # noqa: E402
+from keye.processor.processor import Sample  # noqa: E402
 from scripts.bench.record import ROOT, Claim, Table, arguments, out_of, save  # noqa: E402
 from scripts.bench.simulation.drawn import processor  # noqa: E402
-from stages import engine  # noqa: E402
+from stages.cost.gpus import GPUS  # noqa: E402
 from stages.data.items import Item  # noqa: E402
-from stages.data.mixture import Mixture  # noqa: E402
-from stages.gpus import GPUS  # noqa: E402
-from stages.memory import economise  # noqa: E402
+from stages.data.packing.mixture import Mixture  # noqa: E402
+from stages.distributed import engine  # noqa: E402
+from stages.distributed.activation_memory import economise  # noqa: E402
+from stages.distributed.parallel import make_grid  # noqa: E402
 from stages.multitask import Multitask  # noqa: E402
-from stages.parallel import make_grid  # noqa: E402
 from stages.recipe import StageRecipe  # noqa: E402
 from stages.trainer import Trainer  # noqa: E402
 
@@ -115,7 +115,7 @@ def sample(sizes: Sizes, length: int, visual: float, seed: int) -> Sample:
 
 
 class Documents:
-    """A source of made-up documents of one length; counts as one of `stages.data.sources`."""
+    """A source of made-up documents of one length; counts as one of `stages.data.sources.source`."""
 
     def __init__(self, sizes: Sizes, length: int, visual: float) -> None:
         self.name, self.recipe, self.at = "made up", SimpleNamespace(kind="video"), 0

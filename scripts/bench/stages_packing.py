@@ -70,16 +70,14 @@ def documents(row: dict[str, Tensor], image: int, video: int) -> list[Document]:
             visual[grids] = row[grids][first_grid : first_grid + count]
             visual[pixels] = row[pixels][first : first + wanted]
             at[grids], at[pixels] = first_grid + count, first + wanted
-        found.append(
-            Document(ids, row["position_ids"][:, 0, start:end], row["shift_labels"][0, start:end], visual)
-        )
+        found.append(Document(ids, row["position_ids"][:, 0, start:end], row["shift_labels"][0, start:end], visual))
     # What only fills a row up to a multiple has no labels and nothing to teach.
     return [document for document in found if bool((document.shift_labels != -100).any())]
 
 
 def padded(batch: list[Document], pad: int) -> dict[str, Any]:
     """One padded batch: input_ids, attention_mask, shift_labels `[B, L]`, position_ids `[3, B, L]`, pixels, grids."""
-    from stages.data.packing import join
+    from stages.data.collate import join
 
     rows, length = len(batch), max(document.tokens for document in batch)
     out = {
@@ -175,7 +173,6 @@ class Padded:
         return module(**inputs, num_items_in_batch=1.0).loss
 
 
-
 def layouts(step: list[Document], packs: int, ranks: int, draw: random.Random) -> dict[str, list[list[list[int]]]]:
     """Layout → the batches of every rank, as indices of a step's documents; as many batches for each rank."""
     sizes = [document.tokens for document in step]
@@ -188,9 +185,9 @@ def layouts(step: list[Document], packs: int, ranks: int, draw: random.Random) -
 
 def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
     """One process of the measurement: draw, lay out, train in turn; rank 0 writes `folder/steps.json`."""
-    from stages import engine
     from stages import recipe as recipes
     from stages.data.items import Cache
+    from stages.distributed import engine
     from stages.run import load_model, open_stage, prepare_tokenizer
     from stages.trainer import Trainer
 
@@ -265,9 +262,7 @@ def measure(processes: int, rounds: int, quick: bool) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         draw_mixed(SCRATCH / ("world-quick" if quick else "world"), SEED, 0.2 if quick else 1.0)
         context, packs = (1024, 2) if quick else (2048, 4)
-        recipe = write_recipe(
-            folder / "packing.toml", SCRATCH / ("world-quick" if quick else "world"), context, packs
-        )
+        recipe = write_recipe(folder / "packing.toml", SCRATCH / ("world-quick" if quick else "world"), context, packs)
         torchrun([__file__, "--worker", str(recipe), str(folder), str(rounds)], folder / "log", processes, LIMIT)
     return json.loads(found.read_text())
 

@@ -5,7 +5,7 @@ the recipe, the planner on drawn lengths, packing, sharding, the model, activati
 DeepSpeed's engine and ZeRO with the recipe's configuration, AdamW. Every rank takes a whole optimizer step with layers
 of full width, two of them in the decoder and two in the tower, because what a rank issues depends on its data and not
 on the depth; the ranks with the most and the fewest patches take the step with all layers, and their memory is compared
-with `stages/cost.py`. Each simulated rank is a process of its own.
+with `stages/cost/estimate.py`. Each simulated rank is a process of its own.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ from scripts.bench.simulation.compare import Compared, collectives, memory  # no
 from scripts.bench.simulation.rank import Simulated  # noqa: E402
 from stages import recipe as recipes  # noqa: E402
 from stages.cost import estimate  # noqa: E402
-from stages.data.balance import Cost, TowerCost, deal_parts, deal_rounds  # noqa: E402
-from stages.data.planner import Meta  # noqa: E402
-from stages.gpus import gpu_named  # noqa: E402
-from stages.parallel import Grid  # noqa: E402
+from stages.cost.gpus import gpu_named  # noqa: E402
+from stages.data.packing.balance import Cost, TowerCost, deal_parts, deal_rounds  # noqa: E402
+from stages.data.packing.planner import Meta  # noqa: E402
+from stages.distributed.parallel import Grid  # noqa: E402
 from stages.recipe import STAGES, StageRecipe, VisionRecipe, stage_of  # noqa: E402
 
 EXAMPLES = """examples:
@@ -163,9 +163,7 @@ def heaviest(phase: Phase, config: KeyeConfig, ranks: int) -> int:
     return phase.told.sequence_parallel * most.index(max(most))
 
 
-def compare(
-    recipe: recipes.Recipe, phase: Phase, config: KeyeConfig, ranks: int, args: Any, bar: Progress
-) -> Compared:
+def compare(recipe: recipes.Recipe, phase: Phase, config: KeyeConfig, ranks: int, args: Any, bar: Progress) -> Compared:
     """Simulate a phase: ranks with few layers, one with all."""
     deep = [heaviest(phase, config, ranks)]
     apart = args.some and phase.told.sequence_parallel == 1

@@ -24,9 +24,9 @@ from torch import Tensor, nn  # noqa: E402
 from keye.errors import run  # noqa: E402
 from keye.model.keye import KeyeForConditionalGeneration  # noqa: E402
 from keye.model.vision import merge_order  # noqa: E402
-from keye.prompt.processor import KeyeProcessor  # noqa: E402
-from keye.prompt.stream import IMAGE_PAD, VIDEO_PAD, VISION_START  # noqa: E402
-from keye.prompt.tokenizer import load_tokenizer  # noqa: E402
+from keye.processor.processor import KeyeProcessor  # noqa: E402
+from keye.processor.stream import IMAGE_PAD, VIDEO_PAD, VISION_START  # noqa: E402
+from keye.processor.tokenizer import load_tokenizer  # noqa: E402
 from keye.slowfast.pixels import normalised  # noqa: E402
 from scripts.bench.model_pairs import SIZES, our_config, their_config  # noqa: E402
 from scripts.bench.model_timing import ratio  # noqa: E402
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=tuple(SIZES), help="widths to compare")
     args = parser.parse_args()
     began = time.monotonic()
-    from stages import engine
+    from stages.distributed import engine
 
     engine.start(int(os.environ["OMP_NUM_THREADS"]) if "OMP_NUM_THREADS" in os.environ else None)
     transformers.utils.logging.set_verbosity_error()
@@ -223,7 +223,7 @@ def main() -> None:
     notes = [
         "float32, sdpa in both, one process, AdamW (fused in theirs), gradients clipped; the data of "
         "`stages_data.py`, encoded, collated or packed before, and the optimizer's moments made before, on both sides; "
-        "taken beside other work on the same cores. Theirs: `train_sampling_strategy=\"group_by_length\"`, positions "
+        'taken beside other work on the same cores. Theirs: `train_sampling_strategy="group_by_length"`, positions '
         "given. "
         "Widths are those of the model's bench; ours computes logits where there are labels alone.",
     ]

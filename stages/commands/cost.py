@@ -23,7 +23,7 @@ def main() -> None:
     )
     parser.add_argument("recipe", help="a TOML file, such as stages/recipes/keye_8b.toml")
     parser.add_argument("--gpus", type=int, default=1, help="how many (default 1)")
-    parser.add_argument("--gpu", default="h200", metavar="NAME", help="one of stages/gpus.py (default h200)")
+    parser.add_argument("--gpu", default="h200", metavar="NAME", help="one of stages/cost/gpus.py (default h200)")
     parser.add_argument(
         "--mfu", type=float, default=0.4, help="share of the peak rate, recomputed layers included (default 0.4)"
     )
@@ -40,10 +40,10 @@ def main() -> None:
         raise KeyeError(f"--per-node {args.per_node}: name at least one")
     if not 0 < args.mfu <= 1:
         raise KeyeError(f"--mfu {args.mfu:g} is no share of the peak rate; give one above 0 and up to 1")
-    from stages import cost_report as report
-    from stages.cost import Assumptions, estimate
-    from stages.gpus import gpu_named
-    from stages.host_memory import Node
+    from stages.cost import report
+    from stages.cost.estimate import Assumptions, estimate
+    from stages.cost.gpus import gpu_named
+    from stages.cost.host_memory import Node
     from stages.recipe import load
 
     recipe, gpu = load(args.recipe, args.set), gpu_named(args.gpu)

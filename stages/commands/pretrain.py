@@ -13,7 +13,7 @@ python scripts/pretrain.py stages/recipes/tiny.toml --set annealing.steps=20 --p
 import argparse
 
 from keye.errors import run
-from stages.hosts import limit_threads
+from stages.distributed.hosts import limit_threads
 
 
 def main() -> None:

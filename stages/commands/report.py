@@ -15,7 +15,7 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.run).is_dir():
         raise CheckpointError(f"{args.run}: no such run; name the directory that pre-training writes to")
-    from stages import report
+    from stages.report import page as report
 
     print(f"wrote {report.write(args.run)}")
 

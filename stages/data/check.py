@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from keye.prompt.processor import KeyeProcessor
-from keye.prompt.tokenizer import load_tokenizer, train_tokenizer
-from stages.data.duplicates import make_guard, sample_hashes
-from stages.data.formats import BAD, Table
+from keye.processor.processor import KeyeProcessor
+from keye.processor.tokenizer import load_tokenizer, train_tokenizer
 from stages.data.items import Cache, Item, Quarantine
 from stages.data.loader import encoding_threads
-from stages.data.sources import Source, source_name
-from stages.data.streams import Lanes
+from stages.data.sources.decontaminate import make_guard, sample_hashes
+from stages.data.sources.formats import BAD, Table
+from stages.data.sources.source import Source, source_name
+from stages.data.sources.streams import Lanes
 from stages.recipe import KINDS, DataRecipe, Recipe, SourceRecipe, StageRecipe, VisionRecipe
 from stages.stage import choose_sources
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import keye.errors
 from keye.errors import KeyeError
-from keye.prompt.processor import Sample
+from keye.processor.processor import Sample
 from stages.data.items import Item
-from stages.parallel import Piece, piece_pixels
+from stages.distributed.parallel import Piece, piece_pixels
 
 TENSORS = (
     "input_ids", "labels", "position_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw",

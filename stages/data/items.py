@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from keye.prompt.processor import Sample
+from keye.processor.processor import Sample
 from keye.slowfast.pixels import as_bytes, normalised
 
 PIXELS = ("pixel_values", "pixel_values_videos")

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any, Protocol
 
-from stages.parallel import Grid
+from stages.distributed.parallel import Grid
 
 MOST_WORKERS = 16  # threads that encode; beyond, what they do under Python's lock leaves nothing to gain
 

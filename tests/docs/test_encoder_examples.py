@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from keye.slowfast.pathways import known_policies
-from keye.slowfast.similarity import get_measure, known_measures
+from keye.slowfast.measures import get_measure, known_measures
+from keye.slowfast.policies import known_policies
 from tests.docs.examples import lay_out, sections
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from keye.checkpoint.convert import export_released, initialise
 from keye.cli import build_parser
-from keye.model.checkpoint import export_released, initialise
 from tests.clips import clip
 from tests.docs.examples import elsewhere, sections
 from tests.keye.model.parts import decoder, siglip

@@ -10,11 +10,11 @@ import pytest
 from safetensors import safe_open
 
 from keye.cli import EXAMPLES, build_parser, main
-from keye.slowfast.pathways import known_policies
+from keye.slowfast.measures import known_measures
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.similarity import known_measures
+from keye.slowfast.policies import known_policies
 from tests.clips import ClipsMissing, clip, fetch_clips
-from tests.keye.slowfast.make import numbered, write_video
+from tests.keye.video.make import numbered, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 

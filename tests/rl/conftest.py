@@ -5,8 +5,8 @@ import torch
 
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.prompt.processor import KeyeProcessor, Sample
-from keye.prompt.tokenizer import train_tokenizer
+from keye.processor.processor import KeyeProcessor, Sample
+from keye.processor.tokenizer import train_tokenizer
 
 QUESTIONS = ("how many flashes?", "which colour came first, red or green?", "is it day or night?")
 

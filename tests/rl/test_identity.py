@@ -12,7 +12,7 @@ from keye.errors import KeyeError, RecipeError
 from rl.recipe import load
 from rl.rewards import Judgement, register
 from rl.trainer import GspoTrainer
-from stages import engine
+from stages.distributed import engine
 from tests.distributed import run_distributed
 from tests.rl.test_trainer import GSPO, RECIPE, make_run
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from keye.errors import CheckpointError, ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.prompt.processor import KeyeProcessor
-from keye.prompt.tokenizer import train_tokenizer
+from keye.processor.processor import KeyeProcessor
+from keye.processor.tokenizer import train_tokenizer
 from rl.agree import agree
 from rl.recipe import Gspo, HeldOut, RlRecipe
 from rl.trainer import GspoTrainer
-from stages import engine
+from stages.distributed import engine
 from tests.distributed import run_distributed
 
 GSPO = Gspo(steps=2, learning_rate=1e-3, prompts=6, group=3, mini_batches=2, max_new_tokens=2, checkpoint_every=1)

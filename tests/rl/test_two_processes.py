@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.prompt.processor import Sample
+from keye.processor.processor import Sample
 from rl.gspo import group_advantages, gspo_loss
 from rl.policy import Group, score
 from tests.distributed import run_distributed

@@ -9,8 +9,8 @@ import torch
 
 import rl.trainer
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.model.shards import open_checkpoint
-from stages import engine
+from keye.checkpoint.shards import open_checkpoint
+from stages.distributed import engine
 from tests.distributed import run_distributed
 from tests.rl.test_identity import recipe_of
 from tests.rl.test_trainer import make_run

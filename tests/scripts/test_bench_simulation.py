@@ -13,9 +13,9 @@ from scripts.bench.simulation import drawn
 from scripts.bench.simulation.compare import collectives
 from scripts.bench.simulation.rank import Measured, Simulated
 from scripts.bench.simulation.shapes import Shapes
-from stages.collectives import Collective
-from stages.data.planner import Meta
-from stages.parallel import Grid
+from stages.data.packing.planner import Meta
+from stages.distributed.collectives import Collective
+from stages.distributed.parallel import Grid
 
 
 def test_memory_without_values_is_that_of_the_tensors_alive():

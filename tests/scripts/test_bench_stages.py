@@ -14,9 +14,9 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.rope import stream_positions
 from keye.model.vision import merge_order
-from keye.prompt.processor import Sample
+from keye.processor.processor import Sample
 from scripts.bench import record, stages, stages_extension, stages_gpu, stages_packing, stages_trainer
-from stages.data.packing import pack
+from stages.data.collate import pack
 
 IMAGE, VIDEO = 7, 8
 

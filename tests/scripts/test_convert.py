@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from keye import KeyeConfig, KeyeForConditionalGeneration
+from keye.checkpoint import released_layout as names
+from keye.checkpoint.initialise import expected_shapes
+from keye.checkpoint.shards import Computed, open_checkpoint, write_json, write_shards
 from keye.commands import convert
 from keye.errors import CheckpointError
-from keye.model import names
-from keye.model.initialise import expected_shapes
-from keye.model.shards import Computed, open_checkpoint, write_json, write_shards
 from tests.keye.model import parts
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import pytest
 
 from scripts.bench import fuzz, mutations
 from scripts.bench.fuzz import State, Worker, plan_one
-from tests.keye.slowfast.make import numbered, write_video
+from tests.keye.video.make import numbered, write_video
 
 # Answers a line to each line; misbehaves when told to.
 WORKER = """

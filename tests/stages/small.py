@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.prompt.processor import KeyeProcessor, Sample
-from keye.prompt.tokenizer import train_tokenizer
+from keye.processor.processor import KeyeProcessor, Sample
+from keye.processor.tokenizer import train_tokenizer
 from keye.world import generate
-from stages.data.sources import Cache, Item, Quarantine, Source
-from stages.engine import master_weight
+from stages.data.sources.source import Cache, Item, Quarantine, Source
+from stages.distributed.engine import master_weight
 from stages.recipe import SourceRecipe
 
 WORDS = ["user assistant how many flashes which colour came first red green blue day night 0123456789"] * 4
@@ -61,7 +61,7 @@ def text_sample(length: int, first: int = 3) -> Sample:
 
 
 class Lengths:
-    """A source of text samples of the given lengths, over and over; counts as one of `stages.data.sources`.
+    """A source of text samples of the given lengths, over and over; counts as one of `stages.data.sources.source`.
 
     A length of 0 is a bad sample. seen: what was encoded here.
     """

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keye.errors import CheckpointError
-from stages import engine as deep
-from stages.checkpoints import (
+from stages.distributed import engine as deep
+from stages.distributed.checkpoints import (
     MARKER,
     _load_frozen,
     checksum,

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from stages.collectives import Collective, difference, difference_over_ranks, recorded
-from stages.parallel import all_gather
+from stages.distributed.collectives import Collective, difference, difference_over_ranks, recorded
+from stages.distributed.parallel import all_gather
 from tests.distributed import run_distributed
 
 

@@ -10,16 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
+from keye.checkpoint.convert import initialise
 from keye.errors import CheckpointError, RecipeError
-from keye.model.checkpoint import initialise
 from keye.model.config import KeyeConfig, KeyeVisionConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import KeyeVisionModel, PoolingHead
-from stages import engine
-from stages.contrast import Contrast, pretrained
+from stages.contrastive import Contrast, pretrained
+from stages.distributed import engine
+from stages.distributed.activation_memory import economise
+from stages.distributed.parallel import Grid, make_grid, sum_over_ranks
 from stages.losses import siglip_loss
-from stages.memory import economise
-from stages.parallel import Grid, make_grid, sum_over_ranks
 from stages.recipe import VisionRecipe
 from stages.vision import Vision
 from tests.distributed import run_distributed

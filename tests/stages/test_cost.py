@@ -16,12 +16,13 @@ from keye.model import flops
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.stages_cost import BASE, Case, pack_of
-from stages import cost, cost_report
-from stages.cost import Assumptions, Kind, StageCost, Work, config_of, estimate, parameters_of, step_flops, work_of
-from stages.footprint import Plan, Share, activations, footprint, reduced, states, tower_chunk, tower_layer
-from stages.gpus import GPUS, Gpu, gpu_named
-from stages.memory import economise
-from stages.parallel import Grid
+from stages.cost import estimate as cost
+from stages.cost import report as cost_report
+from stages.cost.estimate import Assumptions, Kind, StageCost, Work, config_of, estimate, parameters_of, step_flops, work_of
+from stages.cost.footprint import Plan, Share, activations, footprint, reduced, states, tower_chunk, tower_layer
+from stages.cost.gpus import GPUS, Gpu, gpu_named
+from stages.distributed.activation_memory import economise
+from stages.distributed.parallel import Grid
 from stages.recipe import Recipe, load
 from stages.vision import Vision
 from tests.stages import small

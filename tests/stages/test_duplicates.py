@@ -13,9 +13,9 @@ from PIL import Image, ImageEnhance
 from skimage import data as photographs
 
 from keye.errors import ManifestError
-from stages.data.duplicates import Near, make_guard, perceptual_hash
 from stages.data.items import Cache, Quarantine
-from stages.data.sources import Source
+from stages.data.sources.decontaminate import Near, make_guard, perceptual_hash
+from stages.data.sources.source import Source
 from stages.recipe import SourceRecipe
 from tests.stages import small
 

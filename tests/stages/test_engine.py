@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages import engine as deep
+from stages.distributed import engine as deep
 from tests.distributed import run_distributed
 from tests.stages import small
 from tests.stages.test_checkpoints import Net
@@ -35,7 +35,8 @@ def test_bf16_leaves_fp32_weights_and_steps_that_are_skipped_leave_no_trace():
     found = run_distributed(one_step, 1, 300)[0]
     for name, before in found["start"].items():
         after, moved = found["after"][name], not name.startswith("frozen")
-        # What does not train has no fp32 value in the optimizer: its exact value stays on disk (`stages.weights`).
+        # What does not train has no fp32 value in the optimizer: its exact value stays on disk
+        # (`stages.distributed.weights`).
         assert after.dtype == (torch.float32 if moved else torch.bfloat16)
         assert torch.equal(found["untouched"][name], before if moved else before.bfloat16()), name
         # Adam's first step is the learning rate in the direction of the gradient, whatever its size.

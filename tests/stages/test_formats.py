@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from keye.errors import KeyeError, ManifestError
-from stages.data.chat import as_chat
-from stages.data.formats import Table
 from stages.data.items import Cache, Quarantine, from_bytes
-from stages.data.sources import Source
-from stages.data.tars import Tar, split_name, stream_tars
+from stages.data.sources.chat import as_chat
+from stages.data.sources.formats import Table
+from stages.data.sources.source import Source
+from stages.data.sources.tars import Tar, split_name, stream_tars
 from stages.recipe import SourceRecipe
 from tests.stages import small
 

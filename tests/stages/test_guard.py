@@ -5,7 +5,7 @@ import math
 import pytest
 
 from keye.errors import KeyeError
-from stages.guard import LEAST, MAX_HELD, Guard
+from stages.skip_step import LEAST, MAX_HELD, Guard
 
 
 def step(guard: Guard, loss: float, norm: float = 1.0, not_finite: int = 0) -> bool:

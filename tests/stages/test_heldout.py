@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
-from stages import engine
 from stages.data.items import Cache
-from stages.data.sources import Shuffled, held_out
-from stages.ranks import first_rank
+from stages.data.sources.source import Shuffled, held_out
+from stages.distributed import engine
+from stages.distributed.ranks import first_rank
 from stages.recipe import SourceRecipe, load
 from stages.run import open_stage, prepare_tokenizer, run_stage
 from stages.stage import choose_sources

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from keye.model.config import KeyeConfig
-from stages import cost_report
-from stages.cost import Assumptions, estimate
-from stages.footprint import Plan, Share
-from stages.gpus import gpu_named
-from stages.host_memory import Node, host_footprint
+from stages.cost import report as cost_report
+from stages.cost.estimate import Assumptions, estimate
+from stages.cost.footprint import Plan, Share
+from stages.cost.gpus import gpu_named
+from stages.cost.host_memory import Node, host_footprint
 from stages.recipe import load
 
 RECIPES = Path(__file__).resolve().parents[2] / "stages" / "recipes"

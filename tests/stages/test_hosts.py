@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from keye.errors import ManifestError
-from stages import engine
-from stages.hosts import POOLS, local_ranks, threads_each
-from stages.ranks import first_rank
+from stages.distributed import engine
+from stages.distributed.hosts import POOLS, local_ranks, threads_each
+from stages.distributed.ranks import first_rank
 from tests.distributed import run_distributed
 
 
@@ -52,7 +52,7 @@ def test_engine_takes_its_share_under_deepspeeds_launcher():
 
 
 def test_pools_of_libraries_are_limited_before_they_are_loaded():
-    told = "import sys; from stages.hosts import limit_threads; limit_threads(); import os\n"
+    told = "import sys; from stages.distributed.hosts import limit_threads; limit_threads(); import os\n"
     told += "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules), sorted(sys.modules)\n"
     told += f"print(*(os.environ[name] for name in {POOLS!r}))"
     cores = len(os.sched_getaffinity(0))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from keye.errors import RecipeError
-from stages import engine as deep
+from stages.distributed import engine as deep
 from stages.recipe import load
 from stages.run import check_hpz
 from tests.distributed import run_distributed

@@ -13,19 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keye.errors import KeyeError, VideoError
-from keye.prompt.processor import Sample
+from keye.processor.processor import Sample
 from stages.data import exchange
-from stages.data.balance import Cost, TowerCost, deal_parts, deal_rounds, deal_sums
-from stages.data.feed import Feed
-from stages.data.forming import Packs
+from stages.data.batches import Feed
+from stages.data.collate import pack
 from stages.data.items import Cache, Item, Quarantine, from_bytes
 from stages.data.loader import Loader, encoding_threads
-from stages.data.mixture import Mixture
-from stages.data.packing import pack
-from stages.data.planner import Planner
-from stages.data.sources import Source
+from stages.data.packing.balance import Cost, TowerCost, deal_parts, deal_rounds, deal_sums
+from stages.data.packing.mixture import Mixture
+from stages.data.packing.packer import Packs
+from stages.data.packing.planner import Planner
+from stages.data.sources.source import Source
+from stages.distributed.parallel import Grid, Piece, make_grid
 from stages.multitask import Multitask
-from stages.parallel import Grid, Piece, make_grid
 from stages.recipe import SourceRecipe, StageRecipe
 from tests.distributed import run_distributed
 from tests.stages import small

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages import losses
+from stages.distributed.parallel import all_gather, sum_over_ranks
 from stages.losses import siglip_loss
-from stages.parallel import all_gather, sum_over_ranks
 from tests.distributed import run_distributed
 
 PAIRS, WIDTH = 6, 8

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import keye.model.vision as tower
 from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
-from stages.data.packing import pack
-from stages.memory import economise, in_host_memory, in_tiles, recompute
+from stages.data.collate import pack
+from stages.distributed.activation_memory import economise, in_host_memory, in_tiles, recompute
 from tests.stages import small
 from tests.stages.test_parallel import packs
 
@@ -97,7 +97,8 @@ def test_only_the_layers_inputs_go_to_host_memory(monkeypatch):
         return hooks.pack_hook(x)
 
     monkeypatch.setattr(
-        "stages.memory.in_host_memory", lambda: torch.autograd.graph.saved_tensors_hooks(pack_, hooks.unpack_hook)
+        "stages.distributed.activation_memory.in_host_memory",
+        lambda: torch.autograd.graph.saved_tensors_hooks(pack_, hooks.unpack_hook),
     )
     economise(model, checkpointing=True, offload=True)
     learn(model, inputs)

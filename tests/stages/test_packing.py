@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.errors import RecipeError
-from stages.data.closing import fill
+from stages.data.collate import pack
 from stages.data.items import from_bytes
-from stages.data.packing import pack
+from stages.data.packing.closing import fill
 from stages.recipe import SourceRecipe
 from stages.stage import _shares
 from tests.stages import small

@@ -12,11 +12,11 @@ from keye.model import attention, flops
 from keye.model.attention import varlen
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
-from keye.prompt.processor import Sample
-from stages.data.balance import rank_operations
-from stages.data.packing import pack
-from stages.memory import economise
-from stages.parallel import (
+from keye.processor.processor import Sample
+from stages.data.collate import pack
+from stages.data.packing.balance import rank_operations
+from stages.distributed.activation_memory import economise
+from stages.distributed.parallel import (
     Grid,
     Piece,
     all_gather,

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.errors import CheckpointError
-from stages.data.balance import deal_rounds
-from stages.data.forming import Packs, Pairs
-from stages.data.mixture import Mixture
-from stages.data.planner import Block, Found, Meta, Planner
+from stages.data.packing.balance import deal_rounds
+from stages.data.packing.mixture import Mixture
+from stages.data.packing.packer import Packs, Pairs
+from stages.data.packing.planner import Block, Found, Meta, Planner
 from tests.stages import small
 
 PER_TOKEN = 10

@@ -9,7 +9,7 @@ import stages
 from keye import KeyeConfig, KeyeForConditionalGeneration, SlowFastEncoder
 from keye.errors import ManifestError
 from keye.world.families import FAMILIES
-from stages.data.formats import open_parts
+from stages.data.sources.formats import open_parts
 from stages.recipe import Recipe, load
 from stages.typed_toml import to_toml
 

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from keye.evaluation import Score
-from stages import findings, report
-from stages.charts import Series, line_chart, smooth, ticks
+from stages.report import findings
+from stages.report import page as report
+from stages.report.charts import Series, line_chart, smooth, ticks
 
 
 def write_evaluation(run, name: str, shares: dict[str, float], n: int = 100) -> None:

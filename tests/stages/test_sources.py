@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from keye.errors import KeyeError, ManifestError
-from stages.data.chat import caption_of, kind_of
 from stages.data.items import Cache, Item, Quarantine
-from stages.data.sources import Source
+from stages.data.sources.chat import caption_of, kind_of
+from stages.data.sources.source import Source
 from stages.recipe import SourceRecipe
 from tests.stages import small
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages import engine as deep
-from stages import findings
 from stages import recipe as recipes
-from stages.data.sources import Cache, Quarantine
+from stages.data.sources.source import Cache, Quarantine
 from stages.data.thinned import WarningLog, count_thinned, kind_of_warning
+from stages.distributed import engine as deep
+from stages.distributed.parallel import Grid, make_grid
 from stages.multitask import Multitask
-from stages.parallel import Grid, make_grid
 from stages.recipe import StageRecipe
+from stages.report import findings
 from stages.stage import open_mixture
 from stages.trainer import Trainer
 from stages.vision import Vision

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from keye.errors import KeyeError
 from keye.model import flops
-from stages import engine as deep
 from stages import recipe as recipes
-from stages.checkpoints import whole_checkpoints
+from stages.data.collate import pack
 from stages.data.loader import Loader
-from stages.data.packing import pack
-from stages.data.sources import Cache, Quarantine
-from stages.engine import learning_rate_factor
+from stages.data.sources.source import Cache, Quarantine
+from stages.distributed import engine as deep
+from stages.distributed.checkpoints import whole_checkpoints
+from stages.distributed.engine import learning_rate_factor
+from stages.distributed.parallel import Grid, make_grid, share_frames
 from stages.multitask import Multitask
-from stages.parallel import Grid, make_grid, share_frames
 from stages.recipe import StageRecipe
 from stages.stage import open_mixture
 from stages.trainer import Trainer, micro_batches
@@ -105,11 +105,13 @@ def imbalances(rows: list[dict[str, Any]], grid: Grid, config: Any) -> list[floa
             continue
         text, half = config.text_config, len(labels) // 2
         words, dealt = flops.decoder(text, lengths), share_frames([h * w + (h * w) ** 2 / 6800 for h, w in frames], 2)
-        costs.append([
-            3 * (words.total / 2 + flops.head(text, int(part.sum())).total)
-            + sum(flops.training_step(config, [frames[i]], [], 0) for i in mine)
-            for part, mine in zip(labels.split(half), dealt, strict=True)
-        ])
+        costs.append(
+            [
+                3 * (words.total / 2 + flops.head(text, int(part.sum())).total)
+                + sum(flops.training_step(config, [frames[i]], [], 0) for i in mine)
+                for part, mine in zip(labels.split(half), dealt, strict=True)
+            ]
+        )
     rounds = costs if grid.sequence == 2 else [[*a, *b] for a, b in zip(costs[::2], costs[1::2], strict=True)]
     steps = [rounds[i : i + len(rounds) // 3] for i in range(0, len(rounds), len(rounds) // 3)]
     return [sum(map(max, step)) / sum(sum(r) / 2 for r in step) - 1 for step in steps]

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from keye.errors import ManifestError, RecipeError
-from stages.data.transforms import TRANSFORMS, apply, checked, thousandth
+from stages.data.sources.transforms import TRANSFORMS, apply, checked, thousandth
 from stages.recipe import load
 
 IMAGE = {"type": "image", "image": "a.png"}

@@ -8,14 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from keye.errors import RecipeError
-from stages import watch
+from stages import metrics as watch
 from stages.alignment import Alignment
-from stages.data.packing import pack
+from stages.data.collate import pack
+from stages.distributed.parallel import Grid
+from stages.metrics import Watcher, duration, find_peak, open_tracker, operations
 from stages.multitask import Multitask
-from stages.parallel import Grid
 from stages.recipe import StageRecipe, VisionRecipe
 from stages.vision import Vision
-from stages.watch import Watcher, duration, find_peak, open_tracker, operations
 from tests.stages import small
 
 ALONE = Grid(0, 1, 1, None)

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from keye.checkpoint.shards import open_checkpoint
 from keye.errors import KeyeError
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.model.shards import open_checkpoint
-from stages import engine
 from stages.data.items import Cache
+from stages.distributed import engine
 from stages.recipe import load
 from stages.run import open_stage, prepare_tokenizer, prepare_world, run_stage, save_model
 from tests.distributed import run_distributed

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages import engine
-from stages.data.packing import pack
-from stages.memory import economise
-from stages.parallel import make_grid, shard, sum_over_ranks
+from stages.data.collate import pack
+from stages.distributed import engine
+from stages.distributed.activation_memory import economise
+from stages.distributed.parallel import make_grid, shard, sum_over_ranks
 from tests.distributed import run_distributed
 from tests.stages import small
 from tests.stages.test_parallel import IMAGE, VIDEO, packs

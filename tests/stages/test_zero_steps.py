@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import keye.model.keye as keye
 import keye.model.vision as tower
-from stages import engine as deep
 from stages.alignment import Alignment
-from stages.collectives import difference_over_ranks, recorded
+from stages.data.collate import pack
 from stages.data.loader import Loader
-from stages.data.packing import pack
-from stages.memory import economise
+from stages.distributed import engine as deep
+from stages.distributed.activation_memory import economise
+from stages.distributed.collectives import difference_over_ranks, recorded
+from stages.distributed.parallel import Grid, make_grid, shard
 from stages.multitask import Multitask
-from stages.parallel import Grid, make_grid, shard
 from stages.recipe import StageRecipe
 from stages.trainer import Trainer, micro_batches
 from tests.distributed import run_distributed

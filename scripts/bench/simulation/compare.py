@@ -1,14 +1,14 @@
-"""What simulated ranks are held against: one another's collectives, and the memory that `stages.cost` estimates."""
+"""What simulated ranks are held against: one another's collectives, and the memory that `stages.cost.estimate` estimates."""
 
 import dataclasses
 from dataclasses import dataclass
 
 from keye.model.config import KeyeConfig
 from scripts.bench.simulation.rank import Simulated
-from stages.collectives import difference
-from stages.cost import Assumptions, Kind, estimate, parameters_of
-from stages.footprint import Footprint, Plan, activations, footprint, reduced, tower_chunk
-from stages.gpus import gpu_named
+from stages.distributed.collectives import difference
+from stages.cost.estimate import Assumptions, Kind, estimate, parameters_of
+from stages.cost.footprint import Footprint, Plan, activations, footprint, reduced, tower_chunk
+from stages.cost.gpus import gpu_named
 from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
 
 

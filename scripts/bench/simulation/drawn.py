@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from keye.model.rope import stream_positions
-from keye.prompt.processor import KeyeProcessor, Sample
-from keye.prompt.stream import IMAGE_PAD, VIDEO_PAD
-from keye.prompt.tokenizer import train_tokenizer
-from stages.data.packing import pack
-from stages.data.planner import Meta
-from stages.parallel import Grid, vision_shares
+from keye.processor.processor import KeyeProcessor, Sample
+from keye.processor.stream import IMAGE_PAD, VIDEO_PAD
+from keye.processor.tokenizer import train_tokenizer
+from stages.data.collate import pack
+from stages.data.packing.planner import Meta
+from stages.distributed.parallel import Grid, vision_shares
 
 STAMP = 8  # tokens that say a frame's time
 VOCABULARY = 151_936
@@ -84,5 +84,3 @@ def pair_batch(metas: list[Meta], text_length: int) -> dict[str, Any]:
 
 def pixels(patches: int) -> Tensor:
     return torch.empty(patches, 3, 14, 14, dtype=torch.uint8, device="meta")
-
-

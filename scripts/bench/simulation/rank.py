@@ -24,14 +24,14 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.simulation.shapes import Memory, Shapes
 from stages import trainer as training
-from stages.collectives import Collective, recorded
-from stages.footprint import Share
-from stages.memory import economise
-from stages.parallel import Grid, make_grid, vision_shares
+from stages.distributed.collectives import Collective, recorded
+from stages.cost.footprint import Share
+from stages.distributed.activation_memory import economise
+from stages.distributed.parallel import Grid, make_grid, vision_shares
 from stages.recipe import StageRecipe, stage_of
 from stages.run import KINDS
 from stages.trainer import Trainer
-from stages.watch import Peak
+from stages.metrics import Peak
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

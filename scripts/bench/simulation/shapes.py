@@ -85,9 +85,7 @@ class Shapes(TorchDispatchMode):
                 self.memory.see(x)
         return out
 
-    def _without_values(
-        self, func: Any, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _without_values(self, func: Any, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is aten._local_scalar_dense.default:
             return _value(args[0].dtype)
         if _written(func) and isinstance(args[0], Tensor) and not args[0].is_meta:

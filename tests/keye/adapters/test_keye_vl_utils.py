@@ -13,10 +13,10 @@ from keye import SlowFastEncoder
 from keye.adapters.keye_vl_utils import extract_vision_info, process_vision_info, smart_resize
 from keye.errors import KeyeError, ManifestError, VideoError
 from keye.slowfast.budget import size_tokens
-from keye.slowfast.fetch import UrlRules
-from keye.slowfast.pathways import Policy, Seen
+from keye.slowfast.policies import Policy, Seen
+from keye.video.fetch import UrlRules
 from tests.clips import clip
-from tests.keye.slowfast.make import number_of, numbered, write_video
+from tests.keye.video.make import number_of, numbered, write_video
 
 TOKEN = 28 * 28
 

@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from keye import SlowFastEncoder
 from keye.errors import KeyeError
 from keye.evaluation import Outcome, Report, ablation
-from keye.slowfast.video import open_clip
+from keye.video.clip import open_clip
 from tests.clips import clip
 
 ROOT = Path(__file__).resolve().parents[3]

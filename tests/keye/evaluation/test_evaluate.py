@@ -13,8 +13,8 @@ from keye.evaluation.evaluate import Reply, zeroed
 from keye.evaluation.report import Baselines, score
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.prompt.processor import KeyeProcessor
-from keye.prompt.tokenizer import train_tokenizer
+from keye.processor.processor import KeyeProcessor
+from keye.processor.tokenizer import train_tokenizer
 from keye.world import generate, texts
 
 

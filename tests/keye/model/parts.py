@@ -16,7 +16,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from keye.prompt.tokenizer import train_tokenizer
+from keye.processor.tokenizer import train_tokenizer
 
 DECODERS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
 SIZES = {

@@ -9,7 +9,7 @@ import torch
 from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor
 from keye.errors import KeyeError
 from keye.model.rope import stream_positions
-from keye.prompt.tokenizer import train_tokenizer
+from keye.processor.tokenizer import train_tokenizer
 from tests.keye.model.streams import IMAGE, VIDEO, family_model, stream
 
 

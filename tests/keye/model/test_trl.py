@@ -16,7 +16,7 @@ from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor  # noqa: E402
-from keye.prompt.tokenizer import train_tokenizer  # noqa: E402
+from keye.processor.tokenizer import train_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.slow
 ROWS = 4

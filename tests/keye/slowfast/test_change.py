@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 from skimage import data
 
-from keye.slowfast.change import Change
-from keye.slowfast.similarity import get_measure
+from keye.slowfast.measures import get_measure
+from keye.slowfast.measures.change import Change
 
 MEASURE = Change()
 

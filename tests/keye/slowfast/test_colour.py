@@ -3,8 +3,8 @@ import pytest
 import torch
 from skimage.color import rgb2lab
 
-from keye.slowfast import colour
-from keye.slowfast.colour import hsv_from_tables, rgb_to_hsv, rgb_to_lab
+from keye.slowfast.measures import colour
+from keye.slowfast.measures.colour import hsv_from_tables, rgb_to_hsv, rgb_to_lab
 
 
 def test_hsv_is_opencv_to_the_bit():

@@ -12,8 +12,9 @@ from skimage.color import deltaE_cie76, rgb2lab
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from keye.errors import KeyeError
-from keye.slowfast.measures import PatchCosine
-from keye.slowfast.similarity import get_measure, resize
+from keye.slowfast.measures import get_measure
+from keye.slowfast.measures.pixelwise import PatchCosine
+from keye.slowfast.resizing import resize
 
 PLAIN = ["patch_l1", "patch_cosine", "ssim", "mse", "lab"]
 

@@ -9,7 +9,7 @@ from PIL import Image
 from keye.encoder import SlowFastEncoder
 from keye.errors import VideoError
 from keye.slowfast.plan import VideoPlan
-from tests.keye.slowfast.make import numbered, write_video
+from tests.keye.video.make import numbered, write_video
 
 scores = st.floats(0, 1, width=32) | st.just(math.nan)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keye.encoder import SlowFastEncoder
-from keye.slowfast.measures import MSE
+from keye.slowfast.measures.pixelwise import MSE
 
 THREADS = 3
 

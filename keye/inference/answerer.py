@@ -1,0 +1,98 @@
+"""Requests → answers of one model, within a bounded number of places; nothing of HTTP."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_address
+
+from keye.errors import KeyeError
+from keye.inference.answering import Answering, BatchedAnswering
+from keye.inference.batching import BatchEngine
+from keye.inference.openai_format import Request, RequestError
+from keye.model.keye import KeyeForConditionalGeneration
+from keye.processor.processor import KeyeProcessor
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    with contextlib.suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"
+
+
+class Answerer:
+    """The model, and the places before it.
+
+    name: what the model is called in requests. most_tokens: of one answer. batch: answers generated side by side.
+    waiting: further requests that may wait; one more is refused with 429.
+    """
+
+    def __init__(
+        self,
+        model: KeyeForConditionalGeneration,
+        processor: KeyeProcessor,
+        name: str,
+        most_tokens: int = 4096,
+        batch: int = 8,
+        waiting: int = 16,
+    ) -> None:
+        if batch < 1 or waiting < 0:
+            raise KeyeError(f"--batch {batch} must be at least 1 and --queue {waiting} at least 0")
+        self.model, self.processor, self.name, self.most_tokens = model, processor, name, most_tokens
+        self.batch, self.places, self.began = batch, batch + waiting, int(time.time())
+        self.context = model.config.text_config.max_position_embeddings
+        self._taken, self._lock = 0, threading.Lock()
+        self._engine: BatchEngine | None = None
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the places for requests; RequestError when all are taken. It is taken before the body is read."""
+        with self._lock:
+            if self._taken >= self.places:
+                raise RequestError(f"{self.places} requests are being answered already; try again later", 429, "busy")
+            self._taken += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken -= 1
+
+    def start(self, request: Request) -> Answering:
+        """The answer to a request, to be iterated over; clips that are too long for the context are thinned."""
+        if request.model not in (None, "", self.name):
+            raise RequestError(f"there is no model {request.model!r} here, only {self.name}", 404, "model_not_found")
+        wanted = min(request.sampling.max_new_tokens, max(1, self.context // 2))
+        sample = self.processor.sample(
+            request.messages,
+            add_generation_prompt=True,
+            thinking=request.thinking,
+            max_length=self.context - wanted,
+        )
+        inputs = self.processor.collate([sample])
+        inputs.pop("labels")
+        room = min(request.sampling.max_new_tokens, self.context - len(sample))
+        sampling = replace(request.sampling, max_new_tokens=room)
+        return BatchedAnswering(self.model, self.processor.tokenizer, inputs, sampling, engine=self.engine)
+
+    @property
+    def engine(self) -> BatchEngine:
+        """The engine that generates, begun with the first request."""
+        with self._lock:
+            if self._engine is None:
+                self._engine = BatchEngine(self.model, self.batch)
+            return self._engine
+
+    def close(self) -> None:
+        """Stop generating."""
+        if self._engine is not None:
+            self._engine.close()
+
+
+def in_words_of_a_request(error: KeyeError) -> str:
+    """What is wrong, with a remedy that the sender of a request has; the encoder's own names arguments of Python."""
+    if isinstance(error, RequestError):
+        return str(error)
+    fault = str(error).split("; ")[0]
+    return f"{fault}; send another clip or image, a shorter part (start, end) or fewer frames a second (fps)"

@@ -1,0 +1,282 @@
+"""Several replies generated side by side by one model: a request joins the running batch as soon as there is room.
+
+One thread owns the model. It reads a new prompt alone, pads the key-value caches on the left to one length, and from
+then on decodes a token for every row at a time. A row that ends leaves, and padding that no row needs is cut off.
+"""
+
+import atexit
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from keye.inference.sampling import Sampling
+
+
+class Reader(Protocol):
+    """Who waits for a reply. All methods are called from the engine's thread."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the reply is no longer wanted."""
+        ...
+
+    def emit(self, token: int) -> None:
+        """One more token of the reply."""
+        ...
+
+    def done(self, sequence: Tensor | None, error: BaseException | None) -> None:
+        """The end. sequence: ids of prompt and reply `[L]`, None when the prompt was not finished."""
+        ...
+
+
+class _Stopped(Exception):
+    """Leaves a prompt that nobody waits for."""
+
+
+@dataclass(eq=False)
+class _Row:
+    """One reply in the batch. position: of the next token; tokens: the reply so far."""
+
+    reader: Reader
+    inputs: Mapping[str, Tensor]
+    sampling: Sampling
+    ends: frozenset[int]
+    tokens: list[int]
+    processors: LogitsProcessorList
+    generator: torch.Generator | None = None
+    position: int = 0
+    finished: bool = False
+
+    def finish(self, sequence: Tensor | None = None, error: BaseException | None = None) -> None:
+        """Tells the reader of the end, once."""
+        if not self.finished:
+            self.finished = True
+            self.reader.done(sequence, error)
+
+
+class BatchEngine:
+    """Continuous batching over one model.
+
+    Args:
+        model: `KeyeForConditionalGeneration` in eval mode; this engine's thread is the only one that calls it.
+        size: rows decoded side by side at most.
+    """
+
+    def __init__(self, model: nn.Module, size: int = 8) -> None:
+        self.model, self.size = model, size
+        self._waiting: deque[_Row] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._rows: list[_Row] = []
+        self._cache: DynamicCache | None = None
+        self._mask = torch.empty(0, 0, dtype=torch.long)
+        self._logits = torch.empty(0)
+        self._thread = threading.Thread(target=self._work, name="keye-batch", daemon=True)
+        self._thread.start()
+        # A thread that is still inside a library when the interpreter ends aborts the process.
+        atexit.register(self.close)
+
+    def submit(self, reader: Reader, inputs: Mapping[str, Tensor], sampling: Sampling, ends: Sequence[int]) -> None:
+        """Queue a prompt: `inputs` of one row, as the processor's `collate` makes them. ends: ids that end a reply."""
+        row = _Row(reader, inputs, sampling, frozenset(ends), [], _processors(sampling, self.model.generation_config))
+        if sampling.seed is not None:
+            row.generator = torch.Generator(self.model.device).manual_seed(sampling.seed)
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            self._waiting.append(row)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Stop after the current token and wait for the thread; replies that are not finished end with an error."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        atexit.unregister(self.close)
+
+    # --- the engine's thread
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._rows or self._closed):
+                    self._changed.wait()
+                if self._closed:
+                    break
+                left = [row for row in self._waiting if row.reader.stopped]
+                for row in left:
+                    self._waiting.remove(row)
+                fresh = self._waiting.popleft() if self._waiting and len(self._rows) < self.size else None
+            for row in left:
+                row.finish()
+            if fresh is not None:
+                self._admit(fresh)
+            if self._rows:
+                self._step()
+        for row in (*self._rows, *self._waiting):
+            row.finish(error=RuntimeError("the engine was closed"))
+        self._rows = []
+
+    def _admit(self, row: _Row) -> None:
+        """Read a prompt alone and put it beside the running rows."""
+        try:
+            logits, cache, mask = self._prefill(row)
+            if self._rows and self._cache is not None:
+                self._cache, self._mask = _side_by_side(self._cache, self._mask, cache, mask)
+                self._logits = torch.cat([self._logits, logits])
+            else:
+                self._cache, self._mask, self._logits = cache, mask, logits
+            self._rows.append(row)
+        except _Stopped:
+            row.finish()
+        except BaseException as error:  # whatever it is, the reader is told, and the other rows go on
+            row.finish(error=error)
+
+    def _prefill(self, row: _Row) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Logits `[1, V]` of the first token, the prompt's cache and its attention mask `[1, L]`."""
+
+        def leave(*_: object) -> None:
+            if row.reader.stopped:
+                raise _Stopped
+
+        layers = [m for parts in self.model.modules() if isinstance(parts, nn.ModuleList) for m in parts]
+        hooks = [layer.register_forward_pre_hook(leave) for layer in layers]
+        try:
+            inputs = {name: value.to(self.model.device) for name, value in row.inputs.items()}
+            mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+            if inputs.get("position_ids") is None:
+                grids = (inputs.get("image_grid_thw"), inputs.get("video_grid_thw"))
+                inputs["position_ids"] = self.model.positions(inputs["input_ids"], mask, *grids)
+            row.position = int(inputs["position_ids"].max()) + 1
+            output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return output.logits[:, -1], output.past_key_values, mask
+
+    def _step(self) -> None:
+        """One token for every row; rows that end leave, the others are read on."""
+        try:
+            kept = [place for place, row in enumerate(self._rows) if self._drawn(row, self._logits[place])]
+            if len(kept) < len(self._rows):
+                self._keep(kept)
+            if self._rows:
+                self._forward()
+        except BaseException as error:  # the batch is lost, the server is not
+            for row in self._rows:
+                row.finish(error=error)
+            self._rows, self._cache = [], None
+
+    def _drawn(self, row: _Row, logits: Tensor) -> bool:
+        """`_draw`, whose failure ends this row alone."""
+        try:
+            return self._draw(row, logits)
+        except Exception as error:
+            row.finish(error=error)
+            return False
+
+    def _draw(self, row: _Row, logits: Tensor) -> bool:
+        """Draw a row's next token from logits `[V]`; whether the row goes on."""
+        if row.reader.stopped:
+            row.finish(self._sequence(row))
+            return False
+        config = self.model.config
+        scores = logits.float()[None].clone()
+        # A placeholder in a reply would ask for pixels that are not there.
+        scores[:, [config.image_token_id, config.video_token_id]] = float("-inf")
+        if row.sampling.temperature:
+            shares = row.processors(torch.empty(1, 0, dtype=torch.long), scores).softmax(-1)
+            token = int(torch.multinomial(shares, 1, generator=row.generator))
+        else:
+            token = int(scores.argmax())
+        row.tokens.append(token)
+        row.reader.emit(token)
+        if token in row.ends or len(row.tokens) >= row.sampling.max_new_tokens:
+            row.finish(self._sequence(row))
+            return False
+        return True
+
+    def _keep(self, places: list[int]) -> None:
+        """Drop all rows but those at `places`, and the padding that only the others needed."""
+        self._rows = [self._rows[place] for place in places]
+        if not self._rows:
+            self._cache = None
+            return
+        index = torch.tensor(places, device=self._mask.device)
+        self._mask = self._mask[index]
+        self._cache.batch_select_indices(index)
+        lead = int(self._mask.argmax(dim=1).min())
+        self._mask = self._mask[:, lead:]
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, lead:].contiguous(), layer.values[:, :, lead:].contiguous()
+
+    def _forward(self) -> None:
+        device = self.model.device
+        tokens = torch.tensor([[row.tokens[-1]] for row in self._rows], device=device)
+        positions = torch.tensor([[row.position] for row in self._rows], device=device)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._rows), 1)], dim=1)
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=self._mask,
+            position_ids=positions.expand(3, -1, -1),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._logits = output.logits[:, -1]
+        for row in self._rows:
+            row.position += 1
+
+    @staticmethod
+    def _sequence(row: _Row) -> Tensor:
+        return torch.cat([row.inputs["input_ids"][0].cpu(), torch.tensor(row.tokens, dtype=torch.long)])
+
+
+def _processors(sampling: Sampling, defaults: Any) -> LogitsProcessorList:
+    """The warpers of `generate` in its order; what the request leaves open follows the generation config."""
+    top_k = sampling.top_k if sampling.top_k is not None else defaults.top_k
+    top_p = sampling.top_p if sampling.top_p is not None else defaults.top_p
+    min_p = sampling.min_p if sampling.min_p is not None else defaults.min_p
+    found = LogitsProcessorList()
+    if sampling.temperature not in (0, 1):
+        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if top_k:
+        found.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1:
+        found.append(TopPLogitsWarper(top_p))
+    if min_p:
+        found.append(MinPLogitsWarper(min_p))
+    return found
+
+
+def _side_by_side(
+    cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor
+) -> tuple[DynamicCache, Tensor]:
+    """Two caches `[B, H, L, D]` and masks `[B, L]` as one batch, the shorter padded on the left; `cache` is changed."""
+    length = max(mask.shape[1], other_mask.shape[1])
+    mask = torch.cat([pad(m, (length - m.shape[1], 0)) for m in (mask, other_mask)])
+    joined = []
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+        if type(mine) is not DynamicLayer or type(theirs) is not DynamicLayer:
+            raise NotImplementedError(f"{type(mine).__name__} cannot be batched; start the server with --batch 1")
+        pairs = ((mine.keys, theirs.keys), (mine.values, theirs.values))
+        joined.append([torch.cat([pad(p, (0, 0, length - p.shape[-2], 0)) for p in pair]) for pair in pairs])
+    for mine, (keys, values) in zip(cache.layers, joined, strict=True):  # all or none: the running rows live in here
+        mine.keys, mine.values = keys, values
+    return cache, mask

@@ -1,0 +1,206 @@
+"""Requests in OpenAI's chat format → what the model is asked; nothing of HTTP and nothing of the model.
+
+What a stranger may name is settled here: `data:` URLs always, files only below a folder that was opened for them, and
+http(s) URLs only where downloading is allowed at all (`keye.video.fetch` then keeps to public addresses).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keye.errors import KeyeError
+from keye.inference.sampling import Sampling
+from keye.video.fetch import UrlRules, file_path, scheme_of, url_name
+
+SAMPLING = ("start", "end", "fps")  # what a request may say about a clip; none of it goes beyond the encoder's budget
+NEUTRAL = {
+    "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "response_format": {"type": "text"},
+    "tool_choice": "none", "function_call": "none", "modalities": ["text"], "use_beam_search": False, "best_of": 1,
+}  # fmt: skip
+"""What clients send although it changes nothing: taken at this value (or null), refused at any other."""
+READ = (
+    "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+    "top_k", "min_p", "seed", "stop", "chat_template_kwargs", "reasoning_effort",
+)  # fmt: skip
+LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+"""What has no effect on the answer and is not looked at."""
+ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
+KINDS = {"image_url": "image", "input_image": "image", "video_url": "video"}
+
+
+class RequestError(KeyeError):
+    """A request that cannot be answered. status: of HTTP; code: a word for programs; param: the field at fault."""
+
+    def __init__(self, message: str, status: int = 400, code: str = "invalid_request", param: str | None = None):
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
+@dataclass(frozen=True)
+class Access:
+    """What requests may name. media_root: files in this folder; urls: http(s) URLs; max_bytes: of one file."""
+
+    media_root: Path | None = None
+    urls: UrlRules | None = None
+    max_bytes: int = 1 << 26
+
+    def source(self, given: Any) -> str:
+        """A clip or image as the encoder takes it; RequestError if it may not be had."""
+        given = given.get("url") if isinstance(given, Mapping) else given
+        if not isinstance(given, str) or not given:
+            raise RequestError('an image or video needs a URL; write {"type": "video_url", "video_url": {"url": …}}')
+        scheme = scheme_of(given)
+        if scheme == "data":
+            if len(given) * 3 // 4 > self.max_bytes:
+                raise RequestError(f"{url_name(given)} is larger than {self.max_bytes:,} bytes", 413, "too_large")
+            return given
+        if scheme in ("http", "https"):
+            if self.urls is None:
+                raise RequestError(
+                    f"{url_name(given)} is not downloaded; send a data: URL, or start the server with --url",
+                    403,
+                    "not_allowed",
+                )
+            return given
+        return self._file(given, scheme)
+
+    def _file(self, given: str, scheme: str | None) -> str:
+        refused = RequestError(
+            "only files in the folder of --media-root can be named; send a data: URL", 403, "not_allowed"
+        )
+        if self.media_root is None or scheme not in (None, "file") or "\0" in given:
+            raise refused
+        root = self.media_root.resolve()
+        path = (root / (file_path(given) if scheme else given)).resolve()  # links lead nowhere else either
+        if not path.is_relative_to(root):
+            raise refused
+        if not path.is_file():
+            raise RequestError(f"{path.relative_to(root)} does not exist; check the path", 404, "not_found")
+        if path.stat().st_size > self.max_bytes:
+            raise RequestError(f"{path.relative_to(root)} is larger than {self.max_bytes:,} bytes", 413, "too_large")
+        return str(path)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it was understood. thinking: see `Chat`. usage: whether a stream ends with the counts."""
+
+    model: str | None
+    messages: list[dict[str, Any]]
+    sampling: Sampling
+    thinking: bool | None = None
+    stream: bool = False
+    usage: bool = field(default=False)
+
+
+def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
+    """The body of POST /v1/chat/completions; RequestError says what is wrong with it.
+
+    most_tokens: of one answer, also where the request asks for more.
+    """
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON ({str(error)[:80]})") from error
+    if not isinstance(given, dict):
+        raise RequestError("the body is not a JSON object")
+    for name, value in given.items():
+        if name in NEUTRAL and value not in (None, NEUTRAL[name]):
+            raise RequestError(f"{name} can only be {json.dumps(NEUTRAL[name])}", param=name)
+        # A field that is passed over in silence would leave its sender with answers that were drawn otherwise.
+        if name not in (*NEUTRAL, *READ, *LABELS) and value not in (None, [], False):
+            raise RequestError(f"{name[:40]} is not supported; leave it out", param=name)
+    messages = given.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("messages is missing or empty; give a list of messages", param="messages")
+    if not isinstance(messages[-1], dict) or messages[-1].get("role") != "user":
+        raise RequestError("the last message must be the user's", param="messages")
+    options = _typed(given, "stream_options", dict) or {}
+    return Request(
+        model=_typed(given, "model", str),
+        messages=[_message(message, access) for message in messages],
+        sampling=_sampling(given, most_tokens),
+        thinking=_thinking(given),
+        stream=bool(_typed(given, "stream", bool)),
+        usage=bool(options.get("include_usage")),
+    )
+
+
+def _typed(given: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = given.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(f"{name} is {str(value)[:40]!r}; give a {kind.__name__}", param=name)
+    return value
+
+
+def _number(given: Mapping[str, Any], name: str, whole: bool = False) -> Any:
+    value = given.get(name)
+    if value is None:
+        return None
+    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not right or whole and value != int(value):
+        raise RequestError(f"{name} is {str(value)[:40]!r}; give a {'whole ' if whole else ''}number", param=name)
+    return int(value) if whole else float(value)
+
+
+def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
+    asked = [_number(given, name, whole=True) for name in ("max_completion_tokens", "max_tokens")]
+    asked = next((value for value in asked if value is not None), most_tokens)
+    stop = given.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(text, str) for text in stop):
+        raise RequestError("stop is neither a text nor a list of up to four", param="stop")
+    seed = _number(given, "seed", whole=True)
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise RequestError("seed has more than 64 bits", param="seed")
+    try:
+        return Sampling(
+            max_new_tokens=min(asked, most_tokens),
+            temperature=_number(given, "temperature") or 0.0,
+            top_p=_number(given, "top_p"),
+            seed=seed,
+            stop=tuple(stop),
+            top_k=None if given.get("top_k") == -1 else _number(given, "top_k", whole=True),
+            min_p=_number(given, "min_p"),
+        )
+    except RequestError:
+        raise
+    except KeyeError as error:
+        raise RequestError(str(error)) from error
+
+
+def _thinking(given: Mapping[str, Any]) -> bool | None:
+    """`chat_template_kwargs.enable_thinking` (Qwen3's name) or `.thinking`; `reasoning_effort` "none" asks for none."""
+    kwargs = _typed(given, "chat_template_kwargs", dict) or {}
+    told = [_typed(kwargs, name, bool) for name in ("enable_thinking", "thinking")]
+    told = next((value for value in told if value is not None), None)
+    effort = _typed(given, "reasoning_effort", str)
+    return (None if effort is None else effort != "none") if told is None else told
+
+
+def _message(message: Any, access: Access) -> dict[str, Any]:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise RequestError(f"a message needs a role of {', '.join(ROLES)}", param="messages")
+    content = message.get("content")
+    if content is None and message["role"] == "assistant":
+        content = ""
+    if not isinstance(content, str | list):
+        raise RequestError("a message's content is neither a text nor a list of parts", param="messages")
+    parts = content if isinstance(content, str) else [_part(part, access) for part in content]
+    return {"role": ROLES[message["role"]], "content": parts}
+
+
+def _part(part: Any, access: Access) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise RequestError(f"a part of a message must be text or one of {', '.join(KINDS)}", param="messages")
+    named = part.get("image_url" if KINDS[kind] == "image" else kind)
+    plain = {"type": KINDS[kind], KINDS[kind]: access.source(named)}
+    told = {**(named if isinstance(named, dict) else {}), **part}
+    sampling = {name: _number(told, name) for name in SAMPLING if told.get(name) is not None}
+    return {**plain, **sampling} if plain["type"] == "video" else plain

@@ -1,0 +1,65 @@
+"""`keye serve`: one model behind an OpenAI-compatible address, on FastAPI and uvicorn.
+
+GET /v1/models, POST /v1/chat/completions (whole or as server-sent events), GET /health. Requests are answered side by
+side (`keye.inference.batching`). What a stranger can make grow is bounded before it is read: connections, requests,
+bytes of bodies, seconds until a request is complete. Why not `transformers serve`: it would read any file that a
+request names, and has no answer but 500 for a clip that cannot be read; `for_transformers` lets it load our models all
+the same.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from keye.errors import KeyeError
+from keye.inference.answerer import Answerer, is_local
+from keye.inference.chat import load_model
+from keye.inference.openai_format import Access
+from keye.model.keye import KeyeForConditionalGeneration
+from keye.video.fetch import UrlRules
+
+KEY = "KEYE_API_KEY"
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run `keye serve` until it is interrupted."""
+    from keye.inference.http_server import Limits, make_server
+    from keye.inference.terminal import busy, quiet
+
+    quiet()
+    root = Path(arguments.media_root) if arguments.media_root else None
+    if root is not None and not root.is_dir():
+        raise KeyeError(f"--media-root {root} is no folder; give the one that holds the clips")
+    urls = UrlRules(max_bytes=arguments.max_bytes) if arguments.url else None
+    access = Access(root, urls, arguments.max_bytes)
+    key = arguments.api_key or os.environ.get(KEY)
+    with busy(f"loading {arguments.model}"):
+        model, processor = load_model(arguments.model, arguments.device, arguments.dtype, urls)
+    name = arguments.name or arguments.model
+    answerer = Answerer(model, processor, name, arguments.max_new_tokens, arguments.batch, arguments.queue)
+    with make_server(answerer, access, arguments.host, arguments.port, key, Limits()) as server:
+        host, port = server.address
+        print(f"{answerer.name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+        if not is_local(host) and key is None:
+            warning = f"anyone who reaches {host}:{port} can ask: give --api-key or set {KEY}"
+            print(warning, file=sys.stderr, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
+    return 0
+
+
+def for_transformers() -> None:
+    """Make `transformers serve` (5.23) know Keye's model class, in this process; its loader goes by names of its own.
+
+    Call it before `transformers.cli.transformers.main()`, whose command line it leaves as it is.
+    """
+    from transformers import AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto
+
+    config = KeyeForConditionalGeneration.config_class
+    # The key lets the loader take the class below. A class named as the value, too, would be sent sound.
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] = config.model_type
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type] = KeyeForConditionalGeneration.__name__
+    AutoModelForMultimodalLM.register(config, KeyeForConditionalGeneration, exist_ok=True)

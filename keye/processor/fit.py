@@ -1,0 +1,208 @@
+"""Encoding the media of one chat, and making them smaller until the chat fits into a context of `max_length` tokens.
+
+No frame is ever cut: what is too long goes through the encoder again with a smaller budget, which makes its frames
+smaller and, where they are at their least size, fewer. First the videos give way, each in proportion to what it wanted;
+when they are down to one frame each, the stills; then there is an error. No video is decoded more than twice.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from keye.encoder import EncodedVideo, Sampling, SlowFastEncoder
+from keye.errors import KeyeError
+from keye.processor.messages import Visual
+from keye.processor.options import FEWEST, adjusted, still_limits, video_encoder
+from keye.processor.stream import Stream
+from keye.video.images import load_image
+
+
+@dataclass
+class Media:
+    """What a chat shows. stills: (pixel_values [N, 3, 14, 14], grid_thw [1, 3]) of each. videos: encoded, with plans.
+
+    warnings: sentences on stills that were made smaller; of videos the plans say it. thinned: visual tokens that stills
+    and videos gave up to fit `max_length`.
+    """
+
+    stills: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    videos: list[EncodedVideo] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    thinned: int = 0
+
+    @property
+    def still_tokens(self) -> list[int]:
+        return [int(grid.prod()) // 4 for _, grid in self.stills]
+
+    def groups(self, stream: Stream) -> list[list[int]]:
+        """The ids of every video in the stream."""
+        return [_group(stream, video) for video in self.videos]
+
+
+def _group(stream: Stream, video: EncodedVideo) -> list[int]:
+    plan = video.plan
+    return stream.video(plan.frame_types.tolist(), plan.tokens_per_frame.tolist(), plan.timestamps.tolist())
+
+
+@dataclass
+class _Still:
+    source: Any
+    limits: dict[str, int]
+    encoder: SlowFastEncoder
+
+    @property
+    def least(self) -> int:
+        return self.limits.get("min_tokens", FEWEST)
+
+    def encode(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        limits = self.limits if most is None else {"min_tokens": min(self.least, most), "max_tokens": most}
+        return self.encoder.image(self.source, **limits)
+
+
+@dataclass
+class _Clip:
+    """A video, how it is encoded, and what it came to."""
+
+    source: Any
+    encoder: SlowFastEncoder
+    sampling: Sampling
+    stream: Stream
+
+    def __post_init__(self) -> None:
+        ready = isinstance(self.source, EncodedVideo)
+        self.video: EncodedVideo = self.source if ready else self.encoder(self.source, **self.sampling)
+        self.wanted = len(_group(self.stream, self.video))
+        # What a frame takes beside its pads, at most: its token and time, and the two around a fast one.
+        self.overhead = 3 + self.stream.time_tokens(max(self.video.plan.duration, *self.video.plan.span))
+        self.least = self.wanted if ready else min(self.wanted, self._needed(1))
+
+    def _needed(self, frames: int) -> int:
+        """Stream tokens that so many sampled frames take at the least, whatever their types turn out to be."""
+        slow, entries = self._entries(frames)
+        policy, least = self.encoder.policy, self.encoder.min_tokens_per_frame
+        pads = entries * least if policy.fast_tokens is None else slow * least + (entries - slow) * policy.fast_tokens
+        return max(pads, least) + entries * self.overhead
+
+    def _entries(self, frames: int) -> tuple[int, int]:
+        """(slow entries where the policy fixes them, entries) of so many frames; two_stream shows some twice."""
+        policy = self.encoder.policy
+        if policy.fast_tokens is None:
+            return 0, frames
+        slow = min(frames, getattr(policy, "slow", frames))
+        return slow, frames + slow
+
+    def shrink(self, room: int, max_length: int) -> EncodedVideo:
+        """The video with at most `room` tokens of the stream, decoded again; `least` or more are needed."""
+        if self.wanted <= room:
+            return self.video
+        before = self.video.plan
+        shown = len(before.frame_indices.unique())
+        frames = next((n for n in range(shown, 0, -1) if self._fits(n, room)), 1)
+        budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)
+        smaller = adjusted(self.encoder, max_tokens=budget, max_frames=frames)
+        video = smaller(self.source, **self.sampling)
+        plan = video.plan
+        note = (
+            f"{plan.source} is cut down from {before.tokens} to {plan.tokens} tokens and from {shown} to"
+            f" {len(plan.frame_indices.unique())} frames, so that the chat fits max_length={max_length}"
+        )
+        return replace(video, plan=replace(plan, warnings=(*plan.warnings, note)))
+
+    def _fits(self, frames: int, room: int) -> bool:
+        budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)
+        enough = self.encoder.policy.most_frames(budget, self.encoder.min_tokens_per_frame) >= frames
+        return enough and self._needed(frames) <= room
+
+
+def encode_media(
+    visuals: Sequence[Visual],
+    encoder: SlowFastEncoder,
+    image: dict[str, int],
+    stream: Stream,
+    text_tokens: int,
+    max_length: int | None = None,
+) -> Media:
+    """Images and videos in the order of a chat, encoded; with `max_length` so that they fit in beside the text.
+
+    Args:
+        image: the arguments of `SlowFastEncoder.image`.
+        text_tokens: tokens of the chat without its media.
+
+    Raises:
+        KeyeError: not even the least sizes fit.
+        VideoError: an image or video that cannot be read.
+    """
+    again = max_length is not None
+    stills = []
+    for visual in (v for v in visuals if v.kind == "image"):
+        source = load_image(visual.source, encoder.urls) if again else visual.source
+        stills.append(_Still(source, still_limits(encoder, image, visual.options), encoder))
+    media = Media([still.encode() for still in stills])
+    clips = [
+        _Clip(_rereadable(v.source) if again else v.source, *video_encoder(encoder, v.options), stream)
+        for v in visuals
+        if v.kind == "video"
+    ]
+    media.videos = [clip.video for clip in clips]
+    if again and text_tokens + sum(media.still_tokens) + sum(clip.wanted for clip in clips) > max_length:
+        _fit(media, stills, clips, text_tokens, max_length)
+    return media
+
+
+def _fit(media: Media, stills: list[_Still], clips: list[_Clip], text_tokens: int, max_length: int) -> None:
+    wanted = media.still_tokens
+    least_stills = [min(still.least, tokens) for still, tokens in zip(stills, wanted, strict=True)]
+    least_clips = [clip.least for clip in clips]
+    least = text_tokens + sum(least_stills) + sum(least_clips)
+    if least > max_length:
+        what = [f"{text_tokens} of text"]
+        what += [f"{sum(least_stills)} or more of {_count(len(stills), 'image')}"] if stills else []
+        what += [f"{sum(least_clips)} or more of {_count(len(clips), 'video')}"] if clips else []
+        raise KeyeError(
+            f"the chat takes {least} tokens at the least ({', '.join(what)}) and max_length is {max_length};"
+            " raise max_length, shorten the text or leave something out"
+        )
+    room = max_length - text_tokens - sum(least_clips)
+    if sum(wanted) > room:
+        for place, share in enumerate(_shares(wanted, least_stills, room)):
+            if share < wanted[place]:
+                media.stills[place] = stills[place].encode(most=share)
+                media.warnings.append(
+                    f"image {place + 1} is made smaller, from {wanted[place]} to {media.still_tokens[place]} tokens, so"
+                    f" that the chat fits max_length={max_length}"
+                )
+    room = max_length - text_tokens - sum(media.still_tokens)
+    shares = _shares([clip.wanted for clip in clips], least_clips, room)
+    media.videos = [clip.shrink(share, max_length) for clip, share in zip(clips, shares, strict=True)]
+    media.thinned = sum(wanted) - sum(media.still_tokens)
+    before = sum(clip.video.plan.tokens for clip in clips)
+    media.thinned += before - sum(video.plan.tokens for video in media.videos)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _shares(wanted: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """Whole numbers in proportion to `wanted`, each at least its `least`, together at most `room`."""
+    shares, bound = list(least), set()
+    while len(bound) < len(shares):
+        free = [place for place in range(len(shares)) if place not in bound]
+        left, total = room - sum(least[place] for place in bound), sum(wanted[place] for place in free)
+        short = [place for place in free if left * wanted[place] // total < least[place]]
+        if not short:
+            for place in free:
+                shares[place] = min(left * wanted[place] // total, wanted[place])
+            break
+        bound.update(short)
+    return shares
+
+
+def _rereadable(source: Any) -> Any:
+    """A video that can be decoded twice: what comes only once, a pipe or a generator, is read into memory."""
+    if hasattr(source, "read"):
+        seekable = getattr(source, "seekable", None)
+        return source if seekable is not None and seekable() else source.read()
+    return list(source) if isinstance(source, Iterator) else source

@@ -1,0 +1,435 @@
+"""KeyeProcessor: chat messages with images and videos → model inputs, for training and for generation."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+
+from keye.encoder import SlowFastEncoder
+from keye.errors import KeyeError, ManifestError
+from keye.model.config import KeyeConfig
+from keye.model.rope import stream_positions
+from keye.processor.fit import encode_media
+from keye.processor.messages import Message, Visual, located, read_chat
+from keye.processor.reply import Thinking
+from keye.processor.settings import CallSettings, call_settings
+from keye.processor.spelling import Spelling
+from keye.processor.stream import (
+    CHAT_TEMPLATE,
+    IGNORED,
+    IMAGE_PAD,
+    SPECIAL_TOKENS,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    Stream,
+)
+from keye.processor.template import Spans, has_generation, render_jinja_template, variables_of
+from keye.slowfast.plan import VideoPlan
+from keye.video.fetch import UrlRules
+
+PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@dataclass
+class Sample:
+    """One conversation, ready for the model.
+
+    input_ids, labels: LongTensor `[L]`; labels are unshifted, −100 outside the assistant's words. position_ids
+    `[3, L]`. Patches float32 `[N, 3, 14, 14]` and grids `[F, 3]` of the stills and of all videos' frames, in stream
+    order. plans: what was decided about each video. warnings: sentences on stills made smaller to fit. thinned: visual
+    tokens that stills and videos gave up to fit `max_length`.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    pixel_values_videos: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+    plans: list[VideoPlan] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    thinned: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def visual_tokens(self) -> int:
+        """How many of the tokens are visual."""
+        grids = [g for g in (self.image_grid_thw, self.video_grid_thw) if g is not None]
+        return sum(int(g.prod(1).sum()) // 4 for g in grids)
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """The sentences of its plans, then its own."""
+        return [*(warning for plan in self.plans for warning in plan.warnings), *self.warnings]
+
+
+class KeyeInputs(BatchFeature):
+    """Model inputs, to be given to `model(**inputs)` and `generate(**inputs)`, and what was decided about the videos.
+
+    plans: the `VideoPlan`s of each row's videos, in stream order. num_frames: LongTensor `[videos]`, how many rows of
+    `video_grid_thw` belong to each. warnings: of each row, of its plans and stills. These are attributes, no entries:
+    a model has no use for them, and `generate` refuses what it does not know.
+    """
+
+    def __init__(
+        self, data: dict[str, Any] | None = None, tensor_type: str | None = None, samples: Sequence[Sample] = ()
+    ) -> None:
+        super().__init__(data, tensor_type)  # who moves a batch to a device makes a new one of its entries alone
+        self.plans = [sample.plans for sample in samples]
+        self.num_frames = torch.tensor([len(plan) for plans in self.plans for plan in plans], dtype=torch.long)
+        self.warnings = [sample.all_warnings for sample in samples]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)  # a worker process hands over the plans, too
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class KeyeProcessor(ProcessorMixin):
+    """Tokenizer + slow-fast encoder.
+
+    Args:
+        tokenizer: any fast tokenizer that knows the stream's special tokens (`keye.processor.tokenizer`).
+        encoder: the arguments of `SlowFastEncoder`; its defaults when left out.
+        image: the arguments of `SlowFastEncoder.image` (`min_tokens`, `max_tokens`).
+        urls: what may be downloaded, a right of this process and never saved; without it an http(s) URL is an error.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        encoder: dict[str, Any] | None = None,
+        image: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        urls: UrlRules | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
+        self._encoder = SlowFastEncoder(**(encoder or {}), urls=urls)
+        # All settings, also those left to their defaults: a saved model must not change with a later default.
+        self.encoder, self.image = self._encoder.settings, dict(image or {})
+        ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+        self._spelling = Spelling(tokenizer)
+        self._stream = Stream(self._spelling.ids, ids)
+
+        self.image_token, self.video_token = IMAGE_PAD, VIDEO_PAD
+        self.image_token_id, self.video_token_id = ids[IMAGE_PAD], ids[VIDEO_PAD]
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["tokenizer"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The entries of what a call returns; those of the media where there are media."""
+        return ["input_ids", "attention_mask", *PIXELS]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"encoder": self.encoder, "image": self.image, "processor_class": type(self).__name__}
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
+        """Write tokenizer, template and settings; `preprocessor_config.json` lets the encoder be loaded alone."""
+        files = super().save_pretrained(str(save_directory), **kwargs)
+        path = Path(save_directory) / "preprocessor_config.json"
+        settings = {"encoder": self.encoder, "image": self.image}
+        path.write_text(json.dumps({"processor_class": "KeyeProcessor", **settings}, indent=2) + "\n")
+        return [*(files or []), str(path)]
+
+    def token_id(self, token: str) -> int:
+        """Id of a special token."""
+        return self._stream.id[token]
+
+    def configure(self, config: KeyeConfig) -> KeyeConfig:
+        """Write this tokenizer's placeholder ids into a model's config."""
+        config.image_token_id, config.video_token_id = self.token_id(IMAGE_PAD), self.token_id(VIDEO_PAD)
+        config.vision_start_token_id = self.token_id(VISION_START)
+        config.vision_end_token_id = self.token_id(VISION_END)
+        config.text_config.eos_token_id = self.tokenizer.eos_token_id
+        config.text_config.pad_token_id = self.tokenizer.pad_token_id
+        return config
+
+    def sample(
+        self,
+        messages: Sequence[Message],
+        base_dir: str | Path = ".",
+        add_generation_prompt: bool = False,
+        max_length: int | None = None,
+        thinking: Thinking = None,
+        continue_final_message: bool = False,
+        last_turn_only: bool = False,
+    ) -> Sample:
+        """One conversation → `Sample`; what a message may hold says `keye.processor.messages`.
+
+        Args:
+            base_dir: what relative paths are relative to.
+            add_generation_prompt: open the assistant's turn behind the last message.
+            max_length: at most so many tokens: videos and then stills are made smaller until the chat fits.
+            thinking: True, False: `/think`, `/no_think` behind the last question where an answer is to follow, else
+                behind each question answered (where its message does not say it); "as_answered": as each answer does.
+            continue_final_message: the last message, the assistant's, stays open to be gone on with.
+            last_turn_only: labels for the last of the assistant's turns alone.
+
+        Raises:
+            ManifestError: a message that is not in the chat format.
+            VideoError: a clip or image that cannot be read.
+            KeyeError: settings that make no sense, or a chat that cannot be made to fit.
+        """
+        text, visuals, _ = self._chat(messages, base_dir, add_generation_prompt, thinking, continue_final_message)
+        return self._build(text, visuals, max_length, last_turn_only)
+
+    def build(
+        self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), max_length: int | None = None
+    ) -> Sample:
+        """Rendered text with one placeholder per image and video, and these in order → `Sample`."""
+        stills = [Visual("image", located("image", image, Path())) for image in images]
+        clips = [Visual("video", located("video", video, Path())) for video in videos]
+        return self._build(text, [*stills, *clips], max_length)
+
+    def _chat(
+        self,
+        messages: Sequence[Message],
+        base_dir: str | Path,
+        add_generation_prompt: bool,
+        thinking: Thinking,
+        continue_final_message: bool,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        marked: bool = False,
+    ) -> tuple[str, list[Visual], Spans | None]:
+        """A conversation as rendered text, the media of its placeholders, and where the assistant speaks.
+
+        marked: ask the template for the last, which one without `{% generation %}` cannot say.
+        """
+        generating = add_generation_prompt or continue_final_message
+        chat = read_chat(messages, base_dir, self._spelling.guard, thinking, generating)
+        if continue_final_message and (add_generation_prompt or chat.messages[-1]["role"] != "assistant"):
+            raise ManifestError(
+                "continue_final_message goes on with the assistant's last message; let the chat end with one, and leave"
+                " add_generation_prompt out"
+            )
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **(variables or {}),
+        }
+        template = chat_template or self.chat_template
+        if marked and has_generation(template):
+            rendered, spans = render_jinja_template(
+                conversations=[chat.messages],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **options},
+            )
+            return rendered[0], chat.visuals, [(int(begin), int(end)) for begin, end in spans[0]]
+        text = self.tokenizer.apply_chat_template(chat.messages, tokenize=False, chat_template=template, **options)
+        return text, chat.visuals, None
+
+    def _build(
+        self,
+        text: str,
+        visuals: Sequence[Visual],
+        max_length: int | None = None,
+        last_turn_only: bool = False,
+        spans: Spans | None = None,
+    ) -> Sample:
+        ids, places = self._spelling.located(text)
+        placeholders = [ids.count(self.token_id(token)) for token in (IMAGE_PAD, VIDEO_PAD)]
+        given = [sum(visual.kind == kind for visual in visuals) for kind in ("image", "video")]
+        if placeholders != given:
+            raise ManifestError(
+                f"the text holds placeholders of {placeholders[0]} images and {placeholders[1]} videos, and {given[0]}"
+                f" images and {given[1]} videos were given; write one {IMAGE_PAD} or {VIDEO_PAD} for each"
+            )
+        media = encode_media(visuals, self._encoder, self.image, self._stream, len(ids) - sum(given), max_length)
+        stills, videos = media.stills, media.videos
+        expanded = self._stream.expand(ids, media.still_tokens, media.groups(self._stream))
+        input_ids = torch.tensor(expanded, dtype=torch.long)
+        image_grid = torch.cat([grid for _, grid in stills]) if stills else None
+        video_grid = torch.cat([v.grid_thw for v in videos]) if videos else None
+        blocks = [
+            (self.token_id(token), grid[:, 1:] // 2)
+            for token, grid in ((IMAGE_PAD, image_grid), (VIDEO_PAD, video_grid))
+            if grid is not None
+        ]
+        return Sample(
+            input_ids=input_ids,
+            labels=self._stream.labels(input_ids, last_turn_only)
+            if spans is None
+            else self._stream.spoken(input_ids, ids, places, spans),
+            position_ids=stream_positions(input_ids, blocks),
+            pixel_values=torch.cat([pixels for pixels, _ in stills]) if stills else None,
+            image_grid_thw=image_grid,
+            pixel_values_videos=torch.cat([v.pixel_values for v in videos]) if videos else None,
+            video_grid_thw=video_grid,
+            plans=[v.plan for v in videos],
+            warnings=media.warnings,
+            thinned=media.thinned,
+        )
+
+    def collate(
+        self, samples: Sequence[Sample], padding_side: str = "right", length: int | None = None
+    ) -> dict[str, Tensor]:
+        """Samples → one padded batch: input_ids, attention_mask, labels `[B, L]`, position_ids `[3, B, L]`, pixels.
+
+        length: pad to so many tokens where the longest sample has fewer.
+        """
+        longest = max(len(s) for s in samples)
+        length, rows = max(longest, length or 0), len(samples)
+        batch = {
+            "input_ids": torch.full((rows, length), self.tokenizer.pad_token_id),
+            "attention_mask": torch.zeros(rows, length, dtype=torch.long),
+            "labels": torch.full((rows, length), IGNORED),
+            "position_ids": torch.zeros(3, rows, length, dtype=torch.long),
+        }
+        for row, sample in enumerate(samples):
+            at = slice(length - len(sample), length) if padding_side == "left" else slice(0, len(sample))
+            batch["input_ids"][row, at] = sample.input_ids
+            batch["attention_mask"][row, at] = 1
+            batch["labels"][row, at] = sample.labels
+            batch["position_ids"][:, row, at] = sample.position_ids
+        for name in PIXELS:
+            parts = [getattr(s, name) for s in samples if getattr(s, name) is not None]
+            if parts:
+                batch[name] = torch.cat(parts)
+        return batch
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        thinking: Thinking = None,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Chat messages, or a list of such lists, → text (`tokenize=False`), ids or `KeyeInputs`.
+
+        thinking: see `sample`. return_assistant_tokens_mask: also `assistant_masks` `[B, L]`, 1 where the assistant
+        speaks: where the template says so by `{% generation %}`, else between `<|im_start|>assistant` and `<|im_end|>`.
+        The rest (`max_length`, `padding`, `return_tensors`, …) is as for a call of the processor; other names are
+        variables of the template where it has them (`enable_thinking` of Qwen3's, for instance), and refused where not.
+        Without return_dict and return_tensors, ids are lists.
+        """
+        template = chat_template or self.chat_template
+        variables = {name: kwargs.pop(name) for name in variables_of(template, kwargs)}
+        settings = call_settings(kwargs)
+        batched = not isinstance(conversation, str) and bool(conversation) and not hasattr(conversation[0], "keys")
+        chats = [
+            self._chat(
+                messages, ".", add_generation_prompt, thinking, continue_final_message, chat_template, variables,
+                marked=tokenize and return_assistant_tokens_mask,
+            )
+            for messages in (conversation if batched else [conversation])
+        ]  # fmt: skip
+        if not tokenize:
+            texts = [text for text, *_ in chats]
+            return texts if batched else texts[0]
+        generating = add_generation_prompt or continue_final_message
+        visuals = settings.configured([visuals for _, visuals, _ in chats])
+        rows = [(text, media, spans) for (text, _, spans), media in zip(chats, visuals, strict=True)]
+        inputs = self._inputs(rows, settings, "left" if generating else "right", return_assistant_tokens_mask)
+        if return_dict:
+            return inputs
+        ids = inputs["input_ids"]
+        return ids.tolist() if settings.return_tensors is None and not isinstance(ids, list) else ids
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        **kwargs: Any,
+    ) -> KeyeInputs:
+        """Rendered text(s) with placeholders, and the images and videos they name in order, → model inputs.
+
+        Args:
+            text: a text or a list of them. Special tokens in it are special: render chats with `apply_chat_template`.
+            images, videos: one, a list of all, or a list of lists, one for each text. A list of frames counts as one
+                video only inside a list.
+            padding: True or "longest", "max_length" or False; padding_side: "left" (the default) or "right";
+                pad_to_multiple_of: rows as long as a multiple of so many tokens.
+            max_length: at most so many tokens a row, by smaller videos and stills; with truncation=False only the
+                length of `padding="max_length"`. truncation=True alone takes the tokenizer's limit.
+            images_kwargs, videos_kwargs: options of every image and video, see `keye.processor.options`.
+            return_tensors: "pt" or "np". Rows that differ in length are lists where neither this nor a padding is
+                given, as in transformers; all else are tensors.
+            return_mm_token_type_ids: also `mm_token_type_ids` `[B, L]`, 1 for stills and 2 for frames.
+            do_sample_frames: False takes every frame of videos that are given as frames. video_metadata: what is known
+                of each video (`fps`, `frames_indices`).
+
+        Raises:
+            KeyeError: an unknown argument, or what `sample` raises.
+        """
+        if text is None:
+            raise KeyeError(f"the processor got no text; give one with {IMAGE_PAD} or {VIDEO_PAD} for each medium")
+        settings = call_settings(kwargs)
+        texts = [text] if isinstance(text, str) else list(text)
+        dealt = [self._dealt(texts, kind, given) for kind, given in (("image", images), ("video", videos))]
+        visuals = settings.configured([[*stills, *clips] for stills, clips in zip(*dealt, strict=True)])
+        rows = [(one, media, None) for one, media in zip(texts, visuals, strict=True)]
+        return self._inputs(rows, settings, "left")
+
+    def _dealt(self, texts: Sequence[str], kind: str, given: Any) -> list[list[Visual]]:
+        """The media of one kind, dealt to the texts by their placeholders."""
+        pad = IMAGE_PAD if kind == "image" else VIDEO_PAD
+        counts = [text.count(pad) for text in texts]
+        if given is None:
+            given = []
+        elif not isinstance(given, list | tuple):
+            given = [given]
+        nested = len(given) == len(texts) and all(isinstance(part, list | tuple) for part in given)
+        if nested and (kind == "image" or [len(part) for part in given] == counts):
+            given = [medium for part in given for medium in part]
+        if len(given) != sum(counts):
+            many = f"{len(given)} {kind}s were given for {sum(counts)} placeholders"
+            raise ManifestError(f"{many}; write one {pad} for each")
+        media = iter([Visual(kind, located(kind, medium, Path())) for medium in given])
+        return [[next(media) for _ in range(count)] for count in counts]
+
+    def _inputs(
+        self,
+        rows: Sequence[tuple[str, list[Visual], Spans | None]],
+        settings: CallSettings,
+        padding_side: str,
+        masks: bool = False,
+    ) -> KeyeInputs:
+        limit = settings.limit(self.tokenizer.model_max_length)
+        samples = [self._build(text, visuals, limit, spans=spans) for text, visuals, spans in rows]
+        uneven = len({len(sample) for sample in samples}) > 1
+        if settings.padding is False and uneven and settings.return_tensors is not None:
+            raise KeyeError("padding is False and the rows differ in length; give padding=True or one row")
+        length = settings.padded(max(map(len, samples)))
+        batch: dict[str, Any] = self.collate(samples, settings.padding_side or padding_side, length)
+        # The model computes positions as they are here; tools that change the length of a row would break them.
+        labels, _ = batch.pop("labels"), batch.pop("position_ids")
+        if masks:
+            batch["assistant_masks"] = (labels != IGNORED).long()
+        if settings.return_mm_token_type_ids:
+            still, clip = (batch["input_ids"] == token for token in (self.image_token_id, self.video_token_id))
+            batch["mm_token_type_ids"] = still.long() + 2 * clip.long()
+        for name in ("pixel_values", "pixel_values_videos"):
+            if name in batch:
+                batch[name] = batch[name].flatten(1)  # a row a patch, as transformers has it
+        if uneven and settings.return_tensors is None and settings.as_lists:
+            real = batch["attention_mask"].bool()
+            for name in [name for name in batch if name not in PIXELS]:
+                batch[name] = [row[mask].tolist() for row, mask in zip(batch[name], real, strict=True)]
+        if settings.return_tensors == "np":
+            batch = {name: value.numpy() for name, value in batch.items()}
+        return KeyeInputs(batch, samples=samples)
+
+
+AutoProcessor.register(KeyeConfig, KeyeProcessor)
+AutoTokenizer.register(KeyeConfig, fast_tokenizer_class=PreTrainedTokenizerFast)

@@ -1,0 +1,24 @@
+"""How alike two frames are: one small protocol, several measures, every score in [0, 1] and never NaN.
+
+A measure first turns frames into features (`prepare`, batched, once per frame) and then scores one reference against
+many (`compare`). `register` adds your own under a name that recipes and the command line can use; those that come with
+the package are in `change` (the default) and `pixelwise`.
+"""
+
+from keye.errors import KeyeError
+from keye.slowfast.measures import change, pixelwise  # noqa: F401  (they register their measures)
+from keye.slowfast.measures.base import REGISTRY, Measure, register
+
+__all__ = ["Measure", "get_measure", "known_measures", "register"]
+
+
+def known_measures() -> list[str]:
+    """The names `get_measure` knows."""
+    return sorted(REGISTRY)
+
+
+def get_measure(name: str) -> Measure:
+    """The measure registered as `name`; an unknown name is a KeyeError that lists the known ones."""
+    if name not in REGISTRY:
+        raise KeyeError(f"similarity measure {name!r} is not known; use one of {', '.join(known_measures())}")
+    return REGISTRY[name]()

@@ -1,0 +1,215 @@
+"""What every policy is made of: the base class, what it is told of a frame or a clip, and what it decides.
+
+A policy is a frozen dataclass: its fields are its options, `spec` is the text that `get_policy` turns back into it.
+One of your own derives from `Policy` and gives `spec` and `is_slow`.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from keye.errors import KeyeError
+from keye.slowfast.budget import SIDE, Allocation, allocate, bounds, most_frames
+from keye.slowfast.measures.base import Measure
+
+SLOW, FAST = 0, 1
+
+
+class Seen(NamedTuple):
+    """What a policy knows of the frame it judges.
+
+    index: its place among the sampled frames, 1 or more (the first frame is always slow). similarity: in [0, 1], with
+    the latest slow frame. gap: how many frames ago that was, 1 or more. calm: the highest similarity on the way from
+    that frame (its own, when it became slow, included) to this one, not included; 1 after the first frame.
+    previous: similarity with the frame just before; NaN unless the policy's `looks_back` is true.
+    """
+
+    index: int
+    similarity: float
+    gap: int
+    calm: float
+    previous: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the sizes of a clip's frames are bound by; see `keye.slowfast.budget.allocate`.
+
+    size: (height, width) of the clip in pixels. ratio: tokens of a fast frame as a share of a slow one's.
+    min_tokens, max_tokens_per_frame: of one frame. max_tokens: of the whole video. side: pixels along a token.
+    """
+
+    size: tuple[int, int]
+    ratio: float
+    min_tokens: int
+    max_tokens_per_frame: int
+    max_tokens: int
+    side: int = SIDE
+
+    def allocate(
+        self, slow: int, fast: int, *, fast_tokens: int | None = None, max_tokens: int | None = None
+    ) -> Allocation:
+        """The sizes of `slow` and `fast` frames; max_tokens: a budget other than the video's own."""
+        return allocate(
+            *self.size,
+            slow,
+            fast,
+            ratio=self.ratio,
+            min_tokens=self.min_tokens,
+            max_tokens_per_frame=self.max_tokens_per_frame,
+            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
+            side=self.side,
+            fast_tokens=fast_tokens,
+        )
+
+    def bounds(self, slow: int, frames: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Sizes that no slow and no fast frame exceeds if `slow` or more of `frames` frames are slow."""
+        return bounds(
+            *self.size,
+            slow,
+            frames,
+            ratio=self.ratio,
+            min_tokens=self.min_tokens,
+            max_tokens_per_frame=self.max_tokens_per_frame,
+            max_tokens=self.max_tokens,
+            side=self.side,
+        )
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a policy decided about a clip, entry by entry in the order in which the model reads them.
+
+    types: SLOW or FAST. scores: similarity with the latest slow entry before, NaN for the first. positions: which
+    sampled frame an entry shows; they never decrease. warnings: sentences on what is not as asked. threshold: the one
+    that adaptive_budget found. max_tokens: the budget to allocate with, where the policy sets one below the video's.
+    """
+
+    types: list[int]
+    scores: list[float]
+    positions: list[int]
+    warnings: list[str] = field(default_factory=list)
+    threshold: float | None = None
+    max_tokens: int | None = None
+
+
+class Policy:
+    """Decides who is slow. Derive from it.
+
+    online: it judges frame by frame (`is_slow`); else it sees the whole clip at once (`decide`).
+    looks_back: it wants `Seen.previous`, one more comparison per frame. fast_tokens: a fixed size of fast frames.
+    """
+
+    name: ClassVar[str]
+    value: ClassVar[str | None] = None  # the option that a bare value in the spec stands for
+    online: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = False
+    fast_tokens: ClassVar[int | None] = None
+
+    @property
+    def spec(self) -> str:
+        """Name and options as text: the bare value always, of the others those that are not at their default."""
+        if self.value is not None:
+            return f"{self.name}:{getattr(self, self.value)}"
+        shown = [
+            f"{option.name}={getattr(self, option.name)}"
+            for option in fields(self)
+            if option.default is not MISSING and getattr(self, option.name) != option.default
+        ]
+        return self.name + (":" + ",".join(shown) if shown else "")
+
+    def is_slow(self, seen: Seen) -> bool:
+        """Judge one frame after the first."""
+        raise NotImplementedError
+
+    def decide(self, clip: "Gathered", limits: Limits) -> Decisions:
+        """Judge a whole clip of one frame or more; only called where `online` is false."""
+        raise NotImplementedError
+
+    def most_frames(self, max_tokens: int, min_tokens: int) -> int:
+        """How many sampled frames a budget of `max_tokens` can hold; at least 1 where it holds one of `min_tokens`."""
+        return most_frames(max_tokens, min_tokens)
+
+
+class Course:
+    """Where a walk along a clip stands: what `Seen` says beyond the scores."""
+
+    def __init__(self) -> None:
+        self.index, self.gap, self.calm = 1, 0, 1.0
+
+    def judge(self, policy: Policy, similarity: float, previous: float) -> bool:
+        """Ask the policy about the next frame and go on behind it."""
+        self.gap += 1
+        slow = policy.is_slow(Seen(self.index, similarity, self.gap, self.calm, previous))
+        self.index += 1
+        if slow:
+            self.gap, self.calm = 0, similarity
+        else:
+            self.calm = max(self.calm, similarity)
+        return slow
+
+
+class Gathered:
+    """The features of a clip's T frames, in blocks [t, ...] as they came, and the scores asked for so far."""
+
+    def __init__(self, measure: Measure, blocks: Sequence[torch.Tensor]):
+        self._measure, self._blocks = measure, blocks
+        self._starts = [0]
+        for block in blocks:
+            self._starts.append(self._starts[-1] + len(block))
+        self._rows: dict[int, list[float]] = {}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def score(self, reference: int, index: int) -> float:
+        """Similarity of frame `index` with an earlier one; the scores up to it are kept for the next question."""
+        row = self._rows.setdefault(reference, [])
+        while len(row) < index - reference:
+            # As in a walk: the further nothing has turned up behind a frame, the further ahead it is compared at once.
+            block, start = self._find(reference + 1 + len(row))
+            ahead = self._blocks[block][start : start + len(row) + 1]
+            row += self._measure.compare(self._feature(reference), ahead).tolist()
+        return row[index - reference - 1]
+
+    def walk(self, policy: Policy) -> tuple[list[int], list[float]]:
+        """Types and scores under a policy that judges frame by frame; the same as a `Walk` gives."""
+        types, scores, reference, course = [SLOW], [math.nan], 0, Course()
+        for index in range(1, len(self)):
+            scores.append(self.score(reference, index))
+            previous = self.score(index - 1, index) if policy.looks_back else math.nan
+            slow = course.judge(policy, scores[-1], previous)
+            types.append(SLOW if slow else FAST)
+            reference = index if slow else reference
+        return types, scores
+
+    def _find(self, index: int) -> tuple[int, int]:
+        block = bisect_right(self._starts, index) - 1
+        return block, index - self._starts[block]
+
+    def _feature(self, index: int) -> torch.Tensor:
+        block, offset = self._find(index)
+        return self._blocks[block][offset]
+
+
+def check(policy: Policy, option: str, right: bool, wanted: str) -> None:
+    """Refuse a value of an option, naming what is wanted instead."""
+    if not right:
+        given = getattr(policy, option)
+        raise KeyeError(f"policy {policy.name}: {option} is {given}; give {wanted}")
+
+
+def check_count(policy: Policy, *options: str) -> None:
+    """Refuse anything but whole numbers of 1 or more; None stays what it is."""
+    for option in options:
+        value = getattr(policy, option)
+        count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        check(policy, option, value is None or count, "a whole number of 1 or more")
+
+
+def is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

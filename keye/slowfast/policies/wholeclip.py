@@ -1,0 +1,161 @@
+"""The policies that see a whole clip before they decide: adaptive_budget and two_stream.
+
+They hold the features of every sampled frame until then, where the policies that judge frame by frame hold those of
+one: 12 KB a frame with the default measure, up to 600 KB with those that compare pixels.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from keye.errors import KeyeError
+from keye.slowfast.budget import most_frames, size_tokens, thin
+from keye.slowfast.policies.base import FAST, SLOW, Decisions, Gathered, Limits, Policy, check, check_count
+from keye.slowfast.policies.framewise import Adaptive
+
+STEPS = 30  # halvings of [0, 1]: finer than float32 scores
+
+
+@dataclass(frozen=True)
+class AdaptiveBudget(Adaptive):
+    """`adaptive` with the threshold that the clip needs to spend `tokens`, or to have a `share` of its frames slow.
+
+    share: the threshold with the most slow frames that are no more than this share (the first frame always is one).
+    tokens: a total for the video. At their full size, frames cost less than that with few slow ones and more with many;
+    the threshold found has the most slow frames that do not cost more. It is never below `threshold`: a total too
+    small for the slow frames that `threshold` sees is met as the report meets it, by smaller frames. (With
+    `threshold` 0 the total alone decides.)
+
+    A bisection of [0, 1], walking along the clip at each step. More slow frames at a higher threshold are the rule,
+    not a law, since the reference frame changes with it; of all thresholds tried, the one with the most slow frames
+    within the target is taken, the warnings say where it stays away from the target, and a larger target never gives
+    a lower threshold or fewer slow frames.
+    """
+
+    name = "adaptive_budget"
+    online = False
+
+    tokens: int | None = None
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.tokens is None) == (self.share is None):
+            raise KeyeError(f"policy {self.name}: give it one of tokens=N and share=S, such as {self.name}:share=0.25")
+        check_count(self, "tokens")
+        check(self, "share", self.share is None or 0 < self.share <= 1, "a share above 0 and at most 1")
+
+    def most_frames(self, max_tokens: int, min_tokens: int) -> int:
+        return max(1, most_frames(min(max_tokens, self.tokens or max_tokens), min_tokens))
+
+    def decide(self, clip: Gathered, limits: Limits) -> Decisions:
+        if self.share is not None:
+            return self._meet_share(clip)
+        return self._spend_tokens(clip, limits)
+
+    def _meet_share(self, clip: Gathered) -> Decisions:
+        target = max(1, int(self.share * len(clip)))
+        threshold, types, scores = self._search(clip, target, 0.0)
+        slow, warnings = types.count(SLOW), []
+        if slow > self.share * len(clip):
+            warnings.append(
+                f"{slow} of {len(clip)} frames are slow, more than share={self.share}: so many are at any threshold"
+            )
+        elif slow < target:
+            warnings.append(
+                f"{slow} of {len(clip)} frames are slow where share={self.share} allows {target}: no threshold that was"
+                " tried comes nearer without going over"
+            )
+        return Decisions(types, scores, list(range(len(clip))), warnings, threshold)
+
+    def _spend_tokens(self, clip: Gathered, limits: Limits) -> Decisions:
+        budget, warnings = min(self.tokens, limits.max_tokens), []
+        if self.tokens > limits.max_tokens:
+            warnings.append(f"tokens={self.tokens} is above max_tokens={limits.max_tokens}, which holds")
+        full = limits.allocate(1, 1, max_tokens=2 * limits.max_tokens_per_frame)
+        slow_tokens, fast_tokens = (size_tokens(size, limits.side) for size in (full.slow_size, full.fast_size))
+        spare, price = budget - len(clip) * fast_tokens, slow_tokens - fast_tokens
+        target = len(clip) if spare >= len(clip) * price else spare // price
+        threshold, types, scores = self._search(clip, target, min(self.threshold, 1.0))
+        slow = types.count(SLOW)
+        spent = slow * slow_tokens + (len(clip) - slow) * fast_tokens
+        if spent * 50 < budget * 49:
+            reason = "no more frames differ" if threshold == 1 else "the next threshold tried would cost more"
+            reason = "that is every frame" if slow == len(clip) else reason
+            warnings.append(f"{spent} tokens of {budget} are spent with {slow} slow frames of {len(clip)}: {reason}")
+        return Decisions(types, scores, list(range(len(clip))), warnings, threshold, budget)
+
+    def _search(self, clip: Gathered, target: int, floor: float) -> tuple[float, list[int], list[float]]:
+        """The threshold in [`floor`, 1] with the most slow frames, `target` at most, and the types and scores there.
+
+        At `floor` itself there may be more than `target`; then that is the answer.
+        """
+
+        def at(threshold: float) -> tuple[float, list[int], list[float]]:
+            return threshold, *clip.walk(replace(self, threshold=threshold))
+
+        def slow(walked: tuple[float, list[int], list[float]]) -> int:
+            return walked[1].count(SLOW)
+
+        best = at(floor)
+        if slow(best) >= target:
+            return best
+        low, high = floor, 1.0
+        top = at(high)
+        if slow(top) <= target:
+            return max(best, top, key=slow)
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            trial = at(middle)
+            if slow(trial) > target:
+                high = middle
+                continue
+            low = middle
+            best = max(best, trial, key=slow)
+            if slow(best) == target:
+                break
+        return best
+
+
+@dataclass(frozen=True)
+class TwoStream(Policy):
+    """The two pathways of SlowFast-LLaVA (arXiv 2407.15841): a few frames at full size and all of them pooled hard.
+
+    slow: how many frames, evenly spread from the first on, get the full size. fast_tokens: the size of a frame in the
+    fast pathway, to which every frame belongs, the slow ones too; those therefore make two entries, the slow one first.
+    The paper has 10 slow frames of 24x12 tokens and 50 fast ones of 4x4; there the pooling is after the vision tower,
+    and the slow pathway stands before the fast one as a whole, where here both are in the order of time.
+    """
+
+    name = "two_stream"
+    online = False
+
+    slow: int = 10
+    fast_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        check_count(self, "slow", "fast_tokens")
+
+    def most_frames(self, max_tokens: int, min_tokens: int) -> int:
+        """With fewer frames than `slow` each costs both sizes."""
+        both = min_tokens + self.fast_tokens
+        if max_tokens <= self.slow * both:
+            return max(1, max_tokens // both)
+        return (max_tokens - self.slow * min_tokens) // self.fast_tokens
+
+    def decide(self, clip: Gathered, limits: Limits) -> Decisions:
+        slow = set(thin(len(clip), self.slow))
+        types, scores, positions, reference = [], [], [], 0
+        for index in range(len(clip)):
+            score = clip.score(reference, index) if index else math.nan
+            if index in slow:
+                types.append(SLOW)
+                scores.append(score)
+                positions.append(index)
+                reference, score = index, 1.0
+            types.append(FAST)
+            scores.append(score)
+            positions.append(index)
+        warnings = []
+        if len(clip) < self.slow:
+            warnings.append(f"all {len(clip)} frames are slow, fewer than slow={self.slow} asks for")
+        return Decisions(types, scores, positions, warnings)

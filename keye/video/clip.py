@@ -1,0 +1,295 @@
+"""Any source of video as a clip of sampled frames with true timestamps: files, URLs, pictures, folders, arrays, lists.
+
+Nothing here keeps frames: what is kept of each is up to the reader, so memory does not grow with the length of the
+clip. Times are seconds on the container's clock, by presentation timestamp, never index / average rate (wrong for
+variable frame rates).
+"""
+
+import io
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from keye.checks import rate, seconds, whole
+from keye.errors import VideoError
+from keye.video.arrays import FrameArray, is_clip
+from keye.video.decoding.containers import open_container
+from keye.video.decoding.decoder import Frame, open_decoder
+from keye.video.decoding.prefetch import check_ending, reading
+from keye.video.fetch import UrlRules, data_bytes, download, file_path, path_name, scheme_of, url_name
+from keye.video.frame_objects import captured, is_batch, is_capture, time_of, unwrapped
+from keye.video.images import load_image, open_image, reason
+from keye.video.stills import Moving, Pictures, Spool, Stills, clock_of, image_paths, moves
+
+Source = (
+    str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | torch.Tensor | np.ndarray | Image.Image | Iterable
+)
+
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6", b"\0\0\0\x0cjP  ")
+_STREAMS_OF_JPEGS = {".mjpg", ".mjpeg"}
+
+
+class Reader(Protocol):
+    """One kind of source, opened and ready to be read any number of times. See `Clip` for the attributes."""
+
+    size: tuple[int, int]
+    duration: float
+    expected: int
+    wanted: int
+    warnings: list[str]
+
+    def frames(self) -> Iterator[Frame]: ...
+
+    def frames_at(self, times: Sequence[float]) -> Iterator[Frame]: ...
+
+
+class Clip:
+    """An opened source. Iterating it yields its frames; iterating it again is a second pass, which reads it again.
+
+    name: what to call it; size: (height, width) on the screen; duration: seconds, when the last frame leaves the screen
+    (of damaged files: the last one decoded, once it has been read); expected: the most frames an iteration can yield;
+    wanted: what the sampling asks for before `max_frames`; warnings: what is wrong with the source, complete once it
+    has been read.
+    """
+
+    def __init__(self, name: str, reader: Reader):
+        self.name, self._reader = name, reader
+
+    def __iter__(self) -> Iterator[Frame]:
+        frame = None
+        for frame in self._reader.frames():
+            check_ending()
+            yield frame
+        if frame is None:  # nothing before the damage, or all of what was asked for lies behind it
+            why = "; ".join(self.warnings) or "none can be decoded"
+            raise VideoError(f"no frame of {self.name} is there to be used ({why}); give another range or another file")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._reader.size
+
+    @property
+    def duration(self) -> float:
+        return self._reader.duration
+
+    @property
+    def expected(self) -> int:
+        return self._reader.expected
+
+    @property
+    def wanted(self) -> int:
+        return self._reader.wanted
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._reader.warnings
+
+
+@contextmanager
+def open_clip(
+    source: Source,
+    fps: float,
+    max_frames: int,
+    *,
+    timestamps: Sequence[float] | torch.Tensor | None = None,
+    source_fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    num_frames: int | None = None,
+    urls: UrlRules | None = None,
+) -> Iterator[Clip]:
+    """Open a source for sampling at `fps` frames per second, evenly at most `max_frames`.
+
+    source, with its own clock: a video or moving picture (GIF, WebP, …) as a path, a `file:` or `data:` URL, bytes or
+    a binary file object, read from its beginning. Sampled at `fps`: at each time i / fps after its first frame, the
+    frame that is on the screen, none twice. Its clock is the container's: a stream that begins later than its sound
+    has a first time above 0. MPEG transport and program streams count from the beginning of the file, and where
+    recordings are joined, each goes on where the one before it ends.
+    source, without: a still picture (also a PIL image or an array [3, H, W]), a folder of images in natural order,
+    frames [T, 3, H, W] or [T, H, W, 3] (see `keye.video.arrays`), a list or iterator of pictures (PIL images,
+    arrays, paths). With `source_fps`, their rate, they are sampled like a video; with `timestamps` (seconds, one for
+    each) every frame is used; with neither, too, 1 / fps apart, which a warning says.
+    source, of other libraries: frames of PyAV and torchcodec and pairs (seconds, picture), in lists or iterators, a
+    FrameBatch of torchcodec and a `cv2.VideoCapture`, sampled by their own times; {"path", "bytes"} of `datasets`.
+    start, end: only [start, end) seconds on that clock, beginning with the frame on the screen at `start`.
+    num_frames: so many frames, evenly over that range, instead of `fps` or every frame.
+    urls: what may be downloaded; without it an `http(s):` URL is an error.
+    Raises VideoError when nothing can be read.
+    """
+    _check_request(fps, max_frames, source_fps, start, end, num_frames)
+    with reading(), ExitStack() as stack:
+        sampling = (fps, max_frames, start, end, num_frames)
+        yield _open(source, sampling, timestamps, source_fps, urls, stack)
+
+
+def read_frames_at(source: Source, times: Sequence[float], *, urls: UrlRules | None = None) -> list[Frame]:
+    """The frames on the screen at the given ascending times (seconds) of a source, for a handful of pictures."""
+    with reading(), ExitStack() as stack:
+        clip = _open(source, (1.0, 1, None, None, None), None, None, urls, stack)
+        return list(clip._reader.frames_at(times))
+
+
+def _check_request(
+    fps: float,
+    max_frames: int,
+    source_fps: float | None,
+    start: float | None,
+    end: float | None,
+    num_frames: int | None,
+) -> None:
+    for key, value in (("fps", fps), ("source_fps", source_fps)):
+        if value is not None:
+            rate(key, value, error=VideoError)
+    for key, value in (("max_frames", max_frames), ("num_frames", num_frames)):
+        if value is not None:
+            whole(key, value, error=VideoError)
+    for key, value in (("start", start), ("end", end)):
+        if value is not None:
+            seconds(key, value, error=VideoError)
+    if end is not None and (start or 0) >= end:
+        raise VideoError(f"start={start or 0:g} is not before end={end:g}; give a range of seconds that is not empty")
+
+
+def _open(
+    source: Source,
+    sampling: tuple[float, int, float | None, float | None, int | None],
+    timestamps: Sequence[float] | torch.Tensor | None,
+    source_fps: float | None,
+    urls: UrlRules | None,
+    stack: ExitStack,
+) -> Clip:
+    """The clip of any source; what must be closed or deleted in the end goes on the stack."""
+    fps, _, start, _, num_frames = sampling
+    every = timestamps is not None or num_frames is not None
+    spooling = (None if timestamps is not None else source_fps, None if every else fps, start)
+    name, opened = _resolve(unwrapped(source), urls, stack, spooling)
+    if not isinstance(opened, Sequence):
+        picture = _picture(name, opened)
+        if picture is not None and picture is not opened:
+            stack.enter_context(picture)
+        if picture is not None and not moves(picture):
+            opened = [load_image(opened)]
+        elif timestamps is not None or source_fps is not None:
+            raise VideoError(f"{name} has its own clock; give timestamps and source_fps with folders or arrays")
+        elif picture is not None:
+            again = nullcontext(picture) if picture is opened else None
+            return Clip(name, Moving(name, lambda: again or _picture(name, opened), *sampling))
+        else:
+            decoder = open_decoder(open_container(opened, name), name, *sampling)
+            stack.callback(decoder.close)
+            return Clip(name, decoder)
+    return Clip(name, Stills(name, opened, clock_of(name, opened, fps, timestamps, source_fps), *sampling[1:]))
+
+
+def _resolve(
+    source: Source, urls: UrlRules | None, stack: ExitStack, spooling: tuple[float | None, float | None, float | None]
+) -> tuple[str, Sequence[torch.Tensor] | Path | BinaryIO | Image.Image]:
+    """(what to call the source, its pictures | its file's path | a seekable file | an opened picture)"""
+    if isinstance(source, torch.Tensor | np.ndarray):
+        return "frames", FrameArray(source) if is_clip(source) else [load_image(source)]
+    if is_batch(source):
+        times, lasts = (torch.as_tensor(part).tolist() for part in (source.pts_seconds, source.duration_seconds))
+        return "frames", FrameArray(source.data, times, lasts[-1] if lasts else None)
+    if isinstance(source, Image.Image):
+        return "the image", source
+    scheme = scheme_of(source)
+    if scheme == "data":
+        return url_name(source), io.BytesIO(data_bytes(source))
+    if scheme not in (None, "file"):
+        return url_name(source), stack.enter_context(download(source, urls))
+    if isinstance(source, str | os.PathLike):
+        return _resolve_path(path_name(source), file_path(source) if scheme else Path(source))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"{memoryview(source).nbytes} bytes", io.BytesIO(source)
+    if is_capture(source):
+        return _spooled("the cv2.VideoCapture", captured(source), urls, stack, spooling)
+    if hasattr(source, "read"):
+        name = getattr(source, "name", None)
+        name = path_name(name) if isinstance(name, str) else "file object"
+        return name, _seekable(source, name, stack)
+    if time_of(source) is not None:
+        return "the frame", [load_image(source)]
+    if not isinstance(source, Iterable) or isinstance(source, Mapping | Set):
+        kind = type(source).__name__
+        raise VideoError(f"a video cannot be a {kind}; give a path, bytes, a file, uint8 frames or a list of pictures")
+    if not isinstance(source, Sequence):
+        return _spooled("an iterator of pictures", source, urls, stack, spooling)
+    name = f"a list of {len(source)} pictures"
+    if not len(source):
+        raise VideoError(f"{name} has no picture; give one or more")
+    return name, Pictures(name, source, urls)
+
+
+def _spooled(
+    name: str,
+    frames: Iterable[object],
+    urls: UrlRules | None,
+    stack: ExitStack,
+    spooling: tuple[float | None, float | None, float | None],
+) -> tuple[str, Spool]:
+    """Frames that come once, on a file that is deleted in the end; spooling: see `Spool`."""
+    pictures = Spool(name, frames, urls, stack.enter_context(tempfile.TemporaryFile(prefix="keye-")), *spooling)
+    if not len(pictures):
+        raise VideoError(f"{name} has no picture; give one or more")
+    return name, pictures
+
+
+def _resolve_path(name: str, path: Path) -> tuple[str, Sequence[torch.Tensor] | Path]:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            return name, Pictures(name, image_paths(path))
+    except FileNotFoundError:
+        raise VideoError(f"{name} does not exist; check the path") from None
+    except (OSError, ValueError) as error:  # no permission, a name too long or with a zero byte
+        raise VideoError(f"{name[:200]} cannot be read ({reason(error)}); check the path") from error
+    if not stat.S_ISREG(mode):
+        raise VideoError(f"{name} is no ordinary file; open it and give the file object")
+    return name, path
+
+
+def _seekable(file: BinaryIO, name: str, stack: ExitStack) -> BinaryIO | Path:
+    """The file at its beginning; of a stream that cannot go back a copy on disk, deleted in the end."""
+    try:
+        if getattr(file, "seekable", lambda: False)():
+            file.seek(0)
+            if isinstance(file.read(1), bytes):
+                file.seek(0)
+                return file
+            raise TypeError
+        copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="keye-"))
+        shutil.copyfileobj(file, copy)
+        copy.flush()
+    except TypeError as error:
+        raise VideoError(f'{name} gives text; open it in binary mode, "rb"') from error
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{name} cannot be read ({reason(error)}); open it again") from error
+    return Path(copy.name)
+
+
+def _picture(name: str, opened: Path | BinaryIO | Image.Image) -> Image.Image | None:
+    """The file opened with Pillow, None if by its first bytes it is no picture."""
+    if isinstance(opened, Image.Image):
+        return opened
+    try:
+        if isinstance(opened, Path):
+            with open(opened, "rb") as file:
+                head = file.read(16)
+        else:
+            opened.seek(0)
+            head = opened.read(16)
+            opened.seek(0)
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{name} cannot be read ({reason(error)}); check the file") from error
+    streams = isinstance(opened, Path) and opened.suffix.lower() in _STREAMS_OF_JPEGS
+    kinds = head.startswith(_PICTURES), head[:4] + head[8:12] == b"RIFFWEBP", head[4:12] in (b"ftypavif", b"ftypavis")
+    return open_image(opened, name) if any(kinds) and not streams else None

@@ -1,0 +1,150 @@
+"""Decoded frames as RGB as a player shows them: colours by the file's tags, square pixels, upright, of one size."""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.sidedata.sidedata import Type
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation
+
+from keye.errors import VideoError
+from keye.video.decoding.containers import shown_size
+
+_HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
+_BT709, _UNSPECIFIED, _BT2020 = 1, 2, 9  # matrices and primaries of the same
+
+
+class Orientation(NamedTuple):
+    """How a picture is laid on the screen: rows and columns exchanged, then mirrored along each."""
+
+    transposed: bool
+    flip_x: bool
+    flip_y: bool
+
+
+class Painter:
+    """Makes uint8 [3, H, W] of decoded frames, and notes what is lost in it in `notes`, a sentence each.
+
+    The matrix (BT.601, BT.709, BT.2020) and the range of luma are those of the file's tags. Where it has none, luma is
+    limited and the matrix that of the picture's size, as players take it: BT.709 from 1280 columns or 577 rows on,
+    BT.601 below. More than 8 bits are rounded; transparent pixels lie on white, as in images. Pixels that are not
+    square are stretched along their shorter side. `size`, (height, width) on the screen, is that of the first frame;
+    later frames of other sizes are resized to it.
+
+    aspect: a pixel's width over its height, None if unknown. as_coded: the aspect is ignored and untagged colours are
+    BT.601 at any size, which is how FFmpeg converts them.
+    """
+
+    def __init__(self, name: str, threads: int | None, aspect: Fraction | None = None, as_coded: bool = False):
+        self.name, self.threads, self.as_coded = name, threads, as_coded
+        self.aspect = None if as_coded else aspect
+        self.size: tuple[int, int] | None = None
+        self.notes: dict[str, str] = {}
+        self._reformatter = av.video.reformatter.VideoReformatter()
+
+    def measure(self, frame: VideoFrame) -> tuple[int, int]:
+        """A frame's (height, width) on the screen."""
+        height, width = shown_size(frame, self.aspect)
+        return (width, height) if orientation(frame).transposed else (height, width)
+
+    def paint(self, frame: VideoFrame, time: float) -> torch.Tensor:
+        """uint8 [3, H, W] of the frame at `time` seconds, H and W being `size`."""
+        self.size = self.size or self.measure(frame)
+        self._note(frame, time)
+        laid = orientation(frame)
+        height, width = self.size[::-1] if laid.transposed else self.size
+        self._settle_matrix(frame)
+        see_through = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
+        if any(part.bits < 8 for part in frame.format.components):  # which FFmpeg spreads to 8 bits only this way
+            frame = self._convert(frame, width, height, "rgb24")
+        deep = any(part.bits > 8 for part in frame.format.components)
+        scaled = (frame.width, frame.height) != (width, height)
+        if see_through or deep or scaled or width % 32 == 0:
+            # FFmpeg converts to planes faster than to interleaved colours, more than 8 bits also more exactly (0.3 of
+            # a level instead of 1.5), and planes are what the measures want.
+            shown = self._convert(frame, width, height, "gbrap" if see_through else "gbrp")
+            green, blue, red, *alpha = (_rows(plane)[:height, :width] for plane in shown.planes)
+            pixels = np.stack([red, green, blue])
+            if see_through:
+                pixels = _on_white(pixels, alpha[0])
+        else:
+            # Its fast way from 8-bit yuv420p to planes of one size leaves the last columns of other widths unwritten.
+            (plane,) = self._convert(frame, width, height, "rgb24").planes
+            rows = _rows(plane)[:height, : 3 * width].reshape(height, width, 3)
+            pixels = np.ascontiguousarray(rows.transpose(2, 0, 1))
+        if any(laid):
+            pixels = pixels.transpose(0, 2, 1) if laid.transposed else pixels
+            pixels = np.ascontiguousarray(pixels[:, :: -1 if laid.flip_y else 1, :: -1 if laid.flip_x else 1])
+        return torch.from_numpy(pixels)
+
+    def _settle_matrix(self, frame: VideoFrame) -> None:
+        """Tag a frame of unknown colours with those that its size suggests."""
+        if frame.colorspace != _UNSPECIFIED or frame.format.is_rgb or self.as_coded:
+            return
+        if frame.color_primaries == _BT2020:
+            frame.colorspace = _BT2020
+        elif frame.width >= 1280 or frame.height > 576:
+            frame.colorspace = _BT709
+
+    def _convert(self, frame: VideoFrame, width: int, height: int, form: str) -> VideoFrame:
+        scaled = (frame.width, frame.height) != (width, height)
+        smooth = Interpolation.BICUBIC if scaled else None
+        try:
+            return self._reformatter.reformat(frame, width, height, form, interpolation=smooth, threads=self.threads)
+        except (av.error.FFmpegError, ValueError):  # a matrix that FFmpeg does not know, such as YCgCo or ICtCp
+            wide = frame.color_primaries == _BT2020
+        matrix = "BT2020" if wide else "ITU709"
+        try:
+            shown = self._reformatter.reformat(
+                frame, width, height, form, src_colorspace=matrix, dst_colorspace=matrix, threads=self.threads
+            )
+        except (av.error.FFmpegError, ValueError) as error:
+            reason = f"{frame.format.name}: {getattr(error, 'strerror', None) or error}"
+            raise VideoError(f"frames of {self.name} cannot be shown ({reason}); convert it to mp4") from error
+        name = "BT.2020" if wide else "BT.709"
+        self.notes["matrix"] = f"{self.name} has colours of a rare kind ({frame.colorspace}); they are taken for {name}"
+        return shown
+
+    def _note(self, frame: VideoFrame, time: float) -> None:
+        found = self.measure(frame)
+        if found != self.size and "size" not in self.notes:
+            self.notes["size"] = (
+                f"{self.name} changes from {self.size[1]}x{self.size[0]} to {found[1]}x{found[0]} at {time:.2f} s"
+                "; what follows is resized to the first size"
+            )
+        if frame.color_trc in _HDR and "hdr" not in self.notes:
+            self.notes["hdr"] = (
+                f"{self.name} is HDR ({_HDR[frame.color_trc]}); it is shown without tone mapping, too pale"
+            )
+        if frame.interlaced_frame and "interlaced" not in self.notes:
+            self.notes["interlaced"] = (
+                f"{self.name} is interlaced; its frames are used whole, with combs where something moves"
+            )
+
+
+def orientation(frame: VideoFrame) -> Orientation:
+    """What the frame's display matrix says, to the nearest quarter turn, mirrored or not."""
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return Orientation(False, False, False)
+    # A point (x, y) of the picture is shown at (a x + c y, b x + d y), but for a shift.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return Orientation(True, c < 0, b < 0)
+    return Orientation(False, a < 0, d < 0)
+
+
+def _rows(plane: av.video.plane.VideoPlane) -> np.ndarray:
+    """uint8 [rows, bytes of a row], padding and all."""
+    return np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+
+
+def _on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """uint8 [3, H, W] laid on white; alpha: uint8 [H, W]."""
+    if alpha.min() == 255:
+        return pixels
+    wide = pixels.astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
+    return ((wide + 127) // 255).astype(np.uint8)

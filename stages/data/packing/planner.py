@@ -1,0 +1,199 @@
+"""Planner: which samples make which packs in which step. One process of a run has it; the plan depends on no ranks.
+
+It draws samples in blocks, is given what is known of each block once it is encoded, keeps the samples in a pool, and
+forms the packs of a step from the pool. It never sees a sample, only columns of numbers
+(`stages.data.packing.samples`), and a step costs O(n log n) in the samples of the pool. The caller does for each step
+
+    planner.draws()                        # blocks to be encoded now; also planner.flight, oldest first
+    while planner.hungry():
+        planner.take(Found.of(planner.mixture.names, metas))   # of the oldest block in flight
+        planner.draws()
+    step = planner.plan()                  # step.samples, step.starts; step.packs() has the samples of each pack
+
+`stages.data.batches` does so on rank 0 and sends the plan to the other ranks; `scripts/bench/stages_balance.py` does so
+with lengths that are drawn.
+"""
+
+from collections import deque
+from typing import Any, Protocol
+
+import numpy as np
+
+from keye.errors import CheckpointError
+from stages.data.packing.mixture import Mixture
+from stages.data.packing.samples import Block, Found, Meta, Pool, Samples, Step
+
+__all__ = ["Block", "Former", "Found", "Ledger", "Meta", "Planner", "Step"]
+
+BLOCK = 64  # samples that are drawn before anything is known of the first of them
+
+
+class Ledger:
+    """Tokens of each kind that have been trained on, against the shares they should have.
+
+    Args:
+        shares: of each kind. emitted: int64 `[kinds]`, tokens so far.
+    """
+
+    def __init__(self, shares: list[float], emitted: np.ndarray) -> None:
+        self.shares, self.emitted = np.array(shares), emitted.copy()
+
+    def owed(self, more: int = 1) -> np.ndarray:
+        """Tokens that each kind is behind its share of all tokens and `more` to come, float64 `[kinds]`."""
+        return self.shares * (int(self.emitted.sum()) + more) - self.emitted
+
+    def add(self, kind: np.ndarray, tokens: np.ndarray) -> None:
+        """Count samples of these kinds."""
+        np.add.at(self.emitted, kind, tokens)
+
+
+class Former(Protocol):
+    """Forms the packs of one step.
+
+    amount: how much a step takes. guess: tokens of a sample before any is known. samples: how many should be looked
+    over.
+    """
+
+    amount: int
+    guess: int
+    samples: int
+
+    def units(self, tokens: Any) -> Any:
+        """Tokens of a sample (or of many, as an array) → how much of `amount` it is."""
+
+    def form(self, pool: Pool, ledger: Ledger, step: int) -> list[np.ndarray]:
+        """Rows of the pool that make each pack, rising; their tokens are added to the ledger."""
+
+
+class Planner:
+    """See the module's docstring."""
+
+    def __init__(self, mixture: Mixture, former: Former) -> None:
+        self.mixture, self.former = mixture, former
+        self.kinds = list(mixture.kinds)
+        kinds = [self.kinds.index(mixture.sources[name].recipe.kind) for name in mixture.names]
+        self._kind_of = np.array(kinds, np.int16)
+        self.pool = Pool.none()
+        self.flight: deque[Block] = deque()  # blocks drawn and not yet taken
+        self.restored: np.ndarray | None = None  # when set, the first block in flight is an old pool, born so
+        self.emitted = np.zeros(len(self.kinds), np.int64)
+        self.step = 0
+
+    def draws(self) -> list[Block]:
+        """Blocks to be encoded now: as much as one step takes is kept under way, so that the encoders never rest.
+
+        A block is about a quarter of a step, however many samples that is: a step takes few exchanges between ranks.
+        """
+        drawn: list[Block] = []
+        if self.restored is not None:
+            return drawn
+        known, wanted = sum(self.mixture.known.values()), self._wanted()
+        pooled = min(self._pooled(), wanted)
+        while self._flying() + pooled < wanted + self.former.amount:
+            # While little is known, a guess that is far off must not decide on much.
+            most = max(BLOCK, known) - sum(map(len, self.flight))
+            if most <= 0:
+                break
+            room = max(1.0, self.former.amount / 4)
+            drawn.append(self.mixture.draw(room, most, self.former.guess, self.former.units))
+            self.flight.append(drawn[-1])
+        return drawn
+
+    def _wanted(self) -> float:
+        return 2 * self.former.amount
+
+    def _pooled(self) -> float:
+        return int(self.former.units(self.pool.tokens).sum())
+
+    def _flying(self) -> float:
+        names = self.mixture.names
+        units = [self.former.units(self.mixture.mean(name, self.former.guess)) for name in names]
+        counts = sum((np.bincount(block.source, minlength=len(names)) for block in self.flight), np.zeros(len(names)))
+        return sum(count * unit for count, unit in zip(counts.tolist(), units, strict=True))
+
+    def hungry(self) -> bool:
+        """Whether a block must be taken before a step can be planned."""
+        pooled = self._pooled()
+        if self.restored is not None or pooled < self._wanted():
+            return True
+        few = len(self.pool) < self.former.samples
+        return (few or self._unequal(pooled)) and pooled < 2 * self._wanted()
+
+    def _unequal(self, pooled: float) -> bool:
+        """Whether the pool has less of a kind than the next step owes it."""
+        held = np.zeros(len(self.kinds), np.int64)
+        np.add.at(held, self.pool.kind, self.pool.tokens)
+        coming = int(self.former.amount * int(held.sum()) / pooled)
+        return bool((self._ledger().owed(coming) > held).any())
+
+    def _ledger(self) -> Ledger:
+        return Ledger(list(self.mixture.kinds.values()), self.emitted)
+
+    def take(self, found: Found, causes: dict[int, str] | None = None) -> None:
+        """What became of the oldest block in flight; causes: place in the block → why a sample is bad.
+
+        Raises:
+            ManifestError: too much of a source cannot be used.
+        """
+        block = self.flight.popleft()
+        if self.restored is None:
+            tokens = np.zeros(len(block), np.int64)
+            np.add.at(tokens, found.place, found.tokens)
+            self.mixture.learn(block.source, tokens, causes or {})
+        born = np.full(len(found), self.step) if self.restored is None else self.restored[found.place]
+        columns = {name: getattr(found, name) for name in Samples.__dataclass_fields__}
+        self.pool = Pool.join([self.pool, Pool(**columns, kind=self._kind_of[found.source], born=born)])
+        self.restored = None
+
+    def plan(self) -> Step:
+        """The packs of the next step; what they hold leaves the pool."""
+        ledger = self._ledger()
+        packs = self.former.form(self.pool, ledger, self.step)
+        rows = np.concatenate(packs)
+        columns = {name: getattr(self.pool, name)[rows] for name in Samples.__dataclass_fields__}
+        kept = np.ones(len(self.pool), bool)
+        kept[rows] = False
+        self.pool = self.pool[kept]
+        self.emitted = ledger.emitted
+        self.step += 1
+        return Step(Samples(**columns), np.cumsum([0, *map(len, packs)]))
+
+    def realised(self) -> dict[str, float]:
+        """Kind → share of the tokens of all steps so far."""
+        total = max(int(self.emitted.sum()), 1)
+        return {kind: tokens / total for kind, tokens in zip(self.kinds, self.emitted.tolist(), strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values. Samples are kept as references and encoded again on resume."""
+        columns = ("source", "index", "part", "born")
+        return {
+            "mixture": self.mixture.state_dict(),
+            "names": list(self.mixture.names),
+            "pool": {name: getattr(self.pool, name).tolist() for name in columns},
+            "flight": [{"source": block.source.tolist(), "index": block.index.tolist()} for block in self.flight],
+            "emitted": dict(zip(self.kinds, self.emitted.tolist(), strict=True)),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[Block]:
+        """Go on from a state of a run of any number of ranks; returns the blocks to be encoded now.
+
+        Raises:
+            CheckpointError: other sources, or another version, made it.
+        """
+        if "names" not in state:
+            raise CheckpointError("the checkpoint's place in the data is of an earlier version; begin the stage anew")
+        self.mixture.load_state_dict(state["mixture"])
+        self.emitted = np.array([state["emitted"][kind] for kind in self.kinds], np.int64)
+        self.step, self.pool = state["step"], Pool.none()
+        places = np.array([self.mixture.names.index(name) for name in state["names"]], np.int16)
+        self.restored = np.array(state["pool"]["born"], np.int64)
+        self.flight = deque(
+            Block(
+                places[np.array(part["source"], np.int64)],
+                np.array(part["index"], np.int64),
+                np.array(part.get("part", [-1] * len(part["index"])), np.int32),
+            )
+            for part in (state["pool"], *state["flight"])
+        )
+        return list(self.flight)

@@ -1,0 +1,346 @@
+"""Formats: manifests and data sets, local or remote, → rows by number, memory-mapped; nothing asked for stays in RAM.
+
+JSONL (line by line, so that one bad line costs only itself), JSON, Parquet, WebDataset tars, data sets of the hub: see
+docs/stages.md, "Data". Rows are in the chat form of `stages.data.sources.chat`; media are not decoded here.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from keye.errors import ManifestError
+from stages.data.sources.chat import EmptyRow, Row, as_chat, kind_of
+from stages.data.sources.tars import Tar
+from stages.recipe import KINDS, SourceRecipe
+
+BAD, EMPTY = 254, 255  # codes of rows beside the kinds' places in KINDS
+SCANNED = 2048  # rows looked over at a time
+CHECKED = 4096  # bytes of a file's beginning and of its end that are compared between machines
+SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".json": "json",
+    ".parquet": "parquet", ".tar": "webdataset",
+}  # fmt: skip
+
+
+class Found(NamedTuple):
+    """A row in the chat form, its file, its line there from 1, and the folder that its relative paths start from."""
+
+    row: Row
+    file: str
+    line: int
+    base: str
+
+
+class Part(Protocol):
+    """One file of a data set. file: its name in messages. mark: another when its content is."""
+
+    file: str
+    mark: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Row:
+        """The row as the file has it; ManifestError when it cannot be read, EmptyRow when there is nothing."""
+
+    def outlines(self) -> Iterator[Row | ManifestError]:
+        """All rows, media replaced by placeholders, or what `read` would raise."""
+
+
+class Lines:
+    """Lines of JSON, as `datasets` keeps them."""
+
+    def __init__(self, file: str, rows: Any) -> None:
+        self.file, self.mark, self.rows = file, rows._fingerprint, rows.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Row:
+        return parse_line(self.rows[index : index + 1]["text"][0].as_py())
+
+    def outlines(self) -> Iterator[Row | ManifestError]:
+        for at in range(0, len(self.rows), SCANNED):
+            for line in self.rows[at : at + SCANNED]["text"].to_pylist():
+                try:
+                    yield parse_line(line)
+                except ManifestError as error:
+                    yield error
+
+
+class Columns:
+    """Rows with columns of their own: Parquet and the hub's data sets."""
+
+    def __init__(self, file: str, rows: Any) -> None:
+        self.file, self.mark, self.rows = file, rows._fingerprint, rows.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Row:
+        return self.rows[index : index + 1].to_pylist()[0]
+
+    def outlines(self) -> Iterator[Row]:
+        media = [field.name for field in self.rows.data.schema if _is_media(field.type)]
+        for at in range(0, len(self.rows), SCANNED):
+            table = self.rows[at : at + SCANNED]
+            shown = {name: _placeholders(table[name]) for name in media}
+            for place, row in enumerate(table.drop_columns(media).to_pylist()):
+                yield {**row, **{name: found[place] for name, found in shown.items()}}
+
+
+def _is_media(kind: Any) -> bool:
+    """Whether an arrow type holds contents of files: bytes, {"bytes", "path"}, or a list of these."""
+    import pyarrow.types as types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _is_media(kind.value_type)
+    inside = [kind.field(i).type for i in range(kind.num_fields)] if types.is_struct(kind) else [kind]
+    return any(types.is_binary(part) or types.is_large_binary(part) for part in inside)
+
+
+def _placeholders(column: Any) -> list[Any]:
+    """Of each row of an arrow column of media, nothing in place of each one, read without the contents."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    if types.is_list(column.type) or types.is_large_list(column.type):
+        return [None if count is None else [b""] * count for count in compute.list_value_length(column).to_pylist()]
+    return [b"" if there else None for there in column.is_valid().to_pylist()]
+
+
+class Table:
+    """The rows of a map-style data set.
+
+    Args:
+        recipe: which data set. path: the recipe's, with the run's folder put in.
+
+    Raises:
+        ManifestError: no such file, or one that is not in its format.
+    """
+
+    def __init__(self, recipe: SourceRecipe, path: str) -> None:
+        self.columns = dict(recipe.columns)
+        self.parts = open_parts(recipe, path)
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _part(self, index: int) -> tuple[Part, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if not 0 <= part < len(self.parts):
+            raise ManifestError(f"row {index + 1} is not there any more; the data set has {len(self)}")
+        return self.parts[part], index - int(self.starts[part])
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The file of a row, and its line in it, from 1."""
+        part, at = self._part(index)
+        return part.file, at + 1
+
+    def find(self, index: int) -> Found:
+        """Row `index`, its media not yet decoded.
+
+        Raises:
+            ManifestError: it is not in the form.
+        """
+        part, at = self._part(index)
+        base = "." if "://" in part.file else str(Path(part.file).parent)
+        return Found(as_chat(part.read(at), self.columns), part.file, at + 1, base)
+
+    def scan(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Every row's kind (its place in KINDS, BAD or EMPTY) uint8 `[N]`, family int32 `[N]`, the families' names.
+
+        Made once a data set and kept beside the cache of `datasets`; whoever comes second waits for the first.
+        """
+        mark = json.dumps([[part.mark for part in self.parts], self.columns], sort_keys=True)
+
+        def write(path: str) -> None:
+            kinds, families, names = self._scan()
+            with open(path, "wb") as out:
+                np.savez(out, kinds=kinds, families=families, names=np.array(names, dtype=str))
+
+        with np.load(kept("kinds", mark, ".npz", write)) as saved:
+            return saved["kinds"], saved["families"], saved["names"].tolist()
+
+    def _scan(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        kinds, families = np.full(len(self), BAD, np.uint8), np.zeros(len(self), np.int32)
+        names: dict[str, int] = {"": 0}
+        outlines = (row for part in self.parts for row in part.outlines())
+        for at, row in enumerate(outlines):
+            if isinstance(row, EmptyRow):
+                kinds[at] = EMPTY
+            if isinstance(row, ManifestError):
+                continue
+            try:
+                chat = as_chat(row, self.columns)
+            except ManifestError:
+                continue
+            kinds[at] = KINDS.index(kind_of(chat["messages"]))
+            families[at] = names.setdefault(str(chat.get("family", "")), len(names))
+        return kinds, families, list(names)
+
+
+def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Path:
+    """A file made once a `mark` by `write` and kept beside the cache of `datasets`; processes wait for one another."""
+    import datasets
+    from filelock import FileLock
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "keye"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{what}-{datasets.fingerprint.Hasher.hash([what, mark])}{suffix}"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            write(f"{path}.part")
+            os.replace(f"{path}.part", path)
+    return path
+
+
+def format_of(recipe: SourceRecipe, path: str) -> str:
+    """ "jsonl", "json", "parquet", "webdataset" or "hub": what the recipe says, else what the name says."""
+    if recipe.format:
+        return recipe.format
+    if re.fullmatch(r"hf://(?!datasets/)[\w.-]+/[\w.-]+", path):
+        return "hub"
+    if Path(path).is_dir():
+        found = [SUFFIXES[s] for s in SUFFIXES if any(Path(path).rglob(f"*{s}"))]
+        if not found:
+            raise ManifestError(f"{path}: no data file in this folder; it may hold {', '.join(SUFFIXES)}")
+        return found[0]
+    return next((SUFFIXES[s] for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), "jsonl")
+
+
+def files_of(kind: str, path: str) -> list[str]:
+    """The files that a path, glob, folder or URL of one format stands for, in the order of their names.
+
+    Raises:
+        ManifestError: there is none.
+    """
+    from datasets.data_files import resolve_pattern
+
+    if Path(path).is_file():
+        return [path]
+    if Path(path).is_dir():
+        found = {str(file) for s in SUFFIXES if SUFFIXES[s] == kind for file in Path(path).rglob(f"*{s}")}
+    elif "://" not in path and not set(path) & set("*?["):
+        found = set()
+    else:
+        try:
+            found = set(resolve_pattern(path, os.getcwd()))
+        except FileNotFoundError:
+            found = set()
+        except Exception as error:  # the file systems behind it raise their own
+            raise ManifestError(f"{path}: cannot be listed ({type(error).__name__}: {error})") from None
+    if not found:
+        raise ManifestError(f"{path}: no such manifest; check the path, or correct data.sources in the recipe")
+    return sorted(found)
+
+
+def marks(files: list[str]) -> dict[str, Any]:
+    """What tells copies of files apart: how many, their bytes, and a checksum of the beginning and end of each local
+    one. Paths do not count: machines may keep their copies in different places."""
+    total, crc = 0, 0
+    for file in files:
+        crc = zlib.crc32(Path(file).name.encode(), crc)
+        if os.path.isfile(file):
+            size = os.path.getsize(file)
+            total += size
+            with open(file, "rb") as content:
+                crc = zlib.crc32(content.read(CHECKED), crc)
+                content.seek(max(0, size - CHECKED))
+                crc = zlib.crc32(content.read(CHECKED), crc)
+    return {"files": len(files), "bytes": total, "checksum": crc}
+
+
+def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:
+    """Every file of a map-style data set.
+
+    Raises:
+        ManifestError: no such file, or one that is not in its format.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    kind = format_of(recipe, path)
+    if kind == "hub":
+        name = hub_name(path)
+        rows = opened(path, lambda: datasets.load_dataset(name, recipe.config or None, split=recipe.split))
+        return [Columns(f"{name}:{recipe.config}:{recipe.split}", rows)]
+    files = files_of(kind, path)
+    if kind == "webdataset":
+        return [Tar(file, _local(file), kept) for file in files]
+    if kind == "json":
+        return [Lines(file, _loaded("text", [str(_as_lines(file))])[0]) for file in files]
+    builder, part = ("parquet", Columns) if kind == "parquet" else ("text", Lines)
+    return [part(file, rows) for file, rows in zip(files, _loaded(builder, files), strict=True)]
+
+
+def hub_name(path: str) -> str:
+    """ "owner/name" of "hf://owner/name"."""
+    return path.removeprefix("hf://")
+
+
+def opened(path: str, load: Callable[[], Any]) -> Any:
+    """What `load` gives; ManifestError in one sentence for whatever the libraries behind it raise."""
+    try:
+        return load()
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else "no reason given"
+        raise ManifestError(
+            f"{path}: cannot be opened ({type(cause).__name__}: {reason}); check its name, format, config and split"
+        ) from error
+
+
+def _loaded(builder: str, files: list[str]) -> list[Any]:
+    """The rows of each file. A file is a split of its own, so that a row's place in its file is known."""
+    import datasets
+
+    more = {"encoding_errors": "replace"} if builder == "text" else {}
+    splits = {f"file{place:06d}": file for place, file in enumerate(files)}
+    loaded = opened(files[0], lambda: datasets.load_dataset(builder, data_files=splits, **more))
+    return [loaded[name] for name in splits]
+
+
+def _local(file: str) -> str:
+    """The file on this machine, downloaded into the cache of `datasets` where it is remote."""
+    import datasets
+
+    return file if "://" not in file else opened(file, lambda: datasets.DownloadManager().download(file))
+
+
+def _as_lines(file: str) -> Path:
+    """A JSON file, a list of rows or an object with one such list, as lines of JSON, kept beside the cache."""
+    local = _local(file)
+    state = os.stat(local)
+
+    def write(path: str) -> None:
+        try:
+            rows = json.loads(Path(local).read_bytes())
+        except ValueError as error:
+            raise ManifestError(f"{file}: not JSON ({error}); a manifest of many lines is named .jsonl") from None
+        lists = [v for v in rows.values() if isinstance(v, list)] if isinstance(rows, dict) else [rows]
+        if len(lists) != 1 or not isinstance(lists[0], list):
+            raise ManifestError(f"{file}: a JSON manifest is one list of rows; write it so, or as JSONL")
+        with open(path, "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in lists[0])
+
+    return kept("json", json.dumps([local, state.st_size, state.st_mtime_ns]), ".jsonl", write)
+
+
+def parse_line(line: str) -> Row:
+    """A line of JSONL → the row on it; ManifestError when it is no JSON object, EmptyRow when it is empty."""
+    if not line.strip():
+        raise EmptyRow("an empty line")
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ManifestError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ManifestError(f"no 'messages' list, but a {type(row).__name__}; a line is one JSON object")
+    return row

@@ -1,0 +1,230 @@
+"""DeepSpeed: processes, the engine around a module, and the weights that come out of it."""
+
+import functools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from keye.checkpoint.shards import Stored
+from stages.distributed.hosts import threads_each
+from stages.distributed.zero3 import gather_by_units
+
+BUCKET = 500_000_000  # gradients that are reduced in one collective, at most
+PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter whole on every rank
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def start(threads: int | None = None) -> None:
+    """Join the process group that torchrun or deepspeed launched, or make one of this process alone.
+
+    threads: of torch's CPU work; by default the cores are shared out among the processes of this machine.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    torch.set_num_threads(threads or threads_each(devices=torch.cuda.device_count()))
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Only inference uses the shared-memory all-reduce; left on, its compilation holds up the first start for minutes.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend, limit = ("nccl" if cuda else "gloo"), timedelta(minutes=30)
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        else:
+            dist.init_process_group(backend, timeout=limit)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_precision(precision: str) -> str:
+    """ "auto" → "bf16" on a GPU, "fp32" on a CPU."""
+    return ("bf16" if torch.cuda.is_available() else "fp32") if precision == "auto" else precision
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """Factor on the learning rate at `step` (from 0): linear rise over `warmup` steps, "cosine" to 0 or "constant"."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def build(
+    module: nn.Module,
+    *,
+    lr: float,
+    steps: int,
+    warmup: int = 0,
+    schedule: str = "constant",
+    weight_decay: float = 0.0,
+    betas: Iterable[float] = (0.9, 0.95),
+    clip: float = 1.0,
+    zero: int = 2,
+    accumulation: int = 1,
+    precision: str = "auto",
+    sources: Mapping[nn.Parameter, Stored] | None = None,
+    lr_scale: Mapping[str, float] | None = None,
+    hpz: int = 1,
+) -> Any:
+    """A DeepSpeed engine that trains the parameters of `module` that want gradients, with AdamW.
+
+    Biases, norms and other vectors are not decayed. `lr_scale`: part of the model ("vision", "projector", "decoder") →
+    factor on its learning rate. `accumulation`: calls of `backward` a step. `backward` divides by
+    that and averages over all ranks; `trainer.Trainer` undoes both. In bf16 the optimizer keeps fp32 weights, which
+    begin as `module` has them, or where it is in bf16 already as `sources` has them on disk, of which a rank reads its
+    share. Gradients are then summed in fp32, over micro-batches and over ranks, and `zero` is 2 at least: without ZeRO
+    there are no fp32 weights, and ZeRO-1 would keep the fp32 gradients of all parameters on every rank. hpz:
+    neighbouring ranks that keep the weights of ZeRO-3 among them a second time, see `StageRecipe`.
+    """
+    import deepspeed
+
+    half = resolve_precision(precision) == "bf16"
+    zero = max(zero, 2) if half else zero
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = parameter_groups(module, lr, weight_decay, lr_scale or {})
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=torch.cuda.is_available())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps, warmup, schedule)
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip if zero else 0.0,
+        "zero_optimization": {
+            "stage": zero,
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            # DeepSpeed allocates whole buckets, however few parameters train.
+            "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in trained)),
+            "stage3_param_persistence_threshold": PERSISTENT,
+        },
+        "zero_allow_untested_optimizer": True,
+        # Without the check ZeRO would step on gradients that are not finite in bf16, though not in fp32.
+        "bf16": {"enabled": half, "check_grad_overflow": True},
+        "steps_per_print": 1 << 30,
+    }
+    if half:
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    if hpz > 1:
+        config["zero_optimization"]["zero_hpz_partition_size"] = hpz
+    stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
+    # The engine gives the parameters other memory, in bf16.
+    begun = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    if zero == 0 and clip:
+        optimizer.register_step_pre_hook(functools.partial(_clip, trained, clip))
+    if zero == 3:
+        gather_by_units(engine)
+    if half:  # else the fp32 weights would be those that were rounded to bf16
+        for parameter in trained:
+            if parameter in begun:
+                set_master_weight(parameter, begun.pop(parameter))
+            elif parameter in stored and stored[parameter].dtype != torch.bfloat16:
+                set_master_weight(parameter, stored[parameter].mapped())
+    return engine
+
+
+def parameter_groups(
+    module: nn.Module, lr: float, weight_decay: float, lr_scale: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The trained parameters by learning rate and decay: first those at `lr`, matrices before vectors.
+
+    A parameter below a module `visual` belongs to "vision", below `projector` to "projector", else to "decoder".
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            modules = set(name.split("."))
+            part = "vision" if "visual" in modules else "projector" if "projector" in modules else "decoder"
+            groups.setdefault((lr_scale.get(part, 1.0), parameter.ndim < 2), []).append(parameter)
+    order = sorted(groups, key=lambda key: (key[0] != 1.0, *key))
+    decays = {False: weight_decay, True: 0.0}
+    return [{"params": groups[key], "lr": lr * key[0], "weight_decay": decays[key[1]]} for key in order]
+
+
+def _clip(parameters: list[nn.Parameter], limit: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Clip what the optimizer is about to step on; here, because DeepSpeed without ZeRO clips before the guard looks.
+
+    The optimizer remembers the norm as ZeRO's does.
+    """
+    optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def hold_steps(engine: Any, hold: Callable[[float], bool]) -> None:
+    """Have the optimizer ask `hold(norm of the whole gradient, before clipping)` each time; True = nothing moves.
+
+    ZeRO asks once for each of its groups, with the same norm.
+    """
+    optimizer = engine.basic_optimizer
+    step = optimizer.step
+
+    @functools.wraps(step)  # with the mark that the schedule knows it by
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        return None if hold(gradient_norm(engine)) else step(*args, **kwargs)
+
+    optimizer.step = guarded
+
+
+def gradient_norm(engine: Any) -> float:
+    """Norm of the whole gradient before clipping: of the last step, or of the one that is about to be taken."""
+    gradients = [] if engine.zero_optimization() else [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if gradients:
+        return float(nn.utils.get_total_norm(gradients))
+    return float(getattr(engine.optimizer, "_global_grad_norm", None) or 0.0)
+
+
+def master_weight(parameter: nn.Parameter) -> Tensor:
+    """A parameter in the fp32 of the optimizer, as bf16 training keeps it beside the one it computes with; collective.
+
+    The parameter itself where there is no such value: it is fp32 already, or does not train.
+    """
+    from deepspeed import zero
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    kept = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+    if hasattr(parameter, "ds_id") and not parameter.requires_grad:
+        with zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    value = safe_get_full_fp32_param(parameter) if kept and parameter.requires_grad else None
+    return parameter.detach() if value is None else value.detach()
+
+
+def set_master_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter's value in the fp32 of the optimizer; of `value` a rank reads no more than its share."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    # ZeRO-3's shares are of one size, the last one padded, which its own function for whole values does not allow for.
+    share, rank = parameter.partition_numel(), dist.get_rank(parameter.ds_process_group)
+    mine = value.flatten()[rank * share : (rank + 1) * share].float()
+    safe_set_local_fp32_param(parameter, nn.functional.pad(mine, (0, share - len(mine))))

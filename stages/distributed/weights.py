@@ -1,0 +1,152 @@
+"""A stage's weights on their way in and out: from the files of a model to the devices, and back, a tensor at a time.
+
+No process holds a copy of the model in host memory. Each tensor is read as pages of its file, which the processes of a
+machine share, and goes to the device in the dtype of training; what a stage neither trains nor runs is not read at all.
+On the way out the tensors that were trained are gathered one by one from the optimizer's fp32 weights, and the others
+are copied from the files that the stage began with.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from keye.errors import CheckpointError
+from keye.checkpoint.convert import open_weights
+from keye.model.config import KeyeConfig
+from keye.model.keye import KeyeForConditionalGeneration
+from keye.checkpoint.shards import MAX_SHARD, Computed, Stored, whole_directory, write_shards
+from stages.distributed import engine
+from stages.distributed.ranks import first_rank
+
+PARTS = ("visual", "projector", "language_model", "lm_head")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The directory of a model that a stage begins with. stored: its tensors by name, none of them read."""
+
+    directory: Path
+    config: KeyeConfig
+    stored: dict[str, Stored]
+
+    def build(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", parts: tuple[str, ...] = PARTS
+    ) -> KeyeForConditionalGeneration:
+        """The model with the weights of `parts` in `dtype` on `device`; those of its other parts stay without memory.
+
+        Each tensor goes from its file to the device by itself.
+        """
+        with torch.device("meta"):
+            model = KeyeForConditionalGeneration(self.config)
+        made: dict[nn.Parameter, nn.Parameter] = {}  # a head tied to the embeddings is one parameter in two places
+        for prefix, module in model.named_modules():
+            if prefix.removeprefix("model.").partition(".")[0] in parts:
+                for name, empty in list(module.named_parameters(recurse=False)):
+                    if empty not in made:
+                        made[empty] = _read(self.stored[f"{prefix}.{name}"], dtype, device)
+                    setattr(module, name, made[empty])
+        if (self.directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.directory)
+        return model
+
+    def sources(self, model: nn.Module) -> dict[nn.Parameter, Stored]:
+        """Where on disk the exact value of each parameter is that a model of `build` has in a coarser dtype."""
+        parameters = dict(model.named_parameters())
+        return {parameters[name]: stored for name, stored in self.stored.items()}
+
+
+def open_start(directory: str | Path) -> Start:
+    """A model's directory, ours or the release's.
+
+    Raises:
+        CheckpointError: not a Keye directory, or weights that are missing, damaged or of another shape.
+    """
+    return Start(Path(directory), *open_weights(directory))
+
+
+@torch.no_grad()
+def _read(stored: Stored, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    value = torch.empty(stored.shape, dtype=dtype, device=device)
+    return nn.Parameter(value.copy_(stored.mapped()))
+
+
+def write_model(
+    model: KeyeForConditionalGeneration,
+    module: nn.Module,
+    start: Start,
+    out: Path,
+    beside: Callable[[Path], Any],
+    max_shard: int = MAX_SHARD,
+) -> None:
+    """Write a stage's model to `out` in fp32, whole or not at all; collective, rank 0 writes.
+
+    module: what was trained, of which `model` or a part of it is a part. What it does not train is copied from `start`.
+    beside: is called with the directory, to write what goes along (the processor).
+
+    Raises:
+        OSError: on rank 0 alone, once all ranks have given all tensors.
+    """
+    training = {id(p) for p in module.parameters() if p.requires_grad}
+    parameters = dict(model.named_parameters())
+    trained = {name: parameters[name] for name in start.stored if id(parameters[name]) in training}
+    values = _masters(trained)
+    try:
+        if dist.get_rank() == 0:
+            with whole_directory(out) as part:
+                write_shards(_tensors(start.stored, trained, values), part, max_shard)
+                model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
+                model.config.save_pretrained(part)
+                model.generation_config.save_pretrained(part)
+                beside(part)
+    finally:
+        for _ in values:  # every rank gives every tensor, whatever became of the file
+            pass
+
+
+def replace_model(
+    model: KeyeForConditionalGeneration, module: nn.Module, start: Start, out: Path, beside: Callable[[Path], Any]
+) -> None:
+    """`write_model` in place of what `out` holds; collective.
+
+    Raises:
+        CheckpointError: on all ranks, when rank 0 cannot write it.
+    """
+    said: list[str] = []
+    if dist.get_rank() == 0:
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could say that it was done
+    try:
+        write_model(model, module, start, out, beside)
+    except OSError as error:
+        said.append(f"{out} could not be written ({error.strerror or error}); make room and give the same command")
+
+    def tell() -> None:
+        if said:
+            raise CheckpointError(said[0])
+
+    first_rank(tell)
+
+
+def _masters(trained: Mapping[str, nn.Parameter]) -> Iterator[Tensor | None]:
+    """The fp32 values of parameters, one after the other; collective. On the CPU of rank 0, None on the others."""
+    for parameter in trained.values():
+        value = engine.master_weight(parameter)
+        yield value.to("cpu", torch.float32) if dist.get_rank() == 0 else None
+
+
+def _tensors(
+    stored: Mapping[str, Stored], trained: Mapping[str, nn.Parameter], values: Iterator[Tensor | None]
+) -> dict[str, Stored | Computed]:
+    """What is written under each name; the trained ones are taken from `values` in the order of the names."""
+    tensors: dict[str, Stored | Computed] = {}
+    for name, before in stored.items():
+        fresh = Computed(before.shape, torch.float32, partial(next, values))
+        tensors[name] = fresh if name in trained else before.to(torch.float32)
+    return tensors

@@ -1,0 +1,232 @@
+"""What can be seen of a run while it goes on: its speed beside the device's, its progress, and who else is told.
+
+MFU is the share of the device's peak that the step's own operations make up (`keye.model.flops`; what is recomputed
+does not count). A GPU's peak is its maker's (`stages.cost.gpus`); of a GPU that is not in that table, and of a CPU, the
+peak is what a large matrix product reaches here, which is measured when the run starts.
+"""
+
+import importlib
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import Tensor, nn
+
+from keye.errors import RecipeError
+from keye.model import flops
+from stages.cost.gpus import GPUS
+from stages.data.packing.balance import rank_operations
+from stages.distributed.engine import device, resolve_precision
+from stages.distributed.parallel import Grid, sum_over_ranks, vision_shares
+from stages.report.findings import thinned
+
+RECENT = 50  # steps that the time left is reckoned from
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Floating-point operations a second that all processes together could reach, and where the figure is from."""
+
+    flops: float
+    source: str
+
+
+def find_peak(precision: str) -> Peak:
+    """The peak of all processes' devices; collective."""
+    kind = resolve_precision(precision)
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().lower()
+        # The dearer name first: "h200" before "h20".
+        known = [gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] in name]
+        if known and kind == "bf16":
+            mine, source = known[0].peak, f"the maker's figure for {torch.cuda.get_device_name()} in bf16"
+        else:
+            mine, source = _measured(kind), f"a measured matrix product in {kind} on this GPU"
+    else:
+        mine, source = _measured(kind), f"a measured matrix product in {kind} on this CPU, not a maker's figure"
+    return Peak(float(sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=device()))), source)
+
+
+def _measured(kind: str) -> float:
+    """Operations a second of the best of some square products; all processes measure at the same time."""
+    cuda = torch.cuda.is_available()
+    size, dtype = (8192 if cuda else 768), (torch.bfloat16 if kind == "bf16" else torch.float32)
+    a, best = torch.ones(size, size, dtype=dtype, device=device()), float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        a @ a
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def operations(module: nn.Module, batch: dict[str, Any]) -> int:
+    """Operations of a training step on one batch: a row of a language stage, or the pairs of the vision stage."""
+    if "captions" in batch:
+        frames = _sizes(batch["grids"])
+        vision, text = module.visual.config, module.text.config
+        words = flops.tower_layers(text, [batch["captions"].shape[1]] * len(batch["captions"]))
+        return flops.TRAINING * (flops.tower(vision, frames) + words).total
+    grids = [batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch]
+    frames = [size for grid in grids for size in _sizes(grid)]
+    lengths = batch["cu_seqlens"].diff().tolist()
+    rows = int((batch["shift_labels"] != -100).sum())
+    tower, decoder = _trains(module.visual), _trains(module.language_model)
+    return flops.training_step(module.config, frames, lengths, rows, tower_trains=tower, decoder_trains=decoder)
+
+
+def own_operations(module: nn.Module, batch: dict[str, Any], grid: Grid) -> float:
+    """Operations of this rank alone: of a pack that a sequence group shares, what falls to it."""
+    if grid.sequence == 1:
+        return operations(module, batch)
+    grids = [batch[name] for name in ("image_grid_thw", "video_grid_thw") if name in batch]
+    share = vision_shares(torch.cat(grids), grid.sequence)[grid.sequence_rank] if grids else []
+    labels = batch["shift_labels"].chunk(grid.sequence, dim=-1)[grid.sequence_rank]
+    return rank_operations(
+        module.config, share, [size for part in grids for size in _sizes(part)], batch["cu_seqlens"].diff().tolist(),
+        int((labels != -100).sum()), grid.sequence, _trains(module.visual), _trains(module.language_model),
+    )  # fmt: skip
+
+
+def _sizes(grids: Tensor) -> list[tuple[int, int]]:
+    return [(height, width) for _, height, width in grids.tolist()]
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+# --- trackers
+
+
+def open_tracker(name: str) -> ModuleType:
+    """The module of "wandb" or "trackio", which speak alike.
+
+    Raises:
+        RecipeError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RecipeError(
+            f"trackers names {name}, which is not installed here ({error}); pip install {name}, or take it out"
+        ) from None
+
+
+class Watcher:
+    """Writes what the first rank sees of one stage: metrics.jsonl, TensorBoard, trackers, and the progress on screen.
+
+    Every other rank has one that does nothing. Used as a context.
+
+    Args:
+        name: of the stage. steps: that it has. folder: `runs/<name>/<stage>`. step: from which it goes on.
+        trackers: "wandb", "trackio". told: the recipe as plain values, for the trackers.
+    """
+
+    def __init__(
+        self, name: str, steps: int, folder: Path, step: int, main: bool, trackers: tuple[str, ...] = (),
+        told: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.steps, self.folder, self.step, self.main = name, steps, folder, step, main
+        self.wanted, self.told = trackers, told or {}
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.live = main and sys.stdout.isatty()
+        self.closing: list[Callable[[], Any]] = []
+        texts = [TextColumn("{task.description:10}"), TextColumn("{task.fields[state]}")]
+        self.bar = Progress(texts[0], BarColumn(), MofNCompleteColumn(), texts[1], disable=not self.live)
+
+    def __enter__(self) -> "Watcher":
+        if self.main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _cut(self.folder / "metrics.jsonl", self.step)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+            self.closing.append(self.board.close)
+            self.trackers = [self._begin(open_tracker(name)) for name in self.wanted]
+        self.bar.start()
+        self.task = self.bar.add_task(self.name, total=self.steps, completed=self.step, state="")
+        return self
+
+    def _begin(self, tracker: ModuleType) -> Any:
+        """One run of the tracker a stage, grouped by the run's folder; it goes on where it stopped."""
+        run = f"{self.folder.parent.name}-{self.name}"
+        more = {"dir": str(self.folder), "id": run} if tracker.__name__ == "wandb" else {}
+        tracker.init(project="keye", name=run, group=self.folder.parent.name, config=self.told, resume="allow", **more)
+        self.closing.append(tracker.finish)
+        return tracker
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+        for close in self.closing:
+            close()
+
+    def tell(self, values: dict[str, Any]) -> None:
+        """One step's values, which come to have `eta_seconds` too."""
+        self.step = values["step"]
+        self.recent.append(values["seconds"])
+        values["eta_seconds"] = sum(self.recent) / len(self.recent) * (self.steps - self.step)
+        if not self.main:
+            return
+        with (self.folder / "metrics.jsonl").open("a") as out:
+            out.write(json.dumps(values) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, self.step)
+        for tracker in self.trackers:
+            tracker.log(numbers, step=self.step)
+        state = said(values)
+        self.bar.update(self.task, completed=self.step, state=state)
+        every = max(1, self.steps // 10)
+        if not self.live and (self.step % every == 0 or self.step == 1):
+            print(f"{self.name} {self.step}/{self.steps}  {state}", flush=True)
+        if self.step == self.steps and (text := thinned(self.folder / "metrics.jsonl")):
+            self.bar.console.print(f"{self.name}: {text}")
+        if values["skipped"]:
+            self.bar.console.print(f"{self.name} {self.step}/{self.steps}  step skipped: {values['skipped']}")
+
+
+def said(values: dict[str, Any]) -> str:
+    """A step's values as a line."""
+    smaller = f"{values['thinned']:,} thinned  " if values.get("thinned") else ""
+    held = f"held-out {values['heldout_loss']:.3f}  " if "heldout_loss" in values else ""
+    return (
+        f"loss {values['loss']:.3f}  {held}{values['tokens_per_second']:,.0f} tokens/s  "
+        f"MFU {values['mfu'] * 100:.1f} %  stall {values['stall_share'] * 100:.0f} %  {smaller}"
+        f"{duration(values['eta_seconds'])} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """59 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def _cut(metrics: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, which a resumed run takes again, and one that was cut off."""
+    if metrics.exists():
+        lines = []
+        for line in metrics.read_text().splitlines():
+            try:
+                kept = json.loads(line)["step"] <= step
+            except ValueError:
+                kept = False
+            lines += [line + "\n"] if kept else []
+        metrics.write_text("".join(lines))

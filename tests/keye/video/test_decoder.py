@@ -1,0 +1,541 @@
+"""Decoding only what is needed gives what decoding everything gives: the same frames, times and pixels, to the bit."""
+
+import gc
+import io
+import subprocess
+import sys
+import threading
+import weakref
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from keye.errors import VideoError
+from keye.video.decoding import decoder as decode
+from keye.video.decoding.bitstream import CLEAN, FLUSH, packet_reader
+from keye.video.decoding.containers import open_container
+from keye.video.decoding.decoder import open_decoder
+from keye.video.decoding.packet_index import read_index
+from keye.video.decoding.prefetch import Ahead
+from keye.video.decoding.timeline import packets_of
+from tests.clips import clip
+from tests.keye.video.make import numbered, write_video
+
+X264 = {"preset": "veryfast", "g": "12", "threads": "1"}
+X265 = {"preset": "ultrafast"}
+OPEN = "open-gop=1:scenecut=0:b-adapt=0:b-pyramid=normal:keyint=12"
+
+# name: (codec, its options, whether an index is to be had)
+ENCODINGS = {
+    "no_b.mp4": ("libx264", X264 | {"bf": "0", "sc_threshold": "0"}, True),
+    "b.mkv": ("libx264", X264 | {"bf": "3"}, True),
+    "pyramid.ts": ("libx264", X264 | {"bf": "5", "x264-params": "b-pyramid=normal:b-adapt=0"}, True),
+    "open.mp4": ("libx264", X264 | {"bf": "3", "x264-params": OPEN}, True),
+    "open.ts": ("libx264", X264 | {"bf": "3", "x264-params": OPEN}, True),
+    "refresh.mp4": ("libx264", X264 | {"x264-params": "intra-refresh=1:keyint=12"}, True),
+    "slices.mp4": ("libx264", X264 | {"bf": "2", "x264-params": "slices=3"}, True),
+    "interlaced.mp4": ("libx264", X264 | {"bf": "2", "x264-params": "tff=1"}, True),
+    "interlaced.ts": ("libx264", X264 | {"bf": "2", "x264-params": "tff=1"}, False),
+    "bare.h264": ("libx264", X264 | {"bf": "2"}, False),
+    "hevc.mp4": ("libx265", X265 | {"x265-params": "log-level=none:bframes=4:keyint=12:pools=1"}, True),
+    "layers.mkv": ("libx265", X265 | {"x265-params": "log-level=none:bframes=4:keyint=12:temporal-layers=3"}, True),
+    "mpeg2.mp4": ("mpeg2video", {"bf": "2", "g": "9"}, True),
+    "mpeg2.mpg": ("mpeg2video", {"bf": "2", "g": "9"}, True),
+    "mpeg4.mkv": ("mpeg4", {"bf": "2", "g": "9"}, True),
+    "vp8.webm": ("libvpx", {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "10", "cpu-used": "5"}, True),
+    "vp9.webm": ("libvpx-vp9", {"g": "12", "lag-in-frames": "12", "cpu-used": "8"}, True),
+    "av1.mp4": ("libsvtav1", {"preset": "13", "g": "12"}, True),
+    "jpeg.avi": ("mjpeg", {}, True),
+    "ffv1.mkv": ("ffv1", {"g": "6"}, True),
+}
+
+
+def encode(path: Path, codec: str, options: dict[str, str], count: int = 40, times_ms=None) -> Path:
+    """The beginning of a real clip at 160x96, in another coding."""
+    frames = []
+    with av.open(str(clip("bikes.mp4"))) as source:
+        for frame in source.decode(video=0):
+            frames.append(frame.reformat(160, 96, "rgb24").to_ndarray())
+            if len(frames) == count:
+                break
+    form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    return write_video(path, np.stack(frames), codec=codec, options=options, times_ms=times_ms, pixel_format=form)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("encodings")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """name -> (path, everything in it: [(seconds, pixels)], seconds at the end), encoded and decoded once."""
+    kept = {}
+
+    def get(name: str):
+        if name not in kept:
+            codec, options, _ = ENCODINGS[name]
+            path = encode(folder / name, codec, options)
+            kept[name] = (path, *decode_all(path))
+        return kept[name]
+
+    return get
+
+
+def decode_all(source) -> tuple[list[tuple[float, np.ndarray]], float]:
+    """Every frame of a file by the shortest way that PyAV offers."""
+    with av.open(source if isinstance(source, io.BytesIO) else str(source)) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or 25)
+        # A transport or program stream's clock begins anywhere: its second 0 is the beginning of the file.
+        start = container.start_time / 1e6 if container.format.name in ("mpegts", "mpeg") else 0.0
+        found = []
+        for frame in container.decode(stream):
+            time = len(found) / rate if frame.pts is None else float(frame.pts * frame.time_base) - start
+            found.append((time, frame.to_ndarray(format="rgb24")))
+            length = float(frame.duration * frame.time_base) if frame.duration else 1 / rate
+    return found, found[-1][0] + length
+
+
+def opened(source, fps=2.0, max_frames=1000, **options):
+    return open_decoder(open_container(source, str(source)), str(source), fps, max_frames, **options)
+
+
+def expected_frames(times: list[float], moments: list[float], end: float) -> list[int]:
+    """The frame on the screen at each moment, one after the other, by looking at every frame."""
+    shown = []
+    for moment in moments:
+        at = max(index for index, time in enumerate(times) if time <= moment + 1e-4)
+        if moment < end and at not in shown:
+            shown.append(at)
+    return shown
+
+
+def compare(decoder, frames, end) -> None:
+    got = list(decoder.frames())
+    assert [frame.index for frame in got] == expected_frames([time for time, _ in frames], decoder.times, end)
+    for frame in got:
+        time, pixels = frames[frame.index]
+        assert frame.time == pytest.approx(time, abs=1e-6)
+        assert np.array_equal(frame.pixels.permute(1, 2, 0).numpy(), pixels), frame.index
+
+
+SPARSE = {"max_examples": 8, "deadline": None, "derandomize": True}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_any_sampling_of_any_coding_is_as_decoding_everything(whole, name):
+    path, frames, end = whole(name)
+    indexed = ENCODINGS[name][2]
+
+    @settings(**SPARSE, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        fps=st.sampled_from([0.7, 2.0, 5.3, 60.0]),
+        begin=st.floats(0, 1.4),
+        length=st.floats(0.05, 2),
+        count=st.none() | st.integers(1, 6),
+        far=st.sampled_from([0, decode._FAR]),
+        passes=st.integers(1, 2),
+    )
+    def check(fps, begin, length, count, far, passes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "_FAR", far)  # 0: every gap is jumped over, not read
+            decoder = opened(path, fps, start=begin, end=begin + length, num_frames=count)
+            for _ in range(passes):
+                compare(decoder, frames, end)
+            assert decoder.selective == indexed
+            decoder.close()
+
+    check()
+
+
+def index_of(path):
+    container = open_container(path, str(path))
+    return read_index(container, container.streams.video[0], 25.0)
+
+
+def test_only_what_is_needed_is_decoded(whole):
+    """Counted by hand: groups of 12 without B-frames, and I B B B P … in groups of 12 whose B-frames lead nowhere."""
+    index = index_of(whole("no_b.mp4")[0])
+    assert np.flatnonzero(index.restarts).tolist() == [0, 12, 24, 36] and not index.needless.any()
+    assert np.flatnonzero(index.plan(np.array([14])).decode).tolist() == [12, 13, 14]
+    assert np.flatnonzero(index.plan(np.array([1, 24, 37])).decode).tolist() == [0, 1, 24, 36, 37]
+    options = X264 | {"bf": "3", "x264-params": "b-adapt=0:b-pyramid=none:scenecut=0"}
+    index = index_of(encode(whole("no_b.mp4")[0].parent / "plain_b.mp4", "libx264", options, count=13))
+    # In presentation order I B B B P B B B P B B P I; a P comes before the B-frames that are shown before it.
+    assert np.argsort(index.frames).tolist() == [0, 4, 1, 2, 3, 8, 5, 6, 7, 11, 9, 10, 12]
+    assert np.flatnonzero(index.needless).tolist() == [2, 3, 4, 6, 7, 8, 10, 11]
+    assert np.flatnonzero(index.plan(np.array([6])).decode).tolist() == [0, 1, 5, 7]
+
+
+def test_an_open_group_needs_the_one_before_for_what_leads_it(whole):
+    index = index_of(whole("open.mp4")[0])
+    start = int(np.flatnonzero(index.restarts)[1])
+    key = int(np.flatnonzero(index.frames == start)[0])
+    assert index.restarts[0] == CLEAN and index.restarts[start] == FLUSH and index.pts[start + 1] < index.pts[start]
+    assert np.flatnonzero(index.plan(np.array([key])).decode).tolist() == [start]
+    joined = np.flatnonzero(index.plan(np.array([key - 1])).decode)
+    assert joined[0] == 0 and start in joined and not index.needless[joined[joined < start]].any()
+
+
+def test_where_decoding_begins_and_what_can_be_left_out(whole):
+    refresh = index_of(whole("refresh.mp4")[0])  # its key frames are gradual: only the first is a beginning
+    assert np.flatnonzero(refresh.restarts).tolist() == [0]
+    layers = index_of(whole("layers.mkv")[0])
+    container = open_container(whole("layers.mkv")[0], "layers")
+    read = packet_reader(container.streams.video[0].codec_context)
+    natures = [read(packet) for packet in container.demux(video=0) if packet.size]
+    deepest = max(nature.layer for nature in natures)
+    assert deepest == 2 and layers.needless.sum() > 5
+    assert all(natures[at].layer == deepest and not natures[at].reference for at in np.flatnonzero(layers.needless))
+
+
+@pytest.mark.parametrize("name", ["late.mkv", "late.mp4", "late.ts"])
+def test_a_variable_rate_and_a_late_start(tmp_path, name):
+    clock = (5000 + np.cumsum(np.random.default_rng(0).choice([20, 40, 40, 700], 40))).tolist()
+    path = encode(tmp_path / name, "libx264", X264 | {"bf": "3"}, times_ms=clock)
+    frames, end = decode_all(path)
+    origin = clock[0] if name == "late.ts" else 0
+    assert [time for time, _ in frames] == pytest.approx((np.array(clock) - origin) / 1000, abs=1e-3)
+    for fps in (0.5, 3.0, 25.0):
+        decoder = opened(path, fps)
+        compare(decoder, frames, end)
+        assert decoder.selective and decoder.duration == pytest.approx(end, abs=0.05)
+        decoder.close()
+
+
+def test_num_frames_and_a_range(whole):
+    path, frames, _ = whole("no_b.mp4")
+    decoder = opened(path, start=0.4, end=1.2, num_frames=4)
+    assert decoder.times == pytest.approx([0.4, 0.6, 0.8, 1.0]) and (decoder.expected, decoder.wanted) == (4, 4)
+    assert [frame.index for frame in decoder.frames()] == [10, 15, 20, 25]
+    assert [frame.index for frame in decoder.frames_at([0.0, 0.05, 1.59])] == [0, 1, 39]
+    decoder.close()
+    decoder = opened(path, max_frames=2, num_frames=4)
+    assert (decoder.expected, decoder.wanted) == (2, 4) and [frame.index for frame in decoder.frames()] == [0, 20]
+    decoder.close()
+    with pytest.raises(VideoError, match="lasts 1.60 s; give a start and an end within it"):
+        opened(path, start=2.0)
+
+
+def remux(source: Path, target: Path, keep) -> Path:
+    """Copy the packets for which keep(number, packet) is true."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.size and keep(number, packet):
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+def test_a_film_cut_at_an_open_group_begins_with_what_can_be_decoded(whole, tmp_path):
+    start = int(np.flatnonzero(index_of(whole("open.mp4")[0]).restarts)[1])
+    path = remux(whole("open.mp4")[0], tmp_path / "cut.mkv", lambda number, _: number >= start)
+    frames, end = decode_all(path)
+    decoder = opened(path, 60.0)
+    compare(decoder, frames, end)
+    assert decoder.selective
+    decoder.close()
+
+
+def ascending(frames) -> bool:
+    pairs = zip(frames, frames[1:], strict=False)
+    return all(later.time > earlier.time and later.index > earlier.index for earlier, later in pairs)
+
+
+@pytest.mark.parametrize("name", ["open.mp4", "hevc.mp4", "no_b.mp4"])
+def test_an_edit_list_cuts_frames_off(whole, name):
+    """The frames before the cut are decoded for those after it, but neither shown nor counted."""
+    content = bytearray(whole(name)[0].read_bytes())
+    place = content.find(b"elst") + 12  # duration in milliseconds, first time in the media's time scale
+    length, first = (int.from_bytes(content[at : at + 4], "big") for at in (place, place + 4))
+    scale = content.find(b"mdhd") + 16
+    frame = int.from_bytes(content[scale : scale + 4], "big") // 25
+    content[place : place + 8] = (length - 600).to_bytes(4, "big") + (first + 7 * frame).to_bytes(4, "big")
+    frames, end = decode_all(io.BytesIO(bytes(content)))
+    assert len(frames) == 25
+    for fps in (60.0, 3.0):
+        decoder = opened(io.BytesIO(bytes(content)), fps)
+        compare(decoder, frames, end)
+        assert decoder.selective and not decoder.warnings
+        decoder.close()
+
+
+@pytest.mark.parametrize("name", ["b.mkv", "no_b.mp4", "vp9.webm"])
+def test_missing_and_broken_packets_are_as_decoding_everything(whole, tmp_path, name):
+    """Where the index turns out wrong, what has been given stays, and the rest is that of decoding everything."""
+    suffix = Path(name).suffix
+    gone = remux(whole(name)[0], tmp_path / f"gone{suffix}", lambda number, _: number not in (14, 15, 16))
+    content = bytearray(gone.read_bytes())
+    with av.open(str(gone)) as container:
+        place, size = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][20]
+    content[place + 8 : place + size] = bytes(size - 8)
+    decoder = opened(io.BytesIO(bytes(content)), 12.5)
+    got = list(decoder.frames())
+    assert len(got) >= 12 and ascending(got)
+    again = list(decoder.frames())
+    assert [frame.time for frame in again] == [frame.time for frame in got]
+    decoder.close()
+
+
+def test_packets_of_streams_that_appear_on_the_way_are_passed_over():
+    class Stumbling:
+        """Reads on behind a packet that PyAV does not know the stream of, as a container does."""
+
+        left = iter([1, 2, None, 3, None, 4])
+
+        def demux(self, stream):
+            for packet in self.left:
+                if packet is None:
+                    raise IndexError("list index out of range")
+                yield packet
+
+    assert list(packets_of(Stumbling(), None)) == [1, 2, 3, 4]
+
+
+def test_nothing_decodable_says_why(whole):
+    content = bytearray(whole("no_b.mp4")[0].read_bytes())
+    start = content.find(b"mdat") + 4
+    length = int.from_bytes(content[start - 8 : start - 4], "big") - 8
+    content[start : start + length] = bytes(length)
+    with pytest.raises(VideoError, match=r"no frame of .* can be decoded \(.+\); replace it or encode it again"):
+        opened(io.BytesIO(bytes(content)))
+
+
+def test_the_thread_ends_with_its_reader(whole):
+    before = threading.active_count()
+    path = whole("no_b.mp4")[0]
+    decoder = opened(path, 25.0)
+    frames = decoder.frames()
+    next(frames)
+    assert threading.active_count() == before + 1
+    frames.close()
+    assert threading.active_count() == before
+    for _ in range(20):  # wherever in the file the thread is when it is stopped
+        frames = decoder.frames()
+        next(frames)
+        frames.close()
+    second = decoder.frames()
+    assert next(second).index == 0 and decoder.selective
+    third = decoder.frames()
+    assert next(third).index == 0  # a new pass ends the one before
+    with pytest.raises(VideoError, match="another reading of .* has begun"):
+        list(second)
+    decoder.close()
+    assert threading.active_count() == before
+    dropped = opened(path, 25.0).frames()
+    next(dropped)
+    del dropped
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_few_frames_are_made_ahead(whole, monkeypatch):
+    made = []
+    paint = decode.Painter.paint
+    monkeypatch.setattr(decode.Painter, "paint", lambda self, *rest: keep(made, paint(self, *rest)))
+    decoder = opened(whole("no_b.mp4")[0], 25.0)
+    most = 0
+    for count, frame in enumerate(decoder.frames(), 1):
+        assert len(made) <= count + decode._AHEAD + 1
+        del frame
+        most = max(most, sum(reference() is not None for reference in made))
+    decoder.close()
+    assert count == 40 and most <= decode._AHEAD + 2
+
+
+def keep(made, pixels):
+    made.append(weakref.ref(pixels))
+    return pixels
+
+
+def test_what_is_raised_in_the_thread_is_raised_at_its_place():
+    def items():
+        yield 1
+        raise VideoError("the second is broken")
+
+    ahead = Ahead(items(), 2, threading.Event())
+    assert next(ahead) == 1
+    with pytest.raises(VideoError, match="the second is broken"):
+        next(ahead)
+    assert next(ahead, None) is None
+
+
+def write_planes(planes: list[np.ndarray], form: str, *, size=(64, 64), codec="ffv1", count=3, **tags) -> io.BytesIO:
+    """A lossless film of the same planes over and over."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream(codec, rate=5)
+        stream.width, stream.height, stream.pix_fmt = *size, form
+        for key, value in tags.items():
+            setattr(stream.codec_context, key, value)
+        for index in range(count):
+            frame = av.VideoFrame(*size, form)
+            for plane, values in zip(frame.planes, planes, strict=True):
+                rows = np.zeros((plane.height, plane.line_size), dtype=np.uint8)
+                raw = np.ascontiguousarray(values).view(np.uint8)
+                rows[:, : raw.shape[1]] = raw
+                plane.update(rows.tobytes())
+            frame.pts, frame.time_base = index, Fraction(1, 5)
+            for key, value in tags.items():
+                setattr(frame, key, value)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return io.BytesIO(file.getvalue())
+
+
+# ITU-T H.273: (Kr, Kb) and the number of the matrix
+MATRICES = {6: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("bits", [8, 10])
+def test_colours_are_as_the_tags_say(matrix, full, bits):
+    red, green, blue = (
+        np.linspace(low, high, 64)[None].repeat(64, 0) / 255 for low, high in ((30, 220), (200, 40), (90, 160))
+    )
+    kr, kb = MATRICES[matrix]
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    chroma = [(blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)]
+    scale = 1 << (bits - 8)
+    most = (1 << bits) - 1
+    planes = [luma * most] if full else [(16 + 219 * luma) * scale]
+    planes += [128 * scale + part * (most if full else 224 * scale) for part in chroma]
+    planes = [plane.round().astype("u1" if bits == 8 else "<u2") for plane in planes]
+    form = "yuv444p" if bits == 8 else "yuv444p10le"
+    film = write_planes(planes, form, colorspace=matrix, color_range=2 if full else 1)
+    decoder = opened(film, 5.0)
+    pixels = next(iter(decoder.frames())).pixels.float()
+    decoder.close()
+    expected = torch.from_numpy(np.stack([red, green, blue]) * 255).float()
+    assert (pixels - expected).abs().max() <= 3
+
+
+def test_what_cannot_be_shown_as_it_is_is_said():
+    grey = np.full((64, 64), 512, dtype="<u2")
+    hdr = opened(write_planes([grey] * 3, "yuv444p10le", colorspace=9, color_range=1, color_trc=16, color_primaries=9))
+    assert len(list(hdr.frames())) == 2
+    assert any("is HDR (PQ)" in warning for warning in hdr.warnings)
+    hdr.close()
+    strange = opened(write_planes([np.full((64, 64), 128, np.uint8)] * 3, "yuv444p", colorspace=14))
+    pixels = next(iter(strange.frames())).pixels
+    assert pixels.unique().numel() == 1 and list(strange.frames())
+    assert any("colours of a rare kind (14); they are taken for BT.709" in warning for warning in strange.warnings)
+    strange.close()
+
+
+def test_grey_and_transparent_pixels():
+    ramp = np.arange(64, dtype=np.uint8)[None].repeat(64, 0) * 4
+    decoder = opened(write_planes([ramp], "gray", color_range=2))
+    assert torch.equal(next(iter(decoder.frames())).pixels, torch.from_numpy(ramp).expand(3, 64, 64))
+    decoder.close()
+    black, clear = np.zeros((64, 64), np.uint8), ramp
+    decoder = opened(write_planes([np.stack([black, black, black, clear], 2).reshape(64, 256)], "bgra"))
+    laid = next(iter(decoder.frames())).pixels  # black, ever less transparent, on white
+    assert torch.equal(laid, torch.from_numpy(255 - ramp).expand(3, 64, 64))
+    decoder.close()
+
+
+def test_a_size_that_changes_is_resized_to_the_first(tmp_path):
+    parts = [numbered(10, 64, 96), numbered(10, 96, 160)]
+    paths = [write_video(tmp_path / f"{n}.webm", part, codec="libvpx", rate=10) for n, part in enumerate(parts)]
+    with av.open(str(tmp_path / "both.webm"), "w") as both:
+        stream = None
+        for part, path in enumerate(paths):
+            with av.open(str(path)) as source:
+                stream = stream or both.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.size:
+                        packet.pts, packet.dts = packet.pts + 1000 * part, None
+                        packet.stream = stream
+                        both.mux(packet)
+    decoder = opened(tmp_path / "both.webm", 10.0)
+    frames = list(decoder.frames())
+    assert len(frames) == 20 and {tuple(frame.pixels.shape) for frame in frames} == {(3, 64, 96)}
+    assert any("changes from 96x64 to 160x96 at 1.00 s" in warning for warning in decoder.warnings)
+    decoder.close()
+
+
+def test_interlaced_frames_are_whole_and_said(whole):
+    decoder = opened(whole("interlaced.mp4")[0])
+    assert len(list(decoder.frames())) == 4
+    assert any("is interlaced" in warning for warning in decoder.warnings)
+    decoder.close()
+
+
+def test_torn_and_bitten_files_never_hang(whole):
+    generator = np.random.default_rng(0)
+    for name in ("b.mkv", "open.ts", "hevc.mp4", "vp9.webm", "mpeg4.mkv", "jpeg.avi"):
+        content = whole(name)[0].read_bytes()
+        for _ in range(6):
+            bitten = bytearray(content[: generator.integers(len(content) // 4, len(content))])
+            for place in generator.integers(0, len(bitten), generator.integers(0, 40)):
+                bitten[place] ^= 1 << generator.integers(8)
+            try:
+                decoder = opened(io.BytesIO(bytes(bitten)), 5.0)
+            except VideoError:
+                continue
+            frames = list(decoder.frames())
+            assert ascending(frames)
+            assert all(tuple(frame.pixels.shape[1:]) == decoder.size for frame in frames)
+            decoder.close()
+
+
+def test_threads_have_ended_when_the_interpreter_does():
+    """Handlers run last in, first out: the one of this script sees what those of the package have left."""
+    script = """
+import atexit, threading, time
+atexit.register(lambda: print([t.name for t in threading.enumerate()]))
+from keye.video.decoding.prefetch import Ahead
+def items():
+    while True:
+        time.sleep(0.1)
+        yield 1
+kept = Ahead(items(), 2, threading.Event())
+print(next(kept))
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stdout.split("\n")[:2]) == (0, ["1", "['MainThread']"]), told.stderr
+
+
+def test_a_daemon_that_reads_when_the_program_ends_is_waited_for(tmp_path):
+    """Ended inside PyAV or torch it would abort the process: "terminate called without an active exception"."""
+    script = """
+import sys, threading, time
+from keye import SlowFastEncoder
+def work():
+    encoder = SlowFastEncoder(fps=25.0)
+    while True:
+        encoder.plan(sys.argv[1])
+        read.set()
+read = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+read.wait()
+time.sleep(float(sys.argv[2]))
+"""
+    for wait in (0.0, 0.1, 0.23, 0.4):
+        arguments = [sys.executable, "-c", script, str(clip("bigbuckbunny.mp4")), str(wait)]
+        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+        assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_clip_left_open_ends_with_the_program(tmp_path):
+    script = """
+import sys
+from keye.video.clip import open_clip
+clip = open_clip(sys.argv[1], 25.0, 1000)
+frames = iter(clip.__enter__())
+next(frames)
+sys.modules["kept"] = (clip, frames)
+"""
+    arguments = [sys.executable, "-c", script, str(clip("bikes.mp4"))]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
