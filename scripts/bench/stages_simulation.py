@@ -37,7 +37,7 @@ from scripts.bench.simulation import drawn, rank  # noqa: E402
 from scripts.bench.simulation.compare import Compared, collectives, memory  # noqa: E402
 from scripts.bench.simulation.rank import Simulated  # noqa: E402
 from stages import recipe as recipes  # noqa: E402
-from stages.cost import estimate  # noqa: E402
+from stages.cost.estimate import estimate  # noqa: E402
 from stages.cost.gpus import gpu_named  # noqa: E402
 from stages.data.packing.balance import Cost, TowerCost, deal_parts, deal_rounds  # noqa: E402
 from stages.data.packing.planner import Meta  # noqa: E402
