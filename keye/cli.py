@@ -8,11 +8,13 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from keye import errors
+from keye.encoder_config import EncoderConfig
+from keye.field_docs import field_docs, field_types
 from keye.visualize.tables import print_facts, print_table, seconds
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts"}
@@ -42,10 +44,12 @@ SERVE_EXAMPLES = """examples:
   KEYE_API_KEY=… keye serve MODEL --host 0.0.0.0               other machines, with a key
 """
 
-POLICY_HELP = (
-    "who is slow: POLICIES; options after a colon, as in uniform:4, adaptive:max_gap=16, adaptive_budget:share=0.25 or"
-    " two_stream:slow=10,fast_tokens=16"
-)
+SETTING_HELP = {
+    "measure": "how frames are compared: MEASURES",
+    "policy": "who is slow: POLICIES; options after a colon, as in uniform:4, adaptive:max_gap=16,"
+    " adaptive_budget:share=0.25 or two_stream:slow=10,fast_tokens=16",
+}
+SAMPLED = ("fps", "max_frames")  # settings that are listed with the options of sampling
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -98,17 +102,9 @@ def add_encode(commands: argparse._SubParsersAction) -> None:
     preset.add_argument("--released", action="store_true", help="the settings of keye-vl-utils 1.5.2")
     preset.add_argument("--report", action="store_true", help="the settings of the technical report")
     preset.add_argument("--model", metavar="DIR", help="the settings and the vision tower of a trained model")
-    encoder.add_argument("--measure", metavar="NAME", help="how frames are compared: MEASURES")
-    encoder.add_argument("--threshold", type=float, metavar="X", help="slow below this similarity")
-    encoder.add_argument("--policy", metavar="SPEC", help=POLICY_HELP)
-    encoder.add_argument("--fast-ratio", type=float, metavar="X", help="tokens of a fast frame as a share of a slow's")
-    encoder.add_argument("--max-tokens", type=int, metavar="N", help="budget of a whole video")
-    encoder.add_argument("--min-tokens-per-frame", type=int, metavar="N", help="no frame gets fewer")
-    encoder.add_argument("--max-tokens-per-frame", type=int, metavar="N", help="no frame gets more")
-    encoder.add_argument("--token-side", type=int, metavar="PIXELS", help="28 for Keye and Qwen2.5-VL, 32 for Qwen3-VL")
+    _add_settings(encoder, [name for name in EncoderConfig.names() if name not in SAMPLED])
     sampling = parser.add_argument_group("which frames are looked at")
-    sampling.add_argument("--fps", type=float, metavar="X", help="frames sampled per second")
-    sampling.add_argument("--max-frames", type=int, metavar="N", help="at most so many frames, spread evenly")
+    _add_settings(sampling, SAMPLED)
     sampling.add_argument("--num-frames", type=int, metavar="N", help="so many, spread evenly, whatever the length")
     sampling.add_argument("--start", type=_time, metavar="TIME", help="from here on: seconds, or 1:30, or 1:02:03.5")
     sampling.add_argument("--end", type=_time, metavar="TIME", help="up to here")
@@ -125,6 +121,15 @@ def add_encode(commands: argparse._SubParsersAction) -> None:
     many.add_argument("--max-memory", type=_bytes, metavar="N", help="give a video up that needs more bytes, as in 2G")
     many.add_argument("--cache", metavar="DIR", help="remember plans and pixels here, by content and settings")
     parser.set_defaults(call=encode)
+
+
+def _add_settings(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
+    """An option for each of these fields of `EncoderConfig`, with its type and docstring."""
+    metavars = {int: "N", float: "X", str: "NAME"}
+    for name in names:
+        kind, text = field_types(EncoderConfig)[name], field_docs(EncoderConfig)[name]
+        text = SETTING_HELP.get(name, (text[0].lower() + text[1:]).rstrip(".")).replace("%", "%%")
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavars[kind], help=text)
 
 
 def add_chat(commands: argparse._SubParsersAction) -> None:
@@ -212,18 +217,6 @@ def _bytes(text: str) -> int:
     return round(float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)) if match[2] else round(float(match[1]))
 
 
-SETTINGS = (
-    "measure",
-    "threshold",
-    "policy",
-    "fast_ratio",
-    "max_tokens",
-    "min_tokens_per_frame",
-    "max_tokens_per_frame",
-    "fps",
-    "max_frames",
-    "token_side",
-)
 SAMPLING = ("start", "end", "num_frames")
 
 
@@ -232,7 +225,7 @@ def make_encoder(arguments: argparse.Namespace):
     from keye.encoder import SlowFastEncoder
     from keye.video.fetch import UrlRules
 
-    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name) for name in EncoderConfig.names() if getattr(arguments, name) is not None}
     if arguments.url:
         given["urls"] = UrlRules()
     if arguments.model:

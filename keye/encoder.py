@@ -4,9 +4,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -19,14 +19,14 @@ from keye.encoded import (
     encode_patches,
     split_options,
 )
-from keye.encoder_config import EncoderConfig, as_measure, as_policy
+from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError, VideoError
-from keye.slowfast.budget import SIDE, fit_size
+from keye.slowfast.budget import fit_size
 from keye.slowfast.frame_buffer import Keeper
-from keye.slowfast.measures import Measure
+from keye.slowfast.measures import as_measure
 from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.policies import FAST, SLOW, Limits, Policy
+from keye.slowfast.policies import FAST, SLOW, Limits, as_policy
 from keye.slowfast.resizing import resize
 from keye.slowfast.threads import one_thread
 from keye.slowfast.walk import Walk
@@ -65,59 +65,44 @@ class FrameDecision:
 class SlowFastEncoder:
     """Adaptive slow-fast video encoding (report §3.1), usable without any model.
 
-    measure: how frames are compared: a name of `known_measures()`, one that you registered, or a Measure.
-    threshold: a frame less similar than this to the latest slow frame is slow; None takes the policy object's own, or
-    the measure's. One that differs from a policy object's own is an error.
-    policy: who is slow: "adaptive", "adaptive:max_gap=16", "adaptive_budget:share=0.2", "all_slow", "uniform:4", … (all
-    in `keye.slowfast.policies`), or a Policy.
-    fast_ratio: tokens of a fast frame as a share of a slow one's. max_tokens: the whole video's budget, never exceeded.
-    min_tokens_per_frame, max_tokens_per_frame: limits of one frame; a token is 28x28 pixels.
-    fps: sampling rate. max_frames: at most so many frames, spread evenly; None takes all that the budget can hold.
-    token_side: pixels along one side of a token, two patches: 28 for Keye-VL and Qwen2.5-VL, 32 for Qwen3-VL.
-    urls: what may be downloaded; without it a URL is an error.
-    tower: (pixel_values, grid_thw) -> features, what `from_pretrained` attaches.
+    Args:
+        threshold: a frame less similar than this to the latest slow frame is slow; None takes the policy object's own,
+            or the measure's. One that differs from a policy object's own is an error.
+        settings: the other fields of `EncoderConfig`, which documents them. `measure` and `policy` may be objects, a
+            `Measure` and a `Policy`, as well as names. All are attributes of the encoder, too.
+        urls: what may be downloaded; without it a URL is an error.
+        tower: (pixel_values, grid_thw) -> features, what `from_pretrained` attaches.
+
+    Raises:
+        KeyeError: a setting is unknown or impossible.
     """
 
     def __init__(
         self,
         threshold: float | None = None,
-        measure: str | Measure = "change",
-        policy: str | Policy = "adaptive",
-        fast_ratio: float = 0.3,
-        max_tokens: int = 65_536,
-        min_tokens_per_frame: int = 48,
-        max_tokens_per_frame: int = 768,
-        fps: float = 2.0,
-        max_frames: int | None = None,
-        token_side: int = SIDE,
+        *,
         urls: UrlRules | None = None,
         tower: Tower | None = None,
+        **settings: Any,
     ):
         if tower is not None and not callable(tower):
             raise KeyeError(f"tower is a {type(tower).__name__}; give a function of pixel_values and grid_thw")
         if urls is not None and not isinstance(urls, UrlRules):
             raise KeyeError(f"urls is {urls!r}; give UrlRules(), or None to download nothing")
-        self.measure = as_measure(measure)
+        EncoderConfig.check_names(settings)
+        self.measure = as_measure(settings.pop("measure", EncoderConfig.measure))
         threshold = None if threshold is None else share("threshold", threshold)
-        self.policy, threshold = as_policy(policy, threshold, self.measure)
-        config = EncoderConfig(
-            threshold,
-            self.measure.name,
-            self.policy.spec,
-            fast_ratio,
-            max_tokens,
-            min_tokens_per_frame,
-            max_tokens_per_frame,
-            fps,
-            max_frames,
-            token_side,
-        )
-        self.threshold, self.fast_ratio, self.fps = threshold, config.fast_ratio, config.fps
-        self.max_tokens, self.max_frames = config.max_tokens, config.max_frames
-        self.min_tokens_per_frame, self.max_tokens_per_frame = config.min_tokens_per_frame, config.max_tokens_per_frame
-        self.token_side, self.urls, self.tower = config.token_side, urls, tower
+        self.policy, threshold = as_policy(settings.pop("policy", EncoderConfig.policy), threshold, self.measure)
+        self.config = EncoderConfig(threshold, self.measure.name, self.policy.spec, **settings)
+        self.urls, self.tower = urls, tower
         if tower is not None and hasattr(self.measure, "attach"):
             self.measure.attach(tower)
+
+    def __getattr__(self, name: str) -> Any:
+        """The settings: `encoder.max_tokens` is `encoder.config.max_tokens`."""
+        if name in EncoderConfig.__dataclass_fields__ and "config" in self.__dict__:
+            return getattr(self.config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def released(cls, **overrides: object) -> "SlowFastEncoder":
@@ -145,19 +130,30 @@ class SlowFastEncoder:
         model = KeyeForConditionalGeneration.from_pretrained(directory).eval()
         try:
             return cls(**settings, tower=model.encode_vision)
-        except (KeyeError, TypeError) as error:
+        except KeyeError as error:
             raise CheckpointError(f'{path}, key "encoder": {error}; save the processor again') from error
-
-    @property
-    def config(self) -> EncoderConfig:
-        """The settings as one checked value."""
-        return EncoderConfig(**self.settings)
 
     @property
     def settings(self) -> dict:
         """Plain values that build the same encoder again: `SlowFastEncoder(**encoder.settings)`."""
-        settings = {field.name: getattr(self, field.name) for field in fields(EncoderConfig)}
-        return {**settings, "measure": self.measure.name, "policy": self.policy.spec}
+        return {**self.config.to_dict(), "measure": self.measure.name, "policy": self.policy.spec}
+
+    def with_settings(self, **changes: Any) -> "SlowFastEncoder":
+        """The same encoder with some settings changed and without its tower.
+
+        Measure and policy stay the objects that they are unless they are named.
+        A new measure brings its own threshold unless one is given; a new threshold replaces the policy's own.
+        """
+        if changes.get("measure") == self.measure.name:
+            del changes["measure"]
+        measure = as_measure(changes.get("measure", self.measure))
+        if "threshold" in changes or "measure" in changes:
+            threshold = changes.get("threshold")
+            changes["threshold"] = measure.threshold if threshold is None else share("threshold", threshold)
+        policy = self.policy
+        if "threshold" in changes and hasattr(policy, "threshold"):
+            policy = replace(policy, threshold=changes["threshold"])
+        return SlowFastEncoder(**{**self.settings, "policy": policy, **changes, "measure": measure}, urls=self.urls)
 
     def __repr__(self) -> str:
         return f"SlowFastEncoder({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"

@@ -308,8 +308,8 @@ def make_encoder(recipe: Recipe, told: StageRecipe) -> SlowFastEncoder:
     settings = {**recipe.processor.encoder, **told.encoder}
     try:
         return SlowFastEncoder(**settings)
-    except TypeError as error:
-        raise RecipeError(f"processor.encoder: {error}; see SlowFastEncoder for what it takes") from error
+    except KeyeError as error:
+        raise RecipeError(f"processor.encoder, or the encoder of a stage: {error}") from error
 
 
 def make_processor(recipe: Recipe, told: StageRecipe, run: Path) -> KeyeProcessor:

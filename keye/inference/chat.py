@@ -26,7 +26,6 @@ from keye.errors import CheckpointError, KeyeError
 from keye.inference.answering import Answering, Figures, Piece, Sampling
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.processor.options import adjusted
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.reply import parse_reply
 from keye.slowfast.plan import VideoPlan
@@ -268,6 +267,6 @@ def _encode(encoder: SlowFastEncoder, source: Any, progress: Progress | None) ->
         return encoder(source)
     with open_clip(source, encoder.fps, encoder.most_frames, urls=encoder.urls) as clip:
         expected = max(clip.expected, 1)
-    counted = adjusted(encoder)
+    counted = encoder.with_settings()
     counted.measure = _Counted(encoder.measure, lambda seen: progress(min(seen / expected, 1.0)))
     return counted(source)

@@ -14,7 +14,7 @@ from torch import Tensor
 from keye.encoder import EncodedVideo, Sampling, SlowFastEncoder
 from keye.errors import KeyeError
 from keye.processor.messages import Visual
-from keye.processor.options import FEWEST, adjusted, still_limits, video_encoder
+from keye.processor.options import FEWEST, still_limits, video_encoder
 from keye.processor.stream import Stream
 from keye.video.images import load_image
 
@@ -101,7 +101,7 @@ class _Clip:
         shown = len(before.frame_indices.unique())
         frames = next((n for n in range(shown, 0, -1) if self._fits(n, room)), 1)
         budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)
-        smaller = adjusted(self.encoder, max_tokens=budget, max_frames=frames)
+        smaller = self.encoder.with_settings(max_tokens=budget, max_frames=frames)
         video = smaller(self.source, **self.sampling)
         plan = video.plan
         note = (

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from keye.encoder import Sampling, SlowFastEncoder
+from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError, ManifestError
+from keye.field_docs import field_types
 
 Options = dict[str, Any]
 
 SAMPLING = ("start", "end", "num_frames", "source_fps", "timestamps")
-SETTINGS = (
-    "threshold", "measure", "policy", "fast_ratio", "max_tokens", "min_tokens_per_frame", "max_tokens_per_frame", "fps",
-    "max_frames",
-)  # fmt: skip
+SETTINGS = tuple(name for name in EncoderConfig.names() if name != "token_side")
 LIMITS = ("min_tokens", "max_tokens")
 FEWEST, MOST = 4, 20_480  # tokens of a still where nothing else is said, as `SlowFastEncoder.image` has it (report)
 PIXELS = ("min_pixels", "max_pixels")  # of a still or of one frame
@@ -32,8 +31,8 @@ ALIASES = {
     "min_frame_similarity": "threshold",
 }
 KNOWN = {"image": (*LIMITS, *PIXELS), "video": (*SAMPLING, *SETTINGS, *PIXELS, TOTAL)}
-_WORDS = ("measure", "policy")
-_WHOLE = (*LIMITS, "num_frames", "min_tokens_per_frame", "max_tokens_per_frame", "max_frames")
+_WORDS = tuple(name for name in SETTINGS if field_types(EncoderConfig)[name] is str)
+_WHOLE = (*LIMITS, "num_frames", *(name for name in SETTINGS if field_types(EncoderConfig)[name] is int))
 
 
 def read_options(kind: str, given: Mapping[str, Any]) -> Options:
@@ -94,7 +93,7 @@ def video_encoder(encoder: SlowFastEncoder, options: Options) -> tuple[SlowFastE
     if TOTAL in options:
         changes["max_tokens"] = int(options[TOTAL]) // area
     sampling: Sampling = {name: options[name] for name in SAMPLING if name in options}
-    return (adjusted(encoder, **changes) if changes else encoder), sampling
+    return (encoder.with_settings(**changes) if changes else encoder), sampling
 
 
 def _from_pixels(options: Options, area: int, least: str, most: str) -> dict[str, int]:
@@ -120,16 +119,3 @@ def _widened(base: Mapping[str, Any], told: Mapping[str, Any], least: str, most:
         low, high = (low, low) if least in told else (high, high)
     return {name: value for name, value in ((least, low), (most, high)) if name in told or value != base[name]}
 
-
-def adjusted(encoder: SlowFastEncoder, **changes: Any) -> SlowFastEncoder:
-    """The same encoder with some settings changed; measure and policy stay the objects they are where they can.
-
-    A new measure brings its own threshold unless one is given, and a threshold belongs to the policy, which is then
-    built again from its text.
-    """
-    kept: dict[str, Any] = {"urls": encoder.urls, "measure": encoder.measure, "policy": encoder.policy}
-    if "measure" in changes and changes["measure"] != encoder.measure.name:
-        changes = {"threshold": None, **changes}
-    if "threshold" in changes:
-        kept["policy"] = encoder.policy.spec
-    return SlowFastEncoder(**{**encoder.settings, **kept, **changes})

@@ -7,7 +7,9 @@ and two_stream see the whole clip first. `keye.slowfast.walk` takes a policy alo
 from dataclasses import fields
 from typing import get_args
 
+from keye.checks import share
 from keye.errors import KeyeError
+from keye.slowfast.measures.base import Measure
 from keye.slowfast.policies.base import FAST, SLOW, Decisions, Limits, Policy, Seen
 from keye.slowfast.policies.framewise import Adaptive, AllSlow, Strided, Uniform
 from keye.slowfast.policies.wholeclip import AdaptiveBudget, TwoStream
@@ -25,6 +27,7 @@ __all__ = [
     "Strided",
     "TwoStream",
     "Uniform",
+    "as_policy",
     "get_policy",
     "known_policies",
 ]
@@ -63,6 +66,27 @@ def get_policy(spec: str, threshold: float) -> Policy:
     if "threshold" in (option.name for option in fields(kind)):
         options["threshold"] = threshold
     return kind(**options)
+
+
+def as_policy(given: str | Policy, threshold: float | None, measure: Measure) -> tuple[Policy, float]:
+    """The policy that `given` names or is, and the threshold that it decides by.
+
+    That is `threshold`, else a policy object's own, else the measure's. Raises KeyeError where `threshold` and the
+    policy's own differ, and for what is no policy.
+    """
+    if isinstance(given, str):
+        own = measure.threshold if threshold is None else threshold
+        return get_policy(given, own), own
+    if isinstance(given, type) and issubclass(given, Policy):
+        raise KeyeError(f"policy is the class {given.__name__}; give an instance of it: {given.__name__}(…)")
+    if not isinstance(given, Policy):
+        raise KeyeError(f"policy is {given!r:.80}; give a name, or an object of a class derived from Policy")
+    own = getattr(given, "threshold", None)
+    if own is None:
+        return given, measure.threshold if threshold is None else threshold
+    if threshold is not None and threshold != own:
+        raise KeyeError(f"threshold is {threshold} and the policy's own threshold {own}; give one of the two")
+    return given, share("threshold of the policy", own)
 
 
 def _number(spec: str, key: str, text: str, whole: bool) -> int | float:

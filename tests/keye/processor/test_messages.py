@@ -12,7 +12,7 @@ from PIL import Image
 from keye import KeyeProcessor, SlowFastEncoder
 from keye.errors import KeyeError, ManifestError, VideoError
 from keye.processor.messages import read_chat
-from keye.processor.options import adjusted, read_options, still_limits, video_encoder
+from keye.processor.options import read_options, still_limits, video_encoder
 from keye.video.fetch import UrlRules
 
 
@@ -197,12 +197,12 @@ def test_options_of_one_image(processor: KeyeProcessor, picture: Path) -> None:
 
 def test_encoder_keeps_its_objects_where_it_can() -> None:
     encoder = SlowFastEncoder(measure="patch_l1", policy="uniform:3", urls=UrlRules())
-    smaller = adjusted(encoder, max_tokens=900)
+    smaller = encoder.with_settings(max_tokens=900)
     assert smaller.policy is encoder.policy and smaller.measure is encoder.measure and smaller.urls is encoder.urls
     assert smaller.settings == {**encoder.settings, "max_tokens": 900}
-    other = adjusted(SlowFastEncoder(threshold=0.3), measure="ssim")
+    other = SlowFastEncoder(threshold=0.3).with_settings(measure="ssim")
     assert other.threshold == other.policy.threshold == SlowFastEncoder(measure="ssim").threshold
-    assert adjusted(SlowFastEncoder(), threshold=0.1).policy.threshold == 0.1
+    assert SlowFastEncoder().with_settings(threshold=0.1).policy.threshold == 0.1
     assert video_encoder(encoder, {}) == (encoder, {}) and still_limits(encoder, {"max_tokens": 9}, {}) == {
         "max_tokens": 9
     }
