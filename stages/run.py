@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 from keye.encoder import SlowFastEncoder
-from keye.errors import CheckpointError, RecipeError
+from keye.errors import CheckpointError, KeyeError, RecipeError
 from keye.checkpoint.convert import whole_directory
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration

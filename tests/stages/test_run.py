@@ -205,7 +205,7 @@ def test_command_of_the_8b_recipes_header_begins_without_stage_0(alone, tmp_path
     ("override", "said"),
     [
         ("annealing.encoder.max_tokens_per_frame=0", "max_tokens_per_frame is 0"),
-        ("annealing.encoder.maximum=3", "processor.encoder: .*maximum.*SlowFastEncoder"),
+        ("annealing.encoder.maximum=3", "encoder of a stage: maximum is not a setting.*did you mean max"),
         ("processor.image.maximum=3", "processor.image: unknown key maximum"),
         ("annealing.sequence_parallel=2", "sequence_parallel = 2 does not divide the 1 processes"),
         ("annealing.mixture={image = 0.5, text = 0.5}", "annealing.mixture wants image"),
