@@ -35,8 +35,8 @@ from rl.watch import read_metrics, warnings_of
 from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from stages.distributed.engine import build, device, resolve_precision
 from stages.distributed.ranks import first_rank
-from stages.typed_toml import to_toml
 from stages.distributed.weights import Start, open_start, replace_model
+from stages.typed_toml import to_toml
 
 
 @dataclass(frozen=True)

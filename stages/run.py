@@ -18,33 +18,33 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
+from keye.checkpoint.convert import whole_directory
 from keye.encoder import SlowFastEncoder
 from keye.errors import CheckpointError, KeyeError, RecipeError
-from keye.checkpoint.convert import whole_directory
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
 from keye.processor.tokenizer import load_tokenizer, train_tokenizer
-from stages.distributed import engine
-from stages.report import page as report
 from stages.alignment import Alignment
 from stages.annealing import Annealing
 from stages.contrastive import text_config
-from stages.data.sources.formats import files_of, format_of
 from stages.data.items import Cache, Quarantine
 from stages.data.loader import encoding_threads
-from stages.distributed.hosts import local_ranks
+from stages.data.sources.formats import files_of, format_of
+from stages.distributed import engine
 from stages.distributed.activation_memory import economise
-from stages.multitask import Multitask
+from stages.distributed.hosts import local_ranks
 from stages.distributed.parallel import Grid, check_sequence, make_grid
 from stages.distributed.ranks import first_rank
+from stages.distributed.weights import Start, open_start, replace_model
+from stages.metrics import open_tracker
+from stages.multitask import Multitask
 from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
+from stages.report import page as report
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
 from stages.typed_toml import to_toml
 from stages.vision import Vision
-from stages.metrics import open_tracker
-from stages.distributed.weights import Start, open_start, replace_model
 
 KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"

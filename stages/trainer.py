@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keye.errors import KeyeError, RecipeError
 from keye.checkpoint.shards import Stored
-from stages.distributed import engine as deep
-from stages.distributed.checkpoints import Begun, begin_checkpoint, load_checkpoint
+from keye.errors import KeyeError, RecipeError
 from stages.data.loader import Loader
 from stages.data.thinned import COUNTS
-from stages.skip_step import Guard
+from stages.distributed import engine as deep
+from stages.distributed.checkpoints import Begun, begin_checkpoint, load_checkpoint
 from stages.distributed.parallel import Grid, sum_over_ranks
-from stages.recipe import KINDS, StageRecipe
-from stages.stage import Stage
 from stages.metrics import Watcher, find_peak, operations, own_operations
+from stages.recipe import KINDS, StageRecipe
+from stages.skip_step import Guard
+from stages.stage import Stage
 
 PEAK = "peak.json"  # what the MFU in metrics.jsonl is a share of
 ASKED = ("save", "stop")  # what signals ask for

@@ -10,15 +10,12 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from keye.errors import KeyeError, run  # noqa: E402
-from scripts.bench.record import RESULTS, ROOT, Table, machine, markdown  # noqa: E402
+from keye.errors import KeyeError, run
+from scripts.bench.common.record import RESULTS, ROOT, Table, machine, markdown
 
 EXAMPLES = """examples:
   bash scripts/demo && python scripts/bench/demo.py                 the run in runs/demo

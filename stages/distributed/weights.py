@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from keye.errors import CheckpointError
 from keye.checkpoint.convert import open_weights
+from keye.checkpoint.shards import MAX_SHARD, Computed, Stored, whole_directory, write_shards
+from keye.errors import CheckpointError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.checkpoint.shards import MAX_SHARD, Computed, Stored, whole_directory, write_shards
 from stages.distributed import engine
 from stages.distributed.ranks import first_rank
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rl.trainer
-from keye.model.keye import KeyeForConditionalGeneration
 from keye.checkpoint.shards import open_checkpoint
+from keye.model.keye import KeyeForConditionalGeneration
 from stages.distributed import engine
 from tests.distributed import run_distributed
 from tests.rl.test_identity import recipe_of

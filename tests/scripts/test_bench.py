@@ -1,5 +1,6 @@
 """The bench's frame: what is fetched, rendered, raced, compared and written down, at a size that takes no time."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -8,13 +9,18 @@ import tarfile
 import types
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from scripts.bench import corpus, encoder, identity, pixels, plan, recall_claims, record, released
+from scripts.bench import __main__ as bench
+from scripts.bench.common import record
+from scripts.bench.encoder import identity, pixels, plan, recall_claims
+from scripts.bench.encoder.media import corpus, released
+from scripts.bench.groups import GROUPS
 from tests.clips import clip
 
 SIZE = (72, 128)
@@ -269,7 +275,7 @@ def test_the_document_holds_every_claim_table_and_what_is_missing(tmp_path, caps
     record.save(tmp_path, "plan", claims, [table], seconds=61.4, quick=False, seeds={"films": 3}, notes=["A note."])
     record.save(tmp_path, "pixels", [record.Claim("pixels", "1", "0.5", met=True)], seconds=1, quick=True)
     (tmp_path / "other.json").write_text("{}")
-    text = record.document(tmp_path, ("pixels", "plan", "fuzz"))
+    text = record.document(tmp_path, ("pixels", "plan", "fuzz"), "# Head")
     assert "| a \\| b | 0 | 1 of 5 | 2 × | **no** |" in text and "| pixels | 1 | 0.5 |  | yes |" in text
     assert "| 1 | two |" in text and "A note." in text and "Seeds: films 3." in text and " 61 s " in text
     assert "Not measured yet: fuzz." in text and text.index("## Pixels") < text.index("## Plan")
@@ -279,32 +285,43 @@ def test_the_document_holds_every_claim_table_and_what_is_missing(tmp_path, caps
 
 def test_the_command_leaves_out_where_results_go(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/plan.py", "--rounds", "2", "--out", "/somewhere/else", "--quick"])
-    assert record.command("plan") == "python scripts/bench/plan.py --rounds 2 --quick"
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", plan.__spec__)
+    assert record.command() == "python -m scripts.bench.encoder.plan --rounds 2 --quick"
     assert set(record.machine()) == {"cores", "cpu", "ram_gb", "system", "load"}
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capfd):
-    script = "import sys; sys.path.insert(0, {root!r})\nfrom scripts.bench.record import *\n"
-    script += "args = arguments('').parse_args()\n"
-    script += "save(out_of(args), 'pixels', [Claim('a', '0', '0', met=True)], seconds=0, quick=args.quick)\n"
-    (tmp_path / "plan.py").write_text("raise SystemExit(2)")
-    (tmp_path / "pixels.py").write_text(script.format(root=str(record.ROOT)))
-    monkeypatch.setattr(record, "HERE", tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["encoder.py", "--quick", "--out", str(tmp_path / "out"), "--part", "plan", "pixels"]
-    )
-    assert encoder.main() == 1
+    """A child's own save, by a part that stands in for one of the encoder's; the other part ends with an error."""
+
+    def part(command: list[str], **_: object) -> SimpleNamespace:
+        if command[2].endswith(".pixels"):
+            claims = [record.Claim("a", "0", "0", met=True)]
+            out = Path(command[command.index("--out") + 1])
+            record.save(out, "pixels", claims, seconds=0, quick="--quick" in command)
+        return SimpleNamespace(returncode=2 if command[2].endswith(".plan") else 0)
+
+    monkeypatch.setattr(record.subprocess, "run", part)
+    options = ["encoder", "--quick", "--out", str(tmp_path / "out"), "--part", "plan", "pixels"]
+    monkeypatch.setattr(sys, "argv", ["scripts.bench", *options])
+    assert bench.main() == 1
     assert "run again with --part plan" in capfd.readouterr().err
     found = json.loads((tmp_path / "out" / "pixels.json").read_text())
     assert found["quick"] and found["claims"][0]["met"]
     assert "| a | 0 | 0 |  | yes |" in (tmp_path / "out" / "encoder.md").read_text()
 
 
+@pytest.mark.parametrize("group", GROUPS.values(), ids=lambda group: group.name)
+def test_every_part_is_a_module(group):
+    for part in group.order:
+        assert importlib.util.find_spec(f"scripts.bench.{group.name}.{part}"), part
+
+
 @pytest.mark.slow
-def test_every_part_has_a_script_with_the_common_options():
-    for part in encoder.PARTS:
-        command = [sys.executable, str(record.HERE / f"{part}.py"), "--help"]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize("group", GROUPS.values(), ids=lambda group: group.name)
+def test_every_part_has_the_common_options(group):
+    for part in group.parts:
+        command = [sys.executable, "-m", f"scripts.bench.{group.name}.{part}", "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=record.ROOT).stdout
         assert "--quick" in shown and "--out" in shown, part
 
 

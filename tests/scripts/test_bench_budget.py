@@ -1,7 +1,7 @@
 import random
 
 from keye.slowfast.budget import size_tokens
-from scripts.bench.budget import TOTAL, Case, any_case, count, released, released_case
+from scripts.bench.encoder.budget import TOTAL, Case, any_case, count, released, released_case
 
 
 def test_the_released_search_by_hand():

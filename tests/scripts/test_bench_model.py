@@ -9,19 +9,17 @@ import pytest
 import torch
 
 from keye.model import flops
-from scripts.bench import (
-    model,
-    model_gpu,
-    model_layers,
-    model_memory,
-    model_packing,
-    model_pairs,
-    model_released,
-    model_settings,
-    model_timing,
-    record,
-)
-from scripts.bench.record import Claim, save
+from scripts.bench import __main__ as bench
+from scripts.bench.common import record
+from scripts.bench.common import timing as model_timing
+from scripts.bench.common.record import Claim, save
+from scripts.bench.model import gpu as model_gpu
+from scripts.bench.model import layers as model_layers
+from scripts.bench.model import memory as model_memory
+from scripts.bench.model import packing as model_packing
+from scripts.bench.model import pairs as model_pairs
+from scripts.bench.model import released_checkpoint as model_released
+from scripts.bench.model import settings as model_settings
 
 CPU = torch.device("cpu")
 
@@ -141,7 +139,7 @@ def test_the_gpu_part_without_a_gpu_says_so_and_touches_nothing(tmp_path, monkey
 
 def test_the_gpu_part_needs_no_video_library() -> None:
     modules = ("av", "datasets", "deepspeed", "peft", "rich", "skimage")
-    code = f"import sys\nfor name in {modules}: sys.modules[name] = None\nimport scripts.bench.model_gpu"
+    code = f"import sys\nfor name in {modules}: sys.modules[name] = None\nimport scripts.bench.model.gpu"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=record.ROOT, timeout=120)
 
 
@@ -179,14 +177,15 @@ def test_a_checkpoint_changed_on_its_way_is_noticed(tmp_path, monkeypatch) -> No
 
 
 def test_a_part_that_fails_is_named_and_the_document_says_what_was_not_measured(tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(sys, "argv", ["model.py", "--quick", "--out", str(tmp_path), "--part", "speed", "packing"])
-    save(tmp_path, "packing", [Claim("packed", "faster", "yes", met=True)], seconds=1, quick=True, script="x")
+    options = ["model", "--quick", "--out", str(tmp_path), "--part", "speed", "packing"]
+    monkeypatch.setattr(sys, "argv", ["scripts.bench", *options])
+    save(tmp_path, "packing", [Claim("packed", "faster", "yes", met=True)], seconds=1, quick=True)
 
     def part(command: list[str], **_: object) -> types.SimpleNamespace:
-        return types.SimpleNamespace(returncode=int("model_speed.py" in command[1]))
+        return types.SimpleNamespace(returncode=int(command[2].endswith(".speed")))
 
     monkeypatch.setattr(record.subprocess, "run", part)
-    assert model.main() == 1
+    assert bench.main() == 1
     assert "run again with --part speed" in capfd.readouterr().err
     text = (tmp_path / "model.md").read_text()
     assert text.startswith("# The model, measured") and "| packed | faster | yes |  | yes |" in text

@@ -1,18 +1,17 @@
 """The simulation of ranks: what it counts is what there is, and ranks that differ are found."""
 
 import json
-import os
 import subprocess
 import sys
 
 import torch
 from torch import nn
 
-from scripts.bench.record import ROOT
-from scripts.bench.simulation import drawn
-from scripts.bench.simulation.compare import collectives
-from scripts.bench.simulation.rank import Measured, Simulated
-from scripts.bench.simulation.shapes import Shapes
+from scripts.bench.common.record import ROOT
+from scripts.bench.stages.simulated import drawn
+from scripts.bench.stages.simulated.compare import collectives
+from scripts.bench.stages.simulated.rank import Measured, Simulated
+from scripts.bench.stages.simulated.shapes import Shapes
 from stages.data.packing.planner import Meta
 from stages.distributed.collectives import Collective
 from stages.distributed.parallel import Grid
@@ -69,7 +68,7 @@ def test_ranks_that_differ_are_named():
 
 
 def test_quick_simulation_of_a_stage_leaves_its_record(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/bench/stages_simulation.py"), "--quick", "--phase", "annealing"]
-    subprocess.run([*command, "--out", str(tmp_path), "--processes", "1"], check=True, env={**os.environ})
+    command = [sys.executable, "-m", "scripts.bench.stages.simulation", "--quick", "--phase", "annealing"]
+    subprocess.run([*command, "--out", str(tmp_path), "--processes", "1"], check=True, cwd=ROOT)
     kept = json.loads((tmp_path / "simulation.json").read_text())
     assert kept["quick"] and kept["claims"][0]["met"] is True

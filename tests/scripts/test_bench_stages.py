@@ -15,7 +15,11 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.rope import stream_positions
 from keye.model.vision import merge_order
 from keye.processor.processor import Sample
-from scripts.bench import record, stages, stages_extension, stages_gpu, stages_packing, stages_trainer
+from scripts.bench.common import record
+from scripts.bench.stages import extension as stages_extension
+from scripts.bench.stages import gpu as stages_gpu
+from scripts.bench.stages import packing as stages_packing
+from scripts.bench.stages import trainer as stages_trainer
 from stages.data.collate import pack
 
 IMAGE, VIDEO = 7, 8
@@ -160,13 +164,8 @@ def test_the_model_for_the_gpu_has_the_layers_that_fit():
 
 
 def test_steps_of_the_gpu_go_through_loader_and_deepspeed_and_leave_their_record(tmp_path):
-    command = [sys.executable, str(record.HERE / "stages_gpu.py"), "--small", "--device", "cpu", "--out", str(tmp_path)]
-    subprocess.run([*command, "--limit", "0"], check=True)
+    command = [sys.executable, "-m", "scripts.bench.stages.gpu", "--small", "--device", "cpu", "--out", str(tmp_path)]
+    subprocess.run([*command, "--limit", "0"], check=True, cwd=record.ROOT)
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert [row[0] for row in kept["tables"][0]["rows"]] == ["stage 2"] and kept["quick"]  # then the time is up
     assert not (tmp_path / "gpu_partial.json").exists()
-
-
-def test_every_part_is_a_script():
-    for script in (*stages.SCRIPTS.values(), "stages_gpu"):
-        assert (record.HERE / f"{script}.py").is_file()

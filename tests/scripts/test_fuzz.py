@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from scripts.bench import fuzz, mutations
-from scripts.bench.fuzz import State, Worker, plan_one
+from scripts.bench.encoder import fuzz
+from scripts.bench.encoder.fuzz import State, Worker, plan_one
+from scripts.bench.encoder.media import mutations
 from tests.keye.video.make import numbered, write_video
 
 # Answers a line to each line; misbehaves when told to.

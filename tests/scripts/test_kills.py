@@ -2,7 +2,7 @@
 
 import json
 
-from scripts.bench import kills
+from scripts.bench.stages import kills
 
 
 def test_what_a_run_was_at_is_read_from_what_it_left(tmp_path):

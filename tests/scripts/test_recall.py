@@ -9,8 +9,10 @@ import torch
 
 from keye.errors import KeyeError
 from keye.world.render import write_mp4
-from scripts.bench import continuity, recall_claims
-from scripts.bench.recall import (
+from scripts.bench.encoder import recall_claims
+from scripts.bench.encoder.media import continuity
+from scripts.bench.encoder.media.scenes import Span
+from scripts.bench.encoder.recall import (
     Sampled,
     Scores,
     Tally,
@@ -21,7 +23,6 @@ from scripts.bench.recall import (
     seen,
     spend_together,
 )
-from scripts.bench.scenes import Span
 
 
 class Level:

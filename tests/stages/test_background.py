@@ -16,9 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keye.errors import CheckpointError
-from stages.distributed import engine as deep
 from stages.background import to_host, write_in_background
-from stages.distributed.checkpoints import begin_checkpoint, checkpoints, flaw, load_checkpoint, save_checkpoint, whole_checkpoints
+from stages.distributed import engine as deep
+from stages.distributed.checkpoints import (
+    begin_checkpoint,
+    checkpoints,
+    flaw,
+    load_checkpoint,
+    save_checkpoint,
+    whole_checkpoints,
+)
 from tests.distributed import run_distributed
 from tests.stages import small, test_trainer
 from tests.stages.test_checkpoints import STEPS, engine_of, train

@@ -10,12 +10,12 @@ from torch._dynamo.utils import counters
 
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from stages.distributed import engine as deep
-from stages.data.loader import Loader
 from stages.data.collate import pack
+from stages.data.loader import Loader
+from stages.distributed import engine as deep
 from stages.distributed.activation_memory import economise
-from stages.multitask import Multitask
 from stages.distributed.parallel import make_grid
+from stages.multitask import Multitask
 from stages.trainer import Trainer, micro_batches
 from tests.distributed import run_distributed
 from tests.stages import small

@@ -15,10 +15,20 @@ from keye.errors import KeyeError, RecipeError
 from keye.model import flops
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from scripts.bench.stages_cost import BASE, Case, pack_of
+from scripts.bench.stages.cost import BASE, Case, pack_of
 from stages.cost import estimate as cost
 from stages.cost import report as cost_report
-from stages.cost.estimate import Assumptions, Kind, StageCost, Work, config_of, estimate, parameters_of, step_flops, work_of
+from stages.cost.estimate import (
+    Assumptions,
+    Kind,
+    StageCost,
+    Work,
+    config_of,
+    estimate,
+    parameters_of,
+    step_flops,
+    work_of,
+)
 from stages.cost.footprint import Plan, Share, activations, footprint, reduced, states, tower_chunk, tower_layer
 from stages.cost.gpus import GPUS, Gpu, gpu_named
 from stages.distributed.activation_memory import economise

@@ -27,8 +27,8 @@ class Change:
     would make (`residual`). The changed shares of token-sized places are averaged by their fourth power, so that few
     wholly changed ones weigh more than many slightly changed ones. To this local change comes a global one (`whole`):
     the smaller of how far the tokens' mean colours moved and of how far the distribution of colours did. Motion moves
-    the first alone, light the second alone, a cut both. The constants were tuned with scripts/bench/recall.py on the
-    clips that it calls tuning.
+    the first alone, light the second alone, a cut both. The constants were tuned on the tuning
+    clips of scripts/bench/encoder/recall.py.
 
     Every sum is one of whole numbers, so a frame scores the same, to the bit, in any batch.
     Known to be weak: a cut between two fine, even textures of one colour (grass, gravel) is a small change here.

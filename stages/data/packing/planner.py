@@ -10,7 +10,7 @@ forms the packs of a step from the pool. It never sees a sample, only columns of
         planner.draws()
     step = planner.plan()                  # step.samples, step.starts; step.packs() has the samples of each pack
 
-`stages.data.batches` does so on rank 0 and sends the plan to the other ranks; `scripts/bench/stages_balance.py` does so
+`stages.data.batches` does so on rank 0 and sends the plan to the other ranks; `scripts/bench/stages/balance.py` does so
 with lengths that are drawn.
 """
 
