@@ -52,8 +52,8 @@ class SourceRecipe:
     reads only what names it.
 
     format: "jsonl", "json", "parquet", "webdataset" or "hub"; empty = as the path's ending says. config, split: of a
-    data set of the hub. columns: what the data set's own columns serve as (`stages.data.sources.chat`). streaming: read it as
-    it comes in instead of keeping it on disk, shuffled in a buffer of `shuffle` rows a lane. transforms: names in
+    data set of the hub. columns: what the data set's own columns serve as (`stages.data.sources.chat`). streaming: read
+    it as it comes in instead of keeping it on disk, shuffled in a buffer of `shuffle` rows a lane. transforms: names in
     `stages.data.sources.transforms`, applied in this order.
     """
 
@@ -113,19 +113,18 @@ class StageRecipe:
 
     steps: optimizer steps. context: tokens a pack holds. packs: packs a step, over all ranks. alike: packs of a step
     that are made to cost the same, best as many as data-parallel ranks meet in a round, or more; 0 = a quarter of the
-    step. lr, lr_scale (part of the model, "vision", "projector" or "decoder" → factor on its lr), schedule ("cosine" to
-    zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm).
-    zero: DeepSpeed ZeRO stage. hpz: with zero = 3, ranks of a node that keep the weights among them a second time, so
-    that the backward pass gathers them within the node (hpZ, arXiv 2306.10209); 1 = none.
-    sequence_parallel: ranks that share one pack. mixture: kind → share of the tokens.
-    encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which the last `keep` stay
-    until the stage is finished and only its model is left, unless `keep_finished`. async_checkpoints: copy them to host
-    memory and write them while training goes on.
-    heldout_every: steps between measures of the loss on held-out samples (`data.heldout`), always the same ones, as
-    many as `heldout_steps` steps take; 0 = never.
-    spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running median is skipped; 0 =
-    never. Memory (`stages.distributed.activation_memory`): checkpointing: recompute activations; offload: keep the inputs of recomputed layers
-    in host memory; mlp_tiles: parts an MLP is computed in; compile: `torch.compile` the layers of decoder and tower.
+    step. lr, lr_scale (part of the model, "vision", "projector" or "decoder" → factor on its lr), schedule ("cosine"
+    to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm). zero: DeepSpeed ZeRO stage. hpz:
+    with zero = 3, ranks of a node that keep the weights among them a second time, so that the backward pass gathers
+    them within the node (hpZ, arXiv 2306.10209); 1 = none. sequence_parallel: ranks that share one pack. mixture: kind
+    → share of the tokens. encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which
+    the last `keep` stay until the stage is finished and only its model is left, unless `keep_finished`.
+    async_checkpoints: copy them to host memory and write them while training goes on. heldout_every: steps between
+    measures of the loss on held-out samples (`data.heldout`), always the same ones, as many as `heldout_steps` steps
+    take; 0 = never. spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running
+    median is skipped; 0 = never. Memory (`stages.distributed.activation_memory`): checkpointing: recompute
+    activations; offload: keep the inputs of recomputed layers in host memory; mlp_tiles: parts an MLP is computed in;
+    compile: `torch.compile` the layers of decoder and tower.
     """
 
     steps: int

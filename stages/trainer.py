@@ -56,7 +56,7 @@ class Trainer:
             hpz=recipe.hpz,
         )  # fmt: skip
         if recipe.async_checkpoints:
-            from stages.background import write_in_background
+            from stages.distributed.background import write_in_background
 
             write_in_background(self.engine)
         self.guard = Guard(stage.name, recipe.spike_loss, recipe.spike_norm)

@@ -118,4 +118,3 @@ def _widened(base: Mapping[str, Any], told: Mapping[str, Any], least: str, most:
             raise KeyeError(f"{least}={low} is above {most}={high}; give a range that is not empty")
         low, high = (low, low) if least in told else (high, high)
     return {name: value for name, value in ((least, low), (most, high)) if name in told or value != base[name]}
-

@@ -1,9 +1,9 @@
 """What a recipe costs before anything runs: parameters, memory a GPU, operations, time, money, and whether it fits.
 
 Nothing is measured here: shapes come from the config, operations from `keye.model.flops`, memory from
-`stages.cost.footprint` (of a GPU) and `stages.cost.host_memory` (of a node), devices from `stages.cost.gpus`. What a recipe does not
-say is assumed, and every assumption is a field of `Assumptions`, `Node` or `Kind`, so that it is printed with the
-result.
+`stages.cost.footprint` (of a GPU) and `stages.cost.host_memory` (of a node), devices from `stages.cost.gpus`. What a
+recipe does not say is assumed, and every assumption is a field of `Assumptions`, `Node` or `Kind`, so that it is
+printed with the result.
 """
 
 import dataclasses

@@ -22,11 +22,11 @@ class Plan:
     """How a stage is trained on one rank.
 
     element: bytes of a value in training (2 in bf16, 4 in fp32). zero: ZeRO's stage, over `ranks`. checkpointing,
-    offload, mlp_tiles: as in a stage's recipe (`stages.distributed.activation_memory`). fused: whether the optimizer makes no tensors of its
-    own (a GPU's). buckets: of gradients on their way to other ranks (two when reduction and backward overlap).
-    live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes. micro_batches: of a step. The pixels
-    of all of them are on the device from its beginning, and gradients of the earlier ones are held in the forward
-    passes of the later. hpz: ranks that keep the weights of ZeRO-3 among them a second time; 1 = none.
+    offload, mlp_tiles: as in a stage's recipe (`stages.distributed.activation_memory`). fused: whether the optimizer
+    makes no tensors of its own (a GPU's). buckets: of gradients on their way to other ranks (two when reduction and
+    backward overlap). live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes. micro_batches: of
+    a step. The pixels of all of them are on the device from its beginning, and gradients of the earlier ones are held
+    in the forward passes of the later. hpz: ranks that keep the weights of ZeRO-3 among them a second time; 1 = none.
     """
 
     element: int

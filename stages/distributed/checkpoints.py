@@ -145,7 +145,7 @@ class Begun:
 def begin_checkpoint(
     engine: Any, directory: str | Path, step: int, state: dict[str, Any], keep: int = 2, shared: bool = False
 ) -> Begun:
-    """`save_checkpoint` up to where files are written; with `stages.background`, copied to be written; collective.
+    """`save_checkpoint` up to where files are written, or copied by `stages.distributed.background`; collective.
 
     The one before must be finished.
 

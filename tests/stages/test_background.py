@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keye.errors import CheckpointError
-from stages.background import to_host, write_in_background
 from stages.distributed import engine as deep
+from stages.distributed.background import to_host, write_in_background
 from stages.distributed.checkpoints import (
     begin_checkpoint,
     checkpoints,

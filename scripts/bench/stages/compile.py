@@ -73,7 +73,7 @@ def main() -> int:
     ]
     save(
         out_of(args), "compile", [], [table], seconds=time.monotonic() - began, quick=args.quick, notes=notes,
-        seeds={"weights and pack": 0}, script="stages_compile",
+        seeds={"weights and pack": 0},
     )  # fmt: skip
     return 0
 

@@ -1,4 +1,4 @@
-"""What simulated ranks are held against: one another's collectives, and the memory that `stages.cost.estimate` estimates."""
+"""Compares simulated ranks: their collectives with one another's, their memory with `stages.cost.estimate`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -42,9 +42,7 @@ def collectives(found: list[Simulated], sequence: int) -> str | None:
     return said
 
 
-def memory(
-    recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, ranks: int
-) -> dict[str, tuple[float, float]]:
+def memory(recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, ranks: int) -> dict[str, tuple[float, float]]:
     """Part → bytes (simulated, estimated)."""
     has, estimated = one.memory, expected(recipe, name, config, one, ranks)
     frozen = stage_of(name) == "alignment"

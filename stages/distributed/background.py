@@ -1,8 +1,8 @@
 """Checkpoint files written in the background: copied to host memory at once, and to disk while training goes on.
 
 DeepSpeed writes every file through its checkpoint engine. This one copies what it is given, queues the writing for one
-thread and returns. The thread issues no collective; `stages.distributed.checkpoints` asks all ranks, at steps that they agree on,
-whether their files are on disk.
+thread and returns. The thread issues no collective; `stages.distributed.checkpoints` asks all ranks, at steps that
+they agree on, whether their files are on disk.
 """
 
 import copy
