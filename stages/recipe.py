@@ -5,156 +5,223 @@ from the command line.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from keye.errors import RecipeError
-from stages.data.sources.transforms import checked
+from stages.recipe_checks import STAGES, check
 from stages.typed_toml import build, read
-
-STAGES = ("vision", "alignment", "multitask", "annealing")
-KINDS = ("video", "image", "text")
-TRACKERS = ("wandb", "trackio")
-FORMATS = ("jsonl", "json", "parquet", "webdataset", "hub")
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """What is trained: a preset made anew, or a Keye directory to go on from.
-
-    preset: "tiny", "small" or "keye_8b". path: a Hugging Face directory of a Keye; wins over the preset. tokenizer: a
-    directory or hub id; empty = a byte-level BPE of `vocab_size` entries is trained on the world's own text.
-    """
+    """What is trained: a preset with new weights, or a Keye directory."""
 
     preset: str = "tiny"
+    """Preset: "tiny", "small" or "keye_8b"."""
+
     path: str = ""
+    """A Hugging Face directory of a Keye; overrides the preset."""
+
     tokenizer: str = ""
+    """A directory or hub id; empty = a byte-level BPE of `vocab_size` entries is trained on the world's own text."""
+
     vocab_size: int = 2048
+    """Entries of the tokenizer that is trained."""
 
 
 @dataclass(frozen=True)
 class ProcessorRecipe:
-    """Arguments of `SlowFastEncoder` (`encoder`) and of its `image` method (`image`: min_tokens, max_tokens)."""
+    """How clips and stills become tokens."""
 
     encoder: dict[str, Any] = field(default_factory=dict)
+    """Settings of the video encoder: the fields of `keye.encoder_config.EncoderConfig`."""
+
     image: dict[str, Any] = field(default_factory=dict)
+    """Limits of a still: min_tokens and max_tokens."""
 
 
 @dataclass(frozen=True)
 class SourceRecipe:
-    """One manifest or data set of chats, or the part of it that has these families and this kind.
-
-    path: a file, folder, glob, URL or `hf://owner/name`; `{run}` stands for the run's directory; a relative path is
-    looked for beside the recipe, then in the working directory. kind: "video", "image" or "text"; rows of other kinds
-    are passed over. weight: share within its kind. stages: the stages that read it; empty = all but `vision`, which
-    reads only what names it.
-
-    format: "jsonl", "json", "parquet", "webdataset" or "hub"; empty = as the path's ending says. config, split: of a
-    data set of the hub. columns: what the data set's own columns serve as (`stages.data.sources.chat`). streaming: read
-    it as it comes in instead of keeping it on disk, shuffled in a buffer of `shuffle` rows a lane. transforms: names in
-    `stages.data.sources.transforms`, applied in this order.
-    """
+    """One manifest or data set of chats, or the part of it that has these families and this kind."""
 
     path: str
+    """A file, folder, glob, URL or `hf://owner/name`. `{run}` stands for the directory of the run; a relative path is
+    looked for beside the recipe, then in the working directory."""
+
     kind: str
+    """Kind of its rows: "video", "image" or "text"; rows of other kinds are skipped."""
+
     families: tuple[str, ...] = ()
+    """Families of questions that are read; empty = all."""
+
     weight: float = 1.0
+    """Share within its kind."""
+
     stages: tuple[str, ...] = ()
+    """Stages that read it; empty = all but `vision`, which reads only sources that name it."""
+
     format: str = ""
+    """One of "jsonl", "json", "parquet", "webdataset" or "hub"; empty = by the ending of the path."""
+
     config: str = ""
+    """Configuration of a data set of the hub."""
+
     split: str = "train"
+    """Split of a data set of the hub."""
+
     columns: dict[str, str] = field(default_factory=dict)
+    """What the data set's own columns serve as (`stages.data.sources.chat`)."""
+
     streaming: bool = False
+    """Read it as it arrives instead of keeping it on disk."""
+
     shuffle: int = 256
+    """Rows of the shuffle buffer of a lane of a stream."""
+
     transforms: tuple[str, ...] = ()
+    """Names in `stages.data.sources.transforms`, applied in this order."""
 
 
 @dataclass(frozen=True)
 class WorldRecipe:
-    """A SlowFastWorld drawn into `{run}/world` before training.
-
-    counts: training samples a family; heldout: held-out ones. settings: further arguments of `keye.world.generate`.
-    """
+    """A SlowFastWorld that is drawn into `{run}/world` before training."""
 
     counts: dict[str, int]
+    """Family → training samples."""
+
     heldout: dict[str, int] = field(default_factory=dict)
+    """Family → held-out samples."""
+
     seed: int = 0
+    """Seed of the world."""
+
     settings: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `keye.world.generate`."""
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where the samples come from.
-
-    cache_mb: RAM a process may spend on encoded samples, so that they decode once. workers: threads of a process that
-    decode and encode; 0 = by the cores that each process of the machine has for itself. max_bad_fraction: a source of
-    whose last 1,000 samples more cannot be used ends the run. not_like: manifests of evaluations; samples that show
-    one of their pictures are passed over, up to `not_like_bits` bits of 64 of perceptual hash apart. heldout: sources
-    that nothing trains on, for the stages' held-out loss; or in their place the share `heldout_fraction` of the rows of
-    each source, chosen by row number.
-    """
+    """Where the samples come from."""
 
     sources: tuple[SourceRecipe, ...]
+    """Data sets that are trained on."""
+
     world: WorldRecipe | None = None
+    """The world to draw; None draws none."""
+
     cache_mb: int = 1024
+    """Host memory in MB that a process may use for encoded samples, so that each is decoded once."""
+
     workers: int = 0
+    """Threads of a process that decode and encode; 0 = the process's share of the machine's cores less one."""
+
     max_bad_fraction: float = 0.5
+    """A source ends the run when more of its last 1,000 samples cannot be used."""
+
     not_like: tuple[str, ...] = ()
+    """Manifests of evaluations; samples that show one of their pictures are skipped."""
+
     not_like_bits: int = 6
+    """Largest distance between such pictures, in bits of a perceptual hash of 64."""
+
     heldout: tuple[SourceRecipe, ...] = ()
+    """Sources that nothing trains on, for the stages' held-out loss."""
+
     heldout_fraction: float = 0.0
+    """Instead of `heldout`: share of the rows of each source that is held out, chosen by row number."""
 
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """What every stage is told.
-
-    steps: optimizer steps. context: tokens a pack holds. packs: packs a step, over all ranks. alike: packs of a step
-    that are made to cost the same, best as many as data-parallel ranks meet in a round, or more; 0 = a quarter of the
-    step. lr, lr_scale (part of the model, "vision", "projector" or "decoder" → factor on its lr), schedule ("cosine"
-    to zero or "constant"), warmup (steps), weight_decay, betas, clip (gradient norm). zero: DeepSpeed ZeRO stage. hpz:
-    with zero = 3, ranks of a node that keep the weights among them a second time, so that the backward pass gathers
-    them within the node (hpZ, arXiv 2306.10209); 1 = none. sequence_parallel: ranks that share one pack. mixture: kind
-    → share of the tokens. encoder: overrides of `processor.encoder`. save_every: steps between checkpoints, of which
-    the last `keep` stay until the stage is finished and only its model is left, unless `keep_finished`.
-    async_checkpoints: copy them to host memory and write them while training goes on. heldout_every: steps between
-    measures of the loss on held-out samples (`data.heldout`), always the same ones, as many as `heldout_steps` steps
-    take; 0 = never. spike_loss, spike_norm: a step whose loss (gradient norm) is above so many times its running
-    median is skipped; 0 = never. Memory (`stages.distributed.activation_memory`): checkpointing: recompute
-    activations; offload: keep the inputs of recomputed layers in host memory; mlp_tiles: parts an MLP is computed in;
-    compile: `torch.compile` the layers of decoder and tower.
-    """
+    """What every stage is told."""
 
     steps: int
+    """Optimizer steps."""
+
     lr: float
+    """Highest learning rate."""
+
     context: int = 1024
+    """Tokens of a pack."""
+
     packs: int = 2
+    """Packs of a step over all ranks: the global batch."""
+
     alike: int = 0
+    """Packs of a step that are made to cost the same, best as many as data-parallel ranks or more; 0 = a quarter of
+    the step."""
+
     schedule: str = "cosine"
+    """Learning rate over the steps: "cosine" (to zero) or "constant"."""
+
     warmup: int = 0
+    """Steps of linear rise of the learning rate."""
+
     weight_decay: float = 0.0
+    """Of matrices; vectors have none."""
+
     betas: tuple[float, ...] = (0.9, 0.95)
+    """Of AdamW."""
+
     clip: float = 1.0
+    """Largest norm of the whole gradient; 0 = no clipping."""
+
     zero: int = 2
+    """Stage of DeepSpeed ZeRO: 0, 1, 2 or 3."""
+
     lr_scale: dict[str, float] = field(default_factory=dict)
+    """Part of the model ("vision", "projector" or "decoder") → factor on its learning rate."""
+
     hpz: int = 1
+    """With zero = 3: ranks of a node that keep a second copy of the weights among them, so that the backward pass
+    gathers within the node (hpZ, arXiv 2306.10209); 1 = none."""
+
     sequence_parallel: int = 1
+    """Ranks that share one pack."""
+
     mixture: dict[str, float] = field(default_factory=dict)
+    """Kind → share of the tokens."""
+
     encoder: dict[str, Any] = field(default_factory=dict)
+    """Overrides of `processor.encoder`."""
+
     checkpointing: bool = False
+    """Recompute activations in the backward pass; attention is kept."""
+
     offload: bool = False
+    """Keep the inputs of recomputed layers in host memory."""
+
     mlp_tiles: int = 1
+    """Parts in which an MLP is computed."""
+
     compile: bool = False
+    """`torch.compile` the layers of decoder and tower."""
+
     save_every: int = 200
+    """Steps between checkpoints."""
+
     keep: int = 2
+    """Checkpoints that are kept until the stage is finished."""
+
     keep_finished: bool = False
+    """Keep the checkpoints of a finished stage, too; without it only its model stays."""
+
     async_checkpoints: bool = False
+    """Copy checkpoints to host memory and write them while training goes on."""
+
     heldout_every: int = 0
+    """Steps between measurements of the loss on the same held-out samples (`data.heldout`); 0 = never."""
+
     heldout_steps: int = 1
+    """Steps that one measurement takes."""
+
     spike_loss: float = 0.0
+    """A step whose loss is above so many times its running median is skipped; 0 = never."""
+
     spike_norm: float = 0.0
+    """The same for the norm of the gradient."""
 
     @property
     def limit(self) -> int | None:
@@ -164,26 +231,34 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class VisionRecipe(StageRecipe):
-    """Stage 0 besides: pairs a step over all ranks, and what they are compared by.
+    """Stage 0 besides: pairs of a picture or clip and its caption (SigLIP's loss).
 
-    micro_pairs: pairs of a rank that pass through the towers at once; 0 = all of them. Fewer take less memory and leave
-    loss and gradients as they are, but the towers run forward twice.
-
-    text_model: a SigLIP's directory, whose text tower, tokenizer, pooling head, temperature and bias are taken. Empty:
-    a text tower of text_width, text_layers and text_heads, which reads text_length tokens of Keye's own tokenizer, is
-    drawn at random, and so is a pooling head.
-
-    Stage 0 trains at native resolution: `processor.image` alone bounds stills, and the encoder's budget clips. It reads
-    neither `context` nor `packs` nor `alike`, which are of the language stages.
+    It trains at native resolution: `processor.image` alone bounds stills, and the encoder's budget bounds clips.
+    `context`, `packs` and `alike` are of the language stages and not read.
     """
 
     pairs: int = 32
+    """Pairs of a step over all ranks."""
+
     micro_pairs: int = 0
+    """Pairs of a rank that pass through the towers at once; 0 = all. Fewer take less memory and give the same loss and
+    gradients; the towers then run forward twice."""
+
     text_model: str = ""
+    """Directory of a SigLIP whose text tower, tokenizer, pooling head, temperature and bias are taken; empty = a text
+    tower and a pooling head are drawn at random."""
+
     text_width: int = 128
+    """Width of the text tower that is drawn."""
+
     text_layers: int = 2
+    """Its layers."""
+
     text_heads: int = 4
+    """Its attention heads."""
+
     text_length: int = 48
+    """Tokens of Keye's own tokenizer that it reads."""
 
     @property
     def limit(self) -> None:
@@ -210,39 +285,56 @@ class VisionRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class AnnealingRecipe(StageRecipe):
-    """Stage 3 besides.
-
-    rope_scale: the factor on the RoPE base (report: 1e6 → 8e6). through: context → steps of what lies in between, as
-    `through = { 32768 = 2000 }`; each is a phase of its own, `annealing-32768`, see `Recipe.chain`.
-    """
+    """Stage 3 besides."""
 
     rope_scale: float = 8.0
+    """Factor on the base of RoPE (report: 1e6 → 8e6)."""
+
     through: dict[str, int] = field(default_factory=dict)
+    """Context schedule: context → steps of the phases before the full context, as in `through = { 32768 = 2000 }`;
+    each is a phase `annealing-32768`, see `Recipe.chain`."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole pre-training run.
-
-    start: the stage that begins with `model`; those before it are not part of the run. Empty = the first there is. So
-    `start = "alignment"` goes on from pretrained parts without stage 0.
-
-    precision: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16". trackers: "wandb" and "trackio", which are told
-    every step besides metrics.jsonl and TensorBoard.
-    """
+    """A whole pre-training run."""
 
     name: str
+    """Name of the run."""
+
     data: DataRecipe
+    """The samples."""
+
     model: ModelRecipe = ModelRecipe()
+    """The model."""
+
     processor: ProcessorRecipe = ProcessorRecipe()
+    """Clips and stills."""
+
     vision: VisionRecipe | None = None
+    """Stage 0."""
+
     alignment: StageRecipe | None = None
+    """Stage 1."""
+
     multitask: StageRecipe | None = None
+    """Stage 2."""
+
     annealing: AnnealingRecipe | None = None
+    """Stage 3."""
+
     seed: int = 0
+    """Seed of everything that is drawn."""
+
     precision: str = "auto"
+    """Numbers: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16"."""
+
     start: str = ""
+    """The stage that begins with `model`; stages before it are not part of the run. Empty = the first. `start =
+    "alignment"` begins with pretrained parts, without stage 0."""
+
     trackers: tuple[str, ...] = ()
+    """Trackers "wandb" and "trackio": they get every step, as metrics.jsonl and TensorBoard do."""
 
     @property
     def stages(self) -> list[str]:
@@ -300,117 +392,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     path = Path(path)
     table = read(path, overrides, "stages/recipes")
     recipe = build(Recipe, table, str(path))
-    _check(recipe, str(path))
+    check(recipe, str(path))
     located = {
         key: tuple(dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in sources)
         for key, sources in (("sources", recipe.data.sources), ("heldout", recipe.data.heldout))
     }
     others = tuple(_located(other, path.parent) for other in recipe.data.not_like)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, not_like=others, **located))
-
-
-def _check(recipe: Recipe, file: str) -> None:
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise RecipeError(f"{file}: {message}")
-
-    need(bool(recipe.data.sources), "data.sources is empty; name at least one manifest")
-    need(0 <= recipe.data.not_like_bits < 32, "data.not_like_bits must be in [0, 32), of 64 bits")
-    need(bool(recipe.stages), f"no stage; add one of the tables {', '.join(STAGES)}")
-    need(recipe.start in ("", *recipe.stages), f"start must be one of {', '.join(recipe.stages)}, or empty")
-    need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
-    need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
-    need(recipe.data.workers >= 0, "data.workers must be at least 1, or 0 to go by the cores")
-    need(0 < recipe.data.max_bad_fraction <= 1, "data.max_bad_fraction must be above 0 and at most 1")
-    data = recipe.data
-    need(0 <= data.heldout_fraction < 1, "data.heldout_fraction must be in [0, 1)")
-    need(not (data.heldout and data.heldout_fraction), "give data.heldout or data.heldout_fraction, not both")
-    need(
-        not (data.heldout_fraction and any(source.streaming for source in data.sources)),
-        "data.heldout_fraction selects rows by number, and a streaming source has none; name data.heldout instead",
-    )
-    named = [(f"data.sources[{i}]", source) for i, source in enumerate(data.sources)]
-    for key, source in [*named, *((f"data.heldout[{i}]", source) for i, source in enumerate(data.heldout))]:
-        need(source.kind in KINDS, f"{key}.kind must be one of {', '.join(KINDS)}")
-        need(source.weight > 0, f"{key}.weight must be above 0")
-        need(source.format in ("", *FORMATS), f"{key}.format must be one of {', '.join(FORMATS)}")
-        need(source.shuffle >= 1, f"{key}.shuffle must be at least 1")
-        unfit = checked(source.transforms, source.streaming)
-        need(unfit is None, f"{key}.transforms: {unfit}")
-        need(set(source.stages) <= set(STAGES), f"{key}.stages may name only {', '.join(STAGES)}")
-    for name in recipe.stages:
-        stage: StageRecipe = getattr(recipe, name)
-        for key in ("steps", "context", "packs", "sequence_parallel", "save_every", "keep", "heldout_steps"):
-            need(getattr(stage, key) >= 1, f"{name}.{key} must be at least 1")
-        need(stage.heldout_every >= 0, f"{name}.heldout_every must not be below 0")
-        need(
-            not stage.heldout_every or bool(data.heldout) or data.heldout_fraction > 0,
-            f"{name}.heldout_every measures held-out samples, and there are none; give data.heldout or "
-            "data.heldout_fraction",
-        )
-        need(0 <= stage.alike <= stage.packs, f"{name}.alike must be from 0 (a quarter) to {name}.packs")
-        need(stage.lr > 0, f"{name}.lr must be above 0")
-        parts = ("vision",) if name == "vision" else ("vision", "projector", "decoder")
-        need(set(stage.lr_scale) <= set(parts), f"{name}.lr_scale may name only {', '.join(parts)}")
-        need(all(factor > 0 for factor in stage.lr_scale.values()), f"{name}.lr_scale: factors must be above 0")
-        need(stage.schedule in ("cosine", "constant"), f'{name}.schedule must be "cosine" or "constant"')
-        need(stage.mlp_tiles >= 1, f"{name}.mlp_tiles must be at least 1")
-        need(
-            stage.checkpointing or not stage.offload,
-            f"{name}.offload keeps what checkpointing recomputes from; set {name}.checkpointing = true besides",
-        )
-        for key, plain in (("sequence_parallel", 1), ("mlp_tiles", 1)):
-            need(
-                not stage.compile or getattr(stage, key) == plain,
-                f"{name}.compile = true takes no {key} = {getattr(stage, key)}; set {name}.compile = false or "
-                f"{name}.{key} = {plain}",
-            )
-        need(
-            not stage.compile or stage.zero != 3 or stage.checkpointing,
-            f"{name}.compile = true with zero = 3 would keep all gathered weights until the backward pass; set "
-            f"{name}.checkpointing = true or {name}.compile = false",
-        )
-        need(stage.zero in (0, 1, 2, 3), f"{name}.zero must be 0, 1, 2 or 3")
-        need(stage.hpz >= 1, f"{name}.hpz must be at least 1; 1 keeps no second copy")
-        need(
-            stage.hpz == 1 or (stage.hpz > 1 and stage.zero == 3),
-            f"{name}.hpz = {stage.hpz} keeps a second copy of what ZeRO-3 cuts; set {name}.zero = 3 or hpz = 1",
-        )
-        for key in ("warmup", "weight_decay", "clip"):
-            need(getattr(stage, key) >= 0, f"{name}.{key} must not be below 0")
-        for key in ("spike_loss", "spike_norm"):
-            need(getattr(stage, key) == 0 or getattr(stage, key) > 1, f"{name}.{key} must be above 1, or 0 for never")
-        need(len(stage.betas) == 2, f"{name}.betas must be two numbers")
-        need(set(stage.mixture) <= set(KINDS), f"{name}.mixture may name only {', '.join(KINDS)}")
-        need(all(share >= 0 for share in stage.mixture.values()), f"{name}.mixture: a share is below 0")
-        total = sum(stage.mixture.values())
-        need(not stage.mixture or abs(total - 1) < 1e-6, f"{name}.mixture adds up to {total:g}, but must to 1")
-    if recipe.vision is not None:
-        vision, sizes = recipe.vision, ("pairs", "text_width", "text_layers", "text_heads", "text_length")
-        for key in sizes:
-            need(getattr(vision, key) >= 1, f"vision.{key} must be at least 1")
-        need(vision.micro_pairs >= 0, "vision.micro_pairs must not be below 0")
-        need(
-            vision.sequence_parallel == 1,
-            "vision.sequence_parallel must be 1, because its pairs are no sequence to be cut; remove the key",
-        )
-    if recipe.annealing is not None:
-        need(recipe.annealing.rope_scale > 0, "annealing.rope_scale must be above 0")
-        _check_through(recipe.annealing, need)
-
-
-def _check_through(told: AnnealingRecipe, need: Callable[[bool, str], None]) -> None:
-    for text, steps in told.through.items():
-        key = f"annealing.through.{text}"
-        whole = text.isascii() and text.isdigit() and text[0] != "0"
-        need(whole, f"{key} must be a context and its steps, such as 32768 = 100")
-        context, tokens = int(text), told.packs * told.context
-        need(context < told.context, f"{key} must be a context below annealing.context = {told.context}")
-        need(
-            tokens % context == 0,
-            f"{key} does not divide the {tokens} tokens of a step; take annealing.context halved once or more",
-        )
-        need(steps >= 1, f"{key} = {steps}, but it must have at least 1 step")
 
 
 def _located(path: str, base: Path, kind: str = "") -> str:

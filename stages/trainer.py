@@ -20,7 +20,8 @@ from stages.distributed import engine as deep
 from stages.distributed.checkpoints import Begun, begin_checkpoint, load_checkpoint
 from stages.distributed.parallel import Grid, sum_over_ranks
 from stages.metrics import Watcher, find_peak, operations, own_operations
-from stages.recipe import KINDS, StageRecipe
+from stages.recipe import StageRecipe
+from stages.recipe_checks import KINDS
 from stages.skip_step import Guard
 from stages.stage import Stage
 

@@ -36,7 +36,8 @@ from stages.cost.footprint import (
 from stages.cost.gpus import Gpu
 from stages.cost.host_memory import HostFootprint, Node, host_footprint
 from stages.losses import LOGITS
-from stages.recipe import KINDS, Recipe, StageRecipe, VisionRecipe, stage_of
+from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
+from stages.recipe_checks import KINDS
 
 DAY, HOUR = 86400.0, 3600.0
 SIGLIP_VOCABULARY = 32_000  # tokens of SigLIP's tokenizer

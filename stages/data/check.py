@@ -23,7 +23,8 @@ from stages.data.sources.decontaminate import make_guard, sample_hashes
 from stages.data.sources.formats import BAD, Table
 from stages.data.sources.source import Source, source_name
 from stages.data.sources.streams import Lanes
-from stages.recipe import KINDS, DataRecipe, Recipe, SourceRecipe, StageRecipe, VisionRecipe
+from stages.recipe import DataRecipe, Recipe, SourceRecipe, StageRecipe, VisionRecipe
+from stages.recipe_checks import KINDS
 from stages.stage import choose_sources
 
 

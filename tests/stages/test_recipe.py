@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keye.encoder_config import EncoderConfig
 from keye.errors import RecipeError
+from keye.field_docs import field_docs
 from stages import recipe as recipes
 from stages.recipe import ProcessorRecipe, SourceRecipe, load
 from stages.typed_toml import to_toml
@@ -179,3 +181,14 @@ def test_the_printed_recipe_is_the_one_that_would_be_trained(tmp_path):
     printed = subprocess.run([*command, "--print"], capture_output=True, text=True, check=True, timeout=300).stdout
     (tmp_path / "printed.toml").write_text(printed, encoding="utf-8")
     assert load(tmp_path / "printed.toml") == load("stages/recipes/small.toml", ["multitask.lr=1e-4"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        recipes.Recipe, recipes.ModelRecipe, recipes.ProcessorRecipe, recipes.SourceRecipe, recipes.WorldRecipe,
+        recipes.DataRecipe, recipes.VisionRecipe, recipes.AnnealingRecipe, EncoderConfig,
+    ],
+)  # fmt: skip
+def test_every_key_is_documented_below_its_declaration(kind):
+    assert set(field_docs(kind)) == {field.name for field in fields(kind)}

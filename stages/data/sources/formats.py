@@ -17,7 +17,8 @@ import numpy as np
 from keye.errors import ManifestError
 from stages.data.sources.chat import EmptyRow, Row, as_chat, kind_of
 from stages.data.sources.tars import Tar
-from stages.recipe import KINDS, SourceRecipe
+from stages.recipe import SourceRecipe
+from stages.recipe_checks import KINDS
 
 BAD, EMPTY = 254, 255  # codes of rows beside the kinds' places in KINDS
 SCANNED = 2048  # rows looked over at a time

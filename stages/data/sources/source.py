@@ -25,7 +25,8 @@ from stages.data.sources.splitting import is_plain_text, split
 from stages.data.sources.streams import WINDOW, Lanes
 from stages.data.sources.transforms import apply
 from stages.data.thinned import WarningLog
-from stages.recipe import KINDS, SourceRecipe
+from stages.recipe import SourceRecipe
+from stages.recipe_checks import KINDS
 
 REASON = 300  # characters of why a sample is bad that are kept
 
