@@ -22,14 +22,14 @@ from keye.encoded import (
 from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError, VideoError
 from keye.slowfast.budget import fit_size
-from keye.slowfast.frame_buffer import Keeper
+from keye.slowfast.frame_buffer import FrameBuffer
+from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import as_measure
 from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import FAST, SLOW, Limits, as_policy
 from keye.slowfast.resizing import resize
 from keye.slowfast.threads import one_thread
-from keye.slowfast.walk import Walk
 from keye.video.clip import Clip, Frame, Source, open_clip
 from keye.video.fetch import UrlRules
 from keye.video.images import ImageSource, load_image
@@ -227,9 +227,9 @@ class SlowFastEncoder:
         Each frame is dropped once it has been given, so that what is made of them takes its place in memory.
         """
         with self._open(source, sampling) as clip:
-            keeper = Keeper(self._limits(clip.size), clip.expected, self.policy)
-            plan, positions = self._walk(clip, keeper)
-            yield plan, lambda sizes: _entries(clip, keeper, positions, sizes)
+            buffer = FrameBuffer(self._limits(clip.size), clip.expected, self.policy)
+            plan, positions = self._walk(clip, buffer)
+            yield plan, lambda sizes: _entries(clip, buffer, positions, sizes)
 
     def stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator["FrameDecision"]:
         """Decide about live video frame by frame: a decision as each frame arrives, the memory of one slow frame.
@@ -247,7 +247,7 @@ class SlowFastEncoder:
         return self._stream(frames)
 
     def _stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator["FrameDecision"]:
-        walk, sizes, first = Walk(self.measure, self.policy, remember=False), None, None
+        walk, sizes, first = FrameClassifier(self.measure, self.policy, remember=False), None, None
         for index, given in enumerate(frames):
             time, frame = given if isinstance(given, tuple) else (index / self.fps, given)
             frame = load_image(frame)
@@ -309,10 +309,10 @@ class SlowFastEncoder:
             side=self.token_side,
         )
 
-    def _walk(self, clip: Clip, keeper: Keeper | None) -> tuple[VideoPlan, list[int]]:
+    def _walk(self, clip: Clip, buffer: FrameBuffer | None) -> tuple[VideoPlan, list[int]]:
         """Type the clip's frames as they come; the plan, and the position among the sampled frames of each entry."""
         limits = self._limits(clip.size)
-        walk = Walk(self.measure, self.policy, limits)
+        walk = FrameClassifier(self.measure, self.policy, limits)
         indices, times = [], []
         with nullcontext() if hasattr(self.measure, "attach") else one_thread():  # a tower takes all threads
             for batch in _batches(clip):
@@ -320,8 +320,8 @@ class SlowFastEncoder:
                 types, _ = walk.step(pixels)
                 indices += [frame.index for frame in batch]
                 times += [frame.time for frame in batch]
-                if keeper is not None:
-                    keeper.add(pixels, types)
+                if buffer is not None:
+                    buffer.add(pixels, types)
             decided = walk.finish()
         slow = decided.types.count(SLOW)
         allocation = limits.allocate(
@@ -367,12 +367,12 @@ def _batches(clip: Clip) -> Iterator[list[Frame]]:
 
 
 def _entries(
-    clip: Clip, keeper: Keeper, positions: Sequence[int], sizes: Sequence[tuple[int, int]]
+    clip: Clip, buffer: FrameBuffer, positions: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> Iterator[torch.Tensor]:
     """The frame [3, H, W] uint8 of each entry of a plan, from what was kept or from a second pass over the clip."""
-    if keeper.serve(positions, sizes):
+    if buffer.serve(positions, sizes):
         for position, following in zip(positions, [*positions[1:], -1], strict=True):
-            yield keeper.frames[position] if following == position else keeper.release(position)
+            yield buffer.frames[position] if following == position else buffer.release(position)
         return
     entry = 0
     for position, frame in enumerate(clip):

@@ -25,7 +25,7 @@ from keye.model import flops
 from stages.cost.gpus import GPUS
 from stages.data.packing.balance import rank_operations
 from stages.distributed.engine import device, resolve_precision
-from stages.distributed.parallel import Grid, sum_over_ranks, vision_shares
+from stages.distributed.parallel import ParallelDims, sum_over_ranks, vision_shares
 from stages.report.findings import thinned
 
 RECENT = 50  # steps that the time left is reckoned from
@@ -84,7 +84,7 @@ def operations(module: nn.Module, batch: dict[str, Any]) -> int:
     return flops.training_step(module.config, frames, lengths, rows, tower_trains=tower, decoder_trains=decoder)
 
 
-def own_operations(module: nn.Module, batch: dict[str, Any], grid: Grid) -> float:
+def own_operations(module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> float:
     """Operations of this rank alone: of a pack that a sequence group shares, what falls to it."""
     if grid.sequence == 1:
         return operations(module, batch)
@@ -122,7 +122,7 @@ def open_tracker(name: str) -> ModuleType:
         ) from None
 
 
-class Watcher:
+class MetricsLogger:
     """Writes what the first rank sees of one stage: metrics.jsonl, TensorBoard, trackers, and the progress on screen.
 
     Every other rank has one that does nothing. Used as a context.
@@ -144,7 +144,7 @@ class Watcher:
         texts = [TextColumn("{task.description:10}"), TextColumn("{task.fields[state]}")]
         self.bar = Progress(texts[0], BarColumn(), MofNCompleteColumn(), texts[1], disable=not self.live)
 
-    def __enter__(self) -> "Watcher":
+    def __enter__(self) -> "MetricsLogger":
         if self.main:
             from torch.utils.tensorboard import SummaryWriter
 

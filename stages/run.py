@@ -32,9 +32,9 @@ from stages.data.items import Cache, Quarantine
 from stages.data.loader import encoding_threads
 from stages.data.sources.formats import files_of, format_of
 from stages.distributed import engine
-from stages.distributed.activation_memory import economise
+from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.hosts import local_ranks
-from stages.distributed.parallel import Grid, check_sequence, make_grid
+from stages.distributed.parallel import ParallelDims, build_parallel_dims, check_sequence
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start, open_start, replace_model
 from stages.metrics import open_tracker
@@ -116,7 +116,7 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
                 choose_sources(name, recipe, heldout=True)
             check_sequence(told.sequence_parallel, world)
             check_hpz(name, told.hpz, local_ranks(devices=torch.cuda.device_count()))
-            batches_of(name, told, Grid(0, world, told.sequence_parallel, None))
+            batches_of(name, told, ParallelDims(0, world, told.sequence_parallel, None))
             if isinstance(told, VisionRecipe) and told.text_model:
                 text_config(told.text_model)
 
@@ -160,7 +160,7 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
                 )
 
 
-def batches_of(name: str, told: StageRecipe, grid: Grid) -> int:
+def batches_of(name: str, told: StageRecipe, grid: ParallelDims) -> int:
     """Batches of a step on each rank; RecipeError where they do not divide."""
     if isinstance(told, VisionRecipe):
         return told.micro_batches(grid.data_size)
@@ -205,14 +205,14 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     """Model, data and trainer of one stage; what was begun in `run/name` goes on."""
     folder, told = run / name, recipe.chain[name]
     seed(recipe.seed + 1 + STAGES.index(stage_of(name)))
-    grid = make_grid(told.sequence_parallel)
+    grid = build_parallel_dims(told.sequence_parallel)
     processor = make_processor(recipe, told, run)
     first_rank(lambda: prepare_start(name, recipe, run))
     stage = KINDS[stage_of(name)](told, processor)
     start = open_start(start_of(name, recipe, run))
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
     model = start.build(dtype, engine.device(), stage.parts)
-    economise(model, told.checkpointing, told.offload, told.mlp_tiles, told.compile)
+    apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles, told.compile)
     if told.compile:
         _say(f"{name}: layers are compiled in the first steps, which takes a minute or more")
     module = stage.prepare(model).train()

@@ -1,7 +1,7 @@
 """The guard of a step: what is not finite, or far above what was usual, moves no weight and no moment of the optimizer.
 
-It is asked by the optimizer itself (`engine.hold_steps`), when the loss and the norm of the whole gradient are known
-and nothing has been changed yet. All it looks at is the same on every rank, so all ranks hold the same steps.
+It is asked by the optimizer itself (`engine.skip_steps_when`), when the loss and the norm of the whole gradient are
+known and nothing has been changed yet. All it looks at is the same on every rank, so all ranks hold the same steps.
 """
 
 import math
@@ -16,7 +16,7 @@ LEAST = 8  # steps that must have been taken before any is called a spike
 MAX_HELD = 20  # steps in a row that may be held before the run is given up
 
 
-class Guard:
+class StepGuard:
     """Decides about one step after the other.
 
     Args:

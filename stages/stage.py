@@ -9,18 +9,18 @@ from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import IMAGE_PAD, VIDEO_PAD
-from stages.data.batches import Feed
+from stages.data.batches import BatchStream
 from stages.data.collate import join, pack
 from stages.data.items import PIXELS
 from stages.data.loader import Loader
 from stages.data.packing.balance import Cost, deal_rounds
 from stages.data.packing.mixture import Mixture
-from stages.data.packing.packer import Packs
+from stages.data.packing.packer import BalancedPacker
 from stages.data.packing.planner import Planner
-from stages.data.sources.decontaminate import make_guard
+from stages.data.sources.decontaminate import open_decontamination
 from stages.data.sources.source import Cache, Item, Quarantine, Source
 from stages.data.thinned import count_thinned
-from stages.distributed.parallel import Grid, shard
+from stages.distributed.parallel import ParallelDims, shard
 from stages.distributed.weights import PARTS
 from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
 
@@ -34,16 +34,16 @@ class Stage(Protocol):
     def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
         """Freeze, change what the stage changes, and return the module to train."""
 
-    def loader(self, mixture: Mixture, grid: Grid, model: KeyeForConditionalGeneration, workers: int) -> Loader:
+    def loader(self, mixture: Mixture, grid: ParallelDims, model: KeyeForConditionalGeneration, workers: int) -> Loader:
         """This rank's batches, one for each call of `loss`; collective. `model` is prepared; `workers` encode."""
 
-    def weight(self, batch: dict[str, Any], grid: Grid) -> float:
+    def weight(self, batch: dict[str, Any], grid: ParallelDims) -> float:
         """This rank's part of what the summed loss of a step is divided by."""
 
-    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: Grid) -> None:
+    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: ParallelDims) -> None:
         """See all batches of a step before the first `loss`; collective."""
 
-    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         """This rank's part of the batch's summed loss."""
 
 
@@ -60,7 +60,7 @@ class LanguageStage:
         """Everything trains."""
         return model.requires_grad_(True)
 
-    def loader(self, mixture: Mixture, grid: Grid, model: KeyeForConditionalGeneration, workers: int) -> Loader:
+    def loader(self, mixture: Mixture, grid: ParallelDims, model: KeyeForConditionalGeneration, workers: int) -> Loader:
         def assemble(items: list[Item]) -> dict[str, Any]:
             row = pack([item.sample for item in items], grid.sequence, self.processor.tokenizer.pad_token_id)
             if grid.sequence > 1:
@@ -71,19 +71,19 @@ class LanguageStage:
         trains = [any(p.requires_grad for p in part.parameters()) for part in (model.visual, model.language_model)]
         cost = Cost(model.config, *trains)
         told = self.recipe
-        planner = Planner(mixture, Packs(told.context, told.packs, cost.per_token, told.alike))
+        planner = Planner(mixture, BalancedPacker(told.context, told.packs, cost.per_token, told.alike))
         # A step's batches are asked for at once, to count their labels; all of them are made while the last one trains.
         ahead = max(2, self.recipe.packs // grid.data_size)
-        return Loader(Feed(planner, cost, deal_rounds, assemble, grid, workers), grid, ahead)
+        return Loader(BatchStream(planner, cost, deal_rounds, assemble, grid, workers), grid, ahead)
 
-    def weight(self, batch: dict[str, Any], grid: Grid) -> float:
+    def weight(self, batch: dict[str, Any], grid: ParallelDims) -> float:
         # One rank of a sequence group speaks for all of its pack.
         return float((batch["shift_labels"] != -100).sum()) if grid.sequence_rank == 0 else 0.0
 
-    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: Grid) -> None:
-        """Packs do not depend on each other."""
+    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: ParallelDims) -> None:
+        """BalancedPacker do not depend on each other."""
 
-    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         attention = getattr(module, "module", module).config.attention
         inputs = shard(row, grid, self.processor.token_id(IMAGE_PAD), self.processor.token_id(VIDEO_PAD), attention)
@@ -111,12 +111,12 @@ def visual_samples(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def open_mixture(
-    name: str, recipe: Recipe, processor: KeyeProcessor, grid: Grid, cache: Cache, quarantine: Quarantine, run: str,
+    name: str, recipe: Recipe, processor: KeyeProcessor, grid: ParallelDims, cache: Cache, quarantine: Quarantine, run: str,
     heldout: bool = False,
 ) -> Mixture:  # fmt: skip
     """The stage's sources with their token shares, the same on every rank; those that are held out, if asked for."""
     stage = recipe.chain[name]
-    guard = make_guard(recipe.data.not_like, recipe.data.not_like_bits, processor, run)
+    guard = open_decontamination(recipe.data.not_like, recipe.data.not_like_bits, processor, run)
     fraction = recipe.data.heldout_fraction
     sources = []
     for source, share in choose_sources(name, recipe, heldout):

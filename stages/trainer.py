@@ -18,16 +18,16 @@ from stages.data.loader import Loader
 from stages.data.thinned import COUNTS
 from stages.distributed import engine as deep
 from stages.distributed.checkpoints import Begun, begin_checkpoint, load_checkpoint
-from stages.distributed.parallel import Grid, sum_over_ranks
-from stages.metrics import Watcher, find_peak, operations, own_operations
+from stages.distributed.parallel import ParallelDims, sum_over_ranks
+from stages.metrics import MetricsLogger, find_peak, operations, own_operations
 from stages.recipe import StageRecipe
 from stages.recipe_checks import KINDS
-from stages.skip_step import Guard
+from stages.skip_step import StepGuard
 from stages.stage import Stage
 
 PEAK = "peak.json"  # what the MFU in metrics.jsonl is a share of
 ASKED = ("save", "stop")  # what signals ask for
-HASTE = 30.0  # seconds that a rank which failed alone waits for its loader, which may wait for other ranks
+LOADER_TIMEOUT = 30.0  # seconds that a rank which failed alone waits for its loader, which may wait for other ranks
 
 
 class Trainer:
@@ -41,7 +41,7 @@ class Trainer:
     """
 
     def __init__(
-        self, stage: Stage, module: nn.Module, loader: Loader, grid: Grid, recipe: StageRecipe, folder: Path,
+        self, stage: Stage, module: nn.Module, loader: Loader, grid: ParallelDims, recipe: StageRecipe, folder: Path,
         micro_batches: int, precision: str, trackers: tuple[str, ...] = (), told: dict[str, Any] | None = None,
         sources: Mapping[nn.Parameter, Stored] | None = None, heldout: Sequence[list[dict[str, Any]]] = (),
     ) -> None:  # fmt: skip
@@ -60,8 +60,8 @@ class Trainer:
             from stages.distributed.background import write_in_background
 
             write_in_background(self.engine)
-        self.guard = Guard(stage.name, recipe.spike_loss, recipe.spike_norm)
-        deep.hold_steps(self.engine, self.guard.holds)
+        self.guard = StepGuard(stage.name, recipe.spike_loss, recipe.spike_norm)
+        deep.skip_steps_when(self.engine, self.guard.holds)
         self.peak = find_peak(precision)
         self.step = 0
         found = load_checkpoint(self.engine, folder / "checkpoints")
@@ -70,7 +70,7 @@ class Trainer:
             self.guard.load_state_dict(state["guard"])
             if state["loader"]:
                 loader.load_state_dict(state["loader"])
-        self.watcher = Watcher(stage.name, recipe.steps, folder, self.step, grid.rank == 0, trackers, told)
+        self.metrics_logger = MetricsLogger(stage.name, recipe.steps, folder, self.step, grid.rank == 0, trackers, told)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step: draw, count over all ranks, forward and backward each batch, step."""
@@ -175,9 +175,9 @@ class Trainer:
         """
         asking = {signal.SIGTERM: "stop", signal.SIGUSR1: "save"}
         before = {number: signal.signal(number, lambda n, _: self.asked.add(asking[n])) for number in asking}
-        patience: float | None = HASTE
+        patience: float | None = LOADER_TIMEOUT
         try:
-            with self.watcher:
+            with self.metrics_logger:
                 self._run()
             patience = None
         except KeyeError:  # all ranks agree on these
@@ -196,7 +196,7 @@ class Trainer:
             values, every = self.train_step(), self.recipe.heldout_every
             if every and (self.step % every == 0 or self.step == self.recipe.steps):
                 values["heldout_loss"] = self.heldout_loss()
-            self.watcher.tell(values)
+            self.metrics_logger.tell(values)
             if "written" in self.agreed:
                 self.finish_saving()
             if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self.agreed & {*ASKED}:
@@ -231,7 +231,7 @@ class Trainer:
             begun.finish()
 
 
-def micro_batches(name: str, count: int, grid: Grid) -> int:
+def micro_batches(name: str, count: int, grid: ParallelDims) -> int:
     """`count` packs a step, shared out over the data-parallel ranks.
 
     Raises:

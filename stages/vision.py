@@ -20,15 +20,15 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
 from keye.processor.tokenizer import open_tokenizer
 from stages import contrastive as contrast
-from stages.data.batches import Feed
+from stages.data.batches import BatchStream
 from stages.data.items import Item
 from stages.data.loader import Loader
 from stages.data.packing.balance import TowerCost, deal_parts
 from stages.data.packing.mixture import Mixture
-from stages.data.packing.packer import Pairs
+from stages.data.packing.packer import PairPacker
 from stages.data.packing.planner import Planner
 from stages.data.thinned import count_thinned
-from stages.distributed.parallel import Grid
+from stages.distributed.parallel import ParallelDims
 from stages.losses import siglip_loss
 from stages.recipe import VisionRecipe
 from stages.stage import count_kinds, visual_samples
@@ -57,17 +57,17 @@ class Vision:
             module = contrast.fresh(self.recipe, model.visual, self.captions)
         return module.requires_grad_(True)
 
-    def loader(self, mixture: Mixture, grid: Grid, model: KeyeForConditionalGeneration, workers: int) -> Loader:
+    def loader(self, mixture: Mixture, grid: ParallelDims, model: KeyeForConditionalGeneration, workers: int) -> Loader:
         def assemble(items: list[Item]) -> dict[str, Any]:
             pixels, grids, owners = visual_samples([item.sample for item in items])
             batch = {"pixels": pixels, "grids": grids, "owners": owners}
             batch["captions"] = self.tokens([item.caption for item in items])
             return {**batch, "kinds": count_kinds(items), "thinned": count_thinned(items)}
 
-        planner, parts = Planner(mixture, Pairs(self.recipe.pairs)), self.recipe.micro_batches(grid.data_size)
+        planner, parts = Planner(mixture, PairPacker(self.recipe.pairs)), self.recipe.micro_batches(grid.data_size)
         cost, deal = TowerCost(model.config.vision_config), partial(deal_parts, parts=parts)
         # A step's micro-batches are asked for at once; all of them are made while the step before trains.
-        return Loader(Feed(planner, cost, deal, assemble, grid, workers), grid, ahead=max(2, parts))
+        return Loader(BatchStream(planner, cost, deal, assemble, grid, workers), grid, ahead=max(2, parts))
 
     def tokens(self, captions: list[str]) -> Tensor:
         """Token ids `[B, T]` of captions, cut and padded to the text tower's length."""
@@ -76,10 +76,10 @@ class Vision:
         )
         return made["input_ids"]
 
-    def weight(self, batch: dict[str, Any], grid: Grid) -> float:
+    def weight(self, batch: dict[str, Any], grid: ParallelDims) -> float:
         return len(batch["captions"]) / self.recipe.pairs
 
-    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: Grid) -> None:
+    def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: ParallelDims) -> None:
         """The first pass over a step of several micro-batches: `cached` of each, see `loss`. Collective."""
         if len(batches) == 1:
             return
@@ -97,7 +97,7 @@ class Vision:
             value, *rest = (x / len(batches) for x in shared)
             batch["cached"] = value, (*part, *rest)
 
-    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         """This rank's part of the loss of all pairs; of a micro-batch the same share of it each.
 
         A micro-batch's value is not what it is a function of: its gradient is that of the whole batch's loss with

@@ -22,7 +22,7 @@ SPARE = 2.0
 Size = tuple[int, int]
 
 
-class Keeper:
+class FrameBuffer:
     """Keeps the sampled frames of one clip of which at most `expected` come.
 
     A policy that sees the whole clip before it decides leaves the types open when a frame comes; then only clips that

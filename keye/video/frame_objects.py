@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from keye.errors import VideoError
-from keye.video.decoding.picture import Painter
+from keye.video.decoding.picture import FrameConverter
 
 _CV2_POSITION, _CV2_RATE, _CV2_COUNT = 1, 5, 7  # cv2.CAP_PROP_POS_FRAMES, _FPS, _FRAME_COUNT
 
@@ -85,7 +85,7 @@ def time_of(frame: object) -> float | None:
 def picture_of(frame: object) -> object:
     """The picture of a frame without its time, as `load_image` takes it."""
     if isinstance(frame, av.VideoFrame):
-        return Painter("the frame", None).paint(frame, frame.time or 0.0)
+        return FrameConverter("the frame", None).paint(frame, frame.time or 0.0)
     if hasattr(frame, "pts_seconds"):
         return frame.data
     return frame[1] if time_of(frame) is not None else frame

@@ -30,7 +30,7 @@ def draw_plan(plan: Drawable, path: str | os.PathLike, frames: Pictures | None =
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lanes = Lanes.of(plan)
+    lanes = TimelineEntries.of(plan)
     pictures = pictures_of(plan, strip_frames(plan, 10 if plan.source_size[1] >= plan.source_size[0] else 16), frames)
     heights = ([_strip_height(plan, pictures)] if pictures else []) + [0.9, 0.6, 1.75]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 1.57), dpi=120, facecolor="white")
@@ -65,7 +65,7 @@ def draw_plan(plan: Drawable, path: str | os.PathLike, frames: Pictures | None =
 
 
 @dataclass(frozen=True)
-class Lanes:
+class TimelineEntries:
     """The entries of a plan as blocks over time, float64 [T] each.
 
     starts, ends: seconds. tokens: heights. bottoms: above another entry of the same time (two_stream), else 0.
@@ -77,7 +77,7 @@ class Lanes:
     bottoms: np.ndarray
 
     @classmethod
-    def of(cls, plan: Drawable) -> "Lanes":
+    def of(cls, plan: Drawable) -> "TimelineEntries":
         starts = plan.timestamps.double().numpy()
         tokens = plan.tokens_per_frame.double().numpy()
         below = np.concatenate([[0.0], np.cumsum(tokens)[:-1]])
@@ -174,7 +174,9 @@ def _strip_height(plan: Drawable, pictures: dict[int, np.ndarray]) -> float:
     return min(max(tile * plan.source_size[0] / plan.source_size[1], 0.3), 1.5) + _CONNECTOR
 
 
-def _draw_strip(axis: object, plan: Drawable, lanes: Lanes, pictures: dict[int, np.ndarray], height: float) -> None:
+def _draw_strip(
+    axis: object, plan: Drawable, lanes: TimelineEntries, pictures: dict[int, np.ndarray], height: float
+) -> None:
     """Pictures side by side, each tied by a line to its own time in the lanes below."""
     start, end = plan.span
     unit = (end - start) / _TIME_AXIS  # seconds per inch
@@ -195,7 +197,7 @@ def _draw_strip(axis: object, plan: Drawable, lanes: Lanes, pictures: dict[int, 
     axis.set_ylim(0, 1)
 
 
-def _draw_tokens(axis: object, plan: Drawable, lanes: Lanes) -> None:
+def _draw_tokens(axis: object, plan: Drawable, lanes: TimelineEntries) -> None:
     """A block per frame from its time to the next one's, as high as the tokens it costs."""
     for kind, colour in ((SLOW, SLOW_COLOUR), (FAST, FAST_COLOUR)):
         mask = plan.frame_types.numpy() == kind
@@ -218,7 +220,7 @@ def _draw_tokens(axis: object, plan: Drawable, lanes: Lanes) -> None:
     axis.grid(axis="y", color="#f1f3f5", zorder=0)
 
 
-def _draw_rate(axis: object, plan: Drawable, lanes: Lanes) -> None:
+def _draw_rate(axis: object, plan: Drawable, lanes: TimelineEntries) -> None:
     """Tokens per second over windows of a few frames, and their mean."""
     edges, rate = lanes.rate(lanes.bins())
     axis.stairs(rate, edges, fill=True, color=RATE_COLOUR, alpha=0.22, zorder=2)

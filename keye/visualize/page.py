@@ -17,7 +17,7 @@ from PIL import Image
 import keye
 from keye.slowfast.policies import FAST, SLOW
 from keye.visualize.drawable import Drawable
-from keye.visualize.figures import Lanes, Pictures, pictures_of, shown_threshold, strip_frames, time_ticks
+from keye.visualize.figures import Pictures, TimelineEntries, pictures_of, shown_threshold, strip_frames, time_ticks
 from keye.visualize.page_parts import SCRIPT, STYLE
 from keye.visualize.tables import seconds
 
@@ -33,7 +33,7 @@ _MANY = 200  # frames, from which on dots are small
 
 def plan_page(plan: Drawable, frames: Pictures | None = None) -> str:
     """The page's text; frames: T pictures uint8 [3, h, w], by default read again from the plan's source."""
-    lanes = Lanes.of(plan)
+    lanes = TimelineEntries.of(plan)
     pictures = _jpegs(plan, frames)
     name = escape(Path(plan.source).name or plan.source)
     return f"""<!doctype html>
@@ -119,8 +119,8 @@ def _viewer(pictures: bool) -> str:
 <dl id="facts" aria-hidden="true"></dl></div>"""
 
 
-def _timeline(plan: Drawable, lanes: Lanes, pictures: bool) -> str:
-    """Lanes drawn in a box of 1000 units, stretched to the page's width; what is written stands beside them."""
+def _timeline(plan: Drawable, lanes: TimelineEntries, pictures: bool) -> str:
+    """The entries in a box of 1000 units, stretched to the page's width; texts stand beside them."""
     start, end = plan.span
     width = 1000 / (end - start)
     edges, rate = lanes.rate(lanes.bins())
@@ -152,7 +152,7 @@ def _svg(height: int, inside: str) -> str:
     return f'<svg {box} aria-hidden="true">{inside}</svg>'
 
 
-def _blocks(plan: Drawable, lanes: Lanes, x: np.ndarray, width: float) -> str:
+def _blocks(plan: Drawable, lanes: TimelineEntries, x: np.ndarray, width: float) -> str:
     scale = 86 / lanes.top
     paths = []
     for kind, name in ((SLOW, "slow"), (FAST, "fast")):
@@ -223,7 +223,7 @@ def _settings(plan: Drawable) -> str:
 <div class="scroll" tabindex="0" role="region" aria-label="Settings"><table>{rows}</table></div></details>"""
 
 
-def _data(plan: Drawable, lanes: Lanes, pictures: dict[int, str]) -> str:
+def _data(plan: Drawable, lanes: TimelineEntries, pictures: dict[int, str]) -> str:
     """What the script reads, as JSON that cannot end the element it stands in."""
     start, end = plan.span
     places = sorted(pictures)

@@ -1,4 +1,4 @@
-"""Feed: batches of this rank. Rank 0 plans for all; each rank encodes what it owns and is sent what it trains on."""
+"""BatchStream: batches of this rank. Rank 0 plans for all; each rank encodes what it owns and is sent what it trains on."""
 
 import socket
 from collections import Counter, deque
@@ -17,7 +17,7 @@ from stages.data.items import Item, packed
 from stages.data.packing.balance import Cost, TowerCost
 from stages.data.packing.planner import Block, Found, Meta, Planner, Step
 from stages.data.packing.samples import Samples
-from stages.distributed.parallel import Grid, Piece, vision_shares
+from stages.distributed.parallel import ParallelDims, Piece, vision_shares
 
 Ref = tuple[int, int, int]  # source, index, part
 Deal = Callable[[list[int], int], list[list[list[int]]]]
@@ -53,7 +53,7 @@ class Report(NamedTuple):
     failure: Failure | None
 
 
-class Feed:
+class BatchStream:
     """A stream of batches, one a round; every rank makes the same number of rounds.
 
     A step takes about four turns of exchange with rank 0, whatever the number of its samples. Planning happens in rank
@@ -74,7 +74,7 @@ class Feed:
         cost: Cost | TowerCost,
         deal: Deal,
         assemble: Callable[[list[Item]], dict[str, Any]],
-        grid: Grid,
+        grid: ParallelDims,
         workers: int = 1,
     ) -> None:
         self.planner, self.cost, self.deal, self.assemble, self.grid = planner, cost, deal, assemble, grid
@@ -156,7 +156,7 @@ class Feed:
             return Turn([], failure=Failure.of(error, 0))
 
     def _deal(self, step: Step) -> Dealt:
-        """Packs to ranks."""
+        """BalancedPacker to ranks."""
         flops = step.samples.excess + step.samples.tokens * self.cost.per_token
         costs = [int(flops[a:b].sum()) for a, b in pairwise(step.starts.tolist())]
         dealt = self.deal(costs, self.grid.data_size)

@@ -19,10 +19,10 @@ from keye.processor.processor import KeyeProcessor
 from keye.processor.tokenizer import load_tokenizer, train_tokenizer
 from stages.data.items import Cache, Item, Quarantine
 from stages.data.loader import encoding_threads
-from stages.data.sources.decontaminate import make_guard, sample_hashes
+from stages.data.sources.decontaminate import open_decontamination, sample_hashes
 from stages.data.sources.formats import BAD, Table
 from stages.data.sources.source import Source, source_name
-from stages.data.sources.streams import Lanes
+from stages.data.sources.streams import StreamLanes
 from stages.recipe import DataRecipe, Recipe, SourceRecipe, StageRecipe, VisionRecipe
 from stages.recipe_checks import KINDS
 from stages.stage import choose_sources
@@ -100,7 +100,7 @@ def look_over(
     """
     told = recipe.chain[stage]
     processor = make_processor(recipe, told, run)
-    guard = make_guard(recipe.data.not_like, recipe.data.not_like_bits, processor, str(run))
+    guard = open_decontamination(recipe.data.not_like, recipe.data.not_like_bits, processor, str(run))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (source, share) in enumerate(choose_sources(stage, recipe)):
@@ -121,7 +121,7 @@ def look_over(
 def _look(source: Source, share: float, samples: int, workers: int, progress: Callable[[str, int, int], None]) -> Found:
     name = source_name(source.recipe)
     found = Found(name, source.recipe.kind, share, None)
-    if not isinstance(source.rows, Lanes):
+    if not isinstance(source.rows, StreamLanes):
         found.rows = len(source.rows.indices)
         found.unreadable = int((source.rows.table.scan()[0] == BAD).sum())
         samples = min(samples, found.rows)

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any, Protocol
 
-from stages.distributed.parallel import Grid
+from stages.distributed.parallel import ParallelDims
 
 MOST_WORKERS = 16  # threads that encode; beyond, what they do under Python's lock leaves nothing to gain
 
@@ -45,7 +45,7 @@ class Loader:
         ahead: batches prepared beforehand.
     """
 
-    def __init__(self, stream: Stream, grid: Grid, ahead: int = 2) -> None:
+    def __init__(self, stream: Stream, grid: ParallelDims, ahead: int = 2) -> None:
         self.stream, self.grid, self.ahead = stream, grid, ahead
         self.stalled = 0.0
         self._state = stream.state_dict()

@@ -27,7 +27,7 @@ from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 
 
-def economise(
+def apply_memory_options(
     model: KeyeForConditionalGeneration, checkpointing: bool, offload: bool = False, mlp_tiles: int = 1,
     compiled: bool = False, backend: str = "inductor",
 ) -> None:  # fmt: skip

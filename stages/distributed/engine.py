@@ -178,7 +178,7 @@ def _clip(parameters: list[nn.Parameter], limit: float, optimizer: torch.optim.O
     optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
 
 
-def hold_steps(engine: Any, hold: Callable[[float], bool]) -> None:
+def skip_steps_when(engine: Any, hold: Callable[[float], bool]) -> None:
     """Have the optimizer ask `hold(norm of the whole gradient, before clipping)` each time; True = nothing moves.
 
     ZeRO asks once for each of its groups, with the same norm.

@@ -25,7 +25,7 @@ UNEVEN = 0.02  # of the mean: what the dearest rank of a sequence group may enco
 
 
 @dataclass(frozen=True)
-class Grid:
+class ParallelDims:
     """This rank's place. `sequence_group` is None when a pack belongs to one rank alone."""
 
     rank: int
@@ -46,7 +46,7 @@ class Grid:
         return self.world // self.sequence
 
 
-def make_grid(sequence: int = 1) -> Grid:
+def build_parallel_dims(sequence: int = 1) -> ParallelDims:
     """The grid of the running processes; collective: every rank calls it, with the same `sequence`.
 
     Raises:
@@ -59,7 +59,7 @@ def make_grid(sequence: int = 1) -> Grid:
         for first in range(0, world, sequence):
             made = dist.new_group(list(range(first, first + sequence)))
             group = made if first <= rank < first + sequence else group
-    return Grid(rank, world, sequence, group)
+    return ParallelDims(rank, world, sequence, group)
 
 
 def check_sequence(sequence: int, world: int) -> None:
@@ -283,7 +283,7 @@ def own_pixels(pack: dict[str, Tensor], share: list[Piece]) -> Tensor | None:
 
 
 def shard(
-    pack: dict[str, Tensor], grid: Grid, image_token: int, video_token: int, attention: str = "auto"
+    pack: dict[str, Tensor], grid: ParallelDims, image_token: int, video_token: int, attention: str = "auto"
 ) -> dict[str, object]:
     """One pack → the model's arguments on this rank.
 
@@ -318,7 +318,7 @@ def shard(
 
 
 def _visual_inputs(
-    pixels: Tensor, grids: Tensor, shares: list[list[Piece]], grid: Grid, backend: str
+    pixels: Tensor, grids: Tensor, shares: list[list[Piece]], grid: ParallelDims, backend: str
 ) -> dict[str, object]:
     """The pixels of this rank's pieces as whole frames and parts of frames, for the model."""
     mine, sizes = shares[grid.sequence_rank], grids.prod(1).tolist()
@@ -357,7 +357,7 @@ def _frame_attention(group: dist.ProcessGroup, lengths: list[int], backend: str)
     return attention
 
 
-def _cut(whole: Tensor, grid: Grid, length: int) -> Tensor:
+def _cut(whole: Tensor, grid: ParallelDims, length: int) -> Tensor:
     """This rank's `length` tokens of the last dimension, as a tensor of its own, so that the whole can go."""
     return whole.narrow(-1, grid.sequence_rank * length, length).clone()
 

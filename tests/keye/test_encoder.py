@@ -13,7 +13,7 @@ from PIL import Image
 from keye.encoder import SlowFastEncoder
 from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError, VideoError
-from keye.slowfast.frame_buffer import Keeper
+from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.measures import get_measure
 from keye.slowfast.measures.pixelwise import SSIM
 from keye.slowfast.policies import Adaptive, Limits, get_policy
@@ -381,7 +381,7 @@ def test_what_is_kept_serves_and_stays_within_a_multiple_of_the_budget(data, cou
     """Whatever the types turn out to be, frames are kept large enough, and together little more than the budget."""
     limits = Limits((700, 900), ratio=ratio, min_tokens=1, max_tokens_per_frame=100, max_tokens=budget)
     policy = get_policy("adaptive", 0.5)
-    keeper = Keeper(limits, count, policy)
+    keeper = FrameBuffer(limits, count, policy)
     keeper._whole = False
     types = [0] + data.draw(st.lists(st.integers(0, 1), min_size=count - 1, max_size=count - 1))
     for kind in types:

@@ -14,7 +14,7 @@ from scripts.bench.stages.simulated.rank import Measured, Simulated
 from scripts.bench.stages.simulated.shapes import Shapes
 from stages.data.packing.planner import Meta
 from stages.distributed.collectives import Collective
-from stages.distributed.parallel import Grid
+from stages.distributed.parallel import ParallelDims
 
 
 def test_memory_without_values_is_that_of_the_tensors_alive():
@@ -49,7 +49,7 @@ def test_drawn_batch_has_the_lengths_of_its_plan():
         Meta("a", 0, "video", 90, 7, ((4, 6),), ((8, 4), (4, 4)), 0),
         Meta("b", 1, "text", 30, 12, (), (), 0),
     ]
-    row = drawn.language_batch(metas, Grid(0, 1, 1, None))
+    row = drawn.language_batch(metas, ParallelDims(0, 1, 1, None))
     assert row["cu_seqlens"].tolist() == [0, 90, 120]
     assert (row["shift_labels"] != -100).sum() == 7 + 12
     assert len(row["pixel_values"]) == 24 and len(row["pixel_values_videos"]) == 48

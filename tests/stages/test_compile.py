@@ -13,15 +13,15 @@ from keye.model.keye import KeyeForConditionalGeneration
 from stages.data.collate import pack
 from stages.data.loader import Loader
 from stages.distributed import engine as deep
-from stages.distributed.activation_memory import economise
-from stages.distributed.parallel import make_grid
+from stages.distributed.activation_memory import apply_memory_options
+from stages.distributed.parallel import build_parallel_dims
 from stages.multitask import Multitask
 from stages.trainer import Trainer, micro_batches
 from tests.distributed import run_distributed
 from tests.stages import small
 from tests.stages.test_memory import learn, row, same
 from tests.stages.test_parallel import packs
-from tests.stages.test_trainer import RECIPE, Packs, parameters
+from tests.stages.test_trainer import RECIPE, BalancedPacker, parameters
 
 LAYERS = 10  # more than the graphs that torch keeps of one function
 
@@ -42,7 +42,7 @@ def plain() -> dict[str, Tensor]:
 @pytest.mark.parametrize("settings", [(False,), (True,), (True, True)], ids=["plain", "recomputed", "offloaded"])
 def test_compiled_layers_give_the_plain_loss_and_gradients_in_a_graph_for_all_lengths(plain, settings):
     made = model()
-    economise(made, *settings, compiled=True, backend="aot_eager")
+    apply_memory_options(made, *settings, compiled=True, backend="aot_eager")
     same(learn(made, row()), plain)
     assert counters["stats"]["unique_graphs"] > 0
     rows = [pack(samples, 1) for samples in packs().values()]
@@ -60,7 +60,7 @@ def test_compiled_layers_give_the_plain_loss_and_gradients_in_a_graph_for_all_le
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_code_of_inductor_gives_the_plain_loss_and_gradients(checkpointing):
     made = small.model()
-    economise(made, checkpointing, compiled=True)
+    apply_memory_options(made, checkpointing, compiled=True)
     same(learn(made, row()), learn(small.model(), row()))
 
 
@@ -68,15 +68,15 @@ def three_steps(manifest: Path, folder: Path, zero: int, backend: str) -> list[t
     """Three steps of two packs each, plain and compiled; losses and weights."""
     deep.start(threads=1)
     deep.PERSISTENT = 0  # ZeRO-3 cuts these small weights, too
-    made, grid = small.processor(), make_grid()
+    made, grid = small.processor(), build_parallel_dims()
     samples = [made.sample(line["messages"], manifest.parent) for line in small.lines(manifest)]
     parts = [samples[0:1], samples[4:12], samples[1:3], samples[5:6], samples[3:7], samples[8:9]]
     found = []
     for compiled in (False, True):
         rows = [{**pack(part, 2), "kinds": {"video": 1}} for part in parts]
         module: nn.Module = small.model(made).train()
-        economise(module, True, compiled=compiled, backend=backend)
-        loader, recipe = Loader(Packs(rows, grid), grid), replace(RECIPE, zero=zero)
+        apply_memory_options(module, True, compiled=compiled, backend=backend)
+        loader, recipe = Loader(BalancedPacker(rows, grid), grid), replace(RECIPE, zero=zero)
         count = micro_batches("multitask", RECIPE.packs, grid)
         trainer = Trainer(Multitask(RECIPE, made), module, loader, grid, recipe, folder / str(compiled), count, "fp32")
         losses = [trainer.train_step()["loss"] for _ in range(3)]

@@ -17,8 +17,8 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import KeyeVisionModel, PoolingHead
 from stages.contrastive import Contrast, pretrained
 from stages.distributed import engine
-from stages.distributed.activation_memory import economise
-from stages.distributed.parallel import Grid, make_grid, sum_over_ranks
+from stages.distributed.activation_memory import apply_memory_options
+from stages.distributed.parallel import ParallelDims, build_parallel_dims, sum_over_ranks
 from stages.losses import siglip_loss
 from stages.recipe import VisionRecipe
 from stages.vision import Vision
@@ -26,7 +26,7 @@ from tests.distributed import run_distributed
 from tests.keye.model import parts
 from tests.stages import small
 
-ALONE = Grid(0, 1, 1, None)
+ALONE = ParallelDims(0, 1, 1, None)
 CAPTIONS = ["A red cat.", "two Dogs, on the grass", "a bird", "night: it flashes three times and then goes out again"]
 
 
@@ -90,7 +90,7 @@ def test_stage_0_has_no_running_sum_in_bf16():
 def test_a_language_step_has_no_running_sum_in_bf16(tmp_path, checkpointing):
     made = small.processor()
     model = small.model(made).bfloat16().train()
-    economise(model, checkpointing)
+    apply_memory_options(model, checkpointing)
     rows = small.lines(small.world(tmp_path))
     batch = made.collate([made.sample(row["messages"], tmp_path) for row in rows[:6]])
     with RunningSums() as sums:
@@ -286,7 +286,7 @@ def through_the_engine(micro: int, zero: int) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     engine.start(threads=1)
-    grid, (stage, module) = make_grid(1), made_stage()
+    grid, (stage, module) = build_parallel_dims(1), made_stage()
     whole, own = pairs_of(module.visual.config), 8 // grid.world
     firsts = range(grid.rank * own, (grid.rank + 1) * own, micro)
     batches = [part_of(whole, range(first, first + micro)) for first in firsts]

@@ -31,8 +31,8 @@ from stages.cost.estimate import (
 )
 from stages.cost.footprint import Plan, Share, activations, footprint, reduced, states, tower_chunk, tower_layer
 from stages.cost.gpus import GPUS, Gpu, gpu_named
-from stages.distributed.activation_memory import economise
-from stages.distributed.parallel import Grid
+from stages.distributed.activation_memory import apply_memory_options
+from stages.distributed.parallel import ParallelDims
 from stages.recipe import Recipe, load
 from stages.vision import Vision
 from tests.stages import small
@@ -182,7 +182,7 @@ def test_micro_batches_take_a_parts_memory_and_another_forward_pass():
             {**one, "pixels": pixels, "captions": captions}
             for pixels, captions in zip(batch["pixels"].split(800), batch["captions"].split(2), strict=True)
         ]
-        stage.begin(module, batches, Grid(0, 1, 1, None))
+        stage.begin(module, batches, ParallelDims(0, 1, 1, None))
     assert parts.flops_done - whole.flops_done == pytest.approx(counter.get_total_flops(), rel=0.05)
     assert parts.flops == whole.flops
 
@@ -225,7 +225,7 @@ def test_operations_that_are_done_again_are_those_that_torch_counts(changes):
     reckoned, counted = [], []
     for told in (case.told(), replace(case.told(), **changes)):
         model = KeyeForConditionalGeneration(case.config()).train()
-        economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+        apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
         with FlopCounterMode(display=False) as counter:
             model(**pack_of(case), num_items_in_batch=64.0).loss.backward()
         counted.append(counter.get_total_flops())

@@ -19,7 +19,7 @@ def one_step() -> dict[str, torch.Tensor]:
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = deep.build(model, lr=LR, steps=9, zero=1, clip=0.0, precision="bf16")
     asked, answer = [], [True]
-    deep.hold_steps(engine, lambda norm: asked.append(norm) or answer[0])
+    deep.skip_steps_when(engine, lambda norm: asked.append(norm) or answer[0])
     x = torch.ones(1, 5, dtype=torch.bfloat16)
     engine.backward(engine(x) * float("inf"))
     engine.step()
@@ -54,7 +54,7 @@ def norms(zero: int) -> tuple[float, float, float, torch.Tensor]:
     model = Net(0)
     engine = deep.build(model, lr=0.1, steps=9, zero=zero, clip=0.5, precision="fp32")
     asked, x = [], torch.full((1, 5), 3.0)
-    deep.hold_steps(engine, lambda norm: bool(asked.append(norm)))
+    deep.skip_steps_when(engine, lambda norm: bool(asked.append(norm)))
     plain = Net(0)
     (plain(x) * 1e4).backward()
     wanted = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])

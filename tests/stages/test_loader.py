@@ -15,23 +15,23 @@ from torch import Tensor
 from keye.errors import KeyeError, VideoError
 from keye.processor.processor import Sample
 from stages.data import exchange
-from stages.data.batches import Feed
+from stages.data.batches import BatchStream
 from stages.data.collate import pack
 from stages.data.items import Cache, Item, Quarantine, from_bytes
 from stages.data.loader import Loader, encoding_threads
 from stages.data.packing.balance import Cost, TowerCost, deal_parts, deal_rounds, deal_sums
 from stages.data.packing.mixture import Mixture
-from stages.data.packing.packer import Packs
+from stages.data.packing.packer import BalancedPacker
 from stages.data.packing.planner import Planner
 from stages.data.sources.source import Source
-from stages.distributed.parallel import Grid, Piece, make_grid
+from stages.distributed.parallel import ParallelDims, Piece, build_parallel_dims
 from stages.multitask import Multitask
 from stages.recipe import SourceRecipe, StageRecipe
 from tests.distributed import run_distributed
 from tests.stages import small
 
 RECIPE = StageRecipe(steps=4, lr=1e-3, context=256, packs=4)
-ALONE = Grid(0, 1, 1, None)
+ALONE = ParallelDims(0, 1, 1, None)
 
 
 # --- the loader: credits, errors, ends
@@ -80,7 +80,7 @@ def test_closed_loader_has_no_thread_left():
 
 
 def test_every_credit_is_used_up_where_others_wait_for_it():
-    loader = Loader(Numbers(), Grid(0, 2, 1, None), ahead=3)
+    loader = Loader(Numbers(), ParallelDims(0, 2, 1, None), ahead=3)
     loader.next(), loader.next()
     loader.close()
     assert loader.stream.at == 5
@@ -109,7 +109,7 @@ def test_encoding_threads_share_the_cores_among_the_processes_of_a_machine(cores
 # --- the feed, on one process and on several
 
 
-def loader_of(manifest: Path, grid: Grid, workers: int = 2) -> Loader:
+def loader_of(manifest: Path, grid: ParallelDims, workers: int = 2) -> Loader:
     made = small.processor()
     cache, quarantine = Cache(1 << 24), Quarantine()
     sources = [
@@ -119,13 +119,13 @@ def loader_of(manifest: Path, grid: Grid, workers: int = 2) -> Loader:
     return Multitask(RECIPE, made).loader(Mixture(sources), grid, small.model(made), workers)
 
 
-def steps_of(loader: Loader, grid: Grid, count: int) -> list[list[dict[str, Any]]]:
+def steps_of(loader: Loader, grid: ParallelDims, count: int) -> list[list[dict[str, Any]]]:
     """The batches of this rank, step by step."""
     return [[loader.next() for _ in range(RECIPE.packs // grid.data_size)] for _ in range(count)]
 
 
 def fed(manifest: Path, sequence: int, count: int, state: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    grid = make_grid(sequence)
+    grid = build_parallel_dims(sequence)
     loader = loader_of(manifest, grid)
     if state is not None:
         loader.load_state_dict(state)
@@ -205,7 +205,7 @@ def one_planner() -> tuple[int, int, int, int]:
     """Collectives of six steps of many short samples, the samples of these, and those drawn and encoded here."""
     draw = random.Random(5)
     source = small.Lengths("f", "text", [draw.randint(2, 6) for _ in range(499)])
-    loader = numbers(source, make_grid(1), packs=2, context=2048)
+    loader = numbers(source, build_parallel_dims(1), packs=2, context=2048)
     samples = sum(len(loader.next()["indices"]) for _ in range(8))
     counting = Counting()
     before = sum(len(loader.next()["indices"]) for _ in range(6))
@@ -272,18 +272,18 @@ class Faulty(small.Lengths):
         return super().items(index)
 
 
-def numbers(source: small.Lengths, grid: Grid, packs: int = 2, context: int = 40) -> Loader:
+def numbers(source: small.Lengths, grid: ParallelDims, packs: int = 2, context: int = 40) -> Loader:
     cost = Cost(small.model().config)
-    planner = Planner(Mixture([(source, 1.0)]), Packs(context, packs, cost.per_token))
+    planner = Planner(Mixture([(source, 1.0)]), BalancedPacker(context, packs, cost.per_token))
 
     def assemble(items: list[Item]) -> dict[str, Any]:
         return pack([item.sample for item in items]) | {"indices": [item.index for item in items]}
 
-    return Loader(Feed(planner, cost, deal_rounds, assemble, grid), grid)
+    return Loader(BatchStream(planner, cost, deal_rounds, assemble, grid), grid)
 
 
 def meets_an_error() -> tuple[str, str]:
-    loader = numbers(Faulty("f", "text", [10, 7, 3]), make_grid(1))
+    loader = numbers(Faulty("f", "text", [10, 7, 3]), build_parallel_dims(1))
     try:
         for _ in range(20):
             loader.next()
@@ -298,7 +298,7 @@ def test_error_on_one_rank_is_the_same_on_all():
 
 
 def reads_other_data(copies: list[list[int]]) -> tuple[str, str]:
-    grid = make_grid(1)
+    grid = build_parallel_dims(1)
     loader = numbers(small.Lengths("copy", "text", copies[grid.rank]), grid)
     try:
         loader.next()
@@ -322,7 +322,7 @@ class Lossy(dict):
 
 
 def loses_a_sample() -> tuple[str, str]:
-    loader = numbers(small.Lengths("f", "text", [10, 7, 3]), make_grid(1))
+    loader = numbers(small.Lengths("f", "text", [10, 7, 3]), build_parallel_dims(1))
     loader.stream.kept = Lossy()
     try:
         for _ in range(20):
@@ -379,7 +379,7 @@ def test_only_the_owner_encodes_and_bad_samples_are_passed_over():
 
 def owners() -> tuple[list[int], list[int]]:
     source = small.Lengths("f", "text", [0, 7, 3])
-    loader = numbers(source, make_grid(1))
+    loader = numbers(source, build_parallel_dims(1))
     indices = [index for _ in range(3) for index in loader.next()["indices"]]
     dist.barrier()
     loader.close()

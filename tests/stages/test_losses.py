@@ -41,7 +41,7 @@ def test_equal_captions_are_positives_of_one_another():
 
 
 def loss_of(first: int, last: int) -> tuple[Tensor, list[Tensor]]:
-    """Pairs `first` to `last` → this rank's loss, and the leaves: vision, text, scale, bias."""
+    """PairPacker `first` to `last` → this rank's loss, and the leaves: vision, text, scale, bias."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(PAIRS, WIDTH, generator=generator)[first:last] for _ in range(2)]
     leaves += [torch.tensor([1.5]), torch.tensor([-2.0])]

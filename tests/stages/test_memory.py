@@ -11,7 +11,7 @@ import keye.model.vision as tower
 from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.data.collate import pack
-from stages.distributed.activation_memory import economise, in_host_memory, in_tiles, recompute
+from stages.distributed.activation_memory import apply_memory_options, in_host_memory, in_tiles, recompute
 from tests.stages import small
 from tests.stages.test_parallel import packs
 
@@ -45,14 +45,14 @@ def test_an_economical_step_equals_the_plain_one(plain, monkeypatch, settings, p
     # At 4 patches most frames are chunks of their own, too large to be recomputed as a whole.
     monkeypatch.setattr(tower, "FRAME_PATCHES", patches)
     model = small.model()
-    economise(model, *settings)
+    apply_memory_options(model, *settings)
     same(learn(model, row()), plain)
 
 
 def test_a_frozen_tower_is_computed_once(plain, monkeypatch):
     monkeypatch.setattr(tower, "FRAME_PATCHES", 8)
     model = small.model()
-    economise(model, checkpointing=True)
+    apply_memory_options(model, checkpointing=True)
     model.visual.requires_grad_(False)
     calls = []
     model.visual.post_layernorm.register_forward_hook(lambda *_: calls.append(1))
@@ -100,7 +100,7 @@ def test_only_the_layers_inputs_go_to_host_memory(monkeypatch):
         "stages.distributed.activation_memory.in_host_memory",
         lambda: torch.autograd.graph.saved_tensors_hooks(pack_, hooks.unpack_hook),
     )
-    economise(model, checkpointing=True, offload=True)
+    apply_memory_options(model, checkpointing=True, offload=True)
     learn(model, inputs)
     length = inputs["input_ids"].shape[1]
     assert {shape: n for shape, n in moved.items() if length in shape} == {(1, length, 128): 2}  # two layers
@@ -122,7 +122,7 @@ def test_tiles_of_an_mlp_give_its_output_and_gradients(tiles):
 
 def test_offload_without_anything_recomputed_is_refused():
     with pytest.raises(RecipeError, match="set checkpointing = true"):
-        economise(small.model(), checkpointing=False, offload=True)
+        apply_memory_options(small.model(), checkpointing=False, offload=True)
 
 
 def test_bytes_are_pixels(plain):

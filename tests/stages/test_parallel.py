@@ -15,13 +15,13 @@ from keye.model.rope import stream_positions
 from keye.processor.processor import Sample
 from stages.data.collate import pack
 from stages.data.packing.balance import rank_operations
-from stages.distributed.activation_memory import economise
+from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.parallel import (
-    Grid,
+    ParallelDims,
     Piece,
     all_gather,
+    build_parallel_dims,
     key_heads,
-    make_grid,
     own_pixels,
     route_features,
     shard,
@@ -45,7 +45,7 @@ def attention_inputs(heads: int, kv_heads: int, length: int = 48) -> tuple[Tenso
 
 def attend(heads: int, kv_heads: int, bounds: list[int], causal: bool) -> list[Tensor]:
     """Output and gradients of q, k, v, whole again, as the ranks compute them."""
-    grid = make_grid(dist.get_world_size())
+    grid = build_parallel_dims(dist.get_world_size())
     whole = attention_inputs(heads, kv_heads)
     *parts, upstream = (x.chunk(grid.sequence)[grid.sequence_rank].clone() for x in whole)
     for x in parts:
@@ -95,7 +95,7 @@ def test_a_rank_is_sent_the_key_heads_its_queries_read():
 
 
 def odd_heads() -> None:
-    grid = make_grid(2)
+    grid = build_parallel_dims(2)
     q = torch.zeros(4, 3, 8)
     ulysses(grid.sequence_group)(q, q, q, torch.tensor([0, 8]), True)
 
@@ -145,7 +145,7 @@ def packs() -> dict[str, list[Sample]]:
     }
 
 
-def only_mine(row: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
+def only_mine(row: dict[str, Tensor], grid: ParallelDims) -> dict[str, Tensor]:
     """A pack as the loader hands it out: the pixels of this rank's stills and frames alone."""
     grids = [row[name] for name in ("image_grid_thw", "video_grid_thw") if name in row]
     if not grids:
@@ -157,7 +157,7 @@ def only_mine(row: dict[str, Tensor], grid: Grid) -> dict[str, Tensor]:
 
 def model_gradients(sequence: int) -> dict[str, tuple[float, dict[str, Tensor]]]:
     """Pack → summed loss and the gradient of every parameter, summed over the ranks."""
-    grid = make_grid(sequence)
+    grid = build_parallel_dims(sequence)
     found = {}
     for name, samples in packs().items():
         model = small.model(num_key_value_heads=2).train()
@@ -194,13 +194,13 @@ def test_whole_model_on_two_and_four_ranks_equals_one(cut, name):
 
 def large_frame(sequence: int) -> dict[bool, tuple[float, dict[str, Tensor]]]:
     """Recomputed or not → loss and gradients of a pack whose large frames are cut among the ranks."""
-    grid, found = make_grid(sequence), {}
+    grid, found = build_parallel_dims(sequence), {}
     g = torch.Generator().manual_seed(3)
     samples = [sample(g, [(1, 2)], [], 5), sample(g, [(33, 32)], [(2, 2)] * 2, 7), sample(g, [], [(35, 40)], 4)]
     row = pack(samples, sequence)
     for recomputed in (False, True):
         model = small.model(num_attention_heads=6, num_key_value_heads=3).train()
-        economise(model, checkpointing=recomputed)
+        apply_memory_options(model, checkpointing=recomputed)
         inputs = shard(row if sequence == 1 else only_mine(row, grid), grid, IMAGE, VIDEO)
         assert sequence == 1 or len(inputs["frame_parts"]) == 2
         loss = model(**inputs, num_items_in_batch=1.0).loss
@@ -229,7 +229,7 @@ def test_frames_cut_among_ranks_have_the_loss_and_gradients_of_one_process(large
 
 def test_one_rank_is_handed_the_pack_itself():
     row = pack(packs()["stills and frames"], 1)
-    inputs = shard(row, make_grid(1), IMAGE, VIDEO)
+    inputs = shard(row, build_parallel_dims(1), IMAGE, VIDEO)
     assert inputs.keys() == row.keys() and all(inputs[name] is row[name] for name in row)
 
 
@@ -307,7 +307,7 @@ def test_frames_are_shared_whole_and_within_one_frame_of_even(costs, ranks):
 
 
 def places() -> tuple[int, int, int, list[int]]:
-    grid = make_grid(2)
+    grid = build_parallel_dims(2)
     return grid.data_rank, grid.sequence_rank, grid.data_size, dist.get_process_group_ranks(grid.sequence_group)
 
 
@@ -319,8 +319,8 @@ def test_grid_of_four_has_two_sequence_groups():
 
 def test_sequence_parallel_that_does_not_divide_the_processes_is_named():
     with pytest.raises(RecipeError, match="sequence_parallel = 2 does not divide the 1 processes"):
-        make_grid(2)
-    assert make_grid(1).sequence_group is None
+        build_parallel_dims(2)
+    assert build_parallel_dims(1).sequence_group is None
 
 
 def backends_used() -> list[str]:
@@ -332,7 +332,7 @@ def backends_used() -> list[str]:
         return run(name, *args)
 
     attention.run = noted
-    grid, row = make_grid(2), pack(packs()["stills and frames"], 4)
+    grid, row = build_parallel_dims(2), pack(packs()["stills and frames"], 4)
     small.model().language_model(
         inputs_embeds=torch.randn(1, row["input_ids"].shape[1] // 2, 128),
         position_ids=shard(row, grid, IMAGE, VIDEO)["position_ids"],
@@ -350,7 +350,7 @@ def test_sequence_parallel_attention_is_the_one_that_the_config_names():
 
 def shared_key_gradient() -> float:
     """Gradient of the one key head that four ranks' query heads read: 256 of the first, 1 of each other."""
-    grid, upstream = make_grid(4), torch.ones(2, 4, 8, dtype=torch.bfloat16)
+    grid, upstream = build_parallel_dims(4), torch.ones(2, 4, 8, dtype=torch.bfloat16)
     upstream[:, 0] = 256
     q, k, v = (torch.zeros(2, heads, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 1, 1))
     given = ulysses(grid.sequence_group, lambda q, k, v, cu_seqlens, causal: q * 0 + k + v * 0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from keye.errors import CheckpointError
 from stages.data.packing.balance import deal_rounds
 from stages.data.packing.mixture import Mixture
-from stages.data.packing.packer import Packs, Pairs
+from stages.data.packing.packer import BalancedPacker, PairPacker
 from stages.data.packing.planner import Block, Found, Meta, Planner
 from tests.stages import small
 
@@ -19,7 +19,7 @@ PER_TOKEN = 10
 class Plans:
     """A planner with made-up samples: kind → (share, tokens of each, excess per token)."""
 
-    def __init__(self, parts: dict[str, tuple[float, list[int], int]], former: Packs | Pairs) -> None:
+    def __init__(self, parts: dict[str, tuple[float, list[int], int]], former: BalancedPacker | PairPacker) -> None:
         self.parts = parts
         sources = [(small.Lengths(kind, kind, lengths), share) for kind, (share, lengths, _) in parts.items()]
         self.planner, self.blocks = Planner(Mixture(sources), former), 0
@@ -67,7 +67,7 @@ def three_kinds() -> dict[str, tuple[float, list[int], int]]:
     steps=st.integers(1, 6),
 )
 def test_nothing_is_lost_and_no_pack_is_over_the_context(numbers, context, packs, steps):
-    plans = Plans({"text": (1.0, numbers, 1)}, Packs(context, packs, PER_TOKEN))
+    plans = Plans({"text": (1.0, numbers, 1)}, BalancedPacker(context, packs, PER_TOKEN))
     seen: list[int] = []
     for _ in range(steps):
         step = plans.step()
@@ -86,7 +86,7 @@ def test_nothing_is_lost_and_no_pack_is_over_the_context(numbers, context, packs
 
 @pytest.mark.parametrize("packs", [1, 8])
 def test_packs_are_full_and_shares_are_kept(packs):
-    plans = Plans(three_kinds(), Packs(8192, packs, PER_TOKEN))
+    plans = Plans(three_kinds(), BalancedPacker(8192, packs, PER_TOKEN))
     fills = [sum(meta.tokens for meta in pack) / 8192 for _ in range(30) for pack in plans.step()]
     assert min(fills) > 0.98 and sum(fills) / len(fills) > 0.995
     for kind, share in plans.planner.realised().items():
@@ -95,7 +95,7 @@ def test_packs_are_full_and_shares_are_kept(packs):
 
 @pytest.mark.parametrize(("packs", "ranks"), [(4, 2), (16, 2), (16, 4)])
 def test_no_rank_waits_long_for_another(packs, ranks):
-    plans, dearest, mean = Plans(three_kinds(), Packs(8192, packs, PER_TOKEN)), 0.0, 0.0
+    plans, dearest, mean = Plans(three_kinds(), BalancedPacker(8192, packs, PER_TOKEN)), 0.0, 0.0
     for _ in range(20):
         costs = [sum(meta.tokens * PER_TOKEN + meta.excess for meta in pack) for pack in plans.step()]
         for round_ in zip(*deal_rounds(costs, ranks), strict=True):
@@ -106,25 +106,25 @@ def test_no_rank_waits_long_for_another(packs, ranks):
 
 def test_no_sample_waits_for_ever():
     parts = three_kinds() | {"image": (0.50, [*lengths(2, 40, 400), 6000], 8)}  # one that nothing matches
-    plans = Plans(parts, Packs(8192, 4, PER_TOKEN))
+    plans = Plans(parts, BalancedPacker(8192, 4, PER_TOKEN))
     for _ in range(60):
         plans.step()
-        assert (plans.planner.step - plans.planner.pool.born <= 2 * Packs.patience).all()
+        assert (plans.planner.step - plans.planner.pool.born <= 2 * BalancedPacker.patience).all()
 
 
 def test_sample_that_nothing_matches_waits_while_its_kind_has_others():
     parts = {"text": (0.5, lengths(4, 20, 60), 0), "image": (0.5, [600, *lengths(5, 20, 60, 150)], 40)}
-    plans, left = Plans(parts, Packs(1000, 4, PER_TOKEN, alike=2)), []
+    plans, left = Plans(parts, BalancedPacker(1000, 4, PER_TOKEN, alike=2)), []
     for number in range(12):
         left += [number for pack in plans.step() for meta in pack if meta.tokens == 600]
     # It was in the pool before the first step; only its age brings it out.
-    assert 0 < left[0] <= Packs.patience
+    assert 0 < left[0] <= BalancedPacker.patience
 
 
 @pytest.mark.parametrize("alike", [1, 2, 4])
 def test_dear_samples_come_as_many_at_once_as_ranks_meet(alike):
     parts = {"text": (0.6, lengths(4, 5, 60), 0), "video": (0.3, lengths(5, 20, 90), 5), "image": (0.1, [600], 40)}
-    plans, steps = Plans(parts, Packs(1000, 4, PER_TOKEN, alike)), []
+    plans, steps = Plans(parts, BalancedPacker(1000, 4, PER_TOKEN, alike)), []
     for number in range(120):
         dear = [pack for pack in plans.step() if any(meta.tokens == 600 for meta in pack)]
         if dear and number >= 60:  # at first too many are drawn, because their length is not known; then none for long
@@ -135,7 +135,7 @@ def test_dear_samples_come_as_many_at_once_as_ranks_meet(alike):
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
-@pytest.mark.parametrize("former", [Packs(1024, 2, PER_TOKEN), Pairs(12)], ids=["packs", "pairs"])
+@pytest.mark.parametrize("former", [BalancedPacker(1024, 2, PER_TOKEN), PairPacker(12)], ids=["packs", "pairs"])
 def test_resumed_planner_makes_the_same_steps(after, former):
     whole, begun = Plans(three_kinds(), former), Plans(three_kinds(), former)
     for _ in range(after):
@@ -152,7 +152,7 @@ def test_resumed_planner_makes_the_same_steps(after, former):
 
 
 def test_pairs_of_a_step_keep_their_shares():
-    plans = Plans(three_kinds(), Pairs(64))
+    plans = Plans(three_kinds(), PairPacker(64))
     for _ in range(30):
         assert [len(pack) for pack in plans.step()] == [1] * 64
     for kind, share in plans.planner.realised().items():
@@ -161,7 +161,7 @@ def test_pairs_of_a_step_keep_their_shares():
 
 def test_step_of_many_short_samples_takes_as_few_blocks_as_one_of_long_ones():
     parts = {"text": (1.0, lengths(6, 8, 40), 1)}
-    plans = Plans(parts, Packs(8192, 8, PER_TOKEN))
+    plans = Plans(parts, BalancedPacker(8192, 8, PER_TOKEN))
     for _ in range(3):  # at first nothing is known of the lengths
         plans.step()
     plans.blocks = 0
@@ -171,6 +171,6 @@ def test_step_of_many_short_samples_takes_as_few_blocks_as_one_of_long_ones():
 
 
 def test_state_of_other_sources_is_refused():
-    state = Plans({"a": (1.0, [3], 0)}, Pairs(2)).planner.state_dict()
+    state = Plans({"a": (1.0, [3], 0)}, PairPacker(2)).planner.state_dict()
     with pytest.raises(CheckpointError, match="other data.sources"):
-        Plans({"b": (1.0, [3], 0)}, Pairs(2)).planner.load_state_dict(state)
+        Plans({"b": (1.0, [3], 0)}, PairPacker(2)).planner.load_state_dict(state)

@@ -14,7 +14,7 @@ from stages import recipe as recipes
 from stages.data.sources.source import Cache, Quarantine
 from stages.data.thinned import WarningLog, count_thinned, kind_of_warning
 from stages.distributed import engine as deep
-from stages.distributed.parallel import Grid, make_grid
+from stages.distributed.parallel import ParallelDims, build_parallel_dims
 from stages.multitask import Multitask
 from stages.recipe import StageRecipe
 from stages.report import findings
@@ -24,7 +24,7 @@ from stages.vision import Vision
 from tests.distributed import run_distributed
 from tests.stages import small
 
-ALONE = Grid(0, 1, 1, None)
+ALONE = ParallelDims(0, 1, 1, None)
 RECIPES = Path(recipes.__file__).parent / "recipes"
 IMAGE = {"min_tokens": 4, "max_tokens": 20_480}
 
@@ -73,7 +73,7 @@ def test_still_larger_than_the_context_is_made_smaller_counted_and_not_quarantin
 
 def train(stills: Path, folder: Path, stage: str) -> None:
     deep.start(threads=1)
-    made, grid = small.processor(), make_grid(1)
+    made, grid = small.processor(), build_parallel_dims(1)
     made.image = IMAGE
     source = recipes.SourceRecipe(str(stills), "image", stages=(stage,))
     told = {

@@ -20,7 +20,7 @@ from stages.data.sources.source import Cache, Quarantine
 from stages.distributed import engine as deep
 from stages.distributed.checkpoints import whole_checkpoints
 from stages.distributed.engine import learning_rate_factor
-from stages.distributed.parallel import Grid, make_grid, share_frames
+from stages.distributed.parallel import ParallelDims, build_parallel_dims, share_frames
 from stages.multitask import Multitask
 from stages.recipe import StageRecipe
 from stages.stage import open_mixture
@@ -39,10 +39,10 @@ def manifest(tmp_path_factory) -> Path:
     return small.world(tmp_path_factory.mktemp("world"))
 
 
-class Packs:
+class BalancedPacker:
     """A stream of given packs; rank r of n takes every n-th, beginning with the r-th."""
 
-    def __init__(self, rows: list[dict[str, Any]], grid: Grid) -> None:
+    def __init__(self, rows: list[dict[str, Any]], grid: ParallelDims) -> None:
         self.rows, self.at, self.size = rows, grid.data_rank, grid.data_size
 
     def next(self) -> dict[str, Any]:
@@ -73,13 +73,13 @@ def read(folder: Path, key: str = "loss") -> list[float]:
 def three_steps(manifest: Path, folder: Path, sequence: int, zero: int) -> tuple[list[float], dict[str, Tensor]]:
     """Three steps of two packs each, whatever the grid; losses and parameters."""
     deep.start(threads=1)
-    made, grid = small.processor(), make_grid(sequence)
+    made, grid = small.processor(), build_parallel_dims(sequence)
     samples = [made.sample(line["messages"], manifest.parent) for line in small.lines(manifest)]
     # Packs of very unequal numbers of labels, so that a mean of means would show.
     parts = [samples[0:1], samples[4:12], samples[1:3], samples[5:6], samples[3:7], samples[8:9]]
     rows = [{**pack(part, 2), "kinds": {"video": 1}} for part in parts]
     stage, model = Multitask(RECIPE, made), small.model(made).train()
-    loader = Loader(Packs(rows, grid), grid)
+    loader = Loader(BalancedPacker(rows, grid), grid)
     recipe = replace(RECIPE, zero=zero, sequence_parallel=sequence)
     count = micro_batches("multitask", RECIPE.packs, grid)
     trainer = Trainer(stage, model, loader, grid, recipe, folder, count, "fp32")
@@ -90,7 +90,7 @@ def three_steps(manifest: Path, folder: Path, sequence: int, zero: int) -> tuple
     return losses, parameters(model)
 
 
-def imbalances(rows: list[dict[str, Any]], grid: Grid, config: Any) -> list[float]:
+def imbalances(rows: list[dict[str, Any]], grid: ParallelDims, config: Any) -> list[float]:
     """Of steps of two packs each; a rank alone waits for none."""
     if grid.world == 1:
         return [0.0] * 3
@@ -150,7 +150,7 @@ class Stopped(Multitask):
 
     calls = 0
 
-    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         self.calls += 1
         if self.calls == 2 * RECIPE.packs + 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -158,7 +158,7 @@ class Stopped(Multitask):
 
 
 def trainer_of(kind: type[Multitask], manifest: Path, folder: Path, seed: int = 0) -> tuple[Trainer, nn.Module]:
-    made, grid = small.processor(), make_grid(1)
+    made, grid = small.processor(), build_parallel_dims(1)
     sources = tuple(recipes.SourceRecipe(str(manifest), k) for k in ("video", "image", "text"))
     whole = recipes.Recipe("test", recipes.DataRecipe(sources), multitask=RECIPE)
     mixture = open_mixture("multitask", whole, made, grid, Cache(1 << 24), Quarantine(), "")
@@ -229,7 +229,7 @@ class NotFinite(Multitask):
     bad: tuple[int, ...] | range = ()
     calls = -1
 
-    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         self.calls += 1
         loss = super().loss(module, batch, grid)
         return loss * float("nan") if self.calls in self.bad else loss
@@ -238,7 +238,7 @@ class NotFinite(Multitask):
 class Explodes(NotFinite):
     """The loss is finite, but the gradient of some calls is not: that of a root at 0."""
 
-    def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+    def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         self.calls += 1
         loss = Multitask.loss(self, module, batch, grid)
         return loss + (loss * 0).sqrt() if self.calls in self.bad else loss
@@ -311,5 +311,5 @@ def test_learning_rate_rises_and_falls():
 
 def test_packs_that_the_ranks_cannot_share_are_named():
     with pytest.raises(KeyeError, match=r"multitask: 3 packs \(or pairs\) a step cannot be shared by 2 ranks"):
-        micro_batches("multitask", 3, Grid(0, 2, 1, None))
-    assert micro_batches("multitask", 6, Grid(0, 4, 2, None)) == 3
+        micro_batches("multitask", 3, ParallelDims(0, 2, 1, None))
+    assert micro_batches("multitask", 6, ParallelDims(0, 4, 2, None)) == 3

@@ -11,14 +11,14 @@ from keye.errors import RecipeError
 from stages import metrics as watch
 from stages.alignment import Alignment
 from stages.data.collate import pack
-from stages.distributed.parallel import Grid
-from stages.metrics import Watcher, duration, find_peak, open_tracker, operations
+from stages.distributed.parallel import ParallelDims
+from stages.metrics import MetricsLogger, duration, find_peak, open_tracker, operations
 from stages.multitask import Multitask
 from stages.recipe import StageRecipe, VisionRecipe
 from stages.vision import Vision
 from tests.stages import small
 
-ALONE = Grid(0, 1, 1, None)
+ALONE = ParallelDims(0, 1, 1, None)
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +74,18 @@ def test_steps_are_told_once_and_a_resume_takes_them_up(tmp_path, capsys):
     def lines() -> list[dict[str, object]]:
         return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
-    with Watcher("stage", 6, tmp_path, 0, main=True) as watcher:
+    with MetricsLogger("stage", 6, tmp_path, 0, main=True) as metrics_logger:
         for step in (1, 2, 3):
-            watcher.tell(values(step))
+            metrics_logger.tell(values(step))
     assert [line["eta_seconds"] for line in lines()] == [5 * 1.0, 4 * 1.5, 3 * 2.0]
     assert "stage 3/6  step skipped: loss 9 is 4.5 times its running median" in capsys.readouterr().out
     with (tmp_path / "metrics.jsonl").open("a") as out:
         out.write('{"step": 4, "lo')  # killed while it wrote
-    with Watcher("stage", 6, tmp_path, 2, main=True) as watcher:
-        watcher.tell(values(3))
+    with MetricsLogger("stage", 6, tmp_path, 2, main=True) as metrics_logger:
+        metrics_logger.tell(values(3))
     assert [line["step"] for line in lines()] == [1, 2, 3]
-    with Watcher("stage", 6, tmp_path / "other", 0, main=False) as watcher:
-        watcher.tell(values(1))
+    with MetricsLogger("stage", 6, tmp_path / "other", 0, main=False) as metrics_logger:
+        metrics_logger.tell(values(1))
     assert not (tmp_path / "other").exists()
 
 
@@ -117,7 +117,7 @@ def test_only_numbers_go_to_trackers(tmp_path, monkeypatch):
             heard.append("finished")
 
     monkeypatch.setattr(watch, "open_tracker", lambda name: Heard())
-    with Watcher("stage", 6, tmp_path / "run" / "stage", 0, True, ("heard",), {"seed": 1}) as watcher:
-        watcher.tell(values(1))
+    with MetricsLogger("stage", 6, tmp_path / "run" / "stage", 0, True, ("heard",), {"seed": 1}) as metrics_logger:
+        metrics_logger.tell(values(1))
     numbers = sorted(["step", "loss", "tokens_per_second", "mfu", "stall_share", "seconds", "eta_seconds"])
     assert heard == ["run-stage", (1, numbers), "finished"]

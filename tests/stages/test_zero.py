@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stages.data.collate import pack
 from stages.distributed import engine
-from stages.distributed.activation_memory import economise
-from stages.distributed.parallel import make_grid, shard, sum_over_ranks
+from stages.distributed.activation_memory import apply_memory_options
+from stages.distributed.parallel import build_parallel_dims, shard, sum_over_ranks
 from tests.distributed import run_distributed
 from tests.stages import small
 from tests.stages.test_parallel import IMAGE, VIDEO, packs
@@ -22,10 +22,10 @@ def train(zero: int, sequence: int, economic: bool, frozen: bool) -> dict[str, A
     from deepspeed.utils import safe_get_full_grad
 
     engine.start(threads=1)
-    grid = make_grid(sequence)
+    grid = build_parallel_dims(sequence)
     model = small.model().train()
     if economic:
-        economise(model, checkpointing=True, mlp_tiles=3)
+        apply_memory_options(model, checkpointing=True, mlp_tiles=3)
     model.visual.requires_grad_(not frozen)
     built = engine.build(model, lr=1e-3, steps=STEPS, zero=zero, weight_decay=0.1)
     samples = packs()["stills and frames"]

@@ -17,16 +17,16 @@ from stages.alignment import Alignment
 from stages.data.collate import pack
 from stages.data.loader import Loader
 from stages.distributed import engine as deep
-from stages.distributed.activation_memory import economise
+from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.collectives import difference_over_ranks, recorded
-from stages.distributed.parallel import Grid, make_grid, shard
+from stages.distributed.parallel import ParallelDims, build_parallel_dims, shard
 from stages.multitask import Multitask
 from stages.recipe import StageRecipe
 from stages.trainer import Trainer, micro_batches
 from tests.distributed import run_distributed
 from tests.stages import small
 from tests.stages.test_parallel import IMAGE, VIDEO, packs
-from tests.stages.test_trainer import Packs, parameters
+from tests.stages.test_trainer import BalancedPacker, parameters
 
 STEPS, BAD = 4, 1  # steps, and the one (from 0) whose loss is not finite
 RECIPE = StageRecipe(steps=STEPS, lr=1e-3, packs=2, weight_decay=0.1, clip=0.5, save_every=100)
@@ -72,7 +72,7 @@ def stage_of(kind: type) -> Any:
     class Given(kind):
         """The stage of packs without a processor, of which some have a loss that is not a number."""
 
-        def loss(self, module: nn.Module, batch: dict[str, Any], grid: Grid) -> Tensor:
+        def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
             row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
             loss = module(**shard(row, grid, IMAGE, VIDEO), num_items_in_batch=1.0).loss
             return loss * float("nan") if batch["bad"] else loss
@@ -83,13 +83,13 @@ def stage_of(kind: type) -> Any:
 def steps(case: Case, zero: int, folder: Path) -> dict[str, Any]:
     """Losses, gradient norms and skipped steps, the weights at the end, and where the collectives of ranks differ."""
     deep.start(threads=1)
-    grid = make_grid(case.sequence)
+    grid = build_parallel_dims(case.sequence)
     model = small.model(tie_word_embeddings=case.tied)
-    economise(model, case.checkpointing, case.offload, case.mlp_tiles)
+    apply_memory_options(model, case.checkpointing, case.offload, case.mlp_tiles)
     stage = stage_of(case.kind)
     module = stage.prepare(model).train()
     recipe = replace(RECIPE, zero=zero, sequence_parallel=case.sequence)
-    loader = Loader(Packs(rows(), grid), grid)
+    loader = Loader(BalancedPacker(rows(), grid), grid)
     with recorded() as calls:
         trainer = Trainer(stage, module, loader, grid, recipe, folder, micro_batches("", 2, grid), case.precision)
         values = [trainer.train_step() for _ in range(STEPS)]

@@ -1,7 +1,7 @@
 """Who is slow and who is fast: a policy judges each frame by its similarity with the latest slow frame.
 
 The first frame is always slow (report §3.1). Most policies judge frame by frame in presentation order; adaptive_budget
-and two_stream see the whole clip first. `keye.slowfast.walk` takes a policy along a clip.
+and two_stream see the whole clip first. `keye.slowfast.frame_classifier` takes a policy along a clip.
 """
 
 from dataclasses import fields
@@ -10,7 +10,7 @@ from typing import get_args
 from keye.checks import share
 from keye.errors import KeyeError
 from keye.slowfast.measures.base import Measure
-from keye.slowfast.policies.base import FAST, SLOW, Decisions, Limits, Policy, Seen
+from keye.slowfast.policies.base import FAST, SLOW, Decisions, FrameContext, Limits, Policy
 from keye.slowfast.policies.framewise import Adaptive, AllSlow, Strided, Uniform
 from keye.slowfast.policies.wholeclip import AdaptiveBudget, TwoStream
 
@@ -23,7 +23,7 @@ __all__ = [
     "Decisions",
     "Limits",
     "Policy",
-    "Seen",
+    "FrameContext",
     "Strided",
     "TwoStream",
     "Uniform",

@@ -19,19 +19,19 @@ from keye.slowfast.measures.base import Measure
 SLOW, FAST = 0, 1
 
 
-class Seen(NamedTuple):
+class FrameContext(NamedTuple):
     """What a policy knows of the frame it judges.
 
     index: its place among the sampled frames, 1 or more (the first frame is always slow). similarity: in [0, 1], with
-    the latest slow frame. gap: how many frames ago that was, 1 or more. calm: the highest similarity on the way from
-    that frame (its own, when it became slow, included) to this one, not included; 1 after the first frame.
+    the latest slow frame. gap: how many frames ago that was, 1 or more. peak_similarity: the highest similarity on the
+    way from that frame (its own, when it became slow, included) to this one, not included; 1 after the first frame.
     previous: similarity with the frame just before; NaN unless the policy's `looks_back` is true.
     """
 
     index: int
     similarity: float
     gap: int
-    calm: float
+    peak_similarity: float
     previous: float
 
 
@@ -100,8 +100,8 @@ class Decisions:
 class Policy:
     """Decides who is slow. Derive from it.
 
-    online: it judges frame by frame (`is_slow`); else it sees the whole clip at once (`decide`).
-    looks_back: it wants `Seen.previous`, one more comparison per frame. fast_tokens: a fixed size of fast frames.
+    online: it judges frame by frame (`is_slow`); else it sees the whole clip at once (`decide`). looks_back: it wants
+    `FrameContext.previous`, one more comparison per frame. fast_tokens: a fixed size of fast frames.
     """
 
     name: ClassVar[str]
@@ -122,11 +122,11 @@ class Policy:
         ]
         return self.name + (":" + ",".join(shown) if shown else "")
 
-    def is_slow(self, seen: Seen) -> bool:
+    def is_slow(self, seen: FrameContext) -> bool:
         """Judge one frame after the first."""
         raise NotImplementedError
 
-    def decide(self, clip: "Gathered", limits: Limits) -> Decisions:
+    def decide(self, clip: "ClipFeatures", limits: Limits) -> Decisions:
         """Judge a whole clip of one frame or more; only called where `online` is false."""
         raise NotImplementedError
 
@@ -135,25 +135,25 @@ class Policy:
         return most_frames(max_tokens, min_tokens)
 
 
-class Course:
-    """Where a walk along a clip stands: what `Seen` says beyond the scores."""
+class WalkState:
+    """Where a walk along a clip stands: what `FrameContext` says beyond the scores."""
 
     def __init__(self) -> None:
-        self.index, self.gap, self.calm = 1, 0, 1.0
+        self.index, self.gap, self.peak_similarity = 1, 0, 1.0
 
     def judge(self, policy: Policy, similarity: float, previous: float) -> bool:
         """Ask the policy about the next frame and go on behind it."""
         self.gap += 1
-        slow = policy.is_slow(Seen(self.index, similarity, self.gap, self.calm, previous))
+        slow = policy.is_slow(FrameContext(self.index, similarity, self.gap, self.peak_similarity, previous))
         self.index += 1
         if slow:
-            self.gap, self.calm = 0, similarity
+            self.gap, self.peak_similarity = 0, similarity
         else:
-            self.calm = max(self.calm, similarity)
+            self.peak_similarity = max(self.peak_similarity, similarity)
         return slow
 
 
-class Gathered:
+class ClipFeatures:
     """The features of a clip's T frames, in blocks [t, ...] as they came, and the scores asked for so far."""
 
     def __init__(self, measure: Measure, blocks: Sequence[torch.Tensor]):
@@ -177,12 +177,12 @@ class Gathered:
         return row[index - reference - 1]
 
     def walk(self, policy: Policy) -> tuple[list[int], list[float]]:
-        """Types and scores under a policy that judges frame by frame; the same as a `Walk` gives."""
-        types, scores, reference, course = [SLOW], [math.nan], 0, Course()
+        """Types and scores under a policy that judges frame by frame; the same as a `FrameClassifier` gives."""
+        types, scores, reference, state = [SLOW], [math.nan], 0, WalkState()
         for index in range(1, len(self)):
             scores.append(self.score(reference, index))
             previous = self.score(index - 1, index) if policy.looks_back else math.nan
-            slow = course.judge(policy, scores[-1], previous)
+            slow = state.judge(policy, scores[-1], previous)
             types.append(SLOW if slow else FAST)
             reference = index if slow else reference
         return types, scores

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from keye.slowfast.policies.base import Policy, Seen, check, check_count, is_share
+from keye.slowfast.policies.base import FrameContext, Policy, check, check_count, is_share
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Adaptive(Policy):
     def looks_back(self) -> bool:
         return self.cut is not None
 
-    def is_slow(self, seen: Seen) -> bool:
+    def is_slow(self, seen: FrameContext) -> bool:
         if self.cut is not None and seen.previous < self.cut:
             return True
         if self.max_gap is not None and seen.gap >= self.max_gap:
             return True
         if seen.gap < self.min_gap:
             return False
-        changing = seen.calm < self.threshold
+        changing = seen.peak_similarity < self.threshold
         return seen.similarity < self.threshold - (self.hysteresis if changing else 0.0)
 
 
@@ -55,7 +55,7 @@ class AllSlow(Policy):
 
     name = "all_slow"
 
-    def is_slow(self, seen: Seen) -> bool:
+    def is_slow(self, seen: FrameContext) -> bool:
         return True
 
 
@@ -71,7 +71,7 @@ class Uniform(Policy):
     def __post_init__(self) -> None:
         check_count(self, "every")
 
-    def is_slow(self, seen: Seen) -> bool:
+    def is_slow(self, seen: FrameContext) -> bool:
         return seen.gap >= self.every
 
 
@@ -93,5 +93,5 @@ class Strided(Policy):
     def __post_init__(self) -> None:
         check_count(self, "alpha")
 
-    def is_slow(self, seen: Seen) -> bool:
+    def is_slow(self, seen: FrameContext) -> bool:
         return seen.gap >= self.alpha

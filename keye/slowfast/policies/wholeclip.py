@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from keye.errors import KeyeError
 from keye.slowfast.budget import most_frames, size_tokens, thin
-from keye.slowfast.policies.base import FAST, SLOW, Decisions, Gathered, Limits, Policy, check, check_count
+from keye.slowfast.policies.base import FAST, SLOW, ClipFeatures, Decisions, Limits, Policy, check, check_count
 from keye.slowfast.policies.framewise import Adaptive
 
 STEPS = 30  # halvings of [0, 1]: finer than float32 scores
@@ -47,12 +47,12 @@ class AdaptiveBudget(Adaptive):
     def most_frames(self, max_tokens: int, min_tokens: int) -> int:
         return max(1, most_frames(min(max_tokens, self.tokens or max_tokens), min_tokens))
 
-    def decide(self, clip: Gathered, limits: Limits) -> Decisions:
+    def decide(self, clip: ClipFeatures, limits: Limits) -> Decisions:
         if self.share is not None:
             return self._meet_share(clip)
         return self._spend_tokens(clip, limits)
 
-    def _meet_share(self, clip: Gathered) -> Decisions:
+    def _meet_share(self, clip: ClipFeatures) -> Decisions:
         target = max(1, int(self.share * len(clip)))
         threshold, types, scores = self._search(clip, target, 0.0)
         slow, warnings = types.count(SLOW), []
@@ -67,7 +67,7 @@ class AdaptiveBudget(Adaptive):
             )
         return Decisions(types, scores, list(range(len(clip))), warnings, threshold)
 
-    def _spend_tokens(self, clip: Gathered, limits: Limits) -> Decisions:
+    def _spend_tokens(self, clip: ClipFeatures, limits: Limits) -> Decisions:
         budget, warnings = min(self.tokens, limits.max_tokens), []
         if self.tokens > limits.max_tokens:
             warnings.append(f"tokens={self.tokens} is above max_tokens={limits.max_tokens}, which holds")
@@ -84,7 +84,7 @@ class AdaptiveBudget(Adaptive):
             warnings.append(f"{spent} tokens of {budget} are spent with {slow} slow frames of {len(clip)}: {reason}")
         return Decisions(types, scores, list(range(len(clip))), warnings, threshold, budget)
 
-    def _search(self, clip: Gathered, target: int, floor: float) -> tuple[float, list[int], list[float]]:
+    def _search(self, clip: ClipFeatures, target: int, floor: float) -> tuple[float, list[int], list[float]]:
         """The threshold in [`floor`, 1] with the most slow frames, `target` at most, and the types and scores there.
 
         At `floor` itself there may be more than `target`; then that is the answer.
@@ -142,7 +142,7 @@ class TwoStream(Policy):
             return max(1, max_tokens // both)
         return (max_tokens - self.slow * min_tokens) // self.fast_tokens
 
-    def decide(self, clip: Gathered, limits: Limits) -> Decisions:
+    def decide(self, clip: ClipFeatures, limits: Limits) -> Decisions:
         slow = set(thin(len(clip), self.slow))
         types, scores, positions, reference = [], [], [], 0
         for index in range(len(clip)):

@@ -2,8 +2,8 @@
 whether other pictures are predicted from it, whether it is shown.
 
 Only what is certain counts. A codec that is not listed, and a packet that is not as its standard wants it, has no
-`Nature`, and the file is then decoded whole. Sources: ITU-T H.264 §7.3 and annex D, H.265 §7.3 and §7.4.2.2, ISO/IEC
-13818-2 §6.2 and 14496-2 §6.2, RFC 6386 §9.1, the VP9 bitstream specification §6.2 and annex B.
+`PictureType`, and the file is then decoded whole. Sources: ITU-T H.264 §7.3 and annex D, H.265 §7.3 and §7.4.2.2,
+ISO/IEC 13818-2 §6.2 and 14496-2 §6.2, RFC 6386 §9.1, the VP9 bitstream specification §6.2 and annex B.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ NO, CLEAN, FLUSH = 0, 1, 2
 """Whether decoding can begin at a packet: not; yes, whatever the decoder holds; yes, once the decoder is emptied."""
 
 
-class Nature(NamedTuple):
+class PictureType(NamedTuple):
     """restart: NO, CLEAN or FLUSH. reference: whether pictures of its layer may be predicted from it. layer: temporal
     layer; what is no reference in the highest one can be left out. shown: whether it gives a frame. sets: its
     parameter sets, which are to be the same in the whole file.
@@ -28,7 +28,7 @@ class Nature(NamedTuple):
     sets: bytes = b""
 
 
-Reader = Callable[[av.Packet], Nature | None]
+Reader = Callable[[av.Packet], PictureType | None]
 
 
 def packet_reader(context: av.VideoCodecContext) -> Reader | None:
@@ -43,7 +43,7 @@ def packet_reader(context: av.VideoCodecContext) -> Reader | None:
         return lambda packet: _hevc(packet, size)
     if name in _READERS:
         return _READERS[name]
-    return (lambda packet: Nature(CLEAN)) if context.codec.intra_only else None
+    return (lambda packet: PictureType(CLEAN)) if context.codec.intra_only else None
 
 
 def _nal_units(data: bytes | memoryview, size: int) -> Iterator[tuple[int, int]]:
@@ -63,7 +63,7 @@ def _nal_units(data: bytes | memoryview, size: int) -> Iterator[tuple[int, int]]
             start = following
 
 
-def _h264(packet: av.Packet, size: int) -> Nature | None:
+def _h264(packet: av.Packet, size: int) -> PictureType | None:
     data = memoryview(packet) if size else bytes(packet)
     pictures, reference, restart, sets = 0, False, NO, b""
     for start, end in _nal_units(data, size):
@@ -78,7 +78,7 @@ def _h264(packet: av.Packet, size: int) -> Nature | None:
             restart = FLUSH
         elif kind in (7, 8, 13, 15):
             sets += bytes(data[start:end]).rstrip(b"\0")
-    return Nature(restart, reference, sets=sets) if pictures else None
+    return PictureType(restart, reference, sets=sets) if pictures else None
 
 
 def _recovers_at_once(message: bytes) -> bool:
@@ -99,9 +99,9 @@ def _recovers_at_once(message: bytes) -> bool:
     return False
 
 
-def _hevc(packet: av.Packet, size: int) -> Nature | None:
+def _hevc(packet: av.Packet, size: int) -> PictureType | None:
     data = memoryview(packet) if size else bytes(packet)
-    found: Nature | None = None
+    found: PictureType | None = None
     sets = b""
     for start, end in _nal_units(data, size):
         if end > len(data) or start + 1 >= end:
@@ -111,18 +111,18 @@ def _hevc(packet: av.Packet, size: int) -> Nature | None:
             continue
         if kind < 32 and found is None:
             restart = CLEAN if kind in (19, 20) else FLUSH if 16 <= kind <= 21 else NO
-            found = Nature(restart, kind > 14 or kind % 2 == 1, (data[start + 1] & 7) - 1)
+            found = PictureType(restart, kind > 14 or kind % 2 == 1, (data[start + 1] & 7) - 1)
         elif kind in (32, 33, 34):
             sets += bytes(data[start:end]).rstrip(b"\0")
     return found and found._replace(sets=sets)
 
 
-def _vp8(packet: av.Packet) -> Nature | None:
+def _vp8(packet: av.Packet) -> PictureType | None:
     first = memoryview(packet)[0]
-    return Nature(CLEAN if first & 1 == 0 else NO, shown=bool(first & 16))
+    return PictureType(CLEAN if first & 1 == 0 else NO, shown=bool(first & 16))
 
 
-def _vp9(packet: av.Packet) -> Nature | None:
+def _vp9(packet: av.Packet) -> PictureType | None:
     data = bytes(packet)
     starts = [0]
     if data[-1] & 0xE0 == 0xC0:  # a superframe: its index at the end has the sizes of the frames
@@ -138,10 +138,10 @@ def _vp9(packet: av.Packet) -> Nature | None:
         bits = data[start] << (data[start] & 0x30 == 0x30)  # profile 3 has one bit more
         shown += bool(bits & 8) or bool(bits & 2)
     first = data[0] << (data[0] & 0x30 == 0x30)
-    return Nature(CLEAN if first & 12 == 0 else NO, shown=shown == 1) if shown < 2 else None
+    return PictureType(CLEAN if first & 12 == 0 else NO, shown=shown == 1) if shown < 2 else None
 
 
-def _mpeg2(packet: av.Packet) -> Nature | None:
+def _mpeg2(packet: av.Packet) -> PictureType | None:
     data = bytes(packet)
     picture = data.find(b"\0\0\1\0")
     if picture < 0 or picture + 5 >= len(data):
@@ -155,10 +155,10 @@ def _mpeg2(packet: av.Packet) -> Nature | None:
     kind = data[picture + 5] >> 3 & 7
     restart = CLEAN if kind == 1 and sequence >= 0 and packet.is_keyframe else NO
     sets = data[sequence : group if group > sequence else picture] if sequence >= 0 else b""
-    return Nature(restart, kind != 3, sets=sets) if kind in (1, 2, 3) else None
+    return PictureType(restart, kind != 3, sets=sets) if kind in (1, 2, 3) else None
 
 
-def _mpeg4(packet: av.Packet) -> Nature | None:
+def _mpeg4(packet: av.Packet) -> PictureType | None:
     data = bytes(packet)
     picture = data.find(b"\0\0\1\xb6")
     # Very short pictures may say that nothing is coded; two pictures in a packet are packed for old AVI players.
@@ -167,11 +167,11 @@ def _mpeg4(packet: av.Packet) -> Nature | None:
     group = data.find(b"\0\0\1\xb3", 0, picture)
     kind = data[picture + 4] >> 6
     restart = CLEAN if kind == 0 and packet.is_keyframe else NO
-    return Nature(restart, kind != 2, sets=data[: group if group >= 0 else picture])
+    return PictureType(restart, kind != 2, sets=data[: group if group >= 0 else picture])
 
 
-def _by_flag(packet: av.Packet) -> Nature:
-    return Nature(CLEAN if packet.is_keyframe else NO)
+def _by_flag(packet: av.Packet) -> PictureType:
+    return PictureType(CLEAN if packet.is_keyframe else NO)
 
 
 _READERS: dict[str, Reader] = {

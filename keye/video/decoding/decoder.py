@@ -23,8 +23,8 @@ from keye.errors import VideoError
 from keye.video.decoding.bitstream import FLUSH
 from keye.video.decoding.containers import reopen, video_stream
 from keye.video.decoding.packet_index import Index, Plan, read_index
-from keye.video.decoding.picture import Painter
-from keye.video.decoding.prefetch import Ahead
+from keye.video.decoding.picture import FrameConverter
+from keye.video.decoding.prefetch import Prefetcher
 from keye.video.decoding.timeline import TOLERANCE, first_samples, origin_of, packets_of, scan
 
 _SMALL = 320 * 240  # pixels
@@ -65,8 +65,8 @@ def open_decoder(
 
     At most `max_frames` frames, evenly over the clip. start, end: only [start, end) seconds of the container's clock;
     num_frames: so many moments, evenly over that range, instead of `fps`. `close` it in the end, which closes the
-    container. as_coded: pixels as they are in the file, square or not (`Painter`). Raises VideoError when no frame can
-    be decoded.
+    container. as_coded: pixels as they are in the file, square or not (`FrameConverter`). Raises VideoError when no
+    frame can be decoded.
     """
     return Decoder(container, name, fps, max_frames, start, end, num_frames, as_coded)
 
@@ -97,7 +97,7 @@ class Decoder:
     ):
         self.name = name
         self.warnings: list[str] = []
-        self._ahead: Ahead[Frame] | None = None
+        self._ahead: Prefetcher[Frame] | None = None
         self._use(container)
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0) or 25.0
         self._index = read_index(container, self.stream, self.rate)
@@ -105,7 +105,7 @@ class Decoder:
         if self._index is not None and self._index.uncertain:
             self._index = self._index.beginning_with(self._first_pts())
         self._read_clock()
-        self._painter = Painter(name, 1 if self._small else None, self.stream.sample_aspect_ratio, as_coded)
+        self._painter = FrameConverter(name, 1 if self._small else None, self.stream.sample_aspect_ratio, as_coded)
         begin = self._sample(fps, max_frames, start, end, num_frames)
         self._begun = self._begin(self.times)
         if self._begun is None:
@@ -251,7 +251,7 @@ class Decoder:
             return
         frames = (Frame(index, time, self._painter.paint(frame, time)) for index, time, frame in begun)
         del begun  # the thread's alone
-        ahead = self._ahead = Ahead(frames, ahead_of(self.size), self._halt)
+        ahead = self._ahead = Prefetcher(frames, ahead_of(self.size), self._halt)
         try:
             yield from ahead
         finally:

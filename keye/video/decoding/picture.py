@@ -25,7 +25,7 @@ class Orientation(NamedTuple):
     flip_y: bool
 
 
-class Painter:
+class FrameConverter:
     """Makes uint8 [3, H, W] of decoded frames, and notes what is lost in it in `notes`, a sentence each.
 
     The matrix (BT.601, BT.709, BT.2020) and the range of luma are those of the file's tags. Where it has none, luma is

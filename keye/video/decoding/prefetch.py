@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
-_open: "weakref.WeakSet[Ahead]" = weakref.WeakSet()
+_open: "weakref.WeakSet[Prefetcher]" = weakref.WeakSet()
 _stops: "weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]]" = weakref.WeakKeyDictionary()
 _readers: Counter[threading.Thread] = Counter()
 _lock = threading.Lock()
@@ -24,7 +24,7 @@ _ending = threading.Event()
 _PATIENCE = 10.0  # seconds at most that the program's end waits for others' threads
 
 
-class Ahead(Iterator[Item]):
+class Prefetcher(Iterator[Item]):
     """Iterates `items` in a thread, at most `depth` items ahead; what is raised there is raised here, in its place.
 
     `close` ends it early: it sets `halt`, which a maker of slow items should look at, and waits for the thread, so that

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from keye.errors import run
+from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import get_measure, known_measures
 from keye.slowfast.policies import get_policy
 from keye.slowfast.resizing import resize
 from keye.slowfast.threads import one_thread
-from keye.slowfast.walk import Walk
 from keye.video.clip import open_clip
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from scripts.bench.encoder.identity import compare
@@ -74,7 +74,7 @@ def score(contender: str, frames: torch.Tensor) -> list[int]:
     if contender == RELEASED:
         return load_released().extract_slow_fast_frames(frames, 0.9).tolist()
     measure = get_measure(contender)
-    walk = Walk(measure, get_policy("adaptive", measure.threshold), remember=False)
+    walk = FrameClassifier(measure, get_policy("adaptive", measure.threshold), remember=False)
     with one_thread():  # as the encoder walks
         return [kind for batch in frames.split(BATCH) for kind in walk.step(batch)[0]]
 

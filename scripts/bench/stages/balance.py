@@ -22,7 +22,7 @@ from keye.model.config import KeyeConfig
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from stages.data.packing.balance import Cost, TowerCost, deal_rounds, rank_operations
 from stages.data.packing.mixture import Mixture
-from stages.data.packing.packer import Packs
+from stages.data.packing.packer import BalancedPacker
 from stages.data.packing.planner import Block, Found, Meta, Planner
 from stages.distributed.parallel import Piece, share_frames, vision_shares
 
@@ -164,7 +164,7 @@ def plan(
         for kind, (group, share) in kinds.items()
     ]
     encoders = Encoders({source.name: source.metas for source, _ in sources})
-    planner = Planner(Mixture(sources), Packs(context, packs, cost.per_token, alike))
+    planner = Planner(Mixture(sources), BalancedPacker(context, packs, cost.per_token, alike))
     found, seconds, sent = [], [], b""
     for _ in range(steps):
         began = time.process_time()
@@ -282,7 +282,7 @@ def main() -> int:
             worst = max(worst, ours)
             rows.append(
                 (data, f"{context:,}", f"{median(lengths):,.0f}", f"{len(lengths) / steps:,.0f}", packs,
-                 Packs(context, packs, 0, alike).alike,
+                 BalancedPacker(context, packs, 0, alike).alike,
                  f"{at_once} × {sequence}", f"{ours:.3f}", f"{whole:.3f}" if sequence > 1 else "–", f"{theirs:.3f}",
                  f"{100 * fill:.2f} %", f"{100 * min(filled):.1f} %", f"{100 * off:.2f}",
                  f"{min(films):.0f}–{max(films):.0f} %",

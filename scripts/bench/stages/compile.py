@@ -13,7 +13,7 @@ from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.common.record import Table, arguments, out_of, save
 from scripts.bench.stages.cost import Case, pack_of
 from stages.distributed import engine as deep
-from stages.distributed.activation_memory import economise
+from stages.distributed.activation_memory import apply_memory_options
 
 EXAMPLES = """examples:
   python -m scripts.bench.stages.compile           about two minutes on a quiet machine
@@ -27,7 +27,7 @@ class Training:
     def __init__(self, case: Case, compiled: bool) -> None:
         torch.manual_seed(0)
         model = KeyeForConditionalGeneration(case.config())
-        economise(model, case.checkpointing, compiled=compiled)
+        apply_memory_options(model, case.checkpointing, compiled=compiled)
         self.case, self.pack = case, pack_of(case)
         self.engine = deep.build(model.train(), lr=1e-4, steps=100, zero=case.zero, precision="fp32")
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the bench's main process loads neither torch nor transforme
     from transformers import PreTrainedTokenizerFast
 
     from stages.annealing import Annealing
-    from stages.distributed.parallel import Grid
+    from stages.distributed.parallel import ParallelDims
 
 EXAMPLES = """examples:
   python -m scripts.bench.stages.context                  8,192 … 131,072 tokens; goes on where it was broken off
@@ -176,13 +176,13 @@ def step(context: int) -> int:
     from keye.processor.processor import KeyeProcessor
     from stages.annealing import Annealing
     from stages.distributed import engine
-    from stages.distributed.activation_memory import economise
-    from stages.distributed.parallel import make_grid
+    from stages.distributed.activation_memory import apply_memory_options
+    from stages.distributed.parallel import build_parallel_dims
     from stages.recipe import AnnealingRecipe
 
     engine.start()
     world = dist.get_world_size()
-    grid, tiles = make_grid(world), max(1, context // world // TILE)
+    grid, tiles = build_parallel_dims(world), max(1, context // world // TILE)
     told = AnnealingRecipe(
         steps=2, lr=1e-4, context=context, packs=1, zero=1, sequence_parallel=world, checkpointing=True, mlp_tiles=tiles
     )
@@ -190,7 +190,7 @@ def step(context: int) -> int:
     torch.manual_seed(SEED)
     config = KeyeConfig.preset("tiny", vocab_size=len(processor.tokenizer))
     model = KeyeForConditionalGeneration(processor.configure(config))
-    economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+    apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
     stage = Annealing(told, processor)
     built = engine.build(stage.prepare(model).train(), lr=told.lr, steps=told.steps, zero=told.zero)
     learn(stage, built, words(), grid)  # what is loaded or made once is there from here on
@@ -214,7 +214,7 @@ def step(context: int) -> int:
     return 0
 
 
-def learn(stage: "Annealing", built: Any, batch: dict[str, "Tensor"], grid: "Grid") -> tuple[float, float]:
+def learn(stage: "Annealing", built: Any, batch: dict[str, "Tensor"], grid: "ParallelDims") -> tuple[float, float]:
     """A step on one pack as the trainer takes it; the mean loss and the norm of the gradient."""
     import torch
 
@@ -237,7 +237,7 @@ def words() -> dict[str, "Tensor"]:
     return {"input_ids": ids, "position_ids": positions, "shift_labels": ids.clone(), "cu_seqlens": bounds}
 
 
-def load(path: Path, grid: "Grid") -> dict[str, "Tensor"]:
+def load(path: Path, grid: "ParallelDims") -> dict[str, "Tensor"]:
     """The pack with the pixels of this rank's frames alone, as the loader hands it out."""
     import torch
     from safetensors import safe_open

@@ -152,11 +152,11 @@ class Training:
     def __init__(self, case: Case) -> None:
         from keye.model.keye import KeyeForConditionalGeneration
         from stages.distributed import engine as deep
-        from stages.distributed.activation_memory import economise
+        from stages.distributed.activation_memory import apply_memory_options
 
         torch.manual_seed(0)
         model, told = KeyeForConditionalGeneration(case.config()), case.told()
-        economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+        apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
         if case.stage == "alignment":
             model.requires_grad_(False).projector.requires_grad_(True)
         self.case, self.pack = case, pack_of(case)

@@ -34,8 +34,8 @@ from stages.cost.gpus import GPUS
 from stages.data.items import Item
 from stages.data.packing.mixture import Mixture
 from stages.distributed import engine
-from stages.distributed.activation_memory import economise
-from stages.distributed.parallel import make_grid
+from stages.distributed.activation_memory import apply_memory_options
+from stages.distributed.parallel import build_parallel_dims
 from stages.multitask import Multitask
 from stages.recipe import StageRecipe
 from stages.trainer import Trainer
@@ -150,11 +150,11 @@ class Bench:
         self.told = StageRecipe(
             steps=1 << 20, lr=1e-6, context=sizes.context, packs=1, zero=1, checkpointing=True, mixture={"video": 1.0}
         )
-        self.grid = make_grid(1)
+        self.grid = build_parallel_dims(1)
         torch.manual_seed(0)
         with torch.device(device):
             self.model = KeyeForConditionalGeneration(sizes.config)
-        economise(self.model, checkpointing=True)
+        apply_memory_options(self.model, checkpointing=True)
         stage = Multitask(self.told, processor())
         module = stage.prepare(self.model).train()
         self.trainer = Trainer(
@@ -218,7 +218,7 @@ class Bench:
         """One long video a step, longer each time, until it no longer fits or the time is up."""
         # Tiles are part of the layers from here on; a layer is tiled once.
         self.tiles = 8
-        economise(self.model, checkpointing=True, mlp_tiles=self.tiles)
+        apply_memory_options(self.model, checkpointing=True, mlp_tiles=self.tiles)
         for context in self.sizes.contexts:
             if time.monotonic() - self.began > self.limit:
                 return

@@ -38,7 +38,7 @@ from stages.cost.estimate import estimate
 from stages.cost.gpus import gpu_named
 from stages.data.packing.balance import Cost, TowerCost, deal_parts, deal_rounds
 from stages.data.packing.planner import Meta
-from stages.distributed.parallel import Grid
+from stages.distributed.parallel import ParallelDims
 from stages.recipe import STAGES, StageRecipe, VisionRecipe, stage_of
 
 EXAMPLES = """examples:
@@ -99,7 +99,7 @@ def plan_pairs(name: str, told: VisionRecipe, config: KeyeConfig) -> Phase:
     return Phase(name, told, [[meta] for meta in made], time.perf_counter() - began)
 
 
-def batches(phase: Phase, dealt: list[list[list[Meta]]], grid: Grid) -> list[dict[str, Any]]:
+def batches(phase: Phase, dealt: list[list[list[Meta]]], grid: ParallelDims) -> list[dict[str, Any]]:
     mine = dealt[grid.data_rank]
     if isinstance(phase.told, VisionRecipe):
         return [drawn.pair_batch(metas, phase.told.text_length) for metas in mine]

@@ -21,7 +21,7 @@ class Columns(Protocol):
 
 
 class Rules(Protocol):
-    """See the constants of `stages.data.packing.packer.Packs`."""
+    """See the constants of `stages.data.packing.packer.BalancedPacker`."""
 
     context: int
     choices: int

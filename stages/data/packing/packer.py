@@ -34,7 +34,7 @@ class View:
         return self.cost / self.tokens
 
 
-class Packs:
+class BalancedPacker:
     """Forms packs of one context length that are full, cost the same, and keep the kinds' shares of the tokens.
 
     The oldest samples of the kinds that are behind make up most of a step. They are dealt to the packs, most expensive
@@ -69,7 +69,7 @@ class Packs:
         return tokens
 
     def form(self, pool: Pool, ledger: Ledger, step: int) -> list[np.ndarray]:
-        """See `Former`."""
+        """See `Packer`."""
         late = step - pool.born >= self.patience
         view = View(pool.tokens, pool.excess // self._unit, pool.kind, late, self.per_token / self._unit)
         expensive, held = self._expensive(view, ledger)
@@ -239,7 +239,7 @@ def _cheapest(rows: np.ndarray, view: View, enough: float) -> float:
     return int(view.cost[order[:count]].sum()) / max(int(view.tokens[order[:count]].sum()), 1)
 
 
-class Pairs:
+class PairPacker:
     """Forms steps of single samples, the oldest of the kinds that are behind.
 
     Args:
@@ -256,7 +256,7 @@ class Pairs:
         return tokens * 0 + 1
 
     def form(self, pool: Pool, ledger: Ledger, step: int) -> list[np.ndarray]:
-        """See `Former`."""
+        """See `Packer`."""
         none = np.zeros(len(pool), bool)
         each = np.ones(len(pool), np.int64)
         rows = oldest(pool.tokens, pool.kind, none, ledger, self.amount, none, each=each)

@@ -23,7 +23,7 @@ from keye.errors import CheckpointError
 from stages.data.packing.mixture import Mixture
 from stages.data.packing.samples import Block, Found, Meta, Pool, Samples, Step
 
-__all__ = ["Block", "Former", "Found", "Ledger", "Meta", "Planner", "Step"]
+__all__ = ["Block", "Packer", "Found", "Ledger", "Meta", "Planner", "Step"]
 
 BLOCK = 64  # samples that are drawn before anything is known of the first of them
 
@@ -47,7 +47,7 @@ class Ledger:
         np.add.at(self.emitted, kind, tokens)
 
 
-class Former(Protocol):
+class Packer(Protocol):
     """Forms the packs of one step.
 
     amount: how much a step takes. guess: tokens of a sample before any is known. samples: how many should be looked
@@ -68,7 +68,7 @@ class Former(Protocol):
 class Planner:
     """See the module's docstring."""
 
-    def __init__(self, mixture: Mixture, former: Former) -> None:
+    def __init__(self, mixture: Mixture, former: Packer) -> None:
         self.mixture, self.former = mixture, former
         self.kinds = list(mixture.kinds)
         kinds = [self.kinds.index(mixture.sources[name].recipe.kind) for name in mixture.names]

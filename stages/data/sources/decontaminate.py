@@ -97,7 +97,7 @@ class Near:
 
 
 @dataclass(frozen=True)
-class Guard:
+class Decontamination:
     """The pictures of the evaluations. near: their hashes. names: what each is, in messages."""
 
     near: Near
@@ -113,7 +113,9 @@ class Guard:
         return None
 
 
-def make_guard(paths: tuple[str, ...], bits: int, processor: KeyeProcessor, run: str = "") -> Guard | None:
+def open_decontamination(
+    paths: tuple[str, ...], bits: int, processor: KeyeProcessor, run: str = ""
+) -> Decontamination | None:
     """The guard against all pictures of these manifests; None where there is no manifest.
 
     Hashes are kept beside the cache of `datasets`, so that an evaluation is decoded once.
@@ -129,7 +131,7 @@ def make_guard(paths: tuple[str, ...], bits: int, processor: KeyeProcessor, run:
         found, where = _manifest_hashes(path.replace("{run}", run), processor)
         hashes.append(found)
         names += where
-    return Guard(Near(np.concatenate(hashes), bits), names)
+    return Decontamination(Near(np.concatenate(hashes), bits), names)
 
 
 def _manifest_hashes(path: str, processor: KeyeProcessor) -> tuple[np.ndarray, list[str]]:

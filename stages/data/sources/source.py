@@ -19,10 +19,10 @@ from keye.processor.processor import KeyeProcessor
 from keye.video.fetch import scheme_of
 from stages.data.items import Cache, Item, Quarantine, packed
 from stages.data.sources.chat import Row, caption_of, each_part
-from stages.data.sources.decontaminate import Guard
+from stages.data.sources.decontaminate import Decontamination
 from stages.data.sources.formats import BAD, Found, Table, marks
 from stages.data.sources.splitting import is_plain_text, split
-from stages.data.sources.streams import WINDOW, Lanes
+from stages.data.sources.streams import WINDOW, StreamLanes
 from stages.data.sources.transforms import apply
 from stages.data.thinned import WarningLog
 from stages.recipe import SourceRecipe
@@ -166,7 +166,7 @@ class Source:
         limit: int | None = None,
         run: str = "",
         report: bool = True,
-        guard: Guard | None = None,
+        guard: Decontamination | None = None,
         part: tuple[float, bool] = (0.0, False),
         max_bad_fraction: float = 0.5,
     ) -> None:
@@ -175,7 +175,7 @@ class Source:
         self.path, self.name = recipe.path.replace("{run}", run), source_name(recipe)
         self.settings = json.dumps([processor.encoder, processor.image, limit, recipe.transforms, seed], sort_keys=True)
         if recipe.streaming:
-            self.rows: Shuffled | Lanes = Lanes(recipe, self.path, seed, quarantine, max_bad_fraction)
+            self.rows: Shuffled | StreamLanes = StreamLanes(recipe, self.path, seed, quarantine, max_bad_fraction)
         else:
             self.rows = Shuffled(recipe, self.path, seed, quarantine if report else None, part)
         self.warnings = WarningLog()

@@ -27,7 +27,7 @@ PATIENCE = 1000  # bad samples in a row, a lane, before the source is given up
 WINDOW = 1000  # of the last samples of a source, the share of bad ones is looked at
 
 
-class Lanes:
+class StreamLanes:
     """The rows of a stream that have the wanted kind and families.
 
     Args:

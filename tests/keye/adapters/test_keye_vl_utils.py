@@ -13,7 +13,7 @@ from keye import SlowFastEncoder
 from keye.adapters.keye_vl_utils import extract_vision_info, process_vision_info, smart_resize
 from keye.errors import KeyeError, ManifestError, VideoError
 from keye.slowfast.budget import size_tokens
-from keye.slowfast.policies import Policy, Seen
+from keye.slowfast.policies import FrameContext, Policy
 from keye.video.fetch import UrlRules
 from tests.clips import clip
 from tests.keye.video.make import number_of, numbered, write_video
@@ -257,7 +257,7 @@ def test_an_encoder_brings_its_own_decisions():
         name = "thirds"
         spec = "thirds"
 
-        def is_slow(self, seen: Seen) -> bool:
+        def is_slow(self, seen: FrameContext) -> bool:
             return seen.index % 3 == 0
 
     encoder = SlowFastEncoder(policy=Thirds())

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.errors import KeyeError
+from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import get_measure
 from keye.slowfast.policies import (
     Adaptive,
@@ -20,7 +21,6 @@ from keye.slowfast.policies import (
     get_policy,
     known_policies,
 )
-from keye.slowfast.walk import Walk
 
 # 720 slow and 209 fast tokens at full size (20x36 and 11x19, see test_budget.py)
 LIMITS = Limits(size=(720, 1280), ratio=0.3, min_tokens=48, max_tokens_per_frame=768, max_tokens=65_536)
@@ -45,7 +45,7 @@ def frames_of(levels: list[int]) -> torch.Tensor:
 
 
 def decide(levels, policy, limits=LIMITS, step=8, measure=None):
-    walk = Walk(measure or Brightness(), policy, limits)
+    walk = FrameClassifier(measure or Brightness(), policy, limits)
     for start in range(0, len(levels), step):
         walk.step(frames_of(levels[start : start + step]))
     return walk.finish()
@@ -79,7 +79,7 @@ grades = st.integers(0, 64).map(lambda grade: grade / 64)
 
 def test_each_frame_is_compared_with_the_latest_slow_one():
     # Threshold 58/64: 0 slow; 3 fast; 6 fast; 10 slow (54/64 to 0); 13 fast (61/64 to 10, though 51/64 to 0); 0 slow.
-    types, scores = Walk(Brightness(), Adaptive(58 / 64)).step(frames_of([0, 3, 6, 10, 13, 0]))
+    types, scores = FrameClassifier(Brightness(), Adaptive(58 / 64)).step(frames_of([0, 3, 6, 10, 13, 0]))
     assert types == [0, 1, 1, 0, 1, 0]
     assert math.isnan(scores[0])
     assert scores[1:] == [61 / 64, 58 / 64, 54 / 64, 61 / 64, 54 / 64]
@@ -125,9 +125,9 @@ def test_the_frame_before_is_compared_only_when_asked_for():
 
 def test_fixed_patterns():
     frames = frames_of([0] * 9)
-    assert Walk(Brightness(), AllSlow()).step(frames)[0] == [0] * 9
-    assert Walk(Brightness(), Uniform(4)).step(frames)[0] == [0, 1, 1, 1, 0, 1, 1, 1, 0]
-    assert Walk(Brightness(), Strided()).step(frames)[0] == [0, 1, 1, 1, 1, 1, 1, 1, 0]
+    assert FrameClassifier(Brightness(), AllSlow()).step(frames)[0] == [0] * 9
+    assert FrameClassifier(Brightness(), Uniform(4)).step(frames)[0] == [0, 1, 1, 1, 0, 1, 1, 1, 0]
+    assert FrameClassifier(Brightness(), Strided()).step(frames)[0] == [0, 1, 1, 1, 1, 1, 1, 1, 0]
     assert Strided() != Uniform(8)
 
 
@@ -138,7 +138,7 @@ def test_scores_of_a_real_measure_do_not_depend_on_batches():
     for policy in (Adaptive(0.9, cut=0.3), AdaptiveBudget(0.9, share=0.5), TwoStream(4, 16)):
         answers = []
         for step in (1, 5, 13):
-            walk = Walk(get_measure("patch_l1"), policy, LIMITS)
+            walk = FrameClassifier(get_measure("patch_l1"), policy, LIMITS)
             for start in range(0, 13, step):
                 walk.step(pictures[start : start + step])
             answers.append(walk.finish())
@@ -259,7 +259,7 @@ def test_two_stream_frames_fit(slow, fast_tokens, low, more):
 @pytest.mark.parametrize("measure", ["patch_l1", "patch_cosine", "ssim"])
 def test_clips_in_which_nothing_happens(spec, measure):
     for value, count in itertools.product((0, 128), (1, 2, 11)):
-        walk = Walk(get_measure(measure), get_policy(spec, 0.9), LIMITS)
+        walk = FrameClassifier(get_measure(measure), get_policy(spec, 0.9), LIMITS)
         walk.step(torch.full((count, 3, 56, 70), value, dtype=torch.uint8))
         decisions = walk.finish()
         assert decisions.types[0] == 0 and set(decisions.positions) == set(range(count))
@@ -270,19 +270,19 @@ def test_clips_in_which_nothing_happens(spec, measure):
 
 
 def test_a_stream_remembers_nothing():
-    walk = Walk(Brightness(), Adaptive(0.9), remember=False)
+    walk = FrameClassifier(Brightness(), Adaptive(0.9), remember=False)
     for level in (0, 0, 60, 60):
         types, _ = walk.step(frames_of([level]))
     assert types == [1]
     with pytest.raises(ValueError, match="nothing to finish"):
         walk.finish()
     with pytest.raises(KeyeError, match="cannot follow a stream"):
-        Walk(Brightness(), TwoStream(), LIMITS, remember=False)
+        FrameClassifier(Brightness(), TwoStream(), LIMITS, remember=False)
 
 
 def test_nothing_stepped_is_nothing_decided():
     for policy in (Adaptive(0.9), TwoStream()):
-        walk = Walk(Brightness(), policy, LIMITS)
+        walk = FrameClassifier(Brightness(), policy, LIMITS)
         assert walk.step(frames_of([])) == ([], [])
         assert walk.finish().types == []
 

@@ -22,7 +22,7 @@ from keye.video.decoding.bitstream import CLEAN, FLUSH, packet_reader
 from keye.video.decoding.containers import open_container
 from keye.video.decoding.decoder import open_decoder
 from keye.video.decoding.packet_index import read_index
-from keye.video.decoding.prefetch import Ahead
+from keye.video.decoding.prefetch import Prefetcher
 from keye.video.decoding.timeline import packets_of
 from tests.clips import clip
 from tests.keye.video.make import numbered, write_video
@@ -339,8 +339,8 @@ def test_the_thread_ends_with_its_reader(whole):
 
 def test_few_frames_are_made_ahead(whole, monkeypatch):
     made = []
-    paint = decode.Painter.paint
-    monkeypatch.setattr(decode.Painter, "paint", lambda self, *rest: keep(made, paint(self, *rest)))
+    paint = decode.FrameConverter.paint
+    monkeypatch.setattr(decode.FrameConverter, "paint", lambda self, *rest: keep(made, paint(self, *rest)))
     decoder = opened(whole("no_b.mp4")[0], 25.0)
     most = 0
     for count, frame in enumerate(decoder.frames(), 1):
@@ -361,7 +361,7 @@ def test_what_is_raised_in_the_thread_is_raised_at_its_place():
         yield 1
         raise VideoError("the second is broken")
 
-    ahead = Ahead(items(), 2, threading.Event())
+    ahead = Prefetcher(items(), 2, threading.Event())
     assert next(ahead) == 1
     with pytest.raises(VideoError, match="the second is broken"):
         next(ahead)
@@ -494,12 +494,12 @@ def test_threads_have_ended_when_the_interpreter_does():
     script = """
 import atexit, threading, time
 atexit.register(lambda: print([t.name for t in threading.enumerate()]))
-from keye.video.decoding.prefetch import Ahead
+from keye.video.decoding.prefetch import Prefetcher
 def items():
     while True:
         time.sleep(0.1)
         yield 1
-kept = Ahead(items(), 2, threading.Event())
+kept = Prefetcher(items(), 2, threading.Event())
 print(next(kept))
 """
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

@@ -7,7 +7,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from keye.video.clip import open_clip
-from keye.video.decoding.picture import Painter
+from keye.video.decoding.picture import FrameConverter
 from tests.clips import clip
 
 
@@ -21,7 +21,7 @@ def test_every_column_is_written(form, width):
     for filling in (0, 97, 255):
         soiled = [np.full(3 * 20 * (width + 64), filling, dtype=np.uint8) for _ in range(20)]
         del soiled
-        painted = Painter("clip", 1).paint(frame, 0.0).numpy()
+        painted = FrameConverter("clip", 1).paint(frame, 0.0).numpy()
         assert np.abs(painted - expected).max() <= 3
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from keye.encoder import SlowFastEncoder
 from keye.errors import VideoError
-from keye.visualize.figures import Lanes, pictures_of, strip_frames, time_ticks
+from keye.visualize.figures import TimelineEntries, pictures_of, strip_frames, time_ticks
 from keye.visualize.page import MOST_BYTES
 from tests.keye.slowfast.test_plan import a_plan, two_stream_plan
 from tests.keye.video.make import number_of, numbered, write_video
@@ -70,7 +70,7 @@ def test_no_token_is_lost_between_the_windows(steps, bins):
         types += [0, 1] if kind == 2 else [kind]
     scores = [math.nan] * len(types)
     plan = a_plan(types, scores, timestamps=torch.tensor(times, dtype=torch.float32), duration=times[-1] + 1)
-    lanes = Lanes.of(plan)
+    lanes = TimelineEntries.of(plan)
     edges, rate = lanes.rate(bins)
     assert float((rate * np.diff(edges)).sum()) == pytest.approx(plan.tokens, rel=1e-6)
     assert len(rate) == bins and (rate >= 0).all()
@@ -80,7 +80,7 @@ def test_no_token_is_lost_between_the_windows(steps, bins):
 
 
 def test_blocks_of_one_time_are_stacked():
-    lanes = Lanes.of(two_stream_plan())
+    lanes = TimelineEntries.of(two_stream_plan())
     assert lanes.bottoms.tolist() == [0, 720, 0, 0, 720] and lanes.top == 910
 
 

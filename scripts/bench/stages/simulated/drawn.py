@@ -12,7 +12,7 @@ from keye.processor.stream import IMAGE_PAD, VIDEO_PAD
 from keye.processor.tokenizer import train_tokenizer
 from stages.data.collate import pack
 from stages.data.packing.planner import Meta
-from stages.distributed.parallel import Grid, vision_shares
+from stages.distributed.parallel import ParallelDims, vision_shares
 
 STAMP = 8  # tokens that say a frame's time
 VOCABULARY = 151_936
@@ -53,7 +53,7 @@ def sample(meta: Meta) -> Sample:
     )
 
 
-def language_batch(metas: list[Meta], grid: Grid) -> dict[str, Any]:
+def language_batch(metas: list[Meta], grid: ParallelDims) -> dict[str, Any]:
     """A pack as the loader hands it to a rank: all tokens, and the pixels that this rank encodes, as bytes."""
     row: dict[str, Any] = pack([sample(meta) for meta in metas], grid.sequence, processor().tokenizer.pad_token_id)
     kinds: dict[str, int] = {}

@@ -25,9 +25,9 @@ from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.stages.simulated.shapes import Memory, Shapes
 from stages import trainer as training
 from stages.cost.footprint import Share
-from stages.distributed.activation_memory import economise
+from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.collectives import Collective, recorded
-from stages.distributed.parallel import Grid, make_grid, vision_shares
+from stages.distributed.parallel import ParallelDims, build_parallel_dims, vision_shares
 from stages.metrics import Peak
 from stages.recipe import StageRecipe, stage_of
 from stages.run import KINDS
@@ -161,13 +161,13 @@ def step(
     make_batches: Any,
 ) -> Simulated:
     """Take one optimizer step of phase `name` on this rank; `make_batches(grid)` gives its micro-batches."""
-    grid = make_grid(told.sequence_parallel)
+    grid = build_parallel_dims(told.sequence_parallel)
     batches = make_batches(grid)
     stage = KINDS[stage_of(name)](told, processor)
     shapes, found = Shapes(), Measured()
     with recorded() as calls, as_on_a_gpu(), shapes, tempfile.TemporaryDirectory() as folder:
         model = build(config, torch.bfloat16)
-        economise(model, told.checkpointing, told.offload, told.mlp_tiles)
+        apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
         with torch.device("meta"):
             module = stage.prepare(model).train()
         for parameter in module.parameters():
@@ -203,7 +203,7 @@ def watch(trainer: Trainer, model: nn.Module, memory: Memory, found: Measured) -
     """Have the parts of the step write what they hold to `found`."""
     held, optimizer = {"before": 0, "backward": 0}, trainer.engine.optimizer
 
-    def begin(run: Any, module: nn.Module, batches: list[dict[str, Any]], grid: Grid) -> None:
+    def begin(run: Any, module: nn.Module, batches: list[dict[str, Any]], grid: ParallelDims) -> None:
         found.pixels = _bytes(x for batch in batches for x in batch.values() if isinstance(x, Tensor) and x.is_meta)
         memory.restart()
         run(module, batches, grid)
@@ -294,7 +294,7 @@ def _optimizer(engine: Any) -> int:
     return _bytes([*masters, *moments])
 
 
-def _share(batches: list[dict[str, Any]], grid: Grid) -> Share:
+def _share(batches: list[dict[str, Any]], grid: ParallelDims) -> Share:
     """The most tokens, patches and labels of this rank's micro-batches, and the patches of its largest frame."""
     shares = []
     for batch in batches:
@@ -309,7 +309,7 @@ def _share(batches: list[dict[str, Any]], grid: Grid) -> Share:
     return Share(*map(max, zip(*shares, strict=True)))
 
 
-def _largest_frame(batch: dict[str, Any], grid: Grid) -> int:
+def _largest_frame(batch: dict[str, Any], grid: ParallelDims) -> int:
     """Patches of the largest frame that this rank encodes whole, or of its largest part of one."""
     grids = [batch[name] for name in ("grids", "image_grid_thw", "video_grid_thw") if name in batch]
     if not grids:

@@ -3,15 +3,16 @@
 Policies that are `online` work on a stream with the memory of one slow frame; the others hold the features of all
 frames.
 
-    walk = Walk(measure, get_policy("adaptive:max_gap=16", threshold), Limits(size=(720, 1280), ratio=0.3, ...))
+    limits = Limits(size=(720, 1280), ratio=0.3, ...)
+    walk = FrameClassifier(measure, get_policy("adaptive:max_gap=16", threshold), limits)
     for frames in batches:                      # uint8 [T, 3, H, W]
         types, scores = walk.step(frames)       # both empty where the policy is not `online`
     decisions = walk.finish()                   # Decisions: types, scores, positions, warnings, threshold, max_tokens
     limits.allocate(slow, fast, fast_tokens=policy.fast_tokens, max_tokens=decisions.max_tokens)
 
 Entry i of the decisions shows the sampled frame `positions[i]`. `policy.most_frames(max_tokens, min_tokens)` says how
-many frames may be sampled so that their minimum fits. A live stream takes `Walk(..., remember=False)`: `step` answers,
-nothing is kept, and there is no `finish`.
+many frames may be sampled so that their minimum fits. A live stream takes `FrameClassifier(..., remember=False)`:
+`step` answers, nothing is kept, and there is no `finish`.
 """
 
 import math
@@ -20,10 +21,10 @@ import torch
 
 from keye.errors import KeyeError
 from keye.slowfast.measures.base import Measure
-from keye.slowfast.policies.base import FAST, SLOW, Course, Decisions, Gathered, Limits, Policy
+from keye.slowfast.policies.base import FAST, SLOW, ClipFeatures, Decisions, Limits, Policy, WalkState
 
 
-class Walk:
+class FrameClassifier:
     """Walks along a clip and types its frames, the same however they come in batches.
 
     For a policy that is `online` it holds the features of the latest slow frame (and of the latest frame, where the
@@ -41,7 +42,7 @@ class Walk:
         self._types: list[int] = []
         self._scores: list[float] = []
         self._blocks: list[torch.Tensor] = []
-        self._course = Course()
+        self._state = WalkState()
         self._reference: torch.Tensor | None = None
         self._latest: torch.Tensor | None = None
 
@@ -72,7 +73,7 @@ class Walk:
             return Decisions([], [], [])
         if self.limits is None:
             raise ValueError(f"policy {self.policy.spec} needs the limits of the clip")
-        return self.policy.decide(Gathered(self.measure, self._blocks), self.limits)
+        return self.policy.decide(ClipFeatures(self.measure, self._blocks), self.limits)
 
     def _judge(self, features: torch.Tensor) -> tuple[list[int], list[float]]:
         types: list[int] = []
@@ -84,9 +85,9 @@ class Walk:
         while len(types) < len(features):
             # Scoring ahead in a batch is wasted once a slow frame turns up, so the batch grows only while none does.
             start = len(types)
-            ahead = features[start : start + self._course.gap + 1]
+            ahead = features[start : start + self._state.gap + 1]
             for index, score in enumerate(self.measure.compare(self._reference, ahead).tolist(), start):
-                slow = self._course.judge(self.policy, score, self._look_back(features, index, score))
+                slow = self._state.judge(self.policy, score, self._look_back(features, index, score))
                 types.append(SLOW if slow else FAST)
                 scores.append(score)
                 if slow:
@@ -100,7 +101,7 @@ class Walk:
         """Similarity of features[index] with the frame just before, which may be of an earlier batch."""
         if not self.policy.looks_back:
             return math.nan
-        if self._course.gap == 0:  # the frame just before is the latest slow one
+        if self._state.gap == 0:  # the frame just before is the latest slow one
             return score
         before = features[index - 1] if index else self._latest
         return self.measure.compare(before, features[index : index + 1]).item()

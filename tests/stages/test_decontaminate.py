@@ -14,7 +14,7 @@ from skimage import data as photographs
 
 from keye.errors import ManifestError
 from stages.data.items import Cache, Quarantine
-from stages.data.sources.decontaminate import Near, make_guard, perceptual_hash
+from stages.data.sources.decontaminate import Near, open_decontamination, perceptual_hash
 from stages.data.sources.source import Source
 from stages.recipe import SourceRecipe
 from tests.stages import small
@@ -111,7 +111,7 @@ def test_training_samples_that_show_an_evaluations_picture_are_quarantined(tmp_p
     stored(photograph("coffee").resize((300, 200)), 30).save(tmp_path / "again.jpg")
     held = manifest(tmp_path, "held.jsonl", ["astronaut.png", "gone.png", "coffee.png"])
     train = manifest(tmp_path, "train.jsonl", ["chelsea.png", "again.jpg", "camera.png"])
-    guard = make_guard((str(held),), 6, processor)
+    guard = open_decontamination((str(held),), 6, processor)
     quarantine = Quarantine(tmp_path / "quarantine.jsonl")
     source = Source(SourceRecipe(str(train), "image"), processor, 0, Cache(0), quarantine, guard=guard)
     assert [source.item(index) is None for index in range(3)] == [False, True, False]
@@ -125,7 +125,7 @@ def test_clips_are_known_by_their_frames(tmp_path):
     rows = [row for row in small.lines(path) if row["family"] == "count"]
     held = tmp_path / "held.jsonl"
     held.write_text(json.dumps(rows[2]) + "\n")
-    guard = make_guard((str(held),), 0, made_for)
+    guard = open_decontamination((str(held),), 0, made_for)
     source = Source(SourceRecipe(str(path), "video"), made_for, 0, Cache(0), Quarantine(), guard=guard)
     bad = [index for index in source.rows.indices.tolist() if source.item(index) is None]
     clip = rows[2]["messages"][0]["content"][0]["video"]
@@ -134,10 +134,10 @@ def test_clips_are_known_by_their_frames(tmp_path):
 
 def test_no_manifest_is_no_guard_and_one_without_pictures_is_named(tmp_path):
     made_for = small.processor()
-    assert make_guard((), 6, made_for) is None
+    assert open_decontamination((), 6, made_for) is None
     path = tmp_path / "words.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "what"}]}) + "\n")
     with pytest.raises(ManifestError, match="words.jsonl: it shows no picture"):
-        make_guard((str(path),), 6, made_for)
+        open_decontamination((str(path),), 6, made_for)
     with pytest.raises(ManifestError, match="no such manifest"):
-        make_guard((str(tmp_path / "gone.jsonl"),), 6, made_for)
+        open_decontamination((str(tmp_path / "gone.jsonl"),), 6, made_for)
