@@ -1,4 +1,4 @@
-"""The guard of a step: what is not finite, or far above what was usual, moves no weight and no moment of the optimizer.
+"""Skips a step whose loss or gradient is not finite or far above its running median: weights and moments stay.
 
 It is asked by the optimizer itself (`engine.skip_steps_when`), when the loss and the norm of the whole gradient are
 known and nothing has been changed yet. All it looks at is the same on every rank, so all ranks hold the same steps.

@@ -111,8 +111,8 @@ def visual_samples(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def open_mixture(
-    name: str, recipe: Recipe, processor: KeyeProcessor, grid: ParallelDims, cache: Cache, quarantine: Quarantine, run: str,
-    heldout: bool = False,
+    name: str, recipe: Recipe, processor: KeyeProcessor, grid: ParallelDims, cache: Cache, quarantine: Quarantine,
+    run: str, heldout: bool = False,
 ) -> Mixture:  # fmt: skip
     """The stage's sources with their token shares, the same on every rank; those that are held out, if asked for."""
     stage = recipe.chain[name]

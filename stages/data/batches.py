@@ -1,4 +1,4 @@
-"""BatchStream: batches of this rank. Rank 0 plans for all; each rank encodes what it owns and is sent what it trains on."""
+"""Batches of this rank: rank 0 plans for all, each rank encodes what it owns and receives what it trains on."""
 
 import socket
 from collections import Counter, deque

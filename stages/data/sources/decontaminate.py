@@ -116,7 +116,7 @@ class Decontamination:
 def open_decontamination(
     paths: tuple[str, ...], bits: int, processor: KeyeProcessor, run: str = ""
 ) -> Decontamination | None:
-    """The guard against all pictures of these manifests; None where there is no manifest.
+    """What recognises all pictures of these manifests; None where there is no manifest.
 
     Hashes are kept beside the cache of `datasets`, so that an evaluation is decoded once.
 
