@@ -1,0 +1,35 @@
+"""The structure is what docs/architecture.md says: no import circles, imports that point down, files that exist."""
+
+import re
+from pathlib import Path
+
+from scripts.bench.layout import circle, imports
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDER = ("keye", "stages", "rl", "scripts")
+
+
+def test_no_files_import_each_other():
+    assert circle(imports(ROOT)) == []
+
+
+def test_a_circle_is_found():
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == {"b", "c"}
+
+
+def test_imports_point_down_only():
+    for module, found in imports(ROOT).items():
+        level = ORDER.index(module.split(".")[0])
+        above = [name for name in found if ORDER.index(name.split(".")[0]) > level]
+        assert not above, f"{module} imports {above}"
+
+
+def test_files_that_the_documents_name_exist():
+    """`file.py` after `folder/other.py` in one cell stands in the same folder."""
+    for document in ("architecture.md", "decisions.md"):
+        for line in (ROOT / "docs" / document).read_text(encoding="utf-8").splitlines():
+            folder = Path()
+            for name in re.findall(r"`([\w/]+\.py)`", line):
+                folder = Path(name).parent if "/" in name else folder
+                places = [folder / Path(name).name, Path(name)]
+                assert any((ROOT / place).is_file() for place in places), f"{document}: {name}"
