@@ -138,6 +138,10 @@ class Tally:
             self.scores += scores
             self.compared += compared
 
+    def found(self) -> str:
+        """What has been compared so far, for the log."""
+        return f"  {self.clips} clips: {self.types} of {self.frames:,} types and {self.scores} similarities differ"
+
 
 def measure(
     clips: dict[str, Path], count: int, most: int, thresholds: Sequence[float], say: Callable[[str], None]
@@ -149,10 +153,13 @@ def measure(
         say(name)
         rows.append((name, Tally(thresholds)))
         rows[-1][1].add(released, frames_of(path, most), name)
+        say(rows[-1][1].found())
     say(f"{count} drawn clips")
     rows.append((f"{count} clips of keye.world", Tally(thresholds)))
     for index, frames in enumerate(drawn(count)):
         rows[-1][1].add(released, frames, f"drawn clip {index}")
+        if index % 20 == 19:
+            say(rows[-1][1].found())
     rows.append(("extremes", Tally(thresholds)))
     for name, frames in extremes():
         rows[-1][1].add(released, frames, name)
