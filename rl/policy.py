@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keye.processor.processor import Sample
+from keye.slowfast.pixels import join
 from rl.prefix import PrefixTree
 
 CHUNK = 1024  # rows of float32 log-probabilities [CHUNK, vocab] alive at once
@@ -107,4 +108,4 @@ def vision_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tens
     """The pixels and grids of several prompts, each once, in the order in which their placeholders come."""
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     columns = {name: [getattr(s, name) for s in samples if getattr(s, name) is not None] for name in names}
-    return {name: torch.cat(column).to(device) for name, column in columns.items() if column}
+    return {name: join(column).to(device) for name, column in columns.items() if column}

@@ -9,8 +9,9 @@ from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import IMAGE_PAD, VIDEO_PAD
+from keye.slowfast.pixels import join
 from stages.data.batches import BatchStream
-from stages.data.collate import join, pack
+from stages.data.collate import pack
 from stages.data.items import PIXELS
 from stages.data.loader import Loader
 from stages.data.packing.balance import Cost, deal_rounds

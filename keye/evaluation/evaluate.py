@@ -143,9 +143,9 @@ def _replies(
 
 
 def zeroed(sample: "Sample") -> "Sample":
-    """The same token stream, positions and grids with every pixel value 0."""
+    """The same token stream, positions and grids with every pixel value 0, the middle of [-1, 1]."""
     pixels = {
-        name: torch.zeros_like(values)
+        name: torch.zeros(values.shape)
         for name in ("pixel_values", "pixel_values_videos")
         if (values := getattr(sample, name)) is not None
     }

@@ -28,6 +28,7 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.reply import parse_reply
+from keye.slowfast.pixels import PixelFormat
 from keye.slowfast.plan import VideoPlan
 from keye.video.clip import open_clip
 from keye.video.fetch import UrlRules
@@ -166,7 +167,8 @@ class Chat:
         sample = self.processor.sample([*self.messages, turn], max_length=max(room, 1))
         plan = sample.plans[-1]
         grid = sample.video_grid_thw[-len(plan) :]
-        return EncodedVideo(sample.pixel_values_videos[-int(grid.prod(1).sum()) :].clone(), grid, plan)
+        pixels = sample.pixel_values_videos[-int(grid.prod(1).sum()) :].clone()
+        return EncodedVideo(pixels, grid, plan, format=PixelFormat(pixels.dtype))
 
     def add_image(self, source: Any) -> None:
         """Show an image with the next question. Raises VideoError if it cannot be read."""

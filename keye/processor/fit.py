@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from keye.encoder import EncodedVideo, Sampling, SlowFastEncoder
@@ -16,12 +17,15 @@ from keye.errors import KeyeError
 from keye.processor.messages import Visual
 from keye.processor.options import FEWEST, still_limits, video_encoder
 from keye.processor.stream import Stream
+from keye.slowfast.pixels import HALF, PixelFormat, exact_bytes
 from keye.video.images import load_image
 
 
 @dataclass
 class Media:
     """What a chat shows. stills: (pixel_values [N, 3, 14, 14], grid_thw [1, 3]) of each. videos: encoded, with plans.
+
+    Pixels are uint8, but floats of a video given as encoded that no bytes stand for.
 
     warnings: sentences on stills that were made smaller; of videos the plans say it. thinned: visual tokens that stills
     and videos gave up to fit `max_length`.
@@ -58,7 +62,7 @@ class _Still:
 
     def encode(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         limits = self.limits if most is None else {"min_tokens": min(self.least, most), "max_tokens": most}
-        return self.encoder.image(self.source, **limits)
+        return self.encoder.image(self.source, dtype=torch.uint8, **limits)
 
 
 @dataclass
@@ -72,11 +76,14 @@ class _Clip:
 
     def __post_init__(self) -> None:
         ready = isinstance(self.source, EncodedVideo)
-        self.video: EncodedVideo = self.source if ready else self.encoder(self.source, **self.sampling)
+        self.video: EncodedVideo = _in_bytes(self.source) if ready else self._encode(self.encoder)
         self.wanted = len(_group(self.stream, self.video))
         # What a frame takes beside its pads, at most: its token and time, and the two around a fast one.
         self.overhead = 3 + self.stream.time_tokens(max(self.video.plan.duration, *self.video.plan.span))
         self.least = self.wanted if ready else min(self.wanted, self._needed(1))
+
+    def _encode(self, encoder: SlowFastEncoder) -> EncodedVideo:
+        return encoder(self.source, dtype=torch.uint8, **self.sampling)
 
     def _needed(self, frames: int) -> int:
         """Stream tokens that so many sampled frames take at the least, whatever their types turn out to be."""
@@ -102,7 +109,7 @@ class _Clip:
         frames = next((n for n in range(shown, 0, -1) if self._fits(n, room)), 1)
         budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)
         smaller = self.encoder.with_settings(max_tokens=budget, max_frames=frames)
-        video = smaller(self.source, **self.sampling)
+        video = self._encode(smaller)
         plan = video.plan
         note = (
             f"{plan.source} is cut down from {before.tokens} to {plan.tokens} tokens and from {shown} to"
@@ -114,6 +121,14 @@ class _Clip:
         budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)
         enough = self.encoder.policy.most_frames(budget, self.encoder.min_tokens_per_frame) >= frames
         return enough and self._needed(frames) <= room
+
+
+def _in_bytes(video: EncodedVideo) -> EncodedVideo:
+    """A ready video with the pixels that models of this project read; floats that no bytes stand for stay."""
+    if (video.format.mean, video.format.std) != (HALF, HALF):
+        return video.to(dtype=torch.uint8)
+    pixels = exact_bytes(video.pixel_values)
+    return replace(video, pixel_values=pixels, format=PixelFormat(pixels.dtype))
 
 
 def encode_media(

@@ -30,6 +30,7 @@ from keye.processor.stream import (
     Stream,
 )
 from keye.processor.template import Spans, has_generation, render_jinja_template, variables_of
+from keye.slowfast.pixels import join, normalised
 from keye.slowfast.plan import VideoPlan
 from keye.video.fetch import UrlRules
 
@@ -41,9 +42,10 @@ class Sample:
     """One conversation, ready for the model.
 
     input_ids, labels: LongTensor `[L]`; labels are unshifted, −100 outside the assistant's words. position_ids
-    `[3, L]`. Patches float32 `[N, 3, 14, 14]` and grids `[F, 3]` of the stills and of all videos' frames, in stream
-    order. plans: what was decided about each video. warnings: sentences on stills made smaller to fit. thinned: visual
-    tokens that stills and videos gave up to fit `max_length`.
+    `[3, L]`. Patches uint8 `[N, 3, 14, 14]` (floats of a video given as encoded that no bytes stand for) and grids
+    `[F, 3]` of the stills and of all videos' frames, in stream order. plans: what was decided about each video.
+    warnings: sentences on stills made smaller to fit. thinned: visual tokens that stills and videos gave up to fit
+    `max_length`.
     """
 
     input_ids: Tensor
@@ -266,9 +268,9 @@ class KeyeProcessor(ProcessorMixin):
             if spans is None
             else self._stream.spoken(input_ids, ids, places, spans),
             position_ids=stream_positions(input_ids, blocks),
-            pixel_values=torch.cat([pixels for pixels, _ in stills]) if stills else None,
+            pixel_values=join([pixels for pixels, _ in stills]) if stills else None,
             image_grid_thw=image_grid,
-            pixel_values_videos=torch.cat([v.pixel_values for v in videos]) if videos else None,
+            pixel_values_videos=join([v.pixel_values for v in videos]) if videos else None,
             video_grid_thw=video_grid,
             plans=[v.plan for v in videos],
             warnings=media.warnings,
@@ -280,7 +282,7 @@ class KeyeProcessor(ProcessorMixin):
     ) -> dict[str, Tensor]:
         """Samples → one padded batch: input_ids, attention_mask, labels `[B, L]`, position_ids `[3, B, L]`, pixels.
 
-        length: pad to so many tokens where the longest sample has fewer.
+        Pixels are float32 in [-1, 1]. length: pad to so many tokens where the longest sample has fewer.
         """
         longest = max(len(s) for s in samples)
         length, rows = max(longest, length or 0), len(samples)
@@ -299,7 +301,7 @@ class KeyeProcessor(ProcessorMixin):
         for name in PIXELS:
             parts = [getattr(s, name) for s in samples if getattr(s, name) is not None]
             if parts:
-                batch[name] = torch.cat(parts)
+                batch[name] = torch.cat(parts) if name.endswith("thw") else normalised(join(parts))
         return batch
 
     def apply_chat_template(

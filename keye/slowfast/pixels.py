@@ -45,6 +45,22 @@ def as_bytes(pixels: Tensor, mean: Sequence[float] = HALF, std: Sequence[float] 
     return ((pixels.float() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def exact_bytes(pixels: Tensor) -> Tensor:
+    """Floats in [-1, 1] as uint8 where they come back the same, to float32 rounding; as they are otherwise."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    codes = as_bytes(pixels)
+    return codes if torch.allclose(normalised(codes), pixels.float(), atol=1e-6) else pixels
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Pixels [N, ...] of several sources as one; bytes only where all are bytes, and no copy of a single one."""
+    if len(parts) == 1:
+        return parts[0]
+    same = len({part.dtype for part in parts}) == 1
+    return torch.cat(list(parts) if same else [normalised(part) for part in parts])
+
+
 def _normalise_(floats: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """In place, of float32 from 0 to 255."""
     if tuple(mean) == tuple(std) == HALF:

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keye.processor.processor import Sample
-from stages.data.items import PIXELS, from_bytes
+from keye.slowfast.pixels import join
+from stages.data.items import PIXELS
 
 IGNORED = -100
 GRIDS = ("image_grid_thw", "video_grid_thw")
@@ -37,9 +38,3 @@ def pack(samples: list[Sample], multiple: int = 1, pad: int = 0) -> dict[str, Te
         if parts:
             row[name] = join(parts)
     return row
-
-
-def join(parts: list[Tensor]) -> Tensor:
-    """Pixels or grids of several samples as one; bytes only where all are bytes."""
-    same = len({part.dtype for part in parts}) == 1
-    return torch.cat(parts if same else [from_bytes(part) for part in parts])

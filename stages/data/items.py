@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from keye.processor.processor import Sample
-from keye.slowfast.pixels import as_bytes, normalised
+from keye.slowfast.pixels import exact_bytes, normalised
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 
@@ -134,17 +133,8 @@ class Cache:
 def packed(item: Item) -> Item:
     """The item with its pixels as uint8 where that loses nothing."""
     found = {name: getattr(item.sample, name) for name in PIXELS}
-    changed = {name: None if pixels is None else to_bytes(pixels) for name, pixels in found.items()}
+    changed = {name: None if pixels is None else exact_bytes(pixels) for name, pixels in found.items()}
     return replace(item, sample=replace(item.sample, **changed))
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [−1, 1] as uint8 where they come back the same; as they are otherwise."""
-    if pixels.dtype == torch.uint8:
-        return pixels
-    small = as_bytes(pixels)
-    # The same to fp32 rounding.
-    return small if torch.allclose(normalised(small), pixels, atol=1e-6) else pixels
 
 
 def from_bytes(pixels: Tensor) -> Tensor:

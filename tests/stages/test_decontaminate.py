@@ -13,8 +13,9 @@ from PIL import Image, ImageEnhance
 from skimage import data as photographs
 
 from keye.errors import ManifestError
+from keye.processor.processor import Sample
 from stages.data.items import Cache, Quarantine
-from stages.data.sources.decontaminate import Near, open_decontamination, perceptual_hash
+from stages.data.sources.decontaminate import Near, open_decontamination, perceptual_hash, sample_hashes
 from stages.data.sources.source import Source
 from stages.recipe import SourceRecipe
 from tests.stages import small
@@ -79,6 +80,19 @@ def test_hash_agrees_with_the_cosine_transform_written_out():
 def test_plain_surfaces_are_like_nothing():
     for colour in (-1.0, 0.2, 1.0):
         assert perceptual_hash(torch.full((3, 40, 60), colour)) is None
+
+
+def test_bytes_are_the_pictures_they_stand_for():
+    """Noise of one step of 255 shows nothing, also where the picture comes as bytes."""
+    grid, noise = torch.tensor([[1, 2, 4]]), torch.randint(100, 102, (8, 3, 14, 14), dtype=torch.uint8)
+    coarse = torch.linspace(0, 255, 8).to(torch.uint8)[:, None, None, None].expand(8, 3, 14, 14)
+    for codes in (noise, coarse):
+        pair = [
+            Sample(torch.zeros(1), torch.zeros(1), torch.zeros(3, 1), pixel_values=pixels, image_grid_thw=grid)
+            for pixels in (codes, codes.float() / 127.5 - 1)
+        ]
+        first, second = map(sample_hashes, pair)
+        assert first == second and bool(first) == (codes is coarse)
 
 
 @settings(max_examples=60, deadline=None)

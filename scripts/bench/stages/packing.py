@@ -74,7 +74,7 @@ def documents(row: dict[str, Tensor], image: int, video: int) -> list[Document]:
 
 def padded(batch: list[Document], pad: int) -> dict[str, Any]:
     """One padded batch: input_ids, attention_mask, shift_labels `[B, L]`, position_ids `[3, B, L]`, pixels, grids."""
-    from stages.data.collate import join
+    from keye.slowfast.pixels import join
 
     rows, length = len(batch), max(document.tokens for document in batch)
     out = {

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keye.errors import KeyeError, ManifestError
 from keye.processor.processor import KeyeProcessor, Sample
+from keye.slowfast.pixels import normalised
 from stages.data.sources.formats import Table, kept
 from stages.recipe import SourceRecipe
 
@@ -57,9 +58,9 @@ def sample_hashes(sample: Sample) -> list[tuple[str, np.uint64]]:
 
 
 def _pictures(patches: Tensor, grids: Tensor) -> list[Tensor]:
-    """patches `[N, 3, 14, 14]`, grids `[F, 3]` → F pictures `[3, 14 h, 14 w]`."""
+    """patches `[N, 3, 14, 14]`, bytes or in [−1, 1], grids `[F, 3]` → F pictures `[3, 14 h, 14 w]`."""
     sizes = grids.tolist()
-    parts = patches.float().split([t * h * w for t, h, w in sizes])
+    parts = normalised(patches).split([t * h * w for t, h, w in sizes])
     return [
         part.unflatten(0, (h, w)).permute(2, 0, 3, 1, 4).reshape(3, 14 * h, 14 * w)
         for part, (_, h, w) in zip(parts, sizes, strict=True)

@@ -135,6 +135,16 @@ def test_every_way_to_name_an_image_gives_the_same_pixels(processor: KeyeProcess
         assert torch.equal(sample.input_ids, samples[0].input_ids)
 
 
+def test_an_encoded_video_is_read_in_the_models_own_normalisation(processor: KeyeProcessor) -> None:
+    """Whatever the format of the video that is given: 127.5 and 1 here are those of SigLIP (Keye's tower)."""
+    frames = np.random.default_rng(0).integers(0, 255, (5, 56, 84, 3), dtype=np.uint8)
+    encoder = SlowFastEncoder(**processor.encoder)
+    raw = encoder(frames, dtype=torch.uint8)
+    for video in (raw, encoder(frames), encoder(frames, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))):
+        batch = processor.collate([processor.sample(user({"type": "video", "video": video}))])
+        assert torch.equal(batch["pixel_values_videos"], raw.pixel_values.float() / 127.5 - 1)
+
+
 def test_every_way_to_name_a_video(processor: KeyeProcessor, tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (5, 56, 84, 3), dtype=np.uint8)
     pictures = [Image.fromarray(frame) for frame in frames]
@@ -159,7 +169,8 @@ def test_every_way_to_name_a_video(processor: KeyeProcessor, tmp_path: Path) -> 
     ]
     samples = [processor.sample(user(part), tmp_path) for part in parts]
     for sample in samples:
-        assert torch.equal(sample.pixel_values_videos, encoded.pixel_values)
+        assert sample.pixel_values_videos.dtype == torch.uint8  # until the tower or the caller's batch
+        assert torch.equal(processor.collate([sample])["pixel_values_videos"], encoded.pixel_values)
         assert torch.equal(sample.input_ids, samples[0].input_ids)
 
 
