@@ -229,14 +229,16 @@ def rank_costs(pack: list[Meta], cost: Cost, ranks: int, cut: bool) -> list[floa
     ]
 
 
-def slowest(steps: list[list[list[Meta]]], at_once: int, sequence: int, cost: Cost, planned: bool, cut: bool) -> float:
+def slowest(
+    steps: list[list[list[Meta]]], operations: list[list[list[float]]], at_once: int, cost: Cost, planned: bool
+) -> float:
     """How much longer the slowest ranks of all rounds take than the mean: Σ largest ÷ Σ mean, over all ranks.
 
-    planned: dealt in rounds as the loader does; otherwise as the packs come.
+    operations: of every rank of the group of each pack (`rank_costs`). planned: packs are dealt in rounds as the loader
+    does; otherwise as they come.
     """
     largest = mean = 0.0
-    for step in steps:
-        costs = [rank_costs(pack, cost, sequence, cut) for pack in step]
+    for step, costs in zip(steps, operations, strict=True):
         if planned:
             wholes = [sum(m.excess + m.tokens * cost.per_token for m in pack) for pack in step]
             rounds = list(zip(*([p for (p,) in rank] for rank in deal_rounds(wholes, at_once)), strict=True))
@@ -275,10 +277,14 @@ def main() -> int:
         lengths = [meta.tokens for step in found for pack in step for meta in pack]
         if (context, packs) == (8192, 256):
             slow = max(slow, *seconds[1:])
+        # A pack costs its group the same however many groups there are.
+        cut = [[rank_costs(pack, cost, sequence, True) for pack in step] for step in found]
+        dealt = [[rank_costs(pack, cost, sequence, False) for pack in step] for step in found] if sequence > 1 else []
+        plainly = [[rank_costs(pack, cost, sequence, False) for pack in step] for step in usual]
         for at_once in sizes:
-            ours = slowest(found, at_once, sequence, cost, True, True)
-            whole = slowest(found, at_once, sequence, cost, True, False) if sequence > 1 else 0.0
-            theirs = slowest(usual, at_once, sequence, cost, False, False)
+            ours = slowest(found, cut, at_once, cost, True)
+            whole = slowest(found, dealt, at_once, cost, True) if sequence > 1 else 0.0
+            theirs = slowest(usual, plainly, at_once, cost, False)
             worst = max(worst, ours)
             rows.append(
                 (data, f"{context:,}", f"{median(lengths):,.0f}", f"{len(lengths) / steps:,.0f}", packs,
