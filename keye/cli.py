@@ -170,7 +170,10 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--name", metavar="NAME", help="what the model is called in requests (its directory)")
     parser.add_argument("--media-root", metavar="DIR", help="requests may name files in this folder; without it none")
     parser.add_argument("--url", action="store_true", help="requests may name http(s) URLs of public addresses")
-    parser.add_argument("--api-key", metavar="KEY", help="requests must send it (KEYE_API_KEY; without either, none)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="requests must send it; other users see it in `ps`: better set KEYE_API_KEY"
+    )
+    parser.add_argument("--api-key-file", metavar="FILE", help="a file that holds the key, in place of --api-key")
     parser.add_argument("--max-bytes", type=int, default=1 << 26, metavar="N", help="of one clip or image (64 MiB)")
     parser.add_argument("--max-new-tokens", type=int, default=4096, metavar="N", help="most of one answer (4096)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="requests answered side by side (8)")

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -47,17 +47,26 @@ class Answerer:
         self._engine: BatchEngine | None = None
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """One of the places for requests; RequestError when all are taken. It is taken before the body is read."""
+    def place(self) -> Iterator[Callable[[], None]]:
+        """One of the places for requests, taken before the body is read; RequestError when all are taken.
+
+        Gives what frees it early, as soon as the answer is generated.
+        """
         with self._lock:
             if self._taken >= self.places:
                 raise RequestError(f"{self.places} requests are being answered already; try again later", 429, "busy")
             self._taken += 1
-        try:
-            yield
-        finally:
+        held = [True]
+
+        def release() -> None:
             with self._lock:
-                self._taken -= 1
+                self._taken -= len(held)
+                held.clear()
+
+        try:
+            yield release
+        finally:
+            release()
 
     def start(self, request: Request) -> Answering:
         """The answer to a request, to be iterated over; clips that are too long for the context are thinned."""

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from keye.errors import KeyeError
 from keye.inference.batching import BatchEngine
 from keye.inference.sampling import Sampling
+from keye.video.decoding.prefetch import stop_at_exit
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -34,8 +35,9 @@ class Piece(NamedTuple):
 class Figures:
     """What a reply took.
 
-    prompt_tokens, of which cached_tokens were in the cache already; new_tokens; seconds until the first token
-    (prefill_seconds) and from there to the last (decode_seconds). finish: "stop" (the model ended), "length" or
+    prompt_tokens, of which cached_tokens were in the cache already; seconds until the first token (prefill_seconds) and
+    from there to the last (decode_seconds). new_tokens: of the reply; where a stop text ended it, up to the token that
+    completed the text, though the model may have written a few more. finish: "stop" (the model ended), "length" or
     "interrupted".
     """
 
@@ -50,6 +52,18 @@ class Figures:
     def tokens_per_second(self) -> float:
         """Of decoding: the first token counts to the prompt's time. NaN for fewer than two."""
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else float("nan")
+
+
+class _Counted(Iterator[int]):
+    """Counts what is read of an iterator."""
+
+    def __init__(self, items: Iterator[int]) -> None:
+        self.items, self.count = items, 0
+
+    def __next__(self) -> int:
+        item = next(self.items)
+        self.count += 1
+        return item
 
 
 class _Stopped(Exception):
@@ -85,8 +99,9 @@ class Answering:
     def __iter__(self) -> Iterator[Piece]:
         wait = self._start()
         split, complete, cut = ThoughtSplit(), False, StopTexts(self.sampling.stop)
+        read = _Counted(iter(self._tokens.get, None))
         try:
-            for text in cut(detokenize(self.tokenizer, iter(self._tokens.get, None))):
+            for text in cut(detokenize(self.tokenizer, read)):
                 self.text += text
                 yield from split.feed(text)
             yield from split.close()
@@ -94,6 +109,8 @@ class Answering:
         finally:
             self._stop.set()
             wait()
+            if cut.found:
+                self.figures.new_tokens = read.count
             if not complete:
                 self.figures.finish = "interrupted"
             elif cut.found or self._ended():
@@ -114,7 +131,8 @@ class Answering:
 
     def _start(self) -> Callable[[], object]:
         """Begin to generate; what is returned waits for the end."""
-        worker = threading.Thread(target=self._generate, daemon=True)
+        worker = threading.Thread(target=self._generate, daemon=True, name="keye-answer")
+        stop_at_exit(worker, self._stop.set)
         worker.start()
         return worker.join
 

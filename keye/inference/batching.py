@@ -153,7 +153,7 @@ class BatchEngine:
         """Logits `[1, V]` of the first token, the prompt's cache and its attention mask `[1, L]`."""
 
         def leave(*_: object) -> None:
-            if row.reader.stopped:
+            if row.reader.stopped or self._closed:
                 raise _Stopped
 
         layers = [m for parts in self.model.modules() if isinstance(parts, nn.ModuleList) for m in parts]

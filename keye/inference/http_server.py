@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import json
+import logging
+import math
 import secrets
 import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
 from typing import Any
@@ -28,40 +29,28 @@ try:
     from starlette.requests import Request as HttpRequest
     from starlette.responses import JSONResponse, Response
     from starlette.types import Receive, Scope, Send
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from keye.inference.http_limits import ENDING, Bodies, Limits, PatientProtocol
 except ImportError as error:
     raise KeyeError("keye serve needs fastapi and uvicorn; install them with pip install 'keye[serve]'") from error
 
 ANSWER = "/v1/chat/completions"
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What strangers may hold.
-
-    connections: open at a time. head_seconds: until the head of a request is complete. body_seconds: until its body is.
-    body_rate: bytes a second that a longer body must come at. bytes_in_flight: of all bodies together, as a multiple of
-    the largest one.
-    """
-
-    connections: int = 256
-    head_seconds: float = 15.0
-    body_seconds: float = 30.0
-    body_rate: int = 1 << 17
-    bytes_in_flight: float = 2.0
-
-
 class Server:
     """A listening server. address: (host, port). `run` answers until `stop` is called or the process is interrupted."""
 
-    def __init__(self, config: uvicorn.Config, listening: socket.socket, answerer: Answerer) -> None:
-        self._server, self._socket, self._answerer = uvicorn.Server(config), listening, answerer
+    def __init__(
+        self, config: uvicorn.Config, listening: socket.socket, answerer: Answerer, running: "Running"
+    ) -> None:
+        self._server, self._socket, self._answerer = _Uvicorn(config, running), listening, answerer
 
     @property
     def address(self) -> tuple[str, int]:
         return self._socket.getsockname()[:2]
 
     def run(self) -> None:
+        """Answer; after `stop`, SIGINT or SIGTERM running requests have some seconds, then they end with a reason."""
         self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
@@ -74,6 +63,38 @@ class Server:
         self.stop()
         self._socket.close()
         self._answerer.close()
+
+
+class Running:
+    """The requests that are being read or answered, so that the server's end can end them."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.bodies, self.replies, self.closed = bodies, set(), False
+
+    def close(self) -> None:
+        """End all of them, now and from now on; each tells its client why. Call it in the event loop."""
+        self.closed = True
+        self.bodies.close()
+        for reply in self.replies:
+            reply.end()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, which cancels what runs when its patience is over, with an end before that."""
+
+    def __init__(self, config: uvicorn.Config, running: Running) -> None:
+        super().__init__(config)
+        self._running = running
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it logs a traceback for each that it cancels
+        loop, grace = asyncio.get_running_loop(), self._running.bodies.limits.grace_seconds
+        end = loop.call_later(grace, self._running.close)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()
+            self._running.close()
 
 
 def make_server(
@@ -100,7 +121,9 @@ def make_server(
         listening.listen(128)
     except OSError as error:
         raise KeyeError(f"{host}:{port} cannot be listened at ({error}); give another --host or --port") from error
-    app = make_app(answerer, access, key, limits, is_local(listening.getsockname()[0]))
+    bodies = Bodies(access.max_bytes * 3 // 2 + (1 << 20), limits)  # a clip in base64, and words
+    running = Running(bodies)
+    app = make_app(answerer, access, key, running, is_local(listening.getsockname()[0]))
     config = uvicorn.Config(
         app,
         http=partial(PatientProtocol, head_seconds=limits.head_seconds),
@@ -111,52 +134,21 @@ def make_server(
         server_header=False,
         limit_concurrency=limits.connections,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=math.ceil(limits.grace_seconds) + 10,  # a prompt ends between two layers
     )
-    return Server(config, listening, answerer)
+    return Server(config, listening, answerer, running)
 
 
-class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which closes a connection whose request does not get complete in time."""
-
-    def __init__(self, *args: Any, head_seconds: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._head_seconds, self._deadline = head_seconds, None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self._expect_head()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._idle():
-            self._expect_head()
-
-    def _expect_head(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(self._head_seconds, self._close_if_idle)
-
-    def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
-    def _close_if_idle(self) -> None:
-        self._deadline = None
-        if self._idle() and not self.transport.is_closing():
-            self.transport.close()
-
-
-def make_app(answerer: Answerer, access: Access, key: str | None, limits: Limits, local: bool) -> FastAPI:
+def make_app(answerer: Answerer, access: Access, key: str | None, running: Running, local: bool) -> FastAPI:
     """The routes. key: what `Authorization: Bearer` must say; local: whether only this machine reaches the server."""
     app = FastAPI(title=answerer.name, docs_url=None, redoc_url=None, openapi_url=None)
-    bodies = Bodies(access.max_bytes * 3 // 2 + (1 << 20), limits)  # a clip in base64, and words
     threads = CapacityLimiter(answerer.places + 4)
     about = {"id": answerer.name, "object": "model", "created": answerer.began, "owned_by": "keye"}
 
     def check(request: HttpRequest) -> None:
         _check_host(request.headers.get("host", ""), local)
         if key is not None:
-            scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), key.encode()):
+            if not _has_key(request.headers.get("authorization", ""), key):
                 raise RequestError("the API key is missing or wrong; send Authorization: Bearer KEY", 401, "no_key")
 
     @app.get("/health")
@@ -179,12 +171,22 @@ def make_app(answerer: Answerer, access: Access, key: str | None, limits: Limits
     @app.post(ANSWER)
     async def answer(request: HttpRequest) -> Response:
         check(request)
-        bodies.check(request)
-        return Reply(answerer, partial(read_request, access=access, most_tokens=answerer.most_tokens), bodies, threads)
+        running.bodies.check(request)
+        return Reply(answerer, partial(read_request, access=access, most_tokens=answerer.most_tokens), running, threads)
 
     for kind in (RequestError, KeyeError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     return app
+
+
+def _has_key(authorization: str, key: str) -> bool:
+    """Whether a header (decoded as Latin-1) names the key, in UTF-8 or, as some clients send it, in Latin-1."""
+    scheme, _, given = authorization.partition(" ")
+    sent = given.strip(" \t").encode("latin-1")
+    keys = (key.encode(), key.encode("latin-1", "ignore"))
+    same = [secrets.compare_digest(sent, wanted) and wanted.decode(code) == key
+            for wanted, code in zip(keys, ("utf-8", "latin-1"), strict=True)]  # fmt: skip
+    return scheme.lower() == "bearer" and any(same)
 
 
 def _check_host(named: str, local: bool) -> None:
@@ -198,67 +200,32 @@ def _check_host(named: str, local: bool) -> None:
         raise RequestError(f"this server is for this machine and not for {host}", 403, "not_allowed")
 
 
-class Bodies:
-    """Reads bodies within limits of bytes and seconds. largest: bytes of one body."""
-
-    def __init__(self, largest: int, limits: Limits) -> None:
-        self.largest, self.limits = largest, limits
-        self._room = int(largest * limits.bytes_in_flight)
-
-    def check(self, request: HttpRequest) -> None:
-        """RequestError for a body that will not be read."""
-        if "transfer-encoding" in request.headers:  # it would overrule the Content-Length
-            raise RequestError("Transfer-Encoding is not taken; send a Content-Length alone", 411, "length_required")
-        try:
-            length = int(request.headers["content-length"])
-        except (KeyError, ValueError):
-            raise RequestError("the request has no Content-Length", 411, "length_required") from None
-        if not 0 <= length <= self.largest:
-            raise RequestError(f"the body has {length:,} bytes and {self.largest:,} are allowed", 413, "too_large")
-        # Other pages in a browser can post anything but this type without asking first, and they get no leave.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise RequestError("the Content-Type is not application/json", 415, "invalid_request")
-
-    @contextlib.asynccontextmanager
-    async def read(self, request: HttpRequest) -> AsyncIterator[bytes]:
-        """The body; its bytes count against the room of all until the block is left."""
-        length = int(request.headers["content-length"])
-        if length > self._room:
-            raise RequestError("other requests are being read; try again later", 429, "busy")
-        self._room -= length
-        try:
-            body = bytearray()
-            async with asyncio.timeout(self.limits.body_seconds + length / self.limits.body_rate):
-                async for chunk in request.stream():
-                    body += chunk
-            yield bytes(body)
-        except TimeoutError:
-            raise RequestError("the body did not arrive in time; send it again", 408, "timeout") from None
-        finally:
-            self._room += length
-
-
 class Reply(Response):
-    """Reads a request, has it answered, and sends the answer whole or as events; holds its place all that time."""
+    """Reads a request, has it answered, and sends the answer whole or as events.
+
+    It holds its place until the answer is generated: a client that has read an answer to its end finds the place free.
+    """
 
     def __init__(
-        self, answerer: Answerer, parse: Callable[[bytes], Request], bodies: Bodies, threads: CapacityLimiter
+        self, answerer: Answerer, parse: Callable[[bytes], Request], running: Running, threads: CapacityLimiter
     ) -> None:
         super().__init__()
-        self.answerer, self.parse, self.bodies, self.threads = answerer, parse, bodies, threads
+        self.answerer, self.parse, self.running, self.threads = answerer, parse, running, threads
         self.begun = False
+        self._answering: Answering | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send_: Send) -> None:
         async def send(message: Any) -> None:
             try:
-                async with asyncio.timeout(self.bodies.limits.body_seconds):
+                async with asyncio.timeout(self.running.bodies.limits.body_seconds):
                     await send_(message)
             except TimeoutError:
                 raise ConnectionAbortedError from None
 
+        self.running.replies.add(self)
         try:
-            with self.answerer.place():
-                await self._answer(HttpRequest(scope, receive), scope, receive, send)
+            with self.answerer.place() as release:
+                await self._answer(HttpRequest(scope, receive), scope, receive, send, release)
         except ConnectionAbortedError:  # who does not read is let go; uvicorn closes what is not complete
             return
         except (ConnectionError, asyncio.CancelledError):
@@ -270,19 +237,35 @@ class Reply(Response):
                 await _error_response(error)(scope, receive, send)
             else:  # its status is out already
                 await send({"type": "http.response.body", "body": _event(_error_of(error)[0])})
+        finally:
+            self.running.replies.discard(self)
 
-    async def _answer(self, http: HttpRequest, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self.bodies.read(http) as body:
+    def end(self) -> None:
+        """Stop generating, because the server ends; the client is told so."""
+        if self._answering is not None:
+            self._answering.stop()
+
+    def _check_end(self) -> None:
+        if self.running.closed:
+            raise RequestError(ENDING, 503, "shutdown")
+
+    async def _answer(
+        self, http: HttpRequest, scope: Scope, receive: Receive, send: Send, release: Callable[[], None]
+    ) -> None:
+        async with self.running.bodies.read(http) as body:
             request = await self._in_thread(self.parse, body)
             del body
-            answering = await self._in_thread(self.answerer.start, request)
+            self._answering = answering = await self._in_thread(self.answerer.start, request)
+        self._check_end()
         watch = asyncio.create_task(_stop_when_left(receive, answering))
         pieces = iter(answering)
         try:
             if request.stream:
-                await self._stream(answering, pieces, request, send)
+                await self._stream(answering, pieces, request, send, release)
             else:
-                await (await self._whole(answering, pieces))(scope, receive, send)
+                whole = await self._whole(answering, pieces)
+                release()
+                await whole(scope, receive, send)
         finally:
             answering.stop()
             watch.cancel()
@@ -295,6 +278,7 @@ class Reply(Response):
         said = {True: "", False: ""}
         while (piece := await self._in_thread(next, pieces, None)) is not None:
             said[piece.thinking] += piece.text
+        self._check_end()
         message = {"role": "assistant", "content": said[False], "refusal": None}
         if said[True]:
             message["reasoning_content"] = said[True]
@@ -302,7 +286,9 @@ class Reply(Response):
         about = self._about("chat.completion")
         return JSONResponse({**about, "choices": [choice], "usage": _usage(answering.figures)})
 
-    async def _stream(self, answering: Answering, pieces: Any, request: Request, send: Send) -> None:
+    async def _stream(
+        self, answering: Answering, pieces: Any, request: Request, send: Send, release: Callable[[], None]
+    ) -> None:
         about = self._about("chat.completion.chunk")
 
         def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
@@ -313,6 +299,8 @@ class Reply(Response):
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
         piece = await self._in_thread(next, pieces, None)  # what is wrong with the clip still gets a status of its own
+        if piece is None:
+            self._check_end()
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         self.begun = True
@@ -320,6 +308,8 @@ class Reply(Response):
         while piece is not None:
             await write(chunk({"reasoning_content" if piece.thinking else "content": piece.text}))
             piece = await self._in_thread(next, pieces, None)
+        self._check_end()
+        release()
         await write(chunk({}, answering.figures.finish))
         if request.usage:
             await write(_event({**about, "choices": [], "usage": _usage(answering.figures)}))

@@ -6,6 +6,8 @@ http(s) URLs only where downloading is allowed at all (`keye.video.fetch` then k
 
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,8 @@ READ = (
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """What has no effect on the answer and is not looked at."""
 ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
+MOST_NESTED = 32
+"""Levels of lists and objects in a body; what is understood has six."""
 KINDS = {"image_url": "image", "input_image": "image", "video_url": "video"}
 
 
@@ -74,10 +78,14 @@ class Access:
         if self.media_root is None or scheme not in (None, "file") or "\0" in given:
             raise refused
         root = self.media_root.resolve()
-        path = (root / (file_path(given) if scheme else given)).resolve()  # links lead nowhere else either
-        if not path.is_relative_to(root):
+        try:
+            path = (root / (file_path(given) if scheme else given)).resolve()  # links lead nowhere else either
+            within, exists = path.is_relative_to(root), path.is_file()
+        except (OSError, ValueError, RuntimeError):  # too long a name, a broken URL, links in a circle
+            raise refused from None
+        if not within:
             raise refused
-        if not path.is_file():
+        if not exists:
             raise RequestError(f"{path.relative_to(root)} does not exist; check the path", 404, "not_found")
         if path.stat().st_size > self.max_bytes:
             raise RequestError(f"{path.relative_to(root)} is larger than {self.max_bytes:,} bytes", 413, "too_large")
@@ -107,6 +115,7 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
         raise RequestError(f"the body is not JSON ({str(error)[:80]})") from error
     if not isinstance(given, dict):
         raise RequestError("the body is not a JSON object")
+    _check_values(given)
     for name, value in given.items():
         if name in NEUTRAL and value not in (None, NEUTRAL[name]):
             raise RequestError(f"{name} can only be {json.dumps(NEUTRAL[name])}", param=name)
@@ -125,8 +134,40 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
         sampling=_sampling(given, most_tokens),
         thinking=_thinking(given),
         stream=bool(_typed(given, "stream", bool)),
-        usage=bool(options.get("include_usage")),
+        usage=bool(_typed(options, "include_usage", bool)),
     )
+
+
+def _check_values(given: dict[str, Any]) -> None:
+    """RequestError for values that no field can take: lone surrogates, numbers beyond a float, deep nesting."""
+    waiting: list[tuple[str, Any, int]] = [("", given, 0)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        field = re.split(r"[.\[]", path, maxsplit=1)[0] or None
+        if depth > MOST_NESTED:
+            raise RequestError(f"{path[:80]} is nested more than {MOST_NESTED} deep", param=field)
+        if isinstance(value, dict):
+            for name in value:
+                if not _is_text(name):
+                    raise RequestError(f"a key of {path or 'the body'} holds a lone surrogate", param=field)
+            waiting += [(f"{path}.{name[:40]}" if path else name[:40], item, depth + 1) for name, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{path}[{place}]", item, depth + 1) for place, item in enumerate(value)]
+        elif isinstance(value, str) and not _is_text(value):
+            raise RequestError(f"{path} holds a lone surrogate, which is no character", param=field)
+        elif isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise RequestError(f"{path} has more than 308 digits", param=field)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8."""
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _typed(given: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -163,13 +204,14 @@ def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
             top_p=_number(given, "top_p"),
             seed=seed,
             stop=tuple(stop),
-            top_k=None if given.get("top_k") == -1 else _number(given, "top_k", whole=True),
+            top_k=0 if given.get("top_k") == -1 else _number(given, "top_k", whole=True),  # vLLM's word for all
             min_p=_number(given, "min_p"),
         )
     except RequestError:
         raise
     except KeyeError as error:
-        raise RequestError(str(error)) from error
+        name = str(error).split()[0]
+        raise RequestError(str(error), param="max_tokens" if name == "max_new_tokens" else name) from error
 
 
 def _thinking(given: Mapping[str, Any]) -> bool | None:
@@ -182,15 +224,16 @@ def _thinking(given: Mapping[str, Any]) -> bool | None:
 
 
 def _message(message: Any, access: Access) -> dict[str, Any]:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str) or role not in ROLES:
         raise RequestError(f"a message needs a role of {', '.join(ROLES)}", param="messages")
     content = message.get("content")
-    if content is None and message["role"] == "assistant":
+    if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str | list):
         raise RequestError("a message's content is neither a text nor a list of parts", param="messages")
     parts = content if isinstance(content, str) else [_part(part, access) for part in content]
-    return {"role": ROLES[message["role"]], "content": parts}
+    return {"role": ROLES[role], "content": parts}
 
 
 def _part(part: Any, access: Access) -> dict[str, Any]:

@@ -5,15 +5,19 @@ from typing import Any
 
 from keye.errors import KeyeError
 
+COLDEST = 1e-4
+"""The lowest temperature above 0: logits divided by less overflow float32, and the draw is the likeliest token long
+before."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How a reply is drawn.
 
-    max_new_tokens: at most so many. temperature: 0 takes the likeliest token. top_p: only the likeliest tokens that sum
-    up to this probability. top_k: only so many of the likeliest tokens; 0 is all. min_p: only tokens whose probability
-    is at least this share of the likeliest one's. seed: for repeatable draws. stop: texts that end the reply and are
-    left out of it.
+    max_new_tokens: at most so many. temperature: 0 takes the likeliest token; otherwise from `COLDEST` to 100. top_p:
+    only the likeliest tokens that sum up to this probability. top_k: only so many of the likeliest tokens; 0 is all.
+    min_p: only tokens whose probability is at least this share of the likeliest one's. seed: for repeatable draws.
+    stop: texts that end the reply and are left out of it.
 
     Raises:
         KeyeError: a value outside its range, by name.
@@ -32,6 +36,8 @@ class Sampling:
             raise KeyeError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more")
         if not 0 <= self.temperature <= 100:
             raise KeyeError(f"temperature is {self.temperature}; give 0 for the likeliest answer, or about 0.7")
+        if 0 < self.temperature < COLDEST:
+            raise KeyeError(f"temperature is {self.temperature}; give 0 for the likeliest answer, or {COLDEST} or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise KeyeError(f"top_p is {self.top_p}; give a share above 0 and at most 1")
         if self.top_k is not None and self.top_k < 0:

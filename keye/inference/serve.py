@@ -10,7 +10,10 @@ the same.
 import argparse
 import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from keye.errors import KeyeError
@@ -34,7 +37,7 @@ def serve(arguments: argparse.Namespace) -> int:
         raise KeyeError(f"--media-root {root} is no folder; give the one that holds the clips")
     urls = UrlRules(max_bytes=arguments.max_bytes) if arguments.url else None
     access = Access(root, urls, arguments.max_bytes)
-    key = arguments.api_key or os.environ.get(KEY)
+    key = api_key(arguments.api_key, arguments.api_key_file)
     with busy(f"loading {arguments.model}"):
         model, processor = load_model(arguments.model, arguments.device, arguments.dtype, urls)
     name = arguments.name or arguments.model
@@ -43,11 +46,46 @@ def serve(arguments: argparse.Namespace) -> int:
         host, port = server.address
         print(f"{answerer.name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         if not is_local(host) and key is None:
-            warning = f"anyone who reaches {host}:{port} can ask: give --api-key or set {KEY}"
+            warning = f"anyone who reaches {host}:{port} can ask: set {KEY} or give --api-key-file"
             print(warning, file=sys.stderr, flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
+        with _ended_by_signals():
             server.run()
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the block: uvicorn ends the running requests on either and then raises it again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def api_key(given: str | None, path: str | None) -> str | None:
+    """The key that requests must send: given, else the first line of a file, else of the environment; None for none.
+
+    Raises:
+        KeyeError: two keys are given, or one that no header can carry. An empty key is an error, not an open server.
+    """
+    if given is not None and path is not None:
+        raise KeyeError("--api-key and --api-key-file exclude each other; give one of them")
+    source, key = "--api-key", given
+    if path is not None:
+        try:
+            source, key = path, Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise KeyeError(f"--api-key-file {path} cannot be read ({error}); give a text file") from error
+    elif key is None:
+        source, key = KEY, os.environ.get(KEY)
+    if key is not None and (not key or key != key.strip() or not key.isprintable()):
+        raise KeyeError(f"the key of {source} is empty or holds white space or control characters; give another")
+    return key
 
 
 def for_transformers() -> None:

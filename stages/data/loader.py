@@ -4,8 +4,10 @@ import os
 import queue
 import threading
 import time
+from functools import partial
 from typing import Any, Protocol
 
+from keye.video.decoding.prefetch import stop_at_exit
 from stages.distributed.parallel import ParallelDims
 
 MOST_WORKERS = 16  # threads that encode; beyond, what they do under Python's lock leaves nothing to gain
@@ -33,6 +35,12 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+def _end(ending: threading.Event, credits: "queue.SimpleQueue[bool]") -> None:
+    """The program ends: no further batch is made, also where other ranks wait for it."""
+    ending.set()
+    credits.put(False)
+
+
 class Loader:
     """Batches of a stream, `ahead` of them prepared beforehand in a thread.
 
@@ -51,7 +59,7 @@ class Loader:
         self._state = stream.state_dict()
         self._made: queue.SimpleQueue[tuple[Any, Any, BaseException | None]] = queue.SimpleQueue()
         self._credits: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: no more will come
-        self._closing = threading.Event()
+        self._closing, self._ending = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -64,6 +72,7 @@ class Loader:
             for _ in range(self.ahead):
                 self._credits.put(True)
             self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+            stop_at_exit(self._thread, partial(_end, self._ending, self._credits))  # no reference to the thread itself
             self._thread.start()
         self._credits.put(True)
         batch, state, self._error = self._made.get()
@@ -75,7 +84,7 @@ class Loader:
 
     def _work(self) -> None:
         while self._credits.get():
-            if self._closing.is_set() and self.grid.world == 1:
+            if self._ending.is_set() or self._closing.is_set() and self.grid.world == 1:
                 return
             try:
                 self._made.put((self.stream.next(), self.stream.state_dict(), None))
