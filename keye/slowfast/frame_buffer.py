@@ -2,17 +2,16 @@
 
 Small clips are kept whole and resized once. Of larger ones a frame is kept at twice the pixels that it can still be
 needed at: the most a slow frame can get is what it gets if all frames still to come are fast, and this bound falls with
-every slow frame. A frame that was kept when the bound was more than twice as high is resized again. So what is kept is
-bounded by the token budget (in uint8, a small multiple of its pixels), however long the clip.
+every slow frame. So what is kept is bounded by the token budget (in uint8, up to five times its pixels), however long
+the clip.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 
 import torch
 
-from keye.slowfast.policies import FAST, SLOW, Limits, Policy
+from keye.slowfast.policies import SLOW, Limits, Policy
 from keye.slowfast.resizing import copy, resize
 
 SLAB = 48 << 20  # bytes; glibc maps what is above 32 MiB by itself, and unmaps it when it is freed
@@ -20,7 +19,6 @@ WHOLE = 256 << 20  # bytes of uint8 frames that are kept as they are
 # Pixels of a kept frame over the most it can be needed at. A second resize to nearly the same size blurs by up to
 # 1.1 of 255 in the mean (at 1.2 times the pixels); from twice the pixels it is 0.6, where 1 is the promise.
 SPARE = 2.0
-SHRINK = 2.0  # a kept frame with so many times the pixels that one kept now gets is resized to those
 Size = tuple[int, int]
 
 
@@ -37,15 +35,13 @@ class FrameBuffer:
         self._whole = 3 * height * width * expected <= WHOLE
         self._slow = 0
         self._bounds: tuple[Size, Size] = (limits.size, limits.size)
-        # Slow and fast frames lie in slabs of their own: slow ones are resized again much earlier than fast ones.
-        self._slabs = (_Slab(), _Slab())
-        self._older: tuple[deque[int], deque[int]] = (deque(), deque())  # kept frames of each type, largest first
+        self._slab, self._used = torch.empty(0, dtype=torch.uint8), 0
         self.frames: list[torch.Tensor] = []
 
     def add(self, pixels: torch.Tensor, types: Sequence[int]) -> None:
         """Keep the next frames [T, 3, H, W] uint8 of the given types (0 slow, 1 fast; empty if not known yet)."""
         if self._whole:
-            self.frames += [self._slabs[SLOW].store(frame) for frame in pixels]
+            self.frames += [self._stored(frame) for frame in pixels]
         elif self._policy.online:
             for frame, kind in zip(pixels, types, strict=True):
                 if kind == SLOW:
@@ -53,22 +49,7 @@ class FrameBuffer:
                     rest = max(self._expected - self._slow, 0)
                     slow_bound, fast_bound = self._limits.bounds(self._slow, self._slow + rest)
                     self._bounds = (self._spared(slow_bound), self._spared(fast_bound))
-                    self._shrink()
-                self._older[kind].append(len(self.frames))
-                self.frames.append(self._resized(frame, kind))
-
-    def _shrink(self) -> None:
-        """Resize the frames that were kept when the bound of their type was more than `SHRINK` times as high."""
-        for kind, older in zip((SLOW, FAST), self._older, strict=True):
-            height, width = self._bounds[kind]
-            # Bounds only fall, so frames are in the order of their sizes; one that is resized goes to the end.
-            while older and self.frames[older[0]].numel() > SHRINK * 3 * height * width:
-                position = older.popleft()
-                older.append(position)
-                self.frames[position] = self._resized(self.release(position), kind)
-
-    def _resized(self, frame: torch.Tensor, kind: int) -> torch.Tensor:
-        return self._slabs[kind].store(resize(frame[None], self._bounds[kind], "bicubic")[0])
+                self.frames.append(self._stored(resize(frame[None], self._bounds[kind], "bicubic")[0]))
 
     def serve(self, positions: Sequence[int], sizes: Sequence[Size]) -> bool:
         """Whether frame `positions[i]` was kept large enough for `sizes[i]`, for all i."""
@@ -85,28 +66,21 @@ class FrameBuffer:
         frame, self.frames[position] = self.frames[position], torch.empty(0)
         return frame
 
+    def _stored(self, frame: torch.Tensor) -> torch.Tensor:
+        """A copy of the frame in a slab of memory that goes back to the system when all its frames are released.
+
+        Frames by themselves lie among whatever else is allocated, and the allocator keeps what they leave.
+        """
+        size = frame.numel()
+        if self._used + size > len(self._slab) or self._slab.device != frame.device:
+            self._slab, self._used = frame.new_empty(max(SLAB, size)), 0
+        place = self._slab[self._used : self._used + size].view(*frame.shape[1:], 3)  # channels last, as resizing wants
+        self._used += size
+        copy(frame.permute(1, 2, 0), place)
+        return place.permute(2, 0, 1)
+
     def _spared(self, size: Size) -> Size:
         """`SPARE` times the pixels of `size`, or the clip's own size where that is smaller."""
         height, width = (math.ceil(side * math.sqrt(SPARE)) for side in size)
         own = self._limits.size
         return (height, width) if height * width < own[0] * own[1] else own
-
-
-class _Slab:
-    """Memory for frames that goes back to the system once all frames of a slab are released.
-
-    Frames by themselves lie among whatever else is allocated, and the allocator keeps what they leave.
-    """
-
-    def __init__(self) -> None:
-        self._room, self._used = torch.empty(0, dtype=torch.uint8), 0
-
-    def store(self, frame: torch.Tensor) -> torch.Tensor:
-        """A copy [3, h, w] of the frame."""
-        size = frame.numel()
-        if self._used + size > len(self._room) or self._room.device != frame.device:
-            self._room, self._used = frame.new_empty(max(SLAB, size)), 0
-        place = self._room[self._used : self._used + size].view(*frame.shape[1:], 3)  # channels last, as resizing wants
-        self._used += size
-        copy(frame.permute(1, 2, 0), place)
-        return place.permute(2, 0, 1)
