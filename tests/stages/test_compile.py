@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -32,6 +33,13 @@ def model(layers: int = LAYERS) -> KeyeForConditionalGeneration:
     config.vision_config.num_hidden_layers = layers
     config.image_token_id, config.video_token_id = 1, 2
     return KeyeForConditionalGeneration(config)
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters() -> None:
+    """Other tests of the process compile, too."""
+    torch._dynamo.reset()
+    counters.clear()
 
 
 @pytest.fixture(scope="module")
