@@ -11,6 +11,10 @@ class KeyeError(Exception):
     """A user's mistake; the message is one sentence with the file or key at fault and the mend."""
 
 
+class ArgumentError(KeyeError, ValueError):
+    """Arguments of a processor's call that make no sense; also what callers of transformers' processors catch."""
+
+
 class VideoError(KeyeError):
     """A video or image that cannot be read."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from keye.encoder import SlowFastEncoder
-from keye.errors import KeyeError, ManifestError
+from keye.errors import ArgumentError, ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
 from keye.processor.fit import encode_media
@@ -372,10 +372,11 @@ class KeyeProcessor(ProcessorMixin):
                 of each video (`fps`, `frames_indices`).
 
         Raises:
-            KeyeError: an unknown argument, or what `sample` raises.
+            ArgumentError: an unknown argument, or one of no use; a ValueError, too.
+            KeyeError: what `sample` raises.
         """
         if text is None:
-            raise KeyeError(f"the processor got no text; give one with {IMAGE_PAD} or {VIDEO_PAD} for each medium")
+            raise ArgumentError(f"the processor got no text; give one with {IMAGE_PAD} or {VIDEO_PAD} for each medium")
         settings = call_settings(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
         dealt = [self._dealt(texts, kind, given) for kind, given in (("image", images), ("video", videos))]
@@ -411,7 +412,7 @@ class KeyeProcessor(ProcessorMixin):
         samples = [self._build(text, visuals, limit, spans=spans) for text, visuals, spans in rows]
         uneven = len({len(sample) for sample in samples}) > 1
         if settings.padding is False and uneven and settings.return_tensors is not None:
-            raise KeyeError("padding is False and the rows differ in length; give padding=True or one row")
+            raise ArgumentError("padding is False and the rows differ in length; give padding=True or one row")
         length = settings.padded(max(map(len, samples)))
         batch: dict[str, Any] = self.collate(samples, settings.padding_side or padding_side, length)
         # The model computes positions as they are here; tools that change the length of a row would break them.

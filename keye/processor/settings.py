@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from keye.encoder import EncodedVideo
-from keye.errors import KeyeError
+from keye.errors import ArgumentError, KeyeError
 from keye.processor.messages import Visual
 from keye.processor.options import Options, read_options
 
@@ -86,13 +86,13 @@ def call_settings(given: Mapping[str, Any]) -> CallSettings:
     """The settings in the keyword arguments of a call.
 
     Raises:
-        KeyeError: one that is not known, given twice or out of range; the message names it.
+        ArgumentError: one that is not known, given twice or out of range; the message names it.
     """
     flat: dict[str, Any] = {}
     _flatten(given, flat)
     for name in _UNSUPPORTED:
         if flat.pop(name, None):
-            raise KeyeError(f"{name} was given, which Keye's chat template and model do not take; leave it out")
+            raise ArgumentError(f"{name} was given, which Keye's chat template and model do not take; leave it out")
     videos = flat.get("videos_kwargs") or {}
     for name in ("do_sample_frames", "video_metadata", "return_metadata"):
         if name in videos:
@@ -107,7 +107,7 @@ def call_settings(given: Mapping[str, Any]) -> CallSettings:
     known = list(CallSettings.__dataclass_fields__)
     unknown = [name for name in flat if name not in known]
     if unknown:
-        raise KeyeError(f"the processor does not know {', '.join(unknown)}; use {', '.join(known)}")
+        raise ArgumentError(f"the processor does not know {', '.join(unknown)}; use {', '.join(known)}")
     _check(flat)
     for kind in ("image", "video"):
         options = flat.get(f"{kind}s_kwargs")
@@ -124,7 +124,7 @@ def read_metadata(given: Any) -> list[Options]:
     `fps` is the rate of the frames given; with `frames_indices` their times are index / fps.
 
     Raises:
-        KeyeError: something else.
+        ArgumentError: something else.
     """
     entries = [given] if isinstance(given, Mapping) or hasattr(given, "total_num_frames") else list(given)
     flat = [one for entry in entries for one in (entry if isinstance(entry, list | tuple) else [entry])]
@@ -132,7 +132,7 @@ def read_metadata(given: Any) -> list[Options]:
     for entry in flat:
         known = entry if isinstance(entry, Mapping) else getattr(entry, "__dict__", None)
         if known is None:
-            raise KeyeError(f"video_metadata holds {entry!r:.80}; give a dict with 'fps'")
+            raise ArgumentError(f"video_metadata holds {entry!r:.80}; give a dict with 'fps'")
         fps, indices = known.get("fps"), known.get("frames_indices")
         if fps is not None and indices is not None:
             options.append({"timestamps": [float(index) / fps for index in indices]})
@@ -148,14 +148,14 @@ def _flatten(given: Mapping[str, Any], flat: dict[str, Any]) -> None:
         elif value is None:
             flat.setdefault(name, None)
         elif flat.get(name) is not None and flat[name] != value:
-            raise KeyeError(f"{name} is given twice, as {flat[name]!r} and {value!r}; give it once")
+            raise ArgumentError(f"{name} is given twice, as {flat[name]!r} and {value!r}; give it once")
         else:
             flat[name] = value
 
 
 def _check(flat: Mapping[str, Any]) -> None:
     def refuse(name: str, wanted: str) -> None:
-        raise KeyeError(f"{name} is {flat[name]!r}; give {wanted}")
+        raise ArgumentError(f"{name} is {flat[name]!r}; give {wanted}")
 
     for name in ("max_length", "pad_to_multiple_of"):
         length = flat.get(name)
@@ -164,7 +164,7 @@ def _check(flat: Mapping[str, Any]) -> None:
     if flat.get("padding") not in (None, *_PADDING):
         refuse("padding", "True, False, 'longest' or 'max_length'")
     if flat.get("padding") == "max_length" and flat.get("max_length") is None:
-        raise KeyeError("padding is 'max_length' and there is no max_length; give one")
+        raise ArgumentError("padding is 'max_length' and there is no max_length; give one")
     if flat.get("truncation") not in (None, True, False):
         refuse("truncation", "True or False")
     if flat.get("padding_side") not in (None, "left", "right"):
