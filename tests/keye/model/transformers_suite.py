@@ -70,7 +70,7 @@ def outcome(case: type[unittest.TestCase], reasons: Mapping[str, str]) -> None:
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
     broken = [*result.failures, *result.errors]
-    failed = [f"{test.id().partition('.KeyeM')[2]}: {trace.strip().splitlines()[-1]}" for test, trace in broken]
+    failed = [f"{test.id().partition('.Keye')[2]}: {trace.strip().splitlines()[-1]}" for test, trace in broken]
     skipped = {test.id().rpartition(".")[2]: reason for test, reason in result.skipped}
     unknown = {test: reason for test, reason in skipped.items() if not any(part in reason for part in reasons)}
     passed = result.testsRun - len(failed) - len(skipped)
