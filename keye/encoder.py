@@ -98,6 +98,12 @@ class SlowFastEncoder:
         if tower is not None and hasattr(self.measure, "attach"):
             self.measure.attach(tower)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings are fixed, so that a plan never records others than it was made with."""
+        if name in EncoderConfig.__dataclass_fields__ and name not in ("measure", "policy"):
+            raise AttributeError(f"{name} is a setting of the encoder; use encoder.with_settings({name}=...)")
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         """The settings: `encoder.max_tokens` is `encoder.config.max_tokens`."""
         if name in EncoderConfig.__dataclass_fields__ and "config" in self.__dict__:

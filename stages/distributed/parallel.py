@@ -21,7 +21,7 @@ from keye.errors import RecipeError
 from keye.model.attention import Varlen, varlen
 from keye.model.vision import FRAME_PATCHES, FramePart, merge_order
 
-UNEVEN = 0.02  # of the mean: what the dearest rank of a sequence group may encode more than the others
+UNEVEN = 0.02  # of the mean: what the most expensive rank of a sequence group may encode more than the others
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def key_heads(heads: int, kv_heads: int, ranks: int) -> list[list[int]]:
 
 
 def share_frames(costs: list[float], ranks: int) -> list[list[int]]:
-    """Frames (or stills) dealt to ranks, dearest first, each to the least loaded; each rank's list in stream order."""
+    """Frames (or stills) dealt to ranks, largest first, each to the least loaded; each rank's list in stream order."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0.0, rank) for rank in range(ranks)]
     for frame in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

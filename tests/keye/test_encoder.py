@@ -397,3 +397,13 @@ def test_what_is_kept_serves_and_stays_within_a_multiple_of_the_budget(data, cou
 def test_a_policys_own_budget_is_the_plans():
     plan = SlowFastEncoder(policy="adaptive_budget:tokens=700", measure="patch_l1").plan(clip("bikes.mp4"))
     assert plan.max_tokens == 700 and plan.tokens <= 700
+
+
+def test_a_setting_is_changed_by_with_settings_alone():
+    encoder = SlowFastEncoder(max_tokens=900)
+    with pytest.raises(AttributeError, match="with_settings"):
+        encoder.max_tokens = 800
+    assert encoder.with_settings(max_tokens=800).settings == {**encoder.settings, "max_tokens": 800}
+    assert encoder.with_settings(threshold=0.25).policy.threshold == 0.25 and encoder.threshold != 0.25
+    with pytest.raises(KeyeError, match="max_token is not a setting.*did you mean max_tokens"):
+        encoder.with_settings(max_token=800)

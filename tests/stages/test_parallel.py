@@ -292,7 +292,7 @@ def test_every_token_is_encoded_by_one_rank(sizes, ranks):
     assert all(share == sorted(share) for share in shares)
 
 
-def test_frames_are_shared_out_dearest_first():
+def test_frames_are_shared_out_largest_first():
     assert share_frames([5.0, 1.0, 4.0, 2.0], 2) == [[0, 1], [2, 3]]
     assert share_frames([1.0, 1.0, 1.0], 2) == [[0, 2], [1]]
     assert share_frames([3.0], 2) == [[0], []]

@@ -307,7 +307,7 @@ def test_cache_gives_back_the_very_pixels_and_keeps_to_its_limit(manifest, proce
     assert 0 < tight.cache.used <= used // 2
 
 
-def test_kind_is_the_dearest_thing_a_chat_holds():
+def test_kind_is_the_most_expensive_medium_of_a_chat():
     image, video, text = ({"type": name} for name in ("image", "video", "text"))
     assert kind_of([{"role": "user", "content": [image, text]}]) == "image"
     assert kind_of([{"role": "user", "content": [image]}, {"role": "user", "content": [video]}]) == "video"

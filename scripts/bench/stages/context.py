@@ -313,7 +313,7 @@ def report(rows: list[Row], out: Path, seconds: float, quick: bool) -> None:
         for row in rows
     ]  # fmt: skip
     notes = [
-        "Memory is the highest resident memory of the dearest process during the step, its pack's loading included, "
+        "Memory is the highest resident memory of the largest process during the step, its pack's loading included, "
         "above what it held when it was ready to take it; KiB a token is over all processes. Seconds are of the one "
         "step, forward, backward and AdamW. The tiny model, fp32, ZeRO-1, layers recomputed but for their attention."
     ]

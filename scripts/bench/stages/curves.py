@@ -62,7 +62,7 @@ def extension(table: dict, axes: Axes) -> None:
 
 
 def context(table: dict, axes: Axes) -> None:
-    """MiB of the dearest process over the tokens of the pack, a curve a number of processes."""
+    """MiB of the largest process over the tokens of the pack, a curve a number of processes."""
     for processes, colour, name in ((1, COLOURS[1], "one process"), (2, COLOURS[3], "each of two")):
         rows = [row for row in table["rows"] if row[3] == processes]
         points = sorted((int(row[0].replace(",", "")), float(row[4].replace(",", ""))) for row in rows)

@@ -127,7 +127,7 @@ def by_length(sizes: list[int], batches: int) -> list[list[int]]:
 
 
 def share_out(groups: list[list[int]], sizes: list[int], ranks: int) -> list[list[list[int]]]:
-    """The batches of every rank, as many for each, the dearest first to the rank with the least so far."""
+    """The batches of every rank, as many for each, the most expensive first to the rank with the least so far."""
     room = [len(groups) // ranks] * ranks
     loads, given = [0] * ranks, [[] for _ in range(ranks)]
     for group in sorted(groups, key=lambda g: -max(sizes[i] for i in g) * len(g)):

@@ -188,7 +188,7 @@ def _first(caption: Any) -> Any:
 
 
 def kind_of(messages: list[Row]) -> str:
-    """ "video", "image" or "text": the dearest thing a chat holds."""
+    """Kind of a chat: "video", else "image", else "text", by the most expensive medium that it holds."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     types = {str(part["type"]).removesuffix("_url") for part in parts}
     return "video" if "video" in types else "image" if "image" in types else "text"
