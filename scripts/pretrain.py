@@ -1,12 +1,6 @@
 """`keye pretrain` from a checkout; see --help."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from keye.errors import run  # noqa: E402
-from stages.commands.pretrain import main  # noqa: E402
+from checkout import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("stages.commands.pretrain")

@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tests.clips import fetch_clips
+from scripts.clips import fetch_clips
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,12 +46,14 @@ def elsewhere(guide: Path) -> list[tuple[str, str]]:
 def script(path: str, arguments: list[str]) -> None:
     """Run a script of this project in this process: to import all it needs takes longer than what it does here."""
     before, sys.argv = sys.argv, [path, *arguments]
+    sys.path.insert(0, str(ROOT / "scripts"))  # as `python scripts/NAME.py` does
     try:
         runpy.run_path(str(ROOT / path), run_name="__main__")
     except SystemExit as ended:
         assert not ended.code, f"{path} {arguments} ended with {ended.code}"
     finally:
         sys.argv = before
+        sys.path.remove(str(ROOT / "scripts"))
 
 
 def _add(found: dict[str, str], title: str, number: int, line: str) -> None:

@@ -24,6 +24,16 @@ def test_imports_point_down_only():
         assert not above, f"{module} imports {above}"
 
 
+def test_no_product_file_imports_the_tests():
+    for path in (path for package in ORDER for path in (ROOT / package).rglob("*.py")):
+        assert not re.search(r"^\s*(from|import) tests\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
+def test_only_the_bootstrap_of_the_scripts_puts_the_checkout_on_the_path():
+    scripts = (ROOT / "scripts").glob("*.py")
+    assert [path.name for path in scripts if "sys.path.insert" in path.read_text(encoding="utf-8")] == ["checkout.py"]
+
+
 def test_files_that_the_documents_name_exist():
     """`file.py` after `folder/other.py` in one cell stands in the same folder."""
     for document in ("architecture.md", "decisions.md"):

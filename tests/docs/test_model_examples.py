@@ -11,7 +11,7 @@ import pytest
 
 from keye.checkpoint.convert import export_released, initialise
 from keye.cli import build_parser
-from tests.clips import clip
+from scripts.clips import clip
 from tests.docs.examples import elsewhere, sections
 from tests.keye.model.parts import decoder, siglip
 

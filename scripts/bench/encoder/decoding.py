@@ -21,7 +21,8 @@ from keye.video.decoding import decoder as decode
 from keye.video.decoding.containers import open_container
 from keye.video.decoding.decoder import open_decoder
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
-from scripts.bench.encoder.media.corpus import film, real_clips
+from scripts.bench.encoder.media.corpus import real_clips
+from scripts.bench.encoder.media.films import film
 
 SEED = 7
 RATES = (0.3, 1.0, 2.0, 3.7, 12.0, 100.0)

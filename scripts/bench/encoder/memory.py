@@ -14,7 +14,7 @@ from pathlib import Path
 
 from keye.errors import KeyeError, run
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
-from scripts.bench.encoder.media.corpus import film
+from scripts.bench.encoder.media.films import film
 from scripts.bench.encoder.plan import peak_mb
 
 PLAN_MB, FACTOR = 500, 1.3

@@ -18,7 +18,8 @@ from PIL import Image
 from keye import SlowFastEncoder
 from keye.errors import run
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
-from scripts.bench.encoder.media.corpus import film, real_clips
+from scripts.bench.encoder.media.corpus import real_clips
+from scripts.bench.encoder.media.films import film
 
 GOAL = 1.0  # of 255 grey levels
 LARGE = 8  # levels that an eye may notice

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from keye.errors import KeyeError, run
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
-from scripts.bench.encoder.media.corpus import FOLDER, film
+from scripts.bench.encoder.media.corpus import FOLDER
+from scripts.bench.encoder.media.films import film
 from scripts.bench.encoder.media.released import load_released
 
 BARE = ("bare AUTO", "bare FRAME", "bare SLICE")

@@ -33,7 +33,8 @@ from keye.slowfast.measures import Measure, get_measure
 from keye.video.clip import open_clip
 from scripts.bench.common.record import QUICK_OUT, arguments, markdown, out_of, save
 from scripts.bench.encoder.media.continuity import SEED, continuity_film, cuts
-from scripts.bench.encoder.media.corpus import film, film_cuts, film_times, real_clips
+from scripts.bench.encoder.media.corpus import real_clips
+from scripts.bench.encoder.media.films import film, film_cuts, film_times
 from scripts.bench.encoder.media.reel import reel
 from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, KINDS, TUNING_SEEDS, Scene, Span, scene
 from scripts.bench.encoder.recall_claims import CONTINUITY, FILM, claims, tables

@@ -28,7 +28,8 @@ from keye.slowfast.threads import one_thread
 from keye.video.clip import open_clip
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from scripts.bench.encoder.identity import compare
-from scripts.bench.encoder.media.corpus import FILMED, real_clips
+from scripts.bench.encoder.media.corpus import real_clips
+from scripts.bench.encoder.media.films import FILMED
 from scripts.bench.encoder.media.released import load_released
 
 RELEASED = "keye-vl-utils"

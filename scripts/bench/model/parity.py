@@ -21,9 +21,9 @@ from keye.errors import run
 from keye.model.attention import available, varlen
 from keye.model.config import KeyeVisionConfig
 from keye.model.vision import KeyeVisionModel
+from scripts.bench.common import streams
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from scripts.bench.model.released_checkpoint import meta_counts, round_trip
-from tests.keye.model import streams
 
 FAMILIES = ("qwen3", "qwen2", "llama3")
 TIGHT, LOOSE = 1e-5, 2**-6

@@ -14,7 +14,7 @@ from keye.model.vision import KeyeVisionModel
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from scripts.bench.common.timing import in_turn, ratio
 from scripts.bench.model.pairs import SIZES, Batch, batch, models, our_config
-from tests.clips import clip
+from scripts.clips import clip
 
 CLIP = "bigbuckbunny.mp4"
 LIMITS = {"min_tokens_per_frame": 16, "max_tokens_per_frame": 96}

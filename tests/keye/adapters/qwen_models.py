@@ -29,7 +29,7 @@ from keye import SlowFastEncoder  # noqa: E402
 from keye.adapters.qwen import clip_frames, to_qwen, visual_tokens  # noqa: E402
 from keye.errors import KeyeError, ManifestError, VideoError  # noqa: E402
 from keye.processor.tokenizer import train_tokenizer  # noqa: E402
-from tests.clips import clip  # noqa: E402
+from scripts.clips import clip  # noqa: E402
 from tests.docs.examples import lay_out  # noqa: E402
 from tests.docs.examples import run as run_examples  # noqa: E402
 

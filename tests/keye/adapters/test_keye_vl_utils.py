@@ -15,7 +15,7 @@ from keye.errors import KeyeError, ManifestError, VideoError
 from keye.slowfast.budget import size_tokens
 from keye.slowfast.policies import FrameContext, Policy
 from keye.video.fetch import UrlRules
-from tests.clips import clip
+from scripts.clips import clip
 from tests.keye.video.make import number_of, numbered, write_video
 
 TOKEN = 28 * 28

@@ -12,7 +12,7 @@ from keye import SlowFastEncoder
 from keye.errors import KeyeError
 from keye.evaluation import Outcome, Report, ablation
 from keye.video.clip import open_clip
-from tests.clips import clip
+from scripts.clips import clip
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = {"max_frames": 3}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2VLConfig, Qwen2VLModel
 from keye import KeyeForConditionalGeneration
 from keye.errors import KeyeError
 from keye.model.rope import batch_positions
-from tests.keye.model.streams import (
+from scripts.bench.common.streams import (
     FAMILIES,
     IMAGE,
     VIDEO,

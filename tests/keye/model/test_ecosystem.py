@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from keye import KeyeConfig, KeyeForConditionalGeneration
-from tests.keye.model.streams import (
+from scripts.bench.common.streams import (
     IMAGE,
     VIDEO,
     family_config,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from keye import KeyeForConditionalGeneration
-from tests.keye.model.streams import IMAGE, VIDEO, family_model, frames, padded, stream, visual
+from scripts.bench.common.streams import IMAGE, VIDEO, family_model, frames, padded, stream, visual
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 6}
 MIXED = stream([(VIDEO, 2, 2), (IMAGE, 1, 3), (VIDEO, 1, 1), (IMAGE, 2, 1)], 1)

@@ -10,7 +10,7 @@ from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor
 from keye.errors import KeyeError
 from keye.model.rope import stream_positions
 from keye.processor.tokenizer import train_tokenizer
-from tests.keye.model.streams import IMAGE, VIDEO, family_model, stream
+from scripts.bench.common.streams import IMAGE, VIDEO, family_model, stream
 
 
 @pytest.fixture(scope="module")

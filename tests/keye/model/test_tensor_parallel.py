@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from keye import KeyeForConditionalGeneration
+from scripts.bench.common.streams import IMAGE, VIDEO, family_model, stream
 from tests.distributed import run_distributed
-from tests.keye.model.streams import IMAGE, VIDEO, family_model, stream
 
 pytestmark = pytest.mark.slow
 MIXED = stream([(VIDEO, 2, 2), (IMAGE, 1, 3), (VIDEO, 1, 1)], 2)

@@ -18,7 +18,7 @@ from transformers import (
 
 from keye import KeyeConfig, KeyeForConditionalGeneration
 from keye.model.keye import KeyeModel
-from tests.keye.model.streams import (
+from scripts.bench.common.streams import (
     IMAGE,
     VIDEO,
     VISION,

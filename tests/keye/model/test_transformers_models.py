@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto
 
 from keye import KeyeForConditionalGeneration
 from keye.model.keye import KeyeModel
-from tests.keye.model.streams import VISION, VOCAB, family_config
+from scripts.bench.common.streams import VISION, VOCAB, family_config
 from tests.keye.model.transformers_suite import load, outcome
 
 # Messages with which the mixin skips a test by itself, and why that is right here.

@@ -11,7 +11,7 @@ from keye.batch.packed import pack, unpack
 from keye.encoder import EncodedVideo, SlowFastEncoder
 from keye.errors import KeyeError
 from keye.slowfast.pixels import PixelFormat, as_bytes, normalised
-from tests.clips import clip
+from scripts.clips import clip
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 TINY = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 100}

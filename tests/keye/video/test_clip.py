@@ -8,7 +8,7 @@ from PIL import Image
 
 from keye.errors import VideoError
 from keye.video.clip import open_clip, read_frames_at
-from tests.clips import clip
+from scripts.clips import clip
 from tests.keye.video.make import number_of, numbered, write_video
 
 

@@ -24,7 +24,7 @@ from keye.video.decoding.decoder import open_decoder
 from keye.video.decoding.packet_index import read_index
 from keye.video.decoding.prefetch import Prefetcher
 from keye.video.decoding.timeline import packets_of
-from tests.clips import clip
+from scripts.clips import clip
 from tests.keye.video.make import numbered, write_video
 
 X264 = {"preset": "veryfast", "g": "12", "threads": "1"}

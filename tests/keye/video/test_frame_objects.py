@@ -13,7 +13,7 @@ from keye.encoder import SlowFastEncoder
 from keye.errors import VideoError
 from keye.video.clip import open_clip
 from keye.video.images import load_image
-from tests.clips import clip
+from scripts.clips import clip
 from tests.keye.video.make import number_of, numbered, write_video
 
 RATE, COUNT = 25, 83

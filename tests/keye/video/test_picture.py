@@ -8,7 +8,7 @@ from PIL import Image
 
 from keye.video.clip import open_clip
 from keye.video.decoding.picture import FrameConverter
-from tests.clips import clip
+from scripts.clips import clip
 
 
 @pytest.mark.parametrize("form", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p"])

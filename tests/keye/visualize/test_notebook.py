@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from keye.encoder import SlowFastEncoder
-from tests.clips import clip
+from scripts.clips import clip
 from tests.keye.video.make import numbered, write_video
 
 

@@ -1,6 +1,6 @@
 """A film with continuity: ten minutes of animation, cut as an editor cuts, most cuts within one place and its palette.
 
-The film of corpus.py sets unrelated pieces side by side, so that most colours change at each cut and a measure that
+The film of films.py sets unrelated pieces side by side, so that most colours change at each cut and a measure that
 looks at hue has it easy. In edited films most cuts stay in a scene: the same things in the same light from another
 distance or side. The design below was fixed before any measure had been run on the film, and is not changed for scores.
 
@@ -29,7 +29,8 @@ from pathlib import Path
 import av
 
 from scripts.bench.common.record import ROOT
-from scripts.bench.encoder.media.corpus import FILMED, FOLDER, RATE, locked, play, real_clips, write_film
+from scripts.bench.encoder.media.corpus import FOLDER, locked, real_clips
+from scripts.bench.encoder.media.films import FILMED, RATE, play, write_film
 
 SEED = 11
 SOURCE_RATE = 24

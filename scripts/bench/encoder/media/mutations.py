@@ -8,7 +8,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from tests.clips import ClipsMissing, fetch_clips
+from scripts.clips import ClipsMissing, fetch_clips
 
 _RATE = 12
 _FRAMES = 24

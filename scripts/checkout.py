@@ -1,0 +1,23 @@
+"""Runs a command of `keye` from this checkout, installed or not."""
+
+import importlib
+import sys
+from pathlib import Path
+
+
+def run_command(module: str) -> None:
+    """Call `main` of `module`, which is imported from the checkout, and exit with its code.
+
+    Raises:
+        SystemExit: always; the code is 2 where a dependency of the project is not installed.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    try:
+        from keye.errors import run
+
+        run(importlib.import_module(module).main)
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] in ("keye", "stages", "rl"):
+            raise
+        print(f"error: {error.name} is not installed; run: pip install -e '.[train]'", file=sys.stderr)
+        sys.exit(2)
