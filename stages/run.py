@@ -279,22 +279,26 @@ def start_of(name: str, recipe: Recipe, run: Path) -> Path:
 def prepare_start(name: str, recipe: Recipe, run: Path) -> None:
     """Draw the model that the first phase begins with, where the recipe names none, and write it to `run/start`.
 
-    One process draws it for all; a directory of another recipe is drawn anew. It is removed when the phase is finished.
+    One process draws it for all; a directory of another recipe is replaced. It is removed when the phase is finished.
+    Stage 0 draws its text tower next. So the state of the generator after the draw is kept with the model, and a run
+    that goes on with a model drawn earlier continues from the same state.
     """
     out = run / START
     if start_of(name, recipe, run) != out:
         return
     told = {"model": dataclasses.asdict(recipe.model), "seed": recipe.seed}
-    record = out / "drawn.json"
-    if record.exists() and json.loads(record.read_text()) == told:
+    record, generator = out / "drawn.json", out / "generator.pt"
+    seed(recipe.seed + 1 + len(STAGES))
+    if record.exists() and generator.exists() and json.loads(record.read_text()) == told:
+        torch.set_rng_state(torch.load(generator, weights_only=True))
         return
     shutil.rmtree(out, ignore_errors=True)
-    seed(recipe.seed + 1 + len(STAGES))
     processor = make_processor(recipe, recipe.chain[name], run)
     config = KeyeConfig.preset(recipe.model.preset, vocab_size=len(processor.tokenizer))
     model = KeyeForConditionalGeneration(processor.configure(config)).to(torch.float32)
     with whole_directory(out) as part:
         model.save_pretrained(part)
+        torch.save(torch.get_rng_state(), part / generator.name)
         (part / record.name).write_text(json.dumps(told) + "\n")
 
 

@@ -14,7 +14,7 @@ import stages.recipe
 from keye.errors import KeyeError
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.recipe import load
-from stages.run import check, pretrain, start_of
+from stages.run import check, prepare_start, prepare_tokenizer, prepare_world, pretrain, start_of
 from tests.distributed import run_distributed
 from tests.stages import small
 
@@ -112,6 +112,23 @@ def test_a_finished_stage_keeps_its_model_and_no_checkpoints(run):
     for stage in STAGES:
         assert (run / stage / "model" / "model.safetensors").exists() and not (run / stage / "checkpoints").exists()
     assert not (run / "start").exists()
+
+
+def test_run_that_ended_after_its_first_model_was_drawn_goes_on_as_if_it_had_not(run, recipe, tmp_path):
+    told, folder = load(recipe), tmp_path / "ended"
+    prepare_world(told, folder)
+    prepare_tokenizer(told, folder)
+    prepare_start("vision", told, folder)
+    assert (folder / "start" / "model.safetensors").exists() and not (folder / "vision").exists()
+    run_distributed(go, 1, 300, recipe, folder, [], "vision")
+    first, second = (
+        [json.loads(line) for line in (one / "vision" / "metrics.jsonl").read_text().splitlines()]
+        for one in (run, folder)
+    )
+    for key in ("loss", "grad_norm", "tokens"):
+        assert [line[key] for line in first] == [line[key] for line in second], key
+    before, after = (load_file(one / "vision" / "model" / "model.safetensors") for one in (run, folder))
+    assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
 
 
 def test_only_what_a_stage_trains_changes(run):
