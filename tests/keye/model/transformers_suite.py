@@ -28,7 +28,7 @@ ABSENT = {
 
 def load(name: str) -> ModuleType:
     """A module of transformers' tests; the test is skipped where the sdist cannot be had."""
-    pytest.importorskip("parameterized", reason="transformers' tests need it: pip install parameterized")
+    pytest.importorskip("parameterized", reason="transformers' tests need it; the extra dev brings it")
     folder = _folder()
     if PACKAGE not in sys.modules:
         package = ModuleType(PACKAGE)
