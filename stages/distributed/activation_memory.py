@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from keye.errors import RecipeError
@@ -89,7 +89,8 @@ def recompute(run: Callable[..., Any], *args: Any, offload: bool = False, keep_a
     """
     keeps = not offload if keep_attention is None else keep_attention
     kept: dict[str, Any] = {"context_fn": _keep_attention} if keeps else {}
-    with in_host_memory() if offload else nullcontext():
+    # Around the checkpoint alone: what it does not recompute are the arguments, so that nothing else is moved.
+    with save_on_cpu(pin_memory=True) if offload else nullcontext():
         return checkpoint(run, *args, use_reentrant=False, **kept)
 
 
@@ -102,25 +103,6 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     name = str(operator)
     kernel = ("attention" in name or "attn" in name) and "backward" not in name
     return CheckpointPolicy.MUST_SAVE if kernel else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def in_host_memory() -> saved_tensors_hooks:
-    """A context in which what autograd keeps waits in host memory; what is there already stays where it is.
-
-    Both copies are queued behind the work of the GPU, from and to pinned memory, so that nobody waits for them.
-    """
-
-    def pack(x: Tensor) -> tuple[torch.device, Tensor]:
-        if x.device.type == "cpu":
-            return x.device, x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        return x.device, host.copy_(x, non_blocking=True)
-
-    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
-        device, host = packed
-        return host.to(device, non_blocking=True)
-
-    return saved_tensors_hooks(pack, unpack)
 
 
 def in_tiles(run: Callable[[Tensor], Tensor], tiles: int, x: Tensor) -> Tensor:

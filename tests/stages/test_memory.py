@@ -5,13 +5,14 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import keye.model.vision as tower
 from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.data.collate import pack
-from stages.distributed.activation_memory import apply_memory_options, in_host_memory, in_tiles, recompute
+from stages.distributed.activation_memory import apply_memory_options, in_tiles, recompute
 from tests.stages import small
 from tests.stages.test_parallel import packs
 
@@ -88,18 +89,20 @@ def test_attention_is_computed_once_unless_its_output_may_not_stay(offload, time
 
 
 def test_only_the_layers_inputs_go_to_host_memory(monkeypatch):
-    """Host memory stands in for itself: what is packed is counted by shape, and comes back the same."""
+    """What is packed is counted by shape."""
     model, inputs, moved = small.model(), row(), Counter()
-    hooks = in_host_memory()
+    pack = save_on_cpu(pin_memory=True).pack_hook
 
-    def pack_(x: Tensor):
-        moved[tuple(x.shape)] += 1
-        return hooks.pack_hook(x)
+    class Counting(save_on_cpu):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(pin_memory)
+            self.pack_hook = self.count
 
-    monkeypatch.setattr(
-        "stages.distributed.activation_memory.in_host_memory",
-        lambda: torch.autograd.graph.saved_tensors_hooks(pack_, hooks.unpack_hook),
-    )
+        def count(self, x: Tensor):
+            moved[tuple(x.shape)] += 1
+            return pack(x)
+
+    monkeypatch.setattr("stages.distributed.activation_memory.save_on_cpu", Counting)
     apply_memory_options(model, checkpointing=True, offload=True)
     learn(model, inputs)
     length = inputs["input_ids"].shape[1]
