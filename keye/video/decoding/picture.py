@@ -6,7 +6,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideDataContainer, Type
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 
@@ -127,7 +127,9 @@ class FrameConverter:
 
 def orientation(frame: VideoFrame) -> Orientation:
     """What the frame's display matrix says, to the nearest quarter turn, mirrored or not."""
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    # Not `frame.side_data`: the frame would keep that container, which keeps the frame, and the picture would stay in
+    # memory until Python's next garbage collection.
+    matrix = SideDataContainer(frame).get(Type.DISPLAYMATRIX)
     if matrix is None:
         return Orientation(False, False, False)
     # A point (x, y) of the picture is shown at (a x + c y, b x + d y), but for a shift.

@@ -13,10 +13,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.frame import VideoFrame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keye.errors import VideoError
+from keye.video.clip import open_clip
 from keye.video.decoding import decoder as decode
 from keye.video.decoding.bitstream import CLEAN, FLUSH, packet_reader
 from keye.video.decoding.containers import open_container
@@ -539,3 +541,15 @@ sys.modules["kept"] = (clip, frames)
     arguments = [sys.executable, "-c", script, str(clip("bikes.mp4"))]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_decoded_frame_is_freed_once_it_is_converted(tmp_path):
+    path = write_video(tmp_path / "clip.mp4", numbered(60))
+    gc.collect()
+    gc.disable()  # what is left then is part of a reference cycle, and keeps its picture until a collection
+    try:
+        with open_clip(path, 25.0, 60) as clip:
+            most = max(sum(type(one) is VideoFrame for one in gc.get_objects()) for _ in clip)
+    finally:
+        gc.enable()
+    assert most <= 8  # those in the decoder's hands and ahead of the reader
