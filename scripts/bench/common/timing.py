@@ -10,11 +10,15 @@ Call = Callable[[], object]
 
 
 def seconds(call: Call, device: torch.device) -> float:
-    """How long a call takes, on a GPU from its own events, so that what is still queued counts."""
+    """How long a call takes, on a GPU by its own events, so that what is still queued counts.
+
+    On a CPU it is the processor time of all threads of this process: other work on the machine does not count. Threads
+    that wait for each other by spinning do count, so compare calls with OMP_NUM_THREADS=1 on a machine with other work.
+    """
     if device.type != "cuda":
-        began = time.perf_counter()
+        began = time.process_time()
         call()
-        return time.perf_counter() - began
+        return time.process_time() - began
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()

@@ -129,7 +129,10 @@ def main() -> None:
         found, table = part(args.quick, rounds)
         claims += found
         tables.append(table)
-    notes = ["The middle widths of the part `speed`, float32; rounds alternate after a warm-up, ratios are medians."]
+    notes = [
+        f"The middle widths of the part `speed`, float32, processor time, threads: {torch.get_num_threads()}; rounds "
+        "alternate after a warm-up, ratios are medians."
+    ]
     save(
         out_of(args), "packing", claims, tables, seconds=time.monotonic() - began, quick=args.quick,
         seeds={"lengths and sizes": SEED}, notes=notes

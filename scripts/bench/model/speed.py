@@ -113,8 +113,12 @@ def main() -> None:
     beside = ("widths", "what", "ours", "Qwen2.5-VL", "ratio, median over rounds")
     tower = ("what", "patches", "patches all slow", "share of patches", "ms", "ms all slow", "share of time")
     tables = [
-        Table(f"Median milliseconds, threads: {torch.get_num_threads()}, float32, sdpa in both", beside, rows),
-        Table("The tower at the middle widths, milliseconds", tower, shares),
+        Table(
+            f"Median milliseconds of processor time, threads: {torch.get_num_threads()}, float32, sdpa in both",
+            beside,
+            rows,
+        ),
+        Table("The tower at the middle widths, milliseconds of processor time", tower, shares),
     ]
     shapes = "; ".join(f"{name}: vision {vision}, text {text}" for name, (vision, text) in SIZES.items())
     notes = [
