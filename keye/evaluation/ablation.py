@@ -1,7 +1,7 @@
-"""Sweep the similarity threshold: what a video costs, what share is slow, what detail is kept, what it is worth.
+"""Sweep the similarity threshold: tokens of a video, share of slow frames, detail that is kept, accuracy of a model.
 
-The report gives a threshold and no ablation of it; this is the ablation. A sweep writes what it finds as it comes, and
-one that was interrupted goes on where it stopped as long as the settings are the same.
+The report gives a threshold but no ablation of it. A sweep writes every result as soon as it is measured, and an
+interrupted sweep resumes where it stopped if the settings are the same.
 """
 
 import csv
@@ -28,26 +28,27 @@ from keye.slowfast.resizing import resize
 from keye.video.clip import open_clip
 
 REFERENCE_TOKENS = 768
-"""Original frames above so many tokens (28 × 28 pixels each) are compared at that size, to bound memory."""
+"""Original frames of more tokens (28 × 28 pixels each) are compared at this size, to bound memory."""
 LOSSLESS = 60.0
-"""Decibels at which PSNR is cut off: it is infinite for a frame that the model sees as it is."""
+"""Largest PSNR in decibels: it is infinite for a frame that the model sees unchanged."""
 CSV, STATE, ANSWERS = "ablation.csv", "state.json", "accuracy.jsonl"
 MEANS = ("tokens", "tokens_share", "slow_share", "psnr", "ssim")
 
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One threshold; means over the clips, NaN for what was not measured.
+    """Results at one threshold: means over the clips, NaN for what was not measured.
 
     Attributes:
         threshold: a frame less similar than this to the latest slow frame is slow.
-        tokens: visual tokens a clip.
-        tokens_share: tokens as a share of what the clip costs with every frame slow.
+        tokens: visual tokens per clip.
+        tokens_share: tokens as a share of the tokens of the clip with every frame slow.
         slow_share: share of the frames that are slow.
-        psnr: of the frames as the model sees them, enlarged again, with the original ones; decibels, RGB, ≤ 60.
-        ssim: the same with structural similarity, of luma, at most 1.
-        accuracy, accuracy_stderr: of the trained model on the held-out questions, with this threshold at inference.
-        questions: how many were asked.
+        psnr: PSNR in decibels, at most 60, between the enlarged frames of the model and the original frames; RGB.
+        ssim: structural similarity of the same frames, at most 1; luma.
+        accuracy: share of the held-out questions that the trained model answers correctly at this threshold.
+        accuracy_stderr: its standard error.
+        questions: number of questions.
         families: family of questions → n, accuracy, stderr, chance, majority.
     """
 
@@ -75,18 +76,20 @@ def sweep(
     """Encode every clip at every threshold, and ask a model its questions at every threshold.
 
     Args:
-        settings: further arguments of `SlowFastEncoder`.
-        accuracy: threshold → what a model's answers were worth.
-        out: directory for the partial results; what is there of the same settings is not measured again.
-        asked: plain values that say which model and questions `accuracy` stands for; answers found in `out` are of use
-            only when they were given for the same.
-        progress: show a bar, or lines where the output is no terminal.
+        clips: paths of the clips.
+        thresholds: similarity thresholds, 0 to 1.
+        settings: further arguments of `SlowFastEncoder`; `threshold` and `policy` are ignored.
+        accuracy: threshold → report of a model's answers.
+        out: directory for partial results; results of the same settings that are there are not measured again.
+        asked: JSON values that identify the model and the questions of `accuracy`; answers in `out` are reused only if
+            these values are the same.
+        progress: show a bar, or lines if the output is not a terminal.
 
     Returns:
         One row per threshold, and one dict per clip and threshold.
 
     Raises:
-        VideoError: a clip that cannot be read.
+        VideoError: a clip cannot be read.
     """
     settings = {key: value for key, value in (settings or {}).items() if key not in ("threshold", "policy")}
     encoder = {**SlowFastEncoder(**settings).settings, "threshold": None, "reference_tokens": REFERENCE_TOKENS}
@@ -112,7 +115,7 @@ def sweep(
 
 
 def measure_clip(clip: str | Path, thresholds: Sequence[float], settings: dict) -> Iterator[dict]:
-    """One dict per threshold: what the clip costs and what is kept of its frames."""
+    """One dict per threshold: tokens of the clip and detail that is kept of its frames."""
     base = SlowFastEncoder(**settings, policy="all_slow")
     originals, source, times = sampled(clip, base)
     clock = {} if times is None else {"timestamps": times}
@@ -122,7 +125,7 @@ def measure_clip(clip: str | Path, thresholds: Sequence[float], settings: dict) 
         encoded = SlowFastEncoder(**settings, threshold=threshold)(source, **clock)
         scores = []
         for i, picture in enumerate(encoded.pictures()):
-            # A frame at a size it was already seen at need not be compared again.
+            # The detail of a frame depends on its size only.
             key = (i, tuple(picture.shape))
             if key not in seen:
                 seen[key] = detail(picture, originals[i])
@@ -145,21 +148,21 @@ def sampled(
 ) -> tuple[list[torch.Tensor], str | Path | torch.Tensor, list[float] | None]:
     """The frames that `encoder` samples, uint8 [3, H, W] at their source size, or at `REFERENCE_TOKENS` if larger.
 
-    Besides: what to encode the clip from, again and again: its frames [T, 3, H, W] and their times where they fit into
-    memory, so that it is decoded once; else the clip itself and None.
+    Also returns what to encode at every threshold: the frames [T, 3, H, W] and their times if they fit into memory, so
+    that the clip is decoded once; otherwise the path of the clip and None.
     """
     with open_clip(clip, encoder.fps, encoder.most_frames) as opened:
         height, width = opened.size
         large = height * width > REFERENCE_TOKENS * SIDE * SIDE
         size = fit_size(height, width, 1, REFERENCE_TOKENS) if large else opened.size
-        whole = 3 * height * width * opened.expected <= WHOLE
+        in_memory = 3 * height * width * opened.expected <= WHOLE
         originals, frames, times = [], [], []
         for frame in opened:
             originals.append(resize(frame.pixels[None], size, "bicubic")[0])
-            if whole:
+            if in_memory:
                 frames.append(frame.pixels)
                 times.append(frame.time)
-    return originals, torch.stack(frames) if whole else clip, times if whole else None
+    return originals, torch.stack(frames) if in_memory else clip, times if in_memory else None
 
 
 def detail(picture: torch.Tensor, original: torch.Tensor) -> tuple[float, float]:
@@ -174,10 +177,10 @@ def detail(picture: torch.Tensor, original: torch.Tensor) -> tuple[float, float]
 
 
 class Store:
-    """What was measured: in memory, and in `out` as it comes, so that an interrupted sweep goes on.
+    """Results of a sweep, in memory and in the directory `out`, so that an interrupted sweep can resume.
 
-    `ablation.csv` holds a line per clip and threshold, `accuracy.jsonl` one per threshold, `state.json` what both were
-    measured with. Half a last line, as a killed process leaves it, is dropped.
+    `ablation.csv` has a line per clip and threshold, `accuracy.jsonl` a line per threshold, and `state.json` the
+    settings of both. An incomplete last line, which a killed process leaves, is dropped.
     """
 
     def __init__(self, out: str | Path | None, encoder: dict, asked: dict | None) -> None:
@@ -191,7 +194,7 @@ class Store:
         before = _read_state(self.out / STATE)
         if before.get("encoder") == state["encoder"]:
             found = {(e.pop("path"), e.pop("bytes"), e["threshold"]): e for e in _read_csv(self.out / CSV)}
-            # A clip that changed since has another size.
+            # A clip of another size has changed.
             self.clips = {key: entry for key, entry in found.items() if key == self.key(key[0], key[2])}
         if before == state:
             self.answers = _read_answers(self.out / ANSWERS)
@@ -205,19 +208,19 @@ class Store:
 
     @staticmethod
     def key(clip: str | Path, threshold: float) -> tuple[str, int, float]:
-        """What a line of the table is known by: the clip's path and size, and the threshold."""
+        """The key of a line of the table: the path and size in bytes of the clip, and the threshold."""
         path = Path(clip).absolute()
         return str(path), path.stat().st_size if path.is_file() else 0, threshold
 
     def add_clip(self, clip: str | Path, entry: dict) -> None:
-        """Keep one clip at one threshold."""
+        """Store the result of one clip at one threshold."""
         path, size, threshold = self.key(clip, entry["threshold"])
         self.clips[path, size, threshold] = entry
         if self.out is not None:
             self._append_clip(path, size, entry)
 
     def add_answers(self, threshold: float, report: Report) -> None:
-        """Keep what a model's answers were worth at one threshold."""
+        """Store the scores of a model's answers at one threshold."""
         overall, families = report.overall, {name: asdict(score) for name, score in report.families.items()}
         scores = {"accuracy": overall.accuracy, "accuracy_stderr": overall.stderr, "questions": overall.n}
         self.answers[threshold] = {**scores, "families": families}
@@ -240,13 +243,13 @@ class Store:
 
 def line(row: AblationRow) -> str:
     """A row as one line of text."""
-    said = f"threshold {row.threshold:.2f}: {row.tokens:8.0f} tokens a clip ({row.tokens_share:4.0%} of all-slow), "
-    said += f"{row.slow_share:4.0%} slow, detail {row.psnr:.1f} dB, SSIM {row.ssim:.3f}"
-    return said if math.isnan(row.accuracy) else f"{said}, accuracy {row.accuracy:.1%} ± {row.accuracy_stderr:.1%}"
+    text = f"threshold {row.threshold:.2f}: {row.tokens:8.0f} tokens a clip ({row.tokens_share:4.0%} of all-slow), "
+    text += f"{row.slow_share:4.0%} slow, detail {row.psnr:.1f} dB, SSIM {row.ssim:.3f}"
+    return text if math.isnan(row.accuracy) else f"{text}, accuracy {row.accuracy:.1%} ± {row.accuracy_stderr:.1%}"
 
 
 def save(out: str | Path, rows: Sequence[AblationRow], details: Sequence[dict], settings: dict) -> None:
-    """Write `ablation.json` (rows, clips, settings), `ablation.png`, and `ablation.csv` unless a sweep wrote it."""
+    """Write `ablation.json` (rows, clips, settings) and `ablation.png`, and a missing `ablation.csv`."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / CSV).exists():
@@ -261,7 +264,7 @@ def save(out: str | Path, rows: Sequence[AblationRow], details: Sequence[dict], 
 
 
 def draw(path: Path, rows: Sequence[AblationRow], details: Sequence[dict]) -> None:
-    """Curves over the threshold: thin lines for clips and families of questions, thick ones for their mean."""
+    """Plot curves over the threshold: thin lines for clips and families of questions, thick lines for their means."""
     from matplotlib.figure import Figure
 
     panels = {
@@ -297,9 +300,9 @@ def draw(path: Path, rows: Sequence[AblationRow], details: Sequence[dict]) -> No
 
 
 @contextmanager
-def _progress(wanted: bool) -> Iterator[Callable[[str, int, int, str], None]]:
-    """A function of (what, done, of how many, the latest) that moves a bar with the time left, or prints a line."""
-    live = wanted and sys.stdout.isatty()
+def _progress(enabled: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+    """A function of (task, done, total, latest result) that updates a bar with the time left, or prints a line."""
+    live = enabled and sys.stdout.isatty()
     began: dict[str, float] = {}
     columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[latest]}"), disable=not live) as bar:
@@ -312,7 +315,7 @@ def _progress(wanted: bool) -> Iterator[Callable[[str, int, int, str], None]]:
                 tasks[what], began[what] = bar.add_task(what, total=total, latest=""), last
             last = time.monotonic()
             bar.update(tasks[what], completed=done, latest=latest)
-            if wanted and not live:
+            if enabled and not live:
                 left = (last - began[what]) / done * (total - done)
                 print(f"{what} {done}/{total}  {latest}" + (f", about {left:.0f} s left" if left else ""), flush=True)
 
@@ -353,7 +356,7 @@ def _read_answers(path: Path) -> dict[float, dict]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole or as it was."""
+    """Write a file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)

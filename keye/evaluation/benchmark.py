@@ -1,4 +1,4 @@
-"""What can be evaluated: a benchmark is a named, ordered collection of questions with known answers."""
+"""Benchmarks: named, ordered collections of questions with known answers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,17 @@ from keye.world.manifest import read_manifest
 
 @dataclass(frozen=True)
 class Question:
-    """One question: chat `messages` without the answer, media paths relative to `base_dir`."""
+    """One question with its answer.
+
+    Attributes:
+        id: unique in the benchmark.
+        family: group of questions that are scored together.
+        messages: chat turns without the answer; media paths are relative to `base_dir`.
+        answer: the correct answer.
+        options: the texts to choose from, if there are any.
+        tolerance: largest accepted distance of a number from the answer.
+        base_dir: folder of the media.
+    """
 
     id: str
     family: str
@@ -22,7 +32,7 @@ class Question:
     base_dir: Path = Path(".")
 
     def blind(self) -> list[dict[str, Any]]:
-        """The messages without their images and videos: what a model knows that does not look."""
+        """The messages without their images and videos."""
         return [message | {"content": _words(message["content"])} for message in self.messages]
 
 
@@ -33,7 +43,7 @@ def _words(content: Any) -> Any:
 
 
 class Benchmark(Protocol):
-    """A benchmark has a name and a length and yields its questions, each time in the same order."""
+    """A named collection that yields its questions in the same order each time."""
 
     name: str
 
@@ -43,11 +53,15 @@ class Benchmark(Protocol):
 
 
 class ManifestBenchmark:
-    """The questions of a JSONL manifest: user turns are asked, the last assistant turn is the answer unless
-    `"answer"` gives it.
+    """The questions of a JSONL manifest. The answer is `"answer"`, or else the last assistant turn.
 
-    families: keep only these; limit: at most so many of each family, the first ones. Raises ManifestError for a
-    missing file, a bad line, an unknown family.
+    Args:
+        path: the manifest.
+        families: keep only these families (default all).
+        limit: keep the first questions of each family, at most this many (default all).
+
+    Raises:
+        ManifestError: the file is missing, a line is malformed, or a family is unknown.
     """
 
     def __init__(self, path: str | Path, families: Sequence[str] | None = None, limit: int | None = None) -> None:
@@ -71,9 +85,9 @@ class ManifestBenchmark:
         messages = list(sample["messages"])
         answer = sample.get("answer")
         if messages[-1]["role"] == "assistant":
-            said = messages.pop()["content"]
+            content = messages.pop()["content"]
             if answer is None:
-                answer = said if isinstance(said, str) else "".join(part.get("text", "") for part in said)
+                answer = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
         if answer is None or not messages:
             raise ManifestError(f"{self.path}: sample {number} has no question or no answer; give both or delete it")
         return Question(

@@ -1,4 +1,4 @@
-"""The one box that an answer names, and how far two boxes agree."""
+"""Bounding boxes: the single box in an answer, and the overlap of two boxes."""
 
 import re
 from collections.abc import Sequence
@@ -18,9 +18,12 @@ _HARMLESS = FRAMING | THINGS | COLOURS | SHAPES | {"bounding", "box", "bbox", "l
 
 
 def parse_box(text: str) -> tuple[float, float, float, float] | None:
-    """The one box `[x1, y1, x2, y2]` in `text`; None for none, several, or a box beside words that may change it.
+    """Return the single box `[x1, y1, x2, y2]` in `text`.
 
-    Inner brackets as in `(x1,y1),(x2,y2)`, a sentence such as `The box is […].` and JSON with `bbox_2d` are read.
+    Inner brackets as in `(x1,y1),(x2,y2)`, a sentence such as `The box is […].` and JSON with `bbox_2d` are understood.
+
+    Returns:
+        The four numbers as written, or None if `text` has no box, several boxes, or words that may change the meaning.
     """
     text = plain(_FIELDS.sub(" ", text))
     found = list(_BOX.finditer(text))

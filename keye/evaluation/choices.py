@@ -1,4 +1,4 @@
-"""The one option that a reply picks, by its letter, its words or its number."""
+"""The single option that a reply picks, by its letter, its words or its number."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -50,7 +50,14 @@ def _meaning(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Claims:
-    """claimed, denied: indices of options; rest: the other words; count: how many mentions are no denials."""
+    """What a text claims.
+
+    Attributes:
+        claimed: indices of the options that it names.
+        denied: indices of the options that it denies.
+        rest: the other words.
+        count: number of mentions that are not denials.
+    """
 
     claimed: frozenset[int] = frozenset()
     denied: frozenset[int] = frozenset()
@@ -60,10 +67,14 @@ class _Claims:
 
 @dataclass(frozen=True)
 class _Options:
-    """Options as they are compared.
+    """Options in the form in which they are compared.
 
-    names: the normalised text of each; allowed: the words that may stand beside one; first: the words of each option
-    with its index, longest first, by their first word; read: how a text is normalised.
+    Attributes:
+        texts: the options as given.
+        names: their normalised texts.
+        allowed: the words that may accompany an option.
+        first: first word of an option → (all its words, its index), longest first.
+        read: how a text is normalised.
     """
 
     texts: Sequence[str]
@@ -74,10 +85,9 @@ class _Options:
 
     @classmethod
     def of(cls, texts: Sequence[str], allowed: frozenset[str] | None = None) -> "_Options":
-        """Options of these texts; `allowed` defaults to the words that are harmless beside them."""
-        read = (
-            _meaning if len(set(map(_meaning, texts))) == len(texts) else normalise
-        )  # a synonym may merge two options
+        """Options of these texts; `allowed` defaults to the words that are harmless next to them."""
+        # A synonym may merge two options.
+        read = _meaning if len(set(map(_meaning, texts))) == len(texts) else normalise
         names = tuple(map(read, texts))
         first: dict[str, list[tuple[tuple[str, ...], int]]] = {}
         for place, name in enumerate(names):
@@ -91,7 +101,7 @@ class _Options:
         return cls(texts, names, allowed, first, read)
 
     def claims(self, text: str) -> _Claims:
-        """Which options `text` names, and what else it says. `dark red` does not name `red` where both are options."""
+        """The options that `text` names, and its other words. `dark red` does not name `red` if both are options."""
         if all(map(is_number, self.texts)):
             return self._number(text)
         words = self.read(text).split()
@@ -129,22 +139,22 @@ class _Options:
         return _Claims(places, count=1) if places else _Claims(rest=(number,))
 
     def agrees(self, text: str, place: int | None) -> int | None:
-        """The option that `text` claims, or None. With `place` the text may also claim nothing, or must claim that."""
+        """The option that `text` claims, or None. With `place`, the text must claim that option or none."""
         before, *reason = _REASON.split(text, maxsplit=1)
-        told = self.claims(before)
-        claimed = told.claimed | (frozenset() if place is None else {place})
-        if len(claimed) != 1 or claimed & told.denied or not self.allowed.issuperset(told.rest):
+        found = self.claims(before)
+        claimed = found.claimed | (frozenset() if place is None else {place})
+        if len(claimed) != 1 or claimed & found.denied or not self.allowed.issuperset(found.rest):
             return self._polar(text) if place is None else None
-        (found,) = claimed
-        return found if not reason or self._explains(reason[0], found) else None
+        (option,) = claimed
+        return option if not reason or self._explains(reason[0], option) else None
 
     def _explains(self, text: str, place: int, allowed: Iterable[str] = ()) -> bool:
-        """Whether an explanation names no other option and holds no hedge and no negation."""
-        told = self.claims(text)
-        words = set(told.rest) - set(allowed)
+        """Whether an explanation contains neither another option nor a hedge nor a negation."""
+        found = self.claims(text)
+        words = set(found.rest) - set(allowed)
         return (
-            told.claimed <= {place}
-            and place not in told.denied
+            found.claimed <= {place}
+            and place not in found.denied
             and not words & (NEGATIONS | HEDGES)
             and not any("n't" in word for word in words - set(allowed))
         )
@@ -163,17 +173,17 @@ class _Options:
 
 
 def choose(reply: str, options: Sequence[str]) -> str | None:
-    """The option that a reply picks: by its words, its number or its letter; None when it picks none or several.
+    """The option that a reply picks by its words, its number or its letter; None if it picks none or several.
 
-    A reply whose letter and words name different options contradicts itself and picks none, and so does one that
-    denies what it names (`not red`) or says more than harmless words (`hardly red`). `red, not blue` picks red.
+    A reply picks none if its letter and words name different options, if it denies what it names (`not red`), or if it
+    contains other than harmless words (`hardly red`). `red, not blue` picks red.
     """
     place = pick(reply, options)
     return None if place is None else options[place]
 
 
 def pick(reply: str, options: Sequence[str]) -> int | None:
-    """Index of the option that `reply` picks."""
+    """Index of the option that `reply` picks, or None."""
     texts = _without_letters(options)
     known = _Options.of(texts)
     bare = plain(reply).strip()
@@ -202,12 +212,12 @@ def says(reply: str, answer: str) -> bool:
             return place is not None and names[place] == normalise(answer)
     if _CJK.search(answer):
         answer = " ".join(plain(answer).split())
-    told = _Options.of([answer], FRAMING).claims(reply)
-    return told.count == 1 and not told.denied and (FRAMING | _KINDS).issuperset(told.rest)
+    found = _Options.of([answer], FRAMING).claims(reply)
+    return found.count == 1 and not found.denied and (FRAMING | _KINDS).issuperset(found.rest)
 
 
 def explains(text: str) -> bool:
-    """Whether text behind a letter, whose options are not known, holds no hedge, negation or second letter."""
+    """Whether the text after a letter of unknown options contains no hedge, no negation and no second letter."""
     words = normalise(text).split()
     negated = (NEGATIONS | HEDGES).intersection(words) or any("n't" in word for word in words)
     second = any(len(word) == 1 and word.isalpha() and word not in "ai" for word in words)
@@ -215,7 +225,7 @@ def explains(text: str) -> bool:
 
 
 def letter_of(reply: str) -> tuple[str | None, str]:
-    """(letter in upper case, what follows it), or (None, reply) for a reply that does not begin with a letter alone."""
+    """(upper-case letter, the text after it), or (None, reply) if the reply does not begin with a single letter."""
     text = without_lead(plain(reply).strip())
     text = re.sub(r"^[-–—#>\s]+(?=\S)", "", text)
     found = _LETTER.match(text)
@@ -225,19 +235,19 @@ def letter_of(reply: str) -> tuple[str | None, str]:
 
 
 def letters_in(text: str, count: int) -> set[int]:
-    """Indices of the options whose letters stand alone in `text`; an `A` or `I` before a word is a word."""
+    """Indices of the options whose letters are words of `text`; `A` or `I` before a word is not a letter."""
     found = re.findall(r"\b(?![AI]\s+[a-z])[A-Z]\b(?!['’])", text)
     return {place for place in (ord(letter) - ord("A") for letter in found) if place < count}
 
 
 def without_lead(reply: str) -> str:
-    """`reply` without `The answer is`, `Answer:`, `I would choose option` in front."""
+    """`reply` without a leading `The answer is`, `Answer:`, `I would choose option`."""
     found = _LEAD.match(reply)
     return reply[found.end() :] if found and found.end() < len(reply) else reply
 
 
 def _without_letters(options: Sequence[str]) -> Sequence[str]:
-    """`["A. red", "B. blue"]` as `["red", "blue"]`; other options as they are."""
+    """`["A. red", "B. blue"]` as `["red", "blue"]`; other options unchanged."""
     found = [re.match(r"\s*\(?([A-Z])[.):]\s*(?=\S)", option) for option in options]
     if all(letter and ord(letter[1]) - ord("A") == place for place, letter in enumerate(found)):
         return [option[letter.end() :] for option, letter in zip(options, found, strict=True) if letter]

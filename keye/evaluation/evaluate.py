@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from keye.processor.processor import KeyeProcessor, Sample
 
 Control = Literal["none", "blind", "zeroed"]
-"""What is taken from the model: nothing; images and videos with all their tokens; the pixels alone, so that token
-stream, frame types and seconds stay as they are."""
+"""What the model does not get: "none" of the inputs; images and videos with their tokens ("blind"); only the pixels
+("zeroed": token stream, frame types and seconds are unchanged)."""
 
 
 def evaluate(
@@ -39,25 +39,30 @@ def evaluate(
     world_size: int = 1,
     progress: bool = False,
 ) -> Report:
-    """Accuracy of `model` on a benchmark, or on a manifest given by its path.
+    """Ask `model` the questions of a benchmark and score its replies.
 
     Args:
-        families, limit: only these families, at most so many questions of each (manifests only).
-        control: "blind" leaves out images and videos, "zeroed" gives every pixel the value 0; both leave out the
-            questions that have neither.
-        temperature: 0 is greedy; otherwise replies are sampled from `seed`.
-        train: the training manifest, from which the majority answers are taken (default: the benchmark itself).
-        batch_size: questions a batch. max_new_tokens: a reply that is longer is cut off and counts as wrong.
-        rank, world_size: answer only every world_size-th question; `merge` (or `gather` under torch.distributed) joins
-            the reports.
+        model: the model, on its device.
+        processor: its processor.
+        benchmark: a benchmark, or the path of a manifest.
+        families: ask only these families (manifests only).
+        limit: ask at most this many questions of each family (manifests only).
+        control: "blind" removes images and videos, "zeroed" sets every pixel to 0; both skip questions without media.
+        temperature: 0 decodes greedily; otherwise replies are sampled.
+        train: the training manifest that gives the majority answers (default: the benchmark itself).
+        batch_size: questions per batch.
+        max_new_tokens: a longer reply is cut off and counts as wrong.
+        seed: seed of sampling; the caller's random state is restored.
+        rank: of this process; it answers every `world_size`-th question. `merge` or `gather` joins the reports.
+        world_size: number of processes.
         progress: show a bar.
 
     Returns:
         Every reply with its score. A clip that cannot be read is recorded and counts as wrong.
 
     Raises:
-        ManifestError: a manifest that is not one, or that lacks a family.
-        KeyeError: a setting out of range.
+        ManifestError: the manifest is malformed or does not contain a family.
+        KeyeError: a setting is out of range.
     """
     _check(limit, batch_size, max_new_tokens, temperature)
     began = time.monotonic()
@@ -112,7 +117,12 @@ def _grade(index: int, question: Question, reply: "Reply", error: str | None, ba
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A generated reply. finished: False when the token limit cut it off before its end token."""
+    """A generated reply.
+
+    Attributes:
+        text: without special tokens.
+        finished: False if the token limit cut it off before its end token.
+    """
 
     text: str
     finished: bool = True
@@ -126,7 +136,7 @@ def _replies(
     temperature: float,
     max_new_tokens: int,
 ) -> Iterator[tuple[Reply, str | None]]:
-    """(reply, None) or (an empty reply, why the media could not be read) for each question, generated as one batch."""
+    """(reply, None) or (empty reply, error of the media) for each question, generated as one batch."""
     samples: list[Sample] = []
     errors: list[str | None] = []
     for question in questions:
@@ -179,7 +189,7 @@ def generate_replies(
 
 
 def gather(report: Report) -> Report:
-    """The whole report on every rank of the running process group; the report itself without one."""
+    """The complete report on every rank of the process group; `report` itself if there is no group."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return report

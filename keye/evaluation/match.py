@@ -1,18 +1,18 @@
-"""Does a reply agree with the true answer? One strict, deterministic judge for evaluation and for rewards.
+"""Whether a reply agrees with the correct answer: one strict, deterministic judge for evaluation and rewards.
 
 A reply is judged in three steps:
 
-1. *Extract.* The thought is left out first; then the last `<answer>…</answer>` counts, or `\\boxed{…}`, or the whole
-   rest (`extract_answer`).
+1. *Extract.* The thought is removed; then the last `<answer>…</answer>` counts, or `\\boxed{…}`, or all of the rest
+   (`extract_answer`).
 2. *Read one claim*: an option (`choices`), a number (`numbers`), a box (`boxes`) or a few words. A denied alternative
-   (`red, not blue`) is no claim. Two claims are none.
-3. *Refuse what is left over.* Every further word must be on a list of words that change nothing (`words`): `The answer
-   is`, `I would choose`, nouns and verbs of plain sentences. An unknown word, sign or question mark makes the reply
-   wrong. So `hardly red`, `3k` and `3 or more` earn nothing, and neither does any hedge that nobody thought of.
+   (`red, not blue`) is not a claim. A reply with two claims is wrong.
+3. *Check the other words.* Every other word must be on a list of words that do not change the meaning (`words`): `The
+   answer is`, `I would choose`, nouns and verbs of plain sentences. An unknown word, sign or question mark makes the
+   reply wrong. So `hardly red`, `3k` and `3 or more` are wrong, and so is any hedge that is on no list.
 
-The judge is a reward in `rl/`: a rule that is generous to an odd reply is a rule that a policy learns to exploit. The
-price is that some right replies in unusual sentences are refused; a prompt that asks for the answer alone avoids it.
-Nothing that a reply contains raises an error.
+The judge is a reward in `rl/`: a policy learns to exploit a rule that accepts unusual replies. The price is that some
+correct replies in unusual sentences are refused; a prompt that asks for the answer alone avoids this. No content of a
+reply raises an error.
 """
 
 import re
@@ -27,10 +27,10 @@ from keye.processor.reply import parse_reply
 __all__ = ["choose", "extract_answer", "iou", "match", "normalise", "parse_box", "parse_number"]
 
 IOU = 0.5
-"""A box is right from this intersection over union on, as in the grounding benchmarks (RefCOCO)."""
+"""Smallest intersection over union of a correct box, as in the grounding benchmarks (RefCOCO)."""
 
 _LONGEST = 2_000
-"""Characters of the longest reply that is read, beside those of answer and options. It bounds the work."""
+"""Longest reply that is read, in characters, plus twice those of answer and options. It bounds the work."""
 
 _SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
@@ -41,9 +41,9 @@ _OPEN_DOUBT = re.compile(r"[?？]|(?<!\S)!(?=\w)")
 
 
 def extract_answer(text: str) -> str:
-    """What a reply finally answers, without its thought, tags, special tokens and the marks of formulas.
+    """The final answer in a reply, without thought, tags, special tokens and math markup.
 
-    Behind the thought the last `<answer>…</answer>` counts, else all that is there; in it what `\\boxed{…}` encloses,
+    After the thought, the last `<answer>…</answer>` counts, or else the entire text; in it the content of `\\boxed{…}`,
     unless several boxes differ or the box is denied.
     """
     answer = _SPECIAL.sub(" ", parse_reply(text).answer)
@@ -63,19 +63,19 @@ def match(
     options: Sequence[str] | None = None,
     finished: bool = True,
 ) -> bool:
-    """Whether a reply agrees with the true answer.
+    """Whether a reply agrees with the correct answer.
 
     Options: reply and answer are resolved to an option each, by letter or by words (`choose`), and must be the same.
     Boxes: IoU ≥ 0.5. Numbers: within `tolerance`, or equal without one; digits with leading zeros are codes and must be
     the same; a time is in seconds (`2 minutes` is 120). A single letter: the reply is that letter, alone or before
-    further words (`B`, `(b)`, `B. blue`). All else: the same words, whatever their case, articles and punctuation.
+    other words (`B`, `(b)`, `B. blue`). Other answers: the same words, ignoring case, articles and punctuation.
 
     Args:
         prediction: the model's reply, with or without `<think>` and `<answer>` tags.
-        answer: the truth; with options also the letter of one.
-        tolerance: the largest right distance of a number.
+        answer: the correct answer; with options also the letter of one.
+        tolerance: the largest accepted distance of a number.
         options: the texts to choose from.
-        finished: False for a reply that was cut off by the token limit. It is wrong, whatever it says so far.
+        finished: False for a reply that the token limit cut off. Such a reply is wrong.
     """
     reply = extract_answer(prediction)
     known = " ".join([answer, *(options or ())])

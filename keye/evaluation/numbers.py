@@ -1,4 +1,4 @@
-"""The one number that an answer names, whether it is written in digits, in words, as a clock time or as a duration."""
+"""The single number in an answer, written in digits, in words, as a clock time or as a duration."""
 
 import re
 from decimal import Decimal
@@ -33,12 +33,12 @@ _MIXED = re.compile(r"(?<![\w.])(\d{1,9})\s*&0(?=\.\d)")
 """What `2½` and `two and a half` become: `2 &0.5`."""
 _MINUTES = re.compile(r"(?<![\w.])(\d{1,4})m\s?(?=\d{1,2}s\b)")
 _PRONOUN = re.compile(r"\b(?:the|this|that|which)\s+(?:[a-z]+\s+)?one\b(?!\s+time)")
-"""`one` that stands for a thing: `The red one flashes three times.`"""
+"""`one` as a pronoun: `The red one flashes three times.`"""
 _DIGITS = r"(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,2}(?![\w]))?"
 _TOKEN = re.compile(rf"(?P<number>(?<![\w.)\]+-])[-+]?{_DIGITS}|(?<![\w.]){_DIGITS})|[^\W\d_]+(?:'[^\W\d_]+)*|\S", re.I)
 _NUMBER = re.compile(rf"[-+]?{_DIGITS}", re.I)
 _LONGEST = 40
-"""Characters of the longest number that is read."""
+"""Longest number that is read, in characters."""
 
 _PUNCTUATION = frozenset(".,;:!\"'()[]{}“”‘…。、；「」『』《》«»【】=–—-#*")
 _HARMLESS = FRAMING | THINGS | COLOURS | SHAPES | DEGREE
@@ -48,18 +48,18 @@ _RESCALING = re.compile(
     r"|thirds|quarters|\w+ths|tens|tons|guesses|squares|less|plus|minus|versus|perhaps|unless|maybes|powers|factors|folds"
     r"|afterwards|\w+(?:ss|us|is)|\w+seconds|\w+mins|hrs)"
 )
-"""Words on -s that are no plain name of what was counted."""
+"""Words that end in -s and are not the name of what was counted."""
 
 
 def parse_number(text: str) -> str | None:
-    """Returns the one number that `text` claims, as digits, without the units and words around it.
+    """Return the single number that `text` claims, as digits, without units and words around it.
 
     `1:05` is 65 seconds and so is `1 minute 5 seconds`; `1,000`, `minus three`, `twenty-one`, `2½`, `twice` and
     `three (3)` are numbers. `3, not 4` claims 3.
 
     Returns:
-        The digits as they were written (leading zeros stay), or None when the text names no number, several numbers, or
-        holds a word or sign that is not known to leave the number as it is (`at least 3`, `3k`, `hardly 3`).
+        The digits as written, with leading zeros, or None if the text has no number, several numbers, or a word or sign
+        that may change the number (`at least 3`, `3k`, `hardly 3`).
     """
     tokens = _tokens(text)
     values, denied = [], set()
@@ -77,18 +77,18 @@ def parse_number(text: str) -> str | None:
         else:
             values.append(value)
         at = end
-    return (
-        values[0].lstrip("+") if len(values) == 1 and values[0] not in denied and len(values[0]) <= _LONGEST else None
-    )
+    if len(values) != 1 or values[0] in denied or len(values[0]) > _LONGEST:
+        return None
+    return values[0].lstrip("+")
 
 
 def is_number(text: str) -> bool:
-    """Whether `text` is a number in digits and nothing else, of a length that is read."""
+    """Whether `text` is only a number in digits, not too long to be read."""
     return len(text) <= _LONGEST and _NUMBER.fullmatch(plain(text).strip()) is not None
 
 
 def same_number(reply: str, answer: str, tolerance: float | None = None) -> bool:
-    """Whether `reply` claims the number `answer`, within `tolerance` when there is one.
+    """Whether `reply` claims the number `answer`, within `tolerance` if it is given.
 
     Without a tolerance the values are the same to the last digit. Digits with leading zeros are codes (`07` is not
     `7`): they must be the same digits.
@@ -104,7 +104,7 @@ def same_number(reply: str, answer: str, tolerance: float | None = None) -> bool
 
 
 Tokens = list[tuple[str, bool, bool]]
-"""(word, number or sign; whether it is a number; whether it touches the token before it)."""
+"""(word, number or sign; whether it is a number; whether no space separates it from the token before)."""
 
 
 def _tokens(text: str) -> Tokens:
@@ -159,19 +159,19 @@ def _duration(tokens: Tokens, at: int) -> tuple[str, int]:
 
 
 def _is_harmless(tokens: Tokens, at: int) -> bool:
-    """Whether the token beside the number leaves it as it is."""
+    """Whether a token that is not a number leaves the number unchanged."""
     word, _, touches = tokens[at]
-    behind = at > 0 and tokens[at - 1][1]
+    after = at > 0 and tokens[at - 1][1]
     before = at + 1 < len(tokens) and tokens[at + 1][2]
     if word in ("-", "–", "—", "#", "*"):
-        return not touches and not before  # a mark of a list or a pause, no sign of arithmetic
+        return not touches and not before  # list marker or dash, not an arithmetic sign
     if word == "!":
         return at > 0 and not before
     if word in _PUNCTUATION:
         return True
     if not word[0].isalpha():
         return False
-    if touches and behind:
+    if touches and after:
         return word in ("x", "times", "次", "个", "個")
     if before and tokens[at + 1][1] and word.isascii():
         return False  # `b3`
@@ -180,7 +180,7 @@ def _is_harmless(tokens: Tokens, at: int) -> bool:
         return not factor and any(number for _, number, _ in tokens[:at])
     if word in _HARMLESS:
         return True
-    return behind and len(word) > 3 and word.endswith("s") and word.isalpha() and not _RESCALING.fullmatch(word)
+    return after and len(word) > 3 and word.endswith("s") and word.isalpha() and not _RESCALING.fullmatch(word)
 
 
 def _clock_seconds(clock: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""What an evaluation found: every reply, and per family the accuracy beside what needs no model at all."""
+"""Result of an evaluation: every reply, and per family the accuracy and the baselines that need no model."""
 
 import json
 import math
@@ -13,15 +13,24 @@ from keye.evaluation.benchmark import Question
 from keye.evaluation.match import match, parse_box
 
 _CANDIDATES = 200
-"""So many different answers at most are tried as the constant answer and as the uniform guess."""
+"""Largest number of different answers that are tried as the constant answer and as the uniform guess."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """One reply.
 
-    index: the question's place in the benchmark. chance: of a uniform guess at this very question. error: why the clip
-    could not be read. finished: False when the token limit cut the reply off, which makes it wrong.
+    Attributes:
+        index: position of the question in the benchmark.
+        id: of the question.
+        family: of the question.
+        prediction: the reply.
+        answer: the correct answer.
+        correct: whether the reply is correct.
+        chance: probability that a uniform guess is correct.
+        majority: whether the most frequent answer of the family is correct.
+        error: why the clip could not be read, if so.
+        finished: False if the token limit cut the reply off, which makes it wrong.
     """
 
     index: int
@@ -38,7 +47,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Score:
-    """Shares 0 … 1 over `n` questions. chance: uniform over the options; majority: always the most frequent answer."""
+    """Shares from 0 to 1 over `n` questions.
+
+    Attributes:
+        n: number of questions.
+        accuracy: share of correct replies.
+        stderr: standard error of `accuracy`.
+        chance: expected accuracy of a uniform guess over the options.
+        majority: accuracy of the most frequent answer.
+    """
 
     n: int
     accuracy: float
@@ -48,29 +65,29 @@ class Score:
 
     @property
     def baseline(self) -> float:
-        """The better of chance and majority: what has to be beaten."""
+        """The larger of chance and majority."""
         return max(self.chance, self.majority)
 
     @property
     def above(self) -> float:
-        """How many standard errors the accuracy lies above the baseline."""
+        """Distance of the accuracy from the baseline in standard errors."""
         return (self.accuracy - self.baseline) / self.stderr
 
 
 def score(outcomes: Sequence[Outcome]) -> Score:
-    """Mean over outcomes. The standard error uses (k + 1) / (n + 2), so that all right does not read as certain.
+    """Mean over outcomes. The standard error uses (k + 1) / (n + 2), so that it is not 0 if all replies are correct.
 
     Raises:
-        KeyeError: no outcomes.
+        KeyeError: `outcomes` is empty.
     """
     n = len(outcomes)
     if not n:
         raise KeyeError("there are no replies to score; evaluate a manifest with questions (a control needs media)")
-    right = sum(outcome.correct for outcome in outcomes)
-    smooth = (right + 1) / (n + 2)
+    correct = sum(outcome.correct for outcome in outcomes)
+    smooth = (correct + 1) / (n + 2)
     return Score(
         n=n,
-        accuracy=right / n,
+        accuracy=correct / n,
         stderr=math.sqrt(smooth * (1 - smooth) / n),
         chance=sum(outcome.chance for outcome in outcomes) / n,
         majority=sum(outcome.majority for outcome in outcomes) / n,
@@ -79,7 +96,14 @@ def score(outcomes: Sequence[Outcome]) -> Score:
 
 @dataclass
 class Report:
-    """All replies of one evaluation, in the benchmark's order. settings: how it was run; seconds: how long it took."""
+    """All replies of one evaluation.
+
+    Attributes:
+        name: of the benchmark.
+        outcomes: replies in the order of the benchmark.
+        settings: arguments of `evaluate`.
+        seconds: duration.
+    """
 
     name: str
     outcomes: list[Outcome]
@@ -96,7 +120,7 @@ class Report:
 
     @property
     def overall(self) -> Score:
-        """Score over all questions alike; KeyeError without any."""
+        """Score over all questions; KeyeError if there are none."""
         return score(self.outcomes)
 
     @property
@@ -116,7 +140,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, with the scores spelt out, ready for JSON."""
+        """All fields and the computed scores as JSON values."""
         return {
             "name": self.name,
             "settings": self.settings,
@@ -127,7 +151,7 @@ class Report:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write the report as JSON; KeyeError if the file cannot be written."""
         path = Path(path)
         with writing(path, "the report"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,13 +159,13 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """Read what `save` wrote; ManifestError when it is something else."""
+        """Read a report that `save` wrote; ManifestError for any other file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             outcomes = [Outcome(**outcome) for outcome in data["outcomes"]]
             return cls(data["name"], outcomes, data["settings"], data["seconds"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ManifestError(f"{path} is not an evaluation report; write one with scripts/evaluate.py") from error
+            raise ManifestError(f"{path} is not an evaluation report; write one with keye evaluate --out") from error
 
 
 def merge(reports: Iterable[Report]) -> Report:
@@ -153,10 +177,12 @@ def merge(reports: Iterable[Report]) -> Report:
 
 
 class Baselines:
-    """What a family's questions yield without a model.
+    """Accuracy on a family's questions without a model.
 
-    reference: questions whose answers are known beforehand (the training split), by which the most frequent answer
-    is chosen. Where tolerances or boxes make answers overlap, the constant answer is the one that is right most often.
+    If tolerances or boxes make answers overlap, the constant answer is the one that is correct most often.
+
+    Args:
+        reference: questions of the training split; they give the most frequent answer.
     """
 
     def __init__(self, reference: Iterable[Question]) -> None:
@@ -167,7 +193,7 @@ class Baselines:
         self._answers: dict[str, list[str]] = {}
 
     def majority(self, question: Question) -> bool:
-        """Whether the family's best constant answer is right here."""
+        """Whether the family's best constant answer is correct for this question."""
         if question.family not in self._pools:
             return False
         if question.family not in self._constants:
@@ -175,7 +201,7 @@ class Baselines:
         return match(self._constants[question.family], question.answer, question.tolerance)
 
     def chance(self, question: Question) -> float:
-        """Of a guess uniform over the options; without options, over the family's different answers."""
+        """Probability that a uniform guess over the options is correct; without options, over the family's answers."""
         if question.options:
             return 1 / len(question.options)
         if question.family not in self._answers:

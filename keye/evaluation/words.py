@@ -1,8 +1,8 @@
-"""The words of a reply: how a text is normalised, and which words around an answer change nothing about it.
+"""The words of a reply: how a text is normalised, and which words do not change the meaning of an answer.
 
-The judge works with lists of harmless words, not with lists of hedges. A reply may hold its answer and harmless words;
-any other word makes it refused. Nobody can list every hedge, and a policy that is trained against the judge finds those
-that are missing.
+The judge uses lists of harmless words, not lists of hedges. A reply may contain its answer and harmless words; it is
+refused if it contains any other word. A list of hedges is never complete, and a policy that is trained against the
+judge finds the missing ones.
 """
 
 import re
@@ -13,7 +13,7 @@ __all__ = ["COLOURS", "DEGREE", "FRAMING", "HEDGES", "NEGATIONS", "SHAPES", "THI
 _EDGES = " \t\n.,;:!?\"'`*_()[]{}“”‘’…。，、；：！？「」『』《》«»【】"
 _ARTICLES = ("a", "an", "the")
 _ENUMERATES = (".", ")", ":", ",", ";", "]")
-"""Signs behind a letter that make it a letter and no article: `A) blue`."""
+"""Signs after a letter that show that it is not an article: `A) blue`."""
 _CJK = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _MARKUP = re.compile(r"(?<!\w)[-–—#>*_]+(?!\S)")
 _STRESS = re.compile(r"(?<!\w)(?:\*+|_+)(?=\S)|(?<=\S)(?:\*+|_+)(?!\w)|`+")
@@ -32,7 +32,7 @@ FRAMING = frozenset(
     "appeared seem seems looks look "
     "答 案 是 为 選 选 共 有 它 的 我".split()
 )
-"""Words that carry an answer of any kind: `I would choose …`, `The final answer is …`."""
+"""Words that introduce an answer of any kind: `I would choose …`, `The final answer is …`."""
 
 THINGS = frozenset(
     "object objects thing things one ones item items shape shapes light dot flash flashes flashed blink blinks blinked "
@@ -41,7 +41,7 @@ THINGS = frozenset(
     "corner side part area region quadrant colour color coloured colored direction way toward towards "
     "person people man men woman women child children dog dogs cat cats car cars total altogether overall".split()
 )
-"""Things and what they do. They are harmless in a sentence about options or numbers."""
+"""Nouns and verbs that are harmless in a sentence about options or numbers."""
 
 COLOURS = frozenset("red green blue yellow purple white black grey gray orange pink brown cyan magenta".split())
 SHAPES = frozenset(
@@ -51,7 +51,7 @@ SHAPES = frozenset(
 """Colours and shapes are harmless unless the options name one of the same kind."""
 
 DEGREE = frozenset("about around approximately roughly".split())
-"""Harmless before a number, which has a tolerance where it is measured."""
+"""Harmless before a number: the tolerance covers them."""
 
 NEGATIONS = frozenset(
     "not no never neither nor none nothing without except excluding cannot unlike instead rather wrong incorrect false "
@@ -61,13 +61,13 @@ HEDGES = frozenset(
     "maybe perhaps possibly probably likely unlikely might could may doubt doubtful hardly barely scarcely almost "
     "nearly far unsure uncertain guess or either both any all".split()
 )
-"""Words that no explanation of an answer may hold (`B, because …`); elsewhere all that is not harmless is refused."""
+"""Words that an explanation (`B, because …`) must not contain; elsewhere every word that is not harmless is refused."""
 
 
 def plain(text: str) -> str:
-    """`text` in compatibility form (NFKC) without invisible characters, stress marks, idioms of certainty.
+    """`text` in compatibility form (NFKC) without invisible characters, emphasis marks and idioms of certainty.
 
-    NFKC would make `32` of `3²` and `31⁄2` of `3½`: superscripts and subscripts become `^`, fractions `&0.5`. A dash
+    NFKC turns `3²` into `32` and `3½` into `31⁄2`: superscripts and subscripts become `^`, fractions `&0.5`. A dash
     before a digit is a minus sign.
     """
     if any(sign > "\x7f" for sign in text):
@@ -93,9 +93,8 @@ def _sign(sign: str) -> str:
 def normalise(text: str) -> str:
     """Lower case, one space between words, without articles and without punctuation at the edges of words.
 
-    An article at the end or before `)`
-    stays: `A` is an answer. Hyphens between letters are spaces: `top-left`. Marks of
-    lists, quotations and headings are left out.
+    An article at the end or before `)` stays: `A` is an answer. Hyphens between letters become spaces: `top-left`.
+    Marks of lists, quotations and headings are removed.
     """
     text = _MARKUP.sub(" ", plain(text).casefold())
     text = re.sub(r"(?<=[^\W\d_])[-‐–](?=[^\W\d_])", " ", text)
@@ -110,5 +109,5 @@ def normalise(text: str) -> str:
 
 
 def harmless(options: frozenset[str]) -> frozenset[str]:
-    """The words that may stand around one of several options, given all words of these options."""
+    """The words that may accompany one of several options, given all words of these options."""
     return FRAMING.union(THINGS, *(group for group in (COLOURS, SHAPES) if not group & options))
