@@ -10,12 +10,15 @@ from typing import Any
 
 from keye.errors import CheckpointError
 from rl.agree import gather
-from rl.recipe import RlRecipe
+from rl.recipe import Gspo, RlRecipe
 from stages.distributed.checkpoints import checkpoints, checksum
 from stages.distributed.engine import resolve_precision
 
 FILE = "run.json"
-MAY_CHANGE = ("gspo.steps", "gspo.checkpoint_every", "gspo.decode_batch", "gspo.cache_mb")
+MAY_CHANGE = (
+    "gspo.steps", "gspo.checkpoint_every", "gspo.keep_checkpoints", "gspo.decode_batch_size", "gspo.cache_mb",
+    "trackers",
+)  # fmt: skip
 """Keys that a resumed run may change: the learning rate does not depend on them, nor does what a step computes."""
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """Endings of the files that make a model: weights, configs, tokenizer, chat template and processor."""
@@ -34,14 +37,14 @@ def identity(run: Path, recipe: RlRecipe, digests: dict[str, str]) -> Identity:
 
     Of a large file of the start model only the ends are read, see `stages.distributed.checkpoints.checksum`.
     """
-    told = _flat(dataclasses.asdict(recipe)) | {"gspo.precision": resolve_precision(recipe.gspo.precision)}
+    settings = _flat(dataclasses.asdict(recipe)) | {"gspo.precision": resolve_precision(recipe.gspo.precision)}
     folder = run / recipe.gspo.start / "model"
     start = {
         f"{recipe.gspo.start}/model/{path.relative_to(folder)}": f"{path.stat().st_size} bytes, CRC-32 {checksum(path)}"
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix in READ and not path.name.startswith(".")
     }
-    return Identity(told, digests | start)
+    return Identity(settings, digests | start)
 
 
 def check_ranks(mine: Identity) -> None:
@@ -90,7 +93,7 @@ def _read(out: Path) -> Identity:
     try:
         found = Identity(**json.loads(record.read_text(encoding="utf-8")))
         if isinstance(found.recipe, dict) and isinstance(found.files, dict):
-            return found
+            return Identity(_present(found.recipe), found.files)
         reason = "its recipe or files are no tables"
     except FileNotFoundError:
         reason = "it does not exist"
@@ -101,6 +104,13 @@ def _read(out: Path) -> Identity:
     raise CheckpointError(
         f"{out} holds checkpoints, but {record} does not say what they were trained from ({reason}); {_remedy(out)}"
     )
+
+
+def _present(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recorded recipe with the present names of its keys; keys that it does not have yet are at their defaults."""
+    former = {f"gspo.{f.metadata['former']}": f"gspo.{f.name}" for f in dataclasses.fields(Gspo) if f.metadata}
+    defaults = {"trackers": []} | _flat({"gspo": dataclasses.asdict(Gspo(steps=1, learning_rate=1.0))})
+    return defaults | {former.get(key, key): value for key, value in recipe.items()}
 
 
 def _check(out: Path, run: Path, now: Identity, before: Identity) -> None:

@@ -1,4 +1,4 @@
-"""One step's numbers over all ranks, as they stand in metrics.jsonl."""
+"""The metrics of a GSPO step over all ranks, and its line on the screen."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from rl.heldout import standard_error
+from stages.metrics import duration
 
 
 def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
@@ -56,3 +57,11 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
         "seconds_update": seconds["update"],
         "rejected": ranks[0]["rejected"],
     }
+
+
+def step_summary(values: dict[str, Any]) -> str:
+    """A step's metrics as a line."""
+    return (
+        f"reward {values['reward_mean']:.3f} ± {values['reward_stderr']:.3f}  {values['tokens_per_second']:,.0f} "
+        f"tokens/s  {duration(values['eta_seconds'])} left"
+    )

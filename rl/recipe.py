@@ -8,63 +8,109 @@ from pathlib import Path
 
 from keye.errors import RecipeError
 from rl.gspo import EPSILON_HIGH, EPSILON_LOW
-from stages.typed_toml import build, read
+from stages import typed_toml
+from stages.optimizer import OptimizerConfig
+from stages.recipe_checks import TRACKERS
+from stages.typed_toml import requirement
 
 
-@dataclass(frozen=True)
-class Gspo:
-    """One step: `prompts` questions, `group` answers to each, then `mini_batches` optimizer steps over them.
-
-    start: the run's stage whose model is tuned. manifest: the questions, relative to the run's folder; families: which
-    of them, all when empty. prompts: over all processes. freeze: parts of the model that stay, such as "visual".
-    max_new_tokens bounds an answer; decode_batch: sequences decoded side by side; cache_mb: host memory of each process
-    for encoded questions, which need not be decoded again. learning_rate rises linearly over
-    `warmup` optimizer steps and then stays. checkpoint_every: steps between checkpoints. zero: ZeRO stage, 0 to 2.
-    precision: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16".
-    """
+@dataclass(frozen=True, kw_only=True)
+class Gspo(OptimizerConfig):
+    """One step: `prompts` questions, `group_size` answers to each, then `mini_batches` optimizer steps over them."""
 
     steps: int
-    learning_rate: float
+    """Batches of rollouts, with `mini_batches` optimizer steps each."""
+
+    schedule: str = "constant"
+    """Learning rate over the optimizer steps: "cosine" (to zero) or "constant"."""
+
     start: str = "annealing"
+    """Stage of the run whose model is tuned."""
+
     manifest: str = "world/train.jsonl"
+    """The questions, relative to the run's folder."""
+
     families: tuple[str, ...] = ()
+    """Families of questions, also of the held-out ones; empty = all."""
+
     prompts: int = 32
-    group: int = 8
+    """Questions of a step over all processes."""
+
+    group_size: int = field(default=8, metadata={"former": "group"})
+    """Answers to each question."""
+
     mini_batches: int = 4
+    """Optimizer steps of a step."""
+
     epsilon_low: float = EPSILON_LOW
+    """The importance ratio is clipped below 1 minus this."""
+
     epsilon_high: float = EPSILON_HIGH
+    """The importance ratio is clipped above 1 plus this."""
+
     temperature: float = 1.0
+    """Of sampling and of the log-probabilities that are trained."""
+
     max_new_tokens: int = 32
-    decode_batch: int = 256
+    """Tokens of an answer at most."""
+
+    decode_batch_size: int = field(default=256, metadata={"former": "decode_batch"})
+    """Answers that a process decodes together."""
+
     cache_mb: int = 1024
-    warmup: int = 0
-    betas: tuple[float, ...] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    """Host memory in MB that a process may use for encoded questions, so that each is decoded once."""
+
     freeze: tuple[str, ...] = ()
+    """Parts of the model that do not train, such as "visual"."""
+
     checkpoint_every: int = 50
+    """Steps between checkpoints."""
+
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept."""
+
     zero: int = 2
+    """Stage of DeepSpeed ZeRO: 0, 1 or 2."""
+
     precision: str = "auto"
+    """Numbers: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16"."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The questions asked before and after, `limit` of each family: once greedily, `samples` times at `temperature`."""
+    """The questions that are answered before and after training, once greedily and `samples` times."""
 
     manifest: str = "world/heldout.jsonl"
+    """The questions, relative to the run's folder."""
+
     limit: int = 100
+    """Questions of each family at most."""
+
     samples: int = 4
+    """Sampled answers to each question."""
+
     temperature: float = 1.0
+    """Of the sampled answers."""
 
 
 @dataclass(frozen=True)
 class RlRecipe:
-    """rewards: name → weight in the sum."""
+    """A complete RL run."""
 
     gspo: Gspo
+    """The training."""
+
     heldout: HeldOut = HeldOut()
+    """The evaluation before and after."""
+
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
+    """Reward → its weight in the sum."""
+
     seed: int = 0
+    """Seed of everything that is drawn."""
+
+    trackers: tuple[str, ...] = ()
+    """Trackers "wandb" and "trackio": they get every step, as metrics.jsonl and TensorBoard do."""
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRecipe:
@@ -74,27 +120,22 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRec
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
-    table = read(path, overrides, "rl/recipes")
-    recipe = build(RlRecipe, table, str(path))
+    recipe = typed_toml.load(RlRecipe, path, overrides, "rl/recipes")
     _check(recipe, str(path))
     return recipe
 
 
 def _check(recipe: RlRecipe, file: str) -> None:
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise RecipeError(f"{file}: {message}")
-
-    g, heldout = recipe.gspo, recipe.heldout
-    for key in ("steps", "prompts", "mini_batches", "max_new_tokens", "decode_batch", "checkpoint_every"):
+    need, g, heldout = requirement(file), recipe.gspo, recipe.heldout
+    g.check("gspo", need)
+    counts = ("steps", "prompts", "mini_batches", "max_new_tokens", "decode_batch_size")
+    for key in (*counts, "checkpoint_every", "keep_checkpoints"):
         need(getattr(g, key) >= 1, f"gspo.{key} must be at least 1")
     need(g.cache_mb >= 0, "gspo.cache_mb must be at least 0")
     need(g.start != "gspo", 'gspo.start = "gspo" would tune a model in the folder it is read from; copy it elsewhere')
-    need(g.group >= 2, "gspo.group must be at least 2, because an answer is judged against its siblings")
+    need(g.group_size >= 2, "gspo.group_size must be at least 2: an answer is compared with the others of its group")
     need(g.temperature > 0, "gspo.temperature must be above 0, because equal answers teach nothing")
-    need(g.learning_rate > 0, "gspo.learning_rate must be above 0")
     need(0 < g.epsilon_low < 1 and g.epsilon_high > 0, "gspo.epsilon_low and epsilon_high must be small and above 0")
-    need(len(g.betas) == 2, "gspo.betas must be two numbers")
     need(g.zero in (0, 1, 2), "gspo.zero must be 0, 1 or 2")
     need(g.precision in ("auto", "fp32", "bf16"), 'gspo.precision must be "auto", "fp32" or "bf16"')
     need(
@@ -102,6 +143,7 @@ def _check(recipe: RlRecipe, file: str) -> None:
         f"gspo.prompts = {g.prompts} must be a multiple of gspo.mini_batches = {g.mini_batches}",
     )
     need(all(map(math.isfinite, recipe.rewards.values())), "every weight of [rewards] must be a finite number")
+    need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
     need(heldout.limit >= 1, "heldout.limit must be at least 1")
     need(heldout.samples >= 1 and heldout.temperature > 0, "heldout.samples and temperature must be above 0")
 

@@ -25,17 +25,18 @@ from rl.agree import agree, from_first, gather
 from rl.gspo import group_advantages, gspo_loss
 from rl.heldout import Answered, ask, compare, read_answers, write_answers
 from rl.identity import check_ranks, claim, identity
-from rl.metrics import step_metrics
+from rl.metrics import step_metrics, step_summary
 from rl.policy import Group, Score, score
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
 from rl.recipe import RlRecipe, check_world, places_of
 from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
-from rl.watch import read_metrics, warnings_of
+from rl.watch import warnings_of
 from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from stages.distributed.engine import build, device, resolve_precision
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start, open_start, replace_model
+from stages.metrics import MetricsLogger, open_tracker, read_metrics
 from stages.typed_toml import to_toml
 
 
@@ -80,6 +81,7 @@ class GspoTrainer:
         self.out = self.run / "gspo"
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         agree(lambda: check_world(recipe, self.world))
+        agree(lambda: [open_tracker(name) for name in recipe.trackers])
         self.start = agree(self._open_start)
         self.rejected: dict[str, str] = {}
         prompts = self._claim()
@@ -88,7 +90,7 @@ class GspoTrainer:
         self.model = agree(lambda: self.start.build(dtype, device()))
         self.engine = self._engine()
         self.generator = torch.Generator(self.engine.device)
-        self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch)
+        self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch_size)
         self.reward = agree(lambda: rewards_from(recipe.rewards))
         self.stream = PromptStream(prompts, self.processor, recipe.seed, recipe.gspo.cache_mb << 20)
         self.step = 0
@@ -131,24 +133,18 @@ class GspoTrainer:
 
     def train(self) -> dict[str, Any]:
         """Measure, train (from the last checkpoint, if there is one), measure again; what `eval.json` holds."""
-        from torch.utils.tensorboard import SummaryWriter
-
         g = self.recipe.gspo
         before = self._before()
         self._load()
-        writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step) if self.rank == 0 else None
-        with self._progress() as bar:
-            task = bar.add_task("gspo", total=g.steps, completed=self.step, said="")
+        trackers, config = self.recipe.trackers, asdict(self.recipe)
+        with MetricsLogger(
+            "gspo", g.steps, self.out, self.step, self.rank == 0, step_summary, trackers, config
+        ) as logger:
             while self.step < g.steps:
-                metrics = self.train_step()
-                self._log(metrics, writer, bar)
-                said = f"reward {metrics['reward_mean']:.3f} · {metrics['tokens_per_second']:.0f} tokens/s"
-                bar.update(task, advance=1, said=said)
+                self._log(logger, self.train_step())
                 if self.step % g.checkpoint_every == 0 or self.step == g.steps:
-                    state = self.stream.state_dict()
-                    save_checkpoint(self.engine, self.out / "checkpoints", self.step, state, shared=True)
-        if writer:
-            writer.close()
+                    folder, state = self.out / "checkpoints", self.stream.state_dict()
+                    save_checkpoint(self.engine, folder, self.step, state, g.keep_checkpoints, shared=True)
         after = self._measure("after")
         result = compare(before, after) | {"seed": self.recipe.seed} | self._summary()
         replace_model(self.model, self.model, self.start, self.out / "model", self.processor.save_pretrained)
@@ -197,7 +193,7 @@ class GspoTrainer:
 
     def _answer(self, drawn: list[Taken], parts: list[slice]) -> Experience:
         g = self.recipe.gspo
-        groups = self.rollout.generate([sample for _, sample in drawn], g.group, g.temperature, g.max_new_tokens)
+        groups = self.rollout.generate([sample for _, sample in drawn], g.group_size, g.temperature, g.max_new_tokens)
         earned = [
             [self.reward(Judgement(prompt, t, f)) for t, f in zip(group.texts, group.finished, strict=True)]
             for (prompt, _), group in zip(drawn, groups, strict=True)
@@ -217,7 +213,7 @@ class GspoTrainer:
         new = score(self.engine, [experience.groups[i] for i in places], g.temperature)
         advantages = experience.advantages[places].flatten().to(new.log_probs.device)
         # DeepSpeed averages gradients over the ranks; the loss is a sum over all ranks' sequences.
-        sequences = g.prompts * g.group / g.mini_batches
+        sequences = g.prompts * g.group_size / g.mini_batches
         output = gspo_loss(
             new.log_probs, old.log_probs, new.owner, advantages, sequences / self.world, g.epsilon_low, g.epsilon_high
         )
@@ -260,7 +256,7 @@ class GspoTrainer:
         mine = self.questions[self.rank :: self.world]
         self._seed("heldout", 0)
         with self._progress() as bar:
-            task = bar.add_task(f"held-out reward {name}", total=len(mine) * self.world, said="")
+            task = bar.add_task(f"held-out reward {name}", total=len(mine) * self.world)
             answered, rejected = agree(
                 lambda: ask(
                     self.rollout,
@@ -296,21 +292,11 @@ class GspoTrainer:
             except AttributeError:
                 parts = ", ".join([*(child for child, _ in backbone.named_children()), "lm_head"])
                 raise RecipeError(f"gspo.freeze names {name!r}: the model's parts are {parts}") from None
-        return build(
-            self.model,
-            lr=g.learning_rate,
-            steps=g.steps * g.mini_batches,
-            warmup=g.warmup,
-            weight_decay=g.weight_decay,
-            betas=g.betas,
-            clip=g.clip,
-            zero=g.zero,
-            precision=g.precision,
-            sources=self.start.sources(self.model),
-        )
+        sources = self.start.sources(self.model)
+        return build(self.model, g, g.steps * g.mini_batches, zero=g.zero, precision=g.precision, sources=sources)
 
     def _load(self) -> None:
-        """Go on from the last whole checkpoint, and cut the metrics back to it."""
+        """Continue from the newest complete checkpoint, if there is one."""
         found = load_checkpoint(self.engine, self.out / "checkpoints")
         if found is not None:
             self.step, state = found
@@ -320,12 +306,6 @@ class GspoTrainer:
                 f"{self.out} was trained for {self.step} steps already, but gspo.steps = {self.recipe.gspo.steps}; "
                 f"give at least as many, remove {self.out} to train again, or use another --run"
             )
-        first_rank(self._cut_metrics, OSError)
-
-    def _cut_metrics(self) -> None:
-        log = self.out / "metrics.jsonl"
-        if log.is_file():
-            self._write(log, "\n".join(json.dumps(row) for row in read_metrics(log, self.step)))
 
     def _summary(self) -> dict[str, Any]:
         """What went wrong in the whole run: the prompts and lines left out, and steps without any advantage."""
@@ -339,28 +319,22 @@ class GspoTrainer:
 
     # --- what is seen -----------------------------------------------------------------------------------------------
 
-    def _log(self, metrics: dict[str, Any], writer: Any, bar: Progress) -> None:
-        if self.rank:
-            return
-        said = warnings_of(metrics, self.recipe.gspo.max_new_tokens)
-        for kind in said.keys() - self.warned:  # said once while it lasts
-            bar.console.print(f"step {self.step}: {said[kind]}", markup=False, highlight=False, soft_wrap=True)
-        self.warned = set(said)
-        log = self.out / "metrics.jsonl"
-        with writing(log, "the metrics", CheckpointError), log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics | ({"warnings": list(said.values())} if said else {})) + "\n")
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(f"gspo/{name}", value, self.step)
+    def _log(self, logger: MetricsLogger, metrics: dict[str, Any]) -> None:
+        found = warnings_of(metrics, self.recipe.gspo.max_new_tokens)
+        with writing(logger.file, "the metrics", CheckpointError):
+            logger.log(metrics | ({"warnings": list(found.values())} if found else {}))
+        for kind, text in found.items():
+            if kind not in self.warned:  # printed once while it lasts
+                logger.note(text)
+        self.warned = set(found)
 
     @staticmethod
     def _write(path: Path, text: str) -> None:
         part = path.with_name(path.name + ".part")
         with writing(path, kind=CheckpointError):
-            part.write_text(text + "\n" if text else "", encoding="utf-8")
+            part.write_text(text + "\n", encoding="utf-8")
             part.replace(path)
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        rest = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
-        return Progress(*columns, *rest, disable=self.rank > 0)
+        return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), disable=self.rank > 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 
@@ -24,19 +22,6 @@ def warnings_of(metrics: dict[str, Any], max_new_tokens: int) -> dict[str, str]:
         said["constant"] = (
             f"all answers to each question earned the same (mean reward {metrics['reward_mean']:.3f}), so every "
             "advantage is zero and the step teaches nothing; take questions that are neither too hard nor too easy, or "
-            "raise gspo.group or gspo.temperature"
+            "raise gspo.group_size or gspo.temperature"
         )
     return said
-
-
-def read_metrics(path: Path, until: int) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` up to step `until`; lines that a killed process left unfinished are passed over."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= until:
-            rows.append(row)
-    return rows

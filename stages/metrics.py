@@ -1,4 +1,4 @@
-"""What can be seen of a run while it goes on: its speed beside the device's, its progress, and who else is told.
+"""What is logged of a run while it trains: metrics, progress, and its speed as a share of the device's (MFU).
 
 MFU is the share of the device's peak that the step's own operations make up (`keye.model.flops`; what is recomputed
 does not count). A GPU's peak is its maker's (`stages.cost.gpus`); of a GPU that is not in that table, and of a CPU, the
@@ -26,9 +26,8 @@ from stages.cost.gpus import GPUS
 from stages.data.packing.balance import rank_operations
 from stages.distributed.engine import device, resolve_precision
 from stages.distributed.parallel import ParallelDims, sum_over_ranks, vision_shares
-from stages.report.findings import thinned
 
-RECENT = 50  # steps that the time left is reckoned from
+RECENT = 50  # steps that the remaining time is estimated from
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def find_peak(precision: str) -> Peak:
     kind = resolve_precision(precision)
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name().lower()
-        # The dearer name first: "h200" before "h20".
+        # The longer name first: "h200" before "h20".
         known = [gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] in name]
         if known and kind == "bf16":
             mine, source = known[0].peak, f"the maker's figure for {torch.cuda.get_device_name()} in bf16"
@@ -109,7 +108,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def open_tracker(name: str) -> ModuleType:
-    """The module of "wandb" or "trackio", which speak alike.
+    """The module of "wandb" or "trackio", which have the same functions.
 
     Raises:
         RecipeError: it is not installed.
@@ -118,26 +117,31 @@ def open_tracker(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise RecipeError(
-            f"trackers names {name}, which is not installed here ({error}); pip install {name}, or take it out"
+            f"trackers names {name}, which is not installed here ({error}); pip install {name}, or remove it"
         ) from None
 
 
 class MetricsLogger:
-    """Writes what the first rank sees of one stage: metrics.jsonl, TensorBoard, trackers, and the progress on screen.
+    """Writes the metrics of one stage of training: metrics.jsonl, TensorBoard, trackers, and the progress on screen.
 
-    Every other rank has one that does nothing. Used as a context.
+    Only the first rank's writes; those of other ranks compute `eta_seconds` and do nothing else. Used as a context.
 
     Args:
-        name: of the stage. steps: that it has. folder: `runs/<name>/<stage>`. step: from which it goes on.
-        trackers: "wandb", "trackio". told: the recipe as plain values, for the trackers.
+        name: of the stage. steps: that it has. folder: `runs/<name>/<stage>`. step: the last one that is done.
+        main: whether this is the first rank. summary: a step's values → a line for the screen.
+        trackers: "wandb", "trackio". config: the recipe as plain values, for the trackers.
+
+    Raises:
+        OSError: metrics.jsonl cannot be written; on the first rank only.
     """
 
     def __init__(
-        self, name: str, steps: int, folder: Path, step: int, main: bool, trackers: tuple[str, ...] = (),
-        told: dict[str, Any] | None = None,
+        self, name: str, steps: int, folder: Path, step: int, main: bool, summary: Callable[[dict[str, Any]], str],
+        trackers: tuple[str, ...] = (), config: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.name, self.steps, self.folder, self.step, self.main = name, steps, folder, step, main
-        self.wanted, self.told = trackers, told or {}
+        self.summary, self.tracker_names, self.config = summary, trackers, config or {}
+        self.file = folder / "metrics.jsonl"
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.live = main and sys.stdout.isatty()
         self.closing: list[Callable[[], Any]] = []
@@ -148,20 +152,28 @@ class MetricsLogger:
         if self.main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _cut(self.folder / "metrics.jsonl", self.step)
+            self._cut()
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
             self.closing.append(self.board.close)
-            self.trackers = [self._begin(open_tracker(name)) for name in self.wanted]
+            self.trackers = [self._start(open_tracker(name)) for name in self.tracker_names]
         self.bar.start()
         self.task = self.bar.add_task(self.name, total=self.steps, completed=self.step, state="")
         return self
 
-    def _begin(self, tracker: ModuleType) -> Any:
-        """One run of the tracker a stage, grouped by the run's folder; it goes on where it stopped."""
+    def _cut(self) -> None:
+        """Drop the lines of later steps, which a resumed run takes again, and a line that was not finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.file.exists():
+            part = self.file.with_name(self.file.name + ".part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(self.file, self.step)))
+            part.replace(self.file)
+
+    def _start(self, tracker: ModuleType) -> Any:
+        """One run of the tracker a stage, grouped by the run's folder; a resumed stage continues it."""
         run = f"{self.folder.parent.name}-{self.name}"
         more = {"dir": str(self.folder), "id": run} if tracker.__name__ == "wandb" else {}
-        tracker.init(project="keye", name=run, group=self.folder.parent.name, config=self.told, resume="allow", **more)
+        group = self.folder.parent.name
+        tracker.init(project="keye", name=run, group=group, config=self.config, resume="allow", **more)
         self.closing.append(tracker.finish)
         return tracker
 
@@ -172,33 +184,48 @@ class MetricsLogger:
         for close in self.closing:
             close()
 
-    def tell(self, values: dict[str, Any]) -> None:
-        """One step's values, which come to have `eta_seconds` too."""
+    def log(self, values: dict[str, Any]) -> None:
+        """Write one step's values, `step` and `seconds` among them; `eta_seconds` is added to them."""
         self.step = values["step"]
         self.recent.append(values["seconds"])
         values["eta_seconds"] = sum(self.recent) / len(self.recent) * (self.steps - self.step)
         if not self.main:
             return
-        with (self.folder / "metrics.jsonl").open("a") as out:
+        with self.file.open("a") as out:
             out.write(json.dumps(values) + "\n")
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
             self.board.add_scalar(name, value, self.step)
         for tracker in self.trackers:
             tracker.log(numbers, step=self.step)
-        state = said(values)
+        state = self.summary(values)
         self.bar.update(self.task, completed=self.step, state=state)
         every = max(1, self.steps // 10)
         if not self.live and (self.step % every == 0 or self.step == 1):
             print(f"{self.name} {self.step}/{self.steps}  {state}", flush=True)
-        if self.step == self.steps and (text := thinned(self.folder / "metrics.jsonl")):
-            self.bar.console.print(f"{self.name}: {text}")
-        if values["skipped"]:
-            self.bar.console.print(f"{self.name} {self.step}/{self.steps}  step skipped: {values['skipped']}")
+
+    def note(self, text: str) -> None:
+        """Print a sentence about the present step; an empty one is not printed."""
+        if self.main and text:
+            line = f"{self.name} {self.step}/{self.steps}  {text}"
+            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def said(values: dict[str, Any]) -> str:
-    """A step's values as a line."""
+def read_metrics(path: Path, until: int) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl up to step `until`; lines that a killed process left unfinished are skipped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= until:
+            rows.append(row)
+    return rows
+
+
+def step_summary(values: dict[str, Any]) -> str:
+    """A pre-training step's values as a line."""
     smaller = f"{values['thinned']:,} thinned  " if values.get("thinned") else ""
     held = f"held-out {values['heldout_loss']:.3f}  " if "heldout_loss" in values else ""
     return (
@@ -217,16 +244,3 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours = minutes // 60
     return f"{hours} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
-
-
-def _cut(metrics: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which a resumed run takes again, and one that was cut off."""
-    if metrics.exists():
-        lines = []
-        for line in metrics.read_text().splitlines():
-            try:
-                kept = json.loads(line)["step"] <= step
-            except ValueError:
-                kept = False
-            lines += [line + "\n"] if kept else []
-        metrics.write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""Recipes: the whole of what a pre-training run is told, as frozen dataclasses, read from TOML and checked.
+"""Recipes: all settings of a pre-training run as frozen dataclasses, read from TOML and checked.
 
 A recipe has the tables `model`, `processor`, `data` and one table a stage; `--set annealing.steps=20` overrides a key
 from the command line.
@@ -7,11 +7,33 @@ from the command line.
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+from keye.encoder_config import EncoderConfig
 from keye.errors import RecipeError
+from stages import typed_toml
+from stages.optimizer import OptimizerConfig
 from stages.recipe_checks import STAGES, check
-from stages.typed_toml import build, read
+
+EncoderSettings = Annotated[dict[str, Any], EncoderConfig]
+
+
+class ImageLimits(TypedDict, total=False):
+    """Tokens of a still, at least and at most."""
+
+    min_tokens: int
+    max_tokens: int
+
+
+class WorldSettings(TypedDict, total=False):
+    """Arguments of `keye.world.generate` that are not keys of `WorldRecipe`."""
+
+    size: tuple[int, ...]
+    duration: float
+    difficulty: float | dict[str, float]
+    fps: int
+    workers: int
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -35,10 +57,10 @@ class ModelRecipe:
 class ProcessorRecipe:
     """How clips and stills become tokens."""
 
-    encoder: dict[str, Any] = field(default_factory=dict)
+    encoder: EncoderSettings = field(default_factory=dict)
     """Settings of the video encoder: the fields of `keye.encoder_config.EncoderConfig`."""
 
-    image: dict[str, Any] = field(default_factory=dict)
+    image: ImageLimits = field(default_factory=dict)
     """Limits of a still: min_tokens and max_tokens."""
 
 
@@ -97,7 +119,7 @@ class WorldRecipe:
     seed: int = 0
     """Seed of the world."""
 
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: WorldSettings = field(default_factory=dict)
     """Further arguments of `keye.world.generate`."""
 
 
@@ -120,10 +142,10 @@ class DataRecipe:
     max_bad_fraction: float = 0.5
     """A source ends the run when more of its last 1,000 samples cannot be used."""
 
-    not_like: tuple[str, ...] = ()
+    decontaminate_against: tuple[str, ...] = field(default=(), metadata={"former": "not_like"})
     """Manifests of evaluations; samples that show one of their pictures are skipped."""
 
-    not_like_bits: int = 6
+    decontaminate_bits: int = field(default=6, metadata={"former": "not_like_bits"})
     """Largest distance between such pictures, in bits of a perceptual hash of 64."""
 
     heldout: tuple[SourceRecipe, ...] = ()
@@ -134,45 +156,24 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
-class StageRecipe:
-    """What every stage is told."""
+class StageRecipe(OptimizerConfig):
+    """What every stage has, in addition to its optimizer's settings."""
 
     steps: int
     """Optimizer steps."""
 
-    lr: float
-    """Highest learning rate."""
-
     context: int = 1024
     """Tokens of a pack."""
 
-    packs: int = 2
-    """Packs of a step over all ranks: the global batch."""
+    global_batch_size: int = field(default=2, metadata={"former": "packs"})
+    """Packs of a step over all ranks."""
 
-    alike: int = 0
+    balanced_packs: int = field(default=0, metadata={"former": "alike"})
     """Packs of a step that are made to cost the same, best as many as data-parallel ranks or more; 0 = a quarter of
     the step."""
 
-    schedule: str = "cosine"
-    """Learning rate over the steps: "cosine" (to zero) or "constant"."""
-
-    warmup: int = 0
-    """Steps of linear rise of the learning rate."""
-
-    weight_decay: float = 0.0
-    """Of matrices; vectors have none."""
-
-    betas: tuple[float, ...] = (0.9, 0.95)
-    """Of AdamW."""
-
-    clip: float = 1.0
-    """Largest norm of the whole gradient; 0 = no clipping."""
-
     zero: int = 2
     """Stage of DeepSpeed ZeRO: 0, 1, 2 or 3."""
-
-    lr_scale: dict[str, float] = field(default_factory=dict)
-    """Part of the model ("vision", "projector" or "decoder") → factor on its learning rate."""
 
     hpz: int = 1
     """With zero = 3: ranks of a node that keep a second copy of the weights among them, so that the backward pass
@@ -184,7 +185,7 @@ class StageRecipe:
     mixture: dict[str, float] = field(default_factory=dict)
     """Kind → share of the tokens."""
 
-    encoder: dict[str, Any] = field(default_factory=dict)
+    encoder: EncoderSettings = field(default_factory=dict)
     """Overrides of `processor.encoder`."""
 
     checkpointing: bool = False
@@ -199,10 +200,10 @@ class StageRecipe:
     compile: bool = False
     """`torch.compile` the layers of decoder and tower."""
 
-    save_every: int = 200
+    checkpoint_every: int = field(default=200, metadata={"former": "save_every"})
     """Steps between checkpoints."""
 
-    keep: int = 2
+    keep_checkpoints: int = field(default=2, metadata={"former": "keep"})
     """Checkpoints that are kept until the stage is finished."""
 
     keep_finished: bool = False
@@ -234,7 +235,7 @@ class VisionRecipe(StageRecipe):
     """Stage 0 besides: pairs of a picture or clip and its caption (SigLIP's loss).
 
     It trains at native resolution: `processor.image` alone bounds stills, and the encoder's budget bounds clips.
-    `context`, `packs` and `alike` are of the language stages and not read.
+    `context`, `global_batch_size` and `balanced_packs` are for the language stages and not read.
     """
 
     pairs: int = 32
@@ -290,9 +291,9 @@ class AnnealingRecipe(StageRecipe):
     rope_scale: float = 8.0
     """Factor on the base of RoPE (report: 1e6 → 8e6)."""
 
-    through: dict[str, int] = field(default_factory=dict)
-    """Context schedule: context → steps of the phases before the full context, as in `through = { 32768 = 2000 }`;
-    each is a phase `annealing-32768`, see `Recipe.chain`."""
+    context_schedule: dict[str, int] = field(default_factory=dict, metadata={"former": "through"})
+    """Context → steps of the phases before the full context, as in `context_schedule = { 32768 = 2000 }`; each is a
+    phase `annealing-32768`, see `Recipe.chain`."""
 
 
 @dataclass(frozen=True)
@@ -343,14 +344,14 @@ class Recipe:
 
     @property
     def chain(self) -> dict[str, StageRecipe]:
-        """What is trained one after the other from `start` on, each from the last: phase → what it is told.
+        """What is trained one after the other from `start` on, each from the model of the one before: phase → recipe.
 
-        A phase is a stage, or one of the contexts that the annealing goes `through`, shortest first.
+        A phase is a stage, or one of the contexts of the annealing's `context_schedule`, shortest first.
         """
         chain = {}
         for name in self.stages[self.stages.index(self.start) if self.start else 0 :]:
-            told = getattr(self, name)
-            chain |= _phases(told) if isinstance(told, AnnealingRecipe) else {name: told}
+            stage = getattr(self, name)
+            chain |= _phases(stage) if isinstance(stage, AnnealingRecipe) else {name: stage}
         return chain
 
 
@@ -359,28 +360,29 @@ def stage_of(phase: str) -> str:
     return phase.partition("-")[0]
 
 
-def _phases(told: AnnealingRecipe) -> dict[str, StageRecipe]:
+def _phases(annealing: AnnealingRecipe) -> dict[str, StageRecipe]:
     """The annealing's phases: the RoPE base is raised once, before the first, and the rate falls only in the last.
 
-    A shorter context has as many more packs a step, so that the tokens of a step and with them the learning rate stay;
-    it is cut among as many fewer ranks, so that each holds about as many tokens.
+    A shorter context has more packs a step, so that the tokens of a step, and with them the learning rate, stay the
+    same; each pack is divided among fewer ranks, so that each rank has about as many tokens.
     """
     phases: dict[str, StageRecipe] = {}
-    for context in sorted(map(int, told.through)):
-        divisors = [n for n in range(1, told.sequence_parallel + 1) if told.sequence_parallel % n == 0]
+    full, ranks = annealing.context, annealing.sequence_parallel
+    for context in sorted(map(int, annealing.context_schedule)):
+        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
         phases[f"annealing-{context}"] = dataclasses.replace(
-            told,
-            steps=told.through[str(context)],
+            annealing,
+            steps=annealing.context_schedule[str(context)],
             context=context,
-            packs=told.packs * told.context // context,
-            alike=told.alike * told.context // context,
-            sequence_parallel=next(n for n in divisors if n * told.context >= told.sequence_parallel * context),
+            global_batch_size=annealing.global_batch_size * full // context,
+            balanced_packs=annealing.balanced_packs * full // context,
+            sequence_parallel=next(n for n in divisors if n * full >= ranks * context),
             schedule="constant",
-            rope_scale=1.0 if phases else told.rope_scale,
-            through={},
+            rope_scale=1.0 if phases else annealing.rope_scale,
+            context_schedule={},
         )
-    last = dataclasses.replace(told, through={}, rope_scale=1.0 if phases else told.rope_scale)
-    return {**phases, "annealing": last}
+    rope_scale = 1.0 if phases else annealing.rope_scale
+    return {**phases, "annealing": dataclasses.replace(annealing, context_schedule={}, rope_scale=rope_scale)}
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -390,15 +392,15 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
-    table = read(path, overrides, "stages/recipes")
-    recipe = build(Recipe, table, str(path))
+    recipe = typed_toml.load(Recipe, path, overrides, "stages/recipes")
     check(recipe, str(path))
     located = {
         key: tuple(dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in sources)
         for key, sources in (("sources", recipe.data.sources), ("heldout", recipe.data.heldout))
     }
-    others = tuple(_located(other, path.parent) for other in recipe.data.not_like)
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, not_like=others, **located))
+    others = tuple(_located(other, path.parent) for other in recipe.data.decontaminate_against)
+    data = dataclasses.replace(recipe.data, decontaminate_against=others, **located)
+    return dataclasses.replace(recipe, data=data)
 
 
 def _located(path: str, base: Path, kind: str = "") -> str:

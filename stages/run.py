@@ -43,13 +43,15 @@ from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
 from stages.report import page as report
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
-from stages.typed_toml import to_toml
+from stages.typed_toml import current_names, to_toml
 from stages.vision import Vision
 
 KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
 # Keys of a stage that do not change what is trained.
-AROUND = ("save_every", "keep", "keep_finished", "async_checkpoints", "heldout_every", "heldout_steps")
+AROUND = (
+    "checkpoint_every", "keep_checkpoints", "keep_finished", "async_checkpoints", "heldout_every", "heldout_steps",
+)  # fmt: skip
 START = "start"  # folder of the model that a run draws for itself
 WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 
@@ -92,12 +94,9 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
             continue
         if "{run}" not in source.path and "://" not in source.path and source.format != "hub":
             files_of(format_of(source, source.path), source.path)
-    for path in recipe.data.not_like:
+    for path in recipe.data.decontaminate_against:
         if "{run}" not in path and "://" not in path and not Path(path).exists():
-            raise RecipeError(f"{path}: no such manifest; check the path, or correct data.not_like in the recipe")
-    unknown = set(recipe.processor.image) - {"min_tokens", "max_tokens"}
-    if unknown:
-        raise RecipeError(f"processor.image: unknown key {min(unknown)}; it takes min_tokens and max_tokens")
+            raise RecipeError(f"{path}: no such manifest; correct the path in data.decontaminate_against")
     for tracker in recipe.trackers:
         open_tracker(tracker)
     earlier = before(recipe, next(name for name in recipe.chain if wanted(name, only))) if only is not None else []
@@ -138,14 +137,15 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
     for name, phase in recipe.chain.items():
         if wanted(name, only) and (run / name / DONE).exists():
             done = json.loads((run / name / DONE).read_text())
-            trained, told = done.get("recipe"), stage_table(phase)
-            # What a recipe did not have yet when the stage was trained was left to its default.
-            trained = stage_table(type(phase)(steps=1, lr=1.0)) | (told if trained is None else trained)
-            changed = [key for key in told if key not in AROUND and trained[key] != told[key]]
+            wanted_now = stage_table(phase)
+            trained = current_names(type(phase), done.get("recipe") or wanted_now)
+            # A key that recipes did not have when the stage was trained had its default.
+            trained = stage_table(type(phase)(steps=1, learning_rate=1.0)) | trained
+            changed = [key for key in wanted_now if key not in AROUND and trained[key] != wanted_now[key]]
             if changed:
                 raise CheckpointError(
                     f"{name} was finished with {changed[0]} = {trained[changed[0]]!r}, but the recipe says "
-                    f"{told[changed[0]]!r}; remove {run / name} to train it again, or take another --run"
+                    f"{wanted_now[changed[0]]!r}; remove {run / name} to train it again, or take another --run"
                 )
             earlier = before(recipe, name)[-1:]
             if earlier and done.get("start") is None and not (run / earlier[0] / DONE).exists():
@@ -164,7 +164,7 @@ def batches_of(name: str, told: StageRecipe, grid: ParallelDims) -> int:
     """Batches of a step on each rank; RecipeError where they do not divide."""
     if isinstance(told, VisionRecipe):
         return told.micro_batches(grid.data_size)
-    return micro_batches(name, told.packs, grid)
+    return micro_batches(name, told.global_batch_size, grid)
 
 
 def before(recipe: Recipe, name: str) -> list[str]:
@@ -339,12 +339,9 @@ def prepare_world(recipe: Recipe, run: Path) -> None:
         )
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(told) + "\n")
-    settings = dict(world.settings)
-    if "size" in settings:
-        settings["size"] = tuple(settings["size"])
     for split, counts in (("train", world.counts), ("heldout", world.heldout)):
         if counts and not (run / "world" / f"{split}.jsonl").exists():
-            generate(run / "world", split, counts=counts, seed=world.seed, **settings)
+            generate(run / "world", split, counts=counts, seed=world.seed, **world.settings)
 
 
 def prepare_tokenizer(recipe: Recipe, run: Path) -> None:

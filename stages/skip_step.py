@@ -62,10 +62,10 @@ class StepGuard:
         self.bad = self.bad + 1 if self.not_finite else 0
         self.spikes = self.spikes + 1 if self.reason else 0
         if self.bad > MAX_HELD:
-            raise KeyeError(f"{self.name}: the loss was not finite {self.bad} times in a row; lower its lr")
+            raise KeyeError(f"{self.name}: the loss was not finite {self.bad} times in a row; lower its learning_rate")
         if self.spikes > MAX_HELD:
             raise KeyeError(
-                f"{self.name}: {self.spikes} steps in a row were spikes ({self.reason}); lower its lr, "
+                f"{self.name}: {self.spikes} steps in a row were spikes ({self.reason}); lower its learning_rate, "
                 "or raise its spike_loss and spike_norm"
             )
         if not self.not_finite and not self.reason:

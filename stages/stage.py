@@ -71,10 +71,11 @@ class LanguageStage:
 
         trains = [any(p.requires_grad for p in part.parameters()) for part in (model.visual, model.language_model)]
         cost = Cost(model.config, *trains)
-        told = self.recipe
-        planner = Planner(mixture, BalancedPacker(told.context, told.packs, cost.per_token, told.alike))
+        stage = self.recipe
+        packer = BalancedPacker(stage.context, stage.global_batch_size, cost.per_token, stage.balanced_packs)
+        planner = Planner(mixture, packer)
         # A step's batches are asked for at once, to count their labels; all of them are made while the last one trains.
-        ahead = max(2, self.recipe.packs // grid.data_size)
+        ahead = max(2, stage.global_batch_size // grid.data_size)
         return Loader(BatchStream(planner, cost, deal_rounds, assemble, grid, workers), grid, ahead)
 
     def weight(self, batch: dict[str, Any], grid: ParallelDims) -> float:
@@ -117,7 +118,7 @@ def open_mixture(
 ) -> Mixture:  # fmt: skip
     """The stage's sources with their token shares, the same on every rank; those that are held out, if asked for."""
     stage = recipe.chain[name]
-    guard = open_decontamination(recipe.data.not_like, recipe.data.not_like_bits, processor, run)
+    guard = open_decontamination(recipe.data.decontaminate_against, recipe.data.decontaminate_bits, processor, run)
     fraction = recipe.data.heldout_fraction
     sources = []
     for source, share in choose_sources(name, recipe, heldout):

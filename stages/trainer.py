@@ -19,9 +19,10 @@ from stages.data.thinned import COUNTS
 from stages.distributed import engine as deep
 from stages.distributed.checkpoints import Begun, begin_checkpoint, load_checkpoint
 from stages.distributed.parallel import ParallelDims, sum_over_ranks
-from stages.metrics import MetricsLogger, find_peak, operations, own_operations
+from stages.metrics import MetricsLogger, find_peak, operations, own_operations, step_summary
 from stages.recipe import StageRecipe
 from stages.recipe_checks import KINDS
+from stages.report.findings import thinned
 from stages.skip_step import StepGuard
 from stages.stage import Stage
 
@@ -35,14 +36,15 @@ class Trainer:
 
     Args:
         stage, module: what is trained and its loss. recipe: the stage's. folder: `runs/<name>/<stage>`.
-        micro_batches: batches a step on this rank. precision: "auto", "fp32" or "bf16". trackers: told every step.
-        told: the whole recipe as plain values, for the trackers. sources: where the exact start of parameters is on
-            disk (`engine.build`). heldout: batches, a list for each step, that nothing trains on.
+        micro_batches: batches a step on this rank. precision: "auto", "fp32" or "bf16". trackers: get every step's
+            metrics. config: the complete recipe as plain values, for the trackers.
+        sources: where the exact start of parameters is on disk (`engine.build`). heldout: batches, a list for each
+            step, that nothing trains on.
     """
 
     def __init__(
         self, stage: Stage, module: nn.Module, loader: Loader, grid: ParallelDims, recipe: StageRecipe, folder: Path,
-        micro_batches: int, precision: str, trackers: tuple[str, ...] = (), told: dict[str, Any] | None = None,
+        micro_batches: int, precision: str, trackers: tuple[str, ...] = (), config: dict[str, Any] | None = None,
         sources: Mapping[nn.Parameter, Stored] | None = None, heldout: Sequence[list[dict[str, Any]]] = (),
     ) -> None:  # fmt: skip
         self.stage, self.module, self.loader, self.grid, self.recipe = stage, module, loader, grid, recipe
@@ -51,10 +53,8 @@ class Trainer:
         self.agreed: set[str] = set()  # of any rank, the same on all; "written": of all ranks
         self.begun: Begun | None = None  # a checkpoint that is being written in the background
         self.engine = deep.build(
-            module, lr=recipe.lr, steps=recipe.steps, warmup=recipe.warmup, schedule=recipe.schedule,
-            weight_decay=recipe.weight_decay, betas=recipe.betas, clip=recipe.clip, zero=recipe.zero,
-            accumulation=micro_batches, precision=precision, sources=sources, lr_scale=recipe.lr_scale,
-            hpz=recipe.hpz,
+            module, recipe, recipe.steps, zero=recipe.zero, accumulation=micro_batches, precision=precision,
+            sources=sources, hpz=recipe.hpz,
         )  # fmt: skip
         if recipe.async_checkpoints:
             from stages.distributed.background import write_in_background
@@ -70,7 +70,9 @@ class Trainer:
             self.guard.load_state_dict(state["guard"])
             if state["loader"]:
                 loader.load_state_dict(state["loader"])
-        self.metrics_logger = MetricsLogger(stage.name, recipe.steps, folder, self.step, grid.rank == 0, trackers, told)
+        self.metrics_logger = MetricsLogger(
+            stage.name, recipe.steps, folder, self.step, grid.rank == 0, step_summary, trackers, config
+        )
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step: draw, count over all ranks, forward and backward each batch, step."""
@@ -196,16 +198,24 @@ class Trainer:
             values, every = self.train_step(), self.recipe.heldout_every
             if every and (self.step % every == 0 or self.step == self.recipe.steps):
                 values["heldout_loss"] = self.heldout_loss()
-            self.metrics_logger.tell(values)
+            self._log(values)
             if "written" in self.agreed:
                 self.finish_saving()
-            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps or self.agreed & {*ASKED}:
+            last = self.step == self.recipe.steps
+            if self.step % self.recipe.checkpoint_every == 0 or last or self.agreed & {*ASKED}:
                 self.save()
-            if self.step == self.recipe.steps or "stop" in self.agreed:
+            if last or "stop" in self.agreed:
                 self.finish_saving()
             if "stop" in self.agreed and self.step < self.recipe.steps:
                 raise KeyeError(f"{self.stage.name}: stopped at step {self.step}; the same command goes on from it")
             self.asked -= self.agreed
+
+    def _log(self, values: dict[str, Any]) -> None:
+        self.metrics_logger.log(values)
+        if values["skipped"]:
+            self.metrics_logger.note(f"step skipped: {values['skipped']}")
+        if self.step == self.recipe.steps and self.grid.rank == 0:
+            self.metrics_logger.note(thinned(self.folder / "metrics.jsonl"))
 
     def save(self) -> None:
         """A checkpoint of the engine, the loader, the guard and the RNG, whole when this returns; collective.
@@ -215,7 +225,7 @@ class Trainer:
         """
         self.finish_saving()
         state = {"loader": self.loader.state_dict(), "guard": self.guard.state_dict()}
-        keep = self.recipe.keep
+        keep = self.recipe.keep_checkpoints
         self.begun = begin_checkpoint(self.engine, self.folder / "checkpoints", self.step, state, keep, shared=True)
         if not self.recipe.async_checkpoints:
             self.finish_saving()

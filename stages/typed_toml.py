@@ -1,26 +1,37 @@
-"""TOML ↔ frozen dataclasses: tables that are typed and whose every key is checked, and their way back.
+"""TOML ↔ frozen dataclasses: every key and type is checked, former names of keys are accepted, and the way back.
 
-A key that is not known is an error that names the nearest known one. Recipes of the stages and of RL are read by it.
+A field's metadata may give its `former` name: a file or an override that uses it is read with a FutureWarning. A field
+of type `Annotated[dict[str, Any], Config]` holds some fields of the dataclass `Config`, one of a TypedDict some of its
+keys; both are checked like dataclasses.
 """
 
 import dataclasses
 import difflib
 import json
+import os
 import re
 import tomllib
 import types
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from keye.errors import RecipeError
 
+Config = TypeVar("Config")
+Need = Callable[[bool, str], None]
 
-def read(path: Path, overrides: list[str] | tuple[str, ...], ready_made: str) -> dict[str, Any]:
-    """The overridden table of a TOML file, unchecked; `ready_made` is where an error says that recipes can be found.
+
+def load(cls: type[Config], path: Path, overrides: list[str] | tuple[str, ...], ready_made: str) -> Config:
+    """Read a TOML file, apply the overrides and build the frozen dataclass `cls`.
+
+    Args:
+        overrides: "table.key=value" each. ready_made: folder of the shipped recipes, for the error message.
 
     Raises:
-        RecipeError: no such file, not TOML, or an override that is not KEY=VALUE.
+        RecipeError: no such file, not TOML, an unknown key, a wrong type, or an override that is not KEY=VALUE.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -29,32 +40,84 @@ def read(path: Path, overrides: list[str] | tuple[str, ...], ready_made: str) ->
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not TOML ({error}); mend that line") from None
+        raise RecipeError(f"{path}: not TOML ({error}); correct that line") from None
+    table = current_names(cls, table, str(path))
     for text in overrides:
-        override(table, text)
-    return table
+        _override(cls, table, text)
+    return build(cls, table, str(path))
 
 
-def build(cls: type, table: Any, file: str, prefix: str = "") -> Any:
+def requirement(file: str) -> Need:
+    """A function that raises a RecipeError with its message, after the file's name, unless its condition holds."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise RecipeError(f"{file}: {message}")
+
+    return need
+
+
+def current_names(cls: type, table: Mapping[str, Any], file: str = "", prefix: str = "") -> dict[str, Any]:
+    """A table with former names of keys replaced by the present ones, in nested tables as well.
+
+    Args:
+        file: what a FutureWarning names; without it there is no warning.
+
+    Raises:
+        RecipeError: a key is given by both names.
+    """
+    hints = get_type_hints(cls)
+    former = {f.metadata["former"]: f.name for f in dataclasses.fields(cls) if "former" in f.metadata}
+    renamed: dict[str, Any] = {}
+    for key, value in table.items():
+        name = former.get(key, key)
+        if name != key:
+            if name in table:
+                raise RecipeError(f"{file}: {prefix}{key} is the former name of {prefix}{name}; give only the latter")
+            if file and os.environ.get("RANK", "0") == "0":
+                text = f"{file}: the key {prefix}{key} is now called {prefix}{name}; rename it"
+                warnings.warn(text, FutureWarning, stacklevel=2)
+        inner = next((c for c in (hints.get(name), *get_args(hints.get(name))) if dataclasses.is_dataclass(c)), None)
+        if inner is not None and isinstance(value, dict):
+            value = current_names(inner, value, file, f"{prefix}{name}.")
+        elif inner is not None and isinstance(value, list):
+            value = [
+                current_names(inner, item, file, f"{prefix}{name}[{i}].") if isinstance(item, dict) else item
+                for i, item in enumerate(value)
+            ]
+        renamed[name] = value
+    return renamed
+
+
+def build(cls: type[Config], table: Any, file: str, prefix: str = "") -> Config:
     """A table → the frozen dataclass `cls`, typed; `file` and `prefix` name the place in errors."""
+    typed = _typed_fields(cls, table, file, prefix)
+    for spec in dataclasses.fields(cls):
+        if spec.name not in typed and spec.default is MISSING and spec.default_factory is MISSING:
+            raise RecipeError(f"{file}: {prefix}{spec.name} is missing; write it into the recipe")
+    return cls(**typed)
+
+
+def _typed_fields(cls: type, table: Any, file: str, prefix: str) -> dict[str, Any]:
+    """The values of a table that holds some fields of `cls` (a dataclass or TypedDict), each of its field's type."""
     if not isinstance(table, dict):
         raise RecipeError(f"{file}: {prefix.rstrip('.')} is not a table; write [{prefix.rstrip('.')}]")
-    hints, known = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls, include_extras=True)
     for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
             raise RecipeError(f"{file}: unknown key {prefix}{key}; did you mean {prefix}{near}?")
-    for name, spec in known.items():
-        if name not in table and spec.default is MISSING and spec.default_factory is MISSING:
-            raise RecipeError(f"{file}: {prefix}{name} is missing; write it into the recipe")
-    return cls(**{key: _typed(hints[key], value, file, prefix + key) for key, value in table.items()})
+    return {key: _typed(hints[key], value, file, prefix + key) for key, value in table.items()}
 
 
 def _typed(hint: Any, value: Any, file: str, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated or is_typeddict(hint):
+        return _typed_fields(args[1] if args else hint, value, file, key + ".")
     if origin in (Union, types.UnionType):
-        hint = next(arg for arg in args if arg is not type(None))
-        return _typed(hint, value, file, key)
+        options = [option for option in args if option is not type(None)]
+        fitting = (option for option in options if (get_origin(option) is dict) == isinstance(value, dict))
+        return _typed(next(fitting, options[0]), value, file, key)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
@@ -65,6 +128,8 @@ def _typed(hint: Any, value: Any, file: str, key: str) -> Any:
         return {k: _typed(args[1], item, file, f"{key}.{k}") for k, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e6 is a float in TOML
     if not isinstance(hint, type) or not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         names = {tuple: "a list", dict: "a table"}
         wanted = names.get(origin) or f"of type {getattr(hint, '__name__', hint)}"
@@ -72,25 +137,29 @@ def _typed(hint: Any, value: Any, file: str, key: str) -> Any:
     return value
 
 
-def override(table: dict[str, Any], text: str) -> None:
-    """Write "table.key=value" into a recipe's table, in place; what is not a TOML value is taken for a string.
+def _override(cls: type, table: dict[str, Any], text: str) -> None:
+    """Write "table.key=value" into a recipe's table, in place; a value that is not TOML is taken as a string.
 
     Raises:
-        RecipeError: no "=", or a way through something that is no table.
+        RecipeError: no "=", or a path through a key that is not a table.
     """
     key, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"--set {text}: write --set table.key=value")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        given = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value
-    *path, last = key.strip().split(".")
-    for part in path:
+        given = value
+    path = key.strip().split(".")
+    for part in reversed(path):
+        given = {part: given}
+    given = current_names(cls, given, f"--set {text}")
+    for _ in path[:-1]:
+        [(part, given)] = given.items()
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise RecipeError(f"--set {text}: {part} is not a table")
-    table[last] = parsed
+    table |= given
 
 
 def to_toml(recipe: Any) -> str:
@@ -124,7 +193,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        # A JSON string is a TOML string but for DEL, which TOML wants escaped.
+        # A JSON string is a TOML string, except that TOML also escapes DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_value(item) for item in value) + "]"

@@ -2,7 +2,7 @@
 
 Says for every source: its share of the tokens, its rows and how many times the stage will read them, what cannot be
 read, and of some samples the tokens, what was made smaller to fit, and what is bad and why. Exits with 1 when a source
-has more bad samples than --most-bad allows.
+has more bad samples than --max-bad-fraction allows.
 """
 
 import argparse
@@ -10,14 +10,16 @@ import dataclasses
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 from keye.errors import RecipeError, run, writing
 
+FORMER = {"--not-like": "--decontaminate-against", "--most-bad": "--max-bad-fraction"}
 _EXAMPLES = """examples:
   python scripts/data.py stages/recipes/tiny.toml --run runs/tiny --stage multitask
   python scripts/data.py train.jsonl --tokenizer Qwen/Qwen3-8B --context 8192 --out data.png
-  python scripts/data.py train.jsonl --not-like heldout.jsonl      pictures that the evaluation shows too are bad
+  python scripts/data.py train.jsonl --decontaminate-against heldout.jsonl      pictures of the evaluation are bad
 """
 
 
@@ -31,12 +33,16 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
     parser.add_argument("--tokenizer", default="", help="of a manifest; default a small one, which makes texts longer")
     parser.add_argument("--context", type=int, default=8192, help="tokens of a sample at most, for a manifest")
-    parser.add_argument("--not-like", action="append", default=[], metavar="MANIFEST", help="an evaluation's manifest")
+    parser.add_argument(
+        "--decontaminate-against", action="append", default=[], metavar="MANIFEST", help="an evaluation's manifest"
+    )
     parser.add_argument("--samples", type=int, default=100, help="looked at of each source (default 100)")
-    parser.add_argument("--most-bad", type=float, default=0.05, help="share of bad samples allowed (default 0.05)")
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.05, help="share of bad samples allowed (default 0.05)"
+    )
     parser.add_argument("--out", help="write a picture (PNG)")
     parser.add_argument("--json", help="write all figures as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args([_present(argument) for argument in sys.argv[1:]])
 
     from rich.progress import Progress
 
@@ -46,14 +52,14 @@ def main() -> int:
     logging.getLogger("stages").setLevel(logging.ERROR)  # the table says what is bad
     if args.data.endswith(".toml"):
         recipe = load(args.data, args.set)
-        others = (*recipe.data.not_like, *args.not_like)
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, not_like=others))
+        others = (*recipe.data.decontaminate_against, *args.decontaminate_against)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, decontaminate_against=others))
         if recipe.data.world is not None:
             from stages.run import prepare_world
 
             prepare_world(recipe, Path(args.run or f"runs/{recipe.name}"))  # as the run itself does first
     else:
-        recipe = check.one_manifest(args.data, args.tokenizer, args.context, tuple(args.not_like), 6)
+        recipe = check.one_manifest(args.data, args.tokenizer, args.context, tuple(args.decontaminate_against), 6)
     stage = args.stage or list(recipe.chain)[-1]
     if stage not in recipe.chain:
         raise RecipeError(f"{args.data} has no stage {stage}; it has {', '.join(recipe.chain)}")
@@ -72,10 +78,19 @@ def main() -> int:
     if args.json:
         with writing(args.json, "the report"):
             Path(args.json).write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
-    over = [one.name for one in found if len(one.bad) > args.most_bad * one.looked_at]
+    over = [one.name for one in found if len(one.bad) > args.max_bad_fraction * one.looked_at]
     for name in over:
-        print(f"{name}: more than {args.most_bad:.0%} of the samples looked at are bad", file=sys.stderr)
+        print(f"{name}: more than {args.max_bad_fraction:.0%} of the samples looked at are bad", file=sys.stderr)
     return 1 if over else 0
+
+
+def _present(argument: str) -> str:
+    """An argument with the present name of its option; a former one is read with a warning."""
+    option, equals, value = argument.partition("=")
+    if option not in FORMER:
+        return argument
+    warnings.warn(f"the option {option} is now called {FORMER[option]}", FutureWarning, stacklevel=2)
+    return FORMER[option] + equals + value
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def largest_frame(recipe: Recipe, told: StageRecipe, frames: bool = True) -> int
 
 def work_of(told: StageRecipe, kinds: dict[str, Kind]) -> Work:
     """An average step of a language stage: its tokens shared out by the mixture, in whole documents and frames."""
-    tokens = told.packs * told.context
+    tokens = told.global_batch_size * told.context
     mixture = told.mixture or dict.fromkeys(KINDS, 1 / len(KINDS))
     documents: list[int] = []
     frames: list[tuple[int, int]] = []
@@ -303,19 +303,19 @@ def _reckon(
         step, pinned, drawn = Share(0, 4 * tokens, 0), 0.0, total - counts["visual"]
     else:
         ranks = gpus // told.sequence_parallel
-        if gpus % told.sequence_parallel or told.packs % ranks:
+        if gpus % told.sequence_parallel or told.global_batch_size % ranks:
             raise RecipeError(
-                f"{name}: {told.packs} packs, each on {told.sequence_parallel} ranks, cannot be shared by {gpus} GPUs; "
-                f"give a number that divides {told.packs * told.sequence_parallel}"
+                f"{name}: {told.global_batch_size} packs, each on {told.sequence_parallel} ranks, cannot be shared by "
+                f"{gpus} GPUs; give a number that divides {told.global_batch_size * told.sequence_parallel}"
             )
         total = sum(counts.values())
         frozen = stage_of(name) == "alignment"
         trained = counts["projector"] if frozen else total
-        work, tokens = work_of(told, kinds), told.packs * told.context
-        parts = told.packs * told.sequence_parallel
+        work, tokens = work_of(told, kinds), told.global_batch_size * told.context
+        parts = told.global_batch_size * told.sequence_parallel
         frame = largest_frame(recipe, told)
         share = Share(tokens // parts, work.patches // parts, work.labels // parts, frame)
-        plan = dataclasses.replace(plan, micro_batches=told.packs // ranks)
+        plan = dataclasses.replace(plan, micro_batches=told.global_batch_size // ranks)
         memory = footprint(config, plan, share, total, trained, frozen)
         model, done = step_flops(config, name, work, told)
         step, pinned, drawn = Share(tokens, work.patches, work.labels), share.tokens, 0.0

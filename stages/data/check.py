@@ -60,7 +60,7 @@ class Found:
         return self.good + len(self.bad)
 
 
-def one_manifest(path: str, tokenizer: str, context: int, not_like: tuple[str, ...], bits: int) -> Recipe:
+def one_manifest(path: str, tokenizer: str, context: int, evaluations: tuple[str, ...], bits: int) -> Recipe:
     """A recipe of one stage that reads all kinds of one manifest.
 
     Raises:
@@ -68,8 +68,9 @@ def one_manifest(path: str, tokenizer: str, context: int, not_like: tuple[str, .
     """
     kinds = Table(SourceRecipe(path, "text"), path).scan()[0]
     sources = tuple(SourceRecipe(path, kind) for place, kind in enumerate(KINDS) if (kinds == place).any())
-    data = DataRecipe(sources or (SourceRecipe(path, "text"),), not_like=not_like, not_like_bits=bits)
-    recipe = Recipe(Path(path).stem, data, multitask=StageRecipe(steps=1, lr=1e-4, context=context))
+    sources = sources or (SourceRecipe(path, "text"),)
+    data = DataRecipe(sources, decontaminate_against=evaluations, decontaminate_bits=bits)
+    recipe = Recipe(Path(path).stem, data, multitask=StageRecipe(steps=1, learning_rate=1e-4, context=context))
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, tokenizer=tokenizer))
 
 
@@ -100,7 +101,7 @@ def look_over(
     """
     told = recipe.chain[stage]
     processor = make_processor(recipe, told, run)
-    guard = open_decontamination(recipe.data.not_like, recipe.data.not_like_bits, processor, str(run))
+    guard = open_decontamination(recipe.data.decontaminate_against, recipe.data.decontaminate_bits, processor, str(run))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (source, share) in enumerate(choose_sources(stage, recipe)):
@@ -112,7 +113,7 @@ def look_over(
             found.append(_look(opened, share, samples, encoding_threads(recipe.data.workers), progress))
             # The stage reads by tokens; a source that holds few of them for its share is read many times.
             if found[-1].rows is not None and found[-1].tokens:
-                per_step = told.pairs if isinstance(told, VisionRecipe) else told.packs * told.context
+                per_step = told.pairs if isinstance(told, VisionRecipe) else told.global_batch_size * told.context
                 each = 1.0 if isinstance(told, VisionRecipe) else sum(found[-1].tokens) / found[-1].good
                 found[-1].epochs = told.steps * per_step * share / (each * found[-1].rows)
     return found

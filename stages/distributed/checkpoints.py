@@ -187,7 +187,7 @@ def _make_room(directory: Path, target: Path, needed: int) -> None:
     if free < needed:
         raise CheckpointError(
             f"{target}: a checkpoint takes about {_size(needed)}, but only {_size(free)} are free there; "
-            f"make room or lower keep, and give the same command, which goes on {_from(directory)}"
+            f"make room or lower keep_checkpoints, and give the same command, which goes on {_from(directory)}"
         )
     target.mkdir()
 
@@ -197,7 +197,7 @@ def _undo(directory: Path, target: Path, needed: int, reason: str) -> None:
     free = shutil.disk_usage(directory).free
     raise CheckpointError(
         f"{target} could not be written ({reason}) and was removed; a checkpoint takes about {_size(needed)}, "
-        f"{_size(free)} are free now: make room or lower keep, and give the same command, which goes on "
+        f"{_size(free)} are free now: make room or lower keep_checkpoints, and give the same command, which goes on "
         f"{_from(directory)}"
     )
 

@@ -2,10 +2,9 @@
 
 import functools
 import logging
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from keye.checkpoint.shards import Stored
 from stages.distributed.hosts import threads_each
 from stages.distributed.zero3 import gather_by_units
+from stages.optimizer import OptimizerConfig, build_optimizer
 
 BUCKET = 500_000_000  # gradients that are reduced in one collective, at most
 PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter whole on every rank
@@ -68,56 +68,42 @@ def resolve_precision(precision: str) -> str:
     return ("bf16" if torch.cuda.is_available() else "fp32") if precision == "auto" else precision
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """Factor on the learning rate at `step` (from 0): linear rise over `warmup` steps, "cosine" to 0 or "constant"."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-
 def build(
     module: nn.Module,
-    *,
-    lr: float,
+    optimizer: OptimizerConfig,
     steps: int,
-    warmup: int = 0,
-    schedule: str = "constant",
-    weight_decay: float = 0.0,
-    betas: Iterable[float] = (0.9, 0.95),
-    clip: float = 1.0,
+    *,
     zero: int = 2,
     accumulation: int = 1,
     precision: str = "auto",
     sources: Mapping[nn.Parameter, Stored] | None = None,
-    lr_scale: Mapping[str, float] | None = None,
     hpz: int = 1,
 ) -> Any:
-    """A DeepSpeed engine that trains the parameters of `module` that want gradients, with AdamW.
+    """A DeepSpeed engine that trains the parameters of `module` that require gradients.
 
-    Biases, norms and other vectors are not decayed. `lr_scale`: part of the model ("vision", "projector", "decoder") →
-    factor on its learning rate. `accumulation`: calls of `backward` a step. `backward` divides by
-    that and averages over all ranks; `trainer.Trainer` undoes both. In bf16 the optimizer keeps fp32 weights, which
-    begin as `module` has them, or where it is in bf16 already as `sources` has them on disk, of which a rank reads its
-    share. Gradients are then summed in fp32, over micro-batches and over ranks, and `zero` is 2 at least: without ZeRO
-    there are no fp32 weights, and ZeRO-1 would keep the fp32 gradients of all parameters on every rank. hpz:
-    neighbouring ranks that keep the weights of ZeRO-3 among them a second time, see `StageRecipe`.
+    In bf16 the optimizer keeps fp32 weights. Gradients are then summed in fp32, over micro-batches and over ranks, and
+    `zero` is 2 at least: without ZeRO there are no fp32 weights, and ZeRO-1 would keep the fp32 gradients of all
+    parameters on every rank.
+
+    Args:
+        optimizer: AdamW's settings. steps: optimizer steps of the schedule. zero: stage of ZeRO, 0 to 3.
+        accumulation: calls of `backward` a step. `backward` divides by that and averages over all ranks;
+            `trainer.Trainer` undoes both.
+        precision: "auto", "fp32" or "bf16".
+        sources: where parameters of a bf16 `module` are on disk; the fp32 weights begin as they are there, and a rank
+            reads its share. Others begin as `module` has them.
+        hpz: neighbouring ranks that keep the weights of ZeRO-3 among them a second time, see `StageRecipe`.
     """
     import deepspeed
 
     half = resolve_precision(precision) == "bf16"
     zero = max(zero, 2) if half else zero
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = parameter_groups(module, lr, weight_decay, lr_scale or {})
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=torch.cuda.is_available())
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, steps, warmup, schedule)
-    )
+    adam, scheduler = build_optimizer(module, optimizer, steps)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip if zero else 0.0,
+        "gradient_clipping": optimizer.max_grad_norm if zero else 0.0,
         "zero_optimization": {
             "stage": zero,
             "overlap_comm": torch.cuda.is_available(),
@@ -138,9 +124,9 @@ def build(
     stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
     # The engine gives the parameters other memory, in bf16.
     begun = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
-    if zero == 0 and clip:
-        optimizer.register_step_pre_hook(functools.partial(_clip, trained, clip))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, lr_scheduler=scheduler, config=config)
+    if zero == 0 and optimizer.max_grad_norm:
+        adam.register_step_pre_hook(functools.partial(_clip, trained, optimizer.max_grad_norm))
     if zero == 3:
         gather_by_units(engine)
     if half:  # else the fp32 weights would be those that were rounded to bf16
@@ -150,24 +136,6 @@ def build(
             elif parameter in stored and stored[parameter].dtype != torch.bfloat16:
                 set_master_weight(parameter, stored[parameter].mapped())
     return engine
-
-
-def parameter_groups(
-    module: nn.Module, lr: float, weight_decay: float, lr_scale: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """The trained parameters by learning rate and decay: first those at `lr`, matrices before vectors.
-
-    A parameter below a module `visual` belongs to "vision", below `projector` to "projector", else to "decoder".
-    """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            modules = set(name.split("."))
-            part = "vision" if "visual" in modules else "projector" if "projector" in modules else "decoder"
-            groups.setdefault((lr_scale.get(part, 1.0), parameter.ndim < 2), []).append(parameter)
-    order = sorted(groups, key=lambda key: (key[0] != 1.0, *key))
-    decays = {False: weight_decay, True: 0.0}
-    return [{"params": groups[key], "lr": lr * key[0], "weight_decay": decays[key[1]]} for key in order]
 
 
 def _clip(parameters: list[nn.Parameter], limit: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:

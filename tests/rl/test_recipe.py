@@ -23,7 +23,7 @@ def test_ready_made_recipes_load_and_keep_the_clip_of_the_paper(path):
     [
         ("gspo.stepz=3", "unknown key gspo.stepz; did you mean gspo.steps?"),
         ("gspo.steps=many", "gspo.steps is 'many'"),
-        ("gspo.group=1", "gspo.group must be at least 2"),
+        ("gspo.group_size=1", "gspo.group_size must be at least 2"),
         ("gspo.temperature=0", "gspo.temperature must be above 0"),
     ],
 )

@@ -20,7 +20,7 @@ from rl.trainer import GspoTrainer
 from stages.distributed import engine
 from tests.distributed import run_distributed
 
-GSPO = Gspo(steps=2, learning_rate=1e-3, prompts=6, group=3, mini_batches=2, max_new_tokens=2, checkpoint_every=1)
+GSPO = Gspo(steps=2, learning_rate=1e-3, prompts=6, group_size=3, mini_batches=2, max_new_tokens=2, checkpoint_every=1)
 RECIPE = RlRecipe(GSPO, HeldOut(limit=4, samples=1), {"format": 1.0})
 
 

@@ -53,7 +53,7 @@ def metrics(rewards: list[float], texts: list[str], finished: list[bool]) -> dic
     [
         ([0.0, 1.0], ["a", "b"], [True, False], {}),
         ([0.5, 0.5], ["a", "b"], [True, True], {"constant": "earned the same (mean reward 0.500)"}),
-        ([0.0, 0.0], ["", " "], [True, True], {"empty": "every answer is empty", "constant": "gspo.group"}),
+        ([0.0, 0.0], ["", " "], [True, True], {"empty": "every answer is empty", "constant": "gspo.group_size"}),
         ([0.0, 0.0], ["a", "b"], [False, False], {"unfinished": "gspo.max_new_tokens = 7", "constant": "zero"}),
         ([0.0, 1.0], ["", "b"], [True, True], {}),
     ],

@@ -1,6 +1,5 @@
 """The policy is read as the stages read theirs: once, in the dtype of training, and it comes out exact in fp32."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,11 @@ def tune(run: Path, zero: int, rate: float = 1e-9) -> list[list[Any]]:
 
     rl.trainer.build = watched
     engine.start(threads=1)
-    told = recipe_of(1, "variety", precision="bf16", zero=zero, freeze=("visual",), learning_rate=rate, clip=1e-12)
+    told = recipe_of(
+        1, "variety", precision="bf16", zero=zero, freeze=("visual",), learning_rate=rate, max_grad_norm=1e-12
+    )
     try:
-        rl.trainer.GspoTrainer(dataclasses.replace(told), run).train()
+        rl.trainer.GspoTrainer(told, run).train()
     finally:
         rl.trainer.build = build
     return seen

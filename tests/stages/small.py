@@ -16,6 +16,7 @@ from keye.processor.tokenizer import train_tokenizer
 from keye.world import generate
 from stages.data.sources.source import Cache, Item, Quarantine, Source
 from stages.distributed.engine import master_weight
+from stages.optimizer import OptimizerConfig
 from stages.recipe import SourceRecipe
 
 WORDS = ["user assistant how many flashes which colour came first red green blue day night 0123456789"] * 4
@@ -96,6 +97,11 @@ class Lengths:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.at = state["at"]
+
+
+def optimizer(learning_rate: float, **more: Any) -> OptimizerConfig:
+    """At a constant learning rate."""
+    return OptimizerConfig(learning_rate=learning_rate, schedule="constant", **more)
 
 
 def master_weights(model: nn.Module) -> dict[str, Tensor]:

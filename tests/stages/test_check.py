@@ -30,7 +30,7 @@ def manifest(tmp_path_factory) -> Path:
 
 def looked_over(manifest: Path, context: int = 256) -> dict[str, check.Found]:
     sources = tuple(SourceRecipe(str(manifest), kind) for kind in ("video", "image", "text"))
-    told = StageRecipe(steps=10, lr=1e-3, context=context, packs=3)
+    told = StageRecipe(steps=10, learning_rate=1e-3, context=context, global_batch_size=3)
     processor = ProcessorRecipe(encoder=small.ENCODER, image={"min_tokens": 1, "max_tokens": 4})
     recipe = Recipe("mine", DataRecipe(sources), processor=processor, multitask=told)
     done: dict[str, list[int]] = {}

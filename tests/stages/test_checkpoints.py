@@ -24,6 +24,7 @@ from stages.distributed.checkpoints import (
     save_checkpoint,
     whole_checkpoints,
 )
+from stages.optimizer import OptimizerConfig
 from tests.distributed import run_distributed
 
 STEPS, BATCH = 6, 4
@@ -96,10 +97,9 @@ class Net(nn.Module):
 
 
 def engine_of(seed: int, zero: int) -> Any:
-    return deep.build(
-        Net(seed), lr=1e-2, steps=STEPS, warmup=1, schedule="cosine", weight_decay=0.1, clip=0.5, zero=zero,
-        accumulation=BATCH // dist.get_world_size(), precision="fp32",
-    )  # fmt: skip
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup=1, weight_decay=0.1, max_grad_norm=0.5)
+    accumulation = BATCH // dist.get_world_size()
+    return deep.build(Net(seed), optimizer, STEPS, zero=zero, accumulation=accumulation, precision="fp32")
 
 
 def train(engine: Any, steps: range) -> list[float]:

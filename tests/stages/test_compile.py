@@ -85,7 +85,7 @@ def three_steps(manifest: Path, folder: Path, zero: int, backend: str) -> list[t
         module: nn.Module = small.model(made).train()
         apply_memory_options(module, True, compiled=compiled, backend=backend)
         loader, recipe = Loader(BalancedPacker(rows, grid), grid), replace(RECIPE, zero=zero)
-        count = micro_batches("multitask", RECIPE.packs, grid)
+        count = micro_batches("multitask", RECIPE.global_batch_size, grid)
         trainer = Trainer(Multitask(RECIPE, made), module, loader, grid, recipe, folder / str(compiled), count, "fp32")
         losses = [trainer.train_step()["loss"] for _ in range(3)]
         loader.close()

@@ -78,7 +78,7 @@ class RunningSums(TorchDispatchMode):
 
 def test_stage_0_has_no_running_sum_in_bf16():
     model = small.model(small.processor())
-    module = Vision(VisionRecipe(steps=1, lr=1.0), small.processor()).prepare(model).bfloat16()
+    module = Vision(VisionRecipe(steps=1, learning_rate=1.0), small.processor()).prepare(model).bfloat16()
     batch = pairs_of(model.config.vision_config)
     with RunningSums() as sums:
         vision, text, *rest = module(*batch.values())
@@ -169,7 +169,7 @@ def patches_of(pixels: Tensor) -> Tensor:
 
 def test_loss_of_a_siglips_own_towers_is_transformers(siglip, keye):
     folder, theirs = siglip
-    stage = Vision(VisionRecipe(steps=1, lr=1.0, pairs=4, text_model=str(folder)), small.processor())
+    stage = Vision(VisionRecipe(steps=1, learning_rate=1.0, pairs=4, text_model=str(folder)), small.processor())
     module = stage.prepare(keye)
     pixels = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     ids = stage.tokens(CAPTIONS)
@@ -189,7 +189,7 @@ def test_loss_of_a_siglips_own_towers_is_transformers(siglip, keye):
 
 def test_gradients_of_a_siglips_own_towers_are_transformers(siglip, keye):
     folder, theirs = siglip
-    stage = Vision(VisionRecipe(steps=1, lr=1.0, pairs=4, text_model=str(folder)), small.processor())
+    stage = Vision(VisionRecipe(steps=1, learning_rate=1.0, pairs=4, text_model=str(folder)), small.processor())
     module = stage.prepare(keye)
     module.zero_grad()
     theirs.zero_grad()
@@ -223,7 +223,7 @@ def test_siglips_own_sentencepiece_tokenizer_is_read(siglip, keye, tmp_path):
             pad_id=-1, bos_id=-1, eos_id=1, unk_id=2, hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
     SiglipTokenizer(str(tmp_path / "spiece.model"), model_max_length=16).save_pretrained(tmp_path)
-    stage = Vision(VisionRecipe(steps=1, lr=1.0, text_model=str(tmp_path)), small.processor())
+    stage = Vision(VisionRecipe(steps=1, learning_rate=1.0, text_model=str(tmp_path)), small.processor())
     ids = stage.tokens(["A red CAT!", "a red cat"])
     assert ids.shape == (2, 16) and torch.equal(ids[0], ids[1]) and ids[0, -1] == 1
     assert torch.isfinite(stage.prepare(keye).text(input_ids=ids).pooler_output).all()
@@ -275,7 +275,7 @@ def part_of(batch: dict[str, Tensor], pairs: range) -> dict[str, Any]:
 
 def made_stage() -> tuple[Vision, nn.Module]:
     processor = small.processor()
-    stage = Vision(VisionRecipe(steps=1, lr=1e-3, pairs=8, text_length=12), processor)
+    stage = Vision(VisionRecipe(steps=1, learning_rate=1e-3, pairs=8, text_length=12), processor)
     model = small.model(processor)
     torch.manual_seed(1)
     return stage, stage.prepare(model).train()
@@ -290,7 +290,7 @@ def through_the_engine(micro: int, zero: int) -> dict[str, Any]:
     whole, own = pairs_of(module.visual.config), 8 // grid.world
     firsts = range(grid.rank * own, (grid.rank + 1) * own, micro)
     batches = [part_of(whole, range(first, first + micro)) for first in firsts]
-    built = engine.build(module, lr=1e-3, steps=1, zero=zero, accumulation=len(batches), precision="fp32")
+    built = engine.build(module, small.optimizer(1e-3), 1, zero=zero, accumulation=len(batches), precision="fp32")
     stage.begin(built, batches, grid)
     total = torch.zeros(())
     for batch in batches:
@@ -337,9 +337,9 @@ def test_micro_batches_are_one_batch(one_batch, in_parts, way):
 
 
 def test_micro_batches_of_a_stage_divide():
-    recipe = VisionRecipe(steps=1, lr=1.0, pairs=48, micro_pairs=4)
+    recipe = VisionRecipe(steps=1, learning_rate=1.0, pairs=48, micro_pairs=4)
     assert [recipe.micro_batches(ranks) for ranks in (1, 2, 12)] == [12, 6, 1]
-    assert VisionRecipe(steps=1, lr=1.0, pairs=48).micro_batches(2) == 1
+    assert VisionRecipe(steps=1, learning_rate=1.0, pairs=48).micro_batches(2) == 1
     with pytest.raises(RecipeError, match="micro_pairs = 4 does not divide the 6 pairs of each of 8 ranks"):
         recipe.micro_batches(8)
     with pytest.raises(RecipeError, match="48 pairs cannot be shared by 5 ranks"):

@@ -244,7 +244,7 @@ def test_a_step_has_the_mixtures_tokens(keye_8b: Recipe):
     told = keye_8b.multitask
     kinds = {"video": Kind(3000, 0.8, 400, 0.1), "image": Kind(700, 0.5, 900, 0.5), "text": Kind(1000, 0, 4, 1.0)}
     work = work_of(told, kinds)
-    tokens = told.packs * told.context
+    tokens = told.global_batch_size * told.context
     assert sum(work.documents) == pytest.approx(tokens, rel=0.01)
     assert work.patches == pytest.approx(4 * tokens * (0.24 * 0.8 + 0.5 * 0.5), rel=0.01)
     assert work.labels == pytest.approx(tokens * (0.24 * 0.1 + 0.5 * 0.5 + 0.26), rel=0.01)
@@ -288,7 +288,7 @@ def test_eight_gpus_are_told_what_to_change(keye_8b: Recipe):
 
 
 def test_contexts_in_between_cost_the_same_memory(keye_8b: Recipe):
-    recipe = replace(keye_8b, annealing=replace(keye_8b.annealing, through={"32768": 10}))
+    recipe = replace(keye_8b, annealing=replace(keye_8b.annealing, context_schedule={"32768": 10}))
     costs = {c.name: c for c in estimate(recipe, GPU, 64)}
     assert costs["annealing-32768"].memory.peak == pytest.approx(costs["annealing"].memory.peak, rel=0.05)
     assert costs["annealing-32768"].flops < costs["annealing"].flops  # attention over shorter documents

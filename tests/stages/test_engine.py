@@ -17,7 +17,7 @@ def one_step() -> dict[str, torch.Tensor]:
     deep.start(threads=1)
     model = Net(0)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine = deep.build(model, lr=LR, steps=9, zero=1, clip=0.0, precision="bf16")
+    engine = deep.build(model, small.optimizer(LR, max_grad_norm=0.0), 9, zero=1, precision="bf16")
     asked, answer = [], [True]
     deep.skip_steps_when(engine, lambda norm: asked.append(norm) or answer[0])
     x = torch.ones(1, 5, dtype=torch.bfloat16)
@@ -52,7 +52,7 @@ def norms(zero: int) -> tuple[float, float, float, torch.Tensor]:
     Last, the gradient that the optimizer stepped on.
     """
     model = Net(0)
-    engine = deep.build(model, lr=0.1, steps=9, zero=zero, clip=0.5, precision="fp32")
+    engine = deep.build(model, small.optimizer(0.1, max_grad_norm=0.5), 9, zero=zero, precision="fp32")
     asked, x = [], torch.full((1, 5), 3.0)
     deep.skip_steps_when(engine, lambda norm: bool(asked.append(norm)))
     plain = Net(0)
@@ -91,7 +91,9 @@ class Sum(torch.nn.Module):
 
 def summed(zero: int) -> float:
     """Norm of the mean of 32 gradients of each rank: on rank 0 one of 256 and else 1, which bf16 cannot add to 256."""
-    engine = deep.build(Sum(), lr=1e-3, steps=9, zero=zero, clip=0.0, accumulation=32, precision="bf16")
+    engine = deep.build(
+        Sum(), small.optimizer(1e-3, max_grad_norm=0.0), 9, zero=zero, accumulation=32, precision="bf16"
+    )
     for i in range(32):
         value = 256.0 if i == 0 and torch.distributed.get_rank() == 0 else 1.0
         engine.backward(engine(torch.full((4, 2), value, dtype=torch.bfloat16)))
@@ -116,7 +118,7 @@ def bucket_sizes() -> list[list[int]]:
     for zero in (1, 2, 3):
         model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1000))
         model[1].requires_grad_(False)
-        engine = deep.build(model, lr=1e-3, steps=9, zero=zero, precision="bf16")
+        engine = deep.build(model, small.optimizer(1e-3), 9, zero=zero, precision="bf16")
         found: set[int] = set()
 
         def look(*_: Any, engine: Any = engine, found: set[int] = found) -> None:
@@ -151,7 +153,7 @@ def moved(zero: int) -> dict[str, float]:
     model = Parts()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     scale = {"vision": 0.1, "projector": 4.0}
-    engine = deep.build(model, lr=1e-3, steps=9, zero=zero, precision="fp32", lr_scale=scale)
+    engine = deep.build(model, small.optimizer(1e-3, lr_scale=scale), 9, zero=zero, precision="fp32")
     engine.backward(engine(torch.ones(1, 3)))
     engine.step()
     after = small.master_weights(model)

@@ -41,9 +41,9 @@ path = "FOLDER/train.jsonl"
 kind = "image"
 [multitask]
 steps = 3
-lr = 1e-3
+learning_rate = 1e-3
 context = 160
-packs = 2
+global_batch_size = 2
 zero = 1
 mixture = { image = 0.5, text = 0.3, video = 0.2 }
 """

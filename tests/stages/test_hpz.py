@@ -8,6 +8,7 @@ from stages.distributed import engine as deep
 from stages.recipe import load
 from stages.run import check_hpz
 from tests.distributed import run_distributed
+from tests.stages import small
 from tests.stages.test_checkpoints import STEPS, Net, train
 from tests.stages.test_run import RECIPE
 
@@ -17,7 +18,7 @@ def four(hpz: int) -> tuple[list[float], int, bool]:
     from deepspeed.utils import groups
 
     deep.start(threads=1)
-    engine = deep.build(Net(0), lr=1e-2, steps=STEPS, zero=3, precision="fp32", hpz=hpz)
+    engine = deep.build(Net(0), small.optimizer(1e-2), STEPS, zero=3, precision="fp32", hpz=hpz)
     # Small parameters are kept whole everywhere; here all are cut.
     for parameter in engine.module.parameters():
         parameter.ds_persist = False

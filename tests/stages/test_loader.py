@@ -30,7 +30,7 @@ from stages.recipe import SourceRecipe, StageRecipe
 from tests.distributed import run_distributed
 from tests.stages import small
 
-RECIPE = StageRecipe(steps=4, lr=1e-3, context=256, packs=4)
+RECIPE = StageRecipe(steps=4, learning_rate=1e-3, context=256, global_batch_size=4)
 ALONE = ParallelDims(0, 1, 1, None)
 
 
@@ -121,7 +121,7 @@ def loader_of(manifest: Path, grid: ParallelDims, workers: int = 2) -> Loader:
 
 def steps_of(loader: Loader, grid: ParallelDims, count: int) -> list[list[dict[str, Any]]]:
     """The batches of this rank, step by step."""
-    return [[loader.next() for _ in range(RECIPE.packs // grid.data_size)] for _ in range(count)]
+    return [[loader.next() for _ in range(RECIPE.global_batch_size // grid.data_size)] for _ in range(count)]
 
 
 def fed(manifest: Path, sequence: int, count: int, state: dict[str, Any] | None = None) -> tuple[Any, Any]:

@@ -1,9 +1,12 @@
 """Recipes: what is wrong is named with its key and the mend; what is right comes back the same."""
 
+import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +16,12 @@ from keye.encoder_config import EncoderConfig
 from keye.errors import RecipeError
 from keye.field_docs import field_docs
 from stages import recipe as recipes
-from stages.recipe import ProcessorRecipe, SourceRecipe, load
+from stages import typed_toml
+from stages.recipe import SourceRecipe, load
 from stages.typed_toml import to_toml
 
 READY_MADE = sorted((Path(recipes.__file__).parent / "recipes").glob("*.toml"))
+ONE_STEP = "steps=1,learning_rate=1.0"
 SMALL = """
 name = "mine"
 [[data.sources]]
@@ -24,10 +29,10 @@ path = "world.jsonl"
 kind = "video"
 [alignment]
 steps = 3
-lr = 1e-3
+learning_rate = 1e-3
 [vision]
 steps = 2
-lr = 1e-3
+learning_rate = 1e-3
 """
 
 
@@ -57,7 +62,7 @@ def test_sources_are_looked_for_beside_the_recipe(small):
         ("alignment.stpes=3", "unknown key alignment.stpes; did you mean alignment.steps?"),
         ("alignmint.steps=3", "unknown key alignmint; did you mean alignment?"),
         ("alignment.rope_scale=8.0", "unknown key alignment.rope_scale"),
-        ("annealing.steps=3", "annealing.lr is missing"),
+        ("annealing.steps=3", "annealing.learning_rate is missing"),
         ("alignment.steps=three", "alignment.steps is 'three', but must be of type int"),
         ("alignment.steps=2.5", "alignment.steps is 2.5, but must be of type int"),
         ("alignment.steps=true", "alignment.steps is True, but must be of type int"),
@@ -69,16 +74,33 @@ def test_sources_are_looked_for_beside_the_recipe(small):
         ("alignment.steps.more=1", "steps is not a table"),
         ("alignment.steps", "write --set table.key=value"),
         ("alignment.steps=0", "alignment.steps must be at least 1"),
-        ("alignment.lr=nan", "alignment.lr must be above 0"),
+        ("alignment.learning_rate=nan", "alignment.learning_rate must be above 0"),
         ("alignment.warmup=-1", "alignment.warmup must not be below 0"),
-        ("alignment={steps=1,lr=1.0,compile=true,mlp_tiles=2}", "compile = true takes no mlp_tiles = 2"),
-        ("alignment={steps=1,lr=1.0,compile=true,sequence_parallel=2}", "or alignment.sequence_parallel = 1"),
-        ("alignment={steps=1,lr=1.0,compile=true,zero=3}", "set alignment.checkpointing = true or alignment.compile"),
+        (f"alignment={{{ONE_STEP},compile=true,mlp_tiles=2}}", "compile = true takes no mlp_tiles = 2"),
+        (
+            f"alignment={{{ONE_STEP},compile=true,sequence_parallel=2}}",
+            "or alignment.sequence_parallel = 1",
+        ),
+        (
+            f"alignment={{{ONE_STEP},compile=true,zero=3}}",
+            "set alignment.checkpointing = true or alignment.compile",
+        ),
         ("alignment.zero=4", "alignment.zero must be 0, 1, 2 or 3"),
         ("alignment.mixture.video=0.9", "alignment.mixture adds up to 0.9, but must to 1"),
         ("alignment.mixture.film=1.0", "alignment.mixture may name only"),
         ("vision.sequence_parallel=2", "vision.sequence_parallel must be 1"),
         ("vision.pairs=0", "vision.pairs must be at least 1"),
+        ("processor.encoder.treshold=0.5", "did you mean processor.encoder.threshold?"),
+        ("processor.encoder.max_tokens=many", "processor.encoder.max_tokens is 'many', but must be of type int"),
+        ("processor.encoder.fps=true", "processor.encoder.fps is True, but must be of type float"),
+        ("processor.encoder.threshold=2.0", "processor.encoder: threshold"),
+        ("alignment.encoder.fps=[1]", "alignment.encoder.fps is [1], but must be of type float"),
+        ("alignment.encoder.fast_ration=0.1", "did you mean alignment.encoder.fast_ratio?"),
+        ("alignment.encoder.min_tokens_per_frame=4096", "alignment.encoder: min_tokens_per_frame"),
+        ("processor.image.maximum=3", "unknown key processor.image.maximum; did you mean processor.image.max_tokens?"),
+        ("processor.image.max_tokens=x", "processor.image.max_tokens is 'x', but must be of type int"),
+        ("data.world={counts={read=1},settings={duratoin=1}}", "did you mean data.world.settings.duration?"),
+        ("data.world={counts={read=1},settings={fps=1.5}}", "data.world.settings.fps is 1.5, but must be of type int"),
         ("precision=fp16", "precision must be"),
         ("data.sources=[]", "data.sources is empty"),
     ],
@@ -92,18 +114,23 @@ def test_mistake_is_named_with_its_key(small, override, said):
 def test_override_writes_nested_keys_and_new_tables(small):
     recipe = load(
         small,
-        ["alignment.steps=7", "alignment.lr=1", "name=yours", "alignment.mixture={video = 1.0}",
-         "processor.encoder.max_tokens=64", "annealing.steps=1", "annealing.lr=1e-4"],
+        ["alignment.steps=7", "alignment.learning_rate=1", "name=yours", "alignment.mixture={video = 1.0}",
+         "processor.encoder.max_tokens=64", "annealing.steps=1", "annealing.learning_rate=1e-4"],
     )  # fmt: skip
-    assert (recipe.alignment.steps, recipe.alignment.lr, recipe.name) == (7, 1.0, "yours")
-    assert isinstance(recipe.alignment.lr, float) and recipe.alignment.mixture == {"video": 1.0}
+    assert (recipe.alignment.steps, recipe.alignment.learning_rate, recipe.name) == (7, 1.0, "yours")
+    assert isinstance(recipe.alignment.learning_rate, float) and recipe.alignment.mixture == {"video": 1.0}
     assert recipe.processor.encoder == {"max_tokens": 64}
     assert recipe.stages == ["vision", "alignment", "annealing"] and recipe.annealing.rope_scale == 8.0
 
 
-def annealed(small: Path, through: str, *more: str) -> recipes.Recipe:
-    table = ["annealing.steps=9", "annealing.lr=1e-4", "annealing.context=131072", "annealing.packs=16"]
-    return load(small, [*table, "annealing.sequence_parallel=8", f"annealing.through={through}", *more])
+def annealed(small: Path, schedule: str, *more: str) -> recipes.Recipe:
+    table = [
+        "annealing.steps=9",
+        "annealing.learning_rate=1e-4",
+        "annealing.context=131072",
+        "annealing.global_batch_size=16",
+    ]
+    return load(small, [*table, "annealing.sequence_parallel=8", f"annealing.context_schedule={schedule}", *more])
 
 
 def test_contexts_in_between_are_phases_of_their_own(small):
@@ -111,7 +138,7 @@ def test_contexts_in_between_are_phases_of_their_own(small):
     assert list(chain) == ["vision", "alignment", "annealing-32768", "annealing-65536", "annealing"]
     phases = list(chain.values())[2:]
     assert [(told.context, told.steps) for told in phases] == [(32768, 2000), (65536, 5), (131072, 9)]
-    assert {told.packs * told.context for told in phases} == {16 * 131072}
+    assert {told.global_batch_size * told.context for told in phases} == {16 * 131072}
     assert [told.context // told.sequence_parallel for told in phases] == [16384] * 3
     assert [told.rope_scale for told in phases] == [8.0, 1.0, 1.0]
     assert [told.schedule for told in phases] == ["constant", "constant", "cosine"]
@@ -124,26 +151,92 @@ def test_without_contexts_in_between_the_chain_is_the_stages(small):
 
 
 def test_a_context_in_between_is_cut_among_a_divisor_of_the_ranks(small):
-    phase = annealed(small, "{ 49152 = 1 }", "annealing.packs=3").chain["annealing-49152"]
-    assert (phase.packs, phase.sequence_parallel) == (8, 4)  # 8 · 49,152 / 131,072 = 3 ranks, of which 8 is no multiple
+    phase = annealed(small, "{ 49152 = 1 }", "annealing.global_batch_size=3").chain["annealing-49152"]
+    assert (phase.global_batch_size, phase.sequence_parallel) == (
+        8,
+        4,
+    )  # 8 · 49,152 / 131,072 = 3 ranks, of which 8 is no multiple
 
 
 @pytest.mark.parametrize(
-    ("through", "said"),
+    ("schedule", "said"),
     [
-        ("{ 131072 = 5 }", "annealing.through.131072 must be a context below annealing.context = 131072"),
-        ("{ 49152 = 5 }", "annealing.through.49152 does not divide the 2097152 tokens of a step"),
-        ("{ 32768 = 0 }", "annealing.through.32768 = 0, but it must have at least 1 step"),
-        ("{ 32768 = 1.5 }", "annealing.through.32768 is 1.5, but must be of type int"),
-        ("{ long = 5 }", "annealing.through.long must be a context and its steps"),
-        ("{ 032768 = 5 }", "annealing.through.032768 must be a context and its steps"),
-        ("[32768]", "annealing.through is [32768], but must be a table"),
+        ("{ 131072 = 5 }", "annealing.context_schedule.131072 must be a context below annealing.context = 131072"),
+        ("{ 49152 = 5 }", "annealing.context_schedule.49152 does not divide the 2097152 tokens of a step"),
+        ("{ 32768 = 0 }", "annealing.context_schedule.32768 = 0, but it must have at least 1 step"),
+        ("{ 32768 = 1.5 }", "annealing.context_schedule.32768 is 1.5, but must be of type int"),
+        ("{ long = 5 }", "annealing.context_schedule.long must be a context and its steps"),
+        ("{ 032768 = 5 }", "annealing.context_schedule.032768 must be a context and its steps"),
+        ("[32768]", "annealing.context_schedule is [32768], but must be a table"),
     ],
 )
-def test_a_wrong_context_in_between_is_named(small, through, said):
+def test_a_wrong_context_in_between_is_named(small, schedule, said):
     with pytest.raises(RecipeError) as caught:
-        annealed(small, through)
+        annealed(small, schedule)
     assert said in str(caught.value)
+
+
+FORMER = {
+    "alignment.lr": ("alignment.learning_rate", 0.5),
+    "alignment.packs": ("alignment.global_batch_size", 8),
+    "alignment.alike": ("alignment.balanced_packs", 2),
+    "alignment.clip": ("alignment.max_grad_norm", 0.5),
+    "alignment.save_every": ("alignment.checkpoint_every", 7),
+    "alignment.keep": ("alignment.keep_checkpoints", 3),
+    "annealing.through": ("annealing.context_schedule", "{ 512 = 4 }"),
+    "data.not_like": ("data.decontaminate_against", '["/evaluation.jsonl"]'),
+    "data.not_like_bits": ("data.decontaminate_bits", 5),
+}
+ANNEALING = "annealing={steps=9, learning_rate=1e-4, context=1024}"
+
+
+@pytest.mark.parametrize("former", FORMER)
+def test_a_former_key_is_read_with_a_warning_that_names_the_present_one(small, former):
+    present, value = FORMER[former]
+    with pytest.warns(FutureWarning, match=re.escape(f"the key {former} is now called {present}")):
+        old = load(small, [ANNEALING, f"{former}={value}"])
+    assert old == load(small, [ANNEALING, f"{present}={value}"]) != load(small, [ANNEALING])
+
+
+def in_words_of_before(text: str) -> str:
+    for former, (present, _) in FORMER.items():
+        text = re.sub(rf"(?m)^{present.split('.')[1]} = ", f"{former.split('.')[1]} = ", text)
+    return text
+
+
+@pytest.mark.parametrize("path", READY_MADE, ids=lambda path: path.stem)
+def test_a_recipe_of_an_earlier_version_is_the_same_recipe(path, tmp_path):
+    old = tmp_path / path.name
+    old.write_text(in_words_of_before(path.read_text()))
+    with pytest.warns(FutureWarning) as caught:
+        assert load(old) == load(path)
+    messages = {str(warning.message) for warning in caught}
+    assert f"{old}: the key multitask.packs is now called multitask.global_batch_size; rename it" in messages
+
+
+def test_an_override_by_a_former_key_overrides_the_present_one(small):
+    with pytest.warns(FutureWarning, match=re.escape("--set alignment.lr=0.5: the key alignment.lr is now called")):
+        assert load(small, ["alignment.lr=0.5"]).alignment.learning_rate == 0.5
+    with pytest.warns(FutureWarning):
+        recipe = load(small, [ANNEALING, "annealing.through={ 256 = 2 }", "annealing.through.512=4"])
+    assert recipe.annealing.context_schedule == {"256": 2, "512": 4}
+
+
+def test_both_names_of_a_key_are_an_error(small):
+    small.write_text(SMALL + "lr = 1.0\n")
+    with pytest.raises(RecipeError, match="mine.toml: vision.lr is the former name of vision.learning_rate; give only"):
+        load(small)
+
+
+def test_only_one_process_warns(small, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(small, ["alignment.lr=0.5"]).alignment.learning_rate == 0.5
+
+
+def test_a_whole_number_may_be_written_with_an_exponent(small):
+    assert load(small, ["alignment.steps=1e3"]).alignment.steps == 1000
 
 
 @pytest.mark.parametrize("content", [b"steps = [", b"\xff\xfe\x00"], ids=["torn", "binary"])
@@ -161,6 +254,14 @@ def test_missing_file_and_directory_are_named(tmp_path):
         load(tmp_path)
 
 
+@dataclass(frozen=True)
+class Tables:
+    """Any keys and values."""
+
+    name: str
+    table: dict[str, Any]
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     name=st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
@@ -168,19 +269,22 @@ def test_missing_file_and_directory_are_named(tmp_path):
     value=st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False), st.booleans(), st.text('a"\\\n\x7fé')),
 )
 def test_any_recipe_comes_back_from_its_toml(tmp_path_factory, name, key, value):
-    path = tmp_path_factory.mktemp("recipe") / "mine.toml"
-    path.write_text(SMALL)
-    recipe = load(path, ["alignment.steps=9"])
-    table = replace(recipe, name=name, processor=ProcessorRecipe(encoder={key: value}))
-    path.write_text(to_toml(table), encoding="utf-8", newline="")
-    assert load(path) == table
+    path, tables = tmp_path_factory.mktemp("recipe") / "mine.toml", Tables(name, {key: value})
+    path.write_text(to_toml(tables), encoding="utf-8", newline="")
+    assert typed_toml.load(Tables, path, [], "") == tables
 
 
 def test_the_printed_recipe_is_the_one_that_would_be_trained(tmp_path):
-    command = [sys.executable, "scripts/pretrain.py", "stages/recipes/small.toml", "--set", "multitask.lr=1e-4"]
+    command = [
+        sys.executable,
+        "scripts/pretrain.py",
+        "stages/recipes/small.toml",
+        "--set",
+        "multitask.learning_rate=1e-4",
+    ]
     printed = subprocess.run([*command, "--print"], capture_output=True, text=True, check=True, timeout=300).stdout
     (tmp_path / "printed.toml").write_text(printed, encoding="utf-8")
-    assert load(tmp_path / "printed.toml") == load("stages/recipes/small.toml", ["multitask.lr=1e-4"])
+    assert load(tmp_path / "printed.toml") == load("stages/recipes/small.toml", ["multitask.learning_rate=1e-4"])
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,8 @@ def test_keye_8b_is_the_reports():
     for world in (8, 16, 32, 64, 128):
         for name in LANGUAGE:
             stage = getattr(recipe, name)
-            assert stage.packs % (world // stage.sequence_parallel) == 0
-    tokens = {getattr(recipe, name).packs * getattr(recipe, name).context for name in LANGUAGE}
+            assert stage.global_batch_size % (world // stage.sequence_parallel) == 0
+    tokens = {getattr(recipe, name).global_batch_size * getattr(recipe, name).context for name in LANGUAGE}
     assert tokens == {256 * 8192}
 
 

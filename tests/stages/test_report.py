@@ -44,9 +44,9 @@ path = "b.jsonl"
 kind = "text"
 [annealing]
 steps = 8
-lr = 1e-3
+learning_rate = 1e-3
 context = 4096
-through = { 1024 = 4 }
+context_schedule = { 1024 = 4 }
 mixture = { video = 0.6, text = 0.4 }
 """
 

@@ -48,19 +48,19 @@ path = "{run}/world/train.jsonl"
 kind = "text"
 [vision]
 steps = 2
-lr = 1e-3
+learning_rate = 1e-3
 pairs = 2
 text_width = 32
 text_layers = 1
 [alignment]
 steps = 2
-lr = 1e-3
+learning_rate = 1e-3
 context = 128
 [annealing]
 steps = 1
-lr = 1e-4
+learning_rate = 1e-4
 context = 256
-packs = 1
+global_batch_size = 1
 zero = 1
 sequence_parallel = SEQUENCE
 """
@@ -243,7 +243,7 @@ def test_contexts_in_between_are_trained_one_after_the_other(run, recipe, tmp_pa
     again = tmp_path / "run"
     shutil.copytree(run, again)
     shutil.rmtree(again / "annealing")
-    overrides = ["annealing.through={ 128 = 2 }", "annealing.keep_finished=true"]
+    overrides = ["annealing.context_schedule={ 128 = 2 }", "annealing.keep_finished=true"]
     run_distributed(go, 1, 300, recipe, again, overrides, "annealing")
     steps = {name: json.loads((again / name / "stage.json").read_text()) for name in ("annealing-128", "annealing")}
     assert [done["steps"] for done in steps.values()] == [2, 1]

@@ -54,5 +54,7 @@ def test_run_is_given_up_after_too_many_spikes_in_a_row_and_counts_them_over_a_r
         step(guard, loss)
     resumed = StepGuard("stage", spike_loss=2.0)
     resumed.load_state_dict(guard.state_dict())
-    with pytest.raises(KeyeError, match="stage: 21 steps in a row were spikes .* lower its lr, or raise its spike_"):
+    with pytest.raises(
+        KeyeError, match="stage: 21 steps in a row were spikes .* lower its learning_rate, or raise its spike_"
+    ):
         step(resumed, 5.0)

@@ -76,9 +76,10 @@ def train(stills: Path, folder: Path, stage: str) -> None:
     made, grid = small.processor(), build_parallel_dims(1)
     made.image = IMAGE
     source = recipes.SourceRecipe(str(stills), "image", stages=(stage,))
+    common = {"steps": 2, "learning_rate": 1e-4, "mixture": {"image": 1.0}}
     told = {
-        "multitask": StageRecipe(steps=2, lr=1e-4, context=1024, packs=2, mixture={"image": 1.0}),
-        "vision": recipes.VisionRecipe(steps=2, lr=1e-4, pairs=2, mixture={"image": 1.0}, text_layers=1),
+        "multitask": StageRecipe(context=1024, global_batch_size=2, **common),
+        "vision": recipes.VisionRecipe(pairs=2, text_layers=1, **common),
     }[stage]
     whole = recipes.Recipe("test", recipes.DataRecipe((source,)), **{stage: told})
     mixture = open_mixture(stage, whole, made, grid, Cache(1 << 28), Quarantine(), "")
@@ -86,7 +87,7 @@ def train(stills: Path, folder: Path, stage: str) -> None:
     module = kind.prepare(small.model(made)).train()
     model = small.model(made)
     loader = kind.loader(mixture, grid, model, 1)
-    batches = told.packs // grid.data_size if stage == "multitask" else 1
+    batches = told.global_batch_size // grid.data_size if stage == "multitask" else 1
     Trainer(kind, module, loader, grid, told, folder / stage, batches, "fp32").run()
 
 

@@ -19,9 +19,9 @@ from stages.data.loader import Loader
 from stages.data.sources.source import Cache, Quarantine
 from stages.distributed import engine as deep
 from stages.distributed.checkpoints import whole_checkpoints
-from stages.distributed.engine import learning_rate_factor
 from stages.distributed.parallel import ParallelDims, build_parallel_dims, share_frames
 from stages.multitask import Multitask
+from stages.optimizer import learning_rate_factor
 from stages.recipe import StageRecipe
 from stages.stage import open_mixture
 from stages.trainer import Trainer, micro_batches
@@ -29,7 +29,8 @@ from tests.distributed import run_distributed
 from tests.stages import small
 
 RECIPE = StageRecipe(
-    steps=6, lr=1e-3, context=160, packs=2, warmup=1, weight_decay=0.1, clip=0.5, save_every=2,
+    steps=6, learning_rate=1e-3, context=160, global_batch_size=2, warmup=1, weight_decay=0.1, max_grad_norm=0.5,
+    checkpoint_every=2,
     mixture={"video": 0.6, "image": 0.3, "text": 0.1},
 )  # fmt: skip
 
@@ -81,7 +82,7 @@ def three_steps(manifest: Path, folder: Path, sequence: int, zero: int) -> tuple
     stage, model = Multitask(RECIPE, made), small.model(made).train()
     loader = Loader(BalancedPacker(rows, grid), grid)
     recipe = replace(RECIPE, zero=zero, sequence_parallel=sequence)
-    count = micro_batches("multitask", RECIPE.packs, grid)
+    count = micro_batches("multitask", RECIPE.global_batch_size, grid)
     trainer = Trainer(stage, model, loader, grid, recipe, folder, count, "fp32")
     steps = [trainer.train_step() for _ in range(3)]
     assert [step["imbalance"] for step in steps] == pytest.approx(imbalances(rows, grid, model.config), rel=1e-4)
@@ -152,7 +153,7 @@ class Stopped(Multitask):
 
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         self.calls += 1
-        if self.calls == 2 * RECIPE.packs + 1:
+        if self.calls == 2 * RECIPE.global_batch_size + 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().loss(module, batch, grid)
 
@@ -164,7 +165,7 @@ def trainer_of(kind: type[Multitask], manifest: Path, folder: Path, seed: int = 
     mixture = open_mixture("multitask", whole, made, grid, Cache(1 << 24), Quarantine(), "")
     stage, model = kind(RECIPE, made), small.model(made, seed).train()
     loader = stage.loader(mixture, grid, model, 1)
-    return Trainer(stage, model, loader, grid, RECIPE, folder, RECIPE.packs, "fp32"), model
+    return Trainer(stage, model, loader, grid, RECIPE, folder, RECIPE.global_batch_size, "fp32"), model
 
 
 def interrupted(manifest: Path, folder: Path) -> dict[str, Any]:
@@ -296,7 +297,7 @@ def test_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(skipped):
 
 
 def test_run_is_given_up_when_no_loss_is_finite_any_more(skipped):
-    assert skipped["said"] == "multitask: the loss was not finite 21 times in a row; lower its lr"
+    assert skipped["said"] == "multitask: the loss was not finite 21 times in a row; lower its learning_rate"
 
 
 # --- small pieces

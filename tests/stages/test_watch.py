@@ -12,7 +12,7 @@ from stages import metrics as watch
 from stages.alignment import Alignment
 from stages.data.collate import pack
 from stages.distributed.parallel import ParallelDims
-from stages.metrics import MetricsLogger, duration, find_peak, open_tracker, operations
+from stages.metrics import MetricsLogger, duration, find_peak, open_tracker, operations, step_summary
 from stages.multitask import Multitask
 from stages.recipe import StageRecipe, VisionRecipe
 from stages.vision import Vision
@@ -37,7 +37,7 @@ def counted(loss) -> int:
 @pytest.mark.parametrize("kind", [Multitask, Alignment])
 def test_operations_of_a_language_step_are_those_that_run(samples, kind):
     made, chats = samples
-    model = kind(StageRecipe(steps=1, lr=1.0), made).prepare(small.model(made)).train()
+    model = kind(StageRecipe(steps=1, learning_rate=1.0), made).prepare(small.model(made)).train()
     row = pack(chats[:6])
     text, lengths = model.config.text_config, row["cu_seqlens"].diff()
     pairs = int((lengths * (lengths - 1) // 2).sum())  # that causality hides, and the counter sees
@@ -49,7 +49,7 @@ def test_operations_of_a_language_step_are_those_that_run(samples, kind):
 
 def test_operations_of_a_vision_step_are_those_that_run(samples):
     processor, _ = samples
-    made = Vision(VisionRecipe(steps=1, lr=1.0), processor)
+    made = Vision(VisionRecipe(steps=1, learning_rate=1.0), processor)
     module = made.prepare(small.model(processor)).train()
     grids = torch.tensor([[1, 4, 6], [1, 8, 8], [1, 6, 6]])
     batch = {"pixels": torch.randn(124, 3, 14, 14), "grids": grids, "owners": torch.tensor([0, 0, 1])}
@@ -74,18 +74,20 @@ def test_steps_are_told_once_and_a_resume_takes_them_up(tmp_path, capsys):
     def lines() -> list[dict[str, object]]:
         return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
-    with MetricsLogger("stage", 6, tmp_path, 0, main=True) as metrics_logger:
+    with MetricsLogger("stage", 6, tmp_path, 0, main=True, summary=step_summary) as metrics_logger:
         for step in (1, 2, 3):
-            metrics_logger.tell(values(step))
+            metrics_logger.log(values(step))
+        metrics_logger.note("step skipped: loss 9 is 4.5 times its running median")
+        metrics_logger.note("")
     assert [line["eta_seconds"] for line in lines()] == [5 * 1.0, 4 * 1.5, 3 * 2.0]
     assert "stage 3/6  step skipped: loss 9 is 4.5 times its running median" in capsys.readouterr().out
     with (tmp_path / "metrics.jsonl").open("a") as out:
         out.write('{"step": 4, "lo')  # killed while it wrote
-    with MetricsLogger("stage", 6, tmp_path, 2, main=True) as metrics_logger:
-        metrics_logger.tell(values(3))
+    with MetricsLogger("stage", 6, tmp_path, 2, main=True, summary=step_summary) as metrics_logger:
+        metrics_logger.log(values(3))
     assert [line["step"] for line in lines()] == [1, 2, 3]
-    with MetricsLogger("stage", 6, tmp_path / "other", 0, main=False) as metrics_logger:
-        metrics_logger.tell(values(1))
+    with MetricsLogger("stage", 6, tmp_path / "other", 0, main=False, summary=step_summary) as metrics_logger:
+        metrics_logger.log(values(1))
     assert not (tmp_path / "other").exists()
 
 
@@ -117,7 +119,9 @@ def test_only_numbers_go_to_trackers(tmp_path, monkeypatch):
             heard.append("finished")
 
     monkeypatch.setattr(watch, "open_tracker", lambda name: Heard())
-    with MetricsLogger("stage", 6, tmp_path / "run" / "stage", 0, True, ("heard",), {"seed": 1}) as metrics_logger:
-        metrics_logger.tell(values(1))
+    with MetricsLogger(
+        "stage", 6, tmp_path / "run" / "stage", 0, True, step_summary, ("heard",), {"seed": 1}
+    ) as metrics_logger:
+        metrics_logger.log(values(1))
     numbers = sorted(["step", "loss", "tokens_per_second", "mfu", "stall_share", "seconds", "eta_seconds"])
     assert heard == ["run-stage", (1, numbers), "finished"]

@@ -84,7 +84,12 @@ def test_what_alignment_does_not_train_is_held_once_in_the_dtype_of_training(rec
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_masters_begin_with_the_fp32_of_the_file_and_frozen_parts_leave_as_they_came(recipe, tmp_path, zero):
-    overrides = ['precision="bf16"', f"alignment.zero={zero}", "alignment.lr=1e-9", "alignment.clip=1e-12"]
+    overrides = [
+        'precision="bf16"',
+        f"alignment.zero={zero}",
+        "alignment.learning_rate=1e-9",
+        "alignment.max_grad_norm=1e-12",
+    ]
     run_distributed(align, 2, 300, recipe, tmp_path / "run", overrides)
     start, end = (open_checkpoint(path) for path in (tmp_path / "begin", tmp_path / "run" / "alignment" / "model"))
     assert start.keys() == end.keys()

@@ -27,7 +27,7 @@ def train(zero: int, sequence: int, economic: bool, frozen: bool) -> dict[str, A
     if economic:
         apply_memory_options(model, checkpointing=True, mlp_tiles=3)
     model.visual.requires_grad_(not frozen)
-    built = engine.build(model, lr=1e-3, steps=STEPS, zero=zero, weight_decay=0.1)
+    built = engine.build(model, small.optimizer(1e-3, weight_decay=0.1), STEPS, zero=zero)
     samples = packs()["stills and frames"]
     # Ranks that share no pack have different ones, one of them without a picture.
     rows = [pack(samples, 2)] if sequence > 1 else [pack(samples[:2], 2), pack(packs()["text alone"], 2)]

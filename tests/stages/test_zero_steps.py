@@ -29,7 +29,9 @@ from tests.stages.test_parallel import IMAGE, VIDEO, packs
 from tests.stages.test_trainer import BalancedPacker, parameters
 
 STEPS, BAD = 4, 1  # steps, and the one (from 0) whose loss is not finite
-RECIPE = StageRecipe(steps=STEPS, lr=1e-3, packs=2, weight_decay=0.1, clip=0.5, save_every=100)
+RECIPE = StageRecipe(
+    steps=STEPS, learning_rate=1e-3, global_batch_size=2, weight_decay=0.1, max_grad_norm=0.5, checkpoint_every=100
+)
 
 
 @dataclass(frozen=True)

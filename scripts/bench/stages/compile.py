@@ -14,6 +14,7 @@ from scripts.bench.common.record import Table, arguments, out_of, save
 from scripts.bench.stages.cost import Case, pack_of
 from stages.distributed import engine as deep
 from stages.distributed.activation_memory import apply_memory_options
+from stages.optimizer import OptimizerConfig
 
 EXAMPLES = """examples:
   python -m scripts.bench.stages.compile           about two minutes on a quiet machine
@@ -29,7 +30,8 @@ class Training:
         model = KeyeForConditionalGeneration(case.config())
         apply_memory_options(model, case.checkpointing, compiled=compiled)
         self.case, self.pack = case, pack_of(case)
-        self.engine = deep.build(model.train(), lr=1e-4, steps=100, zero=case.zero, precision="fp32")
+        optimizer = OptimizerConfig(learning_rate=1e-4)
+        self.engine = deep.build(model.train(), optimizer, 100, zero=case.zero, precision="fp32")
 
     def step(self) -> float:
         """Seconds of the processor."""

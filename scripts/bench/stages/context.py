@@ -184,15 +184,16 @@ def step(context: int) -> int:
     world = dist.get_world_size()
     grid, tiles = build_parallel_dims(world), max(1, context // world // TILE)
     told = AnnealingRecipe(
-        steps=2, lr=1e-4, context=context, packs=1, zero=1, sequence_parallel=world, checkpointing=True, mlp_tiles=tiles
-    )
+        steps=2, learning_rate=1e-4, schedule="constant", context=context, global_batch_size=1, zero=1,
+        sequence_parallel=world, checkpointing=True, mlp_tiles=tiles,
+    )  # fmt: skip
     processor = KeyeProcessor(tokenizer(), encoder=ENCODER)
     torch.manual_seed(SEED)
     config = KeyeConfig.preset("tiny", vocab_size=len(processor.tokenizer))
     model = KeyeForConditionalGeneration(processor.configure(config))
     apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
     stage = Annealing(told, processor)
-    built = engine.build(stage.prepare(model).train(), lr=told.lr, steps=told.steps, zero=told.zero)
+    built = engine.build(stage.prepare(model).train(), told, told.steps, zero=told.zero)
     learn(stage, built, words(), grid)  # what is loaded or made once is there from here on
     dist.barrier()
     before = resident("VmRSS")

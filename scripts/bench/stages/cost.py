@@ -70,8 +70,8 @@ class Case:
 
     def told(self) -> StageRecipe:
         return StageRecipe(
-            steps=1, lr=1e-4, context=self.tokens, packs=1, zero=self.zero, checkpointing=self.checkpointing,
-            mlp_tiles=self.mlp_tiles,
+            steps=1, learning_rate=1e-4, context=self.tokens, global_batch_size=1, zero=self.zero,
+            checkpointing=self.checkpointing, mlp_tiles=self.mlp_tiles,
         )  # fmt: skip
 
     def work(self) -> Work:
@@ -160,7 +160,7 @@ class Training:
         if case.stage == "alignment":
             model.requires_grad_(False).projector.requires_grad_(True)
         self.case, self.pack = case, pack_of(case)
-        self.engine = deep.build(model.train(), lr=told.lr, steps=100, zero=told.zero, precision="fp32")
+        self.engine = deep.build(model.train(), told, 100, zero=told.zero, precision="fp32")
 
     def step(self) -> float:
         """Seconds of the processor."""

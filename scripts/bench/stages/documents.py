@@ -28,10 +28,10 @@ max_tokens = 256
 STAGE = """
 [multitask]
 steps = 100000
-lr = 1e-9
+learning_rate = 1e-9
 schedule = "constant"
 context = {context}
-packs = {packs}
+global_batch_size = {packs}
 mixture = {{ video = {video}, image = {image}, text = {text} }}
 """
 DRAWN = {  # folder → counts, seconds, side in pixels

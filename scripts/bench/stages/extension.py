@@ -52,15 +52,15 @@ max_tokens = 4
 FIRST = """
 [vision]
 steps = {vision}
-lr = 3e-4
+learning_rate = 3e-4
 warmup = 10
 pairs = 64
 mixture = {{ video = 0.5, image = 0.5 }}
 [multitask]
 steps = {steps}
 context = {context}
-packs = 6
-lr = 2e-3
+global_batch_size = 6
+learning_rate = 2e-3
 warmup = 20
 mixture = {{ video = 0.85, image = 0.1, text = 0.05 }}
 """
@@ -68,8 +68,8 @@ SECOND = """
 [annealing]
 steps = {steps}
 context = {context}
-packs = 2
-lr = 1e-3
+global_batch_size = 2
+learning_rate = 1e-3
 warmup = 5
 zero = 1
 rope_scale = {scale}

@@ -148,8 +148,9 @@ class Bench:
         self.began, self.rows, self.longest, self.mfu = time.monotonic(), [], 0, {}
         self.folder, self.tiles = tempfile.TemporaryDirectory(), 1
         self.told = StageRecipe(
-            steps=1 << 20, lr=1e-6, context=sizes.context, packs=1, zero=1, checkpointing=True, mixture={"video": 1.0}
-        )
+            steps=1 << 20, learning_rate=1e-6, context=sizes.context, global_batch_size=1, zero=1, checkpointing=True,
+            mixture={"video": 1.0},
+        )  # fmt: skip
         self.grid = build_parallel_dims(1)
         torch.manual_seed(0)
         with torch.device(device):

@@ -69,25 +69,25 @@ kind = "text"
 stages = ["multitask", "annealing"]
 [vision]
 steps = 6
-lr = 3e-4
+learning_rate = 3e-4
 pairs = 8
-save_every = 2
+checkpoint_every = 2
 [multitask]
 steps = 12
-lr = 1e-3
+learning_rate = 1e-3
 warmup = 3
 context = 512
-packs = 4
-save_every = 2
+global_batch_size = 4
+checkpoint_every = 2
 mixture = { video = 0.4, image = 0.4, text = 0.2 }
 [annealing]
 steps = 6
-lr = 5e-4
+learning_rate = 5e-4
 context = 2048
-packs = 1
+global_batch_size = 1
 zero = 1
 sequence_parallel = 2
-save_every = 2
+checkpoint_every = 2
 mixture = { video = 0.24, image = 0.50, text = 0.26 }
 """
 STEPS = {"vision": 6, "multitask": 12, "annealing": 6}

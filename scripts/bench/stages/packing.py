@@ -208,7 +208,7 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
         dist.all_gather_object(everyone, [d for row in step for d in documents(row, *tokens)])
         mixed = [document for part in everyone for document in part]
         sizes.append([document.tokens for document in mixed])
-        for name, given in layouts(mixed, told.packs, grid_ranks, draw).items():
+        for name, given in layouts(mixed, told.global_batch_size, grid_ranks, draw).items():
             batches = [padded([mixed[i] for i in group], processor.tokenizer.pad_token_id) for group in given[rank]]
             prepared[name].append(batches)
     trainers, weights = {PACKED: trainer}, opened.model.state_dict()

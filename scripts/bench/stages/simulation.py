@@ -87,7 +87,8 @@ def plan(name: str, told: StageRecipe, config: KeyeConfig, steps: int) -> Phase:
     cost = Cost(config, tower_trains=stage_of(name) != "alignment", decoder_trains=stage_of(name) != "alignment")
     data = balance.DATA["mixed" if told.context <= 8192 else "long"]
     kinds = {kind: (group, share) for kind, (group, share) in data.items() if told.mixture.get(group)}
-    found, _, seconds, _ = balance.plan(kinds, told.context, told.packs, told.alike, steps, cost, told.packs)
+    packs, balanced = told.global_batch_size, told.balanced_packs
+    found, _, seconds, _ = balance.plan(kinds, told.context, packs, balanced, steps, cost, packs)
     return Phase(name, told, found[-1], median(seconds))
 
 
@@ -216,8 +217,9 @@ def smaller(recipe: recipes.Recipe, ranks: int) -> recipes.Recipe:
     changed = {}
     for name in recipe.stages:
         told = getattr(recipe, name)
-        few = {"pairs": 2 * ranks} if isinstance(told, VisionRecipe) else {"packs": ranks // told.sequence_parallel}
-        changed[name] = dataclasses.replace(told, alike=0, **few)
+        packs = ranks // told.sequence_parallel
+        few = {"pairs": 2 * ranks} if isinstance(told, VisionRecipe) else {"global_batch_size": packs}
+        changed[name] = dataclasses.replace(told, balanced_packs=0, **few)
     return dataclasses.replace(recipe, **changed)
 
 

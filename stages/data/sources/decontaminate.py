@@ -142,7 +142,9 @@ def _manifest_hashes(path: str, processor: KeyeProcessor) -> tuple[np.ndarray, l
     with np.load(kept("hashes", mark, ".npz", partial(_write, table, processor))) as saved:
         found, names = saved["hashes"], saved["names"].tolist()
     if not len(found):
-        raise ManifestError(f"{path}: it shows no picture that training pictures could be like; mend data.not_like")
+        raise ManifestError(
+            f"{path}: it shows no picture that training pictures could be like; correct data.decontaminate_against"
+        )
     return found, names
 
 

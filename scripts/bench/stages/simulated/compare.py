@@ -70,7 +70,7 @@ def memory(recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, ranks:
 
 def plan_of(told: StageRecipe, ranks: int) -> Plan:
     """How a stage trains on one of so many GPUs, in bf16."""
-    several = 1 if isinstance(told, VisionRecipe) else told.packs * told.sequence_parallel // ranks
+    several = 1 if isinstance(told, VisionRecipe) else told.global_batch_size * told.sequence_parallel // ranks
     return Plan(2, told.zero, ranks, told.checkpointing, told.offload, told.mlp_tiles, micro_batches=several)
 
 
