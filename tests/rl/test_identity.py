@@ -106,6 +106,30 @@ def test_a_torn_record_of_the_run_is_an_error_with_a_remedy(tmp_path):
     assert [json.loads(row)["step"] for row in rows] == [1, 2]
 
 
+def with_a_record_of_before(run: Path) -> str:
+    """The recorded recipe has the former names of keys, and lacks keys that recipes did not have then."""
+    train(run, recipe_of(1))
+    record = run / "gspo/run.json"
+    whole = json.loads(record.read_text())
+    former = {"gspo.group_size": "gspo.group", "gspo.decode_batch_size": "gspo.decode_batch"}
+    former["gspo.max_grad_norm"] = "gspo.clip"
+    recipe = {former.get(key, key): value for key, value in whole["recipe"].items()}
+    for key in ("gspo.schedule", "gspo.keep_checkpoints", "trackers"):
+        del recipe[key]
+    record.write_text(json.dumps({**whole, "recipe": recipe}))
+    other = refusal(run, recipe_of(2, group_size=4))
+    train(run, recipe_of(2))
+    return other
+
+
+def test_a_run_that_was_begun_with_former_keys_goes_on(tmp_path):
+    run = make_run(tmp_path)
+    [other] = run_distributed(with_a_record_of_before, 1, 240, run)
+    assert "gspo.group_size = 3, but the recipe says 4" in other
+    rows = (run / "gspo/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
 def without_its_first_measure(run: Path) -> list[str]:
     recipe = [recipe_of(steps, "variety", learning_rate=0.1) for steps in (1, 2, 3)]
     train(run, recipe[0])

@@ -1,12 +1,16 @@
 """RL recipes: the ready-made ones load, and a mistake is one sentence that names the key."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import rl
 from keye.errors import RecipeError
-from rl.recipe import check_world, load, places_of
+from keye.field_docs import field_docs
+from rl.recipe import Gspo, HeldOut, RlRecipe, check_world, load, places_of
+from stages.optimizer import OptimizerConfig
+from stages.recipe import StageRecipe
 
 RECIPES = sorted((Path(rl.__file__).parent / "recipes").glob("*.toml"))
 
@@ -48,3 +52,25 @@ def test_mini_batches_hold_the_same_prompts_on_any_number_of_processes(world):
         places = [place for rank in dealt for place in rank[batch]]
         assert sorted(places) == list(range(8 * batch, 8 * batch + 8))
         assert max(len(rank[batch]) for rank in dealt) - min(len(rank[batch]) for rank in dealt) <= 1
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [("gspo.clip=0.5", "gspo.max_grad_norm"), ("gspo.group=4", "gspo.group_size"),
+     ("gspo.decode_batch=7", "gspo.decode_batch_size")],
+)  # fmt: skip
+def test_a_former_key_is_read_with_a_warning(former, present):
+    with pytest.warns(FutureWarning, match=f"{former.split('=')[0]} is now called {present}"):
+        old = load(RECIPES[0], [former])
+    assert old == load(RECIPES[0], [f"{present}={former.split('=')[1]}"]) != load(RECIPES[0])
+
+
+def test_optimizer_and_checkpoints_have_the_keys_of_the_stages():
+    names = [{field.name for field in fields(kind)} for kind in (OptimizerConfig, StageRecipe, Gspo)]
+    assert names[0] <= names[1] and names[0] <= names[2]
+    assert {"checkpoint_every", "keep_checkpoints", "zero", "steps"} <= names[1] & names[2]
+
+
+@pytest.mark.parametrize("kind", [Gspo, HeldOut, RlRecipe])
+def test_every_key_is_documented_below_its_declaration(kind):
+    assert set(field_docs(kind)) == {field.name for field in fields(kind)}

@@ -78,9 +78,10 @@ def test_words_and_picture_say_what_was_found(found, tmp_path):
 
 def test_script_looks_over_a_manifest_and_fails_where_too_much_is_bad(manifest, tmp_path):
     command = [sys.executable, "scripts/data.py", str(manifest), "--json", str(tmp_path / "data.json")]
-    command += ["--tokenizer", str(manifest.with_name("tokenizer"))]
+    command += ["--tokenizer", str(manifest.with_name("tokenizer")), "--most-bad=0.05"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "#video: more than 5% of the samples looked at are bad" in done.stderr
+    assert "the option --most-bad is now called --max-bad-fraction" in done.stderr
     assert [one["kind"] for one in json.loads((tmp_path / "data.json").read_text())] == ["video", "image", "text"]
 
 
