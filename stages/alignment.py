@@ -1,4 +1,4 @@
-"""Stage 1, alignment: only the projector learns, so that visual tokens come to mean something to the decoder."""
+"""Stage 1, alignment: only the projector is trained, so that the decoder can use visual tokens."""
 
 from torch import nn
 
@@ -10,7 +10,7 @@ class Alignment(LanguageStage):
     name = "alignment"
 
     def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
-        """The projector trains, the tower and the decoder stay (report §pre-training, stage 1)."""
+        """The projector trains, the tower and the decoder are frozen (report §pre-training, stage 1)."""
         model.requires_grad_(False)
         model.projector.requires_grad_(True)
         return model

@@ -1,4 +1,4 @@
-"""Stage 3, annealing: everything learns on a context sixteen times as long, with a RoPE base eight times as large."""
+"""Stage 3, annealing: all parameters are trained at 16 times the context, with 8 times the RoPE base."""
 
 from torch import nn
 

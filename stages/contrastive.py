@@ -1,4 +1,4 @@
-"""The module of stage 0: the vision tower with a pooling head against a text tower, drawn anew or a SigLIP's own."""
+"""The module of stage 0: the vision tower with a pooling head, and a text tower, random or from a SigLIP."""
 
 import math
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from keye.errors import CheckpointError
 from keye.model.vision import KeyeVisionModel, PoolingHead
 from stages.recipe import VisionRecipe
 
-# Where SigLIP's loss begins, so that the many negatives cost little at first (arXiv 2303.15343).
+# Start values of SigLIP's loss, with which the many negatives have a small loss at first (arXiv 2303.15343).
 SCALE, BIAS = math.log(10), -10.0
 HEAD, TEXT = "vision_model.head.", "text_model."
 
 
 class Contrast(nn.Module):
-    """Vision tower and pooling head against a SigLIP text tower; forward gives the vectors of pairs.
+    """Vision tower with pooling head, and a SigLIP text tower; forward returns the vectors of pairs.
 
     Args:
         visual, text: the towers; the text tower projects to the vision tower's width.
-        scale, bias: log temperature and bias of the logits to begin with.
+        scale, bias: start values of the log temperature and the bias of the logits.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Contrast(nn.Module):
         super().__init__()
         self.visual, self.text = visual, text
         self.head = PoolingHead(visual.config)
-        # Learnt as what is added to their start: next to -10, bf16 has steps of 1/16.
+        # The parameters are differences from the start values: near -10, bf16 has steps of 1/16.
         self.start = scale, bias
         self.scale, self.bias = (nn.Parameter(torch.zeros(1)) for _ in range(2))
 
@@ -47,7 +47,7 @@ class Contrast(nn.Module):
             captions: `[B, T]` token ids, padded.
 
         Returns:
-            Unit vectors of the visuals and of the captions `[B, width]`; log scale and bias of the logits `[1]`.
+            Unit vectors of the visuals and of the captions `[B, width]`; log temperature and bias of the logits `[1]`.
         """
         features = self.visual(pixels, grids)
         patches = owners.repeat_interleave(grids.prod(1), output_size=len(features))
@@ -57,7 +57,7 @@ class Contrast(nn.Module):
         return F.normalize(seen, dim=-1), F.normalize(words, dim=-1), scale, bias
 
 
-def fresh(recipe: VisionRecipe, visual: KeyeVisionModel, tokenizer: PreTrainedTokenizerBase) -> Contrast:
+def random_text_tower(recipe: VisionRecipe, visual: KeyeVisionModel, tokenizer: PreTrainedTokenizerBase) -> Contrast:
     """A text tower of the recipe's sizes for Keye's own tokenizer, and a pooling head, both drawn at random."""
     config = SiglipTextConfig(
         vocab_size=len(tokenizer),
@@ -78,7 +78,7 @@ def text_config(directory: str | Path) -> SiglipTextConfig:
     """The config of a SigLIP's text tower.
 
     Raises:
-        CheckpointError: the directory holds no SigLIP with a text tower.
+        CheckpointError: the directory has no SigLIP with a text tower.
     """
     path = Path(directory)
     if not (path / "config.json").is_file():
@@ -88,19 +88,19 @@ def text_config(directory: str | Path) -> SiglipTextConfig:
         )
     config = SiglipTextConfig.from_pretrained(path)
     if config.model_type != "siglip_text_model":
-        raise CheckpointError(f"{path}: a {config.model_type} is no SigLIP with a text tower; name another")
+        raise CheckpointError(f"{path}: {config.model_type} is not a SigLIP with a text tower; name another")
     return config
 
 
-def pretrained(directory: str | Path, visual: KeyeVisionModel) -> Contrast:
+def siglip_text_tower(directory: str | Path, visual: KeyeVisionModel) -> Contrast:
     """The text tower, the pooling head, the temperature and the bias of a SigLIP, in float32.
 
-    A directory of a text model alone has no head: that is then drawn at random, and so are temperature and bias set to
-    their start. The tower itself stays as it is: `keye.checkpoint.initialise` has taken it from the same SigLIP, or
-    more training has changed it.
+    The directory of a text model has no head: the head is then random, and temperature and bias have their start
+    values. The vision tower is not changed: it comes from the same SigLIP (`keye.checkpoint.initialise`) or was trained
+    further.
 
     Raises:
-        CheckpointError: the directory holds no SigLIP, or one that does not fit the vision tower.
+        CheckpointError: the directory has no SigLIP, or one that does not fit the vision tower.
     """
     config, stored = text_config(directory), open_checkpoint(directory)
     width = visual.config.hidden_size
@@ -122,7 +122,7 @@ _START = {"logit_scale": SCALE, "logit_bias": BIAS}
 
 
 def _head(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """SigLIP's pooling head under the names of ours: its three projections of one matrix apart."""
+    """SigLIP's pooling head with the names of ours: its joined query, key and value projections are split."""
     found = {name.removeprefix(HEAD): tensor.read() for name, tensor in stored.items() if name.startswith(HEAD)}
     for kind in ("weight", "bias"):
         joined = found.pop(f"attention.in_proj_{kind}", None)
@@ -132,7 +132,7 @@ def _head(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
 
 
 def _fill(module: nn.Module, found: Mapping[str, Tensor], directory: str | Path) -> None:
-    """Every parameter of `module` from `found`, which may hold more.
+    """Copy every parameter of `module` from `found`, which may have more.
 
     Raises:
         CheckpointError: one is missing or of another shape.
@@ -140,7 +140,7 @@ def _fill(module: nn.Module, found: Mapping[str, Tensor], directory: str | Path)
     for name, parameter in module.named_parameters():
         value = found.get(name)
         if value is None or value.shape != parameter.shape:
-            said = "is missing" if value is None else f"has the shape {list(value.shape)}, not {list(parameter.shape)}"
-            raise CheckpointError(f"{directory}: {name} {said}; name the SigLIP that the vision tower came from")
+            found = "is missing" if value is None else f"has the shape {list(value.shape)}, not {list(parameter.shape)}"
+            raise CheckpointError(f"{directory}: {name} {found}; name the SigLIP that the vision tower came from")
         with torch.no_grad():
             parameter.copy_(value)

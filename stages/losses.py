@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stages.distributed.parallel import all_gather
 
-LOGITS = 1 << 22  # pairs whose logits are alive at once: 16 MB of fp32, and as much again for their gradient
+LOGITS = 1 << 22  # pairs whose logits are in memory: 16 MB of fp32, and the same for their gradient
 
 
 def siglip_loss(
@@ -16,8 +16,8 @@ def siglip_loss(
 ) -> Tensor:
     """Pairwise sigmoid loss (SigLIP, arXiv 2303.15343) of this rank's visuals against the captions of all ranks.
 
-    Vectors of all captions are gathered, which is little; the logits of all pairs are not, at 32,768 pairs 4 GB of
-    fp32: they are computed for at most `LOGITS` pairs at a time, and again in the backward pass.
+    The vectors of all captions are gathered, which is small. The logits of all pairs would be 4 GB of fp32 at 32,768
+    pairs: they are computed for at most `LOGITS` pairs at a time, and again in the backward pass.
 
     Args:
         vision, text: `[B, D]` unit vectors of this rank's pairs; B is the same on every rank.
@@ -28,7 +28,7 @@ def siglip_loss(
         This rank's part of the mean over all visuals: the sum over ranks is the loss of the joined batch.
     """
     texts = all_gather(text.float(), group).flatten(0, 1)
-    # A number for each different caption, so that pairs are compared by number and not token by token.
+    # Each different caption gets a number, so that pairs are compared by number instead of token by token.
     _, keys = torch.unique(all_gather(captions, group).flatten(0, 1), dim=0, return_inverse=True)
     rank = dist.get_rank(group) if len(keys) > len(captions) else 0
     own = keys[rank * len(captions) : (rank + 1) * len(captions)]

@@ -1,7 +1,7 @@
 """Merging: the weighted mean of models, or what their training added to a common base, tensor by tensor.
 
-The report ends pre-training so: the same model is annealed on several mixtures, and the results are averaged plainly
-(report §pre-training, model merging). Only one tensor of each model is in memory at a time, and the shard being filled.
+The report's pre-training ends with it: the same model is annealed on several mixtures, and the results are averaged
+(report §pre-training, model merging). Memory holds one tensor of each model and the shard that is being filled.
 """
 
 import json
@@ -22,15 +22,15 @@ from keye.errors import CheckpointError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
-TRIFLES = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
-"""Keys of config.json by which models may differ and still be one model."""
+IGNORED = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
+"""Keys of config.json in which models of the same architecture may differ."""
 
 
 class Weights:
     """The tensors of a Hugging Face directory, read one at a time; sharded or not.
 
     Raises:
-        CheckpointError: no safetensors there, or a torn file.
+        CheckpointError: there is no safetensors file, or one is damaged.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -44,7 +44,7 @@ class Weights:
         if (self.directory / WHOLE).is_file():
             return [WHOLE]
         raise CheckpointError(
-            f"{self.directory} holds no {WHOLE}; give a model's directory like runs/demo/annealing/model"
+            f"{self.directory} has no {WHOLE}; give a model's directory like runs/demo/annealing/model"
         )
 
     def _open(self, file: str) -> Any:
@@ -61,7 +61,7 @@ class Weights:
         return part.get_shape(), part.get_dtype()
 
     def read(self, name: str) -> Tensor:
-        """One tensor. The file is opened anew, so that the pages of what was read before can go."""
+        """One tensor. The file is opened each time, so that the pages of earlier tensors can be freed."""
         return self._open(self.file_of[name]).get_tensor(name)
 
 
@@ -75,13 +75,16 @@ def merge(
 ) -> Path:
     """Write the mean of the models in `directories` to `out`, with the first one's config, tokenizer and processor.
 
-    weights: how much each counts; they are divided by their sum; without them all count alike. shard_bytes: size of
-    one output file at most, unless one tensor is larger. The mean is taken in fp32 and kept in the models' own dtype.
-    base: the model that all were trained from; then the result is it plus, for each model, its weight (not divided by
-    anything) times what training changed (task arithmetic, arXiv 2212.04089).
+    The mean is taken in fp32 and stored in the models' own dtype.
+
+    Args:
+        weights: of the models, divided by their sum; without them all count the same.
+        shard_bytes: size of one output file at most, unless one tensor is larger.
+        base: the model that all were trained from. The result is then the base plus, for each model, its weight (as it
+            is) times what training changed (task arithmetic, arXiv 2212.04089).
 
     Raises:
-        CheckpointError: a directory that is no model, models that differ in more than their values, or `out` in use.
+        CheckpointError: a directory is not a model, models differ in more than their values, or `out` is in use.
     """
     if base is None:
         return combine(directories, _shares(directories, weights), out, shard_bytes, progress)
@@ -98,15 +101,15 @@ def combine(
     shard_bytes: int = 4 << 30,
     progress: bool = True,
 ) -> Path:
-    """Write the sum of models, each times its share (any number; those of 0 are not read), as `merge` does.
+    """Write the sum of models, each times its share (any number; models with share 0 are not read), as `merge` does.
 
-    `out` is written beside itself and renamed, so that it is whole or not there.
+    `out` is written under another name and renamed, so that it is complete or does not exist.
     """
     models, shares = [Weights(directory) for directory in directories], list(shares)
-    check_alike(models)
+    check_compatible(models)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there already; name another place or remove it")
+        raise CheckpointError(f"{out} exists already; name another place or remove it")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -122,11 +125,11 @@ def combine(
     return partial.rename(out)
 
 
-def check_alike(models: Sequence[Weights]) -> None:
-    """Refuse models that are not one architecture with one vocabulary, naming the tensor, key or file that differs.
+def check_compatible(models: Sequence[Weights]) -> None:
+    """Refuse models that differ in architecture or vocabulary.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: names the tensor, key or file that differs.
     """
     first = models[0]
     for model in models[1:]:
@@ -141,23 +144,25 @@ def check_alike(models: Sequence[Weights]) -> None:
             if (one, one_type) != (two, two_type):
                 raise CheckpointError(
                     f"tensor {name} is {one_type} {one} in {first.directory} but {two_type} {two} in "
-                    f"{model.directory}; merge models of one shape and dtype"
+                    f"{model.directory}; merge models of the same shapes and dtype"
                 )
         key = _difference(first.config, model.config)
         if key is not None:
-            raise CheckpointError(f"config.json of {both} differ in {key}; merge models that were trained alike")
+            raise CheckpointError(f"config.json of {both} differ in {key}; merge models of the same configuration")
         if _vocabulary(first.directory) != _vocabulary(model.directory):
             raise CheckpointError(f"tokenizer.json of {both} differ; merge models that share a vocabulary")
 
 
 def _shares(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[float]:
     if len(directories) < 2:
-        raise CheckpointError("there is nothing to average in one model; name two or more")
+        raise CheckpointError("one model cannot be averaged; name two or more")
     weights = [1.0] * len(directories) if weights is None else list(weights)
     if len(weights) != len(directories):
         raise CheckpointError(f"{len(weights)} weights for {len(directories)} models; give one for each")
     if not all(0 < weight < float("inf") for weight in weights):
-        raise CheckpointError(f"weights {', '.join(f'{w:g}' for w in weights)} are not all above 0; mend or leave out")
+        raise CheckpointError(
+            f"weights {', '.join(f'{w:g}' for w in weights)} are not all above 0; correct them or leave them out"
+        )
     return [weight / sum(weights) for weight in weights]
 
 
@@ -184,8 +189,8 @@ def _sum(parts: Sequence[tuple[Weights, float]], name: str) -> Tensor:
         for model, _ in others:
             if not torch.equal(first, model.read(name)):
                 raise CheckpointError(
-                    f"tensor {name} holds whole numbers that differ in {one.directory} and {model.directory}; "
-                    "they have no mean, merge models that share them"
+                    f"tensor {name} has integers that differ in {one.directory} and {model.directory}; "
+                    "they have no mean: merge models that share them"
                 )
         return first
     total = first.float() * share
@@ -227,7 +232,7 @@ def _write(tensors: Iterator[tuple[str, Tensor]], out: Path, shard_bytes: int) -
 def _difference(one: Any, two: Any, prefix: str = "") -> str | None:
     """The first key in which two configs differ, or None."""
     for key in sorted(one.keys() | two.keys()):
-        if key in TRIFLES:
+        if key in IGNORED:
             continue
         a, b = one.get(key), two.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -247,7 +252,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _vocabulary(directory: Path) -> tuple[Any, Any] | None:
-    """What tokenizer.json says of which token has which id; not how it was last told to pad or cut."""
+    """The tokens and ids in tokenizer.json, without its settings for padding and truncation."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Stage 2, multi-task: everything learns, on captions, questions, grounding, video and text."""
+"""Stage 2, multi-task: all parameters are trained on captions, questions, grounding, video and text."""
 
 from stages.stage import LanguageStage
 

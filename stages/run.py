@@ -1,4 +1,4 @@
-"""A whole pre-training run in one launch: world, tokenizer, model, then the stages one after the other."""
+"""A complete pre-training run in one launch: world, tokenizer, model, then the stages one after the other."""
 
 import dataclasses
 import importlib.metadata
@@ -49,7 +49,7 @@ from stages.vision import Vision
 KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
 # Keys of a stage that do not change what is trained.
-AROUND = (
+NOT_TRAINED = (
     "checkpoint_every", "keep_checkpoints", "keep_finished", "async_checkpoints", "heldout_every", "heldout_steps",
 )  # fmt: skip
 START = "start"  # folder of the model that a run draws for itself
@@ -57,10 +57,13 @@ WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 
 
 def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
-    """Run all stages of a recipe, or the stage `only`; what is finished is passed over, what was begun goes on.
+    """Run all stages of a recipe, or the stage `only`; finished ones are skipped, one that was begun is resumed.
+
+    Args:
+        run: directory of the run. only: a stage, or one of its phases.
 
     Raises:
-        KeyeError: whatever the user can mend.
+        KeyeError: a mistake that the user can correct.
     """
     if not any(wanted(name, only) for name in recipe.chain):
         raise RecipeError(f"the recipe has no stage {only}; it has {', '.join(recipe.chain)}")
@@ -87,7 +90,11 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
 
 
 def check(recipe: Recipe, run: Path, only: str | None) -> None:
-    """Find before anything is trained what would stop a later stage; KeyeError names it."""
+    """Find what would stop a later stage before anything is trained.
+
+    Raises:
+        KeyeError: names the file or key at fault.
+    """
     stages = {stage_of(name) for name in recipe.chain if wanted(name, only)}
     for source in (*recipe.data.sources, *recipe.data.heldout):
         if source.stages and not stages & set(source.stages):
@@ -107,21 +114,25 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
         )
     check_finished(recipe, run, only)
     world = dist.get_world_size()
-    for name, told in recipe.chain.items():
+    for name, stage in recipe.chain.items():
         if wanted(name, only) and not (run / name / DONE).exists():
-            make_encoder(recipe, told)
+            make_encoder(recipe, stage)
             choose_sources(name, recipe)
-            if told.heldout_every:
+            if stage.heldout_every:
                 choose_sources(name, recipe, heldout=True)
-            check_sequence(told.sequence_parallel, world)
-            check_hpz(name, told.hpz, local_ranks(devices=torch.cuda.device_count()))
-            batches_of(name, told, ParallelDims(0, world, told.sequence_parallel, None))
-            if isinstance(told, VisionRecipe) and told.text_model:
-                text_config(told.text_model)
+            check_sequence(stage.sequence_parallel, world)
+            check_hpz(name, stage.hpz, local_ranks(devices=torch.cuda.device_count()))
+            batches_of(name, stage, ParallelDims(0, world, stage.sequence_parallel, None))
+            if isinstance(stage, VisionRecipe) and stage.text_model:
+                text_config(stage.text_model)
 
 
 def check_hpz(name: str, hpz: int, ranks: int) -> None:
-    """RecipeError when the `ranks` of a node cannot be cut into groups of `hpz`."""
+    """Refuse an `hpz` that does not divide the `ranks` of a node.
+
+    Raises:
+        RecipeError: names the key and the remedy.
+    """
     if ranks % hpz:
         raise RecipeError(
             f"{name}.hpz = {hpz} does not divide the {ranks} processes of a node, which keep the weights among them; "
@@ -130,9 +141,10 @@ def check_hpz(name: str, hpz: int, ranks: int) -> None:
 
 
 def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
-    """CheckpointError when a stage that would be passed over is not what this recipe and run would make.
+    """Refuse finished stages that this recipe and run would not train in the same way.
 
-    That is one trained with another recipe, or one that began from weights that the stage before it no longer has.
+    Raises:
+        CheckpointError: one was trained with another recipe, or from weights that the stage before it no longer has.
     """
     for name, phase in recipe.chain.items():
         if wanted(name, only) and (run / name / DONE).exists():
@@ -141,7 +153,7 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
             trained = current_names(type(phase), done.get("recipe") or wanted_now)
             # A key that recipes did not have when the stage was trained had its default.
             trained = stage_table(type(phase)(steps=1, learning_rate=1.0)) | trained
-            changed = [key for key in wanted_now if key not in AROUND and trained[key] != wanted_now[key]]
+            changed = [key for key in wanted_now if key not in NOT_TRAINED and trained[key] != wanted_now[key]]
             if changed:
                 raise CheckpointError(
                     f"{name} was finished with {changed[0]} = {trained[changed[0]]!r}, but the recipe says "
@@ -160,11 +172,15 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
                 )
 
 
-def batches_of(name: str, told: StageRecipe, grid: ParallelDims) -> int:
-    """Batches of a step on each rank; RecipeError where they do not divide."""
-    if isinstance(told, VisionRecipe):
-        return told.micro_batches(grid.data_size)
-    return micro_batches(name, told.global_batch_size, grid)
+def batches_of(name: str, stage: StageRecipe, grid: ParallelDims) -> int:
+    """Batches of a step on each rank.
+
+    Raises:
+        RecipeError: they do not divide among the ranks.
+    """
+    if isinstance(stage, VisionRecipe):
+        return stage.micro_batches(grid.data_size)
+    return micro_batches(name, stage.global_batch_size, grid)
 
 
 def before(recipe: Recipe, name: str) -> list[str]:
@@ -174,24 +190,24 @@ def before(recipe: Recipe, name: str) -> list[str]:
 
 
 def wanted(name: str, only: str | None) -> bool:
-    """Whether a phase is asked for: all are without `only`, which may name a stage or one of its phases."""
+    """Whether a phase is to be trained: all are without `only`, which may name a stage or one of its phases."""
     return only in (None, name, stage_of(name))
 
 
 def made(recipe: Recipe, run: Path, name: str) -> str | None:
-    """What tells apart the weights that stage `name` begins with: the mark that the stage before left, if any."""
+    """The mark of the weights that stage `name` begins with, which the stage before left; None without one."""
     marks = [run / stage / DONE for stage in before(recipe, name)[-1:]]
     return json.loads(marks[0].read_text()).get("made") if marks and marks[0].exists() else None
 
 
-def stage_table(told: StageRecipe) -> dict[str, object]:
-    """A stage's recipe as JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(told)))
+def stage_table(stage: StageRecipe) -> dict[str, object]:
+    """A stage's recipe as it is after a round trip through JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(stage)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A stage that is ready to train: its trainer, and what is saved with the model that comes out."""
+    """A stage that is ready to train: its trainer, and what is saved with its model."""
 
     trainer: Trainer
     model: KeyeForConditionalGeneration
@@ -202,65 +218,64 @@ class Opened:
 
 
 def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
-    """Model, data and trainer of one stage; what was begun in `run/name` goes on."""
-    folder, told = run / name, recipe.chain[name]
+    """Model, data and trainer of one stage, resumed if `run/name` has a checkpoint; collective."""
+    folder, config = run / name, recipe.chain[name]
     seed(recipe.seed + 1 + STAGES.index(stage_of(name)))
-    grid = build_parallel_dims(told.sequence_parallel)
-    processor = make_processor(recipe, told, run)
+    grid = build_parallel_dims(config.sequence_parallel)
+    processor = make_processor(recipe, config, run)
     first_rank(lambda: prepare_start(name, recipe, run))
-    stage = KINDS[stage_of(name)](told, processor)
+    stage = KINDS[stage_of(name)](config, processor)
     start = open_start(start_of(name, recipe, run))
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
     model = start.build(dtype, engine.device(), stage.parts)
-    apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles, told.compile)
-    if told.compile:
+    apply_memory_options(model, config.checkpointing, config.offload, config.mlp_tiles, config.compile)
+    if config.compile:
         _say(f"{name}: layers are compiled in the first steps, which takes a minute or more")
     module = stage.prepare(model).train()
     quarantine = Quarantine(folder / "quarantine.jsonl", grid.rank)
     workers = encoding_threads(recipe.data.workers)
-    given, batches = (name, recipe, processor, grid, cache, quarantine, str(run)), batches_of(name, told, grid)
+    given, batches = (name, recipe, processor, grid, cache, quarantine, str(run)), batches_of(name, config, grid)
     heldout: list[list[dict[str, Any]]] = []
-    if told.heldout_every:  # the same batches each time, which wait in host memory
+    if config.heldout_every:  # the same batches each time, kept in host memory
         held = stage.loader(open_mixture(*given, heldout=True), grid, model, workers)
-        heldout = [[held.next() for _ in range(batches)] for _ in range(told.heldout_steps)]
+        heldout = [[held.next() for _ in range(batches)] for _ in range(config.heldout_steps)]
         held.close()
     loader = stage.loader(open_mixture(*given), grid, model, workers)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    _say(f"{name}: {trained / 1e6:.2f} M parameters, {told.steps} steps, {grid.data_size} × {grid.sequence} ranks")
-    config = dataclasses.asdict(recipe)
+    _say(f"{name}: {trained / 1e6:.2f} M parameters, {config.steps} steps, {grid.data_size} × {grid.sequence} ranks")
     trainer = Trainer(
-        stage, module, loader, grid, told, folder, batches, recipe.precision, recipe.trackers, config,
-        sources=start.sources(model), heldout=heldout,
+        stage, module, loader, grid, config, folder, batches, recipe.precision, recipe.trackers,
+        dataclasses.asdict(recipe), sources=start.sources(model), heldout=heldout,
     )  # fmt: skip
     return Opened(trainer, model, module, start, processor, quarantine)
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     """Train one stage from the model of the one before, and write `run/name/model`."""
-    folder, told = run / name, recipe.chain[name]
+    folder, stage = run / name, recipe.chain[name]
     if (folder / DONE).exists():
-        _say(f"{name}: finished before, passed over; remove {folder} to train it again")
+        _say(f"{name}: finished before, skipped; remove {folder} to train it again")
         return
     opened = open_stage(name, recipe, run, cache)
     opened.trainer.run()
     save_model(opened, folder / "model")
     if dist.get_rank() == 0:
         done = {
-            "steps": told.steps,
+            "steps": stage.steps,
             "skipped": len(opened.quarantine.rows()),
-            "recipe": stage_table(told),
+            "recipe": stage_table(stage),
             "made": uuid.uuid4().hex,
             "start": made(recipe, run, name),
         }
         (folder / DONE).write_text(json.dumps(done) + "\n")
         shutil.rmtree(run / START, ignore_errors=True)
-        if not told.keep_finished:  # twelve bytes a parameter that nothing goes on from
+        if not stage.keep_finished:  # twelve bytes a parameter that nothing resumes from
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     dist.barrier()
 
 
 def save_model(opened: Opened, out: Path) -> None:
-    """Write what came out of a stage, whole or not at all; collective.
+    """Write the model of a stage, completely or not at all; collective.
 
     Raises:
         CheckpointError: on all ranks, when rank 0 cannot write it.
@@ -286,10 +301,10 @@ def prepare_start(name: str, recipe: Recipe, run: Path) -> None:
     out = run / START
     if start_of(name, recipe, run) != out:
         return
-    told = {"model": dataclasses.asdict(recipe.model), "seed": recipe.seed}
+    drawn_for = {"model": dataclasses.asdict(recipe.model), "seed": recipe.seed}
     record, generator = out / "drawn.json", out / "generator.pt"
     seed(recipe.seed + 1 + len(STAGES))
-    if record.exists() and generator.exists() and json.loads(record.read_text()) == told:
+    if record.exists() and generator.exists() and json.loads(record.read_text()) == drawn_for:
         torch.set_rng_state(torch.load(generator, weights_only=True))
         return
     shutil.rmtree(out, ignore_errors=True)
@@ -299,7 +314,7 @@ def prepare_start(name: str, recipe: Recipe, run: Path) -> None:
     with whole_directory(out) as part:
         model.save_pretrained(part)
         torch.save(torch.get_rng_state(), part / generator.name)
-        (part / record.name).write_text(json.dumps(told) + "\n")
+        (part / record.name).write_text(json.dumps(drawn_for) + "\n")
 
 
 def load_model(name: str, recipe: Recipe, run: Path) -> KeyeForConditionalGeneration:
@@ -307,38 +322,46 @@ def load_model(name: str, recipe: Recipe, run: Path) -> KeyeForConditionalGenera
     return open_start(start_of(name, recipe, run)).build(torch.float32)
 
 
-def make_encoder(recipe: Recipe, told: StageRecipe) -> SlowFastEncoder:
-    """The stage's encoder; RecipeError names a setting that it does not take."""
-    settings = {**recipe.processor.encoder, **told.encoder}
+def make_encoder(recipe: Recipe, stage: StageRecipe) -> SlowFastEncoder:
+    """The stage's encoder.
+
+    Raises:
+        RecipeError: it has no such measure or policy, or settings that do not go together.
+    """
+    settings = {**recipe.processor.encoder, **stage.encoder}
     try:
         return SlowFastEncoder(**settings)
     except KeyeError as error:
         raise RecipeError(f"processor.encoder, or the encoder of a stage: {error}") from error
 
 
-def make_processor(recipe: Recipe, told: StageRecipe, run: Path) -> KeyeProcessor:
+def make_processor(recipe: Recipe, stage: StageRecipe, run: Path) -> KeyeProcessor:
     """The processor with the stage's own encoder settings."""
-    settings = {**recipe.processor.encoder, **told.encoder}
+    settings = {**recipe.processor.encoder, **stage.encoder}
     return KeyeProcessor(load_tokenizer(str(run / "tokenizer")), encoder=settings, image=recipe.processor.image)
 
 
 def prepare_world(recipe: Recipe, run: Path) -> None:
-    """Draw the recipe's SlowFastWorld unless it is there; CheckpointError when another one is."""
+    """Draw the recipe's SlowFastWorld unless it exists.
+
+    Raises:
+        CheckpointError: the run has another one.
+    """
     world = recipe.data.world
     if world is None:
         return
     from keye.world import generate
 
-    told, record = json.loads(json.dumps(dataclasses.asdict(world))), run / "world" / WORLD
-    found = json.loads(record.read_text()) if record.exists() else told
-    changed = [key for key in told if found.get(key) != told[key]]
+    settings, record = json.loads(json.dumps(dataclasses.asdict(world))), run / "world" / WORLD
+    found = json.loads(record.read_text()) if record.exists() else settings
+    changed = [key for key in settings if found.get(key) != settings[key]]
     if changed:
         raise CheckpointError(
             f"{run / 'world'} was drawn with {changed[0]} = {found.get(changed[0])!r}, but data.world says "
-            f"{told[changed[0]]!r}; take another --run, or remove {run} to begin anew"
+            f"{settings[changed[0]]!r}; take another --run, or remove {run} to start again"
         )
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(told) + "\n")
+    record.write_text(json.dumps(settings) + "\n")
     for split, counts in (("train", world.counts), ("heldout", world.heldout)):
         if counts and not (run / "world" / f"{split}.jsonl").exists():
             generate(run / "world", split, counts=counts, seed=world.seed, **world.settings)

@@ -1,7 +1,7 @@
 """Skips a step whose loss or gradient is not finite or far above its running median: weights and moments stay.
 
-It is asked by the optimizer itself (`engine.skip_steps_when`), when the loss and the norm of the whole gradient are
-known and nothing has been changed yet. All it looks at is the same on every rank, so all ranks hold the same steps.
+The optimizer itself asks it (`engine.skip_steps_when`), when the loss and the norm of the gradient of all parameters
+are known and nothing has changed yet. Its inputs are the same on every rank, so all ranks skip the same steps.
 """
 
 import math
@@ -11,17 +11,18 @@ from typing import Any
 
 from keye.errors import KeyeError
 
-WINDOW = 64  # steps that the running medians look back
-LEAST = 8  # steps that must have been taken before any is called a spike
-MAX_HELD = 20  # steps in a row that may be held before the run is given up
+WINDOW = 64  # steps of the running medians
+WARMUP = 8  # steps that are taken before one can be a spike
+MAX_SKIPPED = 20  # steps in a row that may be skipped before the run ends with an error
 
 
 class StepGuard:
     """Decides about one step after the other.
 
     Args:
-        name: of the stage, for messages. spike_loss, spike_norm: a loss (a gradient norm) above so many times its
-            running median is a spike; 0 turns that off.
+        name: of the stage, for messages.
+        spike_loss, spike_norm: a loss (a gradient norm) above so many times its running median is a spike; 0 turns
+            that off.
     """
 
     def __init__(self, name: str, spike_loss: float = 0.0, spike_norm: float = 0.0) -> None:
@@ -31,16 +32,20 @@ class StepGuard:
         self.begin()
 
     def begin(self) -> None:
-        """A new step: nothing is known of it."""
+        """Start a new step."""
         self.not_finite, self.reason, self.loss, self.norm = 0, "", math.nan, math.nan
 
-    def holds(self, norm: float) -> bool:
-        """Whether the step must move nothing; `loss` and `not_finite` are known by now. norm: of the whole gradient."""
+    def should_skip(self, norm: float) -> bool:
+        """Whether the step must change nothing; `loss` and `not_finite` are set before.
+
+        Args:
+            norm: of the gradient of all parameters, before clipping.
+        """
         self.norm = norm
         if self.not_finite or not math.isfinite(norm):
             return True
         for key, value in (("loss", self.loss), ("grad_norm", norm)):
-            usual = median(self.seen[key]) if len(self.seen[key]) >= LEAST else math.inf
+            usual = median(self.seen[key]) if len(self.seen[key]) >= WARMUP else math.inf
             if self.factors[key] and value > self.factors[key] * usual:
                 self.reason = f"{key} {value:.4g} is {value / usual:.1f} times its running median"
                 return True
@@ -48,22 +53,22 @@ class StepGuard:
 
     @property
     def skipped(self) -> str:
-        """Why the step moved nothing; "" when it did."""
+        """Why the step was skipped; "" when it was not."""
         return self.reason or ("not finite" if self.not_finite else "")
 
     def end(self) -> None:
-        """The step is over.
+        """End the step.
 
         Raises:
-            KeyeError: too many steps in a row were held.
+            KeyeError: too many steps in a row were skipped.
         """
-        # The norm is not known, either, when ZeRO left the step out by itself for a gradient that is not finite.
+        # The norm is NaN as well when ZeRO itself skipped the step for a gradient that is not finite.
         self.not_finite = self.not_finite or int(not math.isfinite(self.norm))
         self.bad = self.bad + 1 if self.not_finite else 0
         self.spikes = self.spikes + 1 if self.reason else 0
-        if self.bad > MAX_HELD:
+        if self.bad > MAX_SKIPPED:
             raise KeyeError(f"{self.name}: the loss was not finite {self.bad} times in a row; lower its learning_rate")
-        if self.spikes > MAX_HELD:
+        if self.spikes > MAX_SKIPPED:
             raise KeyeError(
                 f"{self.name}: {self.spikes} steps in a row were spikes ({self.reason}); lower its learning_rate, "
                 "or raise its spike_loss and spike_norm"

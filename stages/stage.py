@@ -1,4 +1,4 @@
-"""What a stage is: the module DeepSpeed trains, the batches it trains on, and the loss of one of them."""
+"""A stage: the module that DeepSpeed trains, the batches it trains on, and the loss of one of them."""
 
 from typing import Any, Protocol
 
@@ -27,7 +27,10 @@ from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
 
 
 class Stage(Protocol):
-    """One stage of pre-training. parts: of the model, that it runs; the others are not even loaded."""
+    """One stage of pre-training.
+
+    parts: parts of the model that it uses; the others are not loaded.
+    """
 
     name: str
     parts: tuple[str, ...]
@@ -36,20 +39,24 @@ class Stage(Protocol):
         """Freeze, change what the stage changes, and return the module to train."""
 
     def loader(self, mixture: Mixture, grid: ParallelDims, model: KeyeForConditionalGeneration, workers: int) -> Loader:
-        """This rank's batches, one for each call of `loss`; collective. `model` is prepared; `workers` encode."""
+        """This rank's batches, one for each call of `loss`; collective.
+
+        Args:
+            model: after `prepare`. workers: threads that decode and encode.
+        """
 
     def weight(self, batch: dict[str, Any], grid: ParallelDims) -> float:
         """This rank's part of what the summed loss of a step is divided by."""
 
     def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: ParallelDims) -> None:
-        """See all batches of a step before the first `loss`; collective."""
+        """Called with all batches of a step, before the first `loss`; collective."""
 
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         """This rank's part of the batch's summed loss."""
 
 
 class LanguageStage:
-    """Next-token training on packs; the stages 1 to 3 differ in `prepare` alone."""
+    """Next-token training on packs; stages 1 to 3 differ only in `prepare`."""
 
     name: str
     parts = PARTS
@@ -74,16 +81,16 @@ class LanguageStage:
         stage = self.recipe
         packer = BalancedPacker(stage.context, stage.global_batch_size, cost.per_token, stage.balanced_packs)
         planner = Planner(mixture, packer)
-        # A step's batches are asked for at once, to count their labels; all of them are made while the last one trains.
+        # A step takes all of its batches first, to count their labels; they are made while the step before trains.
         ahead = max(2, stage.global_batch_size // grid.data_size)
         return Loader(BatchStream(planner, cost, deal_rounds, assemble, grid, workers), grid, ahead)
 
     def weight(self, batch: dict[str, Any], grid: ParallelDims) -> float:
-        # One rank of a sequence group speaks for all of its pack.
+        # One rank of a sequence group counts the labels of the complete pack.
         return float((batch["shift_labels"] != -100).sum()) if grid.sequence_rank == 0 else 0.0
 
     def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: ParallelDims) -> None:
-        """BalancedPacker do not depend on each other."""
+        """Nothing: packs do not depend on each other."""
 
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
         row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
@@ -116,7 +123,11 @@ def open_mixture(
     name: str, recipe: Recipe, processor: KeyeProcessor, grid: ParallelDims, cache: Cache, quarantine: Quarantine,
     run: str, heldout: bool = False,
 ) -> Mixture:  # fmt: skip
-    """The stage's sources with their token shares, the same on every rank; those that are held out, if asked for."""
+    """The stage's sources with their shares of the tokens, the same on every rank.
+
+    Args:
+        heldout: the sources that are held out, instead of those that are trained on.
+    """
     stage = recipe.chain[name]
     guard = open_decontamination(recipe.data.decontaminate_against, recipe.data.decontaminate_bits, processor, run)
     fraction = recipe.data.heldout_fraction
@@ -134,10 +145,11 @@ def open_mixture(
 def choose_sources(name: str, recipe: Recipe, heldout: bool = False) -> list[tuple[SourceRecipe, float]]:
     """The sources that a stage, or a phase of it, reads, each with its share of the tokens.
 
-    heldout: those that its held-out loss is measured on; kinds of the mixture that they lack are left out of it.
+    Args:
+        heldout: the sources of its held-out loss; kinds of the mixture that they do not have are left out of it.
 
     Raises:
-        RecipeError: there is none, or none of a kind that the stage's mixture wants.
+        RecipeError: there is none, or none of a kind that the stage's mixture names.
     """
     stage, sources = recipe.chain[name], (heldout and recipe.data.heldout) or recipe.data.sources
     chosen = [s for s in sources if stage_of(name) in s.stages or (not s.stages and name != "vision")]
@@ -154,13 +166,13 @@ def _shares(
     name: str, mixture: dict[str, float], sources: list[SourceRecipe], key: str
 ) -> list[tuple[SourceRecipe, float]]:
     if not sources:
-        raise RecipeError(f'{key}: no data source serves the stage {name}; add one with stages = ["{name}"]')
+        raise RecipeError(f'{key}: no data source is for the stage {name}; add one with stages = ["{name}"]')
     parts = [(s.path, s.config, s.split, s.kind, frozenset(s.families), s.transforms) for s in sources]
     if len(set(parts)) < len(parts):
         raise RecipeError(f"the stage {name} reads the same part of a manifest twice; write it once with its weight")
     weights = {kind: sum(s.weight for s in sources if s.kind == kind) for kind in {s.kind for s in sources}}
     missing = [kind for kind, share in mixture.items() if share > 0 and kind not in weights]
     if missing:
-        raise RecipeError(f"{name}.mixture wants {missing[0]}, but no data source of that kind serves the stage")
+        raise RecipeError(f"{name}.mixture names {missing[0]}, but no data source of that kind is for the stage")
     mixture = mixture or {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
     return [(s, mixture[s.kind] * s.weight / weights[s.kind]) for s in sources]

@@ -1,7 +1,7 @@
-"""Merging experts with a sweep: each mixture of weights is merged, evaluated and dropped again, and the best is kept.
+"""Merging experts with a sweep: each mixture of weights is merged, evaluated and deleted, and the best is kept.
 
-What a mixture scored is written down at once, so that a sweep that was stopped goes on. The best is chosen on the
-evaluation set, which therefore says no more how good it is: report it on another one.
+Each mixture's report is written as soon as it is known, so that a sweep that was stopped resumes. The best is chosen on
+the evaluation set, whose score is therefore biased: report the score on another set.
 """
 
 import csv
@@ -16,9 +16,9 @@ from typing import Any
 
 from keye.errors import CheckpointError
 from keye.evaluation import Report
-from stages.merge import Weights, check_alike, combine
+from stages.merge import Weights, check_compatible, combine
 
-MOST = 1000  # mixtures of one sweep
+MAX_MIXTURES = 1000  # of one sweep
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,29 @@ def grid(text: str) -> list[float]:
     """ "0:1:0.25" → [0, 0.25, 0.5, 0.75, 1].
 
     Raises:
-        CheckpointError: not three numbers, or numbers that make no grid.
+        CheckpointError: not three numbers, or numbers that do not make a grid.
     """
     try:
         first, last, step = map(float, text.split(":"))
     except ValueError:
         raise CheckpointError(f"--sweep {text} is not first:last:step; write 0:1:0.25") from None
-    if not (step > 0 and last >= first and (last - first) / step < MOST):
-        raise CheckpointError(f"--sweep {text} makes no grid; its step must be above 0 and lead from first to last")
+    if not (step > 0 and last >= first and (last - first) / step < MAX_MIXTURES):
+        raise CheckpointError(f"--sweep {text} is not a grid; its step must be above 0 and lead from first to last")
     return [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
 
 
 def mixtures(values: Sequence[float], experts: int, free: bool) -> list[tuple[float, ...]]:
-    """All weights of `experts` models on a grid: `free` ones, or such as add up to 1, where the last takes the rest.
+    """All weights of `experts` models on a grid.
+
+    Args:
+        free: the weights are independent; otherwise they add up to 1, and the last is the remainder.
 
     Raises:
-        CheckpointError: none, or more than anybody would wait for.
+        CheckpointError: there is none, or there are more than `MAX_MIXTURES`.
     """
     count = experts if free else experts - 1
-    if len(values) ** count > MOST:
-        raise CheckpointError(f"{len(values)} ** {count} mixtures are more than {MOST}; sweep in larger steps")
+    if len(values) ** count > MAX_MIXTURES:
+        raise CheckpointError(f"{len(values)} ** {count} mixtures are more than {MAX_MIXTURES}; sweep in larger steps")
     found = list(itertools.product(values, repeat=count))
     if not free:
         found = [(*w, round(1 - sum(w), 9)) for w in found if sum(w) <= 1 + 1e-9 and min(w) >= 0]
@@ -76,20 +79,23 @@ def sweep(
 ) -> Mixture:
     """Try every mixture on the grid `values`, write the best to `out`, and return it.
 
-    score: evaluates a model's directory. about: what the evaluation was told, by which a sweep that goes on is told
-    from another one. base: as of `merge`. Beside `out`, `out.sweep` gets a report for each mixture, sweep.csv and
-    sweep.png. Of mixtures that score alike, the most even is taken.
+    Next to `out`, the folder `out.sweep` gets a report for each mixture, sweep.csv and sweep.png. Of mixtures with the
+    same accuracy the most even is taken.
+
+    Args:
+        score: evaluates a model's directory. about: settings of the evaluation, which identify the sweep when it is
+            resumed. base: see `stages.merge.merge`.
 
     Raises:
         CheckpointError: models that cannot be merged, `out` in use, or another sweep begun there.
     """
     out = Path(out)
     if out.exists():
-        raise CheckpointError(f"{out} is there already; name another place or remove it")
+        raise CheckpointError(f"{out} exists already; name another place or remove it")
     if len(experts) < 2 and base is None:
-        raise CheckpointError("there is nothing to mix in one model; name two or more, or a --base")
+        raise CheckpointError("one model cannot be mixed; name two or more, or a --base")
     models = [*experts] if base is None else [*experts, base]
-    check_alike([Weights(model) for model in models])
+    check_compatible([Weights(model) for model in models])
     folder = out.with_name(out.name + ".sweep")
     _begin(folder, {**about, "models": [_mark(model) for model in models], "base": base is not None})
     wanted, found, began, known = mixtures(values, len(experts), base is not None), [], time.monotonic(), 0
@@ -98,9 +104,9 @@ def sweep(
         report = _scored(folder, models, _shares(weights, base), weights, score)
         found.append(Mixture(weights, report))
         left = (time.monotonic() - began) / max(1, number - known) * (len(wanted) - number)
-        told = " ".join(f"{weight:g}" for weight in weights)
+        listed = " ".join(f"{weight:g}" for weight in weights)
         scored = f"{report.overall.accuracy:.1%} ± {report.overall.stderr:.1%}"
-        say(f"{number}/{len(wanted)}  weights {told}: {scored}, about {left:.0f} s left")
+        say(f"{number}/{len(wanted)}  weights {listed}: {scored}, about {left:.0f} s left")
     write_csv(folder / "sweep.csv", found)
     draw(folder / "sweep.png", found, [Path(expert) for expert in experts])
     best = max(found, key=lambda m: (m.accuracy, -sum(weight**2 for weight in m.weights)))
@@ -113,18 +119,22 @@ def _shares(weights: Sequence[float], base: str | Path | None) -> list[float]:
 
 
 def _begin(folder: Path, about: dict[str, Any]) -> None:
-    """Note in `folder` what is swept; CheckpointError when something else was."""
+    """Record in `folder` what is swept.
+
+    Raises:
+        CheckpointError: the folder has another sweep.
+    """
     about, record = json.loads(json.dumps(about)), folder / "sweep.json"
     if record.exists() and json.loads(record.read_text()) != about:
         before = json.loads(record.read_text())
         key = next(key for key in about if before.get(key) != about[key])
-        raise CheckpointError(f"{folder} holds a sweep with other {key}; remove it, or name another --out")
+        raise CheckpointError(f"{folder} has a sweep with other {key}; remove it, or name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _mark(directory: str | Path) -> list[Any]:
-    """A model's directory and what changes when its weights do."""
+    """A model's directory, and the sizes and times of its files, which change with its weights."""
     files = sorted(Path(directory).glob("*.safetensors"))
     return [str(Path(directory).absolute()), [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
 
@@ -137,7 +147,7 @@ def _scored(
     folder: Path, models: list[str | Path], shares: list[float], weights: tuple[float, ...],
     score: Callable[[Path], Report],
 ) -> Report:  # fmt: skip
-    """The report of one mixture, from before if it is there."""
+    """The report of one mixture: read if it was evaluated before."""
     path = _path(folder, weights)
     if not path.exists():
         trial = folder / "trial"
@@ -151,7 +161,7 @@ def _scored(
 
 
 def write_csv(path: Path, found: Sequence[Mixture]) -> None:
-    """A line for each mixture: its weights, the accuracy of all questions, its standard error, and each family's."""
+    """A row for each mixture: its weights, the accuracy of all questions with standard error, and each family's."""
     families = list(found[0].report.families)
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
@@ -163,7 +173,7 @@ def write_csv(path: Path, found: Sequence[Mixture]) -> None:
 
 
 def draw(path: Path, found: Sequence[Mixture], experts: Sequence[Path]) -> None:
-    """Accuracy over the first expert's weight, families thin and all questions thick; the best at each weight."""
+    """Plot the best accuracy at each weight of the first expert: families thin, all questions thick."""
     from matplotlib.figure import Figure
 
     best: dict[float, Mixture] = {}

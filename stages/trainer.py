@@ -26,9 +26,9 @@ from stages.report.findings import thinned
 from stages.skip_step import StepGuard
 from stages.stage import Stage
 
-PEAK = "peak.json"  # what the MFU in metrics.jsonl is a share of
-ASKED = ("save", "stop")  # what signals ask for
-LOADER_TIMEOUT = 30.0  # seconds that a rank which failed alone waits for its loader, which may wait for other ranks
+PEAK = "peak.json"  # the peak that the MFU in metrics.jsonl is a share of
+REQUESTS = ("save", "stop")  # requests by signals
+LOADER_TIMEOUT = 30.0  # seconds that a rank which failed alone waits for its loader, which may wait for others
 
 
 class Trainer:
@@ -49,7 +49,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.stage, self.module, self.loader, self.grid, self.recipe = stage, module, loader, grid, recipe
         self.folder, self.micro_batches, self.heldout = folder, micro_batches, heldout
-        self.asked: set[str] = set()  # of this rank, by signals: "save", "stop"
+        self.requested: set[str] = set()  # on this rank, by signals: "save", "stop"
         self.agreed: set[str] = set()  # of any rank, the same on all; "written": of all ranks
         self.begun: Begun | None = None  # a checkpoint that is being written in the background
         self.engine = deep.build(
@@ -61,7 +61,7 @@ class Trainer:
 
             write_in_background(self.engine)
         self.guard = StepGuard(stage.name, recipe.spike_loss, recipe.spike_norm)
-        deep.skip_steps_when(self.engine, self.guard.holds)
+        deep.skip_steps_when(self.engine, self.guard.should_skip)
         self.peak = find_peak(precision)
         self.step = 0
         found = load_checkpoint(self.engine, folder / "checkpoints")
@@ -89,23 +89,23 @@ class Trainer:
             value = float(sum_over_ranks(loss.float()))
             finite = math.isfinite(value)
             self.guard.not_finite += not finite
-            # Also of a loss that is not finite: collectives go on as in every step, and the guard holds the optimizer.
+            # Also of a loss that is not finite: collectives run as in every step, and the guard skips the step.
             self.engine.backward(loss * factor)
             total += value if finite else 0.0
-            self.guard.loss = total / max(weights, 1e-12)  # the step's, when the optimizer is asked for after the last
+            self.guard.loss = total / max(weights, 1e-12)  # complete when the optimizer steps, after the last batch
             self.engine.step()
-        self._make_up()
+        self._step_schedule()
         self.guard.end()
         self.step += 1
         return self._values(batches, lr, time.perf_counter() - started, self.loader.stalled - stalled)
 
     def heldout_loss(self) -> float:
-        """The loss on the held-out batches; collective. It moves nothing, and every rank makes as many passes.
+        """The loss on the held-out batches; collective. No weight changes, and every rank makes as many passes.
 
-        The module stays in training mode, where also a rank without pictures passes through the tower: ranks whose
+        The module stays in training mode, in which a rank without pictures also runs the tower: ranks whose
         collectives differ would wait for one another.
         """
-        mine = torch.zeros(2, dtype=torch.float64, device=deep.device())  # summed loss, and what it is divided by
+        mine = torch.zeros(2, dtype=torch.float64, device=deep.device())  # summed loss, and its divisor
         for step in self.heldout:
             batches = [_move(batch) for batch in step]
             self.stage.begin(self.engine, batches, self.grid)
@@ -117,18 +117,18 @@ class Trainer:
         return total / max(weight, 1e-12)
 
     def _values(self, batches: list[dict[str, Any]], lr: float, seconds: float, stalled: float) -> dict[str, Any]:
-        """What is told of a step; sums over all ranks are taken together."""
-        speaks = self.grid.sequence_rank == 0  # one rank of a sequence group speaks for all of its pack
-        mine = {kind: sum(batch["kinds"].get(kind, 0) for batch in batches) if speaks else 0 for kind in KINDS}
-        mine |= {name: sum(b["thinned"][name] for b in batches if "thinned" in b) if speaks else 0 for name in COUNTS}
-        mine["flops"] = sum(operations(self.module, batch) for batch in batches) if speaks else 0
+        """The metrics of a step; all sums over the ranks are taken in one collective."""
+        counts = self.grid.sequence_rank == 0  # one rank of a sequence group counts for the complete pack
+        mine = {kind: sum(batch["kinds"].get(kind, 0) for batch in batches) if counts else 0 for kind in KINDS}
+        mine |= {name: sum(b["thinned"][name] for b in batches if "thinned" in b) if counts else 0 for name in COUNTS}
+        mine["flops"] = sum(operations(self.module, batch) for batch in batches) if counts else 0
         mine["stalled"] = stalled
-        # Signals reach the ranks at different times; asked together, all save or stop after the same step.
-        mine |= {name: name in self.asked for name in ASKED}
+        # Signals reach the ranks at different times; agreed on here, all save or stop after the same step.
+        mine |= {name: name in self.requested for name in REQUESTS}
         mine["written"] = self.begun is not None and self.begun.written
         sums = sum_over_ranks(torch.tensor(list(mine.values()), dtype=torch.float64, device=deep.device())).tolist()
         every = dict(zip(mine, sums, strict=True))
-        self.agreed = {name for name in ASKED if every[name]}
+        self.agreed = {name for name in REQUESTS if every[name]}
         self.agreed |= {"written"} if every["written"] == self.grid.world else set()
         kinds = {kind: int(every[kind]) for kind in KINDS if every[kind]}
         imbalance = self._imbalance([own_operations(self.module, batch, self.grid) for batch in batches])
@@ -153,15 +153,19 @@ class Trainer:
         }
 
     def _imbalance(self, rounds: list[float]) -> float:
-        """By how much the slowest ranks of all rounds exceed the mean; rounds: operations of this rank in each."""
+        """By how much the slowest ranks of all rounds exceed the mean.
+
+        Args:
+            rounds: operations of this rank in each round.
+        """
         mine = torch.tensor(rounds, dtype=torch.float64, device=deep.device())
         most, mean = mine.clone(), float(sum_over_ranks(mine).sum()) / self.grid.world
         if self.grid.world > 1:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return float(most.sum()) / mean - 1
 
-    def _make_up(self) -> None:
-        """Take the schedule's step that the engine leaves out together with a step whose gradient is not finite."""
+    def _step_schedule(self) -> None:
+        """Take the schedule's step that the engine leaves out after a gradient that is not finite."""
         if getattr(self.engine.optimizer, "overflow", False):
             self.engine.lr_scheduler.step()
 
@@ -170,13 +174,15 @@ class Trainer:
         return torch.tensor(float(value), device=deep.device())
 
     def run(self) -> None:
-        """Train to the last step, writing metrics and checkpoints; SIGUSR1 asks for a checkpoint, SIGTERM to stop.
+        """Train to the last step and write metrics and checkpoints.
+
+        SIGUSR1 requests a checkpoint, SIGTERM a checkpoint and the end.
 
         Raises:
-            KeyeError: SIGTERM came; the step was finished and saved, and the same command goes on from there.
+            KeyeError: after SIGTERM; the step was finished and saved, and the same command resumes from it.
         """
-        asking = {signal.SIGTERM: "stop", signal.SIGUSR1: "save"}
-        before = {number: signal.signal(number, lambda n, _: self.asked.add(asking[n])) for number in asking}
+        requests = {signal.SIGTERM: "stop", signal.SIGUSR1: "save"}
+        before = {number: signal.signal(number, lambda n, _: self.requested.add(requests[n])) for number in requests}
         patience: float | None = LOADER_TIMEOUT
         try:
             with self.metrics_logger:
@@ -192,8 +198,8 @@ class Trainer:
 
     def _run(self) -> None:
         if self.grid.rank == 0:
-            told = {"peak_flops": self.peak.flops, "peak_source": self.peak.source, "processes": self.grid.world}
-            (self.folder / PEAK).write_text(json.dumps(told) + "\n")
+            peak = {"peak_flops": self.peak.flops, "peak_source": self.peak.source, "processes": self.grid.world}
+            (self.folder / PEAK).write_text(json.dumps(peak) + "\n")
         while self.step < self.recipe.steps:
             values, every = self.train_step(), self.recipe.heldout_every
             if every and (self.step % every == 0 or self.step == self.recipe.steps):
@@ -202,13 +208,13 @@ class Trainer:
             if "written" in self.agreed:
                 self.finish_saving()
             last = self.step == self.recipe.steps
-            if self.step % self.recipe.checkpoint_every == 0 or last or self.agreed & {*ASKED}:
+            if self.step % self.recipe.checkpoint_every == 0 or last or self.agreed & {*REQUESTS}:
                 self.save()
             if last or "stop" in self.agreed:
                 self.finish_saving()
             if "stop" in self.agreed and self.step < self.recipe.steps:
-                raise KeyeError(f"{self.stage.name}: stopped at step {self.step}; the same command goes on from it")
-            self.asked -= self.agreed
+                raise KeyeError(f"{self.stage.name}: stopped at step {self.step}; the same command resumes from it")
+            self.requested -= self.agreed
 
     def _log(self, values: dict[str, Any]) -> None:
         self.metrics_logger.log(values)
@@ -218,10 +224,10 @@ class Trainer:
             self.metrics_logger.note(thinned(self.folder / "metrics.jsonl"))
 
     def save(self) -> None:
-        """A checkpoint of the engine, the loader, the guard and the RNG, whole when this returns; collective.
+        """A checkpoint of the engine, the loader, the guard and the RNG, complete when this returns; collective.
 
-        With `async_checkpoints` it is whole at the next step that finds all ranks' files written, before the next save,
-        or at the end of the stage.
+        With `async_checkpoints` it is complete at the next step that finds all ranks' files written, before the next
+        save, or at the end of the stage.
         """
         self.finish_saving()
         state = {"loader": self.loader.state_dict(), "guard": self.guard.state_dict()}
@@ -231,7 +237,7 @@ class Trainer:
             self.finish_saving()
 
     def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and mark it as whole; collective.
+        """Wait for the checkpoint that is being written, if any, and mark it as complete; collective.
 
         Raises:
             CheckpointError: on all ranks, when a rank could not write a file.
@@ -242,7 +248,7 @@ class Trainer:
 
 
 def micro_batches(name: str, count: int, grid: ParallelDims) -> int:
-    """`count` packs a step, shared out over the data-parallel ranks.
+    """Packs of a step on each data-parallel rank, of `count` in all.
 
     Raises:
         RecipeError: they do not divide.

@@ -1,12 +1,12 @@
-"""Stage 0, vision: the tower learns to tell what its frames show, by SigLIP's loss against a text tower.
+"""Stage 0, vision: the tower is trained on pairs of pictures and captions, with SigLIP's loss and a text tower.
 
-A visual is a still or a whole clip (its frames' patches pooled together). The text tower and the pooling head serve
-this stage alone: they are in its checkpoints, not in its model.
+A visual is a still or a complete clip (the patches of its frames are pooled together). Only this stage uses the text
+tower and the pooling head: they are in its checkpoints, not in its model.
 
-Every pair of a step is a negative of every other, so that all of them are one batch. `micro_pairs` bounds how many go
-through the towers at once (GradCache, arXiv 2101.06983): a first pass without gradients makes all vectors, the loss of
-the whole batch gives the gradient of each vector, and a second pass carries these into the towers, micro-batch by
-micro-batch. The loss and its gradients are those of one batch.
+Every pair of a step is a negative of every other, so all pairs form one batch. `micro_pairs` limits how many pass
+through the towers at the same time (GradCache, arXiv 2101.06983): a first pass without gradients computes all vectors,
+the loss of the batch gives the gradient of each vector, and a second pass propagates these into the towers, micro-batch
+by micro-batch. The loss and its gradients are those of one batch.
 """
 
 import copy
@@ -35,7 +35,7 @@ from stages.stage import count_kinds, visual_samples
 
 
 class Vision:
-    """See the module's docstring."""
+    """Stage 0."""
 
     name = "vision"
     parts = ("visual",)
@@ -44,17 +44,17 @@ class Vision:
         self.recipe = recipe
         if recipe.text_model:
             self.captions = open_tokenizer(recipe.text_model)
-            # SigLIP knows texts of one length alone, and reads the last token of them.
+            # SigLIP was trained on texts of one length, and reads their last token.
             self.length = contrast.text_config(recipe.text_model).max_position_embeddings
         else:
-            # Padding is a state of a fast tokenizer, which threads that encode samples meanwhile would take away.
+            # A copy: padding is a state of a fast tokenizer, which threads that encode samples change.
             self.captions, self.length = copy.deepcopy(processor.tokenizer), recipe.text_length
 
     def prepare(self, model: KeyeForConditionalGeneration) -> nn.Module:
         if self.recipe.text_model:
-            module = contrast.pretrained(self.recipe.text_model, model.visual)
+            module = contrast.siglip_text_tower(self.recipe.text_model, model.visual)
         else:
-            module = contrast.fresh(self.recipe, model.visual, self.captions)
+            module = contrast.random_text_tower(self.recipe, model.visual, self.captions)
         return module.requires_grad_(True)
 
     def loader(self, mixture: Mixture, grid: ParallelDims, model: KeyeForConditionalGeneration, workers: int) -> Loader:
@@ -66,11 +66,11 @@ class Vision:
 
         planner, parts = Planner(mixture, PairPacker(self.recipe.pairs)), self.recipe.micro_batches(grid.data_size)
         cost, deal = TowerCost(model.config.vision_config), partial(deal_parts, parts=parts)
-        # A step's micro-batches are asked for at once; all of them are made while the step before trains.
+        # A step takes all of its micro-batches first; they are made while the step before trains.
         return Loader(BatchStream(planner, cost, deal, assemble, grid, workers), grid, ahead=max(2, parts))
 
     def tokens(self, captions: list[str]) -> Tensor:
-        """Token ids `[B, T]` of captions, cut and padded to the text tower's length."""
+        """Token ids `[B, T]` of captions, truncated and padded to the text tower's length."""
         made = self.captions(
             captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
@@ -80,7 +80,7 @@ class Vision:
         return len(batch["captions"]) / self.recipe.pairs
 
     def begin(self, module: nn.Module, batches: list[dict[str, Any]], grid: ParallelDims) -> None:
-        """The first pass over a step of several micro-batches: `cached` of each, see `loss`. Collective."""
+        """The first pass over a step of several micro-batches, which sets `cached` of each, see `loss`; collective."""
         if len(batches) == 1:
             return
         with torch.no_grad():
@@ -98,10 +98,10 @@ class Vision:
             batch["cached"] = value, (*part, *rest)
 
     def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
-        """This rank's part of the loss of all pairs; of a micro-batch the same share of it each.
+        """This rank's part of the loss of all pairs, divided evenly among its micro-batches.
 
-        A micro-batch's value is not what it is a function of: its gradient is that of the whole batch's loss with
-        respect to this micro-batch's vectors.
+        The value of a micro-batch is a constant share of the batch's loss. Its gradient is that of the batch's loss
+        with respect to this micro-batch's vectors.
         """
         vectors = _vectors(module, batch)
         if "cached" not in batch:

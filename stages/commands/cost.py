@@ -1,4 +1,4 @@
-"""What a recipe costs before anything runs: memory of a GPU and of a node, time, money, and whether it fits."""
+"""Estimate a recipe before anything runs: memory of a GPU and of a node, time, money, and whether it fits."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ EXAMPLES = """examples:
   python scripts/cost.py stages/recipes/keye_8b.toml --gpus 64 --gpu h100 --mfu 0.35 --price 2.5 --out cost.png
   python scripts/cost.py stages/recipes/small.toml --gpu 4090 --set vision.checkpointing=true --json
 
-Nothing is run and nothing need be there: neither the data nor the model nor a GPU.
+Nothing is run; data, model and GPUs are not needed.
 """
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--mfu", type=float, default=0.4, help="share of the peak rate, recomputed layers included (default 0.4)"
     )
-    parser.add_argument("--price", type=float, help="US dollars an hour and GPU, in the place of the assumed one")
+    parser.add_argument("--price", type=float, help="US dollars an hour and GPU, instead of the assumed price")
     parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
     parser.add_argument("--host-gb", type=float, metavar="GB", help="memory of a node: say which stages need more")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. annealing.steps=20")
@@ -39,7 +39,7 @@ def main() -> None:
     if args.per_node < 1:
         raise KeyeError(f"--per-node {args.per_node}: name at least one")
     if not 0 < args.mfu <= 1:
-        raise KeyeError(f"--mfu {args.mfu:g} is no share of the peak rate; give one above 0 and up to 1")
+        raise KeyeError(f"--mfu {args.mfu:g} is not a share of the peak rate; give one above 0 and up to 1")
     from stages.cost import report
     from stages.cost.estimate import Assumptions, estimate
     from stages.cost.gpus import gpu_named

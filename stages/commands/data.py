@@ -1,8 +1,8 @@
-"""Look over the data of a recipe, or one manifest, before anything trains on it.
+"""Check the data of a recipe, or one manifest, before anything trains on it.
 
-Says for every source: its share of the tokens, its rows and how many times the stage will read them, what cannot be
-read, and of some samples the tokens, what was made smaller to fit, and what is bad and why. Exits with 1 when a source
-has more bad samples than --max-bad-fraction allows.
+Reports for every source its share of the tokens, its rows, how many times the stage will read them and rows that cannot
+be read; and for some of its samples the tokens, what was made smaller to fit, and what is bad and why. Exits with 1 if
+a source has more bad samples than --max-bad-fraction allows.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Average models that were trained from one start, as the report does with models annealed on different mixtures."""
+"""Average models that were trained from the same model, as the report does with different annealing mixtures."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ EXAMPLES = """examples:
   python scripts/merge.py A B --sweep 0:1:0.25 --eval dev.jsonl --out merged
                                      five mixtures are evaluated, the best is kept; merged.sweep has all results
 
-The result is a model's directory like the others: evaluate it with
+The result is a model directory; evaluate it with
   python scripts/evaluate.py runs/merged runs/a/world/heldout.jsonl
 """
 
@@ -23,8 +23,8 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, as the stages write them")
-    parser.add_argument("--out", required=True, help="directory to write; must not be there")
-    parser.add_argument("--weights", metavar="W,W,…", help="how much each model counts (default: all alike)")
+    parser.add_argument("--out", required=True, help="directory to write; must not exist")
+    parser.add_argument("--weights", metavar="W,W,…", help="weight of each model (default: all the same)")
     parser.add_argument("--base", metavar="MODEL", help="what they were trained from: add their changes to it")
     parser.add_argument("--sweep", metavar="A:B:STEP", help="try all weights from A to B in such steps; needs --eval")
     parser.add_argument("--eval", metavar="MANIFEST", help="questions that choose the best of a sweep")
@@ -35,7 +35,7 @@ def main() -> None:
         raise CheckpointError("--sweep and --eval go together: --sweep 0:1:0.25 --eval MANIFEST")
     if args.sweep:
         if args.weights:
-            raise CheckpointError("--weights are what a sweep looks for; leave one of the two out")
+            raise CheckpointError("--sweep finds the weights; leave out --weights or --sweep")
         swept(args)
         return
     weights = None
@@ -65,9 +65,9 @@ def swept(args: argparse.Namespace) -> None:
     values = grid(args.sweep)
     about = {"eval": str(Path(args.eval).absolute()), "limit": args.limit}
     best = sweep(args.models, args.out, values, score, about, args.base)
-    told = ", ".join(f"{weight:g}" for weight in best.weights)
-    print(f"best weights: {told}\n{best.report.table()}\nwrote {args.out}; all mixtures are in {args.out}.sweep")
-    print("chosen on these questions: report the result on others")
+    listed = ", ".join(f"{weight:g}" for weight in best.weights)
+    print(f"best weights: {listed}\n{best.report.table()}\nwrote {args.out}; all mixtures are in {args.out}.sweep")
+    print("The best was chosen on these questions: report its accuracy on others.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The four pre-training stages of a recipe; the same command again goes on where it stopped.
+"""Train the four pre-training stages of a recipe; the same command again resumes where it stopped.
 
 torchrun --nproc_per_node 2 scripts/pretrain.py stages/recipes/tiny.toml --out runs/mine
 torchrun --nproc_per_node 2 scripts/pretrain.py stages/recipes/tiny.toml --stage annealing --set annealing.steps=20

@@ -1,4 +1,4 @@
-"""Write a run's report.html anew, from its files alone; also while the run goes on. Pre-training does so by itself.
+"""Write a run's report.html from its files, also while the run goes on. Pre-training writes it after each stage.
 
 python scripts/report.py runs/mine
 """

@@ -219,7 +219,7 @@ def stage(manifest: Path, folder: Path) -> dict[str, Any]:
 def test_stage_with_background_checkpoints_stops_resumes_and_ends_as_one_without(tmp_path):
     manifest = small.world(tmp_path / "world")
     found, other = run_distributed(stage, 2, 300, manifest, tmp_path)
-    assert found["said"] == "multitask: stopped at step 3; the same command goes on from it"
+    assert found["said"] == "multitask: stopped at step 3; the same command resumes from it"
     assert found["saved"] == ["step-2", "step-3"] and found["from"] == 3
     assert found["marked"] == {5: None} and found["left"] == ["step-4", "step-6"]
     for rank in (found, other):

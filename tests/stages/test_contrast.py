@@ -15,7 +15,7 @@ from keye.errors import CheckpointError, RecipeError
 from keye.model.config import KeyeConfig, KeyeVisionConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import KeyeVisionModel, PoolingHead
-from stages.contrastive import Contrast, pretrained
+from stages.contrastive import Contrast, siglip_text_tower
 from stages.distributed import engine
 from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.parallel import ParallelDims, build_parallel_dims, sum_over_ranks
@@ -231,17 +231,17 @@ def test_siglips_own_sentencepiece_tokenizer_is_read(siglip, keye, tmp_path):
 
 def test_text_tower_that_does_not_fit_is_named(siglip, keye, tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: no config.json of a SigLIP; .*--set vision.text_model= "):
-        pretrained(tmp_path / "nowhere", keye.visual)
+        siglip_text_tower(tmp_path / "nowhere", keye.visual)
     with pytest.raises(CheckpointError, match="projects to 32 values and the vision tower is 96 wide"):
-        pretrained(siglip[0], KeyeVisionModel(KeyeConfig.preset("tiny").vision_config))
+        siglip_text_tower(siglip[0], KeyeVisionModel(KeyeConfig.preset("tiny").vision_config))
     parts.decoder(tmp_path / "qwen")
-    with pytest.raises(CheckpointError, match="a qwen3 is no SigLIP with a text tower"):
-        pretrained(tmp_path / "qwen", keye.visual)
+    with pytest.raises(CheckpointError, match="qwen3 is not a SigLIP with a text tower"):
+        siglip_text_tower(tmp_path / "qwen", keye.visual)
 
 
 def test_text_model_without_a_head_gets_one_that_is_drawn(siglip, keye, tmp_path):
     siglip[1].text_model.save_pretrained(tmp_path)
-    module = pretrained(tmp_path, keye.visual)
+    module = siglip_text_tower(tmp_path, keye.visual)
     wanted = siglip[1].text_model.final_layer_norm.weight
     assert torch.equal(module.text.final_layer_norm.weight, wanted) and module.start[1] == -10.0
 

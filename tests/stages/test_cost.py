@@ -334,7 +334,7 @@ def test_script(tmp_path: Path):
     done = script("--gpus", "2", "--gpu", "4090", "--price", "0.4", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["gpu"]["price"] == 0.4
     wrong = script("--mfu", "3")
-    assert wrong.returncode == 2 and "--mfu 3 is no share" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.returncode == 2 and "--mfu 3 is not a share" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_gradients_of_earlier_micro_batches_are_held_at_the_loss():

@@ -75,7 +75,7 @@ def test_kinds_keep_their_share_whatever_the_weights_inside():
     assert [share for _, share in _shares("alignment", mixture, sources, key)] == pytest.approx([0.6, 0.2, 0.2])
     with pytest.raises(RecipeError, match="wants image"):
         _shares("alignment", {"image": 1.0}, sources, key)
-    with pytest.raises(RecipeError, match="no data source serves the stage alignment"):
+    with pytest.raises(RecipeError, match="no data source is for the stage alignment"):
         _shares("alignment", mixture, [], key)
     with pytest.raises(RecipeError, match="the same part of a manifest twice"):
         _shares("alignment", mixture, [*sources, SourceRecipe("a.jsonl", "video")], key)

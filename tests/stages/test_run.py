@@ -141,7 +141,7 @@ def test_finished_stages_are_passed_over(run, recipe, capfd):
     before = written(run)
     run_distributed(go, 1, 300, recipe, run, [], None)
     assert written(run) == before
-    assert capfd.readouterr().out.count("finished before, passed over") == 3
+    assert capfd.readouterr().out.count("finished before, skipped") == 3
 
 
 def test_finished_stage_with_another_recipe_is_named_with_the_mend(run, recipe):
@@ -243,7 +243,7 @@ def test_command_of_the_8b_recipes_header_begins_without_stage_0(alone, tmp_path
         ("annealing.encoder.maximum=3", "unknown key annealing.encoder.maximum; did you mean annealing.encoder.max"),
         ("processor.image.maximum=3", "unknown key processor.image.maximum"),
         ("annealing.sequence_parallel=2", "sequence_parallel = 2 does not divide the 1 processes"),
-        ("annealing.mixture={image = 0.5, text = 0.5}", "annealing.mixture wants image"),
+        ("annealing.mixture={image = 0.5, text = 0.5}", "annealing.mixture names image"),
         ('data.sources=[{path = "gone.jsonl", kind = "text"}]', "gone.jsonl: no such manifest"),
     ],
 )

@@ -114,13 +114,13 @@ def test_a_stopped_sweep_goes_on(experts: list[Path], tmp_path: Path):
 
 def test_another_sweep_at_the_same_place_is_refused(experts: list[Path], tmp_path: Path):
     sweep(experts, tmp_path / "out", [0, 1], Scorer(1.0), {"limit": 5}, say=quiet)
-    with pytest.raises(CheckpointError, match="out is there already"):
+    with pytest.raises(CheckpointError, match="out exists already"):
         sweep(experts, tmp_path / "out", [0, 1], Scorer(1.0), {"limit": 5}, say=quiet)
     (tmp_path / "out").rename(tmp_path / "kept")
-    with pytest.raises(CheckpointError, match="out.sweep holds a sweep with other limit"):
+    with pytest.raises(CheckpointError, match="out.sweep has a sweep with other limit"):
         sweep(experts, tmp_path / "out", [0, 1], Scorer(1.0), {"limit": 6}, say=quiet)
     save_file({"w": torch.full((4,), 3.0), "ids": torch.arange(3)}, experts[0] / "model.safetensors")
-    with pytest.raises(CheckpointError, match="out.sweep holds a sweep with other models"):
+    with pytest.raises(CheckpointError, match="out.sweep has a sweep with other models"):
         sweep(experts, tmp_path / "out", [0, 1], Scorer(1.0), {"limit": 5}, say=quiet)
 
 

@@ -203,7 +203,7 @@ def stopped(manifest, tmp_path_factory) -> tuple[dict[str, Any], Path]:
 
 def test_sigterm_saves_at_the_end_of_the_step_and_says_so(stopped):
     found, _ = stopped
-    assert found["said"] == "multitask: stopped at step 3; the same command goes on from it"
+    assert found["said"] == "multitask: stopped at step 3; the same command resumes from it"
     assert found["saved"] == ["step-2", "step-3"] and found["from"] == 3
 
 
