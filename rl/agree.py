@@ -1,4 +1,4 @@
-"""What ranks tell each other outside of tensors: values, and whether one of them failed."""
+"""Collectives for Python values and for errors of a rank."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def gather(value: Any) -> list[Any]:
 
 
 def agree(action: Callable[[], Result]) -> Result:
-    """Runs this rank's `action`; when it fails on any rank, all ranks raise the first rank's error. Collective.
+    """Run this rank's `action`; when it fails on any rank, all ranks raise the first error. Collective.
 
-    Without this, a rank that raises leaves the others in their next collective until its time limit. `action` must not
-    call a collective itself.
+    Without this, a rank that raises leaves the others waiting in their next collective until its time limit. `action`
+    must not call a collective.
 
     Raises:
-        KeyeError: what the action raised, here or elsewhere. Other exceptions pass at once and end the process.
+        KeyeError: what the action raised, on this or another rank. Other exceptions are not shared; they end the
+            process.
     """
     error: KeyeError | None = None
     result: Any = None
@@ -46,7 +47,7 @@ def agree(action: Callable[[], Result]) -> Result:
 def from_first(action: Callable[[], Result]) -> Result:
     """What rank 0's `action` returns, on every rank; only rank 0 runs it. Collective.
 
-    For what is read from files that ranks may see differently, when it decides which collectives come next.
+    For decisions about the next collectives that depend on files, which ranks may see differently.
 
     Raises:
         KeyeError: on all ranks, what the action raised; an OSError as CheckpointError.

@@ -1,4 +1,4 @@
-"""Group Sequence Policy Optimization (arXiv 2507.18071), as the report uses it in its reasoning RL (§5).
+"""Group Sequence Policy Optimization (arXiv 2507.18071), which the report uses in its reasoning RL (§5).
 
 For a completion y_i of a group of G completions to one prompt, with reward r_i:
 
@@ -22,37 +22,38 @@ EPSILON_LOW, EPSILON_HIGH = 3e-4, 4e-4
 
 @dataclass(frozen=True)
 class GspoOutput:
-    """What one mini-batch of S sequences gives.
-
-    loss:     float32 scalar with gradient, to be minimised (= −J over `num_sequences`).
-    ratio:    float32 [S], s_i, detached.
-    clipped:  bool [S], the sequences whose gradient the clip has cut off.
-    """
+    """Loss and ratios of one mini-batch of S sequences."""
 
     loss: Tensor
+    """float32 scalar with gradient, to be minimised (= −J over `num_sequences`)."""
+
     ratio: Tensor
+    """float32 [S], s_i, detached."""
+
     clipped: Tensor
+    """bool [S], the sequences whose gradient is zero because of the clip."""
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """Rewards [P, G] of G completions for each of P prompts → advantages float32 [P, G].
 
-    Standardised within each group with the population standard deviation. A group whose rewards are all equal has
-    nothing to say: its advantages are exactly zero.
+    Standardised within each group with the population standard deviation. The advantages of a group whose rewards are
+    all equal are exactly zero.
     """
     rewards = rewards.float()
     centred = rewards - rewards.mean(dim=-1, keepdim=True)
     std = rewards.std(dim=-1, correction=0, keepdim=True)
-    # Equal rewards such as 1.1 leave rounding dust of 1e-8 in mean and std, which a division would blow up to ±1.
+    # Equal rewards such as 1.1 give rounding errors of 1e-8 in mean and std, whose quotient would be about ±1.
     flat = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
     return torch.where(flat, torch.zeros_like(centred), centred / std.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def sequence_log_ratio(log_probs: Tensor, old_log_probs: Tensor, owner: Tensor, sequences: int) -> Tensor:
-    """log s_i float32 [S]: the mean over its tokens of log π_θ − log π_old.
+    """log s_i float32 [S]: the mean over the sequence's tokens of log π_θ − log π_old; 0 without tokens.
 
-    log_probs, old_log_probs: [T], completion tokens of all sequences one after another; owner: int64 [T], the sequence
-    (0 … S−1) a token belongs to. A sequence without tokens gets 0.
+    Args:
+        log_probs, old_log_probs: [T], completion tokens of all sequences one after another.
+        owner: int64 [T], the sequence (0 … S−1) of each token.
     """
     difference = log_probs.float() - old_log_probs.float()
     sums = difference.new_zeros(sequences).index_add(0, owner, difference)
@@ -69,11 +70,14 @@ def gspo_loss(
     epsilon_low: float = EPSILON_LOW,
     epsilon_high: float = EPSILON_HIGH,
 ) -> GspoOutput:
-    """The GSPO loss of S sequences given as T flat completion tokens.
+    """The GSPO loss of S sequences, given as T flat completion tokens.
 
-    log_probs [T] (with gradient), old_log_probs [T], owner int64 [T] as in `sequence_log_ratio`; advantages [S].
-    num_sequences: what the sum is divided by; give the count over all ranks, zero-advantage sequences included, so that
-    two processes compute the loss of one. Default: S.
+    Args:
+        log_probs: [T], with gradient. old_log_probs: [T]. owner: int64 [T], see `sequence_log_ratio`.
+        advantages: [S].
+        num_sequences: divisor of the sum. Give the count over all ranks, with sequences of zero advantage, so that
+            several processes compute the loss of one. Default: S.
+        epsilon_low, epsilon_high: the ratio is clipped to [1 − epsilon_low, 1 + epsilon_high].
     """
     advantages = advantages.float()
     sequences = advantages.numel()

@@ -1,4 +1,4 @@
-"""Held-out questions before and after RL: the same ones, so that the gain has a paired standard error."""
+"""The same held-out questions before and after RL, so that the gain has a paired standard error."""
 
 from __future__ import annotations
 
@@ -20,22 +20,28 @@ from rl.rollout import RolloutEngine
 
 @dataclass(frozen=True)
 class Answered:
-    """One question's outcome. sampled: mean reward over the drawn answers; greedy: reward of the greedy answer.
-
-    sampled_accuracy, greedy_accuracy: the accuracy alone, without other rewards (None when the recipe has no such
-    reward). text: the greedy answer.
-    """
+    """The rewards of the answers to one question."""
 
     id: str
     family: str
+
     sampled: float
+    """Mean reward of the sampled answers."""
+
     greedy: float
+    """Reward of the greedy answer."""
+
     sampled_accuracy: float | None
+    """Mean accuracy of the sampled answers; None when the recipe has no such reward."""
+
     greedy_accuracy: float | None
+    """Accuracy of the greedy answer."""
+
     text: str
+    """The greedy answer."""
 
 
-ASKED_AT_ONCE = 32  # questions that are encoded at a time: with a long video each, they take much host memory
+BATCH = 32  # questions that are encoded together: with a long video each, they take much host memory
 
 
 def ask(
@@ -50,15 +56,16 @@ def ask(
 ) -> tuple[list[Answered], dict[str, str]]:
     """Answer each question `samples` times at `temperature` and once greedily.
 
-    progress: called with the count done.
+    Args:
+        progress: called with the number of questions of each finished batch.
 
     Returns:
-        The outcomes, and `file:line` → why for the questions that `encode` cannot read.
+        The outcomes, and `file:line` → reason for the questions that `encode` cannot read.
     """
     answered: list[Answered] = []
     rejected: dict[str, str] = {}
-    for begin in range(0, len(questions), ASKED_AT_ONCE):
-        part = questions[begin : begin + ASKED_AT_ONCE]
+    for begin in range(0, len(questions), BATCH):
+        part = questions[begin : begin + BATCH]
         read: list[tuple[Prompt, Sample]] = []
         for prompt in part:
             try:
@@ -91,14 +98,14 @@ def _answered(prompt: Prompt, earned: list[Earned], best: Earned, text: str) -> 
 
 
 def write_answers(path: Path, answered: list[Answered]) -> None:
-    """Write outcomes as JSON lines; the file appears only when it is whole."""
+    """Write outcomes as JSON lines; the file appears only when it is complete."""
     part = path.with_name(path.name + ".part")
     part.write_text("".join(json.dumps(asdict(one)) + "\n" for one in answered), encoding="utf-8")
     part.replace(path)
 
 
 def read_answers(path: Path, questions: list[Prompt]) -> list[Answered] | None:
-    """The outcomes in `path`; None where it is not there, torn, or of other questions than these."""
+    """The outcomes in `path`; None if it is missing, damaged, or of other questions than these."""
     if not path.is_file():
         return None
     try:
@@ -110,7 +117,7 @@ def read_answers(path: Path, questions: list[Prompt]) -> list[Answered] | None:
 
 
 def summary(answered: list[Answered]) -> dict[str, Any]:
-    """Means with standard errors over the questions, in all and per family."""
+    """Means with standard errors over the questions, of all and of each family."""
     families = defaultdict(list)
     for one in answered:
         families[one.family].append(one)
@@ -118,7 +125,7 @@ def summary(answered: list[Answered]) -> dict[str, Any]:
 
 
 def compare(before: list[Answered], after: list[Answered]) -> dict[str, Any]:
-    """What `eval.json` holds: both summaries, and the gain with the standard error of the paired differences.
+    """The content of `eval.json`: both summaries, and the gain with the standard error of the paired differences.
 
     Raises:
         CheckpointError: no question was answered both times.

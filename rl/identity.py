@@ -1,4 +1,4 @@
-"""What a GSPO run was started with: its recipe, its start model and its questions, so that two runs are never mixed."""
+"""The recipe, start model and questions that a GSPO run was started with, so that a resumed run has the same."""
 
 from __future__ import annotations
 
@@ -19,23 +19,29 @@ MAY_CHANGE = (
     "gspo.steps", "gspo.checkpoint_every", "gspo.keep_checkpoints", "gspo.decode_batch_size", "gspo.cache_mb",
     "trackers",
 )  # fmt: skip
-"""Keys that a resumed run may change: the learning rate does not depend on them, nor does what a step computes."""
+"""Keys that a resumed run may change: neither the learning rate nor what a step computes depends on them."""
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
-"""Endings of the files that make a model: weights, configs, tokenizer, chat template and processor."""
+"""Suffixes of a model's files: weights, configs, tokenizer, chat template and processor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What a run is. recipe: key → value. files: path, relative to the run's folder → what tells its contents."""
+    """What identifies a run.
+
+    recipe: key → value. files: path, relative to the run's folder → digest or checksum.
+    """
 
     recipe: dict[str, Any]
     files: dict[str, str]
 
 
 def identity(run: Path, recipe: RlRecipe, digests: dict[str, str]) -> Identity:
-    """The identity of a run of `recipe` in `run`; digests: manifest, as the recipe names it → SHA-256 of the file.
+    """The identity of a run of `recipe` in the folder `run`.
 
     Of a large file of the start model only the ends are read, see `stages.distributed.checkpoints.checksum`.
+
+    Args:
+        digests: manifest, as the recipe names it → SHA-256 of the file.
     """
     settings = _flat(dataclasses.asdict(recipe)) | {"gspo.precision": resolve_precision(recipe.gspo.precision)}
     folder = run / recipe.gspo.start / "model"
@@ -48,7 +54,7 @@ def identity(run: Path, recipe: RlRecipe, digests: dict[str, str]) -> Identity:
 
 
 def check_ranks(mine: Identity) -> None:
-    """Refuses ranks that read another recipe or other files than rank 0, as from a node's own copy; collective.
+    """Refuse ranks that read another recipe or other files than rank 0, such as a node's own copy; collective.
 
     Raises:
         CheckpointError: on all ranks, with the first key or file that differs.
@@ -63,13 +69,13 @@ def check_ranks(mine: Identity) -> None:
 
 
 def claim(out: Path, run: Path, now: Identity) -> None:
-    """Records in `out/run.json` what this run starts from, or checks that it is what the run started from before.
+    """Record in `out/run.json` what this run starts from; a resumed run is compared with the record.
 
     Call it on one rank, before anything of `out` is loaded.
 
     Raises:
-        CheckpointError: `out` holds the training of another recipe, start model or manifest, or does not say of which;
-            the key or file is named with the remedy.
+        CheckpointError: `out` has checkpoints of another recipe, start model or manifest, or no valid record; names the
+            key or file and the remedy.
     """
     if checkpoints(out / "checkpoints"):
         _check(out, run, now, _read(out))
@@ -88,21 +94,21 @@ def _remedy(out: Path) -> str:
 
 
 def _read(out: Path) -> Identity:
-    """What `out/run.json` says."""
+    """The record in `out/run.json`."""
     record = out / FILE
     try:
         found = Identity(**json.loads(record.read_text(encoding="utf-8")))
         if isinstance(found.recipe, dict) and isinstance(found.files, dict):
             return Identity(_present(found.recipe), found.files)
-        reason = "its recipe or files are no tables"
+        reason = "its recipe or files are not tables"
     except FileNotFoundError:
         reason = "it does not exist"
     except (ValueError, TypeError) as error:
-        reason = f"it is torn or of another version: {error}"
+        reason = f"it is damaged or of another version: {error}"
     except OSError as error:
         reason = error.strerror or str(error)
     raise CheckpointError(
-        f"{out} holds checkpoints, but {record} does not say what they were trained from ({reason}); {_remedy(out)}"
+        f"{out} has checkpoints, but {record} does not say what they were trained from ({reason}); {_remedy(out)}"
     )
 
 
@@ -132,7 +138,7 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one: `gspo.steps` → value, as JSON gives it back."""
+    """Nested tables as one: `gspo.steps` → value, after a round trip through JSON."""
     flat: dict[str, Any] = {}
     for key, value in json.loads(json.dumps(table)).items():
         name = f"{prefix}{key}"

@@ -11,11 +11,11 @@ from stages.metrics import duration
 
 
 def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
-    """Metrics of one step from what every rank gathered (see `GspoTrainer.train_step`).
+    """Metrics of one step from the values of every rank (see `GspoTrainer.train_step`).
 
-    reward_stderr is taken over prompts, since the answers of a group share their question. clip_fraction and the ratios
+    reward_stderr is over prompts, because the answers of a group share their question. clip_fraction and the ratios
     are over the sequences of informative groups, in all mini-batches; informative is the share of such groups, empty
-    that of answers without a word. rejected, left out so far, is the same on every rank.
+    the share of answers without text. rejected, the questions left out so far, is the same on every rank.
     """
 
     def flat(name: str) -> list[Any]:

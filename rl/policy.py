@@ -1,8 +1,8 @@
-"""The policy: which distribution completions are drawn from, and how likely it finds them.
+"""The policy: the distribution that completions are sampled from, and their log-probabilities.
 
-Sampling (`rl.rollout`) and training share `token_log_probs`, so the log-probabilities of generation and of training are
-of one distribution: softmax(logits / temperature) in float32, without the two placeholder tokens. A completion must not
-hold a placeholder, because the model would look for pixels to put there.
+Sampling (`rl.rollout`) and training share `token_log_probs`, so their log-probabilities are of the same distribution:
+softmax(logits / temperature) in float32, without the two placeholder tokens. A completion must not contain a
+placeholder, because the model would replace it by visual features.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from keye.processor.processor import Sample
 from keye.slowfast.pixels import join
 from rl.prefix import PrefixTree
 
-CHUNK = 1024  # rows of float32 log-probabilities [CHUNK, vocab] alive at once
+CHUNK = 1024  # rows of float32 log-probabilities [CHUNK, vocab] that are in memory at the same time
 
 
 @dataclass(frozen=True)
 class Group:
-    """G completions of one prompt.
-
-    sample:      the prompt as the model reads it, with its vision inputs and the `VideoPlan` of every video.
-    completions: G of int64 [Lc], Lc ≥ 1, with the end token where it was reached.
-    log_probs:   G of float32 [Lc], as the rollout engine saw them.
-    finished:    G of bool, whether the end token was reached.
-    texts:       the completions decoded, without special tokens.
-    """
+    """G completions of one prompt."""
 
     sample: Sample
+    """The encoded prompt, with its vision inputs and the `VideoPlan` of every video."""
+
     completions: list[Tensor]
+    """G of int64 [Lc], Lc ≥ 1, with the end token if it was reached."""
+
     log_probs: list[Tensor]
+    """G of float32 [Lc], of the rollout engine."""
+
     finished: list[bool]
+    """G: whether the end token was reached."""
+
     texts: list[str]
+    """The decoded completions, without special tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,18 @@ def token_log_probs(logits: Tensor, temperature: float, banned: tuple[int, ...])
 
 
 def banned_tokens(model: nn.Module) -> tuple[int, ...]:
-    """The placeholder ids a completion may not hold."""
+    """Ids of the placeholders, which a completion must not contain."""
     return model.config.image_token_id, model.config.video_token_id
 
 
 def score(model: nn.Module, groups: list[Group], temperature: float = 1.0) -> Score:
-    """The training forward over the completions of `groups`, every prompt read once (see `rl.prefix`).
+    """The training forward over the completions of `groups`; every prompt is read once (see `rl.prefix`).
 
-    model: `KeyeForConditionalGeneration`, or the DeepSpeed engine around it. With gradients when they are enabled.
+    Args:
+        model: `KeyeForConditionalGeneration`, or the DeepSpeed engine around it.
+
+    Returns:
+        Log-probabilities (with gradient where it is enabled) and entropy of all completion tokens.
     """
     device = next(model.parameters()).device
     tree = PrefixTree(
@@ -99,13 +105,13 @@ def _score_rows(logits: Tensor, targets: Tensor, temperature: float, banned: tup
 
 
 def continued_positions(sample: Sample, length: int) -> Tensor:
-    """Positions int64 [3, length] of text that follows a prompt: from its largest position + 1, alike in T, H and W."""
+    """Positions int64 [3, length] of text that follows a prompt: from its largest position + 1, equal in T, H, W."""
     first = int(sample.position_ids.max()) + 1
     return torch.arange(first, first + length).expand(3, -1)
 
 
 def vision_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tensor]:
-    """The pixels and grids of several prompts, each once, in the order in which their placeholders come."""
+    """The pixels and grids of several prompts, each once, in the order of their placeholders."""
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     columns = {name: [getattr(s, name) for s in samples if getattr(s, name) is not None] for name in names}
     return {name: join(column).to(device) for name, column in columns.items() if column}

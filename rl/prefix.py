@@ -1,13 +1,13 @@
-"""A group of completions shares its prompt: read the prompt once, with gradient, however large the group.
+"""The completions of a group share their prompt, which is read once, with gradient, for any size of the group.
 
 A video prompt is long and its answers are short, so packing G copies of "prompt + completion" would compute the same
-prompt G times. `PrefixTree` lays a mini-batch out as
+prompt G times. `PrefixTree` arranges a mini-batch as
 
     prompt 1 · completion 1,1 · … · completion 1,G · prompt 2 · completion 2,1 · …
 
-in which a completion attends to its prompt and to itself, never to its siblings. Attention is the only place where
-tokens meet, so handing `PrefixTree.attention` to the model's `varlen` seam makes the pass exact: the log-probabilities
-and gradients are those of G separate sequences.
+in which a completion attends to its prompt and to itself, never to other completions. Only attention mixes tokens, so
+with `PrefixTree.attention` as the model's `varlen` function the pass is exact: the log-probabilities and gradients are
+those of G separate sequences.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch.nn.attention.bias import causal_lower_right
 class PrefixTree:
     """The layout of P prompts and their completions in one packed row of L tokens.
 
-    prompt_lengths: P positive lengths. completion_lengths: for each prompt the positive lengths of its completions.
+    Args:
+        prompt_lengths: P positive lengths. completion_lengths: for each prompt the positive lengths of its completions.
     """
 
     prompt_lengths: list[int]
@@ -48,14 +49,14 @@ class PrefixTree:
         return torch.tensor(self._starts, dtype=torch.int32)
 
     def pack(self, prompts: list[Tensor], completions: list[list[Tensor]]) -> Tensor:
-        """Lay P prompts [.., Lp] and their completions [.., Lc] out along the last dimension → [.., L]."""
+        """Concatenate P prompts [.., Lp] and their completions [.., Lc] along the last dimension → [.., L]."""
         rows = (row for prompt, group in zip(prompts, completions, strict=True) for row in (prompt, *group))
         return torch.cat(list(rows), dim=-1)
 
     def predictors(self) -> Tensor:
-        """int64 [T]: for every completion token the place of the token that predicts it.
+        """int64 [T]: for every completion token the index of the token that predicts it.
 
-        A completion's first token is predicted by the last token of the prompt, which all siblings share.
+        A completion's first token is predicted by the last token of the prompt, which the group shares.
         """
         places = []
         for start, prompt, lengths in zip(self._starts, self.prompt_lengths, self.completion_lengths, strict=False):
@@ -71,9 +72,10 @@ class PrefixTree:
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
-        """The model's `varlen` seam: q [L, H, D], k and v [L, Hkv, D] → [L, H, D].
+        """The model's `varlen` function: q [L, H, D], k and v [L, Hkv, D] → [L, H, D].
 
-        cu_seqlens must be this tree's own: a layout that does not fit would read silently wrong neighbours.
+        Raises:
+            ValueError: q and cu_seqlens are not of this layout.
         """
         if not causal or cu_seqlens.numel() != len(self._starts) or q.shape[0] != self.length:
             raise ValueError(f"PrefixTree of {self.length} tokens was given {q.shape[0]} tokens, causal={causal}")
@@ -86,7 +88,7 @@ class PrefixTree:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, Lq, H, D] against [B, Lk, Hkv, D]; the last query sees every key, the one before all but the last, …"""
+    """[B, Lq, H, D] against [B, Lk, Hkv, D]; causal, with the last query aligned to the last key."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if q.shape[2] == k.shape[2]:
@@ -98,7 +100,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _leaves(q: Tensor, k: Tensor, v: Tensor, trunk_k: Tensor, trunk_v: Tensor, lengths: list[int]) -> Tensor:
     """Attention of one prompt's completions, flat [sum(lengths), …], to their prompt [Lp, Hkv, D] and themselves.
 
-    The completions become a batch [G, longest]; padding stands at the end, where causality hides it from real tokens.
+    The completions become a batch [G, longest], padded at the end, where causality hides padding from real tokens.
     """
     group, longest = len(lengths), max(lengths)
     sizes = torch.tensor(lengths, device=q.device)

@@ -1,4 +1,4 @@
-"""The prompts of RL: verifiable questions of a manifest, drawn without end and encoded once."""
+"""The prompts of RL: questions with verifiable answers, shuffled in each epoch and encoded once."""
 
 from __future__ import annotations
 
@@ -19,44 +19,48 @@ from stages.data.items import PIXELS, Cache, Item, from_bytes, packed
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question with its ground truth.
-
-    messages: the chat without the assistant's turns. base_dir: what the paths of its clips are relative to. where: its
-    place, `file:line`.
-    """
+    """One question with its ground truth."""
 
     id: str
     family: str
+
     messages: list[dict[str, Any]]
+    """The chat without the assistant's turns."""
+
     answer: str
     tolerance: float | None
     options: tuple[str, ...]
+
     base_dir: Path
+    """Folder that the paths of its clips are relative to."""
+
     where: str = ""
+    """`file:line`."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A manifest's questions.
-
-    prompts: what can be asked. rejected: `file:line` → why, for the lines that cannot. digest: SHA-256 of the file.
-    """
+    """A manifest's questions."""
 
     prompts: list[Prompt]
+
     rejected: dict[str, str]
+    """`file:line` → reason, for the lines that cannot be used."""
+
     digest: str
+    """SHA-256 of the file."""
 
 
 def load_prompts(manifest: str | Path, families: Iterable[str] = (), unique: bool = False) -> PromptSet:
-    """The questions of `manifest` that have an answer to check, of `families` (all when empty).
+    """The questions of `manifest` that have an answer, of `families` (all when empty).
 
-    A line that is not a chat in JSON, or has a value of the wrong type, is left out and kept in `rejected`.
+    A line that is not a chat in JSON, or has a value of the wrong type, is left out and listed in `rejected`.
 
     Args:
         unique: refuse questions that share an id, because results are paired by it.
 
     Raises:
-        ManifestError: the file is missing, holds no such question, or two of them share an id.
+        ManifestError: the file is missing, has no such question, or two of them share an id.
     """
     path, families = Path(manifest), set(families)
     if not path.is_file():
@@ -84,10 +88,10 @@ def load_prompts(manifest: str | Path, families: Iterable[str] = (), unique: boo
 
 def _nothing_to_ask(path: Path, families: set[str], rejected: dict[str, str]) -> str:
     wanted = f" of the families {', '.join(sorted(families))}" if families else ""
-    said = f"{path} holds no question{wanted} with an answer: add some or change gspo.families"
+    message = f"{path} has no question{wanted} with an answer: add some or change gspo.families"
     if rejected:
-        said += f"; {len(rejected)} lines cannot be used, the first because {next(iter(rejected.values()))}"
-    return said
+        message += f"; {len(rejected)} lines cannot be used, the first because {next(iter(rejected.values()))}"
+    return message
 
 
 def _check_unique(prompts: list[Prompt]) -> None:
@@ -97,28 +101,30 @@ def _check_unique(prompts: list[Prompt]) -> None:
         if first != prompt.where:
             raise ManifestError(
                 f"{first} and {prompt.where} have the same id {prompt.id!r}, and answers before and after training are "
-                "paired by it; give each question an id of its own, or none"
+                "paired by it; give each question its own id, or none"
             )
 
 
 def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt | None:
-    """A manifest's line as a prompt; None where it has no answer to check or is of another family.
+    """A manifest's line as a prompt; None if it has no answer or is of another family.
 
     Raises:
-        ManifestError: not a chat, or a value of the wrong type; file, line and key are named.
+        ManifestError: not a chat, or a value of the wrong type; names file, line and key.
     """
     where = f"{path}:{number}"
 
     def need(key: str, ok: bool, wanted: str) -> None:
         if not ok:
-            raise ManifestError(f"{where}: {key} is {line[key]!r:.80}, but must be {wanted}; mend or delete that line")
+            raise ManifestError(
+                f"{where}: {key} is {line[key]!r:.80}, but must be {wanted}; correct or delete that line"
+            )
 
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ManifestError(f"{where} is not UTF-8 text; save the manifest as UTF-8") from error
     line = parse_line(text, where)
-    given = {key: value for key, value in line.items() if value is not None}  # tables fill in what others have
+    given = {key: value for key, value in line.items() if value is not None}  # tables write null for missing keys
     if "answer" not in given:
         return None
     family = given.get("family", "")
@@ -136,7 +142,7 @@ def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt
     try:
         read_chat(asked, path.parent, generating=True)
     except ManifestError as error:
-        raise ManifestError(f"{where}: messages cannot be asked ({error}); mend or delete that line") from error
+        raise ManifestError(f"{where}: messages cannot be asked ({error}); correct or delete that line") from error
     return Prompt(str(name), family, asked, answer, tolerance, tuple(options), path.parent, where)
 
 
@@ -146,12 +152,12 @@ Gather = Callable[[Any], list[Any]]
 
 
 class PromptStream:
-    """An endless shuffled walk over the prompts, the same on every rank and on any number of ranks.
+    """An endless stream of shuffled prompts, the same on every rank and on any number of ranks.
 
     A step takes the next `count` prompts of one global order; each rank encodes its own places of them. The order of an
     epoch follows from (seed, epoch). A prompt whose clip cannot be read is left out, its place takes the next prompt,
-    and the reason stands in `rejected` on all ranks: `file:line` → why. Encoded prompts, pixels as bytes, are kept in
-    `cache` bytes of host memory, since a small set is walked over many times.
+    and `rejected` has the reason on all ranks: `file:line` → reason. Encoded prompts, pixels as bytes, are kept in
+    `cache` bytes of host memory, because a small set is read many times.
     """
 
     def __init__(self, prompts: list[Prompt], processor: KeyeProcessor, seed: int, cache: int = 1 << 30) -> None:
@@ -166,15 +172,14 @@ class PromptStream:
 
         Args:
             count: prompts over all ranks.
-            mine: this rank's places, of 0 … count − 1; all of them when left out. The ranks' places are disjoint and
-                together all of them.
-            gather: exchanges values between the ranks; left out for one process.
+            mine: this rank's places, of 0 … count − 1; default all. The places of all ranks are disjoint and complete.
+            gather: exchanges values between the ranks; default for one process.
 
         Returns:
             One (prompt, sample) for each place, in the order of the places.
 
         Raises:
-            ManifestError: an epoch went by without a single readable prompt. All ranks raise it.
+            ManifestError: no prompt of a complete epoch can be read; on all ranks.
         """
         own, gather = set(range(count) if mine is None else mine), gather or (lambda value: [value])
         taken: dict[int, Taken] = {}
@@ -197,14 +202,14 @@ class PromptStream:
         return [taken[place] for place in sorted(taken)]
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the global order: the same on every rank."""
+        """The position in the global order: the same on every rank."""
         return {"epoch": self.epoch, "position": self.position, "questions": len(self.prompts)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved place.
+        """Continue from a saved position.
 
         Raises:
-            CheckpointError: the place is not one of this manifest's.
+            CheckpointError: the position is not one of this manifest.
         """
         count = state.get("questions", len(self.prompts))
         if count != len(self.prompts):
@@ -220,7 +225,7 @@ class PromptStream:
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _next(self) -> int:
-        """Place in `prompts` of the next prompt."""
+        """Index in `prompts` of the next prompt."""
         if self._order[0] != self.epoch:
             order = list(range(len(self.prompts)))
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
@@ -232,14 +237,14 @@ class PromptStream:
         return index
 
     def _encode(self, index: int) -> Sample:
-        """The sample of the prompt at a place in `prompts`; ids need not be unique."""
+        """The sample of the prompt at an index of `prompts`; ids need not be unique."""
         kept = self.cache.get(index)
         if kept is None:
             prompt = self.prompts[index]
             sample = self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
             kept = [packed(Item(sample, prompt.where, index, prompt.family, ""))]
             self.cache.put(index, kept)
-        # As floats again, because a batch may hold others that are no bytes; the same whether it was kept or not.
+        # As floats again, because a batch may have other samples that are not bytes.
         sample = kept[0].sample
         pixels = {name: getattr(sample, name) for name in PIXELS}
         return replace(sample, **{name: None if x is None else from_bytes(x) for name, x in pixels.items()})

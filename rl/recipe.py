@@ -132,9 +132,12 @@ def _check(recipe: RlRecipe, file: str) -> None:
     for key in (*counts, "checkpoint_every", "keep_checkpoints"):
         need(getattr(g, key) >= 1, f"gspo.{key} must be at least 1")
     need(g.cache_mb >= 0, "gspo.cache_mb must be at least 0")
-    need(g.start != "gspo", 'gspo.start = "gspo" would tune a model in the folder it is read from; copy it elsewhere')
+    need(
+        g.start != "gspo",
+        'gspo.start = "gspo" would write the model to the folder it is read from; copy it elsewhere',
+    )
     need(g.group_size >= 2, "gspo.group_size must be at least 2: an answer is compared with the others of its group")
-    need(g.temperature > 0, "gspo.temperature must be above 0, because equal answers teach nothing")
+    need(g.temperature > 0, "gspo.temperature must be above 0, because equal answers have no advantage")
     need(0 < g.epsilon_low < 1 and g.epsilon_high > 0, "gspo.epsilon_low and epsilon_high must be small and above 0")
     need(g.zero in (0, 1, 2), "gspo.zero must be 0, 1 or 2")
     need(g.precision in ("auto", "fp32", "bf16"), 'gspo.precision must be "auto", "fp32" or "bf16"')
@@ -149,7 +152,11 @@ def _check(recipe: RlRecipe, file: str) -> None:
 
 
 def check_world(recipe: RlRecipe, world: int) -> None:
-    """RecipeError when a mini-batch has fewer prompts than there are processes: each must take part in every step."""
+    """Refuse mini-batches with fewer prompts than processes, each of which must take part in every step.
+
+    Raises:
+        RecipeError: names the keys and the remedy.
+    """
     g = recipe.gspo
     if g.prompts // g.mini_batches < world:
         raise RecipeError(
@@ -159,6 +166,6 @@ def check_world(recipe: RlRecipe, world: int) -> None:
 
 
 def places_of(rank: int, world: int, prompts: int, mini_batches: int) -> list[list[int]]:
-    """Which of a step's prompts a rank owns, for each mini-batch; the mini-batches do not depend on `world`."""
+    """A rank's prompts of each mini-batch of a step; the mini-batches do not depend on `world`."""
     size = prompts // mini_batches
     return [list(range(batch * size + rank, (batch + 1) * size, world)) for batch in range(mini_batches)]

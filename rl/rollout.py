@@ -1,7 +1,7 @@
-"""Rollouts: G sampled completions for each prompt, with everything the training forward needs to score them again.
+"""Rollouts: G sampled completions for each prompt, with what the training forward needs to score them.
 
-`RolloutEngine` is the seam; `InProcessRollout` is the default and works wherever the model does. It reads each prompt
-once, pixels included, and then repeats the key-value cache G times, so a group costs one prompt and G short tails.
+`RolloutEngine` is the interface; `InProcessRollout` is the default and works wherever the model does. It reads each
+prompt once, pixels included, and repeats the key-value cache G times, so a group costs one prompt and G completions.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from rl.policy import Group, banned_tokens, token_log_probs
 
 
 class RolloutEngine(Protocol):
-    """Draws completions. A served engine (vLLM, SGLang) fits here as well as the model in this process."""
+    """Samples completions: the model in this process, or a served engine (vLLM, SGLang)."""
 
     def generate(self, samples: list[Sample], group_size: int, temperature: float, max_new_tokens: int) -> list[Group]:
-        """One group for each sample. temperature 0 is greedy."""
+        """One group for each sample; temperature 0 is greedy."""
         ...
 
 
 class InProcessRollout:
     """Batched sampling with a key-value cache from a model in this process.
 
-    model: `KeyeForConditionalGeneration`, whole on this rank (any ZeRO stage but 3). generator: the randomness, on the
-    model's device; reseed it to draw the same again. batch: sequences decoded side by side.
+    Args:
+        model: `KeyeForConditionalGeneration`, complete on this rank (any ZeRO stage except 3).
+        generator: random numbers, on the model's device; with the same seed it samples the same.
+        batch: sequences that are decoded together.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class InProcessRollout:
         self.model.eval()
         prompts = max(1, self.batch // group_size)
         groups = []
-        # Prompts of like length share a batch, so that little of it is padding.
+        # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].input_ids))
         for begin in range(0, len(order), prompts):
             part = [samples[i] for i in order[begin : begin + prompts]]
@@ -95,7 +97,7 @@ class InProcessRollout:
         return token, table.gather(-1, token[:, None])[:, 0]
 
     def _groups(self, samples: list[Sample], group_size: int, tokens: Tensor, log_probs: Tensor) -> list[Group]:
-        """Cut each row of tokens [P·G, T] after its end token and hand the rows to their prompts."""
+        """Cut each row of tokens [P·G, T] after its end token and assign the rows to their prompts."""
         reached = tokens == self.end
         finished = reached.any(1)
         lengths = torch.where(finished, reached.int().argmax(1) + 1, tokens.shape[1]).tolist()

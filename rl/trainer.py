@@ -1,6 +1,6 @@
 """The GSPO loop: questions → rollouts → rewards → advantages → mini-batches → metrics.
 
-Every rank owns other questions, answers them with its own copy of the policy and takes part in the same number of
+Every rank has its own questions, answers them with its own copy of the policy and takes part in the same number of
 optimizer steps. Old log-probabilities are those of the training forward in float32, not of the sampler.
 """
 
@@ -42,9 +42,9 @@ from stages.typed_toml import to_toml
 
 @dataclass(frozen=True)
 class Experience:
-    """One rank's share of a step: P prompts with G answers each. rewards, advantages: float32 [P, G].
+    """One rank's share of a step: P prompts with G answers each.
 
-    parts: the places of each mini-batch's groups.
+    rewards, advantages: float32 [P, G]. parts: the groups of each mini-batch.
     """
 
     prompts: list[Prompt]
@@ -57,7 +57,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Update:
-    """One mini-batch on one rank: what it scored, the ratios [S] and which were clipped, and the engine's numbers."""
+    """Metrics of one mini-batch of S sequences on one rank: entropy of each token, ratio of each sequence."""
 
     loss: float
     entropy: list[float]
@@ -67,12 +67,12 @@ class Update:
 
 
 class GspoTrainer:
-    """Tunes the model of `run/<start>/model` and leaves `run/gspo/{metrics.jsonl, eval.json, checkpoints, model}`.
+    """Tunes the model of `run/<start>/model` and writes `run/gspo/{metrics.jsonl, eval.json, checkpoints, model}`.
 
     Raises:
-        CheckpointError: the stage to start from has left no model, or `run/gspo` holds the training of another recipe,
-            start model or manifest.
-        ManifestError: no questions to ask.
+        CheckpointError: the stage to start from has no model, or `run/gspo` is of another recipe, start model or
+            manifest.
+        ManifestError: no questions.
         RecipeError: the recipe does not fit the number of processes.
     """
 
@@ -104,17 +104,17 @@ class GspoTrainer:
         if (folder / "config.json").is_file():
             return open_start(folder)
         if (self.run / "model" / "config.json").is_file():
-            raise CheckpointError(f"{self.run} is the folder of a stage: give that of the run, --run {self.run.parent}")
+            raise CheckpointError(
+                f"{self.run} is the folder of a stage: give the run's, --run {self.run.parent}"
+            )
         found = sorted(
             path.parents[1].name for path in self.run.glob("*/model/config.json") if path.parts[-3] != "gspo"
         )
-        remedy = (
-            f"set gspo.start to one of {', '.join(found)}" if found else "pre-train first: scripts/pretrain.py --out"
-        )
-        raise CheckpointError(f"{folder} holds no model: {remedy}{'' if found else f' {self.run}'}")
+        remedy = f"set gspo.start to one of {', '.join(found)}" if found else "pre-train first: keye pretrain --out"
+        raise CheckpointError(f"{folder} has no model: {remedy}{'' if found else f' {self.run}'}")
 
     def _claim(self) -> list[Prompt]:
-        """The questions to train on, once all ranks read the same files and these are those that the run began with."""
+        """The questions to train on, after a check that all ranks read the same files and a resumed run its own."""
         g, held = self.recipe.gspo, self.recipe.heldout
         found = agree(lambda: load_prompts(self.run / g.manifest, g.families))
         asked = agree(lambda: load_prompts(self.run / held.manifest, g.families, unique=True))
@@ -132,7 +132,7 @@ class GspoTrainer:
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Measure, train (from the last checkpoint, if there is one), measure again; what `eval.json` holds."""
+        """Evaluate, train (from the newest checkpoint, if there is one), evaluate again; the content of `eval.json`."""
         g = self.recipe.gspo
         before = self._before()
         self._load()
@@ -203,7 +203,7 @@ class GspoTrainer:
 
     @staticmethod
     def _informative(experience: Experience, part: slice) -> list[int]:
-        """The groups of a mini-batch whose rewards differ; one group at least, since every rank must take part."""
+        """The groups of a mini-batch whose rewards differ; at least one group, because every rank must take part."""
         places = range(len(experience.groups))[part]
         return [i for i in places if experience.advantages[i].any()] or [places[0]]
 
@@ -228,7 +228,7 @@ class GspoTrainer:
         )
 
     def _seed(self, purpose: str, number: int) -> None:
-        """The sampler's randomness is a function of (seed, purpose, number, rank), so a resumed run draws the same."""
+        """Seed the sampler by (seed, purpose, number, rank), so that a resumed run samples the same."""
         kind = {"rollout": 0, "heldout": 1}[purpose]
         self.generator.manual_seed(((self.recipe.seed * 2 + kind) * 1_000_003 + number) * 4096 + self.rank)
 
@@ -245,13 +245,13 @@ class GspoTrainer:
         return chosen
 
     def _before(self) -> list[Answered]:
-        """What the start model answers: as it was measured, or measured now, before a checkpoint is loaded."""
+        """The start model's answers: from an earlier evaluation, or evaluated now, before a checkpoint is loaded."""
         path, kept = self.out / "before.jsonl", self.out / "checkpoints"
         rows = from_first(lambda: read_answers(path, self.questions) if checkpoints(kept) else None)
         return self._measure("before") if rows is None else rows
 
     def _measure(self, name: str) -> list[Answered]:
-        """All ranks' answers to the held-out questions, kept in `<name>.jsonl`."""
+        """All ranks' answers to the held-out questions, written to `<name>.jsonl`."""
         wanted, g = self.recipe.heldout, self.recipe.gspo
         mine = self.questions[self.rank :: self.world]
         self._seed("heldout", 0)
@@ -283,7 +283,7 @@ class GspoTrainer:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def _engine(self) -> Any:
-        """The DeepSpeed engine around the model, without what the recipe freezes."""
+        """The DeepSpeed engine around the model; the parts that the recipe freezes do not train."""
         g = self.recipe.gspo
         backbone = self.model.base_model
         for name in g.freeze:
@@ -303,12 +303,12 @@ class GspoTrainer:
             self.stream.load_state_dict(state)
         if self.step > self.recipe.gspo.steps:
             raise CheckpointError(
-                f"{self.out} was trained for {self.step} steps already, but gspo.steps = {self.recipe.gspo.steps}; "
+                f"{self.out} has {self.step} steps already, but gspo.steps = {self.recipe.gspo.steps}; "
                 f"give at least as many, remove {self.out} to train again, or use another --run"
             )
 
     def _summary(self) -> dict[str, Any]:
-        """What went wrong in the whole run: the prompts and lines left out, and steps without any advantage."""
+        """The prompts and lines that were left out, and the number of steps without any advantage."""
         rows = from_first(lambda: read_metrics(self.out / "metrics.jsonl", self.step))
         constant = sum(row.get("informative") == 0 for row in rows)
         return {
@@ -317,7 +317,7 @@ class GspoTrainer:
             "rejected": self.rejected | self.stream.rejected,
         }
 
-    # --- what is seen -----------------------------------------------------------------------------------------------
+    # --- logging ---------------------------------------------------------------------------------------------------
 
     def _log(self, logger: MetricsLogger, metrics: dict[str, Any]) -> None:
         found = warnings_of(metrics, self.recipe.gspo.max_new_tokens)

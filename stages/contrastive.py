@@ -140,7 +140,7 @@ def _fill(module: nn.Module, found: Mapping[str, Tensor], directory: str | Path)
     for name, parameter in module.named_parameters():
         value = found.get(name)
         if value is None or value.shape != parameter.shape:
-            found = "is missing" if value is None else f"has the shape {list(value.shape)}, not {list(parameter.shape)}"
-            raise CheckpointError(f"{directory}: {name} {found}; name the SigLIP that the vision tower came from")
+            fault = "is missing" if value is None else f"has the shape {list(value.shape)}, not {list(parameter.shape)}"
+            raise CheckpointError(f"{directory}: {name} {fault}; name the SigLIP that the vision tower came from")
         with torch.no_grad():
             parameter.copy_(value)

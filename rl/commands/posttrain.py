@@ -1,7 +1,7 @@
 """Tune a pre-trained run with GSPO on questions whose answers can be checked.
 
 torchrun --nproc_per_node 2 -- scripts/posttrain.py rl/recipes/tiny.toml --run runs/demo
-deepspeed scripts/posttrain.py rl/recipes/keye_8b.toml --run runs/mine --set gspo.steps=200
+deepspeed --num_gpus 8 scripts/posttrain.py rl/recipes/keye_8b.toml --run runs/mine --set gspo.steps=200
 """
 
 import argparse
@@ -14,7 +14,7 @@ from stages.distributed.hosts import limit_threads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a TOML file; the ready-made ones are in rl/recipes")
-    parser.add_argument("--run", required=True, help="the run's folder, where pre-training left its model and world")
+    parser.add_argument("--run", required=True, help="the run's folder, with the model and the world of pre-training")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
             f"greedy {result['greedy_gain']:+.3f} ± {result['greedy_gain_stderr']:.3f}"
         )
         if result["rejected"]:
-            print(f"{len(result['rejected'])} samples were left out; {args.run}/gspo/eval.json says why")
+            print(f"{len(result['rejected'])} samples were left out; {args.run}/gspo/eval.json has the reasons")
     engine.stop()
 
 

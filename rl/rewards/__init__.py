@@ -1,4 +1,4 @@
-"""What a completion earns: rewards behind one protocol, summed with weights and logged apart."""
+"""Rewards of completions: one protocol, a weighted sum, and each reward logged by name."""
 
 from rl.rewards.base import Earned, Judgement, Reward, RewardSum, register, rewards_from
 from rl.rewards.rules import Accuracy, Format

@@ -13,7 +13,7 @@ from rl.prompts import Prompt
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a reward sees: the prompt with its ground truth, the completion's text, and whether it ended by itself."""
+    """The input of a reward: the prompt with its ground truth, the completion's text, and whether it is finished."""
 
     prompt: Prompt
     text: str
@@ -21,7 +21,7 @@ class Judgement:
 
 
 class Reward(Protocol):
-    """A number for a completion, 0 for worst and 1 for best."""
+    """A number for a completion, from 0 (worst) to 1 (best)."""
 
     def __call__(self, judgement: Judgement) -> float: ...
 
@@ -50,7 +50,7 @@ class RewardSum:
 
 
 def _number(name: str, value: Any, judgement: Judgement) -> float:
-    """A reward's value; one that is not finite would make all weights NaN in one step."""
+    """A reward's value, which must be finite: NaN would make all weights NaN."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -68,7 +68,7 @@ _REGISTRY: dict[str, Callable[[], Reward]] = {}
 
 
 def register(name: str) -> Callable[[Callable[[], Reward]], Callable[[], Reward]]:
-    """Make a reward known to recipes under `name`; decorates its class."""
+    """Class decorator that registers a reward under `name`, for recipes."""
 
     def add(factory: Callable[[], Reward]) -> Callable[[], Reward]:
         _REGISTRY[name] = factory
@@ -78,10 +78,10 @@ def register(name: str) -> Callable[[Callable[[], Reward]], Callable[[], Reward]
 
 
 def rewards_from(weights: dict[str, float]) -> RewardSum:
-    """The rewards a recipe names with their weights.
+    """The rewards that a recipe names, with their weights.
 
     Raises:
-        RecipeError: a name that nobody registered, or no rewards at all.
+        RecipeError: a name that is not registered, or no rewards.
     """
     unknown = sorted(set(weights) - set(_REGISTRY))
     if unknown or not weights:

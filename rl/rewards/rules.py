@@ -1,4 +1,4 @@
-"""Rule rewards: the answer is right; the answer is well formed."""
+"""Rule-based rewards: the answer is right; the answer is well formed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Accuracy:
 class Format:
     """1 when the completion ended by itself and is either one plain line or `<think>…</think><answer>…</answer>`.
 
-    The thought may be left out (`/no_think`), each tag stands once, nothing stands outside, and the answer is not
+    The thought may be left out (`/no_think`); each tag occurs once, there is no text outside, and the answer is not
     blank.
     """
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from keye.errors import KeyeError, run
 
 EXAMPLES = """examples:
-  python scripts/cost.py stages/recipes/keye_8b.toml --gpus 64 --gpu h200
-  python scripts/cost.py stages/recipes/keye_8b.toml --gpus 64 --gpu h100 --mfu 0.35 --price 2.5 --out cost.png
-  python scripts/cost.py stages/recipes/small.toml --gpu 4090 --set vision.checkpointing=true --json
+  keye cost stages/recipes/keye_8b.toml --gpus 64 --gpu h200
+  keye cost stages/recipes/keye_8b.toml --gpus 64 --gpu h100 --mfu 0.35 --price 2.5 --out cost.png
+  keye cost stages/recipes/small.toml --gpu 4090 --set vision.checkpointing=true --json
 
 Nothing is run; data, model and GPUs are not needed.
 """

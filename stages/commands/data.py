@@ -17,9 +17,9 @@ from keye.errors import RecipeError, run, writing
 
 FORMER = {"--not-like": "--decontaminate-against", "--most-bad": "--max-bad-fraction"}
 _EXAMPLES = """examples:
-  python scripts/data.py stages/recipes/tiny.toml --run runs/tiny --stage multitask
-  python scripts/data.py train.jsonl --tokenizer Qwen/Qwen3-8B --context 8192 --out data.png
-  python scripts/data.py train.jsonl --decontaminate-against heldout.jsonl      pictures of the evaluation are bad
+  keye data stages/recipes/tiny.toml --run runs/tiny --stage multitask
+  keye data train.jsonl --tokenizer Qwen/Qwen3-8B --context 8192 --out data.png
+  keye data train.jsonl --decontaminate-against heldout.jsonl      pictures of the evaluation are bad
 """
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from keye.errors import CheckpointError, run
 
 EXAMPLES = """examples:
-  python scripts/merge.py runs/a/annealing/model runs/b/annealing/model --out runs/merged
-  python scripts/merge.py A B C --weights 2,1,1 --out merged        A counts as much as B and C together
-  python scripts/merge.py A B --base START --weights 0.6,0.6 --out merged
+  keye merge runs/a/annealing/model runs/b/annealing/model --out runs/merged
+  keye merge A B C --weights 2,1,1 --out merged        A counts as much as B and C together
+  keye merge A B --base START --weights 0.6,0.6 --out merged
                                      START plus 0.6 of what each one's training changed (task arithmetic)
-  python scripts/merge.py A B --sweep 0:1:0.25 --eval dev.jsonl --out merged
+  keye merge A B --sweep 0:1:0.25 --eval dev.jsonl --out merged
                                      five mixtures are evaluated, the best is kept; merged.sweep has all results
 
 The result is a model directory; evaluate it with
-  python scripts/evaluate.py runs/merged runs/a/world/heldout.jsonl
+  keye evaluate runs/merged runs/a/world/heldout.jsonl
 """
 
 

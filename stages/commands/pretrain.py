@@ -5,7 +5,7 @@ torchrun --nproc_per_node 2 scripts/pretrain.py stages/recipes/tiny.toml --stage
 deepspeed --num_gpus 8 scripts/pretrain.py stages/recipes/keye_8b.toml --out runs/keye
 deepspeed --hostfile hosts scripts/pretrain.py stages/recipes/keye_8b.toml --out runs/keye
 
-python scripts/pretrain.py stages/recipes/tiny.toml --set annealing.steps=20 --print          the resolved recipe
+keye pretrain stages/recipes/tiny.toml --set annealing.steps=20 --print          the resolved recipe
 
 --run is the same as --out; torchrun takes it for an option of its own unless a lone -- stands before the script.
 """

@@ -1,6 +1,6 @@
 """Write a run's report.html from its files, also while the run goes on. Pre-training writes it after each stage.
 
-python scripts/report.py runs/mine
+keye report runs/mine
 """
 
 import argparse
