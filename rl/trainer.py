@@ -104,9 +104,7 @@ class GspoTrainer:
         if (folder / "config.json").is_file():
             return open_start(folder)
         if (self.run / "model" / "config.json").is_file():
-            raise CheckpointError(
-                f"{self.run} is the folder of a stage: give the run's, --run {self.run.parent}"
-            )
+            raise CheckpointError(f"{self.run} is the folder of a stage: give the run's, --run {self.run.parent}")
         found = sorted(
             path.parents[1].name for path in self.run.glob("*/model/config.json") if path.parts[-3] != "gspo"
         )
