@@ -125,5 +125,5 @@ def test_script_merges_and_shows_examples(models: list[Path], tmp_path: Path):
     done = script(*models, "--weights", "2,1,1", "--out", tmp_path / "merged")
     assert done.returncode == 0 and "merging: " in done.stdout and (tmp_path / "merged" / WHOLE).is_file()
     wrong = script(models[0], tmp_path / "nowhere", "--out", tmp_path / "other")
-    assert wrong.returncode == 2 and "nowhere holds no model.safetensors" in wrong.stderr
+    assert wrong.returncode == 2 and "nowhere has no model.safetensors" in wrong.stderr
     assert "Traceback" not in wrong.stderr
