@@ -1,8 +1,10 @@
 """The step is the same however it is spread; a resumed run is the uninterrupted one; what is bad is passed over."""
 
+import io
 import json
 import os
 import signal
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,7 +247,7 @@ class Explodes(NotFinite):
         return loss + (loss * 0).sqrt() if self.calls in self.bad else loss
 
 
-def explodes(manifest: Path, folder: Path) -> tuple[list[dict[str, Any]], bool, bool]:
+def explodes(manifest: Path, folder: Path) -> tuple[list[dict[str, Any]], bool, bool, str]:
     deep.start(threads=1)
     trainer, model = trainer_of(Explodes, manifest, folder)
     trainer.stage.bad = (3,)  # the second batch of step 2
@@ -254,15 +256,19 @@ def explodes(manifest: Path, folder: Path) -> tuple[list[dict[str, Any]], bool, 
     same = all(torch.equal(value, before[name]) for name, value in parameters(model).items())
     values.append(trainer.train_step())
     trainer.loader.close()
-    return values, same, all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    with redirect_stdout(io.StringIO()) as out, trainer.metrics_logger:
+        for one in values:
+            trainer._log(one)
+    return values, same, all(bool(torch.isfinite(p).all()) for p in model.parameters()), out.getvalue()
 
 
 def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted(manifest, tmp_path):
-    values, same, finite = run_distributed(explodes, 1, 300, manifest, tmp_path / "run")[0]
+    values, same, finite, printed = run_distributed(explodes, 1, 300, manifest, tmp_path / "run")[0]
     assert [value["not_finite"] for value in values] == [0, 1, 0] and same and finite
     assert all(torch.isfinite(torch.tensor(value["loss"])) for value in values)
     steps = [values[i + 1]["lr"] != values[i]["lr"] for i in range(2)]
     assert steps == [True, True]  # the schedule goes on
+    assert printed.count("step skipped") == 1 and "multitask 2/6  step skipped: not finite\n" in printed
 
 
 def not_finite(manifest: Path, folder: Path) -> dict[str, Any]:
