@@ -1,6 +1,9 @@
-"""Checks of a complete recipe: an impossible value is named by its key, before anything is loaded."""
+"""Checks of a complete recipe: an impossible value is named by its key, before anything is loaded.
 
-from typing import TYPE_CHECKING
+The dataclasses are those of `stages.recipe`, which imports this module.
+"""
+
+from typing import Any
 
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError
@@ -8,16 +11,13 @@ from stages.data.sources.transforms import checked
 from stages.optimizer import PARTS
 from stages.typed_toml import Need, requirement
 
-if TYPE_CHECKING:
-    from stages.recipe import AnnealingRecipe, DataRecipe, Recipe, StageRecipe, VisionRecipe
-
 STAGES = ("vision", "alignment", "multitask", "annealing")
 KINDS = ("video", "image", "text")
 TRACKERS = ("wandb", "trackio")
 FORMATS = ("jsonl", "json", "parquet", "webdataset", "hub")
 
 
-def check(recipe: "Recipe", file: str) -> None:
+def check(recipe: Any, file: str) -> None:
     """Refuse values that cannot work, alone or together.
 
     Raises:
@@ -43,7 +43,7 @@ def check(recipe: "Recipe", file: str) -> None:
         _check_context_schedule(recipe.annealing, need)
 
 
-def _check_data(data: "DataRecipe", need: Need) -> None:
+def _check_data(data: Any, need: Need) -> None:
     need(bool(data.sources), "data.sources is empty; name at least one manifest")
     need(0 <= data.decontaminate_bits < 32, "data.decontaminate_bits must be in [0, 32), of 64 bits")
     need(data.workers >= 0, "data.workers must be at least 1, or 0 to go by the cores")
@@ -73,7 +73,7 @@ def _check_encoder(key: str, settings: dict[str, object], need: Need) -> None:
         need(False, f"{key}: {error}")
 
 
-def _check_data_of_stage(name: str, stage: "StageRecipe", data: "DataRecipe", need: Need) -> None:
+def _check_data_of_stage(name: str, stage: Any, data: Any, need: Need) -> None:
     need(
         not stage.heldout_every or bool(data.heldout) or data.heldout_fraction > 0,
         f"{name}.heldout_every measures held-out samples, and there are none; give data.heldout or "
@@ -85,7 +85,7 @@ def _check_data_of_stage(name: str, stage: "StageRecipe", data: "DataRecipe", ne
     need(not stage.mixture or abs(total - 1) < 1e-6, f"{name}.mixture adds up to {total:g}, but must to 1")
 
 
-def _check_stage(name: str, stage: "StageRecipe", need: Need) -> None:
+def _check_stage(name: str, stage: Any, need: Need) -> None:
     counts = ("steps", "context", "global_batch_size", "sequence_parallel", "checkpoint_every", "keep_checkpoints")
     for key in (*counts, "heldout_steps", "mlp_tiles"):
         need(getattr(stage, key) >= 1, f"{name}.{key} must be at least 1")
@@ -119,7 +119,7 @@ def _check_stage(name: str, stage: "StageRecipe", need: Need) -> None:
     )
 
 
-def _check_vision(vision: "VisionRecipe", need: Need) -> None:
+def _check_vision(vision: Any, need: Need) -> None:
     for key in ("pairs", "text_width", "text_layers", "text_heads", "text_length"):
         need(getattr(vision, key) >= 1, f"vision.{key} must be at least 1")
     need(vision.micro_pairs >= 0, "vision.micro_pairs must not be below 0")
@@ -129,7 +129,7 @@ def _check_vision(vision: "VisionRecipe", need: Need) -> None:
     )
 
 
-def _check_context_schedule(annealing: "AnnealingRecipe", need: Need) -> None:
+def _check_context_schedule(annealing: Any, need: Need) -> None:
     for text, steps in annealing.context_schedule.items():
         key = f"annealing.context_schedule.{text}"
         number = text.isascii() and text.isdigit() and text[0] != "0"
