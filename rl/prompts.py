@@ -138,12 +138,12 @@ def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt
     need("tolerance", number_given and 0 <= (tolerance or 0) < math.inf, "a number from 0 on")
     options = given.get("options", [])
     need("options", isinstance(options, list) and all(isinstance(x, str) for x in options), "a list of texts")
-    asked = [message for message in line["messages"] if message["role"] != "assistant"]
+    question = [message for message in line["messages"] if message["role"] != "assistant"]
     try:
-        read_chat(asked, path.parent, generating=True)
+        read_chat(question, path.parent, generating=True)
     except ManifestError as error:
-        raise ManifestError(f"{where}: messages cannot be asked ({error}); correct or delete that line") from error
-    return Prompt(str(name), family, asked, answer, tolerance, tuple(options), path.parent, where)
+        raise ManifestError(f"{where}: messages cannot be used ({error}); correct or delete that line") from error
+    return Prompt(str(name), family, question, answer, tolerance, tuple(options), path.parent, where)
 
 
 Taken = tuple[Prompt, Sample]
@@ -214,13 +214,13 @@ class PromptStream:
         count = state.get("questions", len(self.prompts))
         if count != len(self.prompts):
             raise CheckpointError(
-                f"the checkpoint was written with {count} questions to ask, but now there are {len(self.prompts)}; put "
+                f"the checkpoint was written with {count} questions, but now there are {len(self.prompts)}; put "
                 "the manifest back as it was, or train again with another --run"
             )
         if not 0 <= state["position"] < count:
             raise CheckpointError(
-                f"the checkpoint stands at position {state['position']} of an epoch, but there are only {count} "
-                "questions to ask; put the manifest back as it was, or train again with another --run"
+                f"the checkpoint is at position {state['position']} of an epoch, but there are only {count} "
+                "questions; put the manifest back as it was, or train again with another --run"
             )
         self.epoch, self.position = state["epoch"], state["position"]
 

@@ -113,15 +113,15 @@ class GspoTrainer:
 
     def _claim(self) -> list[Prompt]:
         """The questions to train on, after a check that all ranks read the same files and a resumed run its own."""
-        g, held = self.recipe.gspo, self.recipe.heldout
+        g, heldout = self.recipe.gspo, self.recipe.heldout
         found = agree(lambda: load_prompts(self.run / g.manifest, g.families))
-        asked = agree(lambda: load_prompts(self.run / held.manifest, g.families, unique=True))
-        digests = {g.manifest: found.digest, held.manifest: asked.digest}
+        evaluated = agree(lambda: load_prompts(self.run / heldout.manifest, g.families, unique=True))
+        digests = {g.manifest: found.digest, heldout.manifest: evaluated.digest}
         mine = agree(lambda: identity(self.run, self.recipe, digests))
         check_ranks(mine)
         first_rank(lambda: claim(self.out, self.run, mine), OSError)
-        self.questions = self._limited(asked.prompts)
-        self.rejected = found.rejected | asked.rejected
+        self.questions = self._limited(evaluated.prompts)
+        self.rejected = found.rejected | evaluated.rejected
         if self.rejected and self.rank == 0:
             first = next(iter(self.rejected.values()))
             print(f"{len(self.rejected)} lines of the manifests are left out, the first because {first}", flush=True)

@@ -1,7 +1,6 @@
 """Recipes: all settings of a pre-training run as frozen dataclasses, read from TOML and checked.
 
-A recipe has the tables `model`, `processor`, `data` and one table a stage; `--set annealing.steps=20` overrides a key
-from the command line.
+A recipe has the tables `model`, `processor`, `data` and one table a stage.
 """
 
 import dataclasses
@@ -19,15 +18,11 @@ EncoderSettings = Annotated[dict[str, Any], EncoderConfig]
 
 
 class ImageLimits(TypedDict, total=False):
-    """Tokens of a still, at least and at most."""
-
     min_tokens: int
     max_tokens: int
 
 
 class WorldSettings(TypedDict, total=False):
-    """Arguments of `keye.world.generate` that are not keys of `WorldRecipe`."""
-
     size: tuple[int, ...]
     duration: float
     difficulty: float | dict[str, float]
@@ -38,7 +33,7 @@ class WorldSettings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """What is trained: a preset with new weights, or a Keye directory."""
+    """The model that is trained: a preset with random weights, or a Keye directory."""
 
     preset: str = "tiny"
     """Preset: "tiny", "small" or "keye_8b"."""
@@ -47,7 +42,7 @@ class ModelRecipe:
     """A Hugging Face directory of a Keye; overrides the preset."""
 
     tokenizer: str = ""
-    """A directory or hub id; empty = a byte-level BPE of `vocab_size` entries is trained on the world's own text."""
+    """A directory or hub id; empty: a byte-level BPE of `vocab_size` entries is trained on the world's text."""
 
     vocab_size: int = 2048
     """Entries of the tokenizer that is trained."""
@@ -55,13 +50,13 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class ProcessorRecipe:
-    """How clips and stills become tokens."""
+    """The encoding of clips and stills."""
 
     encoder: EncoderSettings = field(default_factory=dict)
     """Settings of the video encoder: the fields of `keye.encoder_config.EncoderConfig`."""
 
     image: ImageLimits = field(default_factory=dict)
-    """Limits of a still: min_tokens and max_tokens."""
+    """Tokens of a still: min_tokens and max_tokens."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,8 @@ class SourceRecipe:
     """One manifest or data set of chats, or the part of it that has these families and this kind."""
 
     path: str
-    """A file, folder, glob, URL or `hf://owner/name`. `{run}` stands for the directory of the run; a relative path is
-    looked for beside the recipe, then in the working directory."""
+    """A file, folder, glob, URL or `hf://owner/name`. `{run}` is replaced by the directory of the run. A relative
+    path is relative to the recipe's folder or, where that has no such file, to the working directory."""
 
     kind: str
     """Kind of its rows: "video", "image" or "text"; rows of other kinds are skipped."""
@@ -94,10 +89,10 @@ class SourceRecipe:
     """Split of a data set of the hub."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """What the data set's own columns serve as (`stages.data.sources.chat`)."""
+    """Field of the chat form → the data set's column with it, see `stages.data.sources.chat`."""
 
     streaming: bool = False
-    """Read it as it arrives instead of keeping it on disk."""
+    """Stream it instead of storing it on disk."""
 
     shuffle: int = 256
     """Rows of the shuffle buffer of a lane of a stream."""
@@ -120,18 +115,18 @@ class WorldRecipe:
     """Seed of the world."""
 
     settings: WorldSettings = field(default_factory=dict)
-    """Further arguments of `keye.world.generate`."""
+    """Further arguments of `keye.world.generate`, see there."""
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where the samples come from."""
+    """The sources of samples."""
 
     sources: tuple[SourceRecipe, ...]
-    """Data sets that are trained on."""
+    """Data sets for training."""
 
     world: WorldRecipe | None = None
-    """The world to draw; None draws none."""
+    """The world to draw; None: no world."""
 
     cache_mb: int = 1024
     """Host memory in MB that a process may use for encoded samples, so that each is decoded once."""
@@ -149,7 +144,7 @@ class DataRecipe:
     """Largest distance between such pictures, in bits of a perceptual hash of 64."""
 
     heldout: tuple[SourceRecipe, ...] = ()
-    """Sources that nothing trains on, for the stages' held-out loss."""
+    """Sources for the stages' held-out loss, which are not trained on."""
 
     heldout_fraction: float = 0.0
     """Instead of `heldout`: share of the rows of each source that is held out, chosen by row number."""
@@ -169,15 +164,13 @@ class StageRecipe(OptimizerConfig):
     """Packs of a step over all ranks."""
 
     balanced_packs: int = field(default=0, metadata={"former": "alike"})
-    """Packs of a step that are made to cost the same, best as many as data-parallel ranks or more; 0 = a quarter of
-    the step."""
+    """Packs of a step that are planned to cost the same, best as many as ranks or more; 0 = a quarter of the step."""
 
     zero: int = 2
     """Stage of DeepSpeed ZeRO: 0, 1, 2 or 3."""
 
     hpz: int = 1
-    """With zero = 3: ranks of a node that keep a second copy of the weights among them, so that the backward pass
-    gathers within the node (hpZ, arXiv 2306.10209); 1 = none."""
+    """With zero = 3: ranks of a node that share a second copy of the weights (hpZ, arXiv 2306.10209); 1 = none."""
 
     sequence_parallel: int = 1
     """Ranks that share one pack."""
@@ -207,50 +200,48 @@ class StageRecipe(OptimizerConfig):
     """Checkpoints that are kept until the stage is finished."""
 
     keep_finished: bool = False
-    """Keep the checkpoints of a finished stage, too; without it only its model stays."""
+    """Keep the checkpoints of a finished stage; otherwise only its model is kept."""
 
     async_checkpoints: bool = False
-    """Copy checkpoints to host memory and write them while training goes on."""
+    """Copy checkpoints to host memory and write them while training continues."""
 
     heldout_every: int = 0
     """Steps between measurements of the loss on the same held-out samples (`data.heldout`); 0 = never."""
 
     heldout_steps: int = 1
-    """Steps that one measurement takes."""
+    """Steps of one measurement."""
 
     spike_loss: float = 0.0
     """A step whose loss is above so many times its running median is skipped; 0 = never."""
 
     spike_norm: float = 0.0
-    """The same for the norm of the gradient."""
+    """The same for the gradient norm."""
 
     @property
     def limit(self) -> int | None:
-        """Tokens of a sample at most; None where there is no limit."""
+        """Tokens of a sample at most; None: no limit."""
         return self.context
 
 
 @dataclass(frozen=True)
 class VisionRecipe(StageRecipe):
-    """Stage 0 besides: pairs of a picture or clip and its caption (SigLIP's loss).
+    """Stage 0: pairs of a picture or clip and its caption (SigLIP's loss).
 
-    It trains at native resolution: `processor.image` alone bounds stills, and the encoder's budget bounds clips.
-    `context`, `global_batch_size` and `balanced_packs` are for the language stages and not read.
+    It trains at native resolution: `processor.image` alone limits stills, and the encoder's budget limits clips.
+    `context`, `global_batch_size` and `balanced_packs` are not used.
     """
 
     pairs: int = 32
     """Pairs of a step over all ranks."""
 
     micro_pairs: int = 0
-    """Pairs of a rank that pass through the towers at once; 0 = all. Fewer take less memory and give the same loss and
-    gradients; the towers then run forward twice."""
+    """Pairs of a rank in one micro-batch, 0 = all; fewer take less memory, and the towers run forward twice."""
 
     text_model: str = ""
-    """Directory of a SigLIP whose text tower, tokenizer, pooling head, temperature and bias are taken; empty = a text
-    tower and a pooling head are drawn at random."""
+    """Directory of a SigLIP whose text tower, tokenizer, head, temperature and bias are used; empty: random."""
 
     text_width: int = 128
-    """Width of the text tower that is drawn."""
+    """Width of a random text tower."""
 
     text_layers: int = 2
     """Its layers."""
@@ -263,7 +254,7 @@ class VisionRecipe(StageRecipe):
 
     @property
     def limit(self) -> None:
-        """No limit: there is no context to fit."""
+        """No limit: pairs do not share a context."""
 
     def micro_batches(self, ranks: int) -> int:
         """Micro-batches of a step on each of so many ranks.
@@ -286,19 +277,18 @@ class VisionRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class AnnealingRecipe(StageRecipe):
-    """Stage 3 besides."""
+    """Stage 3: a longer context and a larger RoPE base."""
 
     rope_scale: float = 8.0
     """Factor on the base of RoPE (report: 1e6 → 8e6)."""
 
     context_schedule: dict[str, int] = field(default_factory=dict, metadata={"former": "through"})
-    """Context → steps of the phases before the full context, as in `context_schedule = { 32768 = 2000 }`; each is a
-    phase `annealing-32768`, see `Recipe.chain`."""
+    """Context → steps of the phases before the full context, as in `{ 32768 = 2000 }`; see `Recipe.chain`."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole pre-training run."""
+    """A complete pre-training run."""
 
     name: str
     """Name of the run."""
@@ -331,8 +321,7 @@ class Recipe:
     """Numbers: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16"."""
 
     start: str = ""
-    """The stage that begins with `model`; stages before it are not part of the run. Empty = the first. `start =
-    "alignment"` begins with pretrained parts, without stage 0."""
+    """The stage that begins with `model`, without the stages before it, such as "alignment"; empty = the first."""
 
     trackers: tuple[str, ...] = ()
     """Trackers "wandb" and "trackio": they get every step, as metrics.jsonl and TensorBoard do."""
@@ -344,7 +333,7 @@ class Recipe:
 
     @property
     def chain(self) -> dict[str, StageRecipe]:
-        """What is trained one after the other from `start` on, each from the model of the one before: phase → recipe.
+        """Phase → recipe, in order from `start` on; each phase begins with the model of the one before.
 
         A phase is a stage, or one of the contexts of the annealing's `context_schedule`, shortest first.
         """
@@ -368,8 +357,8 @@ def _phases(annealing: AnnealingRecipe) -> dict[str, StageRecipe]:
     """
     phases: dict[str, StageRecipe] = {}
     full, ranks = annealing.context, annealing.sequence_parallel
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     for context in sorted(map(int, annealing.context_schedule)):
-        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
         phases[f"annealing-{context}"] = dataclasses.replace(
             annealing,
             steps=annealing.context_schedule[str(context)],
@@ -399,12 +388,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         for key, sources in (("sources", recipe.data.sources), ("heldout", recipe.data.heldout))
     }
     others = tuple(_located(other, path.parent) for other in recipe.data.decontaminate_against)
-    data = dataclasses.replace(recipe.data, decontaminate_against=others, **located)
-    return dataclasses.replace(recipe, data=data)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, decontaminate_against=others, **located))
 
 
 def _located(path: str, base: Path, kind: str = "") -> str:
+    """A source's path, absolute; see `SourceRecipe.path`."""
     if kind == "hub" or path.startswith("{run}") or "://" in path or Path(path).is_absolute():
         return path
-    beside = (base / path).exists() or any(base.glob(path))
-    return str((base / path if beside else Path(path)).absolute())
+    found = (base / path).exists() or any(base.glob(path))
+    return str((base / path if found else Path(path)).absolute())

@@ -106,10 +106,10 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
             raise RecipeError(f"{path}: no such manifest; correct the path in data.decontaminate_against")
     for tracker in recipe.trackers:
         open_tracker(tracker)
-    earlier = before(recipe, next(name for name in recipe.chain if wanted(name, only))) if only is not None else []
-    if earlier and not (run / earlier[-1] / DONE).exists():
+    earlier = None if only is None else before(recipe, next(name for name in recipe.chain if wanted(name, only)))
+    if earlier and not (run / earlier / DONE).exists():
         raise CheckpointError(
-            f"{run / earlier[-1]} is not finished; run the stage {earlier[-1]} before {only}, or begin with the "
+            f"{run / earlier} is not finished; run the stage {earlier} before {only}, or begin with the "
             f"recipe's model by --set start={stage_of(only)}"
         )
     check_finished(recipe, run, only)
@@ -159,34 +159,31 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
                     f"{name} was finished with {changed[0]} = {trained[changed[0]]!r}, but the recipe says "
                     f"{wanted_now[changed[0]]!r}; remove {run / name} to train it again, or take another --run"
                 )
-            earlier = before(recipe, name)[-1:]
-            if earlier and done.get("start") is None and not (run / earlier[0] / DONE).exists():
+            earlier = before(recipe, name)
+            if earlier and done.get("start") is None and not (run / earlier / DONE).exists():
                 raise CheckpointError(
-                    f"{name} was trained without {earlier[0]}; give --set start={stage_of(name)} as before, or take "
+                    f"{name} was trained without {earlier}; give --set start={stage_of(name)} as before, or take "
                     "another --run"
                 )
             if done.get("start") != made(recipe, run, name):
+                weights = f"{run / earlier} has now" if earlier else "the recipe's model"
                 raise CheckpointError(
-                    f"{name} was trained from other weights than {run / before(recipe, name)[-1]} has now; remove "
-                    f"{run / name} to train it again, or take another --run"
+                    f"{name} was trained from other weights than {weights}; remove {run / name} to train it again, or "
+                    "take another --run"
                 )
 
 
 def batches_of(name: str, stage: StageRecipe, grid: ParallelDims) -> int:
-    """Batches of a step on each rank.
-
-    Raises:
-        RecipeError: they do not divide among the ranks.
-    """
+    """Batches of a step on each rank; a RecipeError if they do not divide among the ranks."""
     if isinstance(stage, VisionRecipe):
         return stage.micro_batches(grid.data_size)
     return micro_batches(name, stage.global_batch_size, grid)
 
 
-def before(recipe: Recipe, name: str) -> list[str]:
-    """The phases of a recipe's chain that come before one of them."""
-    chain = list(recipe.chain)
-    return chain[: chain.index(name)]
+def before(recipe: Recipe, name: str) -> str | None:
+    """The phase of a recipe's chain before one of them; None before the first."""
+    chain = [None, *recipe.chain]
+    return chain[chain.index(name) - 1]
 
 
 def wanted(name: str, only: str | None) -> bool:
@@ -196,8 +193,8 @@ def wanted(name: str, only: str | None) -> bool:
 
 def made(recipe: Recipe, run: Path, name: str) -> str | None:
     """The mark of the weights that stage `name` begins with, which the stage before left; None without one."""
-    marks = [run / stage / DONE for stage in before(recipe, name)[-1:]]
-    return json.loads(marks[0].read_text()).get("made") if marks and marks[0].exists() else None
+    record = run / (before(recipe, name) or "") / DONE
+    return json.loads(record.read_text()).get("made") if record.exists() else None
 
 
 def stage_table(stage: StageRecipe) -> dict[str, object]:
@@ -287,7 +284,7 @@ def start_of(name: str, recipe: Recipe, run: Path) -> Path:
     """The model's directory that a phase begins with: of the phase before, of the recipe, or the drawn one."""
     earlier = before(recipe, name)
     if earlier:
-        return run / earlier[-1] / "model"
+        return run / earlier / "model"
     return Path(recipe.model.path) if recipe.model.path else run / START
 
 
@@ -315,11 +312,6 @@ def prepare_start(name: str, recipe: Recipe, run: Path) -> None:
         model.save_pretrained(part)
         torch.save(torch.get_rng_state(), part / generator.name)
         (part / record.name).write_text(json.dumps(drawn_for) + "\n")
-
-
-def load_model(name: str, recipe: Recipe, run: Path) -> KeyeForConditionalGeneration:
-    """The model that a phase begins with, in fp32 in this process's memory; `prepare_start` made it."""
-    return open_start(start_of(name, recipe, run)).build(torch.float32)
 
 
 def make_encoder(recipe: Recipe, stage: StageRecipe) -> SlowFastEncoder:

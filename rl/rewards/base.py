@@ -56,9 +56,9 @@ def _number(name: str, value: Any, judgement: Judgement) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        asked, reply = judgement.prompt, judgement.text
+        prompt, reply = judgement.prompt, judgement.text
         raise KeyeError(
-            f"reward {name!r} gave {value!r} for an answer to {asked.id!r} ({asked.where}): {reply!r:.80}; let it "
+            f"reward {name!r} gave {value!r} for an answer to {prompt.id!r} ({prompt.where}): {reply!r:.80}; let it "
             "return a finite number for every answer"
         )
     return number

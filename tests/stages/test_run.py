@@ -193,6 +193,11 @@ def test_stage_after_one_that_was_trained_again_is_named(alone, run, recipe, tmp
         check(load(recipe), again, None)
 
 
+def test_a_stage_that_followed_another_is_not_the_first_of_a_run(alone, run, recipe):
+    with pytest.raises(KeyeError, match="alignment was trained from other weights than the recipe's model; remove "):
+        check(load(recipe, ["start=alignment"]), run, None)
+
+
 def test_stage_before_must_be_there(alone, recipe, tmp_path):
     with pytest.raises(KeyeError, match="run the stage alignment before annealing, or begin with"):
         check(load(recipe), tmp_path / "run", "annealing")

@@ -185,7 +185,8 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
     from stages import recipe as recipes
     from stages.data.items import Cache
     from stages.distributed import engine
-    from stages.run import load_model, open_stage, prepare_tokenizer
+    from stages.distributed.weights import open_start
+    from stages.run import open_stage, prepare_tokenizer, start_of
     from stages.trainer import Trainer
 
     recipe = recipes.load(recipe_path)
@@ -214,7 +215,7 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
     trainers, weights = {PACKED: trainer}, opened.model.state_dict()
     for name in prepared:
         if name != PACKED:
-            model = load_model("multitask", recipe, folder).train()
+            model = open_start(start_of("multitask", recipe, folder)).build(torch.float32).train()
             model.load_state_dict(weights)
             trainers[name] = Trainer(
                 Padded(), model, Prepared([]), trainer.grid, told, folder / name, len(prepared[name][0]),
