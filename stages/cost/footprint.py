@@ -1,8 +1,8 @@
-"""How much memory one rank's training step takes, by component, from the shapes alone; nothing is built or run.
+"""The memory of one rank's training step by component, computed from shapes; nothing is built or run.
 
 Activations are counted as autograd keeps them: every tensor that an operation of a layer saves for its backward, once.
 The states are DeepSpeed's (ZeRO, arXiv 1910.02054): weights in the precision of training, and master weights and two
-moments in fp32. A step has three moments at which its memory may peak; `Footprint.peak` is the largest.
+moments in fp32. The memory of a step may peak at three times; `Footprint.peak` is the largest of them.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """How a stage is trained on one rank.
+    """The settings of a stage's training on one rank.
 
     element: bytes of a value in training (2 in bf16, 4 in fp32). zero: ZeRO's stage, over `ranks`. checkpointing,
     offload, mlp_tiles: as in a stage's recipe (`stages.distributed.activation_memory`). fused: whether the optimizer
-    makes no tensors of its own (a GPU's). buckets: of gradients on their way to other ranks (two when reduction and
-    backward overlap). live: parameters that ZeRO-3 holds whole. pixel: bytes of a pixel as it comes. micro_batches: of
-    a step. The pixels of all of them are on the device from its beginning, and gradients of the earlier ones are held
-    in the forward passes of the later. hpz: ranks that keep the weights of ZeRO-3 among them a second time; 1 = none.
+    creates no temporary tensors (true on a GPU). buckets: of gradients in reduction (two if reduction and backward
+    overlap). live: parameters that ZeRO-3 gathers at most. pixel: bytes of a pixel in a batch. micro_batches: of a
+    step; the pixels of all are on the device from its start, and the gradients of earlier ones stay during the forward
+    passes of later ones. hpz: ranks that keep a second copy of the weights of ZeRO-3 among them; 1 = none.
     """
 
     element: int
@@ -45,9 +45,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank holds of one micro-batch: tokens in the decoder, patches in the tower, labelled positions.
+    """One rank's share of one micro-batch: tokens in the decoder, patches in the tower, labelled positions.
 
-    frame: patches of the largest frame that passes through the tower whole; 0 = no more than `FRAME_PATCHES`.
+    frame: patches of the largest frame that passes through the tower undivided; 0 = at most `FRAME_PATCHES`.
     """
 
     tokens: int
@@ -60,11 +60,11 @@ class Share:
 class Footprint:
     """Bytes of one rank.
 
-    gradients: those that stay when a backward pass is done. buckets: of gradients on their way to other ranks, held in
-    a backward pass. pixels: of all micro-batches of a step. activations: what is kept for the backward pass. layer:
-    what the most expensive layer, or chunk of frames, needs besides while it is run again, with its gradients and a
-    bucket that is reduced meanwhile. logits: what a chunk of the loss needs. step: what the optimizer makes and drops.
-    before: gradients that earlier micro-batches have left when the loss is computed.
+    gradients: those that stay after a backward pass. buckets: of gradients in reduction, during a backward pass.
+    pixels: of all micro-batches of a step. activations: kept for the backward pass. layer: additional memory of the
+    most expensive layer, or chunk of frames, while it is recomputed, with its gradients and a bucket in reduction.
+    logits: of a chunk of the loss. step: temporary tensors of the optimizer. before: gradients of earlier
+    micro-batches at the time of the loss.
     """
 
     weights: float
@@ -80,7 +80,7 @@ class Footprint:
 
     @property
     def moments(self) -> dict[str, float]:
-        """When the memory may peak → how much is then held."""
+        """Time at which the memory may peak → bytes at that time."""
         always = self.weights + self.optimizer + self.pixels
         return {
             "at the loss": always + self.before + self.activations + self.logits,
@@ -90,12 +90,12 @@ class Footprint:
 
     @property
     def peak(self) -> float:
-        """The most that is held at once."""
+        """The largest of the moments, in bytes."""
         return max(self.moments.values())
 
     @property
     def parts(self) -> dict[str, float]:
-        """Component → bytes at the moment of the peak; they add up to it."""
+        """Component → bytes at the time of the peak; the sum is the peak."""
         moment = max(self.moments, key=self.moments.__getitem__)
         parts = {"weights": self.weights, "optimizer": self.optimizer}
         gradients = self.before if moment == "at the loss" else self.gradients
@@ -117,23 +117,23 @@ def _bucket(trained: float, plan: Plan) -> float:
 
 
 def reduced(trained: float, plan: Plan) -> float:
-    """Bytes that a bucket takes besides while it is reduced: its slices are joined, and in bf16 turned into fp32."""
+    """Additional bytes of a bucket in reduction: its slices are joined, and in bf16 converted to fp32."""
     return _bucket(trained, plan) * (plan.element + (FP32 if plan.element < FP32 else 0))
 
 
 def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
-    """weights, gradients, buckets, optimizer and step of `Footprint`, for so many parameters and so many that train."""
+    """weights, gradients, buckets, optimizer and step of `Footprint`; `trained` of the `parameters` train."""
     share, half = trained / plan.ranks, plan.element < FP32
     bucket = _bucket(trained, plan)
     zero = max(plan.zero, 2) if half else plan.zero  # as `engine.build`
     weights = min(parameters, parameters / plan.ranks + plan.live) if zero == 3 else parameters
     weights += parameters / plan.hpz if plan.hpz > 1 else 0
     held = share if zero >= 2 else trained
-    # The optimizer works on flat fp32 gradients of its share. The fp32 sums of bf16 training are flat already, others
-    # are copied. Unfused it also makes two tensors of that size.
+    # The optimizer works on flat fp32 gradients of its share. In bf16 training the fp32 sums are already flat;
+    # otherwise they are copied. Without fusion the optimizer creates two more tensors of that size.
     flat = FP32 * (share if zero else trained)
     copied = 0 if half else flat
-    # DeepSpeed frees the buckets after each backward pass; ZeRO-3's stays.
+    # DeepSpeed frees the buckets after each backward pass, except that of ZeRO-3.
     stays = plan.element * bucket if zero == 3 else 0
     return {
         "weights": plan.element * weights,
@@ -145,31 +145,31 @@ def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
 
 
 def decoder_layer(text: Any, element: int, frozen: bool = False) -> tuple[float, float]:
-    """Bytes a token that a decoder layer keeps: (norms, heads and attention; the gated MLP), as Qwen3 computes them.
+    """Bytes per token that a decoder layer keeps: (norms, heads and attention; the gated MLP), as Qwen3 computes them.
 
-    frozen: no weight trains, so that only what a gradient of the tokens needs is kept.
+    frozen: no weight trains, so only tensors for the gradient of the tokens are kept.
     """
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    # A norm keeps its input in fp32, and for its own weight and the next product the result without and with it.
+    # A norm keeps its input in fp32, its result for its own weight and, after the weight, for the next product.
     norm = FP32 if frozen else FP32 + 2 * element
-    # Norms of heads stand before attention, which itself keeps the rotated heads: the "next product" of above.
+    # Norms of heads precede attention, which itself keeps the rotated heads: the "next product" of above.
     heads = element + (FP32 + (0 if frozen else element) if text.model_type.startswith("qwen3") else 0)
     attention = heads * (queries + keys) + element * (keys + queries) + FP32 * text.num_attention_heads
     return 2 * norm * text.hidden_size + attention, (3 if frozen else 4) * element * text.intermediate_size
 
 
 def tower_layer(vision: Any, element: int) -> float:
-    """Bytes a patch that a layer of the tower keeps: two norms (input, result), q, k, v, their result, the MLP."""
+    """Bytes per patch that a layer of the tower keeps: two norms (input, result), q, k, v, their result, the MLP."""
     return element * (8 * vision.hidden_size + 2 * vision.intermediate_size) + FP32 * vision.num_attention_heads
 
 
 def activations(
     config: Any, plan: Plan, share: Share, frozen: bool = False, reduced: float = 0.0
 ) -> tuple[float, float, float]:
-    """(kept for the backward, needed besides in the backward pass, needed for the loss), in bytes.
+    """Bytes (kept for the backward pass, in addition during the backward pass, for the loss).
 
-    Besides is what the most expensive decoder layer needs, or a chunk of frames: by then the backward pass has used up
+    The second is that of the most expensive decoder layer, or of a chunk of frames: by then the backward pass has freed
     what the decoder kept. frozen: only the projector trains, as in the alignment. reduced: of a bucket, see `reduced`.
     """
     text, e = config.text_config, plan.element
@@ -178,25 +178,25 @@ def activations(
     seen, chunk = _tower(config, plan, share, frozen)
     several = plan.checkpointing and share.patches > FRAME_PATCHES
     chunk += (0.0 if frozen else tower_gradients(config.vision_config, e)) if several else reduced
-    # The last norm, the rows that are labelled, and the tokens that stand for frames.
+    # The last norm, the labelled rows, and the visual tokens.
     kept += seen + (FP32 + e) * text.hidden_size * share.tokens + e * text.hidden_size * share.labels
     return kept, max(layer + reduced, seen + chunk - kept), _loss(text, e, share.labels, frozen)
 
 
 def _loss(text: Any, element: int, labels: int, frozen: bool) -> float:
-    """Bytes that a chunk of the loss needs: logits, in fp32 as well, and the gradients of both."""
+    """Bytes of a chunk of the loss: logits, also in fp32, and the gradients of both."""
     rows = min(LOSS_CHUNK, labels)
     logits = rows * text.vocab_size * 2 * (element + FP32)
     if frozen:
         return logits
-    # The gradient of the head's weight: of the earlier chunks it is held while the next one runs; that of the chunk
-    # itself is made when of its logits only their gradient is left.
+    # The gradient of the head's weight: the sum of earlier chunks stays while the next one runs; the chunk's own is
+    # computed when only the gradient of its logits is left.
     head = element * text.vocab_size * text.hidden_size
     return max(logits + (head if labels > rows else 0), element * rows * text.vocab_size + head)
 
 
 def _decoder(text: Any, plan: Plan, frozen: bool) -> tuple[float, float]:
-    """Bytes a token: (that each layer keeps, that the layer at work needs besides, with its widest gradients)."""
+    """Bytes per token: (kept by each layer, additional in the current layer with its widest gradients)."""
     e, hidden = plan.element, text.hidden_size
     rest, mlp = decoder_layer(text, e, frozen)
     at_once = mlp / plan.mlp_tiles
@@ -211,10 +211,10 @@ def _decoder(text: Any, plan: Plan, frozen: bool) -> tuple[float, float]:
 
 
 def tower_chunk(vision: Any, element: int, patches: float, frame: float = 0) -> float:
-    """Bytes that a chunk of so many patches, or the largest frame, needs while it is computed again as a whole.
+    """Bytes of a chunk of `patches`, or of the largest frame, while it is recomputed.
 
-    Each layer keeps what its backward pass reads. A frame of more than `FRAME_PATCHES` keeps the inputs of its layers,
-    and one layer at a time is computed again; its widest gradients come on top.
+    Each layer keeps what its backward pass reads. A frame of more than `FRAME_PATCHES` keeps the inputs of its layers
+    and recomputes one layer at a time; its widest gradients are added.
     """
     pixels, layer = element * CHANNELS * vision.patch_size**2, tower_layer(vision, element)
     chunk = (pixels + layer * vision.num_hidden_layers) * min(patches, FRAME_PATCHES)
@@ -226,18 +226,18 @@ def tower_chunk(vision: Any, element: int, patches: float, frame: float = 0) -> 
 
 
 def tower_gradients(vision: Any, element: int) -> float:
-    """Bytes of the gradients of the tower's layers that autograd adds up over chunks, before they reach a bucket."""
+    """Bytes of the gradients of the tower's layers that autograd sums over chunks, before they reach a bucket."""
     width = vision.hidden_size
     return element * vision.num_hidden_layers * (4 * width**2 + 2 * width * vision.intermediate_size)
 
 
 def _tower(config: Any, plan: Plan, share: Share, frozen: bool) -> tuple[float, float]:
-    """Bytes of the frames: (kept, needed while a chunk of them passes through tower and projector)."""
+    """Bytes of the frames: (kept, additional while a chunk of them passes through tower and projector)."""
     vision, e, patches = config.vision_config, plan.element, share.patches
     tokens = e * config.text_config.hidden_size * patches / 4
     features = e * vision.hidden_size  # a patch, between tower and projector
     pixels = e * CHANNELS * vision.patch_size**2
-    projector = 4 * e * vision.hidden_size  # a patch: merged, normed, before and after the GELU, a quarter as often
+    projector = 4 * e * vision.hidden_size  # per patch: merged, norm, before and after the GELU; a quarter of the rows
     tower = e * vision.intermediate_size if frozen else pixels + tower_layer(vision, e) * vision.num_hidden_layers
     if plan.checkpointing:
         chunk = max(tower, projector) * min(patches, FRAME_PATCHES)
@@ -258,7 +258,7 @@ def footprint(
     zero = max(plan.zero, 2) if plan.element < FP32 else plan.zero
     return Footprint(
         **held,
-        # From ZeRO-2 on, as which bf16 runs, the buckets are given back after each backward pass; the fp32 sums stay.
+        # From ZeRO-2 on (as bf16 runs) the buckets are freed after each backward pass; the fp32 sums stay.
         before=(held["gradients"] + (0 if zero >= 2 else held["buckets"])) * (plan.micro_batches > 1),
         activations=kept,
         pixels=plan.pixel * CHANNELS * config.vision_config.patch_size**2 * share.patches * plan.micro_batches,

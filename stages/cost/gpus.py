@@ -1,7 +1,7 @@
-"""What is known of the devices that a run may be reckoned for: memory, rate, bandwidth, and what an hour of one costs.
+"""GPUs that a run can be estimated for: memory, peak rate, bandwidth and price per hour.
 
-Memory, rates and bandwidths are the makers' data sheets (dense bf16 products, without sparsity). Prices are
-assumptions, about what clouds asked for an hour on demand in November 2025; `scripts/cost.py --price` takes your own.
+Memory, rates and bandwidths are those of the data sheets (dense bf16 products, without sparsity). Prices are
+assumptions: about those of clouds for an hour on demand in November 2025. `keye cost --price` sets another one.
 """
 
 from dataclasses import dataclass
@@ -42,11 +42,11 @@ GPUS = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """The device of a name such as "h200".
+    """The device with a name such as "h200".
 
     Raises:
         KeyeError: it is not in the table.
     """
     if name not in GPUS:
-        raise KeyeError(f"--gpu {name}: not known; take one of {', '.join(GPUS)}, or add it to stages/cost/gpus.py")
+        raise KeyeError(f"--gpu {name} is not known; use one of {', '.join(GPUS)}, or add it to stages/cost/gpus.py")
     return GPUS[name]

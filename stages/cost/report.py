@@ -17,18 +17,18 @@ GB = 1e9
 
 
 def sentence(recipe: Recipe, gpu: Gpu, gpus: int, assumed: Assumptions) -> str:
-    """What was assumed, for under the table."""
+    """The assumptions, as a note below the table."""
     return (
-        f"Assumed: products at {assumed.utilisation:.0%} of {gpu.peak / 1e12:,.0f} TFLOP/s, what is computed again "
-        f"included; {assumed.usable:.0%} of {gpu.memory / GB:.0f} GB for tensors; {gpu.price:g} $ an hour and GPU "
+        f"Assumed: products at {assumed.utilisation:.0%} of {gpu.peak / 1e12:,.0f} TFLOP/s, recomputation "
+        f"included; {assumed.usable:.0%} of {gpu.memory / GB:.0f} GB for tensors; {gpu.price:g} $ per GPU hour "
         f"({PRICES_OF}); samples of the sizes that the budgets of {recipe.name} allow ({gpus} × {gpu.name}); "
-        f"{min(assumed.node.ranks, gpus)} processes a node, each of {assumed.node.process / GB:g} GB without model and "
-        "data."
+        f"{min(assumed.node.ranks, gpus)} processes per node, each of {assumed.node.process / GB:g} GB without model "
+        "and data."
     )
 
 
 def lines(costs: Sequence[StageCost]) -> list[list[str]]:
-    """The table's cells, a row for each phase and one for the whole."""
+    """The table's cells: a row for each phase and one for the sum."""
     rows = []
     for cost in costs:
         fits = "fits" if cost.fits else "TOO LARGE"
@@ -50,7 +50,7 @@ COLUMNS = (
 
 
 def table(costs: Sequence[StageCost]) -> str:
-    """The costs as aligned text, and under it where the memory goes."""
+    """The costs as aligned text, followed by the memory by component."""
     memory = [
         [cost.name, *(f"{cost.memory.parts.get(part, 0.0) / GB:.1f}" for part in PARTS), _moment(cost.memory)]
         for cost in costs
@@ -86,7 +86,7 @@ def amount(value: float) -> str:
 
 
 def duration(days: float) -> str:
-    """Days, hours or minutes, whichever says it best."""
+    """A duration in days, hours or minutes."""
     if days >= 2:
         return f"{days:.1f} days"
     return f"{days * 24:.1f} h" if days * 24 >= 2 else f"{days * 1440:.1f} min"
@@ -99,13 +99,18 @@ def as_json(recipe: Recipe, gpu: Gpu, gpus: int, assumed: Assumptions, costs: Se
         memory = {"peak": cost.memory.peak, "parts": cost.memory.parts, "moments": cost.memory.moments}
         host = {"peak": cost.host.peak, "moments": cost.host.moments}
         phases.append(
-            {**asdict(cost), "memory": {**asdict(cost.memory), **memory}, "host": {**asdict(cost.host), **host}}
+            {
+                **asdict(cost),
+                "mend": cost.remedy,  # the former name of the key
+                "memory": {**asdict(cost.memory), **memory},
+                "host": {**asdict(cost.host), **host},
+            }
         )
     return {"recipe": recipe.name, "gpu": asdict(gpu), "gpus": gpus, "assumed": asdict(assumed), "phases": phases}
 
 
 def draw(path: Path, gpu: Gpu, costs: Sequence[StageCost], title: str) -> None:
-    """Memory of each phase by component under the line of what a GPU has, and the time of each phase, as PNG or SVG."""
+    """Draw the memory of each phase by component, with the GPU's as a line, and its time; PNG or SVG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 0.55 * len(costs) + 2.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""The cost of a recipe: memory against what autograd and the optimizer hold, operations and money by hand."""
+"""The cost of a recipe: memory compared with autograd and the optimizer, operations and money by hand."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def keye_8b() -> Recipe:
 
 
 def kept_by_autograd(case: Case, dtype: torch.dtype) -> int:
-    """Bytes that the graph of one forward pass holds besides weights and inputs."""
+    """Bytes that the graph of one forward pass keeps in addition to weights and inputs."""
     torch.manual_seed(0)
     model = KeyeForConditionalGeneration(case.config()).to(dtype).train()
     if case.stage == "alignment":
@@ -82,7 +82,7 @@ def test_activations_are_what_autograd_keeps(case: Case, dtype: torch.dtype):
 
 def test_states_are_zeros():
     # ZeRO (arXiv 1910.02054, figure 1) with 7.5 G parameters on 64 ranks, buckets left out: 16.6 and 1.9 GB for stages
-    # 2 and 3, and 2 bytes a parameter more of each rank's share, because gradients are fp32. Below 2 is run as 2.
+    # 2 and 3, and 2 more bytes per parameter of each rank's share, because gradients are fp32. Stages 0 and 1 run as 2.
     sizes = []
     for zero in range(4):
         held = states(7.5e9, 7.5e9, Plan(2, zero, 64, buckets=0, live=0))
@@ -108,7 +108,7 @@ def test_the_peak_is_the_largest_moment_and_its_parts_add_up():
         assert made.peak == max(made.moments.values()) == pytest.approx(sum(made.parts.values()))
 
 
-def test_every_saving_saves():
+def test_every_memory_option_saves_memory():
     config, share = BASE.config(), Share(8192, 8192, 1024)
 
     def peak(**settings: object) -> float:
@@ -137,7 +137,7 @@ def contrastive(**changes: object) -> tuple[Recipe, StageCost]:
 
 
 def contrast_of(recipe: Recipe) -> tuple[Vision, torch.nn.Module, dict[str, torch.Tensor]]:
-    """The module that `contrastive` has the cost of, and a batch of as many pairs."""
+    """The module of stage 0 and a batch of the same number of pairs."""
     torch.manual_seed(0)
     processor = small.processor()
     processor.tokenizer.add_tokens([f"more{i}" for i in range(recipe.model.vocab_size - len(processor.tokenizer))])
@@ -169,13 +169,13 @@ def test_stage_0_is_counted_as_it_is_built():
     assert cost.memory.activations == pytest.approx(kept, rel=0.06)
 
 
-def test_micro_batches_take_a_parts_memory_and_another_forward_pass():
+def test_micro_batches_take_the_memory_of_a_part_and_another_forward_pass():
     recipe, whole = contrastive()
     _, parts = contrastive(micro_pairs=2)
     assert parts.memory.activations == pytest.approx(whole.memory.activations / 4)
     assert parts.memory.pixels == whole.memory.pixels and parts.parameters == whole.parameters
     stage, module, batch = contrast_of(recipe)
-    module.requires_grad_(False)  # torch's counter looks for what a first pass has not: a graph
+    module.requires_grad_(False)  # torch's counter expects a graph, which the first pass does not have
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         one = {"owners": torch.arange(2), "grids": batch["grids"][:2]}
         batches = [
@@ -187,7 +187,7 @@ def test_micro_batches_take_a_parts_memory_and_another_forward_pass():
     assert parts.flops == whole.flops
 
 
-def test_stage_0_has_no_context_to_bound_its_stills():
+def test_stage_0_has_no_context_that_limits_its_stills():
     recipe = load(RECIPES / "tiny.toml", ["processor.image.min_tokens=3888", "processor.image.max_tokens=20480"])
     assert cost.kinds_of(recipe, recipe.vision)["image"].patches == 4 * 3888
     assert cost.kinds_of(recipe, recipe.multitask)["image"].patches == 4 * 512
@@ -220,7 +220,7 @@ def test_operations_of_a_step():
 @pytest.mark.parametrize(
     "changes", [{"checkpointing": True}, {"mlp_tiles": 4}, {"checkpointing": True, "mlp_tiles": 4}], ids=str
 )
-def test_operations_that_are_done_again_are_those_that_torch_counts(changes):
+def test_recomputed_operations_are_those_that_torch_counts(changes):
     case = replace(BASE, width=128, tower=2, layers=2, tokens=256, documents=2)
     reckoned, counted = [], []
     for told in (case.told(), replace(case.told(), **changes)):
@@ -233,7 +233,7 @@ def test_operations_that_are_done_again_are_those_that_torch_counts(changes):
     assert reckoned[1] - reckoned[0] == counted[1] - counted[0] > 0
 
 
-def test_attention_is_done_again_only_where_its_results_would_wait_in_host_memory():
+def test_attention_is_recomputed_only_with_offload():
     told, (config, work) = replace(BASE.told(), checkpointing=True), (BASE.config(), BASE.work())
     kept, moved = (step_flops(config, "multitask", work, replace(told, offload=way))[1] for way in (False, True))
     quadratic = flops.decoder(config.text_config, work.documents) + flops.tower(config.vision_config, work.frames)
@@ -260,17 +260,17 @@ def test_time_and_money_follow_from_the_operations(keye_8b: Recipe):
     assert phase.flops == pytest.approx(6 * 8e9 * 256 * 8192, rel=0.25)  # six a parameter and token, and attention
 
 
-def test_what_does_not_fit_gets_a_mend_that_fits(keye_8b: Recipe):
+def test_a_stage_that_does_not_fit_gets_a_remedy_that_fits(keye_8b: Recipe):
     small = replace(GPU, memory=40e9)
     plain = replace(keye_8b.multitask, checkpointing=False)
     recipe = replace(keye_8b, multitask=plain)
     made = {c.name: c for c in estimate(recipe, small, 64)}["multitask"]
-    assert not made.fits and made.mend.startswith("--set multitask.checkpointing=true")
-    words = [word for word in made.mend.split() if word != "--set"]
-    mended = load(RECIPES / "keye_8b.toml", ["multitask.checkpointing=false", *words])
-    assert {c.name: c for c in estimate(mended, small, 64)}["multitask"].fits
+    assert not made.fits and made.remedy.startswith("--set multitask.checkpointing=true")
+    words = [word for word in made.remedy.split() if word != "--set"]
+    changed = load(RECIPES / "keye_8b.toml", ["multitask.checkpointing=false", *words])
+    assert {c.name: c for c in estimate(changed, small, 64)}["multitask"].fits
     hopeless = {c.name: c for c in estimate(recipe, replace(GPU, memory=1e9), 64)}["multitask"]
-    assert "no setting" in hopeless.mend
+    assert "no setting" in hopeless.remedy
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 128])
@@ -279,15 +279,15 @@ def test_the_reports_recipe_fits_80_gb(keye_8b: Recipe, gpus: int):
     assert [c.name for c in costs] == list(keye_8b.chain) and all(c.fits for c in costs)
 
 
-def test_eight_gpus_are_told_what_to_change(keye_8b: Recipe):
+def test_eight_gpus_get_a_remedy(keye_8b: Recipe):
     recipe = replace(keye_8b, vision=replace(keye_8b.vision, micro_pairs=0))
     costs = [c for c in estimate(recipe, gpu_named("h100"), 8) if not c.fits]
-    assert costs and all(c.mend.startswith("--set") for c in costs)
-    changes = [word for c in costs for word in c.mend.split() if word != "--set"]
+    assert costs and all(c.remedy.startswith("--set") for c in costs)
+    changes = [word for c in costs for word in c.remedy.split() if word != "--set"]
     assert all(c.fits for c in estimate(load(RECIPES / "keye_8b.toml", changes), gpu_named("h100"), 8))
 
 
-def test_contexts_in_between_cost_the_same_memory(keye_8b: Recipe):
+def test_intermediate_contexts_cost_the_same_memory(keye_8b: Recipe):
     recipe = replace(keye_8b, annealing=replace(keye_8b.annealing, context_schedule={"32768": 10}))
     costs = {c.name: c for c in estimate(recipe, GPU, 64)}
     assert costs["annealing-32768"].memory.peak == pytest.approx(costs["annealing"].memory.peak, rel=0.05)
@@ -295,11 +295,11 @@ def test_contexts_in_between_cost_the_same_memory(keye_8b: Recipe):
 
 
 def test_gpus_that_cannot_share_the_packs_are_named(keye_8b: Recipe):
-    with pytest.raises(RecipeError, match="alignment: 256 packs, each on 1 ranks, cannot be shared by 48 GPUs"):
+    with pytest.raises(RecipeError, match="alignment: 256 packs, each on 1 ranks, cannot be divided by 48 GPUs"):
         estimate(replace(keye_8b, vision=None), GPU, 48)
     with pytest.raises(RecipeError, match="vision: 8192 pairs cannot be shared by 48 ranks evenly"):
         estimate(keye_8b, GPU, 48)
-    with pytest.raises(KeyeError, match="--gpu h300: not known; take one of "):
+    with pytest.raises(KeyeError, match="--gpu h300 is not known; use one of "):
         gpu_named("h300")
 
 
@@ -307,7 +307,7 @@ def test_a_models_directory_gives_its_config(tmp_path: Path, keye_8b: Recipe):
     KeyeConfig.preset("tiny", vocab_size=300).save_pretrained(tmp_path)
     recipe = replace(keye_8b, model=replace(keye_8b.model, path=str(tmp_path)))
     assert config_of(recipe).text_config.vocab_size == 300
-    assert config_of(keye_8b).text_config.vocab_size == 151_936  # not there: the preset
+    assert config_of(keye_8b).text_config.vocab_size == 151_936  # missing: the preset
     assert config_of(load(RECIPES / "tiny.toml")).text_config.vocab_size == 1024
 
 
@@ -321,9 +321,9 @@ def test_table_picture_and_json(keye_8b: Recipe, tmp_path: Path):
     assert (tmp_path / "cost.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize(("value", "said"), [(8.64e9, "8.64 G"), (12, "12"), (1.5e12, "1.5 T"), (40_100, "40.1 k")])
-def test_amounts(value: float, said: str):
-    assert cost_report.amount(value) == said
+@pytest.mark.parametrize(("value", "message"), [(8.64e9, "8.64 G"), (12, "12"), (1.5e12, "1.5 T"), (40_100, "40.1 k")])
+def test_amounts(value: float, message: str):
+    assert cost_report.amount(value) == message
 
 
 def test_script(tmp_path: Path):
@@ -337,7 +337,7 @@ def test_script(tmp_path: Path):
     assert wrong.returncode == 2 and "--mfu 3 is not a share" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_gradients_of_earlier_micro_batches_are_held_at_the_loss():
+def test_gradients_of_earlier_micro_batches_stay_during_the_loss():
     config, share = KeyeConfig.preset("tiny"), Share(1000, 400, 100)
     # ZeRO-1 in fp32: a gradient of each parameter, and two buckets. In bf16 it runs as ZeRO-2: a share of fp32 sums.
     for element, zero, before in ((4, 1, 4 * (1e6 + 2 * 1e6)), (2, 1, 4 * 1e6 / 4), (2, 2, 4 * 1e6 / 4)):
@@ -350,12 +350,12 @@ def test_gradients_of_earlier_micro_batches_are_held_at_the_loss():
         assert several["in the backward pass"] == one["in the backward pass"] + pixels
 
 
-def test_buckets_are_held_in_the_backward_pass_alone():
+def test_buckets_exist_only_in_the_backward_pass():
     # 600 M parameters: buckets of 500 M. bf16: two of them, the joined slices of a third, and these in fp32.
     held = states(600e6, 600e6, Plan(2, 2, 4))
     assert held["gradients"] == 4 * 150e6 and held["buckets"] == 500e6 * 2 * 2
     assert reduced(600e6, Plan(2, 2, 4)) == 500e6 * (2 + 4)
-    assert held["step"] == 0  # the fp32 sums are what the optimizer reads
+    assert held["step"] == 0  # the optimizer reads the fp32 sums
     # Fewer parameters: buckets of their size (`engine.build`). fp32: no other precision, but a flat copy for the step.
     held = states(1e6, 1e6, Plan(4, 2, 4))
     assert held["buckets"] == 1e6 * 2 * 4 and reduced(1e6, Plan(4, 2, 4)) == 4e6
@@ -366,14 +366,14 @@ def test_buckets_are_held_in_the_backward_pass_alone():
     assert backward - step == pytest.approx(made.buckets + made.activations + made.layer)
 
 
-def test_pixels_of_all_micro_batches_are_held_throughout_a_step():
+def test_pixels_of_all_micro_batches_stay_during_a_step():
     config, share = KeyeConfig.preset("tiny"), Share(1000, 400, 100)
     one, four = (footprint(config, Plan(2, 2, 4, micro_batches=n), share, 1e6, 1e6) for n in (1, 4))
     assert one.pixels == 400 * 3 * 14 * 14 and four.pixels == 4 * one.pixels
     assert four.parts["pixels"] == four.pixels
 
 
-def test_logits_of_a_second_chunk_come_on_top_of_the_heads_gradient():
+def test_logits_of_a_second_chunk_add_to_the_heads_gradient():
     config = KeyeConfig.preset("tiny")
     text = config.text_config
     head = 2 * text.vocab_size * text.hidden_size
@@ -395,12 +395,12 @@ def test_a_large_frame_keeps_its_layers_inputs_and_one_layer():
     assert tower_chunk(vision, 2, 100_000, frame=81_920) == large > 2 * chunk
 
 
-def test_largest_frame_is_the_largest_that_the_recipe_admits(keye_8b: Recipe):
+def test_largest_frame_is_the_largest_that_the_recipe_allows(keye_8b: Recipe):
     frames = {name: cost.largest_frame(keye_8b, getattr(keye_8b, name)) for name in keye_8b.stages}
     assert frames == {"vision": 4 * 20_480, "alignment": 4 * 8192, "multitask": 4 * 8192, "annealing": 4 * 20_480 // 8}
 
 
-def test_decoder_and_frames_do_not_wait_for_each_other_in_the_backward_pass():
+def test_decoder_and_frames_do_not_add_up_in_the_backward_pass():
     config, plan = KeyeConfig.preset("keye_8b"), Plan(2, 2, 64, checkpointing=True)
     kept, besides, _ = activations(config, plan, Share(8192, 0, 0))
     _, alone, _ = activations(config, plan, Share(0, 4096, 0))

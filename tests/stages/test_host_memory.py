@@ -38,20 +38,20 @@ def test_a_node_of_fewer_ranks_than_gpus_counts_them_alone():
     [
         (2, 64, 16e9 + 7 * 4 * 8e9 / 64),  # the first rank writes 8 G weights in bf16, seven others their flat masters
         (1, 8, 16e9 + 7 * 4 * 8e9 / 8),
-        (3, 64, 8 * 4 * 8e9 / 64),  # the weights are cut, too, and smaller than the masters
+        (3, 64, 8 * 4 * 8e9 / 64),  # the weights are also partitioned and smaller than the masters
         (0, 64, 16e9),
     ],
 )
-def test_what_is_written_passes_through_the_host_a_storage_at_a_time(zero, ranks, wanted):
+def test_written_tensors_pass_through_the_host_one_storage_at_a_time(zero, ranks, wanted):
     assert host_footprint(CONFIG, Plan(2, zero, ranks), NODE, STEP, 8e9, 8e9).written == wanted
 
 
-def test_a_small_share_still_lets_the_largest_tensor_pass():
+def test_a_small_share_still_counts_the_largest_tensor():
     made = host_footprint(CONFIG, Plan(2, 3, 4096), NODE, STEP, 8e9, 8e9)
     assert made.written == 4 * 151_936 * 4096  # the embeddings in fp32, when the stage's model is written
 
 
-def test_inputs_that_wait_in_pinned_memory_take_powers_of_two():
+def test_inputs_in_pinned_memory_take_powers_of_two():
     plan = Plan(2, 1, 64, checkpointing=True, offload=True)
     made = host_footprint(CONFIG, plan, NODE, STEP, 8e9, 8e9, pinned=16_384)
     assert made.offload == 8 * 36 * 2 * 4096 * 16_384  # 128 MiB a layer, a power of two
@@ -69,7 +69,7 @@ def test_inputs_that_wait_in_pinned_memory_take_powers_of_two():
         (0, 2 * 8e9 + 8 * 8e9),
     ],
 )
-def test_checkpoints_in_the_background_hold_a_copy_of_everything_that_a_node_writes(zero, wanted):
+def test_background_checkpoints_need_a_copy_of_everything_that_a_node_writes(zero, wanted):
     made = host_footprint(CONFIG, Plan(2, zero, 64), NODE, STEP, 8e9, 8e9, background=True)
     assert made.copied == wanted
     assert made.moments["in a step"] == made.processes + made.samples + wanted
@@ -95,9 +95,9 @@ def test_no_stage_of_keye_8b_holds_the_model_once_for_each_rank():
 def test_host_memory_is_in_the_table_and_in_json():
     recipe, gpu, assumed = load(RECIPES / "keye_8b.toml"), gpu_named("h100"), Assumptions(node=Node(4))
     costs = estimate(recipe, gpu, 64, assumed)
-    said = cost_report.table(costs)
-    assert "GB a node" in said and all(f"{made.host.peak / 1e9:.1f}" in said for made in costs)
+    message = cost_report.table(costs)
+    assert "GB a node" in message and all(f"{made.host.peak / 1e9:.1f}" in message for made in costs)
     written = cost_report.as_json(recipe, gpu, 64, assumed, costs)
     assert written["phases"][2]["host"]["peak"] == costs[2].host.peak
     assert written["assumed"]["node"] == {"ranks": 4, "process": 3e9}
-    assert "4 processes a node" in cost_report.sentence(recipe, gpu, 64, assumed)
+    assert "4 processes per node" in cost_report.sentence(recipe, gpu, 64, assumed)
