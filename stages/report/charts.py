@@ -1,4 +1,4 @@
-"""Small SVG charts and tables for reports: no scripts, no outside files, coloured by the page for light and dark.
+"""Small SVG charts and tables for reports, without scripts or external files; the page sets colours for light and dark.
 
 Colours are the classes `c0` … `c5`, `slow`, `fast` and `muted` of `report.css`.
 """
@@ -17,11 +17,11 @@ class Series:
     """One curve or one set of dots.
 
     Attributes:
-        name: what the legend says.
-        x, y: as many numbers each; a NaN in `y` leaves a gap.
+        name: in the legend.
+        x, y: equally many numbers; a NaN in `y` leaves a gap.
         colour: a CSS class of the page, `c0` … `c5` or `muted`.
         spread: half the length of the error bar at each point (dots) or of the band (curve), in units of `y`.
-        style: "line", "faint" (thin, for what lies under a smoothed curve), "dashed", "dots" (points joined by a line)
+        style: "line", "faint" (thin, for the data under a smoothed curve), "dashed", "dots" (points joined by a line)
             or "marks" (points only).
     """
 
@@ -34,7 +34,7 @@ class Series:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, about as many as asked for (steps of 1, 2 or 5 times a power of ten)."""
+    """About `about` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / about
@@ -45,14 +45,14 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number as an axis says it: 1,200 · 0.25 · 12k."""
+    """A number as an axis label: 1,200 · 0.25 · 12k."""
     if abs(value) >= 10_000:
         return f"{value / 1000:,.0f}k"
     return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
-def _text(x: float, y: float, said: str, kind: str = "tick", anchor: str = "middle") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
+def _text(x: float, y: float, text: str, kind: str = "tick", anchor: str = "middle") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str, title: str = "") -> str:
@@ -87,7 +87,7 @@ def line_chart(
     """Curves over a common x axis as one `<svg>`; series without a finite point are left out.
 
     Args:
-        y_range: lowest and highest y; from the data when not given.
+        y_range: lowest and highest y; by default from the data.
         percent: y values are shares and are labelled in per cent.
     """
     finite = {s.name: [(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)] for s in series}
@@ -142,8 +142,8 @@ def _draw(s: Series, px, py) -> list[str]:
         for x, y, d in points:
             if d:
                 out.append(_line(px(x), py(y - d), px(x), py(y + d), f"bar {s.colour}"))
-            said = f"{s.name}: {x:g}, {y:.4g}" + (f" ± {d:.2g}" if d else "")
-            out.append(_dot(px(x), py(y), 3.6, s.colour, said))
+            title = f"{s.name}: {x:g}, {y:.4g}" + (f" ± {d:.2g}" if d else "")
+            out.append(_dot(px(x), py(y), 3.6, s.colour, title))
     return out
 
 
@@ -170,12 +170,12 @@ def row_chart(rows: Sequence[str], series: Sequence[Series], *, width: int = 760
             if not math.isfinite(share):
                 continue
             y, half = top + row_height * (row + 0.5) + lane, row_height * 0.36
-            said = f"{rows[int(row)]}, {s.name}: {share * 100:.1f} %" + (f" ± {spread * 100:.1f}" if spread else "")
+            title = f"{rows[int(row)]}, {s.name}: {share * 100:.1f} %" + (f" ± {spread * 100:.1f}" if spread else "")
             if s.style == "marks":
                 out.append(_line(px(share - spread), y, px(share + spread), y, f"bar {s.colour}"))
-                out.append(_dot(px(share), y, 4.6, s.colour, said))
+                out.append(_dot(px(share), y, 4.6, s.colour, title))
             else:
-                out.append(_line(px(share), y - half, px(share), y + half, f"stroke {s.style} {s.colour}", said))
+                out.append(_line(px(share), y - half, px(share), y + half, f"stroke {s.style} {s.colour}", title))
     return "".join(out) + "</svg>"
 
 
@@ -186,7 +186,7 @@ def legend(series: Sequence[Series]) -> str:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a fifteenth of the values around each, fewer on both sides near an end; so it does not lag behind."""
+    """Centred mean over a fifteenth of the values around each, over fewer of them near an end."""
     half = max(1, len(values) // 30)
     out = []
     for i in range(len(values)):
@@ -197,7 +197,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def table(head: list[str], rows: list[list[str]], kind: str = "figures") -> str:
-    """An HTML table; cells are HTML already. The first column is left-aligned, and all are with `kind` "facts"."""
+    """An HTML table of HTML cells. The first column is left-aligned; with `kind` "facts" all columns are."""
     cells = "".join(f"<th>{h}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
     return (
@@ -206,7 +206,7 @@ def table(head: list[str], rows: list[list[str]], kind: str = "figures") -> str:
 
 
 def percent(share: float, spread: float | None = None) -> str:
-    """`62.5 % ± 3.1`, or a dash for what was not measured."""
+    """`62.5 % ± 3.1`, or a dash for NaN."""
     if math.isnan(share):
         return "–"
     return f"{share * 100:.1f} %" + (f" <small>± {spread * 100:.1f}</small>" if spread else "")

@@ -1,8 +1,8 @@
-"""One self-contained page about one run: how it trained and, of the demo, what the encoder decided and GSPO added.
+"""One self-contained page about one run: its training and, for the demo, the encoder's decisions and GSPO's effect.
 
 `write(run)` reads only the run's own files. Any pre-training run has the sections of
-`stages.report.training_sections`; those of the demo come with the first of their files, and then what has not been run
-yet is left out by name:
+`stages.report.training_sections`. The sections of the demo appear with the first of their files; those without a file
+then say that they have not run yet:
 
     plans/<clip>.json, plans/<clip>/*.jpg     a VideoPlan and its frames at the size the model sees them
     evaluation/{annealing,annealing_blind,annealing_zeroed,gspo}.json
@@ -28,7 +28,7 @@ STYLE = Path(__file__).with_name("report.css")
 
 
 def write(run: str | Path) -> Path:
-    """Write `<run>/report.html` and return its path; parts of the run that do not exist yet are named as such."""
+    """Write `<run>/report.html` and return its path; parts that have not run yet say so."""
     run = Path(run)
     sections = [
         ("What a video costs", _plans(run)),
@@ -59,16 +59,16 @@ def _verdict(run: Path) -> str:
     families = findings.families(run)
     if families:
         learnt = [f.family for f in families if f.learnt]
-        said = "families above chance, blind and zeroed pixels by more than 2 standard errors"
-        tiles.append((f"{len(learnt)} of {len(families)}", said + (f": {', '.join(learnt)}" if learnt else "")))
+        text = "families above chance, blind and zeroed pixels by more than 2 standard errors"
+        tiles.append((f"{len(learnt)} of {len(families)}", text + (f": {', '.join(learnt)}" if learnt else "")))
     gained = findings.reward(run)
     if gained:
-        said = f"held-out reward over GSPO, {gained.before:.3f} → {gained.after:.3f}"
-        tiles.append((f"{gained.gain:+.3f}", f"{said} (standard error of the gain {gained.gain_stderr:.3f})"))
+        text = f"held-out reward over GSPO, {gained.before:.3f} → {gained.after:.3f}"
+        tiles.append((f"{gained.gain:+.3f}", f"{text} (standard error of the gain {gained.gain_stderr:.3f})"))
     seconds = sum(s.get("seconds", 0) for s in _steps(run).values())
     if seconds:
         tiles.append((f"{seconds / 60:.1f} min", "from the clips to this page"))
-    cards = "".join(f"<div><b>{figure}</b><span>{escape(said)}</span></div>" for figure, said in tiles)
+    cards = "".join(f"<div><b>{figure}</b><span>{escape(text)}</span></div>" for figure, text in tiles)
     return f'<div class="tiles">{cards}</div>'
 
 
@@ -76,12 +76,12 @@ def _plans(run: Path) -> str:
     plans = {p.stem: json.loads(p.read_text()) for p in sorted((run / "plans").glob("*.json"))}
     if not plans:
         return NOT_RUN
-    # The clip with most to tell is shown whole: the one that mixes slow and fast most evenly.
+    # All frames of one clip are shown: the one with the most even mix of slow and fast frames.
     fast_share = {name: sum(plan["frame_types"]) / max(len(plan["frame_types"]), 1) for name, plan in plans.items()}
     shown = min(plans, key=lambda name: abs(fast_share[name] - 0.5))
     intro = (
         "<p>A frame that looks like the latest slow frame becomes <b class='fast'>fast</b> and gets fewer tokens; "
-        "any other becomes a new <b class='slow'>slow</b> frame. The pictures are the very patches the model reads.</p>"
+        "any other becomes a new <b class='slow'>slow</b> frame. The pictures show the patches the model reads.</p>"
     )
     rows = []
     for name, plan in plans.items():
@@ -139,10 +139,10 @@ def _accuracy(run: Path) -> str:
         measured("after GSPO", [r.after for r in rows], "c1"),
     ]
     learnt, not_learnt = [r.family for r in rows if r.learnt], [r.family for r in rows if not r.learnt]
-    says = "<p>Above chance, the blind model and zeroed pixels by more than two standard errors after stage 3: "
-    says += f"<b>{', '.join(learnt) or 'none'}</b>. "
-    says += (
-        f"Not learnt in this run: <b>{', '.join(not_learnt)}</b>.</p>" if not_learnt else "Every one was learnt.</p>"
+    text = "<p>Above chance, the blind model and zeroed pixels by more than two standard errors after stage 3: "
+    text += f"<b>{', '.join(learnt) or 'none'}</b>. "
+    text += (
+        f"Not learnt in this run: <b>{', '.join(not_learnt)}</b>.</p>" if not_learnt else "All were learnt.</p>"
     )
     figures = [
         [escape(r.family), str(r.before.n), percent(r.before.chance), percent(r.before.majority)]
@@ -151,8 +151,8 @@ def _accuracy(run: Path) -> str:
         for r in rows
     ]
     head = ["family", "questions", "chance", "majority", "blind", "zeroed", "after stage 3", "after GSPO", "learnt"]
-    note = '<p class="note">Held-out clips, drawn with other seeds than those trained on; bars: one standard error.</p>'
-    return says + legend(series) + row_chart([r.family for r in rows], series) + table(head, figures) + note
+    note = '<p class="note">Held-out clips of other seeds than the training clips; bars: one standard error.</p>'
+    return text + legend(series) + row_chart([r.family for r in rows], series) + table(head, figures) + note
 
 
 def _gspo(run: Path) -> str:
@@ -167,13 +167,13 @@ def _gspo(run: Path) -> str:
     if not gained:
         return chart + '<p class="absent">The held-out reward has not been measured yet.</p>'
     sure = "more" if gained.significant else "not more"
-    says = (
+    text = (
         "<p>On held-out questions the mean reward went "
         f"from <b>{gained.before:.3f}</b> ± {gained.before_stderr:.3f} to "
         f"<b>{gained.after:.3f}</b> ± {gained.after_stderr:.3f}: a change of {gained.gain:+.3f} with a standard error "
         f"of {gained.gain_stderr:.3f}, {sure} than two of them.</p>"
     )
-    return says + chart
+    return text + chart
 
 
 def _ablation(run: Path) -> str:
@@ -203,8 +203,8 @@ def _ablation(run: Path) -> str:
     note = (
         f"Measure {escape(str(settings.get('measure', '')))}"
         + (f", whose own threshold is {default:g}. " if default is not None else ". ")
-        + "Detail is how near the frames, as the model sees them, come to the original ones at their own size; "
-        "accuracy is the last model's on held-out questions about videos, with the threshold changed at inference."
+        + "Detail compares the frames, as the model sees them, with the original frames at their own size; accuracy is "
+        "that of the last model on held-out questions about videos, with the threshold changed at inference."
     )
     return f'<p class="note">{note}</p><div class="panels">{"".join(panels)}</div>'
 
@@ -214,8 +214,8 @@ def _environment(run: Path) -> str:
     timings = table(["step", "seconds"], steps) if steps else ""
     flat = []
     for key, value in findings.read_json(run / "environment.json").items():
-        said = value if isinstance(value, str) else json.dumps(value)
-        flat.append([escape(key), f"<code>{escape(said)}</code>"])
+        text = value if isinstance(value, str) else json.dumps(value)
+        flat.append([escape(key), f"<code>{escape(text)}</code>"])
     recipe = run / "recipe.toml"
     text = recipe.read_text() if recipe.exists() else ""
     seeds = [["seed of " + escape(where), str(seed)] for where, seed in _seeds(tomllib.loads(text))] if text else []

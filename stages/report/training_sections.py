@@ -1,9 +1,9 @@
-"""How a run trained: the sections of its report that any pre-training run has, from the files its stages leave.
+"""The sections of a report on any pre-training run, from the files of its stages.
 
-recipe.toml                   the chain of stages, the shares asked for
+recipe.toml                   the chain of stages, the target shares
 <stage>/metrics.jsonl         step, loss, tokens_per_second, mfu, stall_share, tokens_<kind>, skipped …
-<stage>/peak.json             what the MFU is a share of
-<stage>/quarantine*.jsonl     samples that could not be used, and why; a file a rank
+<stage>/peak.json             the peak rate for the MFU
+<stage>/quarantine*.jsonl     samples that could not be used, with reasons; one file per rank
 <stage>/checkpoints, stage.json
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from keye.errors import RecipeError
 from stages import recipe as recipes
-from stages.data.items import Quarantine
+from stages.data.quarantine import Quarantine
 from stages.distributed.checkpoints import checkpoints
 from stages.metrics import duration
 from stages.report import findings
@@ -29,33 +29,33 @@ STAGES = {
     "annealing": ("Stage 3 · annealing", "everything, a longer context, a larger RoPE base"),
 }
 KINDS = {"video": "c0", "image": "c1", "text": "c2"}
-REASONS = 12  # of samples passed over that are shown, the most frequent first
+REASONS = 12  # shown for skipped samples, the most frequent first
 WIDTH, HEIGHT = 420, 210
 
 
 def sections(run: Path) -> list[tuple[str, str]]:
-    """(title, HTML) of each; `NOT_RUN` where there is nothing yet."""
+    """(title, HTML) of each section; the HTML is `NOT_RUN` without data."""
     chain, logs = _chain(run), {}
     for name in chain:
         rows = [row for row in findings.read_jsonl(run / name / "metrics.jsonl") if "loss" in row]
         logs |= {name: rows} if rows else {}
     return [
         ("The stages", _stages(run, chain, logs)),
-        ("What it was fed", _data(run, chain, logs)),
-        ("How fast it went", _speed(run, logs)),
-        ("What was passed over", _passed_over(run, logs)),
+        ("Training data", _data(run, chain, logs)),
+        ("Speed", _speed(run, logs)),
+        ("Skipped steps and samples", _skipped(run, logs)),
     ]
 
 
 def tiles(run: Path) -> list[tuple[str, str]]:
-    """(figure, words) for the head of the page."""
+    """(figure, caption) for the top of the page."""
     chain = _chain(run)
     logs = {name: findings.read_jsonl(run / name / "metrics.jsonl") for name in chain}
     rows = [row for log in logs.values() for row in log if "loss" in row]
     if not rows:
         return []
     finished = [name for name in chain if (run / name / "stage.json").exists()]
-    wanted = sum(told.steps for told in chain.values() if told is not None) or len(rows)
+    wanted = sum(stage.steps for stage in chain.values() if stage is not None) or len(rows)
     seconds, tokens = sum(row.get("seconds", 0.0) for row in rows), sum(row.get("tokens", 0) for row in rows)
     stalled = sum(row.get("stall_seconds", 0.0) for row in rows)
     made = [(f"{len(rows):,} of {wanted:,}", f"steps; stages finished: {', '.join(finished) or 'none yet'}")]
@@ -66,7 +66,7 @@ def tiles(run: Path) -> list[tuple[str, str]]:
 
 
 def _chain(run: Path) -> dict[str, Any]:
-    """Phase → what it was told, in order; None where the recipe is not there or says too little."""
+    """Phase → its settings, in order; None if the recipe is missing or cannot be read."""
     try:
         return dict(recipes.load(run / "recipe.toml").chain)
     except RecipeError:
@@ -81,7 +81,7 @@ def _title(name: str) -> tuple[str, str]:
 
 def _stages(run: Path, chain: dict[str, Any], logs: dict[str, list[dict[str, Any]]]) -> str:
     charts, rows = [], []
-    for name, told in chain.items():
+    for name, stage in chain.items():
         title, trains = _title(name)
         if name not in logs:
             charts.append(f'<div class="panel"><h3>{title}</h3><p class="note">{trains}</p>{NOT_RUN}</div>')
@@ -98,7 +98,7 @@ def _stages(run: Path, chain: dict[str, Any], logs: dict[str, list[dict[str, Any
         charts.append(f'<div class="panel"><h3>{title}</h3><p class="note">{trains}</p>{key}{chart}</div>')
         tenth = max(1, len(losses) // 10)
         change = [f"{sum(part) / len(part):.3f}" for part in (losses[:tenth], losses[-tenth:])]
-        done = f"{steps[-1]:,}" + (f" of {told.steps:,}" if told is not None and told.steps > steps[-1] else "")
+        done = f"{steps[-1]:,}" + (f" of {stage.steps:,}" if stage is not None and stage.steps > steps[-1] else "")
         kept = ", ".join(path.name.removeprefix("step-") for path in checkpoints(run / name / "checkpoints"))
         tokens = sum(row.get("tokens", 0) for row in log)
         least = f"{held[-1]['heldout_loss']:.3f}" if held else "–"
@@ -120,21 +120,24 @@ def _data(run: Path, chain: dict[str, Any], logs: dict[str, list[dict[str, Any]]
                 shares[kind].append(sums[kind] / total)
         if not any(sums.values()):
             continue
-        steps, asked = [row["step"] for row in log], getattr(chain[name], "mixture", {})
-        drawn = [kind for kind in KINDS if sums[kind] or asked.get(kind)]
+        steps, targets = [row["step"] for row in log], getattr(chain[name], "mixture", {})
+        drawn = [kind for kind in KINDS if sums[kind] or targets.get(kind)]
         series = [Series(kind, steps, shares[kind], KINDS[kind]) for kind in drawn]
         ends = [steps[0], steps[-1]]
-        targets = [(kind, asked[kind]) for kind in drawn if kind in asked]
-        series += [Series(f"{k}, asked for", ends, [share] * 2, KINDS[k], style="dashed") for k, share in targets]
+        series += [
+            Series(f"{kind}, target", ends, [targets[kind]] * 2, KINDS[kind], style="dashed")
+            for kind in drawn
+            if kind in targets
+        ]
         chart = line_chart(series, "step", "tokens so far", width=WIDTH, height=HEIGHT, percent=True)
         panels.append(f'<div class="panel"><h3>{_title(name)[0]}</h3>{legend(series)}{chart}</div>')
         for kind in drawn:
-            gap = percent(abs(shares[kind][-1] - asked[kind])) if kind in asked else "–"
-            rows.append([_title(name)[0], kind, percent(asked[kind]) if kind in asked else "–"]
-                        + [percent(shares[kind][-1]), gap])  # fmt: skip
+            gap = percent(abs(shares[kind][-1] - targets[kind])) if kind in targets else "–"
+            target = percent(targets[kind]) if kind in targets else "–"
+            rows.append([_title(name)[0], kind, target, percent(shares[kind][-1]), gap])
     if not rows:
         return NOT_RUN
-    head = ["stage", "kind", "share asked for", "share of its tokens", "apart"]
+    head = ["stage", "kind", "target share", "share of the tokens", "difference"]
     return f'<div class="panels">{"".join(panels)}</div>{table(head, rows)}'
 
 
@@ -165,7 +168,7 @@ def _speed(run: Path, logs: dict[str, list[dict[str, Any]]]) -> str:
     return f'<div class="panels">{"".join(panels)}</div>{table(head, rows)}{note}'
 
 
-def _passed_over(run: Path, logs: dict[str, list[dict[str, Any]]]) -> str:
+def _skipped(run: Path, logs: dict[str, list[dict[str, Any]]]) -> str:
     if not logs:
         return NOT_RUN
     steps = [
@@ -177,14 +180,14 @@ def _passed_over(run: Path, logs: dict[str, list[dict[str, Any]]]) -> str:
     reasons: Counter[tuple[str, str]] = Counter()
     for name in logs:
         for row in Quarantine(run / name / "quarantine.jsonl").rows():
-            # Numbers and names differ from sample to sample, the reason does not.
+            # Numbers and paths differ between samples with the same reason.
             reasons[name, re.sub(r"(/\S+|\d[\d,.]*)", "…", str(row.get("reason", row)))] += 1
-    said = f"<p>Steps skipped because of a spike or of what is not finite: {len(steps) or 'none'}.</p>"
-    said += table(["stage", "step", "why"], steps[:REASONS]) if steps else ""
+    text = f"<p>Steps skipped because of a spike or a non-finite value: {len(steps) or 'none'}.</p>"
+    text += table(["stage", "step", "why"], steps[:REASONS]) if steps else ""
     smaller = {name: findings.thinned(run / name / "metrics.jsonl") for name in logs}
-    said += "".join(f"<p>{_title(name)[0]}: {text}.</p>" for name, text in smaller.items() if text)
-    said += f"<p>Samples that could not be used: {sum(reasons.values()) or 'none'}.</p>"
+    text += "".join(f"<p>{_title(name)[0]}: {sentence}.</p>" for name, sentence in smaller.items() if sentence)
+    text += f"<p>Samples that could not be used: {sum(reasons.values()) or 'none'}.</p>"
     if reasons:
         rows = [[_title(name)[0], f"{count:,}", escape(why)] for (name, why), count in reasons.most_common(REASONS)]
-        said += table(["stage", "samples", "why"], rows) + '<p class="note">Each is named in quarantine.jsonl.</p>'
-    return said
+        text += table(["stage", "samples", "why"], rows) + '<p class="note">Each is named in quarantine.jsonl.</p>'
+    return text

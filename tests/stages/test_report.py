@@ -1,4 +1,4 @@
-"""The report: whole from a part of a run, self-contained, and honest about what was not learnt."""
+"""The report: complete for a partial run, self-contained, and explicit about what was not learnt."""
 
 import json
 import math
@@ -26,12 +26,12 @@ def write_jsonl(path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_an_empty_run_says_of_every_part_that_it_was_not_run(tmp_path):
+def test_an_empty_run_has_every_section_as_not_run(tmp_path):
     page = report.write(tmp_path).read_text()
-    assert page.count("Not run yet.") == 4 and "GSPO" not in page  # the four stages; the demo's parts are no part of it
+    assert page.count("Not run yet.") == 4 and "GSPO" not in page  # the four stages, without the demo's sections
     (tmp_path / "plans").mkdir()
     page = report.write(tmp_path).read_text()
-    assert page.count("Not run yet.") == 8 + 4  # of a demo all parts are named, too
+    assert page.count("Not run yet.") == 8 + 4  # with all sections of a demo
 
 
 RECIPE = """
@@ -51,7 +51,7 @@ mixture = { video = 0.6, text = 0.4 }
 """
 
 
-def test_a_training_run_tells_its_shares_speed_and_what_was_passed_over(tmp_path):
+def test_a_training_run_shows_shares_speed_and_skipped_steps(tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE)
     rows = [
         {"step": i, "loss": 4 - i / 2, "tokens": 100}
@@ -76,14 +76,14 @@ def test_a_training_run_tells_its_shares_speed_and_what_was_passed_over(tmp_path
     assert "<td>2</td><td>…: no such file</td>" in page or "<td>2</td><td>… no such file</td>" in page
 
 
-def test_the_page_needs_nothing_from_outside(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     write_evaluation(tmp_path, "annealing", {"count": 0.9})
     write_jsonl(tmp_path / "vision" / "metrics.jsonl", [{"step": i, "loss": 1 / i} for i in range(1, 9)])
     page = report.write(tmp_path).read_text()
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page and "url(" not in page
 
 
-def test_what_was_not_learnt_is_said_by_name(tmp_path):
+def test_families_not_learnt_are_named(tmp_path):
     write_evaluation(tmp_path, "annealing", {"count": 0.9, "motion": 0.27})
     write_evaluation(tmp_path, "annealing_blind", {"count": 0.2, "motion": 0.25})
     write_evaluation(tmp_path, "annealing_zeroed", {"count": 0.2, "motion": 0.25})
@@ -117,7 +117,7 @@ def test_learnt_means_two_standard_errors_above_chance_and_both_controls(before,
     assert finding.learnt is learnt
 
 
-def test_a_family_of_words_alone_is_judged_by_chance(tmp_path):
+def test_a_family_without_pictures_is_compared_with_chance(tmp_path):
     write_evaluation(tmp_path, "annealing", {"count": 0.9, "text": 0.8})
     assert not any(f.learnt for f in findings.families(tmp_path))
     write_evaluation(tmp_path, "annealing_blind", {"count": 0.2})
@@ -134,7 +134,7 @@ def test_reward_rose_only_if_by_more_than_two_standard_errors(tmp_path):
         assert findings.reward(tmp_path).significant is rose
 
 
-def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
+def test_an_incomplete_last_line_of_the_metrics_is_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert findings.read_jsonl(path) == [{"step": 1, "loss": 2.0}]
