@@ -13,8 +13,9 @@ from typing import Any
 from keye.errors import CheckpointError, KeyeError, ManifestError
 from keye.processor.messages import read_chat
 from keye.processor.processor import KeyeProcessor, Sample
+from keye.slowfast.pixels import normalised
 from keye.world.manifest import parse_line
-from stages.data.items import PIXELS, Cache, Item, from_bytes, packed
+from stages.data.items import PIXELS, Cache, Item
 
 
 @dataclass(frozen=True)
@@ -242,9 +243,9 @@ class PromptStream:
         if kept is None:
             prompt = self.prompts[index]
             sample = self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
-            kept = [packed(Item(sample, prompt.where, index, prompt.family, ""))]
+            kept = [Item(sample, prompt.where, index, prompt.family, "")]
             self.cache.put(index, kept)
         # As floats again, because a batch may have other samples that are not bytes.
         sample = kept[0].sample
         pixels = {name: getattr(sample, name) for name in PIXELS}
-        return replace(sample, **{name: None if x is None else from_bytes(x) for name, x in pixels.items()})
+        return replace(sample, **{name: None if x is None else normalised(x) for name, x in pixels.items()})

@@ -28,8 +28,9 @@ from keye.processor.tokenizer import load_tokenizer, train_tokenizer
 from stages.alignment import Alignment
 from stages.annealing import Annealing
 from stages.contrastive import text_config
-from stages.data.items import Cache, Quarantine
+from stages.data.items import Cache
 from stages.data.loader import encoding_threads
+from stages.data.quarantine import Quarantine
 from stages.data.sources.formats import files_of, format_of
 from stages.distributed import engine
 from stages.distributed.activation_memory import apply_memory_options

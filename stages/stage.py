@@ -10,17 +10,16 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import IMAGE_PAD, VIDEO_PAD
 from keye.slowfast.pixels import join
-from stages.data.batches import BatchStream
 from stages.data.collate import pack
-from stages.data.items import PIXELS
-from stages.data.loader import Loader
-from stages.data.packing.balance import Cost, deal_rounds
+from stages.data.items import PIXELS, Cache, Item, count_thinned
+from stages.data.loader import BatchStream, Loader
+from stages.data.packing.balance import Cost, assign_rounds
 from stages.data.packing.mixture import Mixture
 from stages.data.packing.packer import BalancedPacker
 from stages.data.packing.planner import Planner
+from stages.data.quarantine import Quarantine
 from stages.data.sources.decontaminate import open_decontamination
-from stages.data.sources.source import Cache, Item, Quarantine, Source
-from stages.data.thinned import count_thinned
+from stages.data.sources.source import Source
 from stages.distributed.parallel import ParallelDims, shard
 from stages.distributed.weights import PARTS
 from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
@@ -83,7 +82,7 @@ class LanguageStage:
         planner = Planner(mixture, packer)
         # A step takes all of its batches first, to count their labels; they are made while the step before trains.
         ahead = max(2, stage.global_batch_size // grid.data_size)
-        return Loader(BatchStream(planner, cost, deal_rounds, assemble, grid, workers), grid, ahead)
+        return Loader(BatchStream(planner, cost, assign_rounds, assemble, grid, workers), grid, ahead)
 
     def weight(self, batch: dict[str, Any], grid: ParallelDims) -> float:
         # One rank of a sequence group counts the labels of the complete pack.

@@ -20,14 +20,12 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
 from keye.processor.tokenizer import open_tokenizer
 from stages import contrastive as contrast
-from stages.data.batches import BatchStream
-from stages.data.items import Item
-from stages.data.loader import Loader
-from stages.data.packing.balance import TowerCost, deal_parts
+from stages.data.items import Item, count_thinned
+from stages.data.loader import BatchStream, Loader
+from stages.data.packing.balance import TowerCost, assign_parts
 from stages.data.packing.mixture import Mixture
 from stages.data.packing.packer import PairPacker
 from stages.data.packing.planner import Planner
-from stages.data.thinned import count_thinned
 from stages.distributed.parallel import ParallelDims
 from stages.losses import siglip_loss
 from stages.recipe import VisionRecipe
@@ -65,9 +63,9 @@ class Vision:
             return {**batch, "kinds": count_kinds(items), "thinned": count_thinned(items)}
 
         planner, parts = Planner(mixture, PairPacker(self.recipe.pairs)), self.recipe.micro_batches(grid.data_size)
-        cost, deal = TowerCost(model.config.vision_config), partial(deal_parts, parts=parts)
+        cost, assign = TowerCost(model.config.vision_config), partial(assign_parts, parts=parts)
         # A step takes all of its micro-batches first; they are made while the step before trains.
-        return Loader(BatchStream(planner, cost, deal, assemble, grid, workers), grid, ahead=max(2, parts))
+        return Loader(BatchStream(planner, cost, assign, assemble, grid, workers), grid, ahead=max(2, parts))
 
     def tokens(self, captions: list[str]) -> Tensor:
         """Token ids `[B, T]` of captions, truncated and padded to the text tower's length."""

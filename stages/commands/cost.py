@@ -59,7 +59,7 @@ def main() -> None:
     for cost in costs:
         if not cost.fits:
             peak, room = cost.memory.peak / 1e9, assumed.usable * gpu.memory / 1e9
-            print(f"{cost.name} needs {peak:.1f} GB of {room:.1f}: {cost.mend}", file=sys.stderr)
+            print(f"{cost.name} needs {peak:.1f} GB of {room:.1f}: {cost.remedy}", file=sys.stderr)
         if args.host_gb is not None and cost.host.peak > args.host_gb * 1e9:
             largest = max(report.HOST, key=lambda part: getattr(cost.host, part))
             print(

@@ -71,16 +71,16 @@ def main() -> int:
                 tasks[name] = bar.add_task(name.rpartition("/")[2], total=total)
             bar.update(tasks[name], completed=done)
 
-        found = check.look_over(recipe, stage, Path(args.run or f"runs/{recipe.name}"), args.samples, progress)
+        found = check.check_data(recipe, stage, Path(args.run or f"runs/{recipe.name}"), args.samples, progress)
     print("\n".join(check.lines(found, planned=args.data.endswith(".toml"))))
     if args.out:
         check.picture(found, recipe.chain[stage].limit, args.out)
     if args.json:
         with writing(args.json, "the report"):
             Path(args.json).write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
-    over = [one.name for one in found if len(one.bad) > args.max_bad_fraction * one.looked_at]
+    over = [one.name for one in found if len(one.bad) > args.max_bad_fraction * one.checked]
     for name in over:
-        print(f"{name}: more than {args.max_bad_fraction:.0%} of the samples looked at are bad", file=sys.stderr)
+        print(f"{name}: more than {args.max_bad_fraction:.0%} of the checked samples are bad", file=sys.stderr)
     return 1 if over else 0
 
 

@@ -1,6 +1,6 @@
-"""A look over a recipe's data before anything trains on it: what is there, what is bad, how long, how often read.
+"""Check the data of a recipe before training: rows, bad samples, lengths, and the number of epochs.
 
-Every source is opened as the stage would open it, and some of its samples are encoded in the order of training.
+Every source is opened as in the stage, and some of its samples are encoded in the order of training.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ import numpy as np
 
 from keye.processor.processor import KeyeProcessor
 from keye.processor.tokenizer import load_tokenizer, train_tokenizer
-from stages.data.items import Cache, Item, Quarantine
+from stages.data.items import Cache, Item
 from stages.data.loader import encoding_threads
+from stages.data.quarantine import Quarantine
 from stages.data.sources.decontaminate import open_decontamination, sample_hashes
 from stages.data.sources.formats import BAD, Table
 from stages.data.sources.source import Source, source_name
@@ -29,14 +30,14 @@ from stages.stage import choose_sources
 
 
 @dataclass
-class Found:
-    """What a source has.
+class SourceReport:
+    """The result of checking a source.
 
-    share: of the stage's tokens. rows: wanted ones, None for a stream. unreadable: rows of its data set that are in no
-    form. good: rows looked at that can be used. split: texts among them that are longer than the context, of which each
-    part is a sample. tokens, visual: of each sample. thinned: how many of them were made smaller to fit.
-    seconds: of one thread for each sample. twins: pictures that another sample shows too. bad: file, line, reason.
-    epochs: how many times the stage goes through it, None for a stream.
+    share: of the stage's tokens. rows: of the wanted kind; None for a stream. unreadable: rows of the data set in no
+    known form. good: checked rows that can be used. split: texts among them that are longer than the context; each of
+    their parts is a sample. tokens, visual: of each sample. thinned: samples that were made smaller to fit. seconds: of
+    one thread per sample. pictures: of all samples. twins: pictures that another sample has, too. bad: file, line and
+    reason of each. epochs: of the stage over the source; None for a stream.
     """
 
     name: str
@@ -56,15 +57,22 @@ class Found:
     epochs: float | None = None
 
     @property
-    def looked_at(self) -> int:
+    def checked(self) -> int:
         return self.good + len(self.bad)
 
 
 def one_manifest(path: str, tokenizer: str, context: int, evaluations: tuple[str, ...], bits: int) -> Recipe:
     """A recipe of one stage that reads all kinds of one manifest.
 
+    Args:
+        path: the manifest.
+        tokenizer: path or name; "" trains a small one.
+        context: tokens of a sample at most.
+        evaluations: manifests of evaluations.
+        bits: by which perceptual hashes may differ.
+
     Raises:
-        ManifestError: it cannot be opened.
+        ManifestError: the manifest cannot be opened.
     """
     kinds = Table(SourceRecipe(path, "text"), path).scan()[0]
     sources = tuple(SourceRecipe(path, kind) for place, kind in enumerate(KINDS) if (kinds == place).any())
@@ -74,8 +82,8 @@ def one_manifest(path: str, tokenizer: str, context: int, evaluations: tuple[str
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, tokenizer=tokenizer))
 
 
-def make_processor(recipe: Recipe, told: StageRecipe, run: Path) -> KeyeProcessor:
-    """The processor of a stage; its tokenizer is the run's where there is one, else as the run would make it."""
+def make_processor(recipe: Recipe, stage: StageRecipe, run: Path) -> KeyeProcessor:
+    """The processor of a stage, with the tokenizer of the run if it exists, else the one that the run would make."""
     named = str(run / "tokenizer") if (run / "tokenizer").exists() else recipe.model.tokenizer or recipe.model.path
     if named:
         tokenizer = load_tokenizer(named)
@@ -83,24 +91,27 @@ def make_processor(recipe: Recipe, told: StageRecipe, run: Path) -> KeyeProcesso
         from keye.world import texts
 
         tokenizer = train_tokenizer(texts(recipe.seed), recipe.model.vocab_size)
-    settings = {**recipe.processor.encoder, **told.encoder}
-    return KeyeProcessor(tokenizer, encoder=settings, image=recipe.processor.image)
+    encoder = {**recipe.processor.encoder, **stage.encoder}
+    return KeyeProcessor(tokenizer, encoder=encoder, image=recipe.processor.image)
 
 
-def look_over(
+def check_data(
     recipe: Recipe, stage: str, run: Path, samples: int, progress: Callable[[str, int, int], None]
-) -> list[Found]:
-    """What each source of a stage has.
+) -> list[SourceReport]:
+    """A report on each source of a stage.
 
     Args:
-        stage: a phase of the recipe's chain. run: what `{run}` stands for. samples: looked at of each source, at most.
-        progress: told the source, the samples done and their number.
+        recipe: the recipe.
+        stage: a phase of its chain.
+        run: replaces `{run}` in paths.
+        samples: to check of each source, at most.
+        progress: called with the source, the samples done and their number.
 
     Raises:
         ManifestError: a source cannot be opened.
     """
-    told = recipe.chain[stage]
-    processor = make_processor(recipe, told, run)
+    settings = recipe.chain[stage]
+    processor = make_processor(recipe, settings, run)
     guard = open_decontamination(recipe.data.decontaminate_against, recipe.data.decontaminate_bits, processor, str(run))
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -108,20 +119,23 @@ def look_over(
             quarantine = Quarantine(Path(folder) / f"{number}.jsonl")
             opened = Source(
                 source, processor, recipe.seed, Cache(0), quarantine,
-                limit=told.limit, run=str(run), report=False, guard=guard,
+                limit=settings.limit, run=str(run), report=False, guard=guard,
             )  # fmt: skip
-            found.append(_look(opened, share, samples, encoding_threads(recipe.data.workers), progress))
-            # The stage reads by tokens; a source that holds few of them for its share is read many times.
+            found.append(_check(opened, share, samples, encoding_threads(recipe.data.workers), progress))
+            # The stage reads tokens: a source with few tokens for its share is read several times.
             if found[-1].rows is not None and found[-1].tokens:
-                per_step = told.pairs if isinstance(told, VisionRecipe) else told.global_batch_size * told.context
-                each = 1.0 if isinstance(told, VisionRecipe) else sum(found[-1].tokens) / found[-1].good
-                found[-1].epochs = told.steps * per_step * share / (each * found[-1].rows)
+                vision = isinstance(settings, VisionRecipe)
+                per_step = settings.pairs if vision else settings.global_batch_size * settings.context
+                each = 1.0 if vision else sum(found[-1].tokens) / found[-1].good
+                found[-1].epochs = settings.steps * per_step * share / (each * found[-1].rows)
     return found
 
 
-def _look(source: Source, share: float, samples: int, workers: int, progress: Callable[[str, int, int], None]) -> Found:
+def _check(
+    source: Source, share: float, samples: int, workers: int, progress: Callable[[str, int, int], None]
+) -> SourceReport:
     name = source_name(source.recipe)
-    found = Found(name, source.recipe.kind, share, None)
+    found = SourceReport(name, source.recipe.kind, share, None)
     if not isinstance(source.rows, StreamLanes):
         found.rows = len(source.rows.indices)
         found.unreadable = int((source.rows.table.scan()[0] == BAD).sum())
@@ -148,7 +162,7 @@ def _look(source: Source, share: float, samples: int, workers: int, progress: Ca
     return found
 
 
-def _add(found: Found, item: Item, hashes: list[np.ndarray]) -> None:
+def _add(found: SourceReport, item: Item, hashes: list[np.ndarray]) -> None:
     found.tokens.append(item.tokens)
     found.visual.append(item.sample.visual_tokens)
     found.thinned += item.sample.thinned > 0
@@ -156,30 +170,30 @@ def _add(found: Found, item: Item, hashes: list[np.ndarray]) -> None:
 
 
 def _twins(hashes: list[np.ndarray]) -> int:
-    """Pictures whose very hash another sample has, too."""
+    """Pictures whose exact hash another sample has, too."""
     counts = Counter(value for sample in hashes for value in sample.tolist())
     return sum(count for count in counts.values() if count > 1)
 
 
-def lines(found: list[Found], planned: bool) -> list[str]:
-    """What was found in words; `planned`: with the stage's share of each source and how often it goes through it."""
-    said = []
+def lines(found: list[SourceReport], planned: bool) -> list[str]:
+    """The reports as text; `planned`: with each source's share of the stage and its epochs."""
+    text = []
     for one in found:
         tokens = np.array(one.tokens or [0])
-        median, most_have = np.percentile(tokens, (50, 95))
+        median, percentile = np.percentile(tokens, (50, 95))
         rows = "a stream" if one.rows is None else f"{one.rows:,} rows, {one.unreadable:,} in no known form"
         times = "" if one.epochs is None else f", read {one.epochs:,.1f} times"
         plan = f"{one.share:.0%} of the tokens{times}; " if planned else ""
-        said += [
+        text += [
             f"{_short(one.name)}: {plan}{rows}",
-            f"  {one.looked_at:,} looked at: {one.good:,} good, {len(one.bad):,} bad; {one.thinned:,} made"
+            f"  {one.checked:,} checked: {one.good:,} good, {len(one.bad):,} bad; {one.thinned:,} made"
             f" smaller to fit, {one.split:,} split;"
-            f" {one.twins:,} of {one.pictures:,} pictures shown by several; {one.seconds:.2f} s each",
-            f"  tokens: half below {median:,.0f}, 95 % below {most_have:,.0f}, most {tokens.max():,};"
+            f" {one.twins:,} of {one.pictures:,} pictures in several samples; {one.seconds:.2f} s each",
+            f"  tokens: median {median:,.0f}, 95th percentile {percentile:,.0f}, maximum {tokens.max():,};"
             f" {sum(one.visual) / max(tokens.sum(), 1):.0%} of them visual",
             *(f"  bad: {row['file']} line {row['line']}: {row['reason']}" for row in one.bad[:3]),
         ]
-    return said
+    return text
 
 
 def _short(name: str) -> str:
@@ -187,17 +201,17 @@ def _short(name: str) -> str:
     return f"{Path(path).name} · {part}"
 
 
-def picture(found: list[Found], context: int | None, path: str | Path) -> None:
-    """Write a PNG: the tokens of each source's samples up to the context, and what became of those looked at.
+def picture(found: list[SourceReport], context: int | None, path: str | Path) -> None:
+    """Write a PNG with the tokens of each source's samples and the shares of good and bad samples.
 
-    context: of the stage; None for one that has no limit.
+    context: of the stage; None without a limit.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [one for one in found if one.looked_at]
+    shown = [one for one in found if one.checked]
     names = [_short(one.name) for one in shown]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 1.2 + 0.7 * max(len(shown), 3)), width_ratios=(3, 2))
     drawn = [np.log10(np.array(one.tokens or [1])) for one in shown]
@@ -212,21 +226,21 @@ def picture(found: list[Found], context: int | None, path: str | Path) -> None:
     left.set_xticks(range(low, high + 1), [f"{10**power:,}" for power in range(low, high + 1)])
     left.set_yticks(range(1, len(shown) + 1), names)
     left.invert_yaxis()
-    left.set_xlabel("tokens of a sample: least, half of the samples, median, most")
+    left.set_xlabel("tokens of a sample: minimum, quartiles, median, maximum")
     start = np.zeros(len(shown))
     parts = {
-        "as it is": [one.good - one.thinned for one in shown],
+        "unchanged": [one.good - one.thinned for one in shown],
         "made smaller to fit": [one.thinned for one in shown],
         "bad": [len(one.bad) for one in shown],
     }
-    totals = np.array([one.looked_at for one in shown])
+    totals = np.array([one.checked for one in shown])
     for (label, counts), colour in zip(parts.items(), ("#4878a8", "#d8a03c", "#b8403c"), strict=True):
         shares = 100 * np.array(counts) / totals
         right.barh(range(1, len(shown) + 1), shares, left=start, label=label, color=colour)
         start += shares
     right.invert_yaxis()
     right.set_yticks([])
-    right.set_xlabel("% of the samples looked at")
+    right.set_xlabel("% of the checked samples")
     right.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,11 @@
-"""What one rank does for all of them while they wait."""
+"""Plain values and errors between ranks: gather, broadcast, agree on an error, let rank 0 act for all."""
 
 import functools
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 import keye.errors
@@ -13,14 +14,83 @@ from keye.errors import KeyeError
 PATIENCE = timedelta(days=7)
 
 
-def first_rank(action: Callable[[], Any], *kinds: type[Exception]) -> None:
-    """Call `action` on rank 0 while the others wait; its mistake (a KeyeError or one of these kinds) is everybody's.
+class Failure(NamedTuple):
+    """An error as it travels between ranks: its class if it is a KeyeError, and its message."""
 
-    The others wait on the host, however long it takes: not in the group of the training, whose collectives are given up
-    after half an hour. When rank 0 dies they fail at once, because its connections close.
+    name: str
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception, rank: int) -> "Failure":
+        """The failure for an error of this rank; an error that is no KeyeError is named in the message."""
+        name, text = type(error).__name__, str(error)
+        known = getattr(keye.errors, name, None) is not None
+        return cls(name, text) if known else cls("KeyeError", f"the data of rank {rank}: {name}: {text}")
+
+    @property
+    def error(self) -> KeyeError:
+        """The error to raise."""
+        return getattr(keye.errors, self.name)(self.text)
+
+
+def gloo_group(ranks: int) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks; collective. None for a single process."""
+    return dist.new_group(backend="gloo") if ranks > 1 else None
+
+
+def gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Plain values of every rank, by rank, on every rank; collective. `group` None: a single process."""
+    if group is None:
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
+def gather_to_first(mine: Any, group: dist.ProcessGroup | None) -> list[Any] | None:
+    """Plain values of every rank, by rank, on rank 0; None on the others. Collective."""
+    if group is None:
+        return [mine]
+    found = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(mine, found, dst=0, group=group)
+    return found
+
+
+def broadcast(mine: Any, group: dist.ProcessGroup | None) -> Any:
+    """The value of rank 0, on every rank; collective."""
+    if group is None:
+        return mine
+    box = [mine]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raise on every rank the error of the first rank that has one; without an error one number is exchanged.
 
     Raises:
-        KeyeError: on all ranks, of the class and with the message that rank 0 met; CheckpointError for the `kinds`.
+        KeyeError: of the original class, or with rank and class in the message if it was no KeyeError.
+    """
+    if group is None:
+        if error is not None:
+            raise error
+        return
+    failed = torch.tensor([error is not None], dtype=torch.int32)
+    dist.all_reduce(failed, group=group)
+    if not failed:
+        return
+    failures = gather(None if error is None else Failure.of(error, dist.get_rank()), group)
+    raise next(failure for failure in failures if failure is not None).error from error
+
+
+def first_rank(action: Callable[[], Any], *kinds: type[Exception]) -> None:
+    """Call `action` on rank 0 while the others wait; its error (a KeyeError or one of `kinds`) is raised on all ranks.
+
+    The others wait in a group of their own without a time limit. The group of the training gives up a collective after
+    half an hour. If rank 0 dies, the others fail immediately, because its connections close.
+
+    Raises:
+        KeyeError: on all ranks, with rank 0's class and message; CheckpointError for the `kinds`.
     """
     box: list[tuple[str, str] | None] = [None]
     if dist.get_rank() == 0:
@@ -38,5 +108,5 @@ def first_rank(action: Callable[[], Any], *kinds: type[Exception]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def waiting_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of all ranks on the host that waits as long as it takes; made anew for another `world`."""
+    """A gloo group of all ranks without a practical time limit; created again for another `world`."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -1,4 +1,4 @@
-"""What a finished run has shown: read from its files, with the standard errors that tell it from luck."""
+"""Results of a finished run, read from its files, with standard errors that separate them from chance."""
 
 import json
 import math
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keye.evaluation import Score
-from stages.data.thinned import COUNTS
+from stages.data.items import COUNTS
 
 
 @dataclass(frozen=True)
 class FamilyFinding:
-    """How one family of held-out questions went.
+    """The scores of one family of held-out questions; None for those not measured yet.
 
     before: the annealed model, with its chance and majority baselines. blind: the same model without the video. zeroed:
-    the same model with the same tokens, whose pixels are all zero. after: the model after GSPO. None is what was not
-    measured yet. pictures: whether there is anything to be blind to.
+    the same model with the same tokens and all pixels zero. after: the model after GSPO. pictures: whether the
+    questions have pictures.
     """
 
     family: str
@@ -29,7 +29,7 @@ class FamilyFinding:
     def learnt(self) -> bool:
         """Whether the annealed model is above chance and above both controls by more than two standard errors.
 
-        Words alone are judged by chance alone.
+        Questions without pictures are compared with chance alone.
         """
         if self.before.accuracy - self.before.chance <= 2 * self.before.stderr:
             return False
@@ -44,7 +44,7 @@ class FamilyFinding:
 
 @dataclass(frozen=True)
 class RewardFinding:
-    """Mean reward on held-out questions before and after GSPO, with their standard errors and that of the gain."""
+    """Mean reward on held-out questions before and after GSPO, with the standard errors of both and of the gain."""
 
     before: float
     before_stderr: float
@@ -98,25 +98,25 @@ def reward(run: Path) -> RewardFinding | None:
 
 
 def thinned(metrics: Path) -> str:
-    """What the samples of a stage gave up to fit its context, over all steps in `metrics`; "" when it is nothing."""
+    """A sentence on the samples of a stage that were made smaller to fit, from `metrics`; "" if none were."""
     sums = dict.fromkeys(COUNTS, 0)
     for row in read_jsonl(metrics):
         sums = {name: count + row.get(name, 0) for name, count in sums.items()}
     if not any(sums.values()):
         return ""
     return (
-        f"{sums['thinned']:,} samples were made smaller to fit the context and gave up {sums['thinned_tokens']:,}"
-        f" visual tokens; {sums['warned']:,} samples came with a warning"
+        f"{sums['thinned']:,} samples were made smaller to fit the context and lost {sums['thinned_tokens']:,}"
+        f" visual tokens; {sums['warned']:,} samples had a warning"
     )
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in `path`, or an empty one when there is no such file."""
+    """The JSON object in `path`; empty if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects in a JSONL file, without a last line that was cut off while being written; empty without the file."""
+    """The objects in a JSONL file up to an incomplete line; empty if there is no such file."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation are known again however they are stored, and no other picture is taken for one of them."""
+"""Pictures of an evaluation are recognized in any encoding, and no other picture is mistaken for one of them."""
 
 import io
 import json
@@ -14,7 +14,8 @@ from skimage import data as photographs
 
 from keye.errors import ManifestError
 from keye.processor.processor import Sample
-from stages.data.items import Cache, Quarantine
+from stages.data.items import Cache
+from stages.data.quarantine import Quarantine
 from stages.data.sources.decontaminate import Near, open_decontamination, perceptual_hash, sample_hashes
 from stages.data.sources.source import Source
 from stages.recipe import SourceRecipe
@@ -51,7 +52,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_photograph_is_known_again_and_no_other_taken_for_it(change):
+def test_a_photograph_is_recognized_and_no_other_mistaken_for_it(change):
     hashes = np.array([hashed(photograph(name)) for name in NAMES])
     near = Near(hashes, 6)
     for place, name in enumerate(NAMES):
@@ -77,13 +78,13 @@ def test_hash_agrees_with_the_cosine_transform_written_out():
     assert int(perceptual_hash(picture)) == sum(1 << place for place, bit in enumerate(bits) if bit)
 
 
-def test_plain_surfaces_are_like_nothing():
+def test_uniform_pictures_match_nothing():
     for colour in (-1.0, 0.2, 1.0):
         assert perceptual_hash(torch.full((3, 40, 60), colour)) is None
 
 
-def test_bytes_are_the_pictures_they_stand_for():
-    """Noise of one step of 255 shows nothing, also where the picture comes as bytes."""
+def test_bytes_have_the_hash_of_their_floats():
+    """Noise of one step of 255 has no hash, also for a picture of bytes."""
     grid, noise = torch.tensor([[1, 2, 4]]), torch.randint(100, 102, (8, 3, 14, 14), dtype=torch.uint8)
     coarse = torch.linspace(0, 255, 8).to(torch.uint8)[:, None, None, None].expand(8, 3, 14, 14)
     for codes in (noise, coarse):
@@ -101,7 +102,7 @@ def test_bytes_are_the_pictures_they_stand_for():
     st.integers(0, 10),
     st.lists(st.integers(0, 63), max_size=10, unique=True),
 )
-def test_near_finds_what_comparing_with_all_finds(hashes, bits, flipped):
+def test_near_equals_a_comparison_with_all(hashes, bits, flipped):
     value = hashes[0] ^ sum(1 << bit for bit in flipped)
     distances = [(one ^ value).bit_count() for one in hashes]
     expected = (distances.index(min(distances)), min(distances)) if min(distances) <= bits else None
@@ -130,10 +131,11 @@ def test_training_samples_that_show_an_evaluations_picture_are_quarantined(tmp_p
     source = Source(SourceRecipe(str(train), "image"), processor, 0, Cache(0), quarantine, guard=guard)
     assert [source.item(index) is None for index in range(3)] == [False, True, False]
     (row,) = quarantine.rows()
-    assert row["line"] == 2 and row["reason"].startswith(f"its image 1 is like image 1 of {held} line 3, kept for")
+    assert row["line"] == 2
+    assert row["reason"].startswith(f"its image 1 is similar to image 1 of {held} line 3, kept for")
 
 
-def test_clips_are_known_by_their_frames(tmp_path):
+def test_clips_are_recognized_by_their_frames(tmp_path):
     made_for = small.processor()
     path = small.world(tmp_path)
     rows = [row for row in small.lines(path) if row["family"] == "count"]
@@ -146,12 +148,12 @@ def test_clips_are_known_by_their_frames(tmp_path):
     assert bad == [i for i, row in enumerate(small.lines(path)) if clip in json.dumps(row)]
 
 
-def test_no_manifest_is_no_guard_and_one_without_pictures_is_named(tmp_path):
+def test_without_a_manifest_there_is_no_filter_and_one_without_pictures_is_named(tmp_path):
     made_for = small.processor()
     assert open_decontamination((), 6, made_for) is None
     path = tmp_path / "words.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "what"}]}) + "\n")
-    with pytest.raises(ManifestError, match="words.jsonl: it shows no picture"):
+    with pytest.raises(ManifestError, match="words.jsonl: it has no picture"):
         open_decontamination((str(path),), 6, made_for)
     with pytest.raises(ManifestError, match="no such manifest"):
         open_decontamination((str(tmp_path / "gone.jsonl"),), 6, made_for)

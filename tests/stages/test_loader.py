@@ -1,4 +1,4 @@
-"""One plan, many hands: any number of ranks makes the same packs in the same steps; errors and ends reach all."""
+"""Any number of ranks makes the same packs in the same steps; errors and the end of a run reach all ranks."""
 
 import os
 import random
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from keye.errors import KeyeError, VideoError
 from keye.processor.processor import Sample
-from stages.data import exchange
-from stages.data.batches import BatchStream
-from stages.data.collate import pack
-from stages.data.items import Cache, Item, Quarantine, from_bytes
-from stages.data.loader import Loader, encoding_threads
-from stages.data.packing.balance import Cost, TowerCost, deal_parts, deal_rounds, deal_sums
+from keye.slowfast.pixels import normalised
+from stages.data.collate import pack, with_share
+from stages.data.items import Cache, Item
+from stages.data.loader import BatchStream, Loader, encoding_threads
+from stages.data.packing.balance import Cost, TowerCost, assign_parts, assign_rounds, assign_sums
 from stages.data.packing.mixture import Mixture
 from stages.data.packing.packer import BalancedPacker
 from stages.data.packing.planner import Planner
+from stages.data.quarantine import Quarantine
 from stages.data.sources.source import Source
 from stages.distributed.parallel import ParallelDims, Piece, build_parallel_dims
 from stages.multitask import Multitask
@@ -38,7 +38,7 @@ ALONE = ParallelDims(0, 1, 1, None)
 
 
 class Numbers:
-    """A stream 0, 1, 2, …; fails at `bad`, and tells how often it was asked."""
+    """A stream 0, 1, 2, …; fails at `bad` and counts its calls."""
 
     def __init__(self, bad: int = -1, seconds: float = 0.0) -> None:
         self.at, self.bad, self.seconds, self.closed = 0, bad, seconds, False
@@ -60,7 +60,7 @@ class Numbers:
         self.closed = True
 
 
-def test_loader_hands_on_what_its_thread_raises():
+def test_loader_raises_the_error_of_its_thread():
     loader = Loader(Numbers(bad=2), ALONE)
     assert [loader.next(), loader.next()] == [0, 1] and loader.state_dict() == {"at": 2}
     for _ in range(2):
@@ -69,8 +69,8 @@ def test_loader_hands_on_what_its_thread_raises():
     loader.close()
 
 
-def test_closed_loader_has_no_thread_left():
-    """A thread that is in the decoder while the interpreter ends aborts the process."""
+def test_closed_loader_has_no_thread():
+    """A thread in the decoder at the end of the interpreter aborts the process."""
     before = set(threading.enumerate())
     loader = Loader(Numbers(seconds=0.3), ALONE)
     loader.next()
@@ -79,14 +79,14 @@ def test_closed_loader_has_no_thread_left():
     assert not set(threading.enumerate()) - before and loader.stream.closed
 
 
-def test_every_credit_is_used_up_where_others_wait_for_it():
+def test_every_credit_is_used_if_other_ranks_wait_for_it():
     loader = Loader(Numbers(), ParallelDims(0, 2, 1, None), ahead=3)
     loader.next(), loader.next()
     loader.close()
     assert loader.stream.at == 5
 
 
-def test_state_is_that_of_what_was_handed_out():
+def test_state_is_that_of_the_last_returned_batch():
     loader = Loader(Numbers(), ALONE, ahead=3)
     loader.next()
     state, second = loader.state_dict(), loader.next()
@@ -106,7 +106,7 @@ def test_encoding_threads_share_the_cores_among_the_processes_of_a_machine(cores
     assert encoding_threads(0) == threads and encoding_threads(3) == 3
 
 
-# --- the feed, on one process and on several
+# --- the stream, on one process and on several
 
 
 def loader_of(manifest: Path, grid: ParallelDims, workers: int = 2) -> Loader:
@@ -136,13 +136,13 @@ def fed(manifest: Path, sequence: int, count: int, state: dict[str, Any] | None 
 
 
 def all_ways(manifest: Path) -> list[tuple[Any, Any]]:
-    """Data-parallel, data-parallel cut in two runs, and as a sequence group."""
+    """Data-parallel, data-parallel in two runs, and as a sequence group."""
     begun = fed(manifest, 1, 2)
     return [fed(manifest, 1, 4), begun, fed(manifest, 1, 2, begun[1]), fed(manifest, 2, 4)]
 
 
 def key(batch: dict[str, Any]) -> tuple[float, ...]:
-    """Tokens and pixels of a pack: the small world asks the same of several clips."""
+    """Tokens and pixels of a pack: the small world has the same question for several clips."""
     pixels = [batch[name] for name in ("pixel_values", "pixel_values_videos") if name in batch]
     weights = [float((p.double().flatten() * torch.arange(p.numel()).remainder(251)).sum()) for p in pixels]
     return *batch["input_ids"][0].tolist(), *weights
@@ -180,7 +180,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 def test_state_of_rank_0_is_the_same_for_every_number_of_ranks(alone, two):
     assert two[0][0][1] == two[0][3][1] == alone[1]
-    assert two[1][0][1] == {"planner": {}}  # who does not plan has none
+    assert two[1][0][1] == {"planner": {}}  # only rank 0 has the planner's state
 
 
 class Counting:
@@ -202,7 +202,7 @@ class Counting:
 
 
 def one_planner() -> tuple[int, int, int, int]:
-    """Collectives of six steps of many short samples, the samples of these, and those drawn and encoded here."""
+    """Collectives of six steps of many short samples, the number of samples, and those drawn and encoded here."""
     draw = random.Random(5)
     source = small.Lengths("f", "text", [draw.randint(2, 6) for _ in range(499)])
     loader = numbers(source, build_parallel_dims(1), packs=2, context=2048)
@@ -215,18 +215,18 @@ def one_planner() -> tuple[int, int, int, int]:
     return calls, samples + before, source.at, len(source.seen)
 
 
-def test_one_rank_plans_for_all_in_a_few_exchanges_a_step():
+def test_one_rank_plans_for_all_with_few_exchanges_per_step():
     (calls, samples, drawn, seen), (_, more, none, other) = run_distributed(one_planner, 2, 360)
     assert samples + more > 14 * 900
     assert drawn and not none  # the other rank draws nothing
-    assert abs(seen - other) <= 0.1 * seen  # but encodes as much
-    assert calls < 6 * 40  # six steps of about a thousand samples, made while the last ones were handed out
+    assert abs(seen - other) <= 0.1 * seen  # but encodes equally many
+    assert calls < 6 * 40  # six steps of about a thousand samples
 
 
-def test_resume_on_another_number_of_ranks_goes_on_in_the_same_order(manifest, alone, two):
+def test_resume_on_another_number_of_ranks_keeps_the_order(manifest, alone, two):
     first, second = two[0][1], two[0][2]
     assert second[1] == alone[1]
-    resumed, state = fed(manifest, 1, 2, first[1])  # begun by two, gone on with by one
+    resumed, state = fed(manifest, 1, 2, first[1])  # started on two ranks, resumed on one
     assert state == alone[1]
     for got, wanted in zip(resumed, alone[0][2:], strict=True):
         assert [key(batch) for batch in got] == [key(batch) for batch in wanted]
@@ -247,24 +247,24 @@ def test_rank_of_a_sequence_group_has_all_tokens_but_only_its_pixels(alone, two)
             assert sorted(map(total, torch.cat(pieces))) == sorted(map(total, torch.cat(whole)))
 
 
-def test_part_of_a_large_still_is_sent_as_the_squares_of_its_tokens():
+def test_part_of_a_large_still_is_sent_as_the_patches_of_its_tokens():
     # A still of 2 × 3 tokens; tokens 1 to 3 are its top middle, top right and bottom left squares.
     pixels = torch.arange(24.0).reshape(24, 1, 1, 1).expand(24, 3, 14, 14)
     ids = torch.full((6,), 5)
     sample = Sample(ids, ids, ids.expand(3, -1), pixels, torch.tensor([[1, 4, 6]]))
-    sent = exchange.part(Item(sample, "s", 0, "image", ""), [Piece(0, 1, 3)], []).sample
+    sent = with_share(Item(sample, "s", 0, "image", ""), ([Piece(0, 1, 3)], [])).sample
     assert sent.pixel_values[:, 0, 0, 0].tolist() == [2, 3, 8, 9, 4, 5, 10, 11, 12, 13, 18, 19]
 
 
 def total(patch: Tensor) -> float:
-    return float(from_bytes(patch).double().sum())
+    return float(normalised(patch).double().sum())
 
 
 # --- bad samples and errors
 
 
 class Faulty(small.Lengths):
-    """Its owner meets something unforeseen at sample 7."""
+    """Its owner gets an error at sample 7."""
 
     def items(self, index: int) -> list[Item]:
         if index == 7:
@@ -279,7 +279,7 @@ def numbers(source: small.Lengths, grid: ParallelDims, packs: int = 2, context: 
     def assemble(items: list[Item]) -> dict[str, Any]:
         return pack([item.sample for item in items]) | {"indices": [item.index for item in items]}
 
-    return Loader(BatchStream(planner, cost, deal_rounds, assemble, grid), grid)
+    return Loader(BatchStream(planner, cost, assign_rounds, assemble, grid), grid)
 
 
 def meets_an_error() -> tuple[str, str]:
@@ -288,9 +288,9 @@ def meets_an_error() -> tuple[str, str]:
         for _ in range(20):
             loader.next()
     except KeyeError as error:
-        said = type(error).__name__, str(error)
+        message = type(error).__name__, str(error)
     loader.close()
-    return said
+    return message
 
 
 def test_error_on_one_rank_is_the_same_on_all():
@@ -303,9 +303,9 @@ def reads_other_data(copies: list[list[int]]) -> tuple[str, str]:
     try:
         loader.next()
     except KeyeError as error:
-        said = type(error).__name__, str(error)
+        message = type(error).__name__, str(error)
     loader.close()
-    return said
+    return message
 
 
 def test_ranks_that_read_different_data_are_named_before_the_first_step():
@@ -328,9 +328,9 @@ def loses_a_sample() -> tuple[str, str]:
         for _ in range(20):
             loader.next()
     except KeyeError as error:
-        said = type(error).__name__, str(error)
+        message = type(error).__name__, str(error)
     loader.close()
-    return said
+    return message
 
 
 def test_planned_samples_must_arrive():
@@ -339,7 +339,7 @@ def test_planned_samples_must_arrive():
 
 
 class Books(small.Lengths):
-    """Every sample is a document of so many parts as its length says, of 7 tokens each."""
+    """Every sample is a document with its length as the number of parts, of 7 tokens each."""
 
     def items(self, index: int) -> list[Item]:
         self.seen.append(index)
@@ -347,7 +347,7 @@ class Books(small.Lengths):
         return [Item(small.text_sample(7, 3 + 7 * i), self.name, index, "text", "", i) for i in range(count)]
 
 
-def test_parts_of_split_documents_are_trained_on_once_each_also_after_a_resume():
+def test_parts_of_split_documents_are_trained_on_once_also_after_a_resume():
     def read(state: dict[str, Any] | None, steps: int) -> tuple[list[Any], dict[str, Any], Books]:
         source = Books("b", "text", [1, 9, 4])
         loader = numbers(source, ALONE)
@@ -362,14 +362,14 @@ def test_parts_of_split_documents_are_trained_on_once_each_also_after_a_resume()
     begun, state, _ = read(None, 5)
     resumed, _, source = read(state, 7)
     assert begun + resumed == whole
-    assert len(source.seen) == len(set(source.seen))  # what waits of a document is encoded at once
+    assert len(source.seen) == len(set(source.seen))  # the waiting parts of a document are encoded together
     trained = [(index, first) for indices, ids in whole for index, first in zip(indices, ids[::7], strict=True)]
     assert len(trained) == len(set(trained))
     first = {index for index, _ in trained[: len(trained) // 2]}
     assert all((index, 3 + 7 * i) in trained for index in first for i in range([1, 9, 4][index % 3]))
 
 
-def test_only_the_owner_encodes_and_bad_samples_are_passed_over():
+def test_only_the_owner_encodes_and_bad_samples_are_skipped():
     found = run_distributed(owners, 2, 360)
     for rank, (seen, indices) in enumerate(found):
         assert seen and all(index % 2 == rank for index in seen)
@@ -386,23 +386,23 @@ def owners() -> tuple[list[int], list[int]]:
     return source.seen, indices
 
 
-# --- dealing
+# --- assigning packs to ranks
 
 
 def test_rounds_are_of_packs_that_cost_the_same():
     # 9 and 5 make a round, 2 and 1 the next, where the rank that had 9 gets 1.
-    assert deal_rounds([5, 1, 9, 2], 2) == [[[2], [1]], [[0], [3]]]
+    assert assign_rounds([5, 1, 9, 2], 2) == [[[2], [1]], [[0], [3]]]
 
 
-def test_sums_are_equal_with_as_many_samples_each():
+def test_sums_are_similar_with_equally_many_samples():
     # 9 | 5 · 5, 4 → 9 | 9 · 4 → the first · 3 has to go to the second, 1 to the first: 9 + 4 + 1 | 5 + 4 + 3.
-    assert deal_sums([9, 5, 4, 4, 3, 1], 2) == [[0, 3, 5], [1, 2, 4]]
+    assert assign_sums([9, 5, 4, 4, 3, 1], 2) == [[0, 3, 5], [1, 2, 4]]
 
 
 def test_parts_of_a_round_cost_the_same():
     # Four groups of two: 9 + 1, 8 + 2, 7 + 3, 6 + 4; 1,000 and 900 share a round.
-    assert deal_parts([9, 8, 7, 6, 4, 3, 2, 1], 2, 2) == [[[0, 7], [2, 5]], [[1, 6], [3, 4]]]
-    first, second = deal_parts([1000, 900, 8, 7, 1, 1, 1, 1], 2, 2)
+    assert assign_parts([9, 8, 7, 6, 4, 3, 2, 1], 2, 2) == [[[0, 7], [2, 5]], [[1, 6], [3, 4]]]
+    first, second = assign_parts([1000, 900, 8, 7, 1, 1, 1, 1], 2, 2)
     assert {first[0][0], second[0][0]} == {0, 1} and len(first) == len(second) == 2
     assert sorted(i for share in (first, second) for part in share for i in part) == list(range(8))
 

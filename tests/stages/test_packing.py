@@ -1,4 +1,4 @@
-"""Packs are whole and apart, and closed exactly; kinds keep their shares; a resumed source goes on."""
+"""Packs have separate documents and are filled exactly; kinds keep their shares; a resumed source continues."""
 
 from itertools import combinations
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.errors import RecipeError
+from keye.slowfast.pixels import normalised
 from stages.data.collate import pack
-from stages.data.items import from_bytes
 from stages.data.packing.closing import fill
 from stages.recipe import SourceRecipe
 from stages.stage import _shares
@@ -19,14 +19,14 @@ from tests.stages import small
 def test_pack_literal():
     row = pack([small.text_sample(3, first=10), small.text_sample(2, first=20)], multiple=4, pad=9)
     assert row["input_ids"].tolist() == [[10, 11, 12, 20, 21, 9, 9, 9]]
-    # The label at i is token i + 1; the last of a document predicts nothing, nor does the filling.
+    # The label at i is token i + 1; neither the last token of a document nor the padding has one.
     assert row["shift_labels"].tolist() == [[11, 12, -100, 21, -100, -100, -100, -100]]
     assert row["cu_seqlens"].tolist() == [0, 3, 5, 8] and row["cu_seqlens"].dtype == torch.int32
     assert row["position_ids"].tolist() == [[[0, 1, 2, 0, 1, 0, 1, 2]]] * 3
     assert set(row) == {"input_ids", "shift_labels", "cu_seqlens", "position_ids"}
 
 
-def test_pack_needs_no_filling_when_it_fits():
+def test_pack_of_the_right_length_has_no_padding():
     row = pack([small.text_sample(3), small.text_sample(5)], multiple=4)
     assert row["cu_seqlens"].tolist() == [0, 3, 8]
 
@@ -43,7 +43,7 @@ def test_pixels_follow_in_stream_order():
 
 @settings(max_examples=200, deadline=None)
 @given(room=st.integers(0, 60), sizes=st.lists(st.integers(1, 40), max_size=9))
-def test_fill_is_as_full_as_any_choice_can_be(room, sizes):
+def test_fill_has_the_largest_possible_sum(room, sizes):
     chosen = fill(room, sizes)
     sums = {sum(part) for n in range(len(sizes) + 1) for part in combinations(sizes, n)}
     assert sum(sizes[i] for i in chosen) == max(total for total in sums if total <= room)
@@ -54,13 +54,13 @@ def test_fill_takes_the_earlier_of_equal_sums():
     assert fill(6, [2, 4, 6, 2]) == [0, 1]
 
 
-def test_bytes_stay_bytes_unless_floats_stand_beside_them():
+def test_bytes_stay_bytes_unless_joined_with_floats():
     samples = [small.text_sample(3) for _ in range(2)]
     for sample in samples:
         sample.pixel_values = torch.full((4, 3, 14, 14), 51, dtype=torch.uint8)
         sample.image_grid_thw = torch.tensor([[1, 2, 2]])
     assert pack(samples)["pixel_values"].dtype == torch.uint8
-    samples[1].pixel_values = from_bytes(samples[1].pixel_values)
+    samples[1].pixel_values = normalised(samples[1].pixel_values)
     joined = pack(samples)["pixel_values"]
     assert joined.dtype == torch.float32 and joined.unique().tolist() == pytest.approx([51 / 127.5 - 1])
 
@@ -87,7 +87,7 @@ def manifest(tmp_path_factory):
 
 
 @pytest.mark.parametrize("after", [0, 3, 4, 6])
-def test_resumed_source_goes_on_over_the_end_of_its_epoch(manifest, after):
+def test_resumed_source_continues_over_the_end_of_its_epoch(manifest, after):
     processor = small.processor()
     whole = small.source(manifest, "text", processor)
     order = [whole.draw() for _ in range(12)]

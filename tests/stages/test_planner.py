@@ -1,4 +1,4 @@
-"""Steps of packs: full, of equal cost, in the mixture's shares; the same after a resume; nothing is lost or starves."""
+"""Packs are full, of equal cost and in the mixture's shares, also after a resume; no sample is lost."""
 
 import random
 
@@ -7,17 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keye.errors import CheckpointError
-from stages.data.packing.balance import deal_rounds
+from stages.data.packing.balance import assign_rounds
 from stages.data.packing.mixture import Mixture
 from stages.data.packing.packer import BalancedPacker, PairPacker
-from stages.data.packing.planner import Block, Found, Meta, Planner
+from stages.data.packing.planner import Planner
+from stages.data.packing.samples import Block, Encoded, Meta
 from tests.stages import small
 
 PER_TOKEN = 10
 
 
 class Plans:
-    """A planner with made-up samples: kind → (share, tokens of each, excess per token)."""
+    """A planner with synthetic samples: kind → (share, tokens of each, excess per token)."""
 
     def __init__(self, parts: dict[str, tuple[float, list[int], int]], former: BalancedPacker | PairPacker) -> None:
         self.parts = parts
@@ -40,10 +41,10 @@ class Plans:
             [self.meta(names[source], index) for source, index, _ in pack.refs] for pack in self.planner.plan().packs()
         ]
 
-    def encoded(self, block: Block) -> Found:
+    def encoded(self, block: Block) -> Encoded:
         names = self.planner.mixture.names
         metas = [self.meta(names[s], i) for s, i in zip(block.source.tolist(), block.index.tolist(), strict=True)]
-        return Found.of(names, metas)
+        return Encoded.of(names, metas)
 
 
 def lengths(seed: int, low: int, high: int, count: int = 499) -> list[int]:
@@ -75,7 +76,7 @@ def test_nothing_is_lost_and_no_pack_is_over_the_context(numbers, context, packs
         for pack in step:
             assert pack and sum(meta.tokens for meta in pack) <= context
             seen += [meta.index for meta in pack]
-    # What was drawn is in one pack, in the pool, on its way, or bad: each once.
+    # Each drawn sample is exactly once in a pack, in the pool, in flight, or bad.
     waiting = plans.planner.pool.index.tolist()
     waiting += [index for block in plans.planner.flight for index in block.index.tolist()]
     drawn = range(plans.planner.mixture.sources["text"].at)
@@ -94,42 +95,42 @@ def test_packs_are_full_and_shares_are_kept(packs):
 
 
 @pytest.mark.parametrize(("packs", "ranks"), [(4, 2), (16, 2), (16, 4)])
-def test_no_rank_waits_long_for_another(packs, ranks):
+def test_packs_of_a_round_have_similar_costs(packs, ranks):
     plans, slowest, mean = Plans(three_kinds(), BalancedPacker(8192, packs, PER_TOKEN)), 0.0, 0.0
     for _ in range(20):
         costs = [sum(meta.tokens * PER_TOKEN + meta.excess for meta in pack) for pack in plans.step()]
-        for round_ in zip(*deal_rounds(costs, ranks), strict=True):
+        for round_ in zip(*assign_rounds(costs, ranks), strict=True):
             of_ranks = [costs[pack] for (pack,) in round_]
             slowest, mean = slowest + max(of_ranks), mean + sum(of_ranks) / ranks
     assert slowest < 1.05 * mean
 
 
-def test_no_sample_waits_for_ever():
-    parts = three_kinds() | {"image": (0.50, [*lengths(2, 40, 400), 6000], 8)}  # one that nothing matches
+def test_no_sample_waits_forever():
+    parts = three_kinds() | {"image": (0.50, [*lengths(2, 40, 400), 6000], 8)}  # one without similar samples
     plans = Plans(parts, BalancedPacker(8192, 4, PER_TOKEN))
     for _ in range(60):
         plans.step()
         assert (plans.planner.step - plans.planner.pool.born <= 2 * BalancedPacker.patience).all()
 
 
-def test_sample_that_nothing_matches_waits_while_its_kind_has_others():
+def test_sample_without_similar_ones_waits_while_its_kind_has_others():
     parts = {"text": (0.5, lengths(4, 20, 60), 0), "image": (0.5, [600, *lengths(5, 20, 60, 150)], 40)}
-    plans, left = Plans(parts, BalancedPacker(1000, 4, PER_TOKEN, alike=2)), []
+    plans, left = Plans(parts, BalancedPacker(1000, 4, PER_TOKEN, balanced_packs=2)), []
     for number in range(12):
         left += [number for pack in plans.step() for meta in pack if meta.tokens == 600]
-    # It was in the pool before the first step; only its age brings it out.
+    # It was in the pool before the first step and leaves it because of its age.
     assert 0 < left[0] <= BalancedPacker.patience
 
 
 @pytest.mark.parametrize("alike", [1, 2, 4])
-def test_dear_samples_come_as_many_at_once_as_ranks_meet(alike):
+def test_expensive_samples_come_in_groups_of_a_round(alike):
     parts = {"text": (0.6, lengths(4, 5, 60), 0), "video": (0.3, lengths(5, 20, 90), 5), "image": (0.1, [600], 40)}
     plans, steps = Plans(parts, BalancedPacker(1000, 4, PER_TOKEN, alike)), []
     for number in range(120):
-        dear = [pack for pack in plans.step() if any(meta.tokens == 600 for meta in pack)]
-        if dear and number >= 60:  # at first too many are drawn, because their length is not known; then none for long
-            steps.append(len(dear))
-            costs = [sum(meta.tokens * PER_TOKEN + meta.excess for meta in pack) for pack in dear]
+        expensive = [pack for pack in plans.step() if any(meta.tokens == 600 for meta in pack)]
+        if expensive and number >= 60:  # at first too many are drawn, because their length is unknown
+            steps.append(len(expensive))
+            costs = [sum(meta.tokens * PER_TOKEN + meta.excess for meta in pack) for pack in expensive]
             assert max(costs) < 1.05 * min(costs)
     assert len(steps) > 3 and all(count % alike == 0 for count in steps)
 
@@ -141,7 +142,7 @@ def test_resumed_planner_makes_the_same_steps(after, former):
     for _ in range(after):
         whole.step(), begun.step()
     state = begun.planner.state_dict()
-    for _ in range(3):  # what comes after the state was taken does not change it
+    for _ in range(3):  # later steps do not change the state
         begun.step()
     resumed = Plans(three_kinds(), former)
     blocks = resumed.planner.load_state_dict(state)
@@ -159,10 +160,10 @@ def test_pairs_of_a_step_keep_their_shares():
         assert share == pytest.approx(plans.parts[kind][0], abs=0.01)
 
 
-def test_step_of_many_short_samples_takes_as_few_blocks_as_one_of_long_ones():
+def test_step_of_short_samples_takes_as_few_blocks_as_one_of_long_ones():
     parts = {"text": (1.0, lengths(6, 8, 40), 1)}
     plans = Plans(parts, BalancedPacker(8192, 8, PER_TOKEN))
-    for _ in range(3):  # at first nothing is known of the lengths
+    for _ in range(3):  # at first the lengths are unknown
         plans.step()
     plans.blocks = 0
     for _ in range(6):

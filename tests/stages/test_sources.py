@@ -1,4 +1,4 @@
-"""One bad line costs itself alone: it is counted, written to quarantine.jsonl with file and line, and passed over."""
+"""A bad line is counted, written to quarantine.jsonl with file and line, and skipped; the others are served."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from keye.errors import KeyeError, ManifestError
-from stages.data.items import Cache, Item, Quarantine
+from stages.data.items import Cache, Item
+from stages.data.quarantine import Quarantine
 from stages.data.sources.chat import caption_of, kind_of
 from stages.data.sources.source import Source
 from stages.recipe import SourceRecipe
@@ -31,7 +32,7 @@ def served(source: Source, count: int) -> list[Item]:
     items: list[Item] = []
     while len(items) < count:
         item = source.item(source.draw())
-        source.result(item is not None)
+        source.results(np.array([item is not None]))
         items += [item] if item is not None else []
     return items
 
@@ -109,7 +110,7 @@ def test_odd_line_never_stops_a_run(manifest, processor, tmp_path, line):
     source = small.source(path, "text", processor, quarantine)
     found = {item.index for item in served(source, 6)}
     assert found >= {0, 2}
-    # Either the line was odd but good, or it was written down.
+    # Either the line was odd but good, or it was quarantined.
     assert (1 in found) != (2 in {row["line"] for row in quarantine.rows()})
 
 
@@ -156,7 +157,7 @@ def test_text_longer_than_the_context_becomes_consecutive_documents(manifest, pr
     learned = [item.sample.labels[item.sample.labels != -100] for item in parts]
     assert torch.equal(torch.cat(learned), whole.labels[whole.labels != -100])
     opening = int((whole.labels != -100).nonzero()[0])
-    for item in parts:  # each is a document of its own, opened like the whole
+    for item in parts:  # each is a separate document with the same opening
         assert torch.equal(item.sample.input_ids[:opening], whole.input_ids[:opening])
         assert torch.equal(item.sample.position_ids, torch.arange(item.tokens).expand(3, -1))
         labels, ids = item.sample.labels, item.sample.input_ids
@@ -182,12 +183,12 @@ def test_source_of_bad_samples_ends_the_run_with_their_reasons(manifest, process
             items = [source.items(index) for index in indices]
             good = np.array([bool(found) for found in items])
             source.results(good, {place: source.bad[index] for place, index in enumerate(indices)})
-    # As many bad ones as are allowed go on.
-    calm = small.source(path, "video", processor, max_bad_fraction=0.5)
+    # The allowed number of bad samples does not end the run.
+    allowed = small.source(path, "video", processor, max_bad_fraction=0.5)
     for _ in range(40):
-        calm.results(np.array([True, False] * 50), {place: "gone" for place in range(1, 100, 2)})
+        allowed.results(np.array([True, False] * 50), {place: "gone" for place in range(1, 100, 2)})
     with pytest.raises(ManifestError, match="501 of its last 1000"):
-        calm.results(np.array([False] * 2), {0: "gone", 1: "gone"})
+        allowed.results(np.array([False] * 2), {0: "gone", 1: "gone"})
 
 
 def test_stream_of_unreadable_rows_ends_the_run(manifest, processor):
@@ -197,10 +198,10 @@ def test_stream_of_unreadable_rows_ends_the_run(manifest, processor):
         [source.items(index) for index in range(600)]
 
 
-def test_torn_line_of_the_quarantine_is_passed_over_and_every_rank_has_its_file(tmp_path):
+def test_incomplete_line_of_the_quarantine_is_skipped_and_every_rank_has_its_file(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     Quarantine(path).add("a.jsonl", 1, "gone")
-    with path.open("a") as file:  # two processes wrote at once, and one was killed within its line
+    with path.open("a") as file:  # two processes wrote concurrently, and one was killed in its line
         file.write('{"file": "a.jsonl", "li{"file": "a.jsonl", "line": 3, "reason": "gone"}\n[1]\n{"file": "a.js')
     again, other = Quarantine(path), Quarantine(path, rank=3)
     assert {row["line"] for row in again.rows()} == {1}
@@ -212,7 +213,7 @@ def test_torn_line_of_the_quarantine_is_passed_over_and_every_rank_has_its_file(
     }  # fmt: skip
 
 
-def test_copies_of_a_manifest_are_told_apart_by_their_rows_and_contents(manifest, processor, tmp_path):
+def test_copies_of_a_manifest_are_distinguished_by_rows_and_contents(manifest, processor, tmp_path):
     rows = [chat("red"), chat("blue")]
     copies = []
     for name, lines in {"one": rows, "same": rows, "more": [*rows, chat("red")], "other": rows[::-1]}.items():
@@ -226,20 +227,20 @@ def test_copies_of_a_manifest_are_told_apart_by_their_rows_and_contents(manifest
     assert all(mark not in copies[:2] for mark in copies[4:]) and copies[4]["rows"] == 3
 
 
-def test_only_bad_lines_is_an_error_that_says_where_to_look(manifest, processor):
+def test_a_manifest_of_bad_lines_is_an_error_that_names_the_quarantine(manifest, processor):
     source = small.source(beside(manifest, "none.jsonl", [clip("gone.mp4")] * 3), "video", processor)
     with pytest.raises(ManifestError, match="none of its samples can be used; see quarantine.jsonl"):
         served(source, 1)
 
 
-def test_manifest_that_is_missing_or_too_small_is_named(manifest, processor, tmp_path):
+def test_missing_or_too_small_manifest_is_named(manifest, processor, tmp_path):
     with pytest.raises(ManifestError, match="nowhere.jsonl: no such manifest"):
         small.source(tmp_path / "nowhere.jsonl", "text", processor)
-    with pytest.raises(ManifestError, match="one.jsonl: no image samples in it"):
+    with pytest.raises(ManifestError, match="one.jsonl: no image samples; correct"):
         small.source(beside(manifest, "one.jsonl", [chat("red")]), "image", processor)
 
 
-def test_resumed_run_writes_a_bad_line_once_and_takes_it_when_mended(manifest, processor, tmp_path):
+def test_resumed_run_writes_a_bad_line_once_and_uses_it_when_corrected(manifest, processor, tmp_path):
     path = beside(manifest, "mended.jsonl", [chat("red"), clip("late.mp4"), "{"])
     clips, file = manifest.parent / "clips", tmp_path / "quarantine.jsonl"
     for _ in range(2):
@@ -251,18 +252,18 @@ def test_resumed_run_writes_a_bad_line_once_and_takes_it_when_mended(manifest, p
     assert served(small.source(path, "video", processor, Quarantine(file)), 1)[0].index == 1
 
 
-def test_draws_are_the_same_whoever_draws_and_each_has_one_owner_for_ever(manifest, processor):
+def test_draws_are_the_same_on_every_rank_and_each_sample_has_one_owner(manifest, processor):
     sources = [small.source(manifest, "video", processor) for _ in range(3)]
     draws = [[source.draw() for _ in range(12)] for source in sources]
     assert draws[0] == draws[1] == draws[2]
     epochs = [draws[0][at : at + 4] for at in (0, 4, 8)]
     assert all(sorted(epoch) == sources[0].rows.indices.tolist() for epoch in epochs)
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
-    owners = [[source.owner(index, 3) for index in sources[0].rows.indices] for source in sources]
+    owners = [source.owners(sources[0].rows.indices, 3).tolist() for source in sources]
     assert owners[0] == owners[1] == owners[2] == [0, 1, 2, 0]
 
 
-def test_draws_go_on_from_a_state_in_the_middle_of_an_epoch(manifest, processor):
+def test_draws_continue_from_a_state_in_the_middle_of_an_epoch(manifest, processor):
     whole, begun, resumed = (small.source(manifest, "text", processor) for _ in range(3))
     order = [whole.draw() for _ in range(14)]
     assert [begun.draw() for _ in range(6)] == order[:6]
@@ -270,7 +271,7 @@ def test_draws_go_on_from_a_state_in_the_middle_of_an_epoch(manifest, processor)
     assert [resumed.draw() for _ in range(8)] == order[6:]
 
 
-def test_families_choose_the_lines(manifest, processor):
+def test_families_select_the_lines(manifest, processor):
     recipe = SourceRecipe(str(manifest), "image", families=("image_read",))
     source = Source(recipe, processor, 0, Cache(0), Quarantine())
     assert {small.lines(manifest)[i]["family"] for i in source.rows.indices} == {"image_read"}
@@ -278,7 +279,7 @@ def test_families_choose_the_lines(manifest, processor):
         Source(SourceRecipe(str(manifest), "image", families=("count",)), processor, 0, Cache(0), Quarantine())
 
 
-def test_run_folder_is_put_into_the_path_but_not_into_the_name(manifest, processor):
+def test_run_folder_is_in_the_path_but_not_in_the_name(manifest, processor):
     recipe = SourceRecipe("{run}/train.jsonl", "text")
     source = Source(recipe, processor, 0, Cache(0), Quarantine(), run=str(manifest.parent))
     assert source.name == "{run}/train.jsonl#text" and served(source, 1)[0].source == source.name
@@ -293,7 +294,7 @@ def test_parquet_gives_the_same_samples(manifest, processor, tmp_path):
         assert torch.equal(first.sample.input_ids, second.sample.input_ids)
 
 
-def test_cache_gives_back_the_very_pixels_and_keeps_to_its_limit(manifest, processor):
+def test_cache_returns_the_same_pixels_within_its_limit(manifest, processor):
     plain = small.source(manifest, "video", processor)
     plain.cache.limit = 0
     cached = small.source(manifest, "video", processor)
@@ -314,13 +315,13 @@ def test_kind_is_the_most_expensive_medium_of_a_chat():
     assert kind_of([{"role": "user", "content": "hello"}]) == "text"
 
 
-def test_caption_is_all_that_the_assistant_says():
-    said = [{"type": "text", "text": "a red disc"}]
-    chat_ = [{"role": "assistant", "content": said}, {"role": "user", "content": "and"}]
+def test_caption_is_all_text_of_the_assistant():
+    message = [{"type": "text", "text": "a red disc"}]
+    chat_ = [{"role": "assistant", "content": message}, {"role": "user", "content": "and"}]
     assert caption_of([*chat_, {"role": "assistant", "content": "a blue one"}]) == "a red disc a blue one"
 
 
-def test_threads_encode_what_one_alone_does(manifest, processor):
+def test_threads_encode_the_same_as_one_thread(manifest, processor):
     alone, shared = (small.source(manifest, "video", processor) for _ in range(2))
     indices = [alone.draw() for _ in range(8)]
     with ThreadPoolExecutor(4) as threads:

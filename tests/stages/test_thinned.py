@@ -1,4 +1,4 @@
-"""Stage 0 is native-resolution; what any stage makes smaller to fit is counted each step, logged, and summed up."""
+"""Stage 0 has native resolution; samples made smaller to fit are counted each step, logged, and summed."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from stages import recipe as recipes
-from stages.data.sources.source import Cache, Quarantine
-from stages.data.thinned import WarningLog, count_thinned, kind_of_warning
+from stages.data.items import Cache, count_thinned
+from stages.data.quarantine import Quarantine, WarningLog, kind_of_warning
 from stages.distributed import engine as deep
 from stages.distributed.parallel import ParallelDims, build_parallel_dims
 from stages.multitask import Multitask
@@ -60,7 +60,7 @@ def test_stage_0_of_the_8b_recipe_keeps_stills_at_their_native_size(stills):
 
 
 def test_still_larger_than_the_context_is_made_smaller_counted_and_not_quarantined(stills):
-    """What the comment in keye_8b.toml says of `processor.image`, at a context of 1,024."""
+    """As in the comment on `processor.image` in keye_8b.toml, at a context of 1,024."""
     made, quarantine = small.processor(), Quarantine()
     made.image = IMAGE
     opened = small.source(stills, "image", made, quarantine, limit=1024)
@@ -77,18 +77,18 @@ def train(stills: Path, folder: Path, stage: str) -> None:
     made.image = IMAGE
     source = recipes.SourceRecipe(str(stills), "image", stages=(stage,))
     common = {"steps": 2, "learning_rate": 1e-4, "mixture": {"image": 1.0}}
-    told = {
+    settings = {
         "multitask": StageRecipe(context=1024, global_batch_size=2, **common),
         "vision": recipes.VisionRecipe(pairs=2, text_layers=1, **common),
     }[stage]
-    whole = recipes.Recipe("test", recipes.DataRecipe((source,)), **{stage: told})
+    whole = recipes.Recipe("test", recipes.DataRecipe((source,)), **{stage: settings})
     mixture = open_mixture(stage, whole, made, grid, Cache(1 << 28), Quarantine(), "")
-    kind = {"multitask": Multitask, "vision": Vision}[stage](told, made)
+    kind = {"multitask": Multitask, "vision": Vision}[stage](settings, made)
     module = kind.prepare(small.model(made)).train()
     model = small.model(made)
     loader = kind.loader(mixture, grid, model, 1)
-    batches = told.global_batch_size // grid.data_size if stage == "multitask" else 1
-    Trainer(kind, module, loader, grid, told, folder / stage, batches, "fp32").run()
+    batches = settings.global_batch_size // grid.data_size if stage == "multitask" else 1
+    Trainer(kind, module, loader, grid, settings, folder / stage, batches, "fp32").run()
 
 
 def both(stills: Path, folder: Path) -> None:
@@ -109,18 +109,18 @@ def rows(metrics: Path) -> list[dict[str, Any]]:
 
 def test_metrics_count_what_every_step_thinned_over_all_ranks(trained):
     for row in rows(trained / "multitask" / "metrics.jsonl"):
-        # A still that was made smaller fills a pack with what stands round it; the small ones are 100 tokens each.
+        # A still that was made smaller fills a pack with its text; the small ones have 100 tokens each.
         assert row["thinned"] == row["warned"] > 0
         assert 2880 * row["thinned"] < row["thinned_tokens"] < 2980 * row["thinned"]
     for row in rows(trained / "vision" / "metrics.jsonl"):
         assert row["thinned"] == row["thinned_tokens"] == row["warned"] == 0
 
 
-def test_a_stages_sum_is_said_at_its_end_and_in_the_report(trained):
+def test_the_sum_of_a_stage_is_in_its_last_message_and_in_the_report(trained):
     metrics = trained / "multitask" / "metrics.jsonl"
     count, given = (sum(row[name] for row in rows(metrics)) for name in ("thinned", "thinned_tokens"))
-    said = findings.thinned(metrics)
-    assert said.startswith(f"{count:,} samples were made smaller to fit the context and gave up {given:,} visual")
+    message = findings.thinned(metrics)
+    assert message.startswith(f"{count:,} samples were made smaller to fit the context and lost {given:,} visual")
     assert findings.thinned(trained / "vision" / "metrics.jsonl") == ""
 
 

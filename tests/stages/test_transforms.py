@@ -1,4 +1,4 @@
-"""Transforms against chats written out by hand; chance decides only between forms that are all right."""
+"""Transforms compared with hand-written chats; the random generator only chooses between correct forms."""
 
 import random
 import re
@@ -46,13 +46,13 @@ def test_caption_first_asks_for_the_caption_before_the_question():
     }
 
 
-def test_caption_last_asks_for_the_caption_behind_the_answer():
+def test_caption_last_asks_for_the_caption_after_the_answer():
     row = {"messages": [user(VIDEO, words("what colour")), assistant("red")], "caption": "a red hat falls"}
-    told = changed(row, "caption_last")["messages"]
-    assert told == [*row["messages"], user("Describe the video."), assistant("a red hat falls")]
+    turns = changed(row, "caption_last")["messages"]
+    assert turns == [*row["messages"], user("Describe the video."), assistant("a red hat falls")]
 
 
-def test_caption_either_is_one_of_both_and_both_come():
+def test_caption_either_is_one_of_both_and_both_occur():
     row = {"messages": ASKED, "caption": "a red hat"}
     both = [changed(row, "caption_first"), changed(row, "caption_last")]
     drawn = [changed(row, "caption_either", seed=seed) for seed in range(20)]
@@ -68,7 +68,7 @@ def test_caption_either_is_one_of_both_and_both_come():
     ],
     ids=["no caption", "only the caption", "no media"],
 )
-def test_captions_leave_alone_what_has_no_second_thing_to_say(row):
+def test_captions_do_not_change_rows_without_a_separate_caption(row):
     assert changed(row, "caption_first") == changed(row, "caption_last") == row
 
 
@@ -82,13 +82,13 @@ OBJECTS = [
 def test_objects_are_asked_for_by_kind_and_counted():
     row = {"messages": ASKED, "objects": OBJECTS, "size": [400, 400]}
     for seed in range(6):
-        told = changed(row, "objects", seed=seed)["messages"]
-        assert told[:2] == ASKED and len(told) == 8
-        assert "cat" in told[2]["content"] and told[3] == assistant("[0, 0, 999, 999]")
-        # From top to bottom, as one reads.
-        assert "hats" in told[4]["content"] and told[5] == assistant("[[50, 250, 75, 500], [250, 750, 375, 999]]")
+        turns = changed(row, "objects", seed=seed)["messages"]
+        assert turns[:2] == ASKED and len(turns) == 8
+        assert "cat" in turns[2]["content"] and turns[3] == assistant("[0, 0, 999, 999]")
+        # From top to bottom.
+        assert "hats" in turns[4]["content"] and turns[5] == assistant("[[50, 250, 75, 500], [250, 750, 375, 999]]")
         counted = {"cat": "1", "hats": "2"}
-        assert told[7] == assistant(next(n for label, n in counted.items() if label in told[6]["content"]))
+        assert turns[7] == assistant(next(n for label, n in counted.items() if label in turns[6]["content"]))
 
 
 def test_boxes_in_fractions_need_no_size_and_bad_ones_are_named():
@@ -96,7 +96,7 @@ def test_boxes_in_fractions_need_no_size_and_bad_ones_are_named():
     assert changed(row, "objects")["messages"][3] == assistant("[250, 0, 500, 999]")
     short, outside = {"label": "cat", "box": [1, 2, 3]}, {"label": "cat", "box": [0, 0, 2, 1]}
     for objects in ([{"label": "cat"}], [short], [outside], [3]):
-        with pytest.raises(ManifestError, match="no list of label and box"):
+        with pytest.raises(ManifestError, match="not a list of label and box"):
             changed({"messages": ASKED, "objects": objects}, "objects")
 
 
@@ -104,13 +104,14 @@ def test_thousandths_are_integers_below_a_thousand():
     assert [thousandth(value, 200) for value in (0, 0.05, 100, 199.9, 200)] == [0, 0, 500, 999, 999]
 
 
-def test_trap_asks_for_what_another_has_and_this_one_has_not():
+def test_trap_asks_for_an_object_that_only_another_sample_has():
     row = {"messages": ASKED, "objects": OBJECTS, "size": [400, 400]}
     other = {"messages": ASKED, "objects": [{"label": label, "box": [0, 0, 1, 1]} for label in ("dog", "cat")]}
     for seed in range(6):
-        told = changed(row, "trap", seed=seed, others=[other, row])["messages"]
-        assert told[:2] == ASKED and len(told) == 4
-        assert "dog" in told[2]["content"] and re.fullmatch("(There is|It shows) no dog( in it)?.", told[3]["content"])
+        turns = changed(row, "trap", seed=seed, others=[other, row])["messages"]
+        assert turns[:2] == ASKED and len(turns) == 4
+        assert "dog" in turns[2]["content"]
+        assert re.fullmatch("(There is|It shows) no dog( in it)?.", turns[3]["content"])
     assert changed(row, "trap", others=[row]) == row
 
 
@@ -120,77 +121,77 @@ GALLERY = [
 ]
 
 
-def gallery(messages: list[dict]) -> tuple[list[str], str]:
-    """The images' paths in order and the question; checks that every image stands behind its number."""
-    parts = messages[0]["content"]
+def gallery(turns: list[dict]) -> tuple[list[str], str]:
+    """The images' paths in order and the question; checks that every image follows its number."""
+    parts = turns[0]["content"]
     shown = [part["image"] for part in parts if part["type"] == "image"]
     assert [part["text"] for part in parts[:-1:3]] == [f"Image {n}: " for n in range(1, len(shown) + 1)]
     return shown, parts[-1]["text"]
 
 
-def test_which_image_is_answered_by_the_number_of_the_image_that_the_caption_is_of():
+def test_which_image_is_answered_by_the_number_of_the_captions_image():
     sizes = set()
     for seed in range(12):
-        told = changed(GALLERY[seed], "which_image", seed=seed, others=GALLERY)["messages"]
-        shown, question = gallery(told)
-        assert f"hat {seed}. " in question and shown[int(told[1]["content"]) - 1] == f"{seed}.png"
+        turns = changed(GALLERY[seed], "which_image", seed=seed, others=GALLERY)["messages"]
+        shown, question = gallery(turns)
+        assert f"hat {seed}. " in question and shown[int(turns[1]["content"]) - 1] == f"{seed}.png"
         assert len(set(shown)) == len(shown) and f"{len(shown)} images" in question
         sizes.add(len(shown))
     assert min(sizes) >= 6 and max(sizes) <= 24 and len(sizes) > 3
 
 
-def test_nth_image_is_described_and_one_that_is_not_there_is_refused():
+def test_nth_image_is_described_and_a_missing_one_is_refused():
     refused = 0
     for seed in range(40):
-        told = changed(GALLERY[seed], "nth_image", seed=seed, others=GALLERY)["messages"]
-        shown, question = gallery(told)
+        turns = changed(GALLERY[seed], "nth_image", seed=seed, others=GALLERY)["messages"]
+        shown, question = gallery(turns)
         number = int(re.fullmatch(r"Describe image (\d+).", question)[1])
         if number > len(shown):
             refused += 1
-            assert told[1] == assistant(f"There are only {len(shown)} images.")
+            assert turns[1] == assistant(f"There are only {len(shown)} images.")
         else:
-            assert shown[number - 1] == f"{seed}.png" and told[1] == assistant(f"hat {seed}.")
+            assert shown[number - 1] == f"{seed}.png" and turns[1] == assistant(f"hat {seed}.")
     assert 0 < refused < 20
 
 
 def test_images_of_one_caption_are_never_shown_together():
     twins = [{**row, "caption": "a hat"} for row in GALLERY[:3]]
     assert changed(twins[0], "which_image", others=twins) == twins[0]
-    told = changed(twins[0], "which_image", others=[*twins, GALLERY[9]])["messages"]
-    assert sorted(gallery(told)[0]) == ["0.png", "9.png"]
+    turns = changed(twins[0], "which_image", others=[*twins, GALLERY[9]])["messages"]
+    assert sorted(gallery(turns)[0]) == ["0.png", "9.png"]
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_the_same_chance_gives_the_same_chat_and_the_row_stays_as_it_was(name):
+def test_the_same_seed_gives_the_same_chat_and_the_row_is_unchanged(name):
     row = {"messages": ASKED, "objects": OBJECTS, "size": [400, 400], "caption": "a hat"}
     before = repr(row)
     assert changed(row, name, seed=3, others=GALLERY) == changed(row, name, seed=3, others=GALLERY)
     assert repr(row) == before
 
 
-def test_transforms_follow_one_another():
+def test_transforms_are_applied_in_order():
     row = {"messages": ASKED, "objects": [OBJECTS[1]], "size": [400, 400], "caption": "a cat"}
-    told = changed(row, "objects", "caption_first")["messages"]
-    assert told[1] == assistant("a cat") and told[3] == assistant("red") and told[5] == assistant("[0, 0, 999, 999]")
+    turns = changed(row, "objects", "caption_first")["messages"]
+    assert turns[1] == assistant("a cat") and turns[3] == assistant("red") and turns[5] == assistant("[0, 0, 999, 999]")
 
 
-def test_what_cannot_be_is_said():
+def test_invalid_transforms_are_reported():
     assert checked(("objects", "trap"), streaming=False) is None
-    assert "there are caption_first, caption_last" in checked(("caption_frist",), streaming=False)
-    assert "leave streaming out" in checked(("trap",), streaming=True)
+    assert "use caption_first, caption_last" in checked(("caption_frist",), streaming=False)
+    assert "remove streaming" in checked(("trap",), streaming=True)
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        ('transforms = ["tarp"]', r"data.sources\[0\].transforms: 'tarp' is not a transform; there are"),
-        ('transforms = ["trap"], streaming = true', "leave streaming out"),
+        ('transforms = ["tarp"]', r"data.sources\[0\].transforms: 'tarp' is not a transform; use"),
+        ('transforms = ["trap"], streaming = true', "remove streaming"),
         ('format = "csv"', r"data.sources\[0\].format must be one of jsonl"),
     ],
 )
-def test_a_recipe_names_what_cannot_be(tmp_path, more, said):
+def test_a_recipe_names_invalid_settings_of_a_source(tmp_path, more, message):
     path = tmp_path / "mine.toml"
     source = f'name = "mine"\ndata = {{ sources = [{{ path = "a.jsonl", kind = "image", {more} }}] }}\n'
     path.write_text(source + "[multitask]\nsteps = 1\nlr = 1e-3\n")
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         load(path)

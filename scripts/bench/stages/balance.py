@@ -20,10 +20,11 @@ import torch
 from keye.errors import run
 from keye.model.config import KeyeConfig
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
-from stages.data.packing.balance import Cost, TowerCost, deal_rounds, rank_operations
+from stages.data.packing.balance import Cost, TowerCost, assign_rounds, rank_operations
 from stages.data.packing.mixture import Mixture
 from stages.data.packing.packer import BalancedPacker
-from stages.data.packing.planner import Block, Found, Meta, Planner
+from stages.data.packing.planner import Planner
+from stages.data.packing.samples import Block, Encoded, Meta
 from stages.distributed.parallel import Piece, share_frames, vision_shares
 
 EXAMPLES = """examples:
@@ -140,13 +141,13 @@ class Encoders:
 
     def __init__(self, made: dict[str, list[Meta]]) -> None:
         self.metas = [meta for of_source in made.values() for meta in of_source]
-        self.table = Found.of(list(made), self.metas)
+        self.table = Encoded.of(list(made), self.metas)
         self.starts = np.cumsum([0, *map(len, made.values())])
 
     def rows(self, source: np.ndarray, index: np.ndarray) -> np.ndarray:
         return self.starts[source] + index % SAMPLES
 
-    def encode(self, block: Block) -> Found:
+    def encode(self, block: Block) -> Encoded:
         found = self.table[self.rows(block.source, block.index)]
         found.index, found.place = block.index, np.arange(len(block))
         return found
@@ -175,7 +176,7 @@ def plan(
         step = planner.plan()
         flops = step.samples.excess + step.samples.tokens * cost.per_token
         costs = [int(flops[a:b].sum()) for a, b in pairwise(step.starts.tolist())]
-        sent = pickle.dumps((step, deal_rounds(costs, at_once), planner.state_dict()))
+        sent = pickle.dumps((step, assign_rounds(costs, at_once), planner.state_dict()))
         seconds.append(time.process_time() - began)
         rows = encoders.rows(step.samples.source, step.samples.index).tolist()
         found.append([[encoders.metas[row] for row in rows[a:b]] for a, b in pairwise(step.starts.tolist())])
@@ -241,7 +242,7 @@ def slowest(
     for step, costs in zip(steps, operations, strict=True):
         if planned:
             wholes = [sum(m.excess + m.tokens * cost.per_token for m in pack) for pack in step]
-            rounds = list(zip(*([p for (p,) in rank] for rank in deal_rounds(wholes, at_once)), strict=True))
+            rounds = list(zip(*([p for (p,) in rank] for rank in assign_rounds(wholes, at_once)), strict=True))
         else:
             rounds = [range(i, i + at_once) for i in range(0, len(costs), at_once)]
         for round_ in rounds:
@@ -288,7 +289,7 @@ def main() -> int:
             worst = max(worst, ours)
             rows.append(
                 (data, f"{context:,}", f"{median(lengths):,.0f}", f"{len(lengths) / steps:,.0f}", packs,
-                 BalancedPacker(context, packs, 0, alike).alike,
+                 BalancedPacker(context, packs, 0, alike).balanced_packs,
                  f"{at_once} × {sequence}", f"{ours:.3f}", f"{whole:.3f}" if sequence > 1 else "–", f"{theirs:.3f}",
                  f"{100 * fill:.2f} %", f"{100 * min(filled):.1f} %", f"{100 * off:.2f}",
                  f"{min(films):.0f}–{max(films):.0f} %",

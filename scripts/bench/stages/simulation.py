@@ -36,8 +36,8 @@ from scripts.bench.stages.simulated.rank import Simulated
 from stages import recipe as recipes
 from stages.cost.estimate import estimate
 from stages.cost.gpus import gpu_named
-from stages.data.packing.balance import Cost, TowerCost, deal_parts, deal_rounds
-from stages.data.packing.planner import Meta
+from stages.data.packing.balance import Cost, TowerCost, assign_parts, assign_rounds
+from stages.data.packing.samples import Meta
 from stages.distributed.parallel import ParallelDims
 from stages.recipe import STAGES, StageRecipe, VisionRecipe, stage_of
 
@@ -72,11 +72,11 @@ class Phase:
         if isinstance(self.told, VisionRecipe):
             parts = self.told.micro_batches(ranks)
             costs = [sum(meta.excess for meta in pack) for pack in self.packs]
-            rounds = deal_parts(costs, ranks, parts)
+            rounds = assign_parts(costs, ranks, parts)
         else:
             each = Cost(config).per_token
             costs = [sum(meta.excess + meta.tokens * each for meta in pack) for pack in self.packs]
-            rounds = deal_rounds(costs, ranks)
+            rounds = assign_rounds(costs, ranks)
         return [[[meta for pack in packs for meta in self.packs[pack]] for packs in mine] for mine in rounds]
 
 

@@ -1,4 +1,4 @@
-"""Balance: what a sample costs before anything is computed, and packs dealt to ranks so that none waits for another."""
+"""Balance: the cost of a sample before anything is computed, and packs assigned to ranks so that no rank waits."""
 
 import heapq
 from collections.abc import Iterable, Sequence
@@ -14,11 +14,12 @@ from stages.distributed.parallel import Piece
 class Cost:
     """Floating-point operations of training on a sample, from its lengths alone (report §pre-training: load balance).
 
-    All packs of a stage are about equally full, so what the decoder does per token weighs the same in each. What makes
-    one pack dearer than another is the *excess*: the tower, the logits, and what grows with the square of a length.
+    All packs of a stage are about equally full, so the decoder's work per token is the same in each. Packs differ in
+    the *excess*: the tower, the logits, and everything that grows with the square of a length.
 
     Args:
-        config: the model's KeyeConfig. tower_trains, decoder_trains: see `flops.training_step`.
+        config: the model's KeyeConfig.
+        tower_trains, decoder_trains: see `flops.training_step`.
     """
 
     config: Any
@@ -27,19 +28,19 @@ class Cost:
 
     @cached_property
     def per_token(self) -> int:
-        """What the decoder's layers do for a token, whatever its sample."""
+        """Operations of the decoder's layers for a token of any sample."""
         one = flops.decoder(self.config.text_config, [1]).linear
         return one * (flops.TRAINING if self.decoder_trains else 2)
 
     def excess(self, tokens: int, labels: int, frames: Iterable[tuple[int, int]]) -> int:
-        """Operations besides `tokens · per_token`; frames: (height, width) in patches of each still and frame."""
-        whole = flops.training_step(self.config, frames, [tokens], labels, self.tower_trains, self.decoder_trains)
-        return whole - tokens * self.per_token
+        """Operations beyond `tokens · per_token`; frames: (height, width) in patches of each still and frame."""
+        total = flops.training_step(self.config, frames, [tokens], labels, self.tower_trains, self.decoder_trains)
+        return total - tokens * self.per_token
 
 
 @dataclass(frozen=True)
 class TowerCost:
-    """The same where the tower trains without a decoder (stage 0): all is excess. vision: the KeyeVisionConfig."""
+    """The cost if the tower trains without a decoder (stage 0): all of it is excess. vision: the KeyeVisionConfig."""
 
     vision: Any
     per_token = 0
@@ -62,8 +63,9 @@ def rank_operations(
     """Operations of one rank of a sequence group in a training step on a pack; over all ranks, `flops.training_step`.
 
     Args:
-        share: what the rank encodes of `frames`, sides in patches of all stills, then all frames.
-        lengths: tokens of the pack's documents, whose decoder the `ranks` share evenly.
+        share: the pieces of `frames` that the rank encodes.
+        frames: sides in patches of all stills, then of all frames.
+        lengths: tokens of the pack's documents; the `ranks` share their decoder evenly.
         labels: labelled positions among the rank's own tokens.
     """
     vision, text = config.vision_config, config.text_config
@@ -82,11 +84,11 @@ def rank_operations(
     )
 
 
-def deal_rounds(costs: list[int], ranks: int) -> list[list[list[int]]]:
-    """Packs dealt to ranks in rounds of one pack a rank; rank → round → its pack.
+def assign_rounds(costs: list[int], ranks: int) -> list[list[list[int]]]:
+    """Assign packs to ranks in rounds of one pack per rank; rank → round → its pack.
 
-    The ranks meet after each round, so packs that cost about the same make a round together; inside a round the
-    cheaper ones go to the ranks that have had more.
+    The ranks wait for each other after each round, so packs of similar cost share a round. Within a round the cheaper
+    packs go to the ranks with the higher cost so far.
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     shares: list[list[int]] = [[] for _ in range(ranks)]
@@ -99,11 +101,11 @@ def deal_rounds(costs: list[int], ranks: int) -> list[list[list[int]]]:
     return [[[pack] for pack in share] for share in shares]
 
 
-def deal_sums(costs: list[int], groups: int) -> list[list[int]]:
-    """As many samples to each group, with sums as equal as most-expensive-first gets them; group → samples."""
+def assign_sums(costs: list[int], groups: int) -> list[list[int]]:
+    """Assign equally many samples to each group, most expensive first to the lowest sum; group → samples."""
     shares: list[list[int]] = [[] for _ in range(groups)]
     each = len(costs) // groups
-    loads = [(0, group) for group in range(groups)]  # of the groups that are not full, a heap
+    loads = [(0, group) for group in range(groups)]  # a heap of the groups that are not full
     for sample in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, group = heapq.heappop(loads)
         shares[group].append(sample)
@@ -112,8 +114,8 @@ def deal_sums(costs: list[int], groups: int) -> list[list[int]]:
     return shares
 
 
-def deal_parts(costs: list[int], ranks: int, parts: int = 1) -> list[list[list[int]]]:
-    """As many samples to each of `parts` rounds of each rank, with sums as equal; rank → round → its samples."""
-    groups = deal_sums(costs, ranks * parts)
-    dealt = deal_rounds([sum(costs[sample] for sample in group) for group in groups], ranks)
-    return [[groups[group] for (group,) in rounds] for rounds in dealt]
+def assign_parts(costs: list[int], ranks: int, parts: int = 1) -> list[list[list[int]]]:
+    """Assign equally many samples of similar sums to each of `parts` rounds of each rank; rank → round → samples."""
+    groups = assign_sums(costs, ranks * parts)
+    assigned = assign_rounds([sum(costs[sample] for sample in group) for group in groups], ranks)
+    return [[groups[group] for (group,) in rounds] for rounds in assigned]

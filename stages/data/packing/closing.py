@@ -1,23 +1,34 @@
-"""Closing: packs that are nearly full are filled exactly, and exchange samples until they cost the same."""
+"""Closing: nearly full packs are filled exactly, then exchange samples until they cost the same."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from stages.data.packing.planner import Ledger
+from stages.data.packing.planner import TokenCounts
 
-WINDOW = 96  # rows on either side of a place in a sorted column that are looked at first
+WINDOW = 96  # rows on either side of a place in a sorted column that are examined first
 NEIGHBOURS = 8  # rows on either side that an exchange chooses from
 
 
-class Columns(Protocol):
-    """See `stages.data.packing.packer.View`."""
+@dataclass(frozen=True)
+class View:
+    """The columns of the pool that decide on the packs. Costs are integers, so their sums are equal on every machine.
+
+    cost: excess int64 `[N]` in units of about a thousandth of a token's cost. late: bool `[N]`, has waited long enough.
+    per_token: cost of a token without excess, in the same units.
+    """
 
     tokens: np.ndarray
     cost: np.ndarray
     kind: np.ndarray
     late: np.ndarray
     per_token: float
+
+    @property
+    def density(self) -> np.ndarray:
+        """Cost per token, float64 `[N]`."""
+        return self.cost / self.tokens
 
 
 class Rules(Protocol):
@@ -31,7 +42,7 @@ class Rules(Protocol):
 
 
 class Build:
-    """A pack in the making. rows: of the pool. target: the cost that it shall have, as all packs of its group."""
+    """A pack under construction. rows: of the pool. target: the final cost of all packs of its group."""
 
     def __init__(self, room: int, target: float, group: int) -> None:
         self.rows: list[int] = []
@@ -49,9 +60,10 @@ class Build:
 
 
 def fill(room: int, sizes: list[int]) -> list[int]:
-    """Indices of the sizes whose sum is the largest that is at most `room`: an exact subset sum.
+    """Indices of the sizes with the largest sum that is at most `room`: an exact subset sum.
 
-    Bit s of a Python integer says that s can be reached; a size is one shift. Of equal sums, earlier sizes are taken.
+    Bit s of a Python integer is set if the sum s can be reached; each size is one shift. Of equal sums, the one of
+    earlier sizes is taken.
     """
     reached, mask = [1], (1 << (room + 1)) - 1
     for size in sizes:
@@ -66,16 +78,16 @@ def fill(room: int, sizes: list[int]) -> list[int]:
     return chosen[::-1]
 
 
-def close(builds: list[Build], rest: np.ndarray, view: Columns, ledger: Ledger, rules: Rules) -> np.ndarray:
-    """Fill what is left of each pack from the rows `rest`, the emptiest pack first; returns what remains of them."""
-    shelf = _Shelf(rest, view, rules.choices)
+def close(builds: list[Build], rest: np.ndarray, view: View, counts: TokenCounts, rules: Rules) -> np.ndarray:
+    """Fill each pack from the rows `rest`, the emptiest pack first; returns the rows that remain."""
+    candidates = _Candidates(rest, view, rules.choices)
     open_room = sum(build.room for build in builds)
     for build in sorted(builds, key=lambda build: -build.room):
         density = build.missing / max(build.room, 1)
-        behind = ledger.owed(open_room) > 0
+        lacking = counts.owed(open_room) > 0
         found = np.zeros(0, np.int64)
-        for kinds in (behind, None):
-            near = shelf.candidates(kinds, density, build.room)
+        for kinds in (lacking, None):
+            near = candidates.find(kinds, density, build.room)
             sizes = view.tokens[near].tolist()
             tried = near[fill(build.room, sizes)]
             if view.tokens[tried].sum() > view.tokens[found].sum():
@@ -85,18 +97,15 @@ def close(builds: list[Build], rest: np.ndarray, view: Columns, ledger: Ledger, 
         open_room -= int(view.tokens[found].sum())
         for row, size, cost in zip(found.tolist(), view.tokens[found].tolist(), view.cost[found].tolist(), strict=True):
             build.add(row, size, cost)
-        ledger.add(view.kind[found], view.tokens[found])
-        shelf.there[found] = False
-    return rest[shelf.there[rest]]
+        counts.add(view.kind[found], view.tokens[found])
+        candidates.there[found] = False
+    return rest[candidates.there[rest]]
 
 
-class _Shelf:
-    """Rows that may close a pack, by cost a token and by length.
+class _Candidates:
+    """Rows that may fill a pack, by cost per token and by length. there: bool over the pool, still available."""
 
-    there: bool over the pool, what is still to be had.
-    """
-
-    def __init__(self, rest: np.ndarray, view: Columns, choices: int) -> None:
+    def __init__(self, rest: np.ndarray, view: View, choices: int) -> None:
         self.view, self.choices = view, choices
         density = view.cost[rest] / view.tokens[rest]
         order = np.lexsort((rest, density))
@@ -104,14 +113,15 @@ class _Shelf:
         self.by_length = rest[np.lexsort((rest, view.tokens[rest]))]
         self.there = np.zeros(len(view.tokens), bool)
         self.there[rest] = True
-        self.begin = 0  # before this place in `by_length` nothing is left
+        self.begin = 0  # no row before this place in `by_length` is available
 
-    def candidates(self, kinds: np.ndarray | None, density: float, room: int) -> np.ndarray:
-        """Rows whose cost a token is about what a pack needs, nearest first, then short ones, which close what these
-        leave.
+    def find(self, kinds: np.ndarray | None, density: float, room: int) -> np.ndarray:
+        """Rows of about the cost per token that a pack needs, nearest first, then short rows to fill the remainder.
 
         Args:
-            kinds: mask of the kinds that may be taken, None for all. density: what the pack needs. room: it has.
+            kinds: mask of the kinds that may be taken; None for all.
+            density: cost per token that the pack needs.
+            room: tokens that fit in it.
         """
         place, width = int(np.searchsorted(self.density, density)), WINDOW
         while True:
@@ -145,17 +155,17 @@ class _Shelf:
         return fits if kinds is None else fits & kinds[self.view.kind[rows]]
 
 
-def even_out(builds: list[Build], rest: np.ndarray, view: Columns, ledger: Ledger, rules: Rules) -> None:
-    """Exchange samples for others of their kind and nearly their length from the rest, where that evens the costs.
+def even_out(builds: list[Build], rest: np.ndarray, view: View, counts: TokenCounts, rules: Rules) -> None:
+    """Exchange samples for others of the same kind and nearly the same length from `rest`, if that evens the costs.
 
-    Samples that have waited their time stay where they are.
+    Late samples stay where they are.
     """
     if not len(rest) or len(builds) == 1:
         return
     for group in {build.group for build in builds}:
-        like = [build for build in builds if build.group == group]
-        for build in like:
-            build.target = sum(b.cost for b in like) / len(like)
+        members = [build for build in builds if build.group == group]
+        for build in members:
+            build.target = sum(b.cost for b in members) / len(members)
     for _ in range(rules.exchanges):
         off = [b for b in builds if abs(b.missing) > rules.tolerance / 2 * (rules.context * view.per_token + b.target)]
         exchange = _Exchange(rest, view, int(rules.loss * rules.context))
@@ -163,18 +173,18 @@ def even_out(builds: list[Build], rest: np.ndarray, view: Columns, ledger: Ledge
         if not pairs:
             return
         out, into = np.array(pairs).T
-        ledger.add(view.kind[out], -view.tokens[out])
-        ledger.add(view.kind[into], view.tokens[into])
+        counts.add(view.kind[out], -view.tokens[out])
+        counts.add(view.kind[into], view.tokens[into])
         rest = np.sort(np.concatenate([rest[exchange.there[rest]], out]))
 
 
 class _Exchange:
-    """Finds for a sample of a pack another of its kind that is up to `width` tokens shorter than what would fit.
+    """Finds for a sample of a pack another of its kind that fits and leaves less than `width` tokens empty.
 
-    The rest lies sorted by kind, by length in buckets of `width`, and by cost in each.
+    The rest is sorted by kind, by length in buckets of `width`, and by cost in each bucket.
     """
 
-    def __init__(self, rest: np.ndarray, view: Columns, width: int) -> None:
+    def __init__(self, rest: np.ndarray, view: View, width: int) -> None:
         self.view, self.width = view, max(1, width)
         self.buckets = int(view.tokens.max()) // self.width + 3
         self.costs = np.sort(view.cost[rest])
@@ -189,7 +199,7 @@ class _Exchange:
         return bucket * (len(self.costs) + 1) + np.searchsorted(self.costs, cost)
 
     def improve(self, build: Build) -> tuple[int, int] | None:
-        """Make the one exchange that brings a pack nearest to its target; (row out, row in), None without a better."""
+        """Make the exchange that brings a pack nearest to its target; (row out, row in), None if none improves it."""
         gap = -build.missing
         outs = np.array(build.rows, np.int64)
         outs = outs[~self.view.late[outs]]

@@ -1,4 +1,4 @@
-"""Mixture: which source the next samples come from, so that the *token* shares of what is drawn are the recipe's."""
+"""Mixture: which source the next samples come from, so that the shares of *tokens* are the recipe's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,21 +11,21 @@ from stages.data.sources.source import Source
 
 
 class Mixture:
-    """Draws from the source that is furthest behind its share of the tokens; no chance involved.
+    """Draws from the source that lacks most of its share of the tokens; deterministic.
 
-    A sample's length is known only once it is encoded. Until then it counts as its source's mean so far, so that many
-    samples can be drawn, and encoded at once, before the first of them is known.
+    A sample's length is known only once it is encoded. Until then it counts with its source's mean so far, so many
+    samples can be drawn and encoded in parallel before the first length is known.
 
     Args:
-        sources: the sources, each with its share, which add up to 1.
+        sources: (source, share) of each; the shares add up to 1.
     """
 
     def __init__(self, sources: list[tuple[Source, float]]) -> None:
         self.sources = {source.name: source for source, _ in sources}
         self.shares = {source.name: share for source, share in sources}
         self.names = list(self.sources)
-        self.waiting = dict.fromkeys(self.sources, 0)  # samples drawn, length not known yet
-        self.known = dict.fromkeys(self.sources, 0)  # samples whose length, or badness, is known
+        self.waiting = dict.fromkeys(self.sources, 0)  # samples drawn whose length is not known yet
+        self.known = dict.fromkeys(self.sources, 0)  # samples known to be bad or of known length
         self.tokens = dict.fromkeys(self.sources, 0)  # of the known ones; a bad one has none
 
     @property
@@ -38,7 +38,7 @@ class Mixture:
         return shares
 
     def mean(self, name: str, guess: float) -> float:
-        """Tokens that a sample of this source is expected to have; where nothing is known yet, `guess`."""
+        """Expected tokens of a sample of this source; `guess` if no length is known yet."""
         if self.tokens[name]:
             return self.tokens[name] / self.known[name]
         return sum(self.tokens.values()) / max(sum(self.known.values()), 1) or guess
@@ -46,15 +46,16 @@ class Mixture:
     def draw(self, room: float, most: int, guess: float, units: Callable[[float], float]) -> Block:
         """The next samples: as many as are expected to fill `room`, at least one and at most `most`.
 
-        Between two `learn` the means stay, so the turns of a source are evenly spaced on the scale of tokens ÷ share:
-        the draws are the turns of all sources in order, which costs a sort.
+        The means change only in `learn`, so the turns of a source are evenly spaced on the scale of tokens ÷ share. The
+        draws are the turns of all sources in order, which costs a sort.
 
         Args:
-            guess: see `mean`. units: tokens of a sample → how much of `room` it takes.
+            guess: see `mean`.
+            units: tokens of a sample → its part of `room`.
         """
         means = [self.mean(name, guess) for name in self.names]
         each = [units(mean) for mean in means]
-        # The room is full at the latest where one source alone would have filled it.
+        # The room is full at the latest when one source alone has filled it.
         first = [
             (self.tokens[name] + self.waiting[name] * mean) / self.shares[name]
             for name, mean in zip(self.names, means, strict=True)
@@ -80,14 +81,15 @@ class Mixture:
         return Block(source, index, np.full(len(source), -1, np.int32))
 
     def learn(self, source: np.ndarray, tokens: np.ndarray, causes: dict[int, str]) -> None:
-        """What drawn samples turned out to be, in the order of the draws.
+        """Record the lengths of drawn samples, in the order of the draws.
 
         Args:
-            source: int16 `[n]`, places in `names`. tokens: int64 `[n]`, 0 for a bad sample. causes: place in these →
-                why a sample is bad.
+            source: int16 `[n]`, places in `names`.
+            tokens: int64 `[n]`, 0 for a bad sample.
+            causes: place in these arrays → why a sample is bad.
 
         Raises:
-            ManifestError: too much of a source cannot be used.
+            ManifestError: too many samples of a source cannot be used.
         """
         for place, name in enumerate(self.names):
             rows = np.flatnonzero(source == place)
@@ -109,10 +111,14 @@ class Mixture:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; CheckpointError when other sources made it."""
+        """Continue from a state.
+
+        Raises:
+            CheckpointError: the state has other sources.
+        """
         if set(state["sources"]) != set(self.sources):
             raise CheckpointError(
-                "the checkpoint was made with other data.sources; take the recipe it was made with, or remove it"
+                "the checkpoint was made with other data.sources; use the recipe it was made with, or remove it"
             )
         self.waiting, self.known, self.tokens = dict(state["waiting"]), dict(state["known"]), dict(state["tokens"])
         for name, source in self.sources.items():

@@ -1,4 +1,4 @@
-"""What is known of encoded samples, as columns: a step of tens of thousands of short texts is a few arrays."""
+"""Properties of encoded samples as columns: a step of tens of thousands of short texts is a few arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -6,13 +6,16 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from stages.data.items import Item
+from stages.data.packing.balance import Cost, TowerCost
+
 
 @dataclass(frozen=True)
 class Meta:
-    """What is known of one encoded sample.
+    """Properties of one encoded sample.
 
-    source, index, part: where it comes from; a document that was split has several parts. labels: tokens that are
-    learned. stills, frames: (height, width) in patches of each, in stream order. excess: see `Cost`.
+    source, index, part: its origin; a document that was split has several parts. labels: tokens with a label. stills,
+    frames: (height, width) in patches of each, in stream order. excess: see `Cost`.
     """
 
     source: str
@@ -25,11 +28,23 @@ class Meta:
     excess: int
     part: int = 0
 
+    @classmethod
+    def of(cls, item: Item, cost: Cost | TowerCost) -> Self:
+        """The properties of an item."""
+        sample = item.sample
+        stills, frames = (
+            () if grid is None else tuple((height, width) for _, height, width in grid.tolist())
+            for grid in (sample.image_grid_thw, sample.video_grid_thw)
+        )
+        labels = int((sample.labels[1:] != -100).sum())
+        excess = cost.excess(item.tokens, labels, [*stills, *frames])
+        return cls(item.source, item.index, item.kind, item.tokens, labels, stills, frames, excess, item.part)
+
 
 class Block(NamedTuple):
     """Samples that were drawn together. source: place in `Mixture.names` int16 `[n]`. index: int64 `[n]`.
 
-    part: int32 `[n]`, the part of a split document that is wanted, or -1 for all that the sample gives.
+    part: int32 `[n]`, the wanted part of a split document, or -1 for all parts.
     """
 
     source: np.ndarray
@@ -79,19 +94,19 @@ class Samples:
 
 
 @dataclass
-class Found(Samples):
-    """What became of a block. place: int64, each sample's place in the block, rising; a bad one has no row."""
+class Encoded(Samples):
+    """The encoded samples of a block. place: int64, each sample's place in the block, rising; a bad one has no row."""
 
     place: np.ndarray
 
     @classmethod
     def of(cls, names: Sequence[str], metas: Sequence[Meta | None]) -> Self:
-        """For each drawn sample of a block, what is known of it, or None for a bad one."""
+        """One entry for each drawn sample of a block; None for a bad one."""
         return cls.of_rows(names, [(place, meta) for place, meta in enumerate(metas) if meta is not None])
 
     @classmethod
     def of_rows(cls, names: Sequence[str], rows: Sequence[tuple[int, Meta]]) -> Self:
-        """What is known of the samples at these places of a block; several rows of one place are parts of one draw."""
+        """(place in the block, properties) of each sample; several rows of one place are parts of one document."""
         places = {name: place for place, name in enumerate(names)}
         sizes = np.empty(len(rows), object)
         for row, (_, meta) in enumerate(rows):
@@ -111,7 +126,7 @@ class Found(Samples):
 @dataclass
 class Pool(Samples):
     """Samples that wait, oldest first. kind: int16, place in the planner's kinds. born: int64, the step before which
-    each came."""
+    each was added."""
 
     kind: np.ndarray
     born: np.ndarray

@@ -1,17 +1,17 @@
-"""A data set's own row → the chat form: messages with their media, and what else the transforms read.
+"""A row of a data set → the chat form: messages with their media, and further fields for the transforms.
 
-The chat form is a dictionary with `messages` and, where the data set has them, `caption` (of the media), `objects`
+The chat form is a dictionary with `messages` and, if the data set has them, `caption` (of the media), `objects`
 (a list of {"label": name, "box": [left, top, right, bottom]}, the box in fractions of the picture or, with `size =
-[width, height]` in the row, in pixels) and `family`. A row may come in any of these ways, the first that is there:
+[width, height]` in the row, in pixels) and `family`. A row has one of these forms; the first that matches is used:
 
     messages                    the chat itself; a part without a source takes the next of `image` / `images` / `video`
-    conversations               [{"from": "human", "value": "<image>\\n..."}, ...], the markers stand for the media
-    texts and images            two lists side by side with gaps (None): a document with pictures among its text
-    question and answer         and image, images or video: one question about them
-    caption                     and image, images or video
-    text                        words alone
+    conversations               [{"from": "human", "value": "<image>\\n..."}, ...] with markers in place of the media
+    texts and images            two lists of one length with gaps (None): a document with pictures in its text
+    question and answer         with image, images or video: one question about them
+    caption                     with image, images or video
+    text                        text without media
 
-A recipe's `columns` says which of the data set's columns serve as these.
+A recipe's `columns` maps these fields to the columns of the data set.
 """
 
 from collections import Counter
@@ -32,15 +32,15 @@ DESCRIBE = {"image": "Describe the image.", "images": "Describe the images.", "v
 
 
 class EmptyRow(ManifestError):
-    """A line with nothing on it: no sample, and no mistake either."""
+    """An empty line: no sample, and no error."""
 
 
 def as_chat(raw: Row, columns: dict[str, str] | None = None) -> Row:
-    """A row as its file has it → the chat form.
+    """A row as it is in its file → the chat form.
 
     Args:
         raw: column → value; media as paths, bytes, {"bytes", "path"} or pictures.
-        columns: field of the chat form → the column that serves as it; fields that are not named go by their own name.
+        columns: field of the chat form → column; a field that is not listed has a column of its own name.
 
     Raises:
         ManifestError: a column is missing, or the row is in no known form.
@@ -57,30 +57,30 @@ def as_chat(raw: Row, columns: dict[str, str] | None = None) -> Row:
 
 
 def _chat(row: Row) -> Any:
-    """The messages of a row, by the first form that it has."""
+    """The messages of a row, from the first form that matches."""
     if "messages" in row:
         return _filled(row["messages"], _media(row)) if _has_media(row) else row["messages"]
     if "conversations" in row:
-        return _spoken(row["conversations"], _media(row))
+        return _from_conversations(row["conversations"], _media(row))
     if row.get("texts") is not None:
         return [{"role": "assistant", "content": _interleaved(row["texts"], row.get("images"))}]
     if row.get("question") is not None and row.get("answer") is not None:
-        asked = [*_parts(row), {"type": "text", "text": row["question"]}]
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": _common(row["answer"])}]
+        question = [*_parts(row), {"type": "text", "text": row["question"]}]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": _common(row["answer"])}]
     if row.get("caption") is not None and _has_media(row):
-        asked = [*_parts(row), {"type": "text", "text": describe(_parts(row))}]
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": _first(row["caption"])}]
+        request = [*_parts(row), {"type": "text", "text": describe(_parts(row))}]
+        return [{"role": "user", "content": request}, {"role": "assistant", "content": _first(row["caption"])}]
     if row.get("text") is not None:
         return [{"role": "assistant", "content": row["text"]}]
     has = ", ".join(sorted(map(str, row))) or "nothing"
-    raise ManifestError(f"no 'messages' list in it, it has {has}; name its columns in data.sources.columns")
+    raise ManifestError(f"no 'messages' list; the columns are {has}; map them in data.sources.columns")
 
 
 def _renamed(raw: Row, columns: dict[str, str]) -> Row:
     missing = [column for column in columns.values() if column not in raw]
     if missing:
         has = ", ".join(sorted(map(str, raw)))
-        raise ManifestError(f"no column {missing[0]}, it has {has}; mend data.sources.columns")
+        raise ManifestError(f"no column {missing[0]}; the columns are {has}; correct data.sources.columns")
     taken = set(columns.values())
     return {k: v for k, v in raw.items() if k in FIELDS and k not in taken} | {k: raw[c] for k, c in columns.items()}
 
@@ -111,7 +111,7 @@ def describe(parts: list[Row]) -> str:
 
 
 def _filled(messages: Any, media: dict[str, list[Any]]) -> list[Row]:
-    """The messages, parts that name no source given the row's own media in order."""
+    """The messages; parts without a source get the row's own media in order."""
     waiting = {kind: iter(sources) for kind, sources in media.items()}
 
     def fill(part: Any) -> Any:
@@ -127,7 +127,7 @@ def _filled(messages: Any, media: dict[str, list[Any]]) -> list[Row]:
 
 
 def each_part(messages: Any, change: Callable[[Any], Any]) -> list[Row]:
-    """The messages with every part of their contents changed; ManifestError when they are no messages."""
+    """The messages with `change` applied to every part of their contents; ManifestError if they are no messages."""
     try:
         return [
             m if isinstance(m["content"], str) else {**m, "content": [change(part) for part in m["content"]]}
@@ -137,21 +137,22 @@ def each_part(messages: Any, change: Callable[[Any], Any]) -> list[Row]:
         raise ManifestError(f"no 'messages' list in the chat format ({type(error).__name__}: {error})") from None
 
 
-def _spoken(turns: Any, media: dict[str, list[Any]]) -> list[Row]:
-    """ShareGPT's and LLaVA's form: {"from", "value"} with <image> and <video> where the media stand."""
+def _from_conversations(turns: Any, media: dict[str, list[Any]]) -> list[Row]:
+    """The form of ShareGPT and LLaVA: {"from", "value"} with <image> and <video> in place of the media."""
     try:
         chat = [{"role": SPEAKERS[turn["from"]], "content": _marked(turn["value"])} for turn in turns]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"'conversations' is no list of from and value ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ManifestError(f"'conversations' is not a list of from and value ({reason})") from None
     marked = Counter(part["type"] for turn in chat if isinstance(turn["content"], list) for part in turn["content"])
     for kind, sources in media.items():
         if marked[kind] != len(sources):
-            raise ManifestError(f"'conversations' marks {marked[kind]} media with <{kind}>, the row has {len(sources)}")
+            raise ManifestError(f"'conversations' has {marked[kind]} markers <{kind}> and the row {len(sources)} media")
     return _filled(chat, media)
 
 
 def _marked(text: str) -> str | list[Row]:
-    """A text with markers → parts; white space around a marker belongs to it."""
+    """A text with markers → parts; white space around a marker is removed."""
     parts: list[Row] = []
     rest = text
     while True:
@@ -167,7 +168,7 @@ def _marked(text: str) -> str | list[Row]:
 def _interleaved(texts: Iterable[Any], images: Iterable[Any] | None) -> list[Row]:
     texts, images = list(texts), list(images or [None] * len(list(texts)))
     if len(texts) != len(images):
-        raise ManifestError(f"'texts' has {len(texts)} places and 'images' {len(images)}; they go side by side")
+        raise ManifestError(f"'texts' has {len(texts)} entries and 'images' {len(images)}; give the same number")
     parts: list[Row] = []
     for text, image in zip(texts, images, strict=True):
         parts += [{"type": "image", "image": image}] if image is not None else []
@@ -176,7 +177,7 @@ def _interleaved(texts: Iterable[Any], images: Iterable[Any] | None) -> list[Row
 
 
 def _common(answer: Any) -> Any:
-    """The answer that most people gave, the first of equals; what is no list of answers stays as it is."""
+    """The most frequent answer of a list, the first of equals; other values are returned unchanged."""
     if not isinstance(answer, list):
         return answer
     answers = [one.get("answer", one) if isinstance(one, dict) else one for one in answer]
@@ -188,14 +189,14 @@ def _first(caption: Any) -> Any:
 
 
 def kind_of(messages: list[Row]) -> str:
-    """Kind of a chat: "video", else "image", else "text", by the most expensive medium that it holds."""
+    """The kind of a chat: "video" if it has one, else "image", else "text"."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     types = {str(part["type"]).removesuffix("_url") for part in parts}
     return "video" if "video" in types else "image" if "image" in types else "text"
 
 
 def caption_of(messages: list[Row]) -> str:
-    """All the assistant's words."""
+    """All text of the assistant."""
     words = []
     for message in messages:
         if message["role"] == "assistant":

@@ -1,8 +1,8 @@
-"""Near-duplicates: training pictures that an evaluation shows too, found by perceptual hash and kept out.
+"""Decontaminate: exclude training pictures that an evaluation also shows, found by perceptual hash.
 
-The hash is the classic one of the cosine transform (pHash): 64 signs of the lowest frequencies of a small grey picture.
-It stays the same to a few bits when a picture is stored again, resized or made lighter; other pictures differ in about
-half of the bits. It does not see through crops, mirrors or borders.
+The hash is pHash, of the cosine transform: 64 signs of the lowest frequencies of a small grey picture. It changes by a
+few bits if a picture is stored again, resized or made lighter; different pictures differ in about half of the bits. It
+does not recognize crops, mirror images or borders.
 """
 
 import json
@@ -23,15 +23,15 @@ from stages.data.sources.formats import Table, kept
 from stages.recipe import SourceRecipe
 
 SIDE, BITS = 32, 64
-FLAT = 2 / 255  # standard deviation of grey values below which a picture shows nothing that could be known again
-# The lowest frequencies but the mean, those of the least sum first.
+FLAT = 2 / 255  # standard deviation of grey values below which a picture has no recognizable content
+# The lowest frequencies except the mean, sorted by their sum.
 _ORDER = sorted(((u, v) for u in range(SIDE) for v in range(SIDE)), key=lambda at: (sum(at), at))[1 : BITS + 1]
 _ROWS, _COLUMNS = np.array(_ORDER).T
 _WEIGHTS = np.uint64(1) << np.arange(BITS, dtype=np.uint64)
 
 
 def perceptual_hash(picture: Tensor) -> np.uint64 | None:
-    """picture float `[3, H, W]` in [−1, 1] → its hash; None where it shows one plain surface."""
+    """The hash of a picture float `[3, H, W]` in [−1, 1]; None for a uniform one."""
     grey = (picture * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)[None]
     small = F.interpolate(grey, (SIDE, SIDE), mode="bilinear", antialias=True)[0, 0].numpy() / 2
     if small.std() < FLAT:
@@ -41,7 +41,7 @@ def perceptual_hash(picture: Tensor) -> np.uint64 | None:
 
 
 def sample_hashes(sample: Sample) -> list[tuple[str, np.uint64]]:
-    """What it is and its hash, of each still, and of the first, middle and last slow frame of each video."""
+    """(name, hash) of each still, and of the first, middle and last slow frame of each video."""
     named: list[tuple[str, Tensor]] = []
     if sample.pixel_values is not None:
         for number, picture in enumerate(_pictures(sample.pixel_values, sample.image_grid_thw), start=1):
@@ -68,9 +68,9 @@ def _pictures(patches: Tensor, grids: Tensor) -> list[Tensor]:
 
 
 class Near:
-    """Finds the nearest of many hashes without looking at all of them.
+    """Finds the nearest of many hashes without comparing all of them.
 
-    Two hashes that differ in at most `bits` bits agree in one of `bits + 1` bands at least; only those are compared.
+    Two hashes that differ in at most `bits` bits agree in at least one of `bits + 1` bands; only those are compared.
     """
 
     def __init__(self, hashes: np.ndarray, bits: int) -> None:
@@ -84,7 +84,7 @@ class Near:
             self.bands.append((shift, mask, order, values[order]))
 
     def find(self, value: np.uint64) -> tuple[int, int] | None:
-        """(place, bits that differ) of the nearest hash within `bits`, the first of equals, or None."""
+        """(place, differing bits) of the nearest hash within `bits`, the first of equals; else None."""
         places = []
         for shift, mask, order, values in self.bands:
             band = (value >> shift) & mask
@@ -99,30 +99,37 @@ class Near:
 
 @dataclass(frozen=True)
 class Decontamination:
-    """The pictures of the evaluations. near: their hashes. names: what each is, in messages."""
+    """The pictures of the evaluations. near: their hashes. names: of each in messages."""
 
     near: Near
     names: list[str]
 
-    def like(self, sample: Sample) -> str | None:
-        """Why a sample must not be trained on, or None."""
+    def match(self, sample: Sample) -> str | None:
+        """Why a sample must be excluded from training, or None."""
         for name, value in sample_hashes(sample):
             found = self.near.find(value)
             if found is not None:
                 place, bits = found
-                return f"its {name} is like {self.names[place]}, kept for evaluation ({bits} of {BITS} bits differ)"
+                difference = f"{bits} of {BITS} bits differ"
+                return f"its {name} is similar to {self.names[place]}, kept for evaluation ({difference})"
         return None
 
 
 def open_decontamination(
     paths: tuple[str, ...], bits: int, processor: KeyeProcessor, run: str = ""
 ) -> Decontamination | None:
-    """What recognises all pictures of these manifests; None where there is no manifest.
+    """A filter for the pictures of these manifests; None without a manifest.
 
-    Hashes are kept beside the cache of `datasets`, so that an evaluation is decoded once.
+    Hashes are stored next to the cache of `datasets`, so an evaluation is decoded once.
+
+    Args:
+        paths: manifests of evaluations.
+        bits: that may differ.
+        processor: encodes their chats.
+        run: replaces `{run}` in the paths.
 
     Raises:
-        ManifestError: a manifest is missing or shows no picture.
+        ManifestError: a manifest is missing or has no picture.
     """
     if not paths:
         return None
@@ -143,7 +150,7 @@ def _manifest_hashes(path: str, processor: KeyeProcessor) -> tuple[np.ndarray, l
         found, names = saved["hashes"], saved["names"].tolist()
     if not len(found):
         raise ManifestError(
-            f"{path}: it shows no picture that training pictures could be like; correct data.decontaminate_against"
+            f"{path}: it has no picture to compare with training pictures; correct data.decontaminate_against"
         )
     return found, names
 

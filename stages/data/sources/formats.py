@@ -1,7 +1,7 @@
-"""Formats: manifests and data sets, local or remote, → rows by number, memory-mapped; nothing asked for stays in RAM.
+"""Formats: manifests and data sets, local or remote, as memory-mapped rows by number; no row stays in RAM.
 
-JSONL (line by line, so that one bad line costs only itself), JSON, Parquet, WebDataset tars, data sets of the hub: see
-docs/stages.md, "Data". Rows are in the chat form of `stages.data.sources.chat`; media are not decoded here.
+The formats are JSONL (one bad line does not affect the others), JSON, Parquet, WebDataset tars and data sets of the
+hub: see docs/stages.md, "Data". Rows are in the chat form of `stages.data.sources.chat`; media are not decoded here.
 """
 
 import json
@@ -20,17 +20,17 @@ from stages.data.sources.tars import Tar
 from stages.recipe import SourceRecipe
 from stages.recipe_checks import KINDS
 
-BAD, EMPTY = 254, 255  # codes of rows beside the kinds' places in KINDS
-SCANNED = 2048  # rows looked over at a time
-CHECKED = 4096  # bytes of a file's beginning and of its end that are compared between machines
+BAD, EMPTY = 254, 255  # codes of rows; others are places in KINDS
+SCANNED = 2048  # rows scanned at a time
+CHECKED = 4096  # bytes at the start and at the end of a file that are compared between machines
 SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".json": "json",
     ".parquet": "parquet", ".tar": "webdataset",
 }  # fmt: skip
 
 
-class Found(NamedTuple):
-    """A row in the chat form, its file, its line there from 1, and the folder that its relative paths start from."""
+class LocatedRow(NamedTuple):
+    """A row in the chat form, its file, its line there from 1, and the folder of its relative paths."""
 
     row: Row
     file: str
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 
 
 class Part(Protocol):
-    """One file of a data set. file: its name in messages. mark: another when its content is."""
+    """One file of a data set. file: its name in messages. mark: identifies its content."""
 
     file: str
     mark: str
@@ -47,14 +47,14 @@ class Part(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Row:
-        """The row as the file has it; ManifestError when it cannot be read, EmptyRow when there is nothing."""
+        """The row as it is in the file; ManifestError if it cannot be read, EmptyRow if it is empty."""
 
     def outlines(self) -> Iterator[Row | ManifestError]:
-        """All rows, media replaced by placeholders, or what `read` would raise."""
+        """All rows with placeholders for media, or the error that `read` raises."""
 
 
 class Lines:
-    """Lines of JSON, as `datasets` keeps them."""
+    """Lines of JSON in a data set of `datasets`."""
 
     def __init__(self, file: str, rows: Any) -> None:
         self.file, self.mark, self.rows = file, rows._fingerprint, rows.with_format("arrow")
@@ -75,7 +75,7 @@ class Lines:
 
 
 class Columns:
-    """Rows with columns of their own: Parquet and the hub's data sets."""
+    """Rows with columns: Parquet and data sets of the hub."""
 
     def __init__(self, file: str, rows: Any) -> None:
         self.file, self.mark, self.rows = file, rows._fingerprint, rows.with_format("arrow")
@@ -96,7 +96,7 @@ class Columns:
 
 
 def _is_media(kind: Any) -> bool:
-    """Whether an arrow type holds contents of files: bytes, {"bytes", "path"}, or a list of these."""
+    """Whether an arrow type contains files: bytes, {"bytes", "path"}, or a list of these."""
     import pyarrow.types as types
 
     if types.is_list(kind) or types.is_large_list(kind):
@@ -106,7 +106,7 @@ def _is_media(kind: Any) -> bool:
 
 
 def _placeholders(column: Any) -> list[Any]:
-    """Of each row of an arrow column of media, nothing in place of each one, read without the contents."""
+    """Placeholders for each row of an arrow column of media, without reading the media."""
     import pyarrow.compute as compute
     import pyarrow.types as types
 
@@ -119,10 +119,11 @@ class Table:
     """The rows of a map-style data set.
 
     Args:
-        recipe: which data set. path: the recipe's, with the run's folder put in.
+        recipe: of the data set.
+        path: the recipe's path with `{run}` replaced.
 
     Raises:
-        ManifestError: no such file, or one that is not in its format.
+        ManifestError: there is no such file, or it is not in its format.
     """
 
     def __init__(self, recipe: SourceRecipe, path: str) -> None:
@@ -136,7 +137,7 @@ class Table:
     def _part(self, index: int) -> tuple[Part, int]:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         if not 0 <= part < len(self.parts):
-            raise ManifestError(f"row {index + 1} is not there any more; the data set has {len(self)}")
+            raise ManifestError(f"row {index + 1} no longer exists; the data set has {len(self)} rows")
         return self.parts[part], index - int(self.starts[part])
 
     def place(self, index: int) -> tuple[str, int]:
@@ -144,20 +145,20 @@ class Table:
         part, at = self._part(index)
         return part.file, at + 1
 
-    def find(self, index: int) -> Found:
-        """Row `index`, its media not yet decoded.
+    def find(self, index: int) -> LocatedRow:
+        """Row `index` with its media not yet decoded.
 
         Raises:
-            ManifestError: it is not in the form.
+            ManifestError: it is not in the chat form.
         """
         part, at = self._part(index)
         base = "." if "://" in part.file else str(Path(part.file).parent)
-        return Found(as_chat(part.read(at), self.columns), part.file, at + 1, base)
+        return LocatedRow(as_chat(part.read(at), self.columns), part.file, at + 1, base)
 
     def scan(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Every row's kind (its place in KINDS, BAD or EMPTY) uint8 `[N]`, family int32 `[N]`, the families' names.
+        """Every row's kind (place in KINDS, BAD or EMPTY) uint8 `[N]`, family int32 `[N]`, and the families' names.
 
-        Made once a data set and kept beside the cache of `datasets`; whoever comes second waits for the first.
+        Computed once per data set and stored next to the cache of `datasets`; other processes wait for the first.
         """
         mark = json.dumps([[part.mark for part in self.parts], self.columns], sort_keys=True)
 
@@ -188,7 +189,7 @@ class Table:
 
 
 def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Path:
-    """A file made once a `mark` by `write` and kept beside the cache of `datasets`; processes wait for one another."""
+    """A file that `write` makes once per `mark`, next to the cache of `datasets`; other processes wait for it."""
     import datasets
     from filelock import FileLock
 
@@ -203,7 +204,7 @@ def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Pat
 
 
 def format_of(recipe: SourceRecipe, path: str) -> str:
-    """ "jsonl", "json", "parquet", "webdataset" or "hub": what the recipe says, else what the name says."""
+    """ "jsonl", "json", "parquet", "webdataset" or "hub": from the recipe, else from the name."""
     if recipe.format:
         return recipe.format
     if re.fullmatch(r"hf://(?!datasets/)[\w.-]+/[\w.-]+", path):
@@ -211,13 +212,13 @@ def format_of(recipe: SourceRecipe, path: str) -> str:
     if Path(path).is_dir():
         found = [SUFFIXES[s] for s in SUFFIXES if any(Path(path).rglob(f"*{s}"))]
         if not found:
-            raise ManifestError(f"{path}: no data file in this folder; it may hold {', '.join(SUFFIXES)}")
+            raise ManifestError(f"{path}: no data file in this folder; supported are {', '.join(SUFFIXES)}")
         return found[0]
     return next((SUFFIXES[s] for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), "jsonl")
 
 
 def files_of(kind: str, path: str) -> list[str]:
-    """The files that a path, glob, folder or URL of one format stands for, in the order of their names.
+    """The files of a path, glob, folder or URL of one format, sorted by name.
 
     Raises:
         ManifestError: there is none.
@@ -235,7 +236,7 @@ def files_of(kind: str, path: str) -> list[str]:
             found = set(resolve_pattern(path, os.getcwd()))
         except FileNotFoundError:
             found = set()
-        except Exception as error:  # the file systems behind it raise their own
+        except Exception as error:  # file systems raise their own classes
             raise ManifestError(f"{path}: cannot be listed ({type(error).__name__}: {error})") from None
     if not found:
         raise ManifestError(f"{path}: no such manifest; check the path, or correct data.sources in the recipe")
@@ -243,8 +244,10 @@ def files_of(kind: str, path: str) -> list[str]:
 
 
 def marks(files: list[str]) -> dict[str, Any]:
-    """What tells copies of files apart: how many, their bytes, and a checksum of the beginning and end of each local
-    one. Paths do not count: machines may keep their copies in different places."""
+    """The number of files, their bytes, and a checksum of their names and of the start and end of each local one.
+
+    Folders do not count, because machines may have their copies in different places.
+    """
     total, crc = 0, 0
     for file in files:
         crc = zlib.crc32(Path(file).name.encode(), crc)
@@ -262,7 +265,7 @@ def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:
     """Every file of a map-style data set.
 
     Raises:
-        ManifestError: no such file, or one that is not in its format.
+        ManifestError: there is no such file, or it is not in its format.
     """
     import datasets
 
@@ -287,7 +290,7 @@ def hub_name(path: str) -> str:
 
 
 def opened(path: str, load: Callable[[], Any]) -> Any:
-    """What `load` gives; ManifestError in one sentence for whatever the libraries behind it raise."""
+    """The result of `load`; any error of the libraries becomes a ManifestError of one sentence."""
     try:
         return load()
     except Exception as error:
@@ -299,7 +302,7 @@ def opened(path: str, load: Callable[[], Any]) -> Any:
 
 
 def _loaded(builder: str, files: list[str]) -> list[Any]:
-    """The rows of each file. A file is a split of its own, so that a row's place in its file is known."""
+    """The rows of each file. Each file is a split, so the place of a row in its file is known."""
     import datasets
 
     more = {"encoding_errors": "replace"} if builder == "text" else {}
@@ -309,14 +312,14 @@ def _loaded(builder: str, files: list[str]) -> list[Any]:
 
 
 def _local(file: str) -> str:
-    """The file on this machine, downloaded into the cache of `datasets` where it is remote."""
+    """The file on this machine; a remote file is downloaded into the cache of `datasets`."""
     import datasets
 
     return file if "://" not in file else opened(file, lambda: datasets.DownloadManager().download(file))
 
 
 def _as_lines(file: str) -> Path:
-    """A JSON file, a list of rows or an object with one such list, as lines of JSON, kept beside the cache."""
+    """A JSON file, with a list of rows or an object with one such list, as lines of JSON next to the cache."""
     local = _local(file)
     state = os.stat(local)
 
@@ -324,10 +327,10 @@ def _as_lines(file: str) -> Path:
         try:
             rows = json.loads(Path(local).read_bytes())
         except ValueError as error:
-            raise ManifestError(f"{file}: not JSON ({error}); a manifest of many lines is named .jsonl") from None
+            raise ManifestError(f"{file}: not JSON ({error}); name a manifest of JSON lines .jsonl") from None
         lists = [v for v in rows.values() if isinstance(v, list)] if isinstance(rows, dict) else [rows]
         if len(lists) != 1 or not isinstance(lists[0], list):
-            raise ManifestError(f"{file}: a JSON manifest is one list of rows; write it so, or as JSONL")
+            raise ManifestError(f"{file}: a JSON manifest is one list of rows; write one list, or JSONL")
         with open(path, "w", encoding="utf-8") as out:
             out.writelines(json.dumps(row) + "\n" for row in lists[0])
 
@@ -335,7 +338,7 @@ def _as_lines(file: str) -> Path:
 
 
 def parse_line(line: str) -> Row:
-    """A line of JSONL → the row on it; ManifestError when it is no JSON object, EmptyRow when it is empty."""
+    """The row of a line of JSONL; ManifestError if it is no JSON object, EmptyRow if it is empty."""
     if not line.strip():
         raise EmptyRow("an empty line")
     try:
@@ -343,5 +346,5 @@ def parse_line(line: str) -> Row:
     except ValueError as error:
         raise ManifestError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ManifestError(f"no 'messages' list, but a {type(row).__name__}; a line is one JSON object")
+        raise ManifestError(f"no 'messages' list, but a {type(row).__name__}; write one JSON object per line")
     return row

@@ -1,6 +1,6 @@
-"""Sources: a data set of chats → encoded samples, one after the other, for ever; a bad one never stops a run.
+"""Sources: a data set of chats → an endless sequence of encoded samples; a bad sample does not stop a run.
 
-Every rank holds the same sources and draws the same numbers from them; a sample is read and encoded only by its owner.
+Every rank has the same sources and draws the same numbers from them. Only its owner reads and encodes a sample.
 """
 
 import json
@@ -17,50 +17,52 @@ import torch
 from keye.errors import KeyeError, ManifestError
 from keye.processor.processor import KeyeProcessor
 from keye.video.fetch import scheme_of
-from stages.data.items import Cache, Item, Quarantine, packed
+from stages.data.items import Cache, Item
+from stages.data.quarantine import Quarantine, WarningLog
 from stages.data.sources.chat import Row, caption_of, each_part
 from stages.data.sources.decontaminate import Decontamination
-from stages.data.sources.formats import BAD, Found, Table, marks
+from stages.data.sources.formats import BAD, LocatedRow, Table, marks
 from stages.data.sources.splitting import is_plain_text, split
 from stages.data.sources.streams import WINDOW, StreamLanes
 from stages.data.sources.transforms import apply
-from stages.data.thinned import WarningLog
 from stages.recipe import SourceRecipe
 from stages.recipe_checks import KINDS
 
-REASON = 300  # characters of why a sample is bad that are kept
+REASON = 300  # characters kept of the reason why a sample is bad
 
 
 def source_name(recipe: SourceRecipe) -> str:
-    """What tells a source from the others of a stage, in checkpoints too."""
-    # The path as written: a checkpoint stays good when the run's folder moves.
+    """The unique name of a source within a stage, also in checkpoints."""
+    # The path as in the recipe: a checkpoint stays valid if the run's folder moves.
     part = "".join(f"+{family}" for family in recipe.families)
     own = f":{recipe.config}:{recipe.split}" if recipe.config or recipe.split != "train" else ""
     return f"{recipe.path}{own}#{recipe.kind}{part}" + "".join(f">{name}" for name in recipe.transforms)
 
 
 def held_out(count: int, share: float) -> np.ndarray:
-    """Which of `count` rows are held out: about `share` of them `[count] bool`, by their numbers alone.
+    """Mask `[count] bool` of held-out rows: about `share` of them, determined by their numbers alone.
 
-    A row is held out or not whichever source reads it, in every run, and stays so when others are added behind it.
+    The choice is the same for every source and every run, and does not change if rows are appended.
     """
     mixed = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    # SplitMix64's finaliser: neighbouring numbers come out as independent ones.
+    # The finaliser of SplitMix64: neighbouring numbers become independent.
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(share * 2**64))
 
 
 class Shuffled:
-    """The rows of a map-style data set that have the wanted kind and families, every epoch in another order.
+    """The rows of a map-style data set with the wanted kind and families, in a different order every epoch.
 
     Args:
-        recipe: which data set. path: the recipe's, with the run's folder put in. seed: of the orders.
-        quarantine: takes the rows that cannot be read; None where another process reports them.
-        part: (share of the rows that is held out, whether those are the wanted ones or the others).
+        recipe: of the data set.
+        path: the recipe's path with `{run}` replaced.
+        seed: of the orders.
+        quarantine: for the rows that cannot be read; None if another process reports them.
+        part: (share of held-out rows, whether to read those or the others).
 
     Raises:
-        ManifestError: no such file, or nothing in it fits.
+        ManifestError: there is no such file, or it has no wanted row.
     """
 
     def __init__(
@@ -80,9 +82,9 @@ class Shuffled:
         if not len(self.indices):
             of = " that are held out" if part[0] and part[1] else ""
             of += f" of the families {', '.join(recipe.families)}" if recipe.families else ""
-            raise ManifestError(f"{path}: no {recipe.kind} samples{of} in it; mend data.sources")
+            raise ManifestError(f"{path}: no {recipe.kind} samples{of}; correct data.sources")
         self.epoch, self.position, self.patience = 0, 0, 2 * len(self.indices) - 1
-        self._order: np.ndarray | None = None  # of this epoch, made by who draws: one process of a run
+        self._order: np.ndarray | None = None  # of this epoch, on the rank that draws
 
     def _report(self, bad: list[int], quarantine: Quarantine) -> None:
         for index in bad:
@@ -110,7 +112,7 @@ class Shuffled:
         return np.concatenate([np.zeros(0, np.int64), *drawn])
 
     def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
-        order = np.argsort(indices, kind="stable")  # a search in order stays near in memory
+        order = np.argsort(indices, kind="stable")  # a sorted search is local in memory
         owners = np.empty(len(indices), np.int64)
         owners[order] = np.searchsorted(self.indices, indices[order]) % ranks
         return owners
@@ -125,7 +127,7 @@ class Shuffled:
         return {"rows": len(self.indices), **marks([part.file for part in self.table.parts]),
                 "order": zlib.crc32(np.ascontiguousarray(self.indices))}  # fmt: skip
 
-    def find(self, index: int) -> Found:
+    def find(self, index: int) -> LocatedRow:
         return self.table.find(index)
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,23 +139,23 @@ class Shuffled:
 
 
 class Source:
-    """The samples of one data set that have the wanted kind and families, in an order that only the seed decides.
+    """The samples of one data set with the wanted kind and families, in an order that depends only on the seed.
 
     Args:
-        recipe: which part of which data set.
+        recipe: of the data set and its part.
         processor: encodes a chat; its settings are part of the cache key.
-        seed: of the order; every epoch has another.
+        seed: of the order, which differs in every epoch.
         cache, quarantine: shared by all sources of a process.
-        limit: tokens of a sample at most; videos and stills are made smaller to fit, what cannot be is quarantined.
-            None: no limit.
-        run: what `{run}` in the recipe's path stands for.
-        report: whether this process writes down what is found bad when the data set is opened (one of them should).
-        guard: knows the pictures of evaluations; samples that show one of them are quarantined.
+        limit: tokens of a sample at most. Videos and stills are made smaller to fit; samples that cannot fit are
+            quarantined. None: no limit.
+        run: replaces `{run}` in the recipe's path.
+        report: whether this process reports bad rows when the data set is opened; one process of a run should.
+        guard: filter of evaluation pictures; matching samples are quarantined.
         part: see `Shuffled`.
-        max_bad_fraction: of the last `WINDOW` samples; with more of them bad, the run ends.
+        max_bad_fraction: of the last `WINDOW` samples; with more bad samples the run ends.
 
     Raises:
-        ManifestError: no such data set, or nothing in it fits.
+        ManifestError: there is no such data set, or it has no wanted row.
     """
 
     def __init__(
@@ -180,85 +182,80 @@ class Source:
             self.rows = Shuffled(recipe, self.path, seed, quarantine if report else None, part)
         self.warnings = WarningLog()
         self.failures, self.max_bad_fraction = 0, max_bad_fraction
-        self.recent: deque[bool] = deque(maxlen=WINDOW)  # of the last samples, whether they were bad
+        self.recent: deque[bool] = deque(maxlen=WINDOW)  # whether each of the last samples was bad
         self.causes: deque[str] = deque(maxlen=3)  # of the last bad ones
-        self.bad: dict[int, str] = {}  # samples that could not be used, which are not tried again, and why
+        self.bad: dict[int, str] = {}  # sample that cannot be used, and is not tried again → why
 
     @property
     def mark(self) -> dict[str, Any]:
-        """What tells this data set from another copy: rows, files, bytes, and a checksum of parts of them."""
+        """Identifies a copy of the data set: rows, files, bytes, and a checksum of parts of them."""
         return self.rows.mark
 
     def draw(self) -> int:
-        """Number of the next sample, by the seed alone."""
+        """Number of the next sample; depends only on the seed."""
         return int(self.draw_many(1)[0])
 
     def draw_many(self, count: int) -> np.ndarray:
-        """Numbers of the next samples, int64 `[count]`, by the seed alone."""
+        """Numbers of the next samples, int64 `[count]`; depend only on the seed."""
         return self.rows.draw_many(count)
 
-    def owner(self, index: int, ranks: int) -> int:
-        """The rank that encodes sample `index`."""
-        return int(self.owners(np.array([index]), ranks)[0])
-
     def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
-        """The ranks that encode samples, int64 `[n]`: the same in every epoch, so that their caches serve."""
+        """The ranks that encode samples, int64 `[n]`: the same in every epoch, so their caches are used."""
         return self.rows.owners(indices, ranks)
 
-    def result(self, good: bool) -> None:
-        """`results` of one sample."""
-        self.results(np.array([good]))
-
     def results(self, good: np.ndarray, causes: dict[int, str] | None = None) -> None:
-        """Told of every drawn sample, in the order of the draws, whether it could be used.
+        """Record which drawn samples can be used, in the order of the draws.
 
         Args:
-            good: bool `[n]`. causes: place in `good` → why it is bad.
+            good: bool `[n]`.
+            causes: place in `good` → why a sample is bad.
 
         Raises:
-            ManifestError: a whole epoch without a good one, or too many bad ones lately.
+            ManifestError: an epoch without a good sample, or too many bad ones among the last.
         """
         causes = causes or {}
         self.causes.extend(causes.values())
         self.recent.extend(place in causes for place in range(len(good)))
         run = int(good[::-1].argmax()) if good.any() else len(good)
         self.failures = run if good.any() else self.failures + run
-        # The good ones may come first in one epoch and last in the next: with one of n, 2n − 2 bad in a row.
+        # The good samples may be first in one epoch and last in the next: with one of n, 2n − 2 bad ones in a row.
         if self.failures >= self.rows.patience:
-            said = f"{self.name}: none of its samples can be used; see quarantine.jsonl for why"
-            raise ManifestError(said + self._last())
+            message = f"{self.name}: none of its samples can be used; see quarantine.jsonl for the reasons"
+            raise ManifestError(message + self._last())
         bad = sum(self.recent)
-        # A data set of fewer rows would count the same bad ones in every epoch; `patience` ends that.
+        # A smaller data set would count the same bad rows in every epoch; `patience` covers that case.
         if len(self.recent) == WINDOW <= self.rows.size and bad > self.max_bad_fraction * WINDOW:
             raise ManifestError(
                 f"{self.name}: {bad} of its last {WINDOW} samples cannot be used, and data.max_bad_fraction allows "
-                f"{self.max_bad_fraction:g} of them; mend the source or raise the fraction{self._last()}"
+                f"{self.max_bad_fraction:g} of them; correct the source or raise the fraction{self._last()}"
             )
 
     def _last(self) -> str:
         return f". The last reasons: {' | '.join(self.causes)}" if self.causes else ""
 
     def items(self, index: int) -> list[Item]:
-        """What sample `index` gives, encoded or from the cache: one item, the parts of a long text, or nothing when it
-        is bad, which is then in the quarantine."""
+        """The items of sample `index`, encoded or from the cache: one item, or the parts of a long text.
+
+        A bad sample has no items and is quarantined.
+        """
         if index in self.bad:
             return []
         key = (self.path, index, self.settings)
         items = self.cache.get(key)
         if items is None:
             items = self._encode(index)
-            if items and not self.recipe.streaming:  # a stream gives every sample a new number: none comes again
+            if items and not self.recipe.streaming:  # the numbers of a stream never repeat
                 self.cache.put(key, items)
         return [replace(item, source=self.name) for item in items]
 
     def item(self, index: int) -> Item | None:
-        """Sample `index`, of a split text the first part; None when it is bad."""
+        """Sample `index`, of a split text the first part; None if it is bad."""
         return next(iter(self.items(index)), None)
 
     def _encode(self, index: int) -> list[Item]:
         try:
             found = self.rows.find(index)
-        except ManifestError as error:  # it has become shorter or other since it was opened, or since the checkpoint
+        except ManifestError as error:  # the file has changed since it was opened, or since the checkpoint
             return self._bad(index, self.path, index + 1, str(error))
         if found is None:
             return []
@@ -266,7 +263,7 @@ class Source:
             return self._items(found, index)
         except KeyeError as error:
             return self._bad(index, found.file, found.line, str(error))
-        except Exception as error:  # a template, a decoder or an image library may raise anything at odd content
+        except Exception as error:  # templates, decoders and image libraries may raise any class
             return self._bad(index, found.file, found.line, f"{type(error).__name__}: {error}")
 
     def _bad(self, index: int, file: str, line: int, reason: str) -> list[Item]:
@@ -274,37 +271,35 @@ class Source:
         self.bad[index] = f"{file} line {line}: {reason}"[:REASON]
         return []
 
-    def _items(self, found: Found, index: int) -> list[Item]:
+    def _items(self, found: LocatedRow, index: int) -> list[Item]:
         row = self._transformed(found, index)
         messages = row["messages"]
         long = self.limit is not None and is_plain_text(messages)
         sample = self.processor.sample(messages, found.base, max_length=None if long else self.limit)
         if not bool((sample.labels[1:] != -100).any()):
-            raise ManifestError("the assistant says nothing; add an assistant message")
+            raise ManifestError("no text of the assistant; add an assistant message")
         self.warnings.add(found.file, found.line, sample.all_warnings)
-        like = self.guard.like(sample) if self.guard is not None else None
-        if like is not None:
-            raise ManifestError(like)
+        match = self.guard.match(sample) if self.guard is not None else None
+        if match is not None:
+            raise ManifestError(match)
         caption = row.get("caption") or caption_of(messages)
         parts = split(sample, self.limit) if long else [sample]
-        return [
-            packed(Item(part, self.name, index, self.recipe.kind, caption, number)) for number, part in enumerate(parts)
-        ]
+        return [Item(part, self.name, index, self.recipe.kind, caption, number) for number, part in enumerate(parts)]
 
-    def _transformed(self, found: Found, index: int) -> Row:
+    def _transformed(self, found: LocatedRow, index: int) -> Row:
         if not self.recipe.transforms:
             return found.row
         chance = random.Random(f"{self.seed}:{index}")
 
         def pick() -> Row:
-            """Another sample; one that is bad is as good as the own one, which no transform takes twice."""
+            """Another sample; the own one in place of a bad one, because no transform uses it twice."""
             indices = self.rows.indices
             try:
-                return located(self.rows.find(int(indices[chance.randrange(len(indices))])))
+                return with_absolute_paths(self.rows.find(int(indices[chance.randrange(len(indices))])))
             except ManifestError:
                 return found.row
 
-        return apply(self.recipe.transforms, located(found), chance, pick)
+        return apply(self.recipe.transforms, with_absolute_paths(found), chance, pick)
 
     def state_dict(self) -> dict[str, Any]:
         return self.rows.state_dict()
@@ -313,8 +308,8 @@ class Source:
         self.rows.load_state_dict(state)
 
 
-def located(found: Found) -> Row:
-    """The row with its relative paths beside its file, so that rows of several files can be put together."""
+def with_absolute_paths(found: LocatedRow) -> Row:
+    """The row with absolute paths, so rows of several files can be combined."""
 
     def locate(part: Row) -> Row:
         paths = {name: part.get(name) for name in (part["type"], "path") if name != "text"}
@@ -322,3 +317,22 @@ def located(found: Found) -> Row:
         return {**part, **{name: str((Path(found.base) / path).absolute()) for name, path in relative.items()}}
 
     return {**found.row, "messages": each_part(found.row["messages"], locate)}
+
+
+def different_data(names: list[str], marks: list[tuple[str, list[dict[str, Any]]]]) -> ManifestError | None:
+    """An error that names the first source of which two ranks have different copies; None if there is none.
+
+    Args:
+        names: of the sources.
+        marks: rank → (host, `Source.mark` of each source).
+    """
+    host, first = marks[0]
+    for rank, (other, found) in enumerate(marks):
+        for name, mine, theirs in zip(names, first, found, strict=True):
+            if mine != theirs:
+                texts = [", ".join(f"{key} {value}" for key, value in mark.items()) for mark in (mine, theirs)]
+                return ManifestError(
+                    f"{name}: the ranks read different data: rank 0 ({host}) has {texts[0]}; rank {rank} ({other}) has "
+                    f"{texts[1]}; copy the same files to every machine"
+                )
+    return None

@@ -1,4 +1,4 @@
-"""Splitting: plain text that is longer than the context becomes consecutive documents, and no token of it is lost."""
+"""Splitting: plain text longer than the context becomes consecutive documents without the loss of a token."""
 
 import torch
 
@@ -10,7 +10,7 @@ IGNORED = -100
 
 
 def is_plain_text(messages: list[Row]) -> bool:
-    """Whether a chat is one text of the assistant's and nothing else, as rows with a `text` column are."""
+    """Whether a chat is a single text of the assistant, like rows with a `text` column."""
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         return False
     content = messages[0]["content"]
@@ -18,10 +18,10 @@ def is_plain_text(messages: list[Row]) -> bool:
 
 
 def split(sample: Sample, limit: int) -> list[Sample]:
-    """A text → documents of at most `limit` tokens, in order; the text as it is where it fits.
+    """A text → documents of at most `limit` tokens, in order; an unchanged text if it fits.
 
-    Each begins with what opens the assistant's turn, which is no label; only the last one ends the turn. Their labels
-    one after the other are those of the text.
+    Each document starts with the opening of the assistant's turn, which has no label; only the last one ends the turn.
+    The labels of all documents together are those of the text.
 
     Raises:
         ManifestError: the limit is too small for any text.
@@ -36,9 +36,9 @@ def split(sample: Sample, limit: int) -> list[Sample]:
     head = sample.input_ids[:first]
     parts = []
     for ids, labels in zip(sample.input_ids[first:].split(room), sample.labels[first:].split(room), strict=True):
-        if not bool((labels != IGNORED).any()):  # what closes the turn, and nothing before it
+        if not bool((labels != IGNORED).any()):  # only the end of the turn
             continue
-        whole = torch.cat([head, ids])
-        marked = torch.cat([torch.full_like(head, IGNORED), labels])
-        parts.append(Sample(whole, marked, torch.arange(len(whole)).expand(3, -1)))
+        document = torch.cat([head, ids])
+        masked = torch.cat([torch.full_like(head, IGNORED), labels])
+        parts.append(Sample(document, masked, torch.arange(len(document)).expand(3, -1)))
     return parts

@@ -1,7 +1,7 @@
-"""Streams: a data set read as it comes in, cut into lanes that do not depend on the number of ranks.
+"""Streams: a data set read sequentially, divided into lanes that do not depend on the number of ranks.
 
-A lane is a part of the data set's shards (its files), read in order, shuffled in a buffer, begun again when it ends.
-Sample `o` of a stream of `n` lanes is sample `o // n` of lane `o % n`, whoever reads it.
+A lane is a group of the data set's shards (its files), read in order, shuffled in a buffer, and read again at its end.
+Sample `o` of a stream of `n` lanes is sample `o // n` of lane `o % n` on every rank.
 """
 
 import logging
@@ -15,30 +15,33 @@ from typing import Any
 import numpy as np
 
 from keye.errors import KeyeError, ManifestError
-from stages.data.items import Quarantine
+from stages.data.quarantine import Quarantine
 from stages.data.sources.chat import EmptyRow, Row, as_chat, kind_of
-from stages.data.sources.formats import Found, files_of, format_of, hub_name, marks, opened, parse_line
+from stages.data.sources.formats import LocatedRow, files_of, format_of, hub_name, marks, opened, parse_line
 from stages.data.sources.tars import stream_tars, tar_row
 from stages.recipe import SourceRecipe
 
-MOST_LANES = 64  # a lane keeps a file open and a buffer full
-KEPT = 512  # rows of all lanes kept after they were read, for threads that ask out of turn
-PATIENCE = 1000  # bad samples in a row, a lane, before the source is given up
-WINDOW = 1000  # of the last samples of a source, the share of bad ones is looked at
+MAX_LANES = 64  # each lane has an open file and a full buffer
+KEPT = 512  # rows of all lanes kept after reading, for threads that request them out of order
+PATIENCE = 1000  # consecutive bad samples per lane after which the source is given up
+WINDOW = 1000  # last samples of a source whose share of bad ones is limited
 
 
 class StreamLanes:
     """The rows of a stream that have the wanted kind and families.
 
     Args:
-        recipe: which data set. path: the recipe's, with the run's folder put in. seed: of the shuffling.
-        quarantine: takes the rows that cannot be read. max_bad_fraction: of the last `WINDOW` rows of a lane.
+        recipe: of the data set.
+        path: the recipe's path with `{run}` replaced.
+        seed: of the shuffling.
+        quarantine: for the rows that cannot be read.
+        max_bad_fraction: of the last `WINDOW` rows of a lane.
 
     Raises:
-        ManifestError: no such data set, or one that cannot be streamed.
+        ManifestError: there is no such data set, or it cannot be streamed.
     """
 
-    size = 1 << 62  # rows in an epoch: not known
+    size = 1 << 62  # rows in an epoch: unknown
 
     def __init__(
         self, recipe: SourceRecipe, path: str, seed: int, quarantine: Quarantine, max_bad_fraction: float = 0.5
@@ -46,7 +49,7 @@ class StreamLanes:
         self.stream, self.kind = open_stream(recipe, path)
         files = [] if self.kind == "hub" else files_of(self.kind, path)
         self.mark = {"lanes": self.stream.num_shards, **marks(files)}
-        count = min(self.stream.num_shards, MOST_LANES)
+        count = min(self.stream.num_shards, MAX_LANES)
         parts = [self.stream.shard(count, lane) for lane in range(count)]
         self.lanes = [
             _Lane(
@@ -69,18 +72,18 @@ class StreamLanes:
         return np.arange(self.drawn - count, self.drawn)
 
     def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
-        # With fewer lanes than ranks several read the same lane, each for the samples that it encodes.
+        # With fewer lanes than ranks several ranks read the same lane, each for the samples that it encodes.
         return (indices if len(self.lanes) < ranks else indices % len(self.lanes)) % ranks
 
-    def find(self, index: int) -> Found | None:
-        """Sample `index`; None when its lane has nothing that is wanted.
+    def find(self, index: int) -> LocatedRow | None:
+        """Sample `index`; None if its lane has no wanted row.
 
         Raises:
-            KeyeError: the stream broke off.
+            KeyeError: the stream failed.
         """
         lane = self.lanes[index % len(self.lanes)]
         found = lane.row(index // len(self.lanes))
-        return None if found is None else Found(found[1], lane.name, found[0], self.base)
+        return None if found is None else LocatedRow(found[1], lane.name, found[0], self.base)
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn}
@@ -90,7 +93,7 @@ class StreamLanes:
 
 
 class _Lane:
-    """One lane: its rows by number, read forward; who asks for one long gone makes it begin anew."""
+    """The rows of one lane by number, read forward; a request for a row no longer kept starts the lane again."""
 
     def __init__(
         self, part: Any, kind: str, recipe: SourceRecipe, name: str, seed: str, window: int, quarantine: Quarantine,
@@ -100,30 +103,30 @@ class _Lane:
         self.quarantine, self.window, self.empty = quarantine, window, False
         self.max_bad_fraction = max_bad_fraction
         self._lock = threading.Lock()
-        self._begin()
+        self._start()
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         self._rows, self._at, self._recent = self._endless(), 0, OrderedDict()
 
     def row(self, number: int) -> tuple[int, Row] | None:
-        """The lane's sample `number`, from 0, with its row's number in an epoch of the lane, from 1."""
+        """The lane's sample `number` (from 0): (number of its row in the lane's epoch from 1, row)."""
         with self._lock:
             if number < self._at and number not in self._recent:
-                self._begin()
+                self._start()
             while self._at <= number and not self.empty:
                 try:
                     row = next(self._rows)
                 except KeyeError:
                     raise
-                except Exception as error:  # file systems, networks and decoders raise their own
-                    self._begin()
+                except Exception as error:  # file systems, networks and decoders raise their own classes
+                    self._start()
                     raise KeyeError(
-                        f"{self.name}: the stream broke off ({type(error).__name__}: {error}); run the same command "
-                        "again, it goes on from the last checkpoint"
+                        f"{self.name}: the stream failed ({type(error).__name__}: {error}); repeat the command, which "
+                        "resumes from the last checkpoint"
                     ) from error
                 if row is None:
                     self.empty = True
-                    logging.getLogger("stages").warning("%s: no %s rows in it", self.name, self.recipe.kind)
+                    logging.getLogger("stages").warning("%s has no %s rows", self.name, self.recipe.kind)
                     break
                 self._recent[self._at] = row
                 self._at += 1
@@ -143,7 +146,7 @@ class _Lane:
             epoch += 1
 
     def _wanted(self) -> Iterator[tuple[int, Row]]:
-        """One epoch's rows of the wanted kind and families; those that cannot be read go to the quarantine.
+        """The rows of one epoch with the wanted kind and families; rows that cannot be read go to the quarantine.
 
         Raises:
             KeyeError: too many of the last rows cannot be read.
@@ -160,8 +163,8 @@ class _Lane:
                 if len(recent) == WINDOW and sum(recent) > self.max_bad_fraction * WINDOW:
                     raise KeyeError(
                         f"{self.name}: {sum(recent)} of the last {WINDOW} rows cannot be read, and "
-                        f"data.max_bad_fraction allows {self.max_bad_fraction:g} of them; mend the source or raise the "
-                        f"fraction. The last reason: {error}"
+                        f"data.max_bad_fraction allows {self.max_bad_fraction:g} of them; correct the source or raise "
+                        f"the fraction. The last reason: {error}"
                     ) from None
                 continue
             recent.append(False)
@@ -191,10 +194,10 @@ def _shuffled(rows: Iterator[Any], size: int, chance: random.Random) -> Iterator
 
 
 def open_stream(recipe: SourceRecipe, path: str) -> tuple[Any, str]:
-    """The data set as a `datasets.IterableDataset` whose media are left as they are, and its format.
+    """The data set as a `datasets.IterableDataset` with undecoded media, and its format.
 
     Raises:
-        ManifestError: no such data set, or one that cannot be streamed.
+        ManifestError: there is no such data set, or it cannot be streamed.
     """
     import datasets
 

@@ -1,10 +1,10 @@
-"""WebDataset tars: the files of one sample stand together and share the name before the first dot.
+"""WebDataset tars: the files of one sample are adjacent and share the name before the first dot.
 
     000.jpg 000.json 001.jpg 001.json …      the JSON is a row of the chat form, or
     000.png 000.txt                          the text is the caption, or
-    000.0.jpg 000.1.jpg 000.mp4 000.json     whose parts may name a file of the sample: {..., "image": "0.jpg"}
+    000.0.jpg 000.1.jpg 000.mp4 000.json     parts may name a file of the sample: {..., "image": "0.jpg"}
 
-A tar on disk is read at the places of its files, without being unpacked.
+A tar on disk is read in place, without unpacking.
 """
 
 import io
@@ -29,10 +29,12 @@ Kept = Callable[[str, str, str, Callable[[str], None]], Path]
 
 
 class Tar:
-    """One tar, its samples by number.
+    """The samples of one tar by number.
 
     Args:
-        file: its name in messages. local: where it is on this machine. kept: `stages.data.sources.formats.kept`.
+        file: its name in messages.
+        local: its path on this machine.
+        kept: `stages.data.sources.formats.kept`.
     """
 
     def __init__(self, file: str, local: str, kept: Kept) -> None:
@@ -42,7 +44,7 @@ class Tar:
         self.names, self.places, self.starts, self.codes = open_index(kept("tar", self.mark, ".index", self._list))
 
     def _list(self, path: str) -> None:
-        """Write the index: (offset, size) `[M, 2]` of the members, their names, and where each sample begins."""
+        """Write the index: (offset, size) `[M, 2]` of the members, their names, and the first member of each sample."""
         codes, places, starts, last = array("i"), array("q"), array("q"), None
         names: dict[str, int] = {}
         try:
@@ -56,7 +58,7 @@ class Tar:
                     last = key
                     codes.append(names.setdefault(name, len(names)))
                     places.extend((member.offset_data, member.size))
-                    tar.members = []  # it keeps every member otherwise
+                    tar.members = []  # otherwise it keeps every member
         except tarfile.TarError as error:
             raise ManifestError(f"{self.file}: not a plain tar ({error}); unpack .gz first, or stream it") from None
         starts.append(len(codes))
@@ -79,7 +81,7 @@ class Tar:
                 yield error
 
     def _members(self, index: int, wanted: tuple[str, ...]) -> dict[str, bytes]:
-        """Name → content of a sample's files; of those whose ending is not wanted, nothing."""
+        """Name → content of a sample's files; the content is empty if the ending is not wanted."""
         members = {}
         with open(self.local, "rb") as tar:
             for at in range(self.starts[index], self.starts[index + 1]):
@@ -91,7 +93,7 @@ class Tar:
 
 
 def stream_tars(files: list[str]) -> Iterator[dict[str, Any]]:
-    """The samples of tars as they come in, local or remote, as {"members": name → content}."""
+    """The samples of local or remote tars in order, as {"members": name → content}."""
     import fsspec
 
     for file in files:
@@ -112,21 +114,21 @@ def stream_tars(files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def split_name(path: str) -> tuple[str, str]:
-    """ "a/000.0.jpg" → ("a/000", "0.jpg"); the case of both stays, since the sample's JSON names its files."""
+    """ "a/000.0.jpg" → ("a/000", "0.jpg"); the case is kept, because the sample's JSON names its files."""
     folder, slash, base = path.rpartition("/")
     key, _, name = base.partition(".")
     return folder + slash + key, name
 
 
 def ending(name: str) -> str:
-    """What a file is by its name, in lower case: `Front.JPG` is a `jpg`."""
+    """The ending of a file's name in lower case: `Front.JPG` → `jpg`."""
     return name.rpartition(".")[2].lower()
 
 
 def open_index(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """The different names, and as views of the mapped file: places `[M, 2]`, starts `[N + 1]`, name of each `[M]`.
+    """The distinct names, and views of the mapped file: places `[M, 2]`, starts `[N + 1]`, name of each member `[M]`.
 
-    The processes of a machine share the pages of the file: 28 bytes a sample of one member are read, none are copied.
+    The processes of a machine share the pages of the file: 28 bytes for a sample of one member, without copies.
     """
     members, starts = (int(value) for value in np.fromfile(path, np.int64, 2))
     at, parts = 16, []
@@ -141,7 +143,7 @@ def open_index(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarra
 
 
 def tar_row(members: dict[str, bytes]) -> Row:
-    """The files of a sample, name → content, as one row with columns; ManifestError when its JSON or text is bad."""
+    """The files of a sample, name → content, as one row with columns; ManifestError if its JSON is bad."""
     row: Row = {}
     for name, content in members.items():
         if ending(name) == "json":
@@ -166,12 +168,12 @@ def _json(name: str, content: bytes) -> Row:
     except ValueError as error:
         raise ManifestError(f"{name}: not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ManifestError(f"{name}: a sample's JSON is an object, not a {type(row).__name__}")
+        raise ManifestError(f"{name}: a {type(row).__name__}; the JSON of a sample must be an object")
     return row
 
 
 def _named(messages: Any, members: dict[str, bytes]) -> Any:
-    """The messages, parts that name a file of the sample given its content."""
+    """The messages; parts that name a file of the sample get its content."""
 
     def fill(part: Any) -> Any:
         source = part.get(part.get("type")) if isinstance(part, dict) else None

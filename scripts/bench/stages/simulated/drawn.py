@@ -11,7 +11,7 @@ from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import IMAGE_PAD, VIDEO_PAD
 from keye.processor.tokenizer import train_tokenizer
 from stages.data.collate import pack
-from stages.data.packing.planner import Meta
+from stages.data.packing.samples import Meta
 from stages.distributed.parallel import ParallelDims, vision_shares
 
 STAMP = 8  # tokens that say a frame's time
