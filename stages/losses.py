@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stages.distributed.parallel import all_gather
+from stages.distributed.collectives import all_gather
 
 LOGITS = 1 << 22  # pairs whose logits are in memory: 16 MB of fp32, and the same for their gradient
 

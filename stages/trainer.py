@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from keye.checkpoint.shards import Stored
 from keye.errors import KeyeError, RecipeError
+from stages.data.items import COUNTS
 from stages.data.loader import Loader
-from stages.data.thinned import COUNTS
 from stages.distributed import engine as deep
-from stages.distributed.checkpoints import Begun, begin_checkpoint, load_checkpoint
+from stages.distributed.checkpoints import PendingCheckpoint, load_checkpoint, start_checkpoint
 from stages.distributed.parallel import ParallelDims, sum_over_ranks
 from stages.metrics import MetricsLogger, find_peak, operations, own_operations, step_summary
 from stages.recipe import StageRecipe
@@ -51,7 +51,7 @@ class Trainer:
         self.folder, self.micro_batches, self.heldout = folder, micro_batches, heldout
         self.requested: set[str] = set()  # on this rank, by signals: "save", "stop"
         self.agreed: set[str] = set()  # of any rank, the same on all; "written": of all ranks
-        self.begun: Begun | None = None  # a checkpoint that is being written in the background
+        self.begun: PendingCheckpoint | None = None  # a checkpoint that is being written in the background
         self.engine = deep.build(
             module, recipe, recipe.steps, zero=recipe.zero, accumulation=micro_batches, precision=precision,
             sources=sources, hpz=recipe.hpz,
@@ -232,7 +232,7 @@ class Trainer:
         self.finish_saving()
         state = {"loader": self.loader.state_dict(), "guard": self.guard.state_dict()}
         keep = self.recipe.keep_checkpoints
-        self.begun = begin_checkpoint(self.engine, self.folder / "checkpoints", self.step, state, keep, shared=True)
+        self.begun = start_checkpoint(self.engine, self.folder / "checkpoints", self.step, state, keep, shared=True)
         if not self.recipe.async_checkpoints:
             self.finish_saving()
 

@@ -1,8 +1,8 @@
-"""Checkpoint files written in the background: copied to host memory at once, and to disk while training goes on.
+"""Checkpoint files written in the background: copied to host memory first, and to disk while training continues.
 
-DeepSpeed writes every file through its checkpoint engine. This one copies what it is given, queues the writing for one
-thread and returns. The thread issues no collective; `stages.distributed.checkpoints` asks all ranks, at steps that
-they agree on, whether their files are on disk.
+DeepSpeed writes every file through its checkpoint engine. This one copies the data, queues the writing for one thread
+and returns. The thread issues no collective; `stages.distributed.checkpoints` asks all ranks at the same steps whether
+their files are on disk.
 """
 
 import copy
@@ -27,7 +27,7 @@ class BackgroundWriter(CheckpointEngine):
     def __init__(self, inner: CheckpointEngine) -> None:
         super().__init__()
         self.name, self.inner = "BackgroundWriter", inner
-        # A thread that the interpreter waits for at its end, so that no file is cut off by an orderly exit.
+        # The interpreter waits for this thread at its end, so an orderly exit truncates no file.
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writes: list[tuple[str, Future[None]]] = []
 
@@ -38,26 +38,26 @@ class BackgroundWriter(CheckpointEngine):
         return self.inner.load(path, map_location=map_location)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """DeepSpeed asks at the end of a save, which is too early; see `wait`."""
+        """DeepSpeed calls this at the end of a save, before the files are written; see `wait`."""
         return True
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Copy `state_dict` and queue its writing; when it returns, the original may change."""
+        """Copy `state_dict` and queue the writing; the original may change after the return."""
         copied = to_host(state_dict)
         self.writes.append((Path(path).name, self.pool.submit(self._write, copied, str(path))))
 
     def _write(self, state_dict: Any, path: str) -> None:
         self.inner.save(state_dict, path)
-        with open(path, "rb") as file:  # here, so that whoever sums the files up later does not wait for the disk
+        with open(path, "rb") as file:  # in this thread, so the later checksum does not wait for the disk
             os.fsync(file.fileno())
 
     @property
     def done(self) -> bool:
-        """Whether nothing of this process waits to be written."""
+        """Whether all files of this process are written."""
         return all(write.done() for _, write in self.writes)
 
     def wait(self) -> list[tuple[str, BaseException]]:
-        """Wait until all is written; the files that could not be since the last call, each with its error."""
+        """Wait until all files are written; returns (file, error) for each failure since the last call."""
         writes, self.writes = self.writes, []
         return [(file, error) for file, write in writes if (error := write.exception()) is not None]
 
@@ -65,8 +65,8 @@ class BackgroundWriter(CheckpointEngine):
 def to_host(state: Any) -> Any:
     """A copy of `state` whose tensors are in host memory, pinned where they come from a GPU.
 
-    Storages are copied as they are, each once: tensors that share one share its copy, and a file of the copy is as
-    large as one of the original.
+    Each storage is copied once: tensors that share a storage share its copy, so a file of the copy is as large as one
+    of the original.
     """
     copies: dict[tuple[str, int], UntypedStorage] = {}
     copied = _copied(state, copies)
@@ -98,8 +98,8 @@ def _copied_tensor(value: Tensor, copies: dict[tuple[str, int], UntypedStorage])
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
     if key not in copies:
         pinned = value.device.type != "cpu"
-        whole = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
-        whole.copy_(torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage), non_blocking=pinned)
-        copies[key] = whole.untyped_storage()
+        copied = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
+        copied.copy_(torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage), non_blocking=pinned)
+        copies[key] = copied.untyped_storage()
     made = torch.empty(0, dtype=value.dtype)
     return made.set_(copies[key], value.storage_offset(), value.size(), value.stride())

@@ -1,4 +1,4 @@
-"""DeepSpeed: processes, the engine around a module, and the weights that come out of it."""
+"""DeepSpeed: the process group, the engine around a module, and access to its fp32 weights."""
 
 import functools
 import logging
@@ -17,17 +17,17 @@ from stages.distributed.hosts import threads_each
 from stages.distributed.zero3 import gather_by_units
 from stages.optimizer import OptimizerConfig, build_optimizer
 
-BUCKET = 500_000_000  # gradients that are reduced in one collective, at most
-PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter whole on every rank
+BUCKET = 500_000_000  # most gradients that one collective reduces
+PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a complete parameter on every rank
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def start(threads: int | None = None) -> None:
-    """Join the process group that torchrun or deepspeed launched, or make one of this process alone.
+    """Join the process group that torchrun or deepspeed launched, or create one of this process alone.
 
-    threads: of torch's CPU work; by default the cores are shared out among the processes of this machine.
+    threads: of torch's CPU work; by default this process's share of the machine's cores.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -38,7 +38,7 @@ def start(threads: int | None = None) -> None:
     from deepspeed.ops import __compatible_ops__
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Only inference uses the shared-memory all-reduce; left on, its compilation holds up the first start for minutes.
+    # Only inference uses the shared-memory all-reduce, and its compilation delays the first start by minutes.
     __compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         cuda = torch.cuda.is_available()
@@ -82,17 +82,20 @@ def build(
     """A DeepSpeed engine that trains the parameters of `module` that require gradients.
 
     In bf16 the optimizer keeps fp32 weights. Gradients are then summed in fp32, over micro-batches and over ranks, and
-    `zero` is 2 at least: without ZeRO there are no fp32 weights, and ZeRO-1 would keep the fp32 gradients of all
+    `zero` is at least 2: without ZeRO there are no fp32 weights, and ZeRO-1 would keep the fp32 gradients of all
     parameters on every rank.
 
     Args:
-        optimizer: AdamW's settings. steps: optimizer steps of the schedule. zero: stage of ZeRO, 0 to 3.
-        accumulation: calls of `backward` a step. `backward` divides by that and averages over all ranks;
-            `trainer.Trainer` undoes both.
+        module: the module to train.
+        optimizer: AdamW's settings.
+        steps: optimizer steps of the schedule.
+        zero: stage of ZeRO, 0 to 3.
+        accumulation: calls of `backward` per step. `backward` divides by it and averages over all ranks;
+            `trainer.Trainer` reverts both.
         precision: "auto", "fp32" or "bf16".
-        sources: where parameters of a bf16 `module` are on disk; the fp32 weights begin as they are there, and a rank
-            reads its share. Others begin as `module` has them.
-        hpz: neighbouring ranks that keep the weights of ZeRO-3 among them a second time, see `StageRecipe`.
+        sources: files of the parameters of a bf16 `module`; the fp32 weights start with their values, and a rank reads
+            its share. Other parameters start with the values of `module`.
+        hpz: neighbouring ranks that keep a second copy of the weights of ZeRO-3, see `StageRecipe`.
     """
     import deepspeed
 
@@ -108,12 +111,12 @@ def build(
             "stage": zero,
             "overlap_comm": torch.cuda.is_available(),
             "contiguous_gradients": True,
-            # DeepSpeed allocates whole buckets, however few parameters train.
+            # DeepSpeed allocates complete buckets, even for few trained parameters.
             "reduce_bucket_size": min(BUCKET, sum(p.numel() for p in trained)),
             "stage3_param_persistence_threshold": PERSISTENT,
         },
         "zero_allow_untested_optimizer": True,
-        # Without the check ZeRO would step on gradients that are not finite in bf16, though not in fp32.
+        # Without the check ZeRO takes a step with non-finite gradients in bf16, but not in fp32.
         "bf16": {"enabled": half, "check_grad_overflow": True},
         "steps_per_print": 1 << 30,
     }
@@ -122,47 +125,47 @@ def build(
     if hpz > 1:
         config["zero_optimization"]["zero_hpz_partition_size"] = hpz
     stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
-    # The engine gives the parameters other memory, in bf16.
-    begun = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}
+    # The engine moves the parameters to other memory, in bf16.
+    initial = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, lr_scheduler=scheduler, config=config)
     if zero == 0 and optimizer.max_grad_norm:
         adam.register_step_pre_hook(functools.partial(_clip, trained, optimizer.max_grad_norm))
     if zero == 3:
         gather_by_units(engine)
-    if half:  # else the fp32 weights would be those that were rounded to bf16
+    if half:  # otherwise the fp32 weights would have been rounded to bf16
         for parameter in trained:
-            if parameter in begun:
-                set_master_weight(parameter, begun.pop(parameter))
+            if parameter in initial:
+                set_master_weight(parameter, initial.pop(parameter))
             elif parameter in stored and stored[parameter].dtype != torch.bfloat16:
                 set_master_weight(parameter, stored[parameter].mapped())
     return engine
 
 
 def _clip(parameters: list[nn.Parameter], limit: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Clip what the optimizer is about to step on; here, because DeepSpeed without ZeRO clips before the guard looks.
+    """Clip the gradients before the optimizer's step. DeepSpeed without ZeRO would clip before `skip_steps_when`.
 
-    The optimizer remembers the norm as ZeRO's does.
+    The optimizer keeps the norm like that of ZeRO.
     """
     optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
 
 
-def skip_steps_when(engine: Any, hold: Callable[[float], bool]) -> None:
-    """Have the optimizer ask `hold(norm of the whole gradient, before clipping)` each time; True = nothing moves.
+def skip_steps_when(engine: Any, skip: Callable[[float], bool]) -> None:
+    """Skip each optimizer step for which `skip(norm of the full gradient before clipping)` is true.
 
-    ZeRO asks once for each of its groups, with the same norm.
+    ZeRO calls it once for each of its groups, with the same norm.
     """
     optimizer = engine.basic_optimizer
     step = optimizer.step
 
-    @functools.wraps(step)  # with the mark that the schedule knows it by
+    @functools.wraps(step)  # with the attribute by which the schedule recognizes it
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        return None if hold(gradient_norm(engine)) else step(*args, **kwargs)
+        return None if skip(gradient_norm(engine)) else step(*args, **kwargs)
 
     optimizer.step = guarded
 
 
 def gradient_norm(engine: Any) -> float:
-    """Norm of the whole gradient before clipping: of the last step, or of the one that is about to be taken."""
+    """Norm of the full gradient before clipping: of the last step, or of the coming one."""
     gradients = [] if engine.zero_optimization() else [p.grad for p in engine.module.parameters() if p.grad is not None]
     if gradients:
         return float(nn.utils.get_total_norm(gradients))
@@ -170,9 +173,9 @@ def gradient_norm(engine: Any) -> float:
 
 
 def master_weight(parameter: nn.Parameter) -> Tensor:
-    """A parameter in the fp32 of the optimizer, as bf16 training keeps it beside the one it computes with; collective.
+    """The optimizer's fp32 value of a parameter in bf16 training; collective.
 
-    The parameter itself where there is no such value: it is fp32 already, or does not train.
+    The parameter itself if there is no such value, because it is in fp32 already or does not train.
     """
     from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param
@@ -186,13 +189,13 @@ def master_weight(parameter: nn.Parameter) -> Tensor:
 
 
 def set_master_weight(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a parameter's value in the fp32 of the optimizer; of `value` a rank reads no more than its share."""
+    """Set the optimizer's fp32 value of a parameter; a rank reads only its share of `value`."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     if not hasattr(parameter, "ds_id"):
         safe_set_full_fp32_param(parameter, value)
         return
-    # ZeRO-3's shares are of one size, the last one padded, which its own function for whole values does not allow for.
+    # ZeRO-3's shares have equal sizes, the last one padded. Its own function for full values does not allow for that.
     share, rank = parameter.partition_numel(), dist.get_rank(parameter.ds_process_group)
     mine = value.flatten()[rank * share : (rank + 1) * share].float()
     safe_set_local_fp32_param(parameter, nn.functional.pad(mine, (0, share - len(mine))))

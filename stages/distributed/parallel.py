@@ -1,9 +1,9 @@
-"""Which group a rank is in, and what crosses between ranks: Ulysses sequence parallelism and shared vision work.
+"""Parallelism across ranks: the rank grid, Ulysses sequence parallelism, and the division of vision work.
 
-The ranks form a grid: `sequence` neighbours share one pack (sequence group), the groups side by side see different
-packs (data-parallel). DeepSpeed is told nothing of it. Every collective here is differentiable and sums gradients, so
-the gradient of the whole loss is the sum over *all* ranks; DeepSpeed averages over all ranks, and the trainer scales
-each loss by their number. That makes ZeRO partition over the whole world, sequence group included.
+The ranks form a grid: `sequence` neighbours share one pack (a sequence group); different groups have different packs
+(data-parallel). DeepSpeed does not know of the grid. Every collective here is differentiable and sums gradients, so the
+gradient of the loss is the sum over *all* ranks. DeepSpeed averages over all ranks, and the trainer scales each loss by
+their number. ZeRO therefore partitions over all ranks, those of a sequence group included.
 """
 
 import heapq
@@ -20,13 +20,14 @@ from torch import Tensor
 from keye.errors import RecipeError
 from keye.model.attention import Varlen, varlen
 from keye.model.vision import FRAME_PATCHES, FramePart, merge_order
+from stages.distributed.collectives import all_to_all, exchange_rows
 
-UNEVEN = 0.02  # of the mean: what the most expensive rank of a sequence group may encode more than the others
+UNEVEN = 0.02  # share of the mean by which the most expensive rank of a sequence group may exceed it
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """This rank's place. `sequence_group` is None when a pack belongs to one rank alone."""
+    """This rank's place in the grid. `sequence_group` is None if a pack belongs to a single rank."""
 
     rank: int
     world: int
@@ -47,7 +48,7 @@ class ParallelDims:
 
 
 def build_parallel_dims(sequence: int = 1) -> ParallelDims:
-    """The grid of the running processes; collective: every rank calls it, with the same `sequence`.
+    """The grid of the running processes; collective: every rank calls it with the same `sequence`.
 
     Raises:
         RecipeError: `sequence` does not divide the number of processes.
@@ -63,11 +64,11 @@ def build_parallel_dims(sequence: int = 1) -> ParallelDims:
 
 
 def check_sequence(sequence: int, world: int) -> None:
-    """RecipeError when `world` processes cannot be cut into groups of `sequence`."""
+    """Raise RecipeError if `world` processes cannot be divided into groups of `sequence`."""
     if world % sequence:
         raise RecipeError(
             f"sequence_parallel = {sequence} does not divide the {world} processes; "
-            f"start a multiple of {sequence} or lower it with --set STAGE.sequence_parallel=…"
+            f"start a multiple of {sequence} processes, or lower it with --set STAGE.sequence_parallel=…"
         )
 
 
@@ -79,26 +80,11 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-class _AllToAll(torch.autograd.Function):
-    """`_swap` with a gradient: it is its own transpose, so the backward is the same exchange the other way."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.sent, ctx.got, ctx.group = sent, got, group
-        return _swap(x, sent, got, group)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _AllToAll.apply(grad, ctx.got, ctx.sent, ctx.group), None, None, None
-
-
 class _ToHeads(torch.autograd.Function):
-    """Queries, keys and values of this rank's tokens → those of its heads, for all tokens, in one exchange.
+    """Queries, keys and values of this rank's tokens → those of its heads for all tokens, in one exchange.
 
-    A rank is sent its query heads, then its key heads, then its value heads. Written out rather than left to autograd,
-    which would hold several copies of all three at the moment when a layer needs the most memory.
+    A rank receives its query heads, then its key heads, then its value heads. The backward pass is explicit, because
+    autograd would keep several copies of all three at the time when a layer needs the most memory.
     """
 
     @staticmethod
@@ -119,10 +105,10 @@ class _ToHeads(torch.autograd.Function):
         sent = q.new_empty(length * sum(widths), size)
         for taker, (block, kv) in enumerate(zip(_blocks(sent, length, widths), wanted, strict=True)):
             parts = block.split([own, len(kv), len(kv)], dim=1)
-            for part, whole, first in zip(parts, (q, k, v), (taker * own, kv[0], kv[0]), strict=True):
-                part.copy_(whole.narrow(1, first, part.shape[1]))
+            for part, heads_of, first in zip(parts, (q, k, v), (taker * own, kv[0], kv[0]), strict=True):
+                part.copy_(heads_of.narrow(1, first, part.shape[1]))
         width = own + 2 * len(mine)
-        got = _swap(sent, [length * w for w in widths], [n * width for n in lengths], group)
+        got = exchange_rows(sent, [length * w for w in widths], [n * width for n in lengths], group)
         return tuple(got.view(-1, width, size).split([own, len(mine), len(mine)], dim=1))
 
     @staticmethod
@@ -134,10 +120,10 @@ class _ToHeads(torch.autograd.Function):
         widths = [own + 2 * len(kv) for kv in ctx.wanted]
         sent = torch.cat(grads, dim=1)
         width, sent = sent.shape[1], sent.flatten(0, 1)
-        got = _swap(sent, [n * width for n in ctx.lengths], [length * w for w in widths], ctx.group)
+        got = exchange_rows(sent, [n * width for n in ctx.lengths], [length * w for w in widths], ctx.group)
         del sent, grads
         grad_q = got.new_empty(length, heads, size)
-        # Ranks may share a KV head: their gradients of it are summed in fp32.
+        # Ranks may share a KV head; its gradients are summed in fp32.
         wide = torch.promote_types(got.dtype, torch.float32)
         grad_k, grad_v = (got.new_zeros(kv_shape, dtype=wide) for _ in range(2))
         for taker, (block, kv) in enumerate(zip(_blocks(got, length, widths), ctx.wanted, strict=True)):
@@ -149,50 +135,19 @@ class _ToHeads(torch.autograd.Function):
 
 
 def _blocks(rows: Tensor, length: int, widths: list[int]) -> list[Tensor]:
-    """Rows `[length · sum(widths), D]` → for each rank its block `[length, width, D]`, as views."""
+    """Rows `[length · sum(widths), D]` → the block `[length, width, D]` of each rank, as views."""
     parts = rows.split([length * width for width in widths])
     return [part.view(length, width, -1) for part, width in zip(parts, widths, strict=True)]
 
 
-def _swap(x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows `[sum(sent), …]` → rows `[sum(got), …]`: the first `sent[0]` go to rank 0, and so on."""
-    out = x.new_empty(sum(got), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), got, sent, group=group)
-    return out
-
-
-class _AllGather(torch.autograd.Function):
-    """`[n, …]` → `[P, n, …]`; the backward sums what every rank sends back to a block's owner."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        out = x.new_empty(dist.get_world_size(group), *x.shape)
-        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[dist.get_rank(ctx.group)], None
-
-
-def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """`[n, …]`, of one shape on all ranks → `[P, n, …]` with gradient; one process: `[1, n, …]`."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return x[None]
-    return _AllGather.apply(x, group)
-
-
 def ulysses(group: dist.ProcessGroup, inner: Varlen = varlen, lengths: list[int] | None = None) -> Varlen:
-    """Packed attention over a sequence that is cut among `group` (DeepSpeed-Ulysses, arXiv 2309.14509).
+    """Packed attention over a sequence that is divided among `group` (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-    Takes `[L / P, H, D]` of this rank's tokens and the boundaries of the whole pack; trades tokens for heads, so that
-    each rank attends over all L tokens with H / P heads. A rank is sent the KV heads that its queries read and no
-    others, each once: where there are fewer of them than ranks, several ranks get the same one.
+    It takes `[L / P, H, D]` of this rank's tokens and the boundaries of the complete pack. Tokens are exchanged for
+    heads, so each rank attends over all L tokens with H / P heads. A rank receives only the KV heads that its queries
+    read, each once. With fewer KV heads than ranks, several ranks receive the same one.
 
-    lengths: tokens of each rank, where they are not all L / P.
+    lengths: tokens of each rank, if they are not all L / P.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
 
@@ -206,23 +161,23 @@ def ulysses(group: dist.ProcessGroup, inner: Varlen = varlen, lengths: list[int]
         q, k, v = _ToHeads.apply(q, k, v, wanted, cut, group)
         reads = [(rank * own + i) * kv_heads // heads - mine[0] for i in range(own)]
         if reads != [i * len(mine) // own for i in range(own)] or own % len(mine):
-            # Query heads that share KV heads unevenly, which no kernel knows: copied here, after they were sent.
+            # No kernel supports query heads that share KV heads unevenly: copy the KV heads after the exchange.
             k, v = k[:, reads], v[:, reads]
         out = inner(q, k, v, cu_seqlens, causal)
-        out = _AllToAll.apply(out, cut, [length] * ranks, group)
+        out = all_to_all(out, cut, [length] * ranks, group)
         return out.unflatten(0, (ranks, length)).transpose(0, 1).flatten(1, 2)
 
     return attention
 
 
 def key_heads(heads: int, kv_heads: int, ranks: int) -> list[list[int]]:
-    """Rank → the KV heads that its `heads / ranks` neighbouring query heads read, rising and without a gap."""
+    """Rank → the KV heads that its `heads / ranks` neighbouring query heads read, in order and without a gap."""
     own, shared = heads // ranks, heads // kv_heads
     return [list(range(r * own // shared, ((r + 1) * own - 1) // shared + 1)) for r in range(ranks)]
 
 
 def share_frames(costs: list[float], ranks: int) -> list[list[int]]:
-    """Frames (or stills) dealt to ranks, largest first, each to the least loaded; each rank's list in stream order."""
+    """Assign frames (or stills) to ranks, most expensive first to the lowest load; rank → frames in stream order."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0.0, rank) for rank in range(ranks)]
     for frame in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -233,7 +188,7 @@ def share_frames(costs: list[float], ranks: int) -> list[list[int]]:
 
 
 class Piece(NamedTuple):
-    """What a rank encodes of a still or frame: `tokens` of them from `first` on; frame: the row of the pack's grids."""
+    """A rank's part of a still or frame: `tokens` of its tokens from `first` on. frame: row of the pack's grids."""
 
     frame: int
     first: int
@@ -241,11 +196,11 @@ class Piece(NamedTuple):
 
 
 def vision_shares(grids: Tensor, ranks: int) -> list[list[Piece]]:
-    """Rank of a sequence group → what it encodes of the stills and frames `grids` `[F, 3]` (stills first), in order.
+    """Rank of a sequence group → its pieces of the stills and frames `grids` `[F, 3]` (stills first), in order.
 
-    Frames are dealt whole where that is even. Otherwise as many of the largest are cut among all ranks as make it
-    even, unless they are too small to be worth the exchange (`FRAME_PATCHES`). A frame of n patches costs
-    n + n² / 6800: there SigLIP-so400m's attention takes as many operations as its products and the projector's.
+    Frames stay undivided if that is even. Otherwise the largest frames are divided among all ranks until it is even,
+    unless they are too small to be worth the exchange (`FRAME_PATCHES`). A frame of n patches costs n + n² / 6800: at
+    6800 patches SigLIP-so400m's attention takes as many operations as its products and the projector's.
     """
     sizes = grids.prod(1).tolist()
     costs = [size + size**2 / 6800 for size in sizes]
@@ -253,11 +208,11 @@ def vision_shares(grids: Tensor, ranks: int) -> list[list[Piece]]:
     large = sum(size > FRAME_PATCHES for size in sizes) if ranks > 1 else 0
     for split in range(large + 1):
         rest = sorted(order[split:])
-        dealt = share_frames([costs[i] for i in rest], ranks)
-        loads = [sum(costs[rest[i]] for i in share) for share in dealt]
+        undivided = share_frames([costs[i] for i in rest], ranks)
+        loads = [sum(costs[rest[i]] for i in share) for share in undivided]
         if max(loads) - sum(loads) / ranks <= UNEVEN * sum(costs) / ranks:
             break
-    shares = [[Piece(rest[i], 0, sizes[rest[i]] // 4) for i in share] for share in dealt]
+    shares = [[Piece(rest[i], 0, sizes[rest[i]] // 4) for i in share] for share in undivided]
     for frame in order[:split]:
         bounds = [sizes[frame] // 4 * rank // ranks for rank in range(ranks + 1)]
         for rank, share in enumerate(shares):
@@ -266,14 +221,14 @@ def vision_shares(grids: Tensor, ranks: int) -> list[list[Piece]]:
 
 
 def piece_pixels(pixels: Tensor, grid: Tensor, piece: Piece) -> Tensor:
-    """A piece of a still or frame of pixels `[n, 3, 14, 14]` and `grid` `[3]`: of a whole one all, else its squares."""
+    """The pixels of a piece of a still or frame with `pixels` `[n, 3, 14, 14]` and `grid` `[3]`."""
     if 4 * piece.tokens == len(pixels):
         return pixels
     return pixels[merge_order(grid[None])[piece.first : piece.first + piece.tokens].flatten()]
 
 
 def own_pixels(pack: dict[str, Tensor], share: list[Piece]) -> Tensor | None:
-    """The pixels `[n, 3, 14, 14]` of the pieces `share` of a pack, in their order; None when there are none."""
+    """The pixels `[n, 3, 14, 14]` of the pieces `share` of a pack, in their order; None if there are none."""
     kinds = [("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")]
     parts: list[tuple[Tensor, Tensor]] = []
     for pixels, grid in kinds:
@@ -287,11 +242,16 @@ def shard(
 ) -> dict[str, object]:
     """One pack → the model's arguments on this rank.
 
-    Without sequence parallelism that is the pack itself. With it: this rank's L / P tokens, the frames it encodes, and
-    the seams `varlen`, `frame_parts` and `exchange`. L must be a multiple of P (`data.packing` sees to it). The pack
-    may hold the pixels of all frames, or as `pixel_values_mine` only those of this rank's `vision_shares`, in their
-    order (absent where the rank has none); uint8 or normalised floats. attention: the backend of packed attention, as
-    the model's config names it.
+    Without sequence parallelism the arguments are the pack itself. With it they are this rank's L / P tokens, the
+    frames that it encodes, and the functions `varlen` and `exchange` and the list `frame_parts`.
+
+    Args:
+        pack: L is a multiple of P (`stages.data.collate.pack`). It has the pixels of all frames, or only those of this
+            rank's `vision_shares` in their order as `pixel_values_mine` (absent if there are none); uint8 or normalised
+            floats.
+        grid: this rank's place.
+        image_token, video_token: ids of the placeholders.
+        attention: the backend of packed attention, as in the model's config.
     """
     if grid.sequence_group is None:
         return dict(pack)
@@ -320,32 +280,26 @@ def shard(
 def _visual_inputs(
     pixels: Tensor, grids: Tensor, shares: list[list[Piece]], grid: ParallelDims, backend: str
 ) -> dict[str, object]:
-    """The pixels of this rank's pieces as whole frames and parts of frames, for the model."""
+    """The pixels of this rank's pieces as the model takes them: complete frames and parts of frames."""
     mine, sizes = shares[grid.sequence_rank], grids.prod(1).tolist()
     split = pixels.split([4 * piece.tokens for piece in mine])
     pairs = list(zip(mine, split, strict=True))
-    whole = [(piece.frame, part) for piece, part in pairs if 4 * piece.tokens == sizes[piece.frame]]
+    complete = [(piece.frame, part) for piece, part in pairs if 4 * piece.tokens == sizes[piece.frame]]
     inputs: dict[str, object] = {}
-    if whole:
-        inputs["pixel_values"] = pixels if len(whole) == len(mine) else torch.cat([part for _, part in whole])
-        inputs["image_grid_thw"] = grids[[frame for frame, _ in whole]]
-    inputs["frame_parts"] = [
-        _frame_part(part, grids[piece.frame].tolist(), piece, shares, grid.sequence_group, backend)
-        for piece, part in pairs
-        if 4 * piece.tokens != sizes[piece.frame]
-    ]
+    if complete:
+        inputs["pixel_values"] = pixels if len(complete) == len(mine) else torch.cat([part for _, part in complete])
+        inputs["image_grid_thw"] = grids[[frame for frame, _ in complete]]
+    parts = inputs["frame_parts"] = []
+    for piece, part in pairs:
+        if 4 * piece.tokens != sizes[piece.frame]:
+            lengths = [4 * other.tokens for share in shares for other in share if other.frame == piece.frame]
+            attention = _frame_attention(grid.sequence_group, lengths, backend)
+            parts.append(FramePart(part, *grids[piece.frame].tolist()[1:], piece.first, max(lengths), attention))
     return inputs
 
 
-def _frame_part(
-    pixels: Tensor, size: list[int], piece: Piece, shares: list[list[Piece]], group: dist.ProcessGroup, backend: str
-) -> FramePart:
-    lengths = [4 * other.tokens for share in shares for other in share if other.frame == piece.frame]
-    return FramePart(pixels, *size[1:], piece.first, max(lengths), _frame_attention(group, lengths, backend))
-
-
 def _frame_attention(group: dist.ProcessGroup, lengths: list[int], backend: str) -> Varlen:
-    """`ulysses` over the parts of a frame; heads of nothing make up what the ranks do not divide."""
+    """`ulysses` over the parts of a frame; zero heads are added to a multiple of the ranks."""
     attend = ulysses(group, partial(varlen, backend=backend), lengths)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
@@ -357,17 +311,17 @@ def _frame_attention(group: dist.ProcessGroup, lengths: list[int], backend: str)
     return attention
 
 
-def _cut(whole: Tensor, grid: ParallelDims, length: int) -> Tensor:
-    """This rank's `length` tokens of the last dimension, as a tensor of its own, so that the whole can go."""
-    return whole.narrow(-1, grid.sequence_rank * length, length).clone()
+def _cut(full: Tensor, grid: ParallelDims, length: int) -> Tensor:
+    """This rank's `length` tokens of the last dimension, copied, so that the memory of all tokens can be freed."""
+    return full.narrow(-1, grid.sequence_rank * length, length).clone()
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which visual tokens go where. Indices are LongTensors, counts are by rank.
+    """The exchange of visual tokens. Indices are LongTensors, counts are by rank.
 
-    send: rows of this rank's features in the order they are sent. sent, got: how many go to and come from each rank.
-    order: what came, brought into the order of the stream (stills, then frames).
+    send: rows of this rank's features in the order of sending. sent, got: rows sent to and received from each rank.
+    order: received rows in the order of the stream (stills, then frames).
     """
 
     send: Tensor
@@ -377,39 +331,40 @@ class Route:
 
 
 def route_features(grids: Tensor, shares: list[list[Piece]], takers: Tensor, rank: int) -> Route:
-    """How the visual tokens of a pack reach the ranks that hold their places.
+    """The route of the visual tokens of a pack to the ranks with their placeholders.
 
     Args:
-        grids: `[F, 3]` of all stills, then all frames. shares: rank → what it encodes of the rows of `grids`; its
-            features are in this order, but parts of frames come before whole frames.
-        takers: `[V]` the rank that holds the place of each visual token, stills first.
-        rank: whose route it is.
+        grids: `[F, 3]` of all stills, then all frames.
+        shares: rank → its pieces of the rows of `grids`; its features are in this order, parts of frames before
+            complete frames.
+        takers: `[V]` the rank with the placeholder of each visual token, stills first.
+        rank: the rank of the route.
     """
     ranks, counts = len(shares), (grids.prod(1) // 4).tolist()
-    pieces = sorted((piece, maker) for maker, share in enumerate(shares) for piece in share)  # as the tokens go
+    pieces = sorted((piece, maker) for maker, share in enumerate(shares) for piece in share)  # in token order
     makers, tokens = torch.tensor([(maker, piece.tokens) for piece, maker in pieces]).T.to(takers.device)
     makers = makers.repeat_interleave(tokens, output_size=len(takers))
     made = takers[makers == rank]
-    came = makers[takers == rank]
+    received = makers[takers == rank]
     return Route(
         send=_places(shares[rank], counts).to(takers.device)[made.argsort(stable=True)],
         sent=made.bincount(minlength=ranks).tolist(),
-        got=came.bincount(minlength=ranks).tolist(),
-        order=came.argsort(stable=True).argsort(),
+        got=received.bincount(minlength=ranks).tolist(),
+        order=received.argsort(stable=True).argsort(),
     )
 
 
 def _places(share: list[Piece], counts: list[int]) -> Tensor:
-    """For each token of a rank's pieces, in stream order, its row in the features, where parts come first."""
+    """The row of each token of a rank's pieces, in stream order, in its features, where parts come first."""
     parts = torch.tensor([piece.tokens < counts[piece.frame] for piece in share], dtype=torch.bool)
     tokens = torch.tensor([piece.tokens for piece in share], dtype=torch.long)
     return (~parts).long().repeat_interleave(tokens).argsort(stable=True).argsort()
 
 
 def _exchange(route: Route, group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
-    """Features this rank encoded `[n, hidden]` → those its own placeholders take: stills first, then frames."""
+    """This rank's features `[n, hidden]` → those of its own placeholders: stills first, then frames."""
 
     def exchange(features: Tensor) -> Tensor:
-        return _AllToAll.apply(features[route.send], route.sent, route.got, group)[route.order]
+        return all_to_all(features[route.send], route.sent, route.got, group)[route.order]
 
     return exchange

@@ -12,7 +12,7 @@ from scripts.bench.stages.simulated import drawn
 from scripts.bench.stages.simulated.compare import collectives
 from scripts.bench.stages.simulated.rank import Measured, Simulated
 from scripts.bench.stages.simulated.shapes import Shapes
-from stages.data.packing.planner import Meta
+from stages.data.packing.samples import Meta
 from stages.distributed.collectives import Collective
 from stages.distributed.parallel import ParallelDims
 

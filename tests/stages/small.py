@@ -1,4 +1,4 @@
-"""Small things that the tests of the stages share: a processor, a model, a drawn world, samples of a given length."""
+"""Shared parts of the tests of the stages: a processor, a model, a generated world, samples of a given length."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,10 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.tokenizer import train_tokenizer
 from keye.world import generate
-from stages.data.sources.source import Cache, Item, Quarantine, Source
+from stages.data.items import Cache, Item
+from stages.data.quarantine import Quarantine
+from stages.data.sources.source import Source
+from stages.distributed.checkpoints import checkpoints, validate_checkpoint
 from stages.distributed.engine import master_weight
 from stages.optimizer import OptimizerConfig
 from stages.recipe import SourceRecipe
@@ -38,7 +41,7 @@ def model(made_for: KeyeProcessor | None = None, seed: int = 0, **text: Any) -> 
 
 
 def world(folder: Path) -> Path:
-    """The manifest of a drawn world: four samples each of video, image and text."""
+    """The manifest of a generated world: four samples each of video, image and text."""
     counts = {"count": 4, "image_read": 4, "text": 4}
     generate(folder, "train", counts=counts, seed=0, size=(56, 84), duration=3.0)
     return folder / "train.jsonl"
@@ -62,9 +65,9 @@ def text_sample(length: int, first: int = 3) -> Sample:
 
 
 class Lengths:
-    """A source of text samples of the given lengths, over and over; counts as one of `stages.data.sources.source`.
+    """A source of text samples of the given lengths, repeated; replaces one of `stages.data.sources.source`.
 
-    A length of 0 is a bad sample. seen: what was encoded here.
+    A length of 0 is a bad sample. seen: indices encoded here.
     """
 
     def __init__(self, name: str, kind: str, lengths: list[int]) -> None:
@@ -77,9 +80,6 @@ class Lengths:
     def draw_many(self, count: int) -> np.ndarray:
         self.at += count
         return np.arange(self.at - count, self.at)
-
-    def owner(self, index: int, ranks: int) -> int:
-        return index % ranks
 
     def owners(self, indices: np.ndarray, ranks: int) -> np.ndarray:
         return indices % ranks
@@ -102,6 +102,11 @@ class Lengths:
 def optimizer(learning_rate: float, **more: Any) -> OptimizerConfig:
     """At a constant learning rate."""
     return OptimizerConfig(learning_rate=learning_rate, schedule="constant", **more)
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints under `directory` that are complete and unchanged, oldest first."""
+    return [path for path in checkpoints(directory) if validate_checkpoint(path) is None]
 
 
 def master_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background are those written at once, count when all ranks' files are on disk, or fail."""
+"""Background checkpoints equal those written in the foreground, are valid once all files are on disk, or fail."""
 
 import json
 import os
@@ -19,12 +19,11 @@ from keye.errors import CheckpointError
 from stages.distributed import engine as deep
 from stages.distributed.background import to_host, write_in_background
 from stages.distributed.checkpoints import (
-    begin_checkpoint,
     checkpoints,
-    flaw,
     load_checkpoint,
     save_checkpoint,
-    whole_checkpoints,
+    start_checkpoint,
+    validate_checkpoint,
 )
 from tests.distributed import run_distributed
 from tests.stages import small, test_trainer
@@ -49,11 +48,11 @@ def test_copies_keep_what_tensors_share_and_no_later_change_reaches_them():
     assert len(storages) == 1 and made["a"].untyped_storage().nbytes() == 48
 
 
-# --- as if written at once
+# --- equal to foreground checkpoints
 
 
 def values(found: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of what a file holds, by path."""
+    """The leaves of a file's contents by path."""
     if isinstance(found, dict):
         return {k: v for key, inner in found.items() for k, v in values(inner, f"{name}.{key}").items()}
     if isinstance(found, list | tuple):
@@ -62,33 +61,33 @@ def values(found: Any, name: str = "") -> dict[str, Any]:
 
 
 def both(folder: Path, zero: int) -> tuple[list[float], list[str]]:
-    """The same step saved at once and in the background, where the weights change before anything is written."""
+    """The same step saved in the foreground and in the background, where the weights change before the writing."""
     deep.start(threads=1)
     engine = engine_of(0, zero)
     losses = train(engine, range(3))
     save_checkpoint(engine, folder / "sync", 3, {"seen": [3]}, shared=True)
     write_in_background(engine)
     writer, gate, state = engine.checkpoint_engine, threading.Event(), {"seen": [3]}
-    writer.pool.submit(gate.wait)  # the one thread: nothing is written before the gate opens
-    begun = begin_checkpoint(engine, folder / "async", 3, state, shared=True)
-    states = [begun.written, flaw(folder / "async" / "step-3")]
+    writer.pool.submit(gate.wait)  # the only thread: no file is written before the gate opens
+    begun = start_checkpoint(engine, folder / "async", 3, state, shared=True)
+    states = [begun.written, validate_checkpoint(folder / "async" / "step-3")]
     state["seen"].append(4)
     losses += train(engine, range(3, STEPS))
     gate.set()
     begun.finish()
-    return losses, [*states, begun.written, flaw(folder / "async" / "step-3")]
+    return losses, [*states, begun.written, validate_checkpoint(folder / "async" / "step-3")]
 
 
 def resumed(folder: Path, zero: int) -> tuple[Any, list[float]]:
     deep.start(threads=1)
-    engine = engine_of(1, zero)  # another beginning, to see that all of it is put back
+    engine = engine_of(1, zero)  # another seed, so everything must be restored
     return load_checkpoint(engine, folder), train(engine, range(3, STEPS))
 
 
 @pytest.mark.parametrize(
     "zero", [2, *(pytest.param(z, marks=pytest.mark.slow) for z in (0, 1, 3))], ids=lambda zero: f"zero {zero}"
 )
-def test_resumed_from_a_background_checkpoint_is_resumed_from_one_written_at_once(tmp_path, zero):
+def test_resuming_from_a_background_checkpoint_equals_resuming_from_a_foreground_one(tmp_path, zero):
     results = run_distributed(both, 2, 300, tmp_path, zero)
     for _, states in results:
         assert states == [False, "it was not finished", True, None]
@@ -102,7 +101,7 @@ def test_resumed_from_a_background_checkpoint_is_resumed_from_one_written_at_onc
             assert sync.keys() == background.keys()
             tensors = [key for key, value in sync.items() if isinstance(value, Tensor)]
             assert tensors
-            for key in tensors:  # what pads ZeRO-3's last share may be anything, also not a number
+            for key in tensors:  # the padding of ZeRO-3's last share is arbitrary, possibly NaN
                 torch.testing.assert_close(background[key], sync[key], rtol=0, atol=0, equal_nan=True, msg=name + key)
             sizes = [(tmp_path / kind / "step-3" / name).stat().st_size for kind in ("sync", "async")]
             assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
@@ -111,7 +110,7 @@ def test_resumed_from_a_background_checkpoint_is_resumed_from_one_written_at_onc
     assert again[1][0] == ((3, {"seen": [3]}), results[0][0][3:])
 
 
-# --- torn and unwritable
+# --- incomplete and unwritable
 
 
 def killed(folder: Path) -> None:
@@ -119,8 +118,8 @@ def killed(folder: Path) -> None:
     engine = engine_of(0, 1)
     save_checkpoint(engine, folder, 1, {}, shared=True)
     write_in_background(engine)
-    begun = begin_checkpoint(engine, folder, 2, {}, shared=True)
-    begun.writer.wait()  # every file of this rank is on disk, and the ranks have not agreed yet
+    begun = start_checkpoint(engine, folder, 2, {}, shared=True)
+    begun.writer.wait()  # all files of this rank are on disk, but the ranks have not agreed yet
     dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -130,50 +129,50 @@ def gone_on(folder: Path) -> tuple[Any, list[str]]:
     engine = engine_of(1, 1)
     found = load_checkpoint(engine, folder)
     write_in_background(engine)
-    begin_checkpoint(engine, folder, 3, {}, shared=True).finish()
+    start_checkpoint(engine, folder, 3, {}, shared=True).finish()
     return found, [path.name for path in checkpoints(folder)]
 
 
-def test_kill_between_copy_and_agreement_leaves_the_one_before(tmp_path, capfd):
+def test_kill_between_copy_and_agreement_leaves_the_previous_checkpoint(tmp_path, capfd):
     with pytest.raises(RuntimeError):
         run_distributed(killed, 2, 300, tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-1", "step-2"]
-    assert flaw(tmp_path / "step-2") == "it was not finished"
+    assert validate_checkpoint(tmp_path / "step-2") == "it was not finished"
     results = run_distributed(gone_on, 2, 300, tmp_path)
-    assert results[0] == results[1] == ((1, {}), ["step-1", "step-3"])  # the torn one takes no room any more
-    assert "step-2 is passed over: it was not finished; going on from step-1" in capfd.readouterr().out
+    assert results[0] == results[1] == ((1, {}), ["step-1", "step-3"])  # the incomplete one is removed
+    assert "step-2 is skipped: it was not finished; resuming from step-1" in capfd.readouterr().out
 
 
 def full(folder: Path) -> tuple[str, list[str], list[str]]:
-    """Rank 1 cannot write more than 100 bytes a file, and says so only in the background."""
+    """Rank 1 cannot write more than 100 bytes per file and fails in the background."""
     deep.start(threads=1)
     engine = engine_of(0, 2)
     write_in_background(engine)
-    begin_checkpoint(engine, folder, 1, {}).finish()
+    start_checkpoint(engine, folder, 1, {}).finish()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    begun = begin_checkpoint(engine, folder, 2, {})
+    begun = start_checkpoint(engine, folder, 2, {})
     train(engine, range(2))
-    said = ""
+    message = ""
     try:
         begun.finish()
     except CheckpointError as error:
-        said = str(error)
+        message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     left = [path.name for path in checkpoints(folder)]
-    dist.barrier()  # both have looked
-    begin_checkpoint(engine, folder, 3, {}).finish()
-    return said, left, [path.name for path in whole_checkpoints(folder)]
+    dist.barrier()  # both ranks have listed the files
+    start_checkpoint(engine, folder, 3, {}).finish()
+    return message, left, [path.name for path in small.complete_checkpoints(folder)]
 
 
 def test_failed_write_in_the_background_is_an_error_of_all_ranks_with_the_file(tmp_path):
     results = run_distributed(full, 2, 300, tmp_path)
     assert results[0] == results[1]
-    said, left, after = results[0]
+    message, left, after = results[0]
     assert left == ["step-1"] and after == ["step-1", "step-3"]
-    assert "step-2 could not be written (" in said and said.endswith("which goes on from step-1")
-    assert ".pt: " in said and "\n" not in said
+    assert "step-2 could not be written (" in message and message.endswith("which resumes from step-1")
+    assert ".pt: " in message and "\n" not in message
 
 
 # --- a stage
@@ -191,10 +190,10 @@ def stage(manifest: Path, folder: Path) -> dict[str, Any]:
         begun.run()
     except Exception as error:
         found["said"] = str(error)
-    found["saved"] = [path.name for path in whole_checkpoints(folder / "async" / "checkpoints")]
+    found["saved"] = [path.name for path in small.complete_checkpoints(folder / "async" / "checkpoints")]
     resumed, model = test_trainer.trainer_of(test_trainer.Multitask, manifest, folder / "async", seed=1)
     found["from"] = resumed.step
-    # The checkpoint of step 4 is whole when the step after its files are written is over, long before the next save.
+    # The checkpoint of step 4 is complete after the first step that follows the writing, long before the next save.
     writer = resumed.engine.checkpoint_engine
     saved, step = resumed.save, resumed.train_step
     marked: dict[int, str | None] = {}
@@ -206,17 +205,17 @@ def stage(manifest: Path, folder: Path) -> dict[str, Any]:
 
     def train_step() -> dict[str, Any]:
         if resumed.step == 5:
-            marked[5] = flaw(folder / "async" / "checkpoints" / "step-4")
+            marked[5] = validate_checkpoint(folder / "async" / "checkpoints" / "step-4")
         return step()
 
     resumed.save, resumed.train_step = save, train_step
     resumed.run()
     found["marked"], found["resumed"] = marked, test_trainer.parameters(model)
-    found["left"] = [path.name for path in whole_checkpoints(folder / "async" / "checkpoints")]
+    found["left"] = [path.name for path in small.complete_checkpoints(folder / "async" / "checkpoints")]
     return found
 
 
-def test_stage_with_background_checkpoints_stops_resumes_and_ends_as_one_without(tmp_path):
+def test_stage_with_background_checkpoints_stops_resumes_and_ends_like_one_without(tmp_path):
     manifest = small.world(tmp_path / "world")
     found, other = run_distributed(stage, 2, 300, manifest, tmp_path)
     assert found["said"] == "multitask: stopped at step 3; the same command resumes from it"

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there; a full disk leaves the one before; another number of processes goes on."""
+"""Checkpoints are complete or do not count; a full disk leaves the previous one; any number of processes resumes."""
 
 import json
 import resource
@@ -18,20 +18,20 @@ from stages.distributed.checkpoints import (
     MARKER,
     _load_frozen,
     checksum,
-    flaw,
     load_checkpoint,
     newest,
     save_checkpoint,
-    whole_checkpoints,
+    validate_checkpoint,
 )
 from stages.optimizer import OptimizerConfig
 from tests.distributed import run_distributed
+from tests.stages import small
 
 STEPS, BATCH = 6, 4
 
 
 def written(folder: Path, step: int, world: int = 1, shared: bool = False) -> Path:
-    """A finished checkpoint with one file in it."""
+    """A finished checkpoint with one file."""
     path = folder / f"step-{step}"
     path.mkdir(parents=True)
     (path / "state-0.pt").write_bytes(b"12345")
@@ -40,36 +40,36 @@ def written(folder: Path, step: int, world: int = 1, shared: bool = False) -> Pa
     return path
 
 
-# --- whole or not there
+# --- complete or not
 
 
-def test_checkpoint_is_whole_or_not_there(tmp_path):
+def test_incomplete_checkpoints_do_not_count(tmp_path):
     paths = [written(tmp_path, step) for step in (2, 4, 6, 8, 10, 12)]
-    assert whole_checkpoints(tmp_path) == paths  # by number, not by name
+    assert small.complete_checkpoints(tmp_path) == paths  # by number, not by name
     (paths[0] / MARKER).unlink()
     (paths[1] / MARKER).write_text('{"step": 4, "fil')
     (paths[2] / "state-0.pt").write_bytes(b"123")
     (paths[3] / "state-0.pt").unlink()
-    (paths[4] / "state-0.pt").write_bytes(b"12x45")  # as long as it was
-    assert whole_checkpoints(tmp_path) == paths[5:]
-    assert [flaw(path) for path in paths] == [
+    (paths[4] / "state-0.pt").write_bytes(b"12x45")  # the same length
+    assert small.complete_checkpoints(tmp_path) == paths[5:]
+    assert [validate_checkpoint(path) for path in paths] == [
         "it was not finished", "its complete.json cannot be read", "state-0.pt has 3 bytes instead of 5",
-        "state-0.pt is missing", "state-0.pt has other contents than were written", None,
+        "state-0.pt is missing", "state-0.pt has changed since it was written", None,
     ]  # fmt: skip
-    assert whole_checkpoints(tmp_path / "nowhere") == []
+    assert small.complete_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_what_is_passed_over_is_said_and_the_one_before_taken(tmp_path):
+def test_skipped_checkpoints_are_reported_and_the_previous_one_is_used(tmp_path):
     kept, torn = written(tmp_path, 8), written(tmp_path, 10)
     (torn / "state-0.pt").unlink()
-    assert newest(tmp_path) == (kept, [f"{torn} is passed over: state-0.pt is missing; going on from step-8"])
+    assert newest(tmp_path) == (kept, [f"{torn} is skipped: state-0.pt is missing; resuming from step-8"])
     shutil.rmtree(kept)
-    found, said = newest(tmp_path)
-    assert found is None and said[0].endswith("state-0.pt is missing; there is no other, so the beginning is taken")
+    found, message = newest(tmp_path)
+    assert found is None and message[0].endswith("is missing; there is no other, so training starts at the first step")
 
 
 @pytest.mark.parametrize("size", [0, 5, 9 << 20])
-def test_checksum_sees_both_ends(tmp_path, size):
+def test_checksum_covers_both_ends(tmp_path, size):
     path = tmp_path / "file"
     path.write_bytes(bytes(size))
     before = checksum(path)
@@ -84,7 +84,7 @@ def test_checksum_sees_both_ends(tmp_path, size):
 
 
 class Net(nn.Module):
-    """Two layers that train, one that does not."""
+    """Two trained layers and a frozen one."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def engine_of(seed: int, zero: int) -> Any:
 
 
 def train(engine: Any, steps: range) -> list[float]:
-    """Steps over the same four rows a step, however many ranks share them; the summed loss of each."""
+    """Summed losses of steps over the same four rows on any number of ranks."""
     losses, world = [], dist.get_world_size()
     for step in steps:
         rows = torch.randn(BATCH, 1, 5, generator=torch.Generator().manual_seed(step)).chunk(world)[dist.get_rank()]
@@ -128,7 +128,7 @@ def first_half(folder: Path, zero: int) -> list[float]:
 
 def second_half(folder: Path, zero: int) -> tuple[Any, list[float], list[str]]:
     deep.start(threads=1)
-    engine = engine_of(1, zero)  # another beginning, to see that all of it is put back
+    engine = engine_of(1, zero)  # another seed, so everything must be restored
     found = load_checkpoint(engine, folder)
     return found, train(engine, range(3, STEPS)), sorted(path.name for path in folder.glob("*step*"))
 
@@ -141,7 +141,7 @@ def second_half(folder: Path, zero: int) -> tuple[Any, list[float], list[str]]:
         pytest.param(2, 1, 0, marks=pytest.mark.slow),
     ],
 )
-def test_another_number_of_processes_goes_on_as_if_nothing_had_been(tmp_path, capfd, before, after, zero):
+def test_another_number_of_processes_resumes_with_the_same_losses(tmp_path, capfd, before, after, zero):
     whole = run_distributed(first_half, before, 360, tmp_path / "c", zero)[0]
     found, losses, left = run_distributed(second_half, after, 360, tmp_path / "c", zero)[0]
     assert found == (3, {"seen": 3}) and left == ["step-3"]
@@ -153,19 +153,19 @@ def of_another_world(folder: Path) -> None:
     load_checkpoint(None, folder)
 
 
-def test_state_of_each_rank_cannot_go_to_other_ranks(tmp_path):
+def test_state_of_each_rank_cannot_be_loaded_by_other_ranks(tmp_path):
     written(tmp_path, 1, world=4)
-    with pytest.raises(CheckpointError, match="was written by 4 processes, this run has 1"):
+    with pytest.raises(CheckpointError, match="was written by 4 processes and this run has 1"):
         run_distributed(of_another_world, 1, 180, tmp_path)
 
 
-# --- a disk that is full
+# --- a full disk
 
 
 def full(folder: Path) -> tuple[list[str], list[str]]:
-    """Save, then save with a limit on the size of rank 1's files, then without room for the whole."""
+    """Save, then save with a limit on the size of rank 1's files, then without room on the disk."""
     deep.start(threads=1)
-    engine, said = engine_of(0, 1), []
+    engine, message = engine_of(0, 1), []
     save_checkpoint(engine, folder, 1, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -173,25 +173,25 @@ def full(folder: Path) -> tuple[list[str], list[str]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         save_checkpoint(engine, folder, 2, {})
     except CheckpointError as error:
-        said.append(str(error))
+        message.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     left = sorted(path.name for path in folder.glob("step-*"))
     engine.module.last.weight.ds_numel = 1 << 60  # a layer larger than any disk
     try:
         save_checkpoint(engine, folder, 3, {})
     except CheckpointError as error:
-        said.append(str(error))
-    return said, left + sorted(path.name for path in folder.glob("step-*"))
+        message.append(str(error))
+    return message, left + sorted(path.name for path in folder.glob("step-*"))
 
 
-def test_full_disk_is_an_error_of_all_ranks_and_leaves_the_checkpoint_before(tmp_path):
+def test_full_disk_is_an_error_on_all_ranks_and_leaves_the_previous_checkpoint(tmp_path):
     results = run_distributed(full, 2, 360, tmp_path)
     assert results[0] == results[1]
-    said, left = results[0]
-    assert left == ["step-1", "step-1"] and flaw(tmp_path / "step-1") is None
-    assert "step-2 could not be written (" in said[0] and "and was removed; a checkpoint takes about" in said[0]
-    assert said[0].endswith("which goes on from step-1") and "\n" not in said[0]
-    assert "but only" in said[1] and said[1].endswith("which goes on from step-1")
+    message, left = results[0]
+    assert left == ["step-1", "step-1"] and validate_checkpoint(tmp_path / "step-1") is None
+    assert "step-2 could not be written (" in message[0] and "and was removed; a checkpoint takes about" in message[0]
+    assert message[0].endswith("which resumes from step-1") and "\n" not in message[0]
+    assert "but only" in message[1] and message[1].endswith("which resumes from step-1")
 
 
 def several(folder: Path) -> list[list[str]]:
@@ -201,7 +201,7 @@ def several(folder: Path) -> list[list[str]]:
         save_checkpoint(engine, folder, step, {}, keep=3)
         if step == 2:
             (folder / "step-2" / MARKER).unlink()
-        left.append([path.name for path in whole_checkpoints(folder)])
+        left.append([path.name for path in small.complete_checkpoints(folder)])
     return left
 
 
@@ -220,13 +220,13 @@ class Harm:
         return Path.touch, (self.path,)
 
 
-def test_frozen_weights_are_read_without_running_what_a_file_holds(tmp_path):
+def test_frozen_weights_are_read_without_executing_code_of_the_file(tmp_path):
     module, marked = Net(0), tmp_path / "ran"
     engine, file = SimpleNamespace(module=module), tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": Net(1).state_dict()}, file)
     _load_frozen(engine, tmp_path)
     assert torch.equal(module.frozen.weight, Net(1).frozen.weight)
     torch.save({"module": Net(1).state_dict(), "extra": Harm(marked)}, file)
-    with pytest.raises(CheckpointError, match="holds more than tensors"):
+    with pytest.raises(CheckpointError, match="contains more than tensors"):
         _load_frozen(engine, tmp_path)
     assert not marked.exists()

@@ -1,11 +1,10 @@
-"""The recorder sees every collective, forward and backward, and names the first one that ranks do not share."""
+"""The recorder captures every collective, forward and backward, and names the first difference between ranks."""
 
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from stages.distributed.collectives import Collective, difference, difference_over_ranks, recorded
-from stages.distributed.parallel import all_gather
+from stages.distributed.collectives import Collective, all_gather, difference, difference_over_ranks, recorded
 from tests.distributed import run_distributed
 
 
@@ -20,7 +19,7 @@ def exchange(uneven: bool) -> tuple[list[Collective], str | None]:
         if uneven and rank == 1:
             calls.append(Collective("barrier", 2, "", 0))
         dist.barrier()
-    dist.barrier()  # not recorded any more
+    dist.barrier()  # no longer recorded
     return calls, difference_over_ranks(calls)
 
 
@@ -38,7 +37,7 @@ def test_every_call_is_recorded_and_the_first_difference_is_named():
     ]
     assert first[4].operation == "barrier" and len(first) == 5
     assert same is None
-    assert other.startswith("rank 0 issues 5 collectives, rank 1 6; rank 1 goes on with barrier over 2 ranks")
+    assert other.startswith("rank 0 issues 5 collectives, rank 1 6; rank 1 continues with barrier over 2 ranks")
 
 
 def test_a_fake_process_group_is_recorded():

@@ -1,4 +1,4 @@
-"""Compiled layers give the plain losses, gradients and weights, under the plain names, with a graph for all lengths."""
+"""Compiled layers give the same losses, gradients, weights and names as plain ones, with one graph for all lengths."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ def plain() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("settings", [(False,), (True,), (True, True)], ids=["plain", "recomputed", "offloaded"])
-def test_compiled_layers_give_the_plain_loss_and_gradients_in_a_graph_for_all_lengths(plain, settings):
+def test_compiled_layers_give_the_plain_loss_and_gradients_in_one_graph_for_all_lengths(plain, settings):
     made = model()
     apply_memory_options(made, *settings, compiled=True, backend="aot_eager")
     same(learn(made, row()), plain)
@@ -75,7 +75,7 @@ def test_code_of_inductor_gives_the_plain_loss_and_gradients(checkpointing):
 def three_steps(manifest: Path, folder: Path, zero: int, backend: str) -> list[tuple[list[float], dict[str, Tensor]]]:
     """Three steps of two packs each, plain and compiled; losses and weights."""
     deep.start(threads=1)
-    deep.PERSISTENT = 0  # ZeRO-3 cuts these small weights, too
+    deep.PERSISTENT = 0  # ZeRO-3 also partitions these small weights
     made, grid = small.processor(), build_parallel_dims()
     samples = [made.sample(line["messages"], manifest.parent) for line in small.lines(manifest)]
     parts = [samples[0:1], samples[4:12], samples[1:3], samples[5:6], samples[3:7], samples[8:9]]

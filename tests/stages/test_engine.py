@@ -1,4 +1,4 @@
-"""What leaves bf16 training is fp32; what is not finite, or held, moves nothing."""
+"""bf16 training produces fp32 weights; non-finite or skipped steps change nothing."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from tests.distributed import run_distributed
 from tests.stages import small
 from tests.stages.test_checkpoints import Net
 
-LR = 1e-5  # far below what bf16 can tell apart at weights of about 0.3
+LR = 1e-5  # far below the resolution of bf16 at weights of about 0.3
 
 
 def one_step() -> dict[str, torch.Tensor]:
@@ -23,7 +23,7 @@ def one_step() -> dict[str, torch.Tensor]:
     x = torch.ones(1, 5, dtype=torch.bfloat16)
     engine.backward(engine(x) * float("inf"))
     engine.step()
-    engine.backward(engine(x) * 1e4)  # held: it leaves no trace in the moments, nor in their count of steps
+    engine.backward(engine(x) * 1e4)  # skipped: it changes neither the moments nor their count of steps
     engine.step()
     untouched, answer[0] = small.master_weights(model), False
     engine.backward(engine(x))
@@ -35,7 +35,7 @@ def test_bf16_leaves_fp32_weights_and_steps_that_are_skipped_leave_no_trace():
     found = run_distributed(one_step, 1, 300)[0]
     for name, before in found["start"].items():
         after, moved = found["after"][name], not name.startswith("frozen")
-        # What does not train has no fp32 value in the optimizer: its exact value stays on disk
+        # Frozen parameters have no fp32 value in the optimizer: their exact value stays on disk
         # (`stages.distributed.weights`).
         assert after.dtype == (torch.float32 if moved else torch.bfloat16)
         assert torch.equal(found["untouched"][name], before if moved else before.bfloat16()), name
@@ -72,14 +72,14 @@ def all_norms() -> list[tuple[float, float, float, torch.Tensor]]:
     return [norms(zero) for zero in (0, 1)]
 
 
-def test_guard_sees_the_norm_before_clipping_and_the_optimizer_the_clipped_gradient():
-    for seen, told, wanted, stepped in run_distributed(all_norms, 1, 300)[0]:
-        assert wanted > 100 and seen == pytest.approx(wanted, rel=1e-5) and told == pytest.approx(wanted, rel=1e-5)
+def test_guard_gets_the_norm_before_clipping_and_the_optimizer_the_clipped_gradient():
+    for seen, settings, wanted, stepped in run_distributed(all_norms, 1, 300)[0]:
+        assert wanted > 100 and seen == pytest.approx(wanted, rel=1e-5) and settings == pytest.approx(wanted, rel=1e-5)
         assert float(stepped.norm()) <= 0.5 * (1 + 1e-5)
 
 
 class Sum(torch.nn.Module):
-    """One weight whose gradient is what it is given."""
+    """One weight whose gradient is its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Sum(torch.nn.Module):
 
 
 def summed(zero: int) -> float:
-    """Norm of the mean of 32 gradients of each rank: on rank 0 one of 256 and else 1, which bf16 cannot add to 256."""
+    """Norm of the mean of 32 gradients per rank: one is 256 on rank 0, the others 1, which bf16 cannot add to 256."""
     engine = deep.build(
         Sum(), small.optimizer(1e-3, max_grad_norm=0.0), 9, zero=zero, accumulation=32, precision="bf16"
     )
@@ -112,7 +112,7 @@ def test_gradients_in_bf16_are_summed_in_fp32_over_micro_batches_and_ranks():
 
 
 def bucket_sizes() -> list[list[int]]:
-    """Elements of the buckets that a backward pass of ZeRO-1, 2 and 3 has, of 12 + 3 parameters that train."""
+    """Elements of the buckets in a backward pass of ZeRO-1, 2 and 3 with 12 + 3 trained parameters."""
     deep.start(threads=1)
     sizes = []
     for zero in (1, 2, 3):
@@ -132,12 +132,12 @@ def bucket_sizes() -> list[list[int]]:
     return sizes
 
 
-def test_buckets_are_no_larger_than_what_trains():
+def test_buckets_are_no_larger_than_the_trained_parameters():
     assert run_distributed(bucket_sizes, 2, 300) == [[[15], [15], [15]]] * 2
 
 
 class Parts(torch.nn.Module):
-    """Modules named as a model's parts are."""
+    """Modules with the names of a model's parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Parts(torch.nn.Module):
 
 
 def moved(zero: int) -> dict[str, float]:
-    """Part → how far Adam's first step moves each of its values, which is the learning rate."""
+    """Part → change of each of its values in Adam's first step, which is the learning rate."""
     torch.manual_seed(0)
     model = Parts()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -165,7 +165,7 @@ def all_moved() -> list[dict[str, float]]:
     return [moved(zero) for zero in (0, 2, 3)]
 
 
-def test_each_part_of_a_model_learns_at_its_own_rate():
+def test_each_part_of_a_model_has_its_own_learning_rate():
     for rates in run_distributed(all_moved, 1, 300)[0]:
         for name, wanted in (("visual", 1e-4), ("projector", 4e-3), ("lm_head", 1e-3)):
             assert rates[f"{name}.weight"] == pytest.approx(wanted, rel=0.01)

@@ -1,4 +1,4 @@
-"""The held-out loss: of samples that nothing trains on, the same on any number of ranks, and without a trace."""
+"""The held-out loss: of samples not trained on, equal on any number of ranks, and without effect on the training."""
 
 import json
 from pathlib import Path
@@ -78,14 +78,14 @@ def folder(tmp_path_factory) -> Path:
 def train(folder: Path, run: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """The metrics of a run of the one stage."""
     engine.start(threads=1)
-    told = load(folder / "recipe.toml", overrides)
+    settings = load(folder / "recipe.toml", overrides)
 
     def prepare() -> None:
         run.mkdir()
-        prepare_tokenizer(told, run)
+        prepare_tokenizer(settings, run)
 
     first_rank(prepare)
-    run_stage("multitask", told, run, Cache(1 << 24))
+    run_stage("multitask", settings, run, Cache(1 << 24))
     return [json.loads(line) for line in (run / "multitask" / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -95,7 +95,8 @@ def runs(folder, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     cases = {"plain": (1, []), "one": (1, measured), "two": (2, measured)}
     cases["zero 3"] = 2, [*measured, "multitask.zero=3"]
     return {
-        name: run_distributed(train, ranks, 300, folder, out / name, told)[0] for name, (ranks, told) in cases.items()
+        name: run_distributed(train, ranks, 300, folder, out / name, overrides)[0]
+        for name, (ranks, overrides) in cases.items()
     }
 
 
@@ -104,7 +105,7 @@ def test_held_out_loss_is_measured_every_n_steps_and_after_the_last(runs):
     assert not any("heldout_loss" in row for row in runs["plain"])
 
 
-def test_measuring_leaves_no_trace_in_what_is_trained(runs):
+def test_measuring_does_not_change_the_training(runs):
     assert [row["loss"] for row in runs["one"]] == [row["loss"] for row in runs["plain"]]
     assert [row["grad_norm"] for row in runs["one"]] == [row["grad_norm"] for row in runs["plain"]]
 
@@ -119,10 +120,10 @@ def by_hand(folder: Path, run: Path) -> tuple[float, float]:
     """(the trainer's held-out loss, that of each document by itself from plain logits)."""
     engine.start(threads=1)
     overrides = ["data.heldout=[]", "data.heldout_fraction=0.4", "multitask.mixture={ image = 0.6, text = 0.4 }"]
-    told = load(folder / "recipe.toml", ["multitask.heldout_every=1", *overrides])
+    settings = load(folder / "recipe.toml", ["multitask.heldout_every=1", *overrides])
     run.mkdir()
-    prepare_tokenizer(told, run)
-    opened = open_stage("multitask", told, run, Cache(1 << 24))
+    prepare_tokenizer(settings, run)
+    opened = open_stage("multitask", settings, run, Cache(1 << 24))
     measured = opened.trainer.heldout_loss()
     opened.trainer.loader.close()
     model = KeyeForConditionalGeneration.from_pretrained(folder / "begin").eval()
@@ -149,12 +150,12 @@ def test_held_out_loss_is_that_of_each_document_by_itself(folder, tmp_path):
     assert measured == pytest.approx(wanted, rel=1e-4)
 
 
-def test_held_out_rows_are_about_the_share_and_stay_when_others_are_added():
+def test_held_out_rows_are_about_the_share_and_do_not_change_when_rows_are_added():
     rows = held_out(200_000, 0.02)
     assert rows.mean() == pytest.approx(0.02, abs=4 * (0.02 * 0.98 / 200_000) ** 0.5)
     assert np.array_equal(held_out(1_000, 0.02), rows[:1_000])
     gaps = np.diff(np.flatnonzero(rows))
-    assert gaps.std() == pytest.approx(50, rel=0.1)  # of a random choice: geometric, as wide as its mean
+    assert gaps.std() == pytest.approx(50, rel=0.1)  # geometric: its deviation equals its mean
 
 
 def test_a_row_is_trained_on_or_held_out(folder):
@@ -166,13 +167,13 @@ def test_a_row_is_trained_on_or_held_out(folder):
 
 
 def test_kinds_that_are_not_held_out_are_left_out_of_the_mixture(folder):
-    told = load(folder / "recipe.toml", ["multitask.heldout_every=1"])
-    shares = [(source.kind, share) for source, share in choose_sources("multitask", told, heldout=True)]
+    settings = load(folder / "recipe.toml", ["multitask.heldout_every=1"])
+    shares = [(source.kind, share) for source, share in choose_sources("multitask", settings, heldout=True)]
     assert shares == [("text", pytest.approx(0.375)), ("image", pytest.approx(0.625))]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["data.heldout=[]", "multitask.heldout_every=2"], "heldout_every measures held-out samples, and there"),
         (["data.heldout_fraction=0.1"], "data.heldout or data.heldout_fraction, not both"),
@@ -180,6 +181,6 @@ def test_kinds_that_are_not_held_out_are_left_out_of_the_mixture(folder):
         (["multitask.heldout_steps=0"], "multitask.heldout_steps must be at least 1"),
     ],
 )
-def test_recipes_that_cannot_measure_are_named(folder, overrides, said):
-    with pytest.raises(RecipeError, match=said):
+def test_recipes_that_cannot_measure_are_named(folder, overrides, message):
+    with pytest.raises(RecipeError, match=message):
         load(folder / "recipe.toml", overrides)

@@ -1,4 +1,4 @@
-"""What processes of one machine share, and how they wait for one another."""
+"""The cores that processes of one machine share, and waiting for the first rank."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ from tests.distributed import run_distributed
         ({"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "64"}, 8, 8),  # torchrun
         ({"LOCAL_SIZE": "8", "WORLD_SIZE": "64"}, 8, 8),  # deepspeed --hostfile
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "WORLD_SIZE": "64"}, 8, 4),
-        ({"WORLD_SIZE": "64"}, 8, 8),  # nobody says: a process a GPU
+        ({"WORLD_SIZE": "64"}, 8, 8),  # not set: one process per GPU
         ({"WORLD_SIZE": "2"}, 0, 2),
         ({}, 8, 1),
     ],
@@ -52,19 +52,19 @@ def test_engine_takes_its_share_under_deepspeeds_launcher():
 
 
 def test_pools_of_libraries_are_limited_before_they_are_loaded():
-    told = "import sys; from stages.distributed.hosts import limit_threads; limit_threads(); import os\n"
-    told += "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules), sorted(sys.modules)\n"
-    told += f"print(*(os.environ[name] for name in {POOLS!r}))"
+    script = "import sys; from stages.distributed.hosts import limit_threads; limit_threads(); import os\n"
+    script += "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules), sorted(sys.modules)\n"
+    script += f"print(*(os.environ[name] for name in {POOLS!r}))"
     cores = len(os.sched_getaffinity(0))
     environment = {name: value for name, value in os.environ.items() if name not in POOLS}
     for own, wanted in (({}, str(max(1, cores // 2))), ({"OMP_NUM_THREADS": "7"}, "7")):
         given = environment | {"LOCAL_SIZE": "2", "WORLD_SIZE": "4"} | own
-        said = subprocess.run([sys.executable, "-c", told], env=given, capture_output=True, text=True, check=True)
-        assert said.stdout.split() == [wanted, str(max(1, cores // 2)), str(max(1, cores // 2))]
+        result = subprocess.run([sys.executable, "-c", script], env=given, capture_output=True, text=True, check=True)
+        assert result.stdout.split() == [wanted, str(max(1, cores // 2)), str(max(1, cores // 2))]
 
 
 def wait_long() -> tuple[float, str]:
-    # As short a limit in the group of the training as half an hour is for a conversion of 100 GB.
+    # The time limit of the training's group is short, as half an hour is for a conversion of 100 GB.
     dist.destroy_process_group()
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
     began = time.monotonic()
@@ -82,5 +82,5 @@ def wait_long() -> tuple[float, str]:
 
 
 def test_others_wait_for_the_first_rank_beyond_the_time_out_of_collectives():
-    for waited, said in run_distributed(wait_long, 2, 60):
-        assert waited >= 7.5 and said == "line 3 is torn"
+    for waited, result in run_distributed(wait_long, 2, 60):
+        assert waited >= 7.5 and result == "line 3 is torn"

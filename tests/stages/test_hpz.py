@@ -1,4 +1,4 @@
-"""hpZ: the weights of ZeRO-3 a second time within a node; the same training, on four processes in groups of two."""
+"""hpZ: a second copy of the weights of ZeRO-3 within a node gives the same training, on two nodes of two processes."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def four(hpz: int) -> tuple[list[float], int, bool]:
 
     deep.start(threads=1)
     engine = deep.build(Net(0), small.optimizer(1e-2), STEPS, zero=3, precision="fp32", hpz=hpz)
-    # Small parameters are kept whole everywhere; here all are cut.
+    # Small parameters are not partitioned by default; here all are.
     for parameter in engine.module.parameters():
         parameter.ds_persist = False
     seen = []

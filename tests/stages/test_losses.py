@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages import losses
-from stages.distributed.parallel import all_gather, sum_over_ranks
+from stages.distributed.collectives import all_gather
+from stages.distributed.parallel import sum_over_ranks
 from stages.losses import siglip_loss
 from tests.distributed import run_distributed
 

@@ -1,4 +1,4 @@
-"""Saving memory changes nothing: recomputed, tiled, offloaded and chunked training has the plain loss and gradients."""
+"""Recomputed, tiled, offloaded and chunked training has the same loss and gradients as plain training."""
 
 from collections import Counter
 
@@ -42,8 +42,8 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("patches", [4, 1 << 20], ids=["layers of the tower", "chunks of frames"])
 @pytest.mark.parametrize("settings", [(True,), (True, True), (True, False, 3), (False, False, 2), (True, True, 64)])
-def test_an_economical_step_equals_the_plain_one(plain, monkeypatch, settings, patches):
-    # At 4 patches most frames are chunks of their own, too large to be recomputed as a whole.
+def test_a_memory_saving_step_equals_the_plain_one(plain, monkeypatch, settings, patches):
+    # At 4 patches most frames are single chunks, too large to be recomputed together.
     monkeypatch.setattr(tower, "FRAME_PATCHES", patches)
     model = small.model()
     apply_memory_options(model, *settings)
@@ -76,7 +76,7 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("offload", "times"), [(False, 1), (True, 2)])
-def test_attention_is_computed_once_unless_its_output_may_not_stay(offload, times):
+def test_attention_is_computed_once_unless_its_output_is_not_kept(offload, times):
     q = torch.randn(1, 2, 16, 8, requires_grad=True)
 
     def layer(x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def test_attention_is_computed_once_unless_its_output_may_not_stay(offload, time
 
 
 def test_only_the_layers_inputs_go_to_host_memory(monkeypatch):
-    """What is packed is counted by shape."""
+    """Packed tensors are counted by shape."""
     model, inputs, moved = small.model(), row(), Counter()
     pack = save_on_cpu(pin_memory=True).pack_hook
 
@@ -123,7 +123,7 @@ def test_tiles_of_an_mlp_give_its_output_and_gradients(tiles):
         torch.testing.assert_close(got, wanted)
 
 
-def test_offload_without_anything_recomputed_is_refused():
+def test_offload_without_checkpointing_is_refused():
     with pytest.raises(RecipeError, match="set checkpointing = true"):
         apply_memory_options(small.model(), checkpointing=False, offload=True)
 
@@ -139,14 +139,14 @@ def test_bytes_are_pixels(plain):
     same(learn(small.model(), {**inputs, **mixed}), wanted)
 
 
-def test_chunks_hold_whole_frames_up_to_the_limit(monkeypatch):
+def test_chunks_have_complete_frames_up_to_the_limit(monkeypatch):
     monkeypatch.setattr(tower, "FRAME_PATCHES", 16)
     grids = torch.tensor([[1, 2, 4], [1, 2, 4], [1, 2, 2], [1, 4, 8], [2, 2, 2], [1, 2, 4]])
     assert tower.chunks_of(grids) == [(2, 16), (1, 4), (1, 32), (2, 16)]
     assert tower.chunks_of(grids[:0]) == []
 
 
-def test_frames_in_chunks_have_the_tokens_of_all_at_once(monkeypatch):
+def test_frames_in_chunks_have_the_same_tokens_as_together(monkeypatch):
     model, inputs = small.model().eval(), row()
     pixels, grids = inputs["pixel_values_videos"], inputs["video_grid_thw"]
     whole = model.encode_vision(pixels, grids).detach()

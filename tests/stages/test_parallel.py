@@ -1,4 +1,4 @@
-"""A pack cut among processes gives the loss and the gradients of the whole one: Ulysses, shared frames, the grid."""
+"""A pack divided among processes has the same loss and gradients: Ulysses, shared frames, the grid."""
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ from keye.processor.processor import Sample
 from stages.data.collate import pack
 from stages.data.packing.balance import rank_operations
 from stages.distributed.activation_memory import apply_memory_options
+from stages.distributed.collectives import all_gather
 from stages.distributed.parallel import (
     ParallelDims,
     Piece,
-    all_gather,
     build_parallel_dims,
     key_heads,
     own_pixels,
@@ -44,7 +44,7 @@ def attention_inputs(heads: int, kv_heads: int, length: int = 48) -> tuple[Tenso
 
 
 def attend(heads: int, kv_heads: int, bounds: list[int], causal: bool) -> list[Tensor]:
-    """Output and gradients of q, k, v, whole again, as the ranks compute them."""
+    """Output and gradients of q, k, v, gathered from all ranks."""
     grid = build_parallel_dims(dist.get_world_size())
     whole = attention_inputs(heads, kv_heads)
     *parts, upstream = (x.chunk(grid.sequence)[grid.sequence_rank].clone() for x in whole)
@@ -57,10 +57,10 @@ def attend(heads: int, kv_heads: int, bounds: list[int], causal: bool) -> list[T
 
 CASES = [
     (4, 4, [0, 48], True),
-    (4, 2, [0, 11, 12, 30, 48], True),  # packed documents, one of them a single token, one over the cut at 24
+    (4, 2, [0, 11, 12, 30, 48], True),  # packed documents, one of a single token, one across the boundary at 24
     (4, 1, [0, 20, 48], True),  # fewer KV heads than ranks
     (12, 6, [0, 24, 48], True),  # on 2 ranks three KV heads each, on 4 two that the three queries share unevenly
-    (12, 3, [0, 7, 48], True),  # on 4 ranks one and the same KV head for two of them, on 2 two for each, unevenly
+    (12, 3, [0, 7, 48], True),  # on 4 ranks two share a KV head, on 2 each has two, unevenly
     (12, 2, [0, 1, 48], True),
     (4, 2, [0, 5, 48], False),
 ]
@@ -87,7 +87,7 @@ def test_ulysses_LHD_equals_one_process(attended, case):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_rank_is_sent_the_key_heads_its_queries_read():
+def test_a_rank_receives_the_key_heads_that_its_queries_read():
     assert key_heads(8, 8, 4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert key_heads(8, 2, 4) == [[0], [0], [1], [1]]
     assert key_heads(6, 3, 2) == [[0, 1], [1, 2]]
@@ -100,7 +100,7 @@ def odd_heads() -> None:
     ulysses(grid.sequence_group)(q, q, q, torch.tensor([0, 8]), True)
 
 
-def test_heads_that_the_ranks_do_not_divide_are_named():
+def test_heads_not_divisible_by_the_ranks_are_named():
     with pytest.raises(RecipeError, match="sequence_parallel = 2 does not divide the model's 3 heads"):
         run_distributed(odd_heads, 2, 360)
 
@@ -146,7 +146,7 @@ def packs() -> dict[str, list[Sample]]:
 
 
 def only_mine(row: dict[str, Tensor], grid: ParallelDims) -> dict[str, Tensor]:
-    """A pack as the loader hands it out: the pixels of this rank's stills and frames alone."""
+    """A pack of the loader: with the pixels of this rank's stills and frames only."""
     grids = [row[name] for name in ("image_grid_thw", "video_grid_thw") if name in row]
     if not grids:
         return row
@@ -179,7 +179,7 @@ def cut(request: pytest.FixtureRequest) -> dict[str, tuple[float, dict[str, Tens
 
 
 @pytest.mark.parametrize("name", list(packs()))
-def test_whole_model_on_two_and_four_ranks_equals_one(cut, name):
+def test_model_on_two_and_four_ranks_equals_one(cut, name):
     loss, gradients = model_gradients(1)[name]
     got_loss, got = cut[name]
     assert got_loss == pytest.approx(loss, rel=1e-5)
@@ -193,7 +193,7 @@ def test_whole_model_on_two_and_four_ranks_equals_one(cut, name):
 
 
 def large_frame(sequence: int) -> dict[bool, tuple[float, dict[str, Tensor]]]:
-    """Recomputed or not → loss and gradients of a pack whose large frames are cut among the ranks."""
+    """Recomputed or not → loss and gradients of a pack whose large frames are divided among the ranks."""
     grid, found = build_parallel_dims(sequence), {}
     g = torch.Generator().manual_seed(3)
     samples = [sample(g, [(1, 2)], [], 5), sample(g, [(33, 32)], [(2, 2)] * 2, 7), sample(g, [], [(35, 40)], 4)]
@@ -216,7 +216,7 @@ def large_alone() -> dict[bool, tuple[float, dict[str, Tensor]]]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])  # the tower's 4 heads are not divided by 3
-def test_frames_cut_among_ranks_have_the_loss_and_gradients_of_one_process(large_alone, ranks):
+def test_frames_divided_among_ranks_have_the_loss_and_gradients_of_one_process(large_alone, ranks):
     got = run_distributed(large_frame, ranks, 360, ranks)[0]
     for recomputed, (loss, gradients) in large_alone.items():
         assert got[recomputed][0] == pytest.approx(loss, rel=1e-5)
@@ -227,15 +227,15 @@ def test_frames_cut_among_ranks_have_the_loss_and_gradients_of_one_process(large
             )
 
 
-def test_one_rank_is_handed_the_pack_itself():
+def test_one_rank_gets_the_pack_itself():
     row = pack(packs()["stills and frames"], 1)
     inputs = shard(row, build_parallel_dims(1), IMAGE, VIDEO)
     assert inputs.keys() == row.keys() and all(inputs[name] is row[name] for name in row)
 
 
-def test_every_visual_token_reaches_the_rank_that_holds_its_place():
+def test_every_visual_token_reaches_the_rank_of_its_placeholder():
     # Stills of 1 and 2 tokens, frames of 3 and 1; the shares are not in the order of the ranks that take them.
-    # The first frame is cut between the second rank (token 3) and the first (4, 5); parts come first in the features.
+    # The second rank has token 3 of the first frame, the first rank 4 and 5; parts come first in the features.
     grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 2, 6], [1, 2, 2]])
     takers = torch.tensor([0, 2, 0, 0, 1, 1, 2])
     shares = [[Piece(1, 0, 2), Piece(2, 1, 2), Piece(3, 0, 1)], [Piece(0, 0, 1), Piece(2, 0, 1)], []]
@@ -255,7 +255,7 @@ def test_vision_shares_count_patches_and_their_squares():
     assert vision_shares(grids, 2) == [[Piece(2, 0, 1024)], [Piece(i, 0, 256) for i in (0, 1, 3, 4)]]
 
 
-def test_large_frames_are_cut_only_where_whole_ones_are_uneven():
+def test_large_frames_are_divided_only_if_complete_ones_are_uneven():
     large, small_one = [1, 128, 64], [1, 32, 32]
     whole = vision_shares(torch.tensor([large] * 4), 4)
     assert whole == [[Piece(frame, 0, 2048)] for frame in range(4)]
@@ -274,7 +274,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_ranks_of_a_sequence_group_cost_within_five_per_cent_of_their_mean(name):
+def test_costs_of_a_sequence_group_are_within_five_per_cent_of_their_mean(name):
     frames, tokens = LARGE[name]
     config = KeyeConfig.preset("keye_8b")
     shares = vision_shares(torch.tensor([(1, *frame) for frame in frames]), 8)
@@ -292,14 +292,14 @@ def test_every_token_is_encoded_by_one_rank(sizes, ranks):
     assert all(share == sorted(share) for share in shares)
 
 
-def test_frames_are_shared_out_largest_first():
+def test_frames_are_assigned_largest_first():
     assert share_frames([5.0, 1.0, 4.0, 2.0], 2) == [[0, 1], [2, 3]]
     assert share_frames([1.0, 1.0, 1.0], 2) == [[0, 2], [1]]
     assert share_frames([3.0], 2) == [[0], []]
 
 
 @given(st.lists(st.floats(0.1, 100), max_size=40), st.integers(1, 8))
-def test_frames_are_shared_whole_and_within_one_frame_of_even(costs, ranks):
+def test_loads_differ_by_at_most_one_frame(costs, ranks):
     shares = share_frames(costs, ranks)
     assert sorted(sum(shares, [])) == list(range(len(costs))) and all(share == sorted(share) for share in shares)
     loads = [sum(costs[i] for i in share) for share in shares]
@@ -344,7 +344,7 @@ def backends_used() -> list[str]:
     return used
 
 
-def test_sequence_parallel_attention_is_the_one_that_the_config_names():
+def test_sequence_parallel_attention_uses_the_backend_of_the_config():
     assert run_distributed(backends_used, 2, 120)[0] == ["plain"] * 2
 
 
@@ -358,5 +358,5 @@ def shared_key_gradient() -> float:
     return float(k.grad.max())
 
 
-def test_gradients_of_a_key_head_that_ranks_share_are_summed_in_fp32():
+def test_gradients_of_a_shared_key_head_are_summed_in_fp32():
     assert run_distributed(shared_key_gradient, 4, 120) == [float(torch.tensor(259.0).bfloat16())] * 4

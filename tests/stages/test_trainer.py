@@ -17,10 +17,10 @@ from keye.errors import KeyeError
 from keye.model import flops
 from stages import recipe as recipes
 from stages.data.collate import pack
+from stages.data.items import Cache
 from stages.data.loader import Loader
-from stages.data.sources.source import Cache, Quarantine
+from stages.data.quarantine import Quarantine
 from stages.distributed import engine as deep
-from stages.distributed.checkpoints import whole_checkpoints
 from stages.distributed.parallel import ParallelDims, build_parallel_dims, share_frames
 from stages.multitask import Multitask
 from stages.optimizer import learning_rate_factor
@@ -181,7 +181,7 @@ def interrupted(manifest: Path, folder: Path) -> dict[str, Any]:
         begun.run()
     except KeyeError as error:
         found["said"] = str(error)
-    found["saved"] = [path.name for path in whole_checkpoints(folder / "begun" / "checkpoints")]
+    found["saved"] = [path.name for path in small.complete_checkpoints(folder / "begun" / "checkpoints")]
     # Another beginning, to see that all of it is put back.
     resumed, model = trainer_of(Multitask, manifest, folder / "begun", seed=1)
     found["from"] = resumed.step

@@ -1,4 +1,4 @@
-"""ZeRO-3 trains as ZeRO-1 does: the same losses, gradient norms and weights, and its weights come out whole."""
+"""ZeRO-3 trains like ZeRO-1: the same losses, gradient norms and weights, and complete weights at the end."""
 
 from typing import Any
 

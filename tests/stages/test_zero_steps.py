@@ -36,7 +36,7 @@ RECIPE = StageRecipe(
 
 @dataclass(frozen=True)
 class Case:
-    """How two processes train: kind of stage, ranks a pack, what is saved in memory, whether the head is tied."""
+    """A training of two processes: kind of stage, ranks per pack, memory options, whether the head is tied."""
 
     kind: type[Multitask] | type[Alignment] = Multitask
     sequence: int = 1
@@ -72,7 +72,7 @@ def rows() -> list[dict[str, Any]]:
 
 def stage_of(kind: type) -> Any:
     class Given(kind):
-        """The stage of packs without a processor, of which some have a loss that is not a number."""
+        """The stage without a processor; some packs have a loss that is not a number."""
 
         def loss(self, module: nn.Module, batch: dict[str, Any], grid: ParallelDims) -> Tensor:
             row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
@@ -83,7 +83,7 @@ def stage_of(kind: type) -> Any:
 
 
 def steps(case: Case, zero: int, folder: Path) -> dict[str, Any]:
-    """Losses, gradient norms and skipped steps, the weights at the end, and where the collectives of ranks differ."""
+    """Losses, gradient norms and skipped steps, the weights at the end, and differences between collectives."""
     deep.start(threads=1)
     grid = build_parallel_dims(case.sequence)
     model = small.model(tie_word_embeddings=case.tied)
@@ -109,7 +109,7 @@ def steps(case: Case, zero: int, folder: Path) -> dict[str, Any]:
 
 
 def spread(folder: Path) -> dict[str, dict[str, Any]]:
-    # Several chunks of frames and of labels for one rank, one of each for the other; nothing is kept whole.
+    # Several chunks of frames and of labels for one rank, one of each for the other; everything is partitioned.
     tower.FRAME_PATCHES, keye.LOSS_CHUNK, deep.PERSISTENT = 8, 4, 0
     return {name: steps(case, 3, folder / name) for name, case in CASES.items()}
 
@@ -130,10 +130,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, An
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_zero_3_of_unlike_ranks_equals_one_plain_process(one, two, name):
+def test_zero_3_of_different_ranks_equals_one_process(one, two, name):
     wanted, found, loose = one[name], two[0][name], CASES[name].precision == "bf16"
     assert found["difference"] is None and found["calls"] > 20
-    assert found["whole"] == 0  # between steps no rank holds a whole parameter
+    assert found["whole"] == 0  # between steps no rank has a complete parameter
     for step, (got, value) in enumerate(zip(found["values"], wanted["values"], strict=True)):
         assert got["not_finite"] == (step == BAD) == value["not_finite"]
         if step != BAD:
@@ -142,8 +142,8 @@ def test_zero_3_of_unlike_ranks_equals_one_plain_process(one, two, name):
         assert got["lr"] == value["lr"]
     assert wanted["values"][-1]["loss"] < wanted["values"][0]["loss"]
     for key, value in wanted["weights"].items():
-        # Softmax does not see a key's bias: its gradient is rounding noise, which Adam blows up to a whole step.
+        # A key's bias does not change softmax: its gradient is rounding noise, which Adam scales to a full step.
         if not key.endswith("k_proj.bias") and not loose:
             apart = (found["weights"][key] - value).abs()
-            # AdamW turns the smallest gradients, rounding and all, into steps of up to the learning rate, 1e-3.
+            # AdamW scales the smallest gradients, with their rounding, to steps of up to the learning rate, 1e-3.
             assert apart.max() <= 2e-4 and (apart > 2e-5).float().mean() <= 1e-3, key
