@@ -122,7 +122,7 @@ def with_a_record_of_before(run: Path) -> str:
     return other
 
 
-def test_a_run_that_was_begun_with_former_keys_goes_on(tmp_path):
+def test_a_run_with_former_keys_is_resumed(tmp_path):
     run = make_run(tmp_path)
     [other] = run_distributed(with_a_record_of_before, 1, 240, run)
     assert "gspo.group_size = 3, but the recipe says 4" in other

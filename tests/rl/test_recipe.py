@@ -36,7 +36,7 @@ def test_a_wrong_key_is_named(override, sentence):
         load(RECIPES[0], [override])
 
 
-def test_prompts_that_cannot_be_dealt_are_refused():
+def test_prompts_that_do_not_divide_are_refused():
     recipe = load(RECIPES[0], ["gspo.prompts=32"])
     check_world(recipe, 3)
     with pytest.raises(RecipeError, match="32 in 4 mini-batches .* each of 9 processes: set it to at least 36"):
@@ -47,11 +47,11 @@ def test_prompts_that_cannot_be_dealt_are_refused():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 def test_mini_batches_hold_the_same_prompts_on_any_number_of_processes(world):
-    dealt = [places_of(rank, world, 32, 4) for rank in range(world)]
+    places = [places_of(rank, world, 32, 4) for rank in range(world)]
     for batch in range(4):
-        places = [place for rank in dealt for place in rank[batch]]
-        assert sorted(places) == list(range(8 * batch, 8 * batch + 8))
-        assert max(len(rank[batch]) for rank in dealt) - min(len(rank[batch]) for rank in dealt) <= 1
+        own = [place for rank in places for place in rank[batch]]
+        assert sorted(own) == list(range(8 * batch, 8 * batch + 8))
+        assert max(len(rank[batch]) for rank in places) - min(len(rank[batch]) for rank in places) <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A whole GSPO run of a model of a few thousand weights: resumed on other processes, never mixed with another run."""
+"""A complete GSPO run of a tiny model: resumed on other processes, never mixed with another run."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def train(run: Path, recipe: RlRecipe = RECIPE) -> dict:
     return {"step": trainer.step, "stream": trainer.stream.state_dict()}
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+def test_a_run_is_resumed_on_another_number_of_processes(tmp_path):
     run = make_run(tmp_path)
     two = run_distributed(train, 2, 240, run)
     # Six prompts of nine a step: after two steps the second epoch's third place.

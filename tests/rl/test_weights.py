@@ -35,11 +35,11 @@ def tune(run: Path, zero: int, rate: float = 1e-9) -> list[list[Any]]:
 
     rl.trainer.build = watched
     engine.start(threads=1)
-    told = recipe_of(
+    recipe = recipe_of(
         1, "variety", precision="bf16", zero=zero, freeze=("visual",), learning_rate=rate, max_grad_norm=1e-12
     )
     try:
-        rl.trainer.GspoTrainer(told, run).train()
+        rl.trainer.GspoTrainer(recipe, run).train()
     finally:
         rl.trainer.build = build
     return seen

@@ -1,4 +1,4 @@
-"""Recipes: what is wrong is named with its key and the mend; what is right comes back the same."""
+"""Recipes: a mistake is named with its key and the remedy; a valid recipe survives a round trip through TOML."""
 
 import re
 import subprocess
@@ -137,11 +137,11 @@ def test_contexts_in_between_are_phases_of_their_own(small):
     chain = annealed(small, "{ 65536 = 5, 32768 = 2000 }").chain
     assert list(chain) == ["vision", "alignment", "annealing-32768", "annealing-65536", "annealing"]
     phases = list(chain.values())[2:]
-    assert [(told.context, told.steps) for told in phases] == [(32768, 2000), (65536, 5), (131072, 9)]
-    assert {told.global_batch_size * told.context for told in phases} == {16 * 131072}
-    assert [told.context // told.sequence_parallel for told in phases] == [16384] * 3
-    assert [told.rope_scale for told in phases] == [8.0, 1.0, 1.0]
-    assert [told.schedule for told in phases] == ["constant", "constant", "cosine"]
+    assert [(phase.context, phase.steps) for phase in phases] == [(32768, 2000), (65536, 5), (131072, 9)]
+    assert {phase.global_batch_size * phase.context for phase in phases} == {16 * 131072}
+    assert [phase.context // phase.sequence_parallel for phase in phases] == [16384] * 3
+    assert [phase.rope_scale for phase in phases] == [8.0, 1.0, 1.0]
+    assert [phase.schedule for phase in phases] == ["constant", "constant", "cosine"]
 
 
 def test_without_contexts_in_between_the_chain_is_the_stages(small):

@@ -1,4 +1,4 @@
-"""A whole run: all stages from one recipe; what is finished is passed over, unless the recipe says something else."""
+"""A complete run: all stages from one recipe; finished stages are skipped unless the recipe has changed."""
 
 import dataclasses
 import json
@@ -115,10 +115,10 @@ def test_a_finished_stage_keeps_its_model_and_no_checkpoints(run):
 
 
 def test_run_that_ended_after_its_first_model_was_drawn_goes_on_as_if_it_had_not(run, recipe, tmp_path):
-    told, folder = load(recipe), tmp_path / "ended"
-    prepare_world(told, folder)
-    prepare_tokenizer(told, folder)
-    prepare_start("vision", told, folder)
+    loaded, folder = load(recipe), tmp_path / "ended"
+    prepare_world(loaded, folder)
+    prepare_tokenizer(loaded, folder)
+    prepare_start("vision", loaded, folder)
     assert (folder / "start" / "model.safetensors").exists() and not (folder / "vision").exists()
     run_distributed(go, 1, 300, recipe, folder, [], "vision")
     first, second = (
@@ -145,13 +145,13 @@ def test_finished_stages_are_passed_over(run, recipe, capfd):
 
 
 def test_finished_stage_with_another_recipe_is_named_with_the_mend(run, recipe):
-    before, told = written(run), (run / "recipe.toml").read_text()
+    before, text = written(run), (run / "recipe.toml").read_text()
     with pytest.raises(KeyeError) as caught:
         run_distributed(go, 1, 300, recipe, run, ["alignment.steps=3"], None)
     said = str(caught.value)
     assert said.startswith("alignment was finished with steps = 2, but the recipe says 3; remove ")
     assert str(run / "alignment") in said and "another --run" in said
-    assert written(run) == before and (run / "recipe.toml").read_text() == told
+    assert written(run) == before and (run / "recipe.toml").read_text() == text
 
 
 def test_stage_that_was_finished_with_former_keys_is_of_the_same_recipe(alone, run, recipe, tmp_path):
@@ -184,7 +184,7 @@ def test_stage_after_one_that_was_trained_again_is_named(alone, run, recipe, tmp
     shutil.copytree(run, again)
     check(load(recipe), again, None)
     done = json.loads((again / "alignment" / "stage.json").read_text())
-    (again / "alignment" / "stage.json").write_text(json.dumps({**done, "made": "anew"}))
+    (again / "alignment" / "stage.json").write_text(json.dumps({**done, "made": "again"}))
     with pytest.raises(KeyeError, match="annealing was trained from other weights than .*alignment has now; remove "):
         check(load(recipe), again, None)
     check(load(recipe), again, "alignment")
@@ -232,13 +232,13 @@ def test_command_of_the_8b_recipes_header_begins_without_stage_0(alone, tmp_path
     (tmp_path / "data").mkdir()
     for name in ("caption", "ocr_vqa", "grounding_counting", "interleaved", "video"):
         (tmp_path / "data" / f"{name}.jsonl").write_text("{}\n")
-    told = load(path, [word for flag, word in zip(words, words[1:], strict=False) if flag == "--set"])
-    sources = tuple(dataclasses.replace(s, path=f"data/{Path(s.path).name}") for s in told.data.sources)
-    told = dataclasses.replace(told, data=dataclasses.replace(told.data, sources=sources))
+    loaded = load(path, [word for flag, word in zip(words, words[1:], strict=False) if flag == "--set"])
+    sources = tuple(dataclasses.replace(s, path=f"data/{Path(s.path).name}") for s in loaded.data.sources)
+    loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, sources=sources))
     only = words[words.index("--stage") + 1]
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
-    check(told, tmp_path / "run", only)
-    assert start_of(only, told, tmp_path / "run") == Path("models/keye-8b-start")
+    check(loaded, tmp_path / "run", only)
+    assert start_of(only, loaded, tmp_path / "run") == Path("models/keye-8b-start")
 
 
 @pytest.mark.parametrize(

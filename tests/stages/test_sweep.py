@@ -96,7 +96,7 @@ def test_of_mixtures_that_score_alike_the_most_even_is_taken(experts: list[Path]
     assert best.weights == (0.5, 0.5)
 
 
-def test_a_stopped_sweep_goes_on(experts: list[Path], tmp_path: Path):
+def test_a_stopped_sweep_is_resumed(experts: list[Path], tmp_path: Path):
     score, stopped = Scorer(best=0.75), []
 
     def stopping(model: Path) -> Report:

@@ -1,4 +1,4 @@
-"""MFU's operations against torch's counter of what a step runs; what is told, and to whom."""
+"""MFU's operations against torch's counter of what a step runs; what is logged, and where."""
 
 import json
 
@@ -109,8 +109,8 @@ def test_only_numbers_go_to_trackers(tmp_path, monkeypatch):
     class Heard:
         __name__ = "heard"
 
-        def init(self, **told):
-            heard.append(told["name"])
+        def init(self, **settings):
+            heard.append(settings["name"])
 
         def log(self, numbers, step):
             heard.append((step, sorted(numbers)))
