@@ -76,7 +76,7 @@ def current_names(cls: type, table: Mapping[str, Any], file: str = "", prefix: s
                 raise RecipeError(f"{file}: {prefix}{key} is the former name of {prefix}{name}; give only the latter")
             if file and os.environ.get("RANK", "0") == "0":
                 text = f"{file}: the key {prefix}{key} is now called {prefix}{name}; rename it"
-                warnings.warn(text, FutureWarning, stacklevel=2)
+                warnings.warn_explicit(text, FutureWarning, file, 0)
         inner = next((c for c in (hints.get(name), *get_args(hints.get(name))) if dataclasses.is_dataclass(c)), None)
         if inner is not None and isinstance(value, dict):
             value = current_names(inner, value, file, f"{prefix}{name}.")
