@@ -240,9 +240,11 @@ def _tower(config: Any, plan: Plan, share: Share, frozen: bool) -> tuple[float, 
     projector = 4 * e * vision.hidden_size  # per patch: merged, norm, before and after the GELU; a quarter of the rows
     tower = e * vision.intermediate_size if frozen else pixels + tower_layer(vision, e) * vision.num_hidden_layers
     if plan.checkpointing:
-        chunk = max(tower, projector) * min(patches, FRAME_PATCHES)
         if not frozen:
-            chunk = max(chunk, tower_chunk(vision, e, patches, share.frame))
+            return tokens + features * patches, tower_chunk(vision, e, patches, share.frame)
+        # A frame passes through the projector as a whole. Its recomputation adds a gradient and the result.
+        recomputed = projector + e * (vision.hidden_size + config.text_config.hidden_size / 4)
+        chunk = max(tower * min(patches, FRAME_PATCHES), recomputed * max(min(patches, FRAME_PATCHES), share.frame))
         return tokens + features * patches, chunk
     if frozen:
         return tokens + projector * patches, tower * min(patches, FRAME_PATCHES)

@@ -412,3 +412,13 @@ def test_decoder_and_frames_do_not_add_up_in_the_backward_pass():
     seen = 4096 * (2 * 4096 / 4 + 2 * 1152)
     assert alone == 4096 * (2 * 588 + 27 * tower_layer(config.vision_config, 2)) and both == kept + seen
     assert both + with_both == max(both + besides, seen + alone)
+
+
+def test_projector_is_recomputed_for_a_large_frame_as_a_whole():
+    config, plan = KeyeConfig.preset("keye_8b"), Plan(2, 2, 64, checkpointing=True)
+    share = Share(0, 32_068, 0, frame=20_164)
+    _, besides, _ = activations(config, plan, share, frozen=True)
+    # For each token: merged, norm, before and after the GELU and one gradient (4 × 1,152 wide), and the result (4,096).
+    assert besides == 20_164 / 4 * 2 * (5 * 4 * 1152 + 4096)
+    _, small, _ = activations(config, plan, Share(0, 32_068, 0), frozen=True)
+    assert small == 4096 / 4 * 2 * (5 * 4 * 1152 + 4096)
