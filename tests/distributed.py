@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes of this machine and brings home what each returned or raised."""
+"""Runs a function on several gloo processes and returns each result or raises the first exception."""
 
 import os
 import pickle
@@ -15,21 +15,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-GRACE = 10.0  # seconds that the other ranks have left once one of them failed
+GRACE = 10.0  # seconds for the other ranks after one has failed
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int = 2, timeout: float = 120, *args: Any) -> list[Any]:
-    """Call `fn(*args)` in `world_size` fresh processes that are joined in a gloo group; each has one thread.
+    """Call `fn(*args)` in `world_size` new processes of a gloo group, each with one thread.
 
     Args:
-        fn: a function of a module (it is sent by name); what it returns and raises is pickled.
-        timeout: seconds for all of it, start included.
+        fn: a module-level function (pickled by name); its result and exceptions are pickled.
+        timeout: seconds, including start-up.
 
     Returns:
-        What each rank returned, by rank.
+        The results, by rank.
 
     Raises:
-        TimeoutError: a rank was not done in time; all are killed.
+        TimeoutError: a rank exceeded the timeout; all are killed.
         Exception: the first exception that any rank raised, with its traceback as a note.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -56,14 +56,17 @@ def run_distributed(fn: Callable[..., Any], world_size: int = 2, timeout: float 
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def _wait(processes: list[Any], timeout: float) -> list[int]:
-    """Join all, kill those that are late; the ranks killed. A failed rank leaves the others a short time."""
+    """Join all processes, kill those that exceed the timeout, and return their ranks.
+
+    After a rank has failed, the others have `GRACE` seconds.
+    """
     deadline = time.monotonic() + timeout
     while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
         if any(p.exitcode not in (None, 0) for p in processes):
@@ -98,7 +101,7 @@ def _work(
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
         outcome["result"] = fn(*args)
-        # Nobody leaves while another still talks to it.
+        # No rank leaves while another still communicates with it.
         if dist.is_initialized():
             dist.barrier()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The helper itself: results by rank, the first exception, and the time limit."""
+"""Results by rank, the first exception, and the timeout."""
 
 import time
 

@@ -1,7 +1,7 @@
-"""Measures what this project claims, part by part, and writes docs/results/<group>.md from what the parts leave.
+"""Measures the claims of this project and writes docs/results/<group>.md.
 
-Each part is a module of its own and leaves a JSON file in docs/results/<group>; the document is written from these
-files, so a part can be run again alone. scripts/bench/README.md says what each part measures.
+Each part is a module that writes a JSON file to docs/results/<group>. The document is generated from these files, so a
+single part can be repeated. scripts/bench/README.md describes the parts.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from scripts.bench.common.record import RESULTS, arguments, document, out_of, ru
 from scripts.bench.groups import GROUPS
 
 EXAMPLES = """examples:
-  python -m scripts.bench encoder                      all parts; about an hour, on a machine that does nothing else
+  python -m scripts.bench encoder                      all parts; about an hour on an idle machine
   python -m scripts.bench encoder --part plan pixels   some parts
-  python -m scripts.bench stages --part                only the document, from what was measured before
-  python -m scripts.bench model --quick                a fraction of every part, into .cache: shows that it runs
+  python -m scripts.bench stages --part                only the document, from existing results
+  python -m scripts.bench model --quick                a smoke test of every part, into .cache
   python -m scripts.bench stages --gpu                 the part that needs a GPU; ten minutes at most
   python -m scripts.bench model --gpu --small --device cpu
   python -m scripts.bench.encoder.identity --help      the options of one part
@@ -26,9 +26,9 @@ def main() -> int:
     parser: argparse.ArgumentParser = arguments(__doc__, EXAMPLES, results="<group>")
     parser.prog = "python -m scripts.bench"
     parser.add_argument("group", choices=GROUPS, help="what is measured")
-    parser.add_argument("--part", nargs="*", metavar="PART", help="some parts; without a name only the document")
-    parser.add_argument("--gpu", action="store_true", help="the part that needs a GPU, and only that")
-    parser.add_argument("--small", action="store_true", help="with --gpu: small shapes, which prove nothing")
+    parser.add_argument("--part", nargs="*", metavar="PART", help="some parts; without a name, only the document")
+    parser.add_argument("--gpu", action="store_true", help="only the part that needs a GPU")
+    parser.add_argument("--small", action="store_true", help="with --gpu: small shapes, as a smoke test")
     parser.add_argument("--device", default="cuda", help="with --gpu: cuda, or cpu with --small")
     args = parser.parse_args()
     group = GROUPS[args.group]

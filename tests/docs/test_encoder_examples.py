@@ -1,4 +1,4 @@
-"""Every example of the guide to the encoder runs, and its tables name all there is."""
+"""Every example of the guide to the encoder runs, and its tables name every measure and policy."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Every example of the guide to the model runs, in a folder with directories like the real ones and tiny weights."""
+"""Every example of the guide to the model runs, with directories laid out like real models and tiny weights."""
 
 import os
 import re
@@ -21,7 +21,7 @@ GUIDE = ROOT / "docs" / "model.md"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What the guide names: clips, a picture, a decoder, a tower, a released model and a Llama."""
+    """The files that the guide names: clips, a picture, a decoder, a tower, a released model and a Llama."""
     from PIL import Image
 
     path = tmp_path_factory.mktemp("guide")

@@ -55,12 +55,12 @@ def test_tables_give_every_key_with_its_default():
     text = GUIDE.read_text(encoding="utf-8")
     for table, cls in (("gspo", Gspo), ("heldout", HeldOut)):
         rows = text.partition(f"| `[{table}]` |")[2].partition("\n\n")[0]
-        told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
+        documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
         ours = {f.name: "–" if f.default is MISSING else f.default for f in fields(cls)}
-        assert told.keys() == ours.keys()
+        assert documented.keys() == ours.keys()
         for key, value in ours.items():
             value = list(value) if isinstance(value, tuple) else value
-            assert told[key] == "–" if value == "–" else json.loads(told[key]) == value, key
+            assert documented[key] == "–" if value == "–" else json.loads(documented[key]) == value, key
 
 
 def test_what_is_not_run_is_written_right():

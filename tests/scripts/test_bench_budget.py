@@ -20,10 +20,10 @@ def test_the_released_search_by_hand():
 
 def test_cases_are_counted():
     draw = random.Random(3)
-    wide = count((any_case(draw) for _ in range(150)), beside=False)
-    usual = count((released_case(draw) for _ in range(150)), beside=True)
+    wide = count((any_case(draw) for _ in range(150)), with_release=False)
+    usual = count((released_case(draw) for _ in range(150)), with_release=True)
     for result in (wide, usual):
-        assert (result.cases, result.over, result.astray, result.missed) == (150, 0, 0, 0)
+        assert (result.cases, result.over, result.out_of_limits, result.missed) == (150, 0, 0, 0)
         assert 0 < result.spent <= result.binding < 150
     assert usual.released_counts_over == usual.binding  # the release stops one too far whenever the budget binds
-    assert usual.released_alike + usual.released_astray == usual.released_free > 0
+    assert usual.released_same + usual.released_out_of_limits == usual.released_free > 0

@@ -1,4 +1,4 @@
-"""The model's bench: what it compares is really the same, what it measures is counted right, and it runs small."""
+"""The model's benches compare equal work, count correctly, and run at a small size."""
 
 import json
 import subprocess

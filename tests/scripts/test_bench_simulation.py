@@ -1,4 +1,4 @@
-"""The simulation of ranks: what it counts is what there is, and ranks that differ are found."""
+"""The simulation of ranks counts memory correctly and finds ranks that differ."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_memory_without_values_is_that_of_the_tensors_alive():
         assert shapes.memory.now == 0
 
 
-def test_lengths_stay_real_beside_tensors_without_values():
+def test_lengths_stay_real_together_with_tensors_without_values():
     with Shapes(), torch.device("meta"):
         table = nn.Embedding(64, 32)
     with Shapes():
@@ -61,10 +61,10 @@ def test_ranks_that_differ_are_named():
         return Simulated(number, list(calls), Measured(), 0, (0, 0, 0))
 
     over_all, in_group = Collective("all_reduce", 4, "float32", 8), Collective("all_to_all_single", 2, "float32", -1)
-    alike = [rank(0, in_group, over_all), rank(1, in_group, over_all), rank(2, over_all), rank(3, over_all)]
-    assert collectives(alike, 2) is None  # what a group issues among itself is its own affair
-    assert "rank 1" in collectives([*alike[:1], rank(1, over_all), *alike[2:]], 2)
-    assert "rank 3" in collectives([*alike[:3], rank(3, over_all, over_all)], 2)
+    same = [rank(0, in_group, over_all), rank(1, in_group, over_all), rank(2, over_all), rank(3, over_all)]
+    assert collectives(same, 2) is None  # collectives within a group may differ between groups
+    assert "rank 1" in collectives([*same[:1], rank(1, over_all), *same[2:]], 2)
+    assert "rank 3" in collectives([*same[:3], rank(3, over_all, over_all)], 2)
 
 
 def test_quick_simulation_of_a_stage_leaves_its_record(tmp_path):

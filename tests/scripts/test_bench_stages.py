@@ -1,4 +1,4 @@
-"""The benches of the stages: what is compared is the same work, laid out and counted right."""
+"""The benches of the stages compare equal work and count it correctly."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ IMAGE, VIDEO = 7, 8
 
 
 def sample(seed: int, stills: list[tuple[int, int]], frames: list[tuple[int, int]], words: int) -> Sample:
-    """Words, stills and frames (height, width in patches) in turn, all words but the first learnt."""
+    """Alternating text, images and frames (height, width in patches); all text but the first token has labels."""
     draw = torch.Generator().manual_seed(seed)
     parts = [torch.randint(10, 60, (words,), generator=draw)]
     for token, grids in ((IMAGE, stills), (VIDEO, frames)):

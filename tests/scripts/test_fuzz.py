@@ -1,4 +1,4 @@
-"""The watch over damaged files: what a worker does wrong is seen, and the damage is the same every time."""
+"""The fuzz bench detects every failure of a worker, and its damage is reproducible."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from scripts.bench.encoder.fuzz import State, Worker, plan_one
 from scripts.bench.encoder.media import mutations
 from tests.keye.video.make import numbered, write_video
 
-# Answers a line to each line; misbehaves when told to.
+# Answers each line with a line; misbehaves on request.
 WORKER = """
 import json, os, signal, sys, time
 print(json.dumps({"outcome": "ready"}), flush=True)

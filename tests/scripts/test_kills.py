@@ -1,4 +1,4 @@
-"""The bench of killed runs: what it says a run was at, and what it compares."""
+"""The bench of killed runs: the state that it reports, and its comparisons."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The recall bench itself: what counts as seen, as wasted and as the same number of slow frames."""
+"""The recall bench: which changes count as seen, which slow frames as wasted, and equal numbers of slow frames."""
 
 import itertools
 
@@ -26,7 +26,7 @@ from scripts.bench.encoder.recall import (
 
 
 class Level:
-    """How near the means of two frames are: made up, so that scores are known."""
+    """A measure with known scores: the difference of the means of two frames."""
 
     name, threshold = "level", 0.9
 

@@ -1,7 +1,7 @@
-"""What a part of the bench leaves behind: a JSON file with its claims and tables, and the document made of all of them.
+"""Results of the benches: a JSON file for each part with its claims and tables, and a document for each group.
 
-A part is a module, `python -m scripts.bench.<group>.<part> [--quick] [--out DIR]`, and writes DIR/<part>.json when it
-has measured. scripts/bench/README.md has the format.
+A part is a module, `python -m scripts.bench.<group>.<part> [--quick] [--out DIR]`, that writes DIR/<part>.json.
+scripts/bench/README.md describes the format.
 """
 
 import argparse
@@ -27,12 +27,12 @@ QUICK_OUT = ROOT / ".cache" / "bench" / "quick"
 SHOWN = (
     "keye-vl-utils", "decord", "opencv-python-headless", "scikit-image", "torch", "transformers", "numpy", "av"
 )  # fmt: skip
-LOAD = os.getloadavg()[0]  # before this part put any of its own on the machine
+LOAD = os.getloadavg()[0]  # before this part adds its own load
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim, its goal, the figure measured and whether it meets the goal (None: nothing was promised)."""
+    """One claim, its goal, the measured figure and whether it meets the goal (None: there is no goal)."""
 
     claim: str
     goal: str
@@ -43,7 +43,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures behind the claims, as they stand in the document."""
+    """A table of figures in the document."""
 
     title: str
     columns: Sequence[str]
@@ -51,11 +51,11 @@ class Table:
 
 
 def arguments(about: str, examples: str = "", results: str = "encoder") -> argparse.ArgumentParser:
-    """A parser with the options that every part has; `results` is the folder of docs/results that it belongs to."""
+    """A parser with the options of every part; `results` is its folder in docs/results."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=examples, formatter_class=layout)
     parser.add_argument(
-        "--quick", action="store_true", help="a fraction of the work: shows that it runs, proves nothing"
+        "--quick", action="store_true", help="a fraction of the work, as a smoke test; the figures are meaningless"
     )
     parser.add_argument(
         "--out", type=Path, help=f"where the JSON goes (docs/results/{results}, or .cache with --quick)"
@@ -65,7 +65,7 @@ def arguments(about: str, examples: str = "", results: str = "encoder") -> argpa
 
 
 def run_parts(modules: dict[str, str], options: Sequence[str]) -> list[str]:
-    """Run the parts (part → its module) one after the other, each in a process; returns those that failed."""
+    """Run the parts (part → module) sequentially, each in its own process; returns those that failed."""
     failed = []
     for number, (part, module) in enumerate(modules.items(), 1):
         print(f"\n[{number}/{len(modules)}] {part}", flush=True)
@@ -77,19 +77,19 @@ def run_parts(modules: dict[str, str], options: Sequence[str]) -> list[str]:
 
 
 def forget_other_code(scratch: Path) -> None:
-    """Empty a folder of kept measurements unless they were begun with the code that keye/ and stages/ now have."""
-    told = hashlib.sha256()
-    for path in sorted(path for room in ("keye", "stages") for path in (ROOT / room).rglob("*.py")):
-        told.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    """Delete saved measurements in `scratch` if they were taken with other code of keye/ and stages/."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in ("keye", "stages") for path in (ROOT / package).rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     mark = scratch / "code.txt"
-    if not mark.exists() or mark.read_text() != told.hexdigest():
+    if not mark.exists() or mark.read_text() != digest.hexdigest():
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        mark.write_text(told.hexdigest())
+        mark.write_text(digest.hexdigest())
 
 
 def out_of(args: argparse.Namespace) -> Path:
-    """The folder that the results go to."""
+    """The folder of the results."""
     quick = QUICK_OUT if args.results == "encoder" else QUICK_OUT.with_name(f"quick_{args.results}")
     return args.out or (quick if args.quick else RESULTS / args.results)
 
@@ -105,9 +105,9 @@ def save(
     seeds: dict[str, int | str] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write `<out>/<part>.json`, whole or not at all, print the claims, and return the path.
+    """Write `<out>/<part>.json` atomically, print the claims, and return the path.
 
-    seconds: how long it took. seeds: what was drawn with which seed. notes: sentences that stand under the tables.
+    seconds: duration of the measurement. seeds: name → seed. notes: sentences below the tables.
     """
     record = {
         "part": part,
@@ -133,7 +133,7 @@ def save(
 
 
 def command() -> str:
-    """The command line of this process, without the folder that the results go to."""
+    """The command line of this process, without --out."""
     words = sys.argv[1:]
     if "--out" in words:
         at = words.index("--out")
@@ -143,7 +143,7 @@ def command() -> str:
 
 
 def machine() -> dict[str, str | int | float]:
-    """Cores that may be used, processor, memory, system and the load before the start; no name of the machine."""
+    """Available cores, processor, memory, system and the load before the start, without the machine's name."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cores": cores,
@@ -163,10 +163,10 @@ def _line(path: str, key: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Package → version of what is compared and what both stand on, as far as it is there."""
+    """Package → version of the compared packages and their main dependencies, if installed."""
     site = ROOT / ".cache" / "bench" / "site"
     if str(site) not in sys.path:
-        sys.path.append(str(site))  # last: the environment's own packages go first
+        sys.path.append(str(site))  # last: the environment's packages take precedence
     found = {}
     for name in SHOWN:
         try:
@@ -177,7 +177,7 @@ def versions() -> dict[str, str]:
 
 
 def document(out: Path, order: Sequence[str], head: str) -> str:
-    """The document in Markdown: its head, all claims in one table, then every part with its tables, in `order`."""
+    """The Markdown document: the head, a table of all claims, then every part with its tables, in `order`."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))}
     records = [found[part] for part in order if part in found and "claims" in found[part]]
     lines = [
@@ -202,7 +202,7 @@ def document(out: Path, order: Sequence[str], head: str) -> str:
 
 def _section(record: dict) -> list[str]:
     machine_line = "{cores} cores of {cpu}, {ram_gb} GB, {system}; load {load} at the start".format(**record["machine"])
-    quick = " **Quick: a fraction of the work, which proves nothing.**" if record["quick"] else ""
+    quick = " **Quick: a fraction of the work; the figures are meaningless.**" if record["quick"] else ""
     lines = [
         f"## {record['part'].capitalize()}",
         "",
@@ -220,7 +220,7 @@ def _section(record: dict) -> list[str]:
 
 
 def markdown(table: Table) -> list[str]:
-    """The lines of a table in Markdown, under its title."""
+    """The Markdown lines of a table and its title."""
     head = [f"{table.title}:", "", _row(table.columns), _row(["---"] * len(table.columns))]
     return [*head, *(_row(row) for row in table.rows)]
 

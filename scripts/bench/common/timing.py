@@ -1,4 +1,4 @@
-"""How the model's benches take time: a call on a device, and several calls in turn so that ratios are fair."""
+"""Timing of calls on a device, alone and alternating with others, so that ratios are fair."""
 
 import statistics
 import time
@@ -28,7 +28,7 @@ def seconds(call: Call, device: torch.device) -> float:
 
 
 def in_turn(calls: Mapping[str, Call], rounds: int, device: torch.device, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call in each round. Rounds go through them in alternating order, after a warm-up of each."""
+    """Seconds of every call in each round, after a warm-up. Rounds run the calls in alternating order."""
     for call in calls.values():
         for _ in range(warm_up):
             call()
@@ -40,5 +40,5 @@ def in_turn(calls: Mapping[str, Call], rounds: int, device: torch.device, warm_u
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """The median over rounds of one's time divided by the other's in the same round."""
+    """Median over rounds of `times` divided by `others` in the same round."""
     return statistics.median(mine / other for mine, other in zip(times, others, strict=True))

@@ -1,9 +1,9 @@
-"""Does a video ever cost more tokens than its budget, and how much of a binding budget is spent?
+"""Does a video exceed its token budget, and how much of a binding budget is used?
 
-Two kinds of random cases, without any video: all settings the encoder takes (frame sizes up to ribbons, one frame to
-two thousand, ratios, minima, maxima, tokens of 28 and 32 pixels, budgets from the very least on), and the settings of
-the release, on which its search is computed beside ours. The release's arithmetic is written down here again and
-compared with what keye-vl-utils 1.5.2 itself returns for small clips.
+Two kinds of random cases, without decoding: all settings of the encoder (extreme aspect ratios, one to two thousand
+frames, ratios, minima, maxima, tokens of 28 and 32 pixels, budgets from the minimum), and the settings of the release,
+for which the release's search is computed as well. The release's arithmetic is reimplemented here and compared with the
+results of keye-vl-utils 1.5.2 for small clips.
 """
 
 import math
@@ -28,7 +28,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """What `allocate` is asked; see there."""
+    """The arguments of `allocate`."""
 
     height: int
     width: int
@@ -56,17 +56,17 @@ class Case:
         return allocation.slow_size, allocation.fast_size
 
     def total(self, sizes: tuple[Size, Size]) -> int:
-        """Tokens of the whole video."""
+        """Tokens of the video."""
         return self.slow * size_tokens(sizes[0], self.side) + self.fast * size_tokens(sizes[1], self.side)
 
 
 @dataclass
 class Count:
-    """How many cases of one kind did what."""
+    """Counts over the cases of one kind."""
 
     cases: int = 0
     over: int = 0
-    astray: int = 0  # beyond a frame's minimum, maximum or ratio
+    out_of_limits: int = 0  # beyond a frame's minimum, maximum or ratio
     binding: int = 0
     spent: int = 0  # binding, and at least 98 % spent
     roomy: int = 0  # binding, with at least twice the minimum
@@ -76,13 +76,13 @@ class Count:
     released_counts_over: int = 0
     released_spent: int = 0
     released_free: int = 0  # the release's count stays within the budget, so that its search changes nothing
-    released_alike: int = 0  # of those, with our sizes
-    released_astray: int = 0  # of those, with fewer tokens a frame than its minimum, or more than its share
+    released_same: int = 0  # of those, with our sizes
+    released_out_of_limits: int = 0  # of those, with fewer tokens a frame than its minimum, or more than its share
     seconds: list[float] = field(default_factory=list)
 
 
 def any_case(draw: random.Random) -> Case:
-    """A case anywhere in the space of settings; the least that the frames need always fits."""
+    """A case anywhere in the space of settings whose budget allows the minimum size of all frames."""
     slow, fast = draw.choice(((1, 0), (0, 1), (1, 1), (1, 1), (1, 1)))
     slow, fast = slow * _grow(draw, 1, 500), fast * _grow(draw, 1, 1500)
     least = _grow(draw, 1, 200)
@@ -95,7 +95,7 @@ def any_case(draw: random.Random) -> Case:
 
 
 def released_case(draw: random.Random) -> Case:
-    """A usual picture with the release's settings: its own budget or another, down to the least that is possible."""
+    """A common frame size with the release's settings, and the release's budget or another one from the minimum on."""
     height = _grow(draw, 144, 2160)
     width = max(1, round(height * math.exp(draw.uniform(math.log(0.4), math.log(2.5)))))
     slow, fast = _grow(draw, 1, 400), _grow(draw, 1, 965) - 1
@@ -105,12 +105,12 @@ def released_case(draw: random.Random) -> Case:
 
 
 def _grow(draw: random.Random, low: int, high: int) -> int:
-    """A whole number in [low, high], every order of magnitude alike."""
+    """A log-uniform integer in [low, high]."""
     return min(high, int(math.exp(draw.uniform(math.log(low), math.log(high + 1)))))
 
 
 def resized(height: int, width: int, least: float, most: float) -> Size:
-    """The release's resizing to multiples of 28 with at most `most` tokens or, where too small, at least `least`."""
+    """The release's resizing to multiples of 28 with at most `most` and at least `least` tokens."""
     rounded = max(SIDE, round(height / SIDE) * SIDE), max(SIDE, round(width / SIDE) * SIDE)
     pixels = rounded[0] * rounded[1]
     if pixels > most * SIDE**2:
@@ -123,7 +123,7 @@ def resized(height: int, width: int, least: float, most: float) -> Size:
 
 
 def released(case: Case) -> tuple[tuple[Size, Size], int]:
-    """The release's sizes for a case with its settings, and the total that it counts while it searches."""
+    """The release's sizes for a case with its settings, and the total of its search."""
 
     def counted(tokens: int) -> int:
         return case.slow * tokens + case.fast * max(int(RATIO * tokens), LEAST)
@@ -140,17 +140,17 @@ def released(case: Case) -> tuple[tuple[Size, Size], int]:
     return (slow_size, resized(case.height, case.width, LEAST, fast_most)), counted(low)
 
 
-def count(cases: Iterator[Case], beside: bool) -> Count:
-    """Try all cases; beside: with the release's search on each."""
+def count(cases: Iterator[Case], with_release: bool) -> Count:
+    """Try all cases; with_release: with the release's search on each."""
     result = Count()
     for case in cases:
         result.cases += 1
-        begin = time.thread_time()  # whatever else the machine does
+        begin = time.thread_time()  # independent of other load
         sizes = case.sizes()
         result.seconds.append(time.thread_time() - begin)
         total = case.total(sizes)
         result.over += total > case.max_tokens
-        result.astray += _astray(case, sizes)
+        result.out_of_limits += _out_of_limits(case, sizes)
         free = case.sizes(UNBOUND)
         binds = case.total(free) > case.max_tokens
         enough = total * 50 >= case.max_tokens * 49
@@ -160,19 +160,19 @@ def count(cases: Iterator[Case], beside: bool) -> Count:
         result.roomy += binds and roomy
         result.roomy_spent += binds and roomy and enough
         result.missed += binds and not enough and _possible(case)
-        if beside:
+        if with_release:
             theirs, counted = released(case)
             result.released_over += binds and case.total(theirs) > case.max_tokens
             result.released_spent += binds and 0.98 * case.max_tokens <= case.total(theirs) <= case.max_tokens
             result.released_counts_over += binds and counted > case.max_tokens
             if counted <= case.max_tokens:
                 result.released_free += 1
-                result.released_alike += theirs == sizes
-                result.released_astray += theirs != sizes and _astray(case, theirs)
+                result.released_same += theirs == sizes
+                result.released_out_of_limits += theirs != sizes and _out_of_limits(case, theirs)
     return result
 
 
-def _astray(case: Case, sizes: tuple[Size, Size]) -> bool:
+def _out_of_limits(case: Case, sizes: tuple[Size, Size]) -> bool:
     slow_tokens, fast_tokens = (size_tokens(size, case.side) for size in sizes)
     return not (
         case.min_tokens <= slow_tokens <= case.max_tokens_per_frame
@@ -193,8 +193,8 @@ def _possible(case: Case) -> bool:
 
 
 def check_arithmetic(module: ModuleType, clips: int, seed: int) -> int:
-    """How many of so many random clips get from keye-vl-utils itself the sizes that `released` computes."""
-    draw, noise, alike = random.Random(seed), np.random.default_rng(seed), 0
+    """The number of random clips for which keye-vl-utils returns the sizes that `released` computes."""
+    draw, noise, same = random.Random(seed), np.random.default_rng(seed), 0
     for _ in range(clips):
         frames = draw.randint(2, 12)
         shape = draw.randint(100, 500), draw.randint(100, 500), 3
@@ -213,18 +213,18 @@ def check_arithmetic(module: ModuleType, clips: int, seed: int) -> int:
         height, width = read.shape[-2:]
         sizes, _ = released(Case(height, width, slow, len(answer["frame_types"]) - slow, budget))
         theirs = (answer["height"], answer["width"]), (answer["fast_height"], answer["fast_width"])
-        alike += theirs == sizes
-    return alike
+        same += theirs == sizes
+    return same
 
 
 def share(part: int, whole: int) -> str:
-    """A part in words, with its percentage."""
+    """A share as text, with its percentage."""
     return f"{part:,} of {whole:,} ({100 * part / max(whole, 1):.1f} %)"
 
 
 def claims_of(wide: Count, usual: Count) -> list[Claim]:
-    """What was promised; wide: the cases with any settings, usual: those as released."""
-    kept = usual.released_free - usual.released_astray
+    """The claims. wide: cases with any settings; usual: cases with the release's settings."""
+    kept = usual.released_free - usual.released_out_of_limits
     missed = wide.missed + usual.missed
     theirs = f"released: {share(usual.released_over, usual.binding)} of those that bind"
     return [
@@ -239,9 +239,9 @@ def claims_of(wide: Count, usual: Count) -> list[Claim]:
         Claim(
             "sizes of the release where its search changes nothing and its frames keep its own limits",
             "all",
-            share(usual.released_alike, kept),
+            share(usual.released_same, kept),
             "",
-            usual.released_alike == kept,
+            usual.released_same == kept,
         ),
         Claim(
             "a binding budget is spent to 98 % wherever a pair of grids near the aspect can",
@@ -254,7 +254,7 @@ def claims_of(wide: Count, usual: Count) -> list[Claim]:
 
 
 def tables_of(counts: dict[str, Count]) -> list[Table]:
-    """The figures behind the claims, for each kind of cases; the last kind is the one as released."""
+    """The figures for each kind of cases; the last kind has the release's settings."""
     columns = (
         "cases",
         "number",
@@ -269,17 +269,17 @@ def tables_of(counts: dict[str, Count]) -> list[Table]:
     for kind, result in counts.items():
         median, high = np.percentile(result.seconds, (50, 99)) * 1000
         spent, roomy = share(result.spent, result.binding), share(result.roomy_spent, result.roomy)
-        numbers = f"{result.cases:,}", f"{result.over:,}", f"{result.astray:,}"
+        numbers = f"{result.cases:,}", f"{result.over:,}", f"{result.out_of_limits:,}"
         rows.append((kind, *numbers, spent, roomy, f"{median:.2f}", f"{high:.2f}"))
     usual = result
     against = [
         ("budget binds: own count above it", share(usual.released_counts_over, usual.binding)),
         ("budget binds: real tokens above it", share(usual.released_over, usual.binding)),
         ("budget binds: at least 98 % spent and not exceeded", share(usual.released_spent, usual.binding)),
-        ("its search changes nothing: our sizes the same", share(usual.released_alike, usual.released_free)),
+        ("its search changes nothing: our sizes the same", share(usual.released_same, usual.released_free)),
         (
             "its search changes nothing: ours differ, its own fast frames break its minimum or its share of tokens",
-            share(usual.released_astray, usual.released_free),
+            share(usual.released_out_of_limits, usual.released_free),
         ),
     ]
     return [Table("Random cases", columns, rows), Table("The release's search, as released", ("", "cases"), against)]
@@ -295,7 +295,7 @@ def main() -> None:
     counts = {}
     for (kind, seed), make in zip(seeds.items(), (any_case, released_case), strict=True):
         draw = random.Random(seed)
-        counts[kind] = count((make(draw) for _ in range(cases)), beside=make is released_case)
+        counts[kind] = count((make(draw) for _ in range(cases)), with_release=make is released_case)
     notes = [
         "Where less than 98 % of a binding budget is spent, no pair of grids would spend more without exceeding it or"
         " turning the aspect by more than a fifth: few grids have the minimum of tokens or a little more.",
@@ -310,10 +310,10 @@ def main() -> None:
 
 def _checked(seed: int, clips: int) -> str:
     try:
-        alike = check_arithmetic(load_released(), clips, seed)
+        same = check_arithmetic(load_released(), clips, seed)
     except KeyeError as error:
-        return f"keye-vl-utils itself was not asked: {error}."
-    return f"On {alike} of {clips} small clips keye-vl-utils 1.5.2 itself returned the sizes computed here for it."
+        return f"keye-vl-utils was not available: {error}."
+    return f"On {same} of {clips} small clips, keye-vl-utils 1.5.2 returned the sizes computed here."
 
 
 if __name__ == "__main__":

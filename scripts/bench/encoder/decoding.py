@@ -1,8 +1,8 @@
-"""Are frames that are reached by skipping and seeking those of plain decoding, and how fast is that?
+"""Do skipping and seeking return the frames of sequential decoding, and how fast are they?
 
-Exact: every clip is decoded whole by the shortest way that PyAV offers, then sampled at drawn rates and ranges, with
-and without jumps in the file; index, time and pixels of every sampled frame are compared. Fast: bare decoding (PyAV, no
-conversion, threads AUTO, FRAME and SLICE or one alone), our sampled frames in RGB, and a whole plan take turns.
+Exactness: every clip is decoded completely with PyAV and then sampled at random rates and ranges, with and without
+seeking; index, time and pixels of every sampled frame are compared. Speed: bare decoding (PyAV, no conversion,
+threading AUTO, FRAME, SLICE or none), sampled frames in RGB, and a complete plan, in alternation.
 """
 
 import hashlib
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=time.perf_counter() - began,
         quick=args.quick,
         seeds={"sampling": SEED},
-        notes=["Bare is the fastest of four threadings. CPU time tells more than seconds where other work runs."],
+        notes=["Bare is the fastest of four threadings. CPU time is more reliable than seconds under load."],
     )
     return int(differ > 0)
 

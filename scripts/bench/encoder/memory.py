@@ -1,7 +1,7 @@
-"""How much memory do a plan and the pixels of a long 720p film take at the most, for what comes out?
+"""Peak memory of planning and encoding a long 720p film, compared with the size of the result.
 
-Every measurement is a process of its own that imports, then opens the film; peaks are the kernel's own (VmHWM) and
-hold what is imported. The goal is 1.3 times the pixels that come out, plus 0.5 GB for the plan.
+Every measurement runs in its own process, which imports and then opens the film; peaks come from the kernel (VmHWM) and
+include imports. The goal is 1.3 times the size of the pixels, plus 0.5 GB for the plan.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> None:
                 f"peak memory of plan and pixels, 10-minute 720p film, {NAMES[kind].removeprefix('pixels, ')}",
                 f"≤ {FACTOR} × the pixels + {PLAN_MB} MB",
                 f"{peak:.0f} MB against {goal:.0f} MB ({out:.0f} MB come out)",
-                f"{(peak - PLAN_MB) / out:.2f} × beside the plan",
+                f"{(peak - PLAN_MB) / out:.2f} × without the plan",
                 met=peak <= goal,
             )
         )

@@ -1,8 +1,7 @@
-"""Are the pixels that the model gets those of a direct full-resolution antialiased bicubic resize?
+"""Do the model's pixels equal a single full-resolution antialiased bicubic resize?
 
-`SlowFastEncoder()(clip).pictures()` may have been scaled twice: frames of long films are kept smaller than they are
-decoded. The other side decodes every frame at its full size with PyAV, as plainly as can be, and Pillow resizes those
-of the plan, once, to the plan's sizes.
+`SlowFastEncoder()(clip).pictures()` may have been scaled twice, because frames of long films are stored at a reduced
+size. The reference decodes every frame at full size with PyAV, and Pillow resizes the frames of the plan once.
 """
 
 import time

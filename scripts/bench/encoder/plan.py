@@ -1,8 +1,8 @@
-"""How long does a whole plan of a long 720p film take, in how much memory, against the release and bare decoding?
+"""Time and memory of a complete plan of a long 720p film, compared with the release and with bare decoding.
 
-Every measurement is a process of its own, so that peaks of memory do not mix; the contenders take turns, and ratios are
-medians over the rounds. Bare decoding makes every frame and does nothing with it, in whichever threading of PyAV is the
-fastest; decord's, which always converts to RGB, stands beside it. Imports are not timed; their memory is counted.
+Every measurement runs in its own process, so that memory peaks are separate; the contenders alternate, and ratios are
+medians over the rounds. Bare decoding decodes every frame without using it, with the fastest threading of PyAV; decord,
+which always converts to RGB, is listed too. Imports are not timed; their memory is counted.
 """
 
 import argparse
@@ -36,7 +36,7 @@ NAMES = {
 
 
 def contender(name: str, path: Path) -> Callable[[], dict]:
-    """What a worker process times: everything is imported before, the film is opened in it."""
+    """The timed function of a worker process: it opens the film; imports happen before."""
     if name in ("ours", "ours released", "encode"):
         from keye import SlowFastEncoder
 
@@ -78,7 +78,7 @@ def _bare(path: Path, threads: str) -> dict:
 
 
 def peak_mb() -> float:
-    """The most memory this process ever held, MB; by the kernel's own mark where there is one."""
+    """Peak memory of this process, MB, from the kernel's high-water mark if available."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         return int(found[1]) / 1024

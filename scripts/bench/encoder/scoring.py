@@ -1,9 +1,8 @@
-"""How many frames a second are compared, decoding left out: every measure, and keye-vl-utils 1.5.2 beside them.
+"""Frames per second of the comparison without decoding, for every measure and for keye-vl-utils 1.5.2.
 
-Frames of 1280x720 lie in memory, as a decoder leaves them, and each contender decides which are slow: resizing to the
-size of comparison, scoring, walking along. Every run is a process of its own, since what the allocator remembers of
-the one before makes the release up to twice as fast or slow; the contenders take turns, and the ratios are of runs
-that followed each other.
+Frames of 1280x720 are in memory as after decoding, and each contender classifies them: resizing, scoring, selection of
+slow frames. Every run is a separate process, because the state of the allocator after another run changes the release's
+speed by up to a factor of two. The contenders alternate, and ratios compare consecutive runs.
 """
 
 import json
@@ -150,7 +149,7 @@ def main() -> None:
                 rates = (f"{statistics.median(found[name]['wall']):.0f}" for name in ("patch_cosine", RELEASED))
                 claims.append(
                     Claim(
-                        f"patch_cosine beside the release, frames {about}, threads: {threads}",
+                        f"patch_cosine compared with the release, frames {about}, threads: {threads}",
                         f"at least {GOAL:.0f}× its frames a second",
                         " against ".join(rates) + " frames/s",
                         f"{ratio:.1f}×",

@@ -1,8 +1,7 @@
-"""Layers of the 8B shapes on one GPU, 8K packed tokens: what part of the machine's matrix rate they reach.
+"""Layers of the 8B shapes on one GPU with 8K packed tokens: their share of the machine's matrix rate.
 
-Needs torch, transformers and this repository. Every row stands for itself: what fails or does not fit in the time is
-named, and the rest goes on. `--small --device cpu` runs the same code on small shapes, which proves nothing but that it
-runs.
+Needs torch, transformers and this repository. Rows are independent: a row that fails or exceeds the time limit is
+reported, and the others continue. `--small --device cpu` runs the same code on small shapes as a smoke test.
 """
 
 import argparse
@@ -137,7 +136,7 @@ class Bench:
             best = min(fastest, key=lambda name: median(fastest[name]))
             times = ratio(fastest[best], fastest["sdpa"])
             figure = f"{median(fastest[best]) * 1e3:.2f} against {median(fastest['sdpa']) * 1e3:.2f} ms ({best})"
-            claim = f"attention over {case}: the fastest backend beside sdpa, forward + backward"
+            claim = f"attention over {case}: the fastest backend compared with sdpa, forward + backward"
             self.claims.append(Claim(claim, "no slower", figure, f"{times:.2f} × its time", times <= 1.0))
 
     def stacks(self, rows: Sequence[Row]) -> None:
@@ -190,7 +189,7 @@ class Bench:
         return (row.name, row.setting, f"{row.took / row.count * 1e3:.3f}", f"{row.rate / 1e12:.3g}", share, *memory)
 
     def conclude(self) -> None:
-        """The claims on layers: the part of the ceiling, and ours beside theirs."""
+        """The claims on layers: the share of the ceiling, and the comparison with transformers."""
         for kind in ("vision", "decoder"):
             ours, theirs = ([r for r in self._of(kind) if r.setting.startswith(w)] for w in ("ours", "Qwen2.5-VL"))
             if ours:
@@ -200,18 +199,18 @@ class Bench:
                 claim = f"{kind} layers, forward + backward, share of the measured matrix ceiling"
                 self.claims.append(Claim(claim, f"≥ {GOAL:.0%}", figure, met=share >= GOAL))
             for name in dict.fromkeys(row.name for row in theirs):
-                self._beside([r for r in ours if r.name == name], [r for r in theirs if r.name == name])
+                self._compare([r for r in ours if r.name == name], [r for r in theirs if r.name == name])
 
     def _of(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row.name.startswith(kind) and row.times]
 
-    def _beside(self, ours: list[Row], theirs: list[Row]) -> None:
+    def _compare(self, ours: list[Row], theirs: list[Row]) -> None:
         if not ours:
             return
         mine, other = (min(rows, key=lambda r: r.took) for rows in (ours, theirs))
         times = ratio(mine.times, other.times)
         figure = f"{mine.took / mine.count * 1e3:.2f} against {other.took / other.count * 1e3:.2f} ms a layer"
-        claim = f"{mine.name}: beside transformers' Qwen2.5-VL, each in its fastest setting"
+        claim = f"{mine.name}: compared with transformers' Qwen2.5-VL, each in its fastest setting"
         self.claims.append(Claim(claim, "no slower", figure, f"{times:.2f} × its time", times <= 1.0))
 
 

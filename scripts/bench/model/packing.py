@@ -1,4 +1,4 @@
-"""Documents of mixed lengths packed into one row beside the same padded, and frames of mixed sizes in one call."""
+"""Documents of mixed lengths packed or padded, and frames of mixed sizes in one call or in one call for each."""
 
 import time
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def documents(quick: bool, rounds: int) -> tuple[list[Claim], Table]:
         f"{took['packed'] * 1e3:.0f} against {took['padded'] * 1e3:.0f} ms; text fills {filled:.0%} of the padded batch"
     )
     claims = [
-        Claim("train step on packed documents of mixed lengths beside padded ones", "faster", figure,
+        Claim("train step on packed documents of mixed lengths compared with padded ones", "faster", figure,
               f"{share:.2f} × its time", share < 1),
         Claim("the same loss", "≤ 1e-5", f"{abs(losses['packed'] - losses['padded']):.1e}",
               met=abs(losses["packed"] - losses["padded"]) <= 1e-5),
@@ -113,7 +113,7 @@ def frames(quick: bool, rounds: int) -> tuple[list[Claim], Table]:
     share = ratio(*times.values())
     took = [(name, f"{median(values) * 1e3:.1f}") for name, values in times.items()]
     figure = f"{took[0][1]} against {took[1][1]} ms"
-    claim = "tower, frames of mixed sizes in one packed call beside a call for each, forward + backward"
+    claim = "tower, frames of mixed sizes in one packed call compared with a call for each, forward + backward"
     claims = [Claim(claim, "faster", figure, f"{share:.2f} × its time", share < 1)]
     return claims, Table(f"{count} frames of {min(sizes)} to {max(sizes)} patches, milliseconds", ("how", "ms"), took)
 

@@ -1,4 +1,4 @@
-"""Prefill and train step beside transformers' Qwen2.5-VL on a real clip, and what slow-fast saves in the tower."""
+"""Prefill and train step compared with transformers' Qwen2.5-VL on a real clip, and the tower's saving by slow-fast."""
 
 import time
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def side_by_side(size: str, given: Batch, rounds: int) -> tuple[list[Claim], lis
         share = ratio(ours, theirs)
         mine, other = median(ours) * 1e3, median(theirs) * 1e3
         figure = f"{mine:.0f} against {other:.0f} ms"
-        claim = f"{name} beside Qwen2.5-VL, {size} widths, {given.tokens} tokens ({given.visual} visual)"
+        claim = f"{name} compared with Qwen2.5-VL, {size} widths, {given.tokens} tokens ({given.visual} visual)"
         claims.append(Claim(claim, "no slower", figure, f"{share:.2f} × its time", share <= 1.0))
         rows.append((size, name, f"{mine:.1f}", f"{other:.1f}", f"{share:.3f}"))
         print(f"{size}, {name}: {figure}, {share:.2f}", flush=True)
@@ -110,12 +110,12 @@ def main() -> None:
         claims += found
         rows += cells
     found, shares = pathways(videos, rounds)
-    beside = ("widths", "what", "ours", "Qwen2.5-VL", "ratio, median over rounds")
+    columns = ("widths", "what", "ours", "Qwen2.5-VL", "ratio, median over rounds")
     tower = ("what", "patches", "patches all slow", "share of patches", "ms", "ms all slow", "share of time")
     tables = [
         Table(
             f"Median milliseconds of processor time, threads: {torch.get_num_threads()}, float32, sdpa in both",
-            beside,
+            columns,
             rows,
         ),
         Table("The tower at the middle widths, milliseconds of processor time", tower, shares),

@@ -1,9 +1,9 @@
-"""How full packs are and how evenly they cost, on lengths drawn like the report's six kinds of data, up to 64 groups.
+"""Fill and balance of packs on random lengths like those of the report's six kinds of data, up to 64 groups.
 
-The planner itself forms the steps; only the samples are made up: their lengths are drawn, and what they cost is worked
-out for the 8B model (keye/model/flops.py), for every rank: in a sequence group each has its part of the decoder, the
-frames that it encodes, and the logits of its own labels. Against it stands the usual way: packs filled best-fit in the
-order of the draws, and dealt to the ranks as they come, frames dealt whole.
+The real planner forms the steps from samples with random lengths. The cost of each rank is computed for the 8B model
+(keye/model/flops.py): in a sequence-parallel group, a rank has its part of the decoder, the frames that it encodes, and
+the logits of its labels. The baseline fills packs best-fit in the order of the draws and distributes them to the ranks
+in that order, with complete frames.
 """
 
 import pickle
@@ -32,8 +32,8 @@ EXAMPLES = """examples:
   python -m scripts.bench.stages.balance --quick
 """
 SEED = 3
-# Data, context, packs a step, packs alike (0: a quarter of the step), ranks that share a pack, and packs trained on at
-# once; the first three as in keye_8b.toml.
+# Data, context, packs a step, balanced packs (0: a quarter of the step), ranks that share a pack, and packs trained on
+# at the same time; the first three as in keye_8b.toml.
 SETTINGS = (
     ("mixed", 8192, 256, 0, 1, (2, 8, 64)), ("long", 131_072, 16, 8, 8, (1, 2, 8)), ("long", 131_072, 16, 16, 8, (16,)),
     ("long", 131_072, 64, 64, 8, (8, 64)), ("short", 8192, 256, 0, 1, (64,)), ("text", 8192, 256, 0, 1, (64,)),
@@ -44,7 +44,7 @@ MIXED = {
     "caption": ("image", 0.15), "ocr_vqa": ("image", 0.15), "grounding": ("image", 0.10),
     "interleaved": ("image", 0.10), "video": ("video", 0.24), "text": ("text", 0.26),
 }  # fmt: skip
-# The long context reads stills of 8,192 to 20,480 tokens besides (`data/large_image.jsonl` of keye_8b.toml).
+# The long context reads also stills of 8,192 to 20,480 tokens (`data/large_image.jsonl` of keye_8b.toml).
 LONG = {**MIXED, "caption": ("image", 0.10), "ocr_vqa": ("image", 0.10), "large": ("image", 0.10)}
 # Half of the samples are below 100 tokens.
 SHORT = {"short_text": ("text", 0.26), "short_still": ("image", 0.50), "short_clip": ("video", 0.24)}
@@ -137,7 +137,7 @@ def metas_of(kind: str, group: str, context: int, cost: Cost | TowerCost, seed: 
 
 
 class Encoders:
-    """What is known of the samples of all sources, by block, as columns."""
+    """The sizes of the samples of all sources, by block, as columns."""
 
     def __init__(self, made: dict[str, list[Meta]]) -> None:
         self.metas = [meta for of_source in made.values() for meta in of_source]
@@ -154,7 +154,7 @@ class Encoders:
 
 
 def plan(
-    kinds: dict[str, tuple[str, float]], context: int, packs: int, alike: int, steps: int, cost: Cost, at_once: int
+    kinds: dict[str, tuple[str, float]], context: int, packs: int, balanced: int, steps: int, cost: Cost, at_once: int
 ) -> tuple[list[list[list[Meta]]], dict[str, float], list[float], int]:
     """Steps of the planner, the shares of the kinds, seconds of processor of each step, bytes of the last as sent.
 
@@ -165,7 +165,7 @@ def plan(
         for kind, (group, share) in kinds.items()
     ]
     encoders = Encoders({source.name: source.metas for source, _ in sources})
-    planner = Planner(Mixture(sources), BalancedPacker(context, packs, cost.per_token, alike))
+    planner = Planner(Mixture(sources), BalancedPacker(context, packs, cost.per_token, balanced))
     found, seconds, sent = [], [], b""
     for _ in range(steps):
         began = time.process_time()
@@ -263,9 +263,9 @@ def main() -> int:
     config = KeyeConfig.preset("keye_8b")
     cost = Cost(config)
     rows, claims, worst, fullest, apart, slow = [], [], 0.0, 1.0, 0.0, 0.0
-    for data, context, packs, alike, sequence, sizes in SETTINGS:
+    for data, context, packs, balanced, sequence, sizes in SETTINGS:
         steps = 3 if args.quick else STEPS if data in ("mixed", "long") else SHORT_STEPS
-        found, shares, seconds, sent = plan(DATA[data], context, packs, alike, steps, cost, max(sizes))
+        found, shares, seconds, sent = plan(DATA[data], context, packs, balanced, steps, cost, max(sizes))
         usual = plain(found, context, packs)
         filled = [sum(m.tokens for m in pack) / context for step in found for pack in step]
         wanted = {kind: 0.0 for kind, _ in DATA[data].values()}
@@ -289,7 +289,7 @@ def main() -> int:
             worst = max(worst, ours)
             rows.append(
                 (data, f"{context:,}", f"{median(lengths):,.0f}", f"{len(lengths) / steps:,.0f}", packs,
-                 BalancedPacker(context, packs, 0, alike).balanced_packs,
+                 BalancedPacker(context, packs, 0, balanced).balanced_packs,
                  f"{at_once} × {sequence}", f"{ours:.3f}", f"{whole:.3f}" if sequence > 1 else "–", f"{theirs:.3f}",
                  f"{100 * fill:.2f} %", f"{100 * min(filled):.1f} %", f"{100 * off:.2f}",
                  f"{min(films):.0f}–{max(films):.0f} %",
@@ -306,7 +306,7 @@ def main() -> int:
         Claim(f"realised shares of the tokens after {SHORT_STEPS} to {STEPS} steps", "within 1 %",
               f"{100 * apart:.2f} points off", met=apart <= 0.01 if not args.quick else None),
     ]  # fmt: skip
-    columns = ("data", "context", "median tokens", "samples a step", "packs a step", "alike",
+    columns = ("data", "context", "median tokens", "samples a step", "packs a step", "balanced packs",
                "ranks (packs at once × ranks a pack)", "slowest ÷ mean", "the same, frames dealt whole",
                "best-fit, as drawn", "full", "emptiest", "points off share", "video in a step", "ms to plan a step",
                "kB sent and saved")  # fmt: skip
@@ -315,8 +315,8 @@ def main() -> int:
         "expensive ranks over the sum of the means over all ranks; that is how much longer the ranks take together "
         "than if all cost the same. In a sequence group a rank has its part of the decoder, what it encodes of the "
         "frames, and the logits of its own labels. The plan does not know the number of ranks, only how many packs "
-        "shall be alike: samples too expensive for the others wait until there are as many of their like, and come in "
-        "one step, which is why the share of video swings from step to step. Lengths are drawn, a tenth of the tokens "
+        "must be balanced: samples that are too expensive are deferred until there are as many of similar cost, and "
+        "come in one step, so the share of video varies from step to step. Lengths are drawn, a tenth of the tokens "
         "at 131,072 in stills of 8,192 to 20,480; costs are computed for the 8B model.",
         "Milliseconds are processor time, median over the steps after the first: one process of a run plans for all "
         "ranks; drawing, planning, dealing to the ranks and writing plan and state are counted, encoding is not.",

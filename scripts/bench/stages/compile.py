@@ -1,6 +1,6 @@
-"""What `compile = true` does to the time of a step: the same training plain and compiled, step by step in turn.
+"""Time of a step with and without `compile = true`: the same training in both ways, with alternating steps.
 
-Layers and pack are the base case of stages_cost.py, with and without recomputation.
+Layers and pack are the base case of cost.py, with and without recomputation.
 """
 
 import time

@@ -1,12 +1,12 @@
 """Memory and time of one training step on a long video, from 8,192 to 131,072 tokens, on one process and on two.
 
-For each context a SlowFastWorld clip is drawn, long enough to fill it, encoded by the processor with the context as its
-limit, and packed; what the video leaves free holds a text of the world, so that every token is a real one. Then the
-tiny model takes an annealing step on the pack as `scripts/pretrain.py` would (DeepSpeed, recomputed layers, MLPs in
-tiles), in a process of its own, or in two that share the pack (Ulysses, each with its own frames' pixels). Measured is
-the most resident memory a process ever had above what it had when it was ready to begin.
+For each context a SlowFastWorld clip that fills the context is generated, encoded by the processor with the context as
+its limit, and packed; text of the world fills the rest of the pack, so that no token is padding. The tiny model then
+takes an annealing step on the pack in the same way as `scripts/pretrain.py` (DeepSpeed, recomputed layers, tiled MLPs),
+in one process, or in two that share the pack (Ulysses, each with the pixels of its frames). The result is the peak
+resident memory of a process above its memory before the step.
 
-Each row is kept in .cache/bench/stages_context as it comes: broken off, the same command goes on behind it.
+Rows are saved in .cache/bench/stages_context; after an interruption, the same command resumes.
 """
 
 import argparse
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the bench's main process loads neither torch nor transforme
     from stages.distributed.parallel import ParallelDims
 
 EXAMPLES = """examples:
-  python -m scripts.bench.stages.context                  8,192 … 131,072 tokens; goes on where it was broken off
+  python -m scripts.bench.stages.context                  8,192 … 131,072 tokens; resumes after an interruption
   python -m scripts.bench.stages.context --fresh          forgets what an earlier run measured
   python -m scripts.bench.stages.context --contexts 8192 65536
 """
@@ -183,7 +183,7 @@ def step(context: int) -> int:
     engine.start()
     world = dist.get_world_size()
     grid, tiles = build_parallel_dims(world), max(1, context // world // TILE)
-    told = AnnealingRecipe(
+    settings = AnnealingRecipe(
         steps=2, learning_rate=1e-4, schedule="constant", context=context, global_batch_size=1, zero=1,
         sequence_parallel=world, checkpointing=True, mlp_tiles=tiles,
     )  # fmt: skip
@@ -191,9 +191,9 @@ def step(context: int) -> int:
     torch.manual_seed(SEED)
     config = KeyeConfig.preset("tiny", vocab_size=len(processor.tokenizer))
     model = KeyeForConditionalGeneration(processor.configure(config))
-    apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
-    stage = Annealing(told, processor)
-    built = engine.build(stage.prepare(model).train(), told, told.steps, zero=told.zero)
+    apply_memory_options(model, settings.checkpointing, settings.offload, settings.mlp_tiles)
+    stage = Annealing(settings, processor)
+    built = engine.build(stage.prepare(model).train(), settings, settings.steps, zero=settings.zero)
     learn(stage, built, words(), grid)  # what is loaded or made once is there from here on
     dist.barrier()
     before = resident("VmRSS")

@@ -1,8 +1,9 @@
-"""What stages/cost/estimate.py reckons, against steps that are run: peak memory and time of small trainings on the CPU.
+"""Estimates of stages/cost/estimate.py compared with measured steps: peak memory and time of small runs on the CPU.
 
-Each case has a process of its own with the real engine for the peak of resident memory, and one in which it is timed
-in turn with the base case, whose share of the machine's matrix rate the case's time is reckoned with; memory is
-reckoned from shapes alone. What was measured is kept, so that a bench that was stopped goes on.
+Each case runs in one process with the real engine for the peak of resident memory, and in another process that
+alternates with the base case for the time. The base case gives the share of the machine's matrix rate from which the
+time of the case is estimated; memory is estimated from shapes. Measurements are saved, so that an interrupted bench
+resumes.
 """
 
 import argparse
@@ -68,7 +69,7 @@ class Case:
         )  # fmt: skip
         return KeyeConfig(vision_config=vision, text_config=text, image_token_id=1, video_token_id=2)
 
-    def told(self) -> StageRecipe:
+    def recipe(self) -> StageRecipe:
         return StageRecipe(
             steps=1, learning_rate=1e-4, context=self.tokens, global_batch_size=1, zero=self.zero,
             checkpointing=self.checkpointing, mlp_tiles=self.mlp_tiles,
@@ -124,7 +125,7 @@ def pack_of(case: Case) -> dict[str, torch.Tensor]:
 def one(case: Case, steps: int) -> dict[str, Any]:
     """Train here. Without steps: bytes above the start at the peak of a step. Else seconds of so many, and of BASE's.
 
-    The two take turns in one process, so that what else the machine does meets both.
+    The two alternate in one process, so that other load affects both.
     """
     from stages.distributed import engine as deep
 
@@ -155,12 +156,12 @@ class Training:
         from stages.distributed.activation_memory import apply_memory_options
 
         torch.manual_seed(0)
-        model, told = KeyeForConditionalGeneration(case.config()), case.told()
-        apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
+        model, settings = KeyeForConditionalGeneration(case.config()), case.recipe()
+        apply_memory_options(model, settings.checkpointing, settings.offload, settings.mlp_tiles)
         if case.stage == "alignment":
             model.requires_grad_(False).projector.requires_grad_(True)
         self.case, self.pack = case, pack_of(case)
-        self.engine = deep.build(model.train(), told, 100, zero=told.zero, precision="fp32")
+        self.engine = deep.build(model.train(), settings, 100, zero=settings.zero, precision="fp32")
 
     def step(self) -> float:
         """Seconds of the processor."""
@@ -205,17 +206,17 @@ def _alone(case: Case, steps: int, surroundings: dict[str, str]) -> dict[str, An
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def reckon(case: Case) -> tuple[float, float, int]:
+def estimated(case: Case) -> tuple[float, float, int]:
     """(bytes at the peak, operations of a step, parameters that train) from the shapes alone."""
-    config, told, work = case.config(), case.told(), case.work()
+    config, settings, work = case.config(), case.recipe(), case.work()
     counts = parameters_of(config)
     frozen = case.stage == "alignment"
     total = sum(counts.values())
     trained = counts["projector"] if frozen else total
-    plan = Plan(4, case.zero, 1, case.checkpointing, told.offload, case.mlp_tiles, fused=False, buckets=1)
+    plan = Plan(4, case.zero, 1, case.checkpointing, settings.offload, case.mlp_tiles, fused=False, buckets=1)
     share = Share(case.tokens, work.patches, work.labels)
     made = footprint(config, plan, share, total, trained, frozen)
-    return made.peak, step_flops(config, case.stage, work, told)[1], trained
+    return made.peak, step_flops(config, case.stage, work, settings)[1], trained
 
 
 def measure(cases: tuple[Case, ...], steps: int, record: Path) -> dict[str, dict[str, Any]]:
@@ -248,7 +249,7 @@ def main() -> None:
     taken = measure(cases, steps, SCRATCH / "cases.json")
     rows, memory, seconds = [], [], []
     for case in cases:
-        found, (peak, done, trained), (_, of_base, in_base) = taken[case.name], reckon(case), reckon(BASE)
+        found, (peak, done, trained), (_, of_base, in_base) = taken[case.name], estimated(case), estimated(BASE)
         # The share of the matrix rate that BASE reaches in this process is taken to be the case's.
         machine = Gpu("cpu", 0.0, found["rate"], found["bandwidth"], 0.0)
         base, real = median(found["base"]), median(found["seconds"])
@@ -264,19 +265,19 @@ def main() -> None:
             )
         )  # fmt: skip
     claims = [
-        _claim("peak memory of a step, reckoned against measured", memory),
-        _claim("time of a step, reckoned from that of the base case, against measured", seconds),
+        _claim("peak memory of a step, estimated against measured", memory),
+        _claim("time of a step, estimated from that of the base case, against measured", seconds),
     ]
-    columns = ("case", "MB measured", "MB reckoned", "off by", "s of base", "s measured", "s reckoned", "off by")
+    columns = ("case", "MB measured", "MB estimated", "off by", "s of base", "s measured", "s estimated", "off by")
     notes = [
         "One thread. A process trains the case and the base case in turn; from the share of the matrix rate that the "
-        "base case has there, the case's time is reckoned. Seconds are the processor's, medians. Memory is resident "
+        "base case has there, the case's time is estimated. Seconds are the processor's, medians. Memory is resident "
         "memory at the peak of a step above the process's own before the model was built.",
         "Base: decoder of width 512 with 6 layers, tower of width 256 with 4, a pack of 2,048 tokens, half of them "
         "visual, in 4 documents, fp32, ZeRO-1; the others change what their name says.",
     ]
     save(
-        out_of(args), "cost", claims, [Table("Steps reckoned and run", columns, rows)], notes=notes,
+        out_of(args), "cost", claims, [Table("Steps estimated and run", columns, rows)], notes=notes,
         seconds=time.monotonic() - began, quick=args.quick, seeds={"weights and pack": 0}
     )  # fmt: skip
 

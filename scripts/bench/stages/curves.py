@@ -1,4 +1,4 @@
-"""Pictures of what the stages' parts have measured: `find` over the clip's length, memory over the context.
+"""Figures of the results of the stages' parts: `find` over the clip's length, memory over the context.
 
 `python -m scripts.bench stages` draws them from docs/results/stages/*.json whenever it writes the document.
 """
@@ -18,7 +18,7 @@ COLOURS = ("#8a8f98", "#c2702c", "#4f8fd0", "#1f5fa8")
 
 
 def draw_curves(out: Path) -> None:
-    """`<part>.png` beside the record of each part that has a picture and was measured."""
+    """Write `<part>.png` next to the JSON of each measured part that has a figure."""
     for part, curves in (("extension", extension), ("context", context)):
         record = out / f"{part}.json"
         if record.exists():

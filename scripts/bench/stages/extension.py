@@ -208,9 +208,9 @@ def judge(found: dict[int, dict]) -> tuple[list[Claim], Table]:
     """Claims over all lengths beyond stage 2's context, and the accuracy at every length."""
     rows, inside, beyond = [], [], {arm: [] for arm in ARMS}
     for duration in ASKED:
-        told = [answers[str(duration)] for answers in found.values()]
-        tokens = max(one["tokens"] for one in told)
-        right = {arm: [answer for one in told for answer in one["right"][arm]] for arm in ARMS}
+        answered = [answers[str(duration)] for answers in found.values()]
+        tokens = max(one["tokens"] for one in answered)
+        right = {arm: [answer for one in answered for answer in one["right"][arm]] for arm in ARMS}
         rows.append((f"{2 * duration} s", tokens, f"{tokens / SHORT:.1f} ×", *(share(right[arm]) for arm in ARMS)))
         if tokens > SHORT:
             for arm in ARMS:
@@ -264,7 +264,7 @@ def main() -> None:
     notes = [
         f"{count * len(QUESTION_SEEDS)} questions a length, {len(QUESTION_SEEDS)} seeds, the same for all models; ± is "
         f"one standard error, paired for differences. Stage 2 has seen clips of 6 and 10 s, stage 3 of up to "
-        f"{2 * max(TRAINED)} s. A frame is one visual token beside its time stamp.",
+        f"{2 * max(TRAINED)} s. A frame is one visual token in addition to its timestamp.",
     ]
     save(
         out_of(args), "extension", claims, [table], seconds=seconds, quick=args.quick, notes=notes,

@@ -1,10 +1,9 @@
 """Training steps of stages 2 and 3 with the widths of the 8B model on one GPU: tokens/s, MFU, the longest context.
 
 The path of a run: the loader with its planner, the trainer's step, DeepSpeed with the recipe's settings, fp32 master
-weights and moments, layers recomputed, MLPs in tiles. One GPU holds no more than a part of the model so, because nobody
-shares the optimizer's states: the decoder has as many layers as fit. Samples are made up: frames of a slow-fast video
-and text, random but of the right number. `--small --device cpu` runs the same code on small shapes, which proves
-nothing but that it runs.
+weights and moments, layers recomputed, MLPs in tiles. Without other ranks to shard the optimizer states, one GPU can
+hold only a part of the model: the decoder has as many layers as fit. Samples have random frames and text of realistic
+numbers. `--small --device cpu` runs the same code on small shapes as a smoke test.
 """
 
 import argparse
@@ -147,7 +146,7 @@ class Bench:
         self.sizes, self.device, self.out, self.limit = sizes, device, out, limit
         self.began, self.rows, self.longest, self.mfu = time.monotonic(), [], 0, {}
         self.folder, self.tiles = tempfile.TemporaryDirectory(), 1
-        self.told = StageRecipe(
+        self.settings = StageRecipe(
             steps=1 << 20, learning_rate=1e-6, context=sizes.context, global_batch_size=1, zero=1, checkpointing=True,
             mixture={"video": 1.0},
         )  # fmt: skip
@@ -156,20 +155,20 @@ class Bench:
         with torch.device(device):
             self.model = KeyeForConditionalGeneration(sizes.config)
         apply_memory_options(self.model, checkpointing=True)
-        stage = Multitask(self.told, processor())
+        stage = Multitask(self.settings, processor())
         module = stage.prepare(self.model).train()
         self.trainer = Trainer(
-            stage, module, self.loader(sizes.context, sizes.context // sizes.documents, 0.7), self.grid, self.told,
+            stage, module, self.loader(sizes.context, sizes.context // sizes.documents, 0.7), self.grid, self.settings,
             Path(self.folder.name), 1, sizes.precision,
         )  # fmt: skip
 
     def loader(self, context: int, length: int, visual: float) -> Any:
         """The stage's own loader over documents of `length` tokens in packs of `context`."""
-        stage = Multitask(dataclasses.replace(self.told, context=context), processor())
+        stage = Multitask(dataclasses.replace(self.settings, context=context), processor())
         return stage.loader(Mixture([(Documents(self.sizes, length, visual), 1.0)]), self.grid, self.model, 4)
 
     def step(self) -> tuple[float, dict[str, Any]]:
-        """Seconds of the trainer's step, and what it tells."""
+        """Seconds of the trainer's step, and its metrics."""
         began = time.perf_counter()
         values = self.trainer.train_step()
         if self.device.type == "cuda":
@@ -202,12 +201,12 @@ class Bench:
         """The GPU's bf16 rate by its data sheet; 0 where it is not known."""
         if self.device.type != "cuda":
             return 0.0
-        told = torch.cuda.get_device_name().lower()
-        return next((gpu.peak for name, gpu in GPUS.items() if name.split("-")[0] in told), 0.0)
+        device = torch.cuda.get_device_name().lower()
+        return next((gpu.peak for name, gpu in GPUS.items() if name.split("-")[0] in device), 0.0)
 
     def _row(self, name: str, tokens: int, visual: float, *cells: str) -> None:
-        told = (name, tokens, f"{visual:.0%}", self.tiles, *cells)
-        self.rows.append((*told, *["–"] * (len(COLUMNS) - len(told))))
+        row = (name, tokens, f"{visual:.0%}", self.tiles, *cells)
+        self.rows.append((*row, *["–"] * (len(COLUMNS) - len(row))))
         print(*self.rows[-1], sep=" | ", flush=True)
         self.keep("gpu_partial", [])
 

@@ -1,10 +1,10 @@
-"""Killed at a random moment and started again, does a training run end as if nothing had happened?
+"""Does a training run that is killed at a random moment and resumed have the same result?
 
-One run of three stages on two processes goes through undisturbed. Then every trial starts the same run anew, kills one
-of its processes (or all of them) with SIGKILL, gives the same command again and compares: loss, learning rate, norm of
-the gradient and tokens of every step, and the weights that every stage leaves, all to the bit. Every other kill comes
-at a random second between start and end, which is often a start-up; the others within a second after a random step.
-Runs save at every second step, so that many of the moments lie within a save.
+A reference run of three stages on two processes is not interrupted. Every trial starts the same run, kills one or all
+of its processes with SIGKILL, repeats the command and compares loss, learning rate, gradient norm and tokens of every
+step, and the weights of every stage, bit by bit. Every other kill happens at a random second between start and end,
+which is often during start-up; the others happen within a second after a random step. Runs save at every second step,
+so that many kills happen during a save.
 """
 
 import argparse
@@ -120,11 +120,11 @@ def launch(recipe: Path, folder: Path, log: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
-    """Wait for a run that nobody disturbs; KeyeError with the end of its log when it fails."""
+    """Wait for a run to end; KeyeError with the end of its log when it fails."""
     code = process.wait(LIMIT)
     if code:
-        told = "\n".join(log.read_text().splitlines()[-15:])
-        raise KeyeError(f"the run ended with exit code {code}; the end of {log}:\n{told}")
+        tail = "\n".join(log.read_text().splitlines()[-15:])
+        raise KeyeError(f"the run ended with exit code {code}; the end of {log}:\n{tail}")
 
 
 def kill(process: subprocess.Popen, victim: str) -> None:
@@ -187,24 +187,24 @@ def weights(folder: Path) -> dict[str, str]:
 def wait_for_moment(
     process: subprocess.Popen, folder: Path, by_clock: bool, draw: random.Random, seconds: float
 ) -> str:
-    """Wait for a drawn moment of a run and say which it was; "" when the run ended before."""
+    """Wait for a random moment of a run and return its description; "" if the run ended before."""
     if by_clock:
         second = draw.uniform(0.1, 1.0) * seconds
-        told, ends = f"{second:.1f} s after the start", time.monotonic() + second
+        moment, ends = f"{second:.1f} s after the start", time.monotonic() + second
         while time.monotonic() < ends and process.poll() is None:
             time.sleep(0.01)
     else:
         stage, step = draw.choice([(stage, step) for stage in STAGES for step in range(1, STEPS[stage] + 1)])
         later = draw.uniform(0, 1)
-        told, metrics = f"{later:.2f} s after step {step} of {stage}", folder / stage / "metrics.jsonl"
+        moment, metrics = f"{later:.2f} s after step {step} of {stage}", folder / stage / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= step):
             time.sleep(0.01)
         time.sleep(later)
-    return told if process.poll() is None else ""
+    return moment if process.poll() is None else ""
 
 
 def attempt(recipe: Path, folder: Path, whole: Path, number: int, draw: random.Random, seconds: float) -> Trial:
-    """Start, kill, start again, compare with the undisturbed run."""
+    """Start, kill, resume, compare with the reference run."""
     log, moment = folder.with_suffix(".log"), ""
     while not moment:  # a run that has ended before its moment is drawn again
         shutil.rmtree(folder, ignore_errors=True)
@@ -219,7 +219,7 @@ def attempt(recipe: Path, folder: Path, whole: Path, number: int, draw: random.R
 
 
 def measure(kills: int, seed: int, scratch: Path) -> tuple[list[Trial], float]:
-    """The trials, and the seconds of the undisturbed run. What was found before in `scratch` is kept."""
+    """The trials, and the seconds of the reference run. Earlier results in `scratch` are kept."""
     scratch.mkdir(parents=True, exist_ok=True)
     recipe, whole, record = scratch / "kills.toml", scratch / "whole", scratch / f"trials-{seed}.json"
     if not record.exists():
@@ -238,8 +238,8 @@ def measure(kills: int, seed: int, scratch: Path) -> tuple[list[Trial], float]:
         done = number + 1 - len(kept["trials"])
         left = (time.monotonic() - began) / done * (kills - number - 1)
         same = "the same" if trial.curves and trial.weights else "ANOTHER END"
-        told = f"{trial.victim}, {trial.moment} ({trial.doing}): {same}; {left:.0f} s left"
-        print(f"{number + 1}/{kills}  {told}", flush=True)
+        line = f"{trial.victim}, {trial.moment} ({trial.doing}): {same}; {left:.0f} s left"
+        print(f"{number + 1}/{kills}  {line}", flush=True)
     return trials[:kills], kept["seconds"]
 
 

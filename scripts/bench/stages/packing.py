@@ -1,9 +1,9 @@
-"""A training step of stage 2 on packs beside the same documents padded: same engine, same model, same steps.
+"""A training step of stage 2 on packs compared with the same documents padded: same engine, model and steps.
 
-A run draws packs from mixed data through the stage's own loader. The documents of each step are then laid out again as
-padded batches: in random order with so many rows a batch, as a plain batch size does, and sorted by length and cut
-where the fewest positions are wasted, which is the best that padding can do. Batches go to the ranks by their number
-of positions. Steps of the trainer alternate between the layouts; losses and labels are the same.
+The stage's loader draws packs from mixed data. The documents of each step are also arranged as padded batches: in
+random order with a fixed number of rows, and sorted by length with the split that wastes the fewest positions, which is
+the best possible padding. Batches are assigned to ranks by their number of positions. Steps of the trainer alternate
+between the layouts; losses and labels are equal.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
         prepare_tokenizer(recipe, folder)
     dist.barrier()
     opened = open_stage("multitask", recipe, folder, Cache(1 << 30))
-    trainer, processor, told = opened.trainer, opened.processor, recipe.multitask
+    trainer, processor, settings = opened.trainer, opened.processor, recipe.multitask
     packs = [[trainer.loader.next() for _ in range(trainer.micro_batches)] for _ in range(rounds + 1)]
     stalled = trainer.loader.stalled
     trainer.loader.close()
@@ -209,7 +209,7 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
         dist.all_gather_object(everyone, [d for row in step for d in documents(row, *tokens)])
         mixed = [document for part in everyone for document in part]
         sizes.append([document.tokens for document in mixed])
-        for name, given in layouts(mixed, told.global_batch_size, grid_ranks, draw).items():
+        for name, given in layouts(mixed, settings.global_batch_size, grid_ranks, draw).items():
             batches = [padded([mixed[i] for i in group], processor.tokenizer.pad_token_id) for group in given[rank]]
             prepared[name].append(batches)
     trainers, weights = {PACKED: trainer}, opened.model.state_dict()
@@ -218,7 +218,7 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
             model = open_start(start_of("multitask", recipe, folder)).build(torch.float32).train()
             model.load_state_dict(weights)
             trainers[name] = Trainer(
-                Padded(), model, Prepared([]), trainer.grid, told, folder / name, len(prepared[name][0]),
+                Padded(), model, Prepared([]), trainer.grid, settings, folder / name, len(prepared[name][0]),
                 recipe.precision,
             )  # fmt: skip
     steps = []
@@ -253,7 +253,7 @@ def _positions(batch: dict[str, Any]) -> int:
 
 
 def measure(processes: int, rounds: int, quick: bool) -> dict[str, Any]:
-    """What the worker found on so many processes; kept, so that a bench that was broken off goes on."""
+    """The worker's result on a number of processes; saved, so that an interrupted bench resumes."""
     folder = SCRATCH / f"{'quick-' if quick else ''}{processes}"
     found = folder / "steps.json"
     if not found.exists():
@@ -266,11 +266,11 @@ def measure(processes: int, rounds: int, quick: bool) -> dict[str, Any]:
     return json.loads(found.read_text())
 
 
-def judge(processes: int, told: dict[str, Any]) -> tuple[list[Claim], list[tuple]]:
+def judge(processes: int, record: dict[str, Any]) -> tuple[list[Claim], list[tuple]]:
     """Claims and rows of one number of processes: rates are medians over rounds, ratios are of the same round."""
     rates: dict[str, list[float]] = defaultdict(list)
     losses: dict[int, list[float]] = defaultdict(list)
-    for step in sorted(told["steps"], key=lambda s: s["round"]):
+    for step in sorted(record["steps"], key=lambda s: s["round"]):
         losses[step["round"]].append(step["loss"])
         if step["round"]:
             rates[step["layout"]].append(step["tokens"] / step["seconds"])
@@ -283,13 +283,13 @@ def judge(processes: int, told: dict[str, Any]) -> tuple[list[Claim], list[tuple
         gain = median(a / b for a, b in zip(rates[PACKED], rates[other], strict=True))
         figure = f"{median(rates[PACKED]):,.0f} against {median(rates[other]):,.0f} tokens/s"
         wanted = f"≥ {goal:g} ×" if goal > 1 else "faster"
-        claims.append(Claim(f"{where}: packs beside {other}", wanted, figure, f"{gain:.2f} ×", gain >= goal))
+        claims.append(Claim(f"{where}: packs compared with {other}", wanted, figure, f"{gain:.2f} ×", gain >= goal))
     claims.append(
         Claim(f"{where}: loss of the same step in every layout", "≤ 1e-4 apart", f"{apart:.1e}", met=apart <= 1e-4)
     )
-    total = sum(map(sum, told["sizes"])) / processes
+    total = sum(map(sum, record["sizes"])) / processes
     rows = [
-        (processes, name, f"{median(found):,.0f}", f"{min(total / told['computed_rank0'][name], 1):.0%}")
+        (processes, name, f"{median(found):,.0f}", f"{min(total / record['computed_rank0'][name], 1):.0%}")
         for name, found in rates.items()
     ]
     return claims, rows
@@ -310,9 +310,9 @@ def main() -> None:
     for processes in (1, 2):
         if args.fresh:
             (SCRATCH / f"{'quick-' if args.quick else ''}{processes}" / "steps.json").unlink(missing_ok=True)
-        told = measure(processes, rounds, args.quick)
-        found, cells = judge(processes, told)
-        claims, rows, lengths = claims + found, rows + cells, sorted(n for step in told["sizes"] for n in step)
+        record = measure(processes, rounds, args.quick)
+        found, cells = judge(processes, record)
+        claims, rows, lengths = claims + found, rows + cells, sorted(n for step in record["sizes"] for n in step)
     columns = ("processes", "layout", "tokens of documents a second", "full (rank 0)")
     middle = lengths[len(lengths) // 2]
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in MIXTURE.items())

@@ -1,11 +1,11 @@
-"""All four stages of the 8B recipe on 64 simulated ranks: collectives of every rank, memory beside the estimate.
+"""All four stages of the 8B recipe on 64 simulated ranks: collectives of every rank, and memory.
 
-Nothing is computed: tensors have shapes and no values, and the process group sends nothing. Everything else is real:
-the recipe, the planner on drawn lengths, packing, sharding, the model, activation checkpointing, the trainer's step,
-DeepSpeed's engine and ZeRO with the recipe's configuration, AdamW. Every rank takes a whole optimizer step with layers
-of full width, two of them in the decoder and two in the tower, because what a rank issues depends on its data and not
-on the depth; the ranks with the most and the fewest patches take the step with all layers, and their memory is compared
-with `stages/cost/estimate.py`. Each simulated rank is a process of its own.
+Nothing is computed: tensors have shapes but no values, and the process group sends nothing. Everything else is real:
+the recipe, the planner on random lengths, packing, sharding, the model, activation checkpointing, the trainer's step,
+DeepSpeed's engine and ZeRO with the recipe's configuration, AdamW. Every rank takes a complete optimizer step with two
+decoder layers and two tower layers of full width, because the collectives of a rank depend on its data and not on the
+depth. The ranks with the most and the fewest patches take the step with all layers, and their memory is compared with
+`stages/cost/estimate.py`. Each simulated rank is a separate process.
 """
 
 import dataclasses
@@ -63,14 +63,14 @@ class Phase:
     """A phase of the recipe, the packs of one step, and seconds that the planner took for it."""
 
     name: str
-    told: StageRecipe
+    settings: StageRecipe
     packs: list[list[Meta]]
     planning: float
 
-    def dealt(self, ranks: int, config: KeyeConfig) -> list[list[list[Meta]]]:
+    def shares(self, ranks: int, config: KeyeConfig) -> list[list[list[Meta]]]:
         """Data-parallel rank → its micro-batches."""
-        if isinstance(self.told, VisionRecipe):
-            parts = self.told.micro_batches(ranks)
+        if isinstance(self.settings, VisionRecipe):
+            parts = self.settings.micro_batches(ranks)
             costs = [sum(meta.excess for meta in pack) for pack in self.packs]
             rounds = assign_parts(costs, ranks, parts)
         else:
@@ -80,30 +80,30 @@ class Phase:
         return [[[meta for pack in packs for meta in self.packs[pack]] for packs in mine] for mine in rounds]
 
 
-def plan(name: str, told: StageRecipe, config: KeyeConfig, steps: int) -> Phase:
+def plan(name: str, settings: StageRecipe, config: KeyeConfig, steps: int) -> Phase:
     """Have the planner form steps of drawn lengths; the last one is simulated."""
-    if isinstance(told, VisionRecipe):
-        return plan_pairs(name, told, config)
+    if isinstance(settings, VisionRecipe):
+        return plan_pairs(name, settings, config)
     cost = Cost(config, tower_trains=stage_of(name) != "alignment", decoder_trains=stage_of(name) != "alignment")
-    data = balance.DATA["mixed" if told.context <= 8192 else "long"]
-    kinds = {kind: (group, share) for kind, (group, share) in data.items() if told.mixture.get(group)}
-    packs, balanced = told.global_batch_size, told.balanced_packs
-    found, _, seconds, _ = balance.plan(kinds, told.context, packs, balanced, steps, cost, packs)
-    return Phase(name, told, found[-1], median(seconds))
+    data = balance.DATA["mixed" if settings.context <= 8192 else "long"]
+    kinds = {kind: (group, share) for kind, (group, share) in data.items() if settings.mixture.get(group)}
+    packs, balanced = settings.global_batch_size, settings.balanced_packs
+    found, _, seconds, _ = balance.plan(kinds, settings.context, packs, balanced, steps, cost, packs)
+    return Phase(name, settings, found[-1], median(seconds))
 
 
-def plan_pairs(name: str, told: VisionRecipe, config: KeyeConfig) -> Phase:
+def plan_pairs(name: str, settings: VisionRecipe, config: KeyeConfig) -> Phase:
     """A step of stage 0: stills of native resolution with captions, in the order in which they are drawn."""
     began = time.perf_counter()
     cost = TowerCost(config.vision_config)
-    made = balance.metas_of("caption", "image", 131_072, cost, balance.SEED, told.pairs)
-    return Phase(name, told, [[meta] for meta in made], time.perf_counter() - began)
+    made = balance.metas_of("caption", "image", 131_072, cost, balance.SEED, settings.pairs)
+    return Phase(name, settings, [[meta] for meta in made], time.perf_counter() - began)
 
 
-def batches(phase: Phase, dealt: list[list[list[Meta]]], grid: ParallelDims) -> list[dict[str, Any]]:
-    mine = dealt[grid.data_rank]
-    if isinstance(phase.told, VisionRecipe):
-        return [drawn.pair_batch(metas, phase.told.text_length) for metas in mine]
+def batches(phase: Phase, shares: list[list[list[Meta]]], grid: ParallelDims) -> list[dict[str, Any]]:
+    mine = shares[grid.data_rank]
+    if isinstance(phase.settings, VisionRecipe):
+        return [drawn.pair_batch(metas, phase.settings.text_length) for metas in mine]
     return [drawn.language_batch(metas, grid) for metas in mine]
 
 
@@ -116,11 +116,11 @@ def shallow(config: KeyeConfig) -> KeyeConfig:
 
 
 def simulate(
-    phase: Phase, dealt: list[list[list[Meta]]], config: KeyeConfig, number: int, ranks: int, kept: Path
+    phase: Phase, shares: list[list[list[Meta]]], config: KeyeConfig, number: int, ranks: int, kept: Path
 ) -> Path:
     """Simulate one rank in this process and leave its result in the file `kept`."""
     rank.join(number, ranks)
-    found = rank.step(phase.name, phase.told, config, drawn.processor(), partial(batches, phase, dealt))
+    found = rank.step(phase.name, phase.settings, config, drawn.processor(), partial(batches, phase, shares))
     partly = kept.with_suffix(f".{os.getpid()}")
     partly.write_bytes(pickle.dumps(found))
     os.replace(partly, kept)
@@ -132,7 +132,7 @@ def simulate_all(
 ) -> Iterator[Simulated]:
     """The ranks `numbers`, some at once, each in a process of its own; what was simulated before is read again."""
     depth = config.text_config.num_hidden_layers
-    dealt = phase.dealt(ranks // phase.told.sequence_parallel, config)
+    shares = phase.shares(ranks // phase.settings.sequence_parallel, config)
     files = [folder / f"{phase.name}-{depth}-{number}-of-{ranks}.pickle" for number in numbers]
     context, pending, running = multiprocessing.get_context("fork"), list(zip(numbers, files, strict=True)), {}
     gc.collect()
@@ -142,7 +142,7 @@ def simulate_all(
             if file.exists():
                 yield pickle.loads(file.read_bytes())
                 continue
-            running[file] = context.Process(target=simulate, args=(phase, dealt, config, number, ranks, file))
+            running[file] = context.Process(target=simulate, args=(phase, shares, config, number, ranks, file))
             running[file].start()
         for file, process in list(running.items()):
             process.join(0.05)
@@ -156,15 +156,15 @@ def simulate_all(
 
 def heaviest(phase: Phase, config: KeyeConfig, ranks: int) -> int:
     """The first rank of the group with the most patches in a micro-batch."""
-    dealt = phase.dealt(ranks // phase.told.sequence_parallel, config)
-    most = [max(sum(h * w for m in pack for h, w in [*m.stills, *m.frames]) for pack in packs) for packs in dealt]
-    return phase.told.sequence_parallel * most.index(max(most))
+    shares = phase.shares(ranks // phase.settings.sequence_parallel, config)
+    most = [max(sum(h * w for m in pack for h, w in [*m.stills, *m.frames]) for pack in packs) for packs in shares]
+    return phase.settings.sequence_parallel * most.index(max(most))
 
 
 def compare(recipe: recipes.Recipe, phase: Phase, config: KeyeConfig, ranks: int, args: Any, bar: Progress) -> Compared:
     """Simulate a phase: ranks with few layers, one with all."""
     deep = [heaviest(phase, config, ranks)]
-    apart = args.some and phase.told.sequence_parallel == 1
+    apart = args.some and phase.settings.sequence_parallel == 1
     numbers = list(range(0, ranks, max(1, ranks // args.some))) if apart else list(range(ranks))
     task = bar.add_task(phase.name, total=len(numbers) + len(deep))
     found: dict[bool, list[Simulated]] = {False: [], True: []}
@@ -173,10 +173,10 @@ def compare(recipe: recipes.Recipe, phase: Phase, config: KeyeConfig, ranks: int
         for one in simulate_all(phase, layers, chosen, ranks, SCRATCH, args.processes):
             found[whole].append(one)
             bar.advance(task)
-    alike = collectives(found[False], phase.told.sequence_parallel)
+    difference = collectives(found[False], phase.settings.sequence_parallel)
     largest = found[True][0]
     return Compared(
-        phase.name, alike, [len(one.calls) for one in found[False]], largest,
+        phase.name, difference, [len(one.calls) for one in found[False]], largest,
         memory(recipe, phase.name, config, largest, ranks), phase.planning,
     )  # fmt: skip
 
@@ -205,7 +205,7 @@ def main() -> int:
         for name in args.phase:
             phase = plan(name, recipe.chain[name], config, 1 if args.quick else 3)
             found.append(compare(recipe, phase, config, ranks, args, bar))
-            print(name, found[-1].alike or "same collectives on all ranks", flush=True)
+            print(name, found[-1].difference or "same collectives on all ranks", flush=True)
     if args.only:
         return 0
     write(args, found, seconds, ranks, time.monotonic() - began)
@@ -216,10 +216,10 @@ def smaller(recipe: recipes.Recipe, ranks: int) -> recipes.Recipe:
     """The same recipe with as few packs and pairs as the ranks need."""
     changed = {}
     for name in recipe.stages:
-        told = getattr(recipe, name)
-        packs = ranks // told.sequence_parallel
-        few = {"pairs": 2 * ranks} if isinstance(told, VisionRecipe) else {"global_batch_size": packs}
-        changed[name] = dataclasses.replace(told, balanced_packs=0, **few)
+        settings = getattr(recipe, name)
+        packs = ranks // settings.sequence_parallel
+        few = {"pairs": 2 * ranks} if isinstance(settings, VisionRecipe) else {"global_batch_size": packs}
+        changed[name] = dataclasses.replace(settings, balanced_packs=0, **few)
     return dataclasses.replace(recipe, **changed)
 
 
@@ -228,7 +228,7 @@ def write(args: Any, found: list[Compared], seconds: dict[str, float], ranks: in
     claims = [
         Claim(f"{one.name} of keye_8b, {len(one.counts)} of {ranks} ranks simulated: collectives of a step",
               "the same on every rank",
-              one.alike or f"the same ({median(one.counts):.0f} each)", met=one.alike is None)
+              one.difference or f"the same ({median(one.counts):.0f} each)", met=one.difference is None)
         for one in found
     ]  # fmt: skip
     for one in found:
@@ -242,8 +242,8 @@ def write(args: Any, found: list[Compared], seconds: dict[str, float], ranks: in
         claims.append(Claim(f"planner's share of an estimated step ({ranks} × {GPU})", "≤ 5 %", f"{share:.1%} at most",
                             met=share <= 0.05))  # fmt: skip
     rows = [
-        (one.name, part, f"{has / 1e9:.2f}", f"{told / 1e9:.2f}", f"{has / told - 1:+.1%}" if told else "–")
-        for one in found for part, (has, told) in one.parts.items()
+        (one.name, part, f"{ran / 1e9:.2f}", f"{estimate / 1e9:.2f}", f"{ran / estimate - 1:+.1%}" if estimate else "–")
+        for one in found for part, (ran, estimate) in one.parts.items()
     ]  # fmt: skip
     counts = [
         (one.name, f"{len(one.counts)} of {ranks}", f"{min(one.counts)}–{max(one.counts)}", len(one.largest.calls),

@@ -1,10 +1,9 @@
-"""An optimizer step of stage 2 beside Hugging Face's Trainer on a transformers Qwen2.5-VL of the same shapes.
+"""An optimizer step of stage 2 compared with Hugging Face's Trainer on a transformers Qwen2.5-VL of the same shapes.
 
-Both train on the same documents of mixed data: the same tokens, the same frames, encoded beforehand. Ours takes the
-packs that its loader made of them; theirs groups them by length, which is its own means against padding, and takes the
-batch size that suits it best of several. Timed on both sides is the optimizer step alone: batches are collated and the
-optimizer's moments exist before. Rounds alternate; every round is other documents. Seconds are the processor's, of all
-threads of the process, so that other work on the machine does not count.
+Both train on the same documents of mixed data, with the same tokens and frames, encoded in advance. Ours trains on the
+packs of its loader; theirs groups the documents by length to reduce padding and uses the best of several batch sizes.
+Only the optimizer step is timed: batches are collated and optimizer moments exist before. Rounds alternate and use
+different documents. Seconds are processor time of all threads of the process, so that other load does not count.
 """
 
 import argparse
@@ -108,7 +107,7 @@ def their_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: list[dict[str, Tensor]], rows: int, folder: Path
 ) -> float:
     """Seconds that Hugging Face's Trainer takes for one optimizer step on these samples, without their collation."""
-    told = transformers.TrainingArguments(
+    options = transformers.TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=rows, gradient_accumulation_steps=-(-len(step) // rows),
         num_train_epochs=1, learning_rate=1e-9, lr_scheduler_type="constant", optim="adamw_torch_fused",
         adam_beta2=0.95, max_grad_norm=1.0, train_sampling_strategy="group_by_length", use_cpu=True, report_to=[],
@@ -118,7 +117,7 @@ def their_step(
     clock, collation = Clock(), Collation()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     trainer = transformers.Trainer(
-        model, told, data_collator=collation, train_dataset=step, callbacks=[clock], optimizers=(optimizer, schedule)
+        model, options, data_collator=collation, train_dataset=step, callbacks=[clock], optimizers=(optimizer, schedule)
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
@@ -221,7 +220,7 @@ def main() -> None:
         gains = {name: gains_of(times, seconds[OURS]) for name, times in seconds.items()}
         gain, least, most = gains[best]
         figure = f"{best.removeprefix('theirs, ')} theirs; {least:.2f}–{most:.2f} × over {len(counts)} rounds"
-        claim = f"a step of stage 2 beside Hugging Face's Trainer on Qwen2.5-VL, {size} widths"
+        claim = f"a step of stage 2 compared with Hugging Face's Trainer on Qwen2.5-VL, {size} widths"
         claims.append(Claim(claim, "faster", figure, f"{gain:.2f} ×", least > 1))
         rows += [
             (size, name, f"{rate:,.0f}", f"{rate / rates[best]:.2f} ×", "{:.2f} × ({:.2f}–{:.2f})".format(*gains[name]))

@@ -115,7 +115,7 @@ def _draw_sub_shot(
 def _draw_framing(
     draw: random.Random, things: Sequence[tuple[float, float]], last: tuple[float, float, float] | None
 ) -> tuple[float, float, float]:
-    """Scale and place of a window about one of the `things`, unlike enough to the `last` one of the same stretch."""
+    """Scale and place of a window about one of the `things` that differs enough from the `last` one."""
     while True:
         scale = draw.choice(SCALES)
         centre = [at + draw.uniform(-OFF_CENTRE, OFF_CENTRE) for at in draw.choice(things)]
@@ -123,11 +123,11 @@ def _draw_framing(
             centre = [draw.random(), draw.random()]
         corner = [min(max(at - scale / 2, 0.0), 1 - scale) for at in centre]
         x, y = (at / (1 - scale) if scale < 1 else 0.0 for at in corner)
-        if last is None or unlike((scale, x, y), last):
+        if last is None or differs((scale, x, y), last):
             return scale, x, y
 
 
-def unlike(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+def differs(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
     """Are two framings a scale apart, or a third of the window's size across or up?"""
     scale = one[0]
     if scale != other[0]:
@@ -141,7 +141,7 @@ def _length(stretch: Stretch) -> int:
 
 
 def continuity_film(seconds: int = 600, size: tuple[int, int] = (360, 640)) -> Path:
-    """The film, H.264 of `size` (height, width), rendered once; `cuts` tells where it is cut.
+    """The film, H.264 of `size` (height, width), rendered once; `cuts` are the times of its cuts.
 
     Raises CorpusError without the trailer.
     """
@@ -155,7 +155,7 @@ def continuity_film(seconds: int = 600, size: tuple[int, int] = (360, 640)) -> P
 
 
 def render(source: Path, path: Path, shots: Sequence[SubShot], size: tuple[int, int]) -> None:
-    """Write the sub-shots of `source` to `path`, and beside it, as JSON, what each shows and when (in seconds)."""
+    """Write the sub-shots of `source` to `path`, and their content and times (seconds) to a JSON file."""
     pieces = [{"time": shot.first / RATE, **asdict(shot)} for shot in shots]
     record = {"source": source.name, "seed": SEED, "pieces": pieces}
     with av.open(str(source)) as clip:

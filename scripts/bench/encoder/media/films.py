@@ -33,9 +33,9 @@ def film(seconds: int, bframes: bool, size: tuple[int, int] = (720, 1280), colou
     """A long H.264 film (25 fps, about 2 Mbit/s at 720p, a key frame at least every 250) of `size` (height, width).
 
     Made once of the animated trailer: pieces of 1.5 to 9 seconds in a drawn order, each cropped, mirrored and coloured
-    in its own way, so that no stretch comes twice. coloured=False leaves the hues alone, as a film's palette is: a
-    recoloured shot is a gift to a measure that looks at hue. Beyond ten minutes the ten-minute film follows itself, its
-    packets copied. `film_cuts` tells where the pieces meet. Raises CorpusError without the trailer.
+    in its own way, so that no stretch is repeated. coloured=False keeps the original hues, because recoloured shots
+    favour measures of hue. A film longer than ten minutes repeats the packets of the ten-minute film. `film_cuts`
+    returns the times of the cuts. Raises CorpusError without the trailer.
     """
     folder = FOLDER / "films"
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def film_times(path: Path, moments: Sequence[float]) -> list[float]:
 
 
 def render(source: Path, path: Path, seconds: int, bframes: bool, size: tuple[int, int], coloured: bool = True) -> None:
-    """Write a film of drawn pieces of `source` to `path`, and beside it, as JSON, where they are from."""
+    """Write a film of drawn pieces of `source` to `path`, and their origin to a JSON file of the same name."""
     draw, total, pieces = random.Random(SEED), round(seconds * RATE), []
 
     def frames(clip: av.container.InputContainer) -> Iterator[av.VideoFrame]:
@@ -95,9 +95,9 @@ def render(source: Path, path: Path, seconds: int, bframes: bool, size: tuple[in
 def write_film(
     path: Path, frames: Iterator[av.VideoFrame], total: int, bframes: bool, size: tuple[int, int], record: dict
 ) -> None:
-    """Encode the first `total` of the yuv420p `frames` of `size` to `path`, and then `record` as JSON beside it.
+    """Encode the first `total` of the yuv420p `frames` of `size` to `path`, and `record` to its JSON file.
 
-    A film is there when its MP4 is, which comes last.
+    The MP4 is moved into place last, so that an existing film is complete.
     """
     part = path.with_name(f".{os.getpid()}.{path.name}")
     with av.open(str(part), "w", format="mp4") as film_file, _progress() as progress:

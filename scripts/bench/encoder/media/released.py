@@ -1,4 +1,4 @@
-"""The released keye-vl-utils 1.5.2 beside ours: installed for the benches alone, in .cache/bench/site.
+"""The released keye-vl-utils 1.5.2, installed only for the benches, in .cache/bench/site.
 
 What the environment has already (torch, numpy, perhaps OpenCV) is used from there. torchvision, which the release
 imports and never uses, is stood in for while it is imported. Run it to see the versions.

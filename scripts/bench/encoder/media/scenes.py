@@ -239,7 +239,7 @@ def _walkers(draw: Drawing) -> Frames:
 
 
 def _paint_object(draw: Drawing, picture: np.ndarray) -> np.ndarray:
-    """The picture with a box or disc of 0.3 to 3 % of its area in a colour unlike the place it stands on."""
+    """The picture with a box or disc of 0.3 to 3 % of its area in a colour that differs from the background."""
     side = np.sqrt(draw.random.uniform(0.003, 0.03) * HEIGHT * WIDTH)
     y, x = draw.random.uniform(side, HEIGHT - side), draw.random.uniform(side, WIDTH - side)
     ys, xs = np.mgrid[:HEIGHT, :WIDTH]

@@ -14,10 +14,10 @@ from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
 
 @dataclass(frozen=True)
 class Compared:
-    """A phase. alike: None, or where ranks differ. counts: collectives of each rank. parts: (simulated, estimated)."""
+    """A phase. difference: where ranks differ, or None. counts: collectives by rank. parts: (simulated, estimated)."""
 
     name: str
-    alike: str | None
+    difference: str | None
     counts: list[int]
     largest: Simulated
     parts: dict[str, tuple[float, float]]
@@ -68,17 +68,21 @@ def memory(recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, ranks:
     return {part: pair for part, pair in parts.items() if any(pair)}
 
 
-def plan_of(told: StageRecipe, ranks: int) -> Plan:
+def plan_of(settings: StageRecipe, ranks: int) -> Plan:
     """How a stage trains on one of so many GPUs, in bf16."""
-    several = 1 if isinstance(told, VisionRecipe) else told.global_batch_size * told.sequence_parallel // ranks
-    return Plan(2, told.zero, ranks, told.checkpointing, told.offload, told.mlp_tiles, micro_batches=several)
+    several = (
+        1 if isinstance(settings, VisionRecipe) else settings.global_batch_size * settings.sequence_parallel // ranks
+    )
+    return Plan(
+        2, settings.zero, ranks, settings.checkpointing, settings.offload, settings.mlp_tiles, micro_batches=several
+    )
 
 
 def expected(recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, ranks: int) -> Footprint:
     """The estimate for what this rank trained on."""
-    told = recipe.chain[name]
-    if isinstance(told, VisionRecipe):
-        patches = one.share.patches * ranks * told.micro_batches(ranks) / told.pairs
+    settings = recipe.chain[name]
+    if isinstance(settings, VisionRecipe):
+        patches = one.share.patches * ranks * settings.micro_batches(ranks) / settings.pairs
         kinds = {"image": Kind(patches / 4, 1.0, patches, 0.0)}
         limits = {**recipe.processor.image, "max_tokens": one.share.frame // 4}
         processor = dataclasses.replace(recipe.processor, image=limits)
@@ -87,4 +91,4 @@ def expected(recipe: Recipe, name: str, config: KeyeConfig, one: Simulated, rank
     counts = parameters_of(config)
     total, frozen = sum(counts.values()), stage_of(name) == "alignment"
     trained = counts["projector"] if frozen else total
-    return footprint(config, plan_of(told, ranks), one.share, total, trained, frozen)
+    return footprint(config, plan_of(settings, ranks), one.share, total, trained, frozen)

@@ -42,7 +42,7 @@ class Measured:
 
     weights, optimizer: held all the time. gradients: held when the backward passes are done. buckets: of gradients on
     their way to other ranks, with what one takes that is reduced (not those of a parameter larger than a bucket).
-    kept: activations at the loss. logits: what the loss and its backward pass take besides. vision: what a chunk of
+    kept: activations at the loss. logits: what the loss and its backward pass add. vision: what a chunk of
     frames has at most, from when it is recomputed to the next one. pixels: of all micro-batches. at_loss, in_backward,
     in_step: all that is held at the three moments of `Footprint.moments`.
     """
@@ -155,19 +155,19 @@ def build(config: KeyeConfig, dtype: torch.dtype) -> KeyeForConditionalGeneratio
 
 def step(
     name: str,
-    told: StageRecipe,
+    settings: StageRecipe,
     config: KeyeConfig,
     processor: Any,
     make_batches: Any,
 ) -> Simulated:
     """Take one optimizer step of phase `name` on this rank; `make_batches(grid)` gives its micro-batches."""
-    grid = build_parallel_dims(told.sequence_parallel)
+    grid = build_parallel_dims(settings.sequence_parallel)
     batches = make_batches(grid)
-    stage = KINDS[stage_of(name)](told, processor)
+    stage = KINDS[stage_of(name)](settings, processor)
     shapes, found = Shapes(), Measured()
     with recorded() as calls, as_on_a_gpu(), shapes, tempfile.TemporaryDirectory() as folder:
         model = build(config, torch.bfloat16)
-        apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
+        apply_memory_options(model, settings.checkpointing, settings.offload, settings.mlp_tiles)
         with torch.device("meta"):
             module = stage.prepare(model).train()
         for parameter in module.parameters():
@@ -178,7 +178,7 @@ def step(
                 shapes.memory.forget(parameter.data)
         training.find_peak = lambda precision: Peak(1.0, "simulated")
         training.load_checkpoint = lambda *_: None
-        trainer = Trainer(stage, module, Prepared(batches), grid, told, Path(folder), len(batches), "bf16")
+        trainer = Trainer(stage, module, Prepared(batches), grid, settings, Path(folder), len(batches), "bf16")
         _forget_metadata(trainer.engine.optimizer, shapes.memory)
         found.weights, masters = _bytes(module.parameters()), _optimizer(trainer.engine)
         watch(trainer, model, shapes.memory, found)
