@@ -1,8 +1,8 @@
-"""Every command of the README, the guides, the help texts and the recipes is accepted by the parser of what it calls.
+"""Every command of the README, the guides, the help texts and the recipes is accepted by the parser of its program.
 
-The command's own `main` builds the parser; the test stops it once the arguments are parsed. Recipes and keys that a
-command names are loaded, launchers are parsed by torchrun's and DeepSpeed's own parsers. What can run in a test runs in
-the other files of this folder.
+The `main` of the command builds the parser, and the test stops it after parsing. Recipes and keys of a command are
+loaded; launchers are parsed by the parsers of torchrun and DeepSpeed. The other files of this folder run the examples
+that can run in a test.
 """
 
 import argparse
@@ -14,11 +14,15 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from keye import cli
 from keye.errors import KeyeError
+from stages import recipe_checks
+from stages.recipe import Recipe
+from stages.typed_toml import build
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "scripts/bench/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,13 +36,13 @@ class Parsed(BaseException):
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    """The texts of the document's blocks of a language, those marked `elsewhere` too."""
+    """The texts of the document's blocks of a language, including those marked `elsewhere`."""
     text = document.read_text(encoding="utf-8")
     return re.findall(rf"^ *```{language}\b[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
 
 
 def lines(text: str) -> list[str]:
-    """The commands of a shell block; a quote that is open continues on the next line."""
+    """The commands of a shell block; a command with an open quote continues on the next line."""
     found: list[str] = []
     for line in text.splitlines():
         if found and found[-1].count("'") % 2:
@@ -55,12 +59,12 @@ def in_documents() -> Iterator[tuple[str, str]]:
 
 
 def in_help_and_recipes() -> Iterator[tuple[str, str]]:
-    """Lines of docstrings and examples of commands and benches, and of comments in recipes, that call this project."""
+    """Lines of docstrings, examples and recipes' comments that call this project."""
     files = [*ROOT.glob("*/commands/*.py"), ROOT / "keye/cli.py", *ROOT.glob("*/recipes/*.toml")]
     for file in [*files, *(ROOT / "scripts/bench").rglob("*.py")]:
         for line in file.read_text(encoding="utf-8").splitlines():
             if (found := OURS.match(line.strip())) and not re.search(r"[\"'`]{1,3}$|\\$", line.strip()):
-                # Behind two spaces or more comes what the command does.
+                # The command's description follows after two spaces or more.
                 yield str(file.relative_to(ROOT)), re.split(r"\s{2,}(?=\S)", found[1])[0]
 
 
@@ -181,6 +185,23 @@ def test_commands_of_the_results_are_accepted(monkeypatch):
 def test_a_wrong_command_is_found(line, monkeypatch):
     with pytest.raises(AssertionError):
         check_all(iter([("README.md", line)]), monkeypatch, 1)
+
+
+def test_every_recipe_in_the_guide_to_the_stages_is_one():
+    """Each TOML block replaces keys of the recipe `keye_8b.toml`; the result is typed and checked."""
+    whole = tomllib.loads((ROOT / "stages/recipes/keye_8b.toml").read_text(encoding="utf-8"))
+    found = blocks(ROOT / "docs/stages.md", "toml")
+    for block in found:
+        recipe = build(Recipe, merged(whole, tomllib.loads(block)), "docs/stages.md")
+        recipe_checks.check(recipe, "docs/stages.md")
+    assert len(found) >= 6
+
+
+def merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: merged(table[key], value) for key, value in changes.items() if isinstance(value, dict) and key in table
+    }
+    return {**table, **changes, **nested}
 
 
 def test_every_shell_block_is_shell():
