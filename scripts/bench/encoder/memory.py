@@ -6,13 +6,12 @@ include imports. The goal is 1.3 times the size of the pixels, plus 0.5 GB for t
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from keye.errors import KeyeError, run
+from keye.errors import run
+from scripts.bench.common.process import in_process
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from scripts.bench.encoder.media.films import film
 from scripts.bench.encoder.plan import peak_mb
@@ -57,12 +56,7 @@ def work(kind: str, path: Path) -> None:
 
 def measure(kind: str, path: Path) -> dict:
     """One contender on the film in a fresh process."""
-    command = [sys.executable, "-m", __spec__.name, "--worker", kind, "--film", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise KeyeError(f"{NAMES[kind]} failed on {path.name} ({last}); run this again")
-    found = json.loads(result.stdout.strip().splitlines()[-1])
+    found = in_process(__spec__.name, ["--worker", kind, "--film", str(path)], f"{NAMES[kind]} on {path.name}")
     print(f"  {NAMES[kind]:28} {found['peak_mb']:7.0f} MB for {found['out_mb']:.0f} MB", flush=True)
     return found
 

@@ -7,16 +7,13 @@ which always converts to RGB, is listed too. Imports are not timed; their memory
 
 import argparse
 import json
-import re
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from keye.errors import KeyeError, run
+from keye.errors import run
+from scripts.bench.common.process import in_process, resident
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from scripts.bench.encoder.media.corpus import FOLDER
 from scripts.bench.encoder.media.films import film
@@ -78,13 +75,8 @@ def _bare(path: Path, threads: str) -> dict:
 
 
 def peak_mb() -> float:
-    """Peak memory of this process, MB, from the kernel's high-water mark if available."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) / 1024
-    except (OSError, TypeError):
-        scale = 2**20 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    """Peak memory of this process, MB."""
+    return resident("VmHWM") / 2**20
 
 
 def work(name: str, path: Path) -> None:
@@ -106,12 +98,7 @@ def measure(name: str, path: Path, turn: int = 0) -> dict:
     for one in known:
         if (one["name"], one["turn"]) == (name, turn):
             return one
-    command = [sys.executable, "-m", __spec__.name, "--worker", name, "--film", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise KeyeError(f"{NAMES[name]} failed on {path.name} ({last}); run this again")
-    found = json.loads(result.stdout.strip().splitlines()[-1])
+    found = in_process(__spec__.name, ["--worker", name, "--film", str(path)], f"{NAMES[name]} on {path.name}")
     print(f"  {path.name:24} {NAMES[name]:40} {found['seconds']:7.1f} s {found['peak_mb']:7.0f} MB", flush=True)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a") as file:

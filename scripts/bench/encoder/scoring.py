@@ -6,10 +6,7 @@ speed by up to a factor of two. The contenders alternate, and ratios compare con
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ from keye.slowfast.policies import get_policy
 from keye.slowfast.resizing import resize
 from keye.slowfast.threads import one_thread
 from keye.video.clip import open_clip
+from scripts.bench.common.process import in_process
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from scripts.bench.encoder.identity import compare
 from scripts.bench.encoder.media.corpus import real_clips
@@ -87,10 +85,8 @@ def measure(contenders: Sequence[str], frames: torch.Tensor, rounds: int, thread
         found: dict[str, dict[str, list]] = {name: {"wall": [], "cpu": []} for name in contenders}
         for turn in range(rounds):
             for name in contenders if turn % 2 == 0 else reversed(contenders):
-                command = [sys.executable, "-m", __spec__.name, "--run", name]
-                command += ["--array", str(path), "--threads", str(threads)]
-                environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-                answer = json.loads(subprocess.check_output(command, env=environment, text=True).splitlines()[-1])
+                options = ["--run", name, "--array", str(path), "--threads", str(threads)]
+                answer = in_process(__spec__.name, options, name, {"OMP_NUM_THREADS": str(threads)})
                 for clock, values in found[name].items():
                     values.append(answer[clock])
         return found

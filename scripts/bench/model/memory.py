@@ -1,7 +1,6 @@
 """Peak memory of converting a sharded checkpoint to the released names and back: one shard at most, beyond the base."""
 
-import subprocess
-import sys
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from keye import KeyeConfig
 from keye.checkpoint.convert import check, convert_released, export_released
 from keye.errors import KeyeError, run
+from scripts.bench.common.process import in_process, resident
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, out_of, save
 from scripts.bench.model.released_checkpoint import write_random
 
@@ -29,13 +29,10 @@ def config_of(quick: bool) -> KeyeConfig:
 
 
 def alone(step: str, folder: Path, max_shard: int) -> tuple[int, int]:
-    """Resident bytes before one step and at its peak, in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, "--step", step, "--folder", str(folder), "--shard", str(max_shard)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{step} failed: {done.stderr.strip()[-2000:]}")
-    before, peak = map(int, done.stdout.split()[-2:])
-    return before, peak
+    """Resident bytes before one step and at its peak, in a separate process."""
+    options = ["--step", step, "--folder", str(folder), "--shard", str(max_shard)]
+    found = in_process(__spec__.name, options, step)
+    return found["before"], found["peak"]
 
 
 def step(name: str, folder: Path, max_shard: int) -> None:
@@ -47,13 +44,7 @@ def step(name: str, folder: Path, max_shard: int) -> None:
         export_released(folder / "ours", folder / "released", max_shard=max_shard)
     else:
         convert_released(folder / "released", folder / "again", max_shard=max_shard)
-    print(before, resident("VmHWM"))
-
-
-def resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
+    print(json.dumps({"before": before, "peak": resident("VmHWM")}))
 
 
 def main() -> None:

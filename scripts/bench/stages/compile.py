@@ -6,39 +6,15 @@ Layers and pack are the base case of cost.py, with and without recomputation.
 import time
 from statistics import median
 
-import torch
-
 from keye.errors import run
-from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.common.record import Table, arguments, out_of, save
-from scripts.bench.stages.cost import Case, pack_of
+from scripts.bench.stages.cost import Case, Training
 from stages.distributed import engine as deep
-from stages.distributed.activation_memory import apply_memory_options
-from stages.optimizer import OptimizerConfig
 
 EXAMPLES = """examples:
   python -m scripts.bench.stages.compile           about two minutes on a quiet machine
   python -m scripts.bench.stages.compile --quick   small layers, which prove nothing
 """
-
-
-class Training:
-    """A case ready to be trained on its pack."""
-
-    def __init__(self, case: Case, compiled: bool) -> None:
-        torch.manual_seed(0)
-        model = KeyeForConditionalGeneration(case.config())
-        apply_memory_options(model, case.checkpointing, compiled=compiled)
-        self.case, self.pack = case, pack_of(case)
-        optimizer = OptimizerConfig(learning_rate=1e-4)
-        self.engine = deep.build(model.train(), optimizer, 100, zero=case.zero, precision="fp32")
-
-    def step(self) -> float:
-        """Seconds of the processor."""
-        began = time.process_time()
-        self.engine.backward(self.engine(**self.pack, num_items_in_batch=float(self.case.tokens // 4)).loss)
-        self.engine.step()
-        return time.process_time() - began
 
 
 def measure(case: Case, steps: int) -> list[object]:

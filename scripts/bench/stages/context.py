@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from keye.errors import KeyeError, run
 from keye.slowfast.pixels import as_bytes
+from scripts.bench.common.process import resident
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save
 
 if TYPE_CHECKING:  # the bench's main process loads neither torch nor transformers
@@ -258,12 +259,6 @@ def load(path: Path, grid: "ParallelDims") -> dict[str, "Tensor"]:
             pixels[at : at + len(own)] = own
             at += len(own)
     return row | {"pixel_values_videos" if grid.sequence == 1 else "pixel_values_mine": pixels}
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in memory: now (VmRSS) or at most so far (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def report(rows: list[Row], out: Path, seconds: float, quick: bool) -> None:

@@ -8,9 +8,6 @@ resumes.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +18,8 @@ import torch
 
 from keye.errors import KeyeError, run
 from keye.model.config import KeyeConfig, KeyeVisionConfig
+from scripts.bench.common.process import in_process, resident
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save
-from scripts.bench.model.memory import resident
 from stages.cost.estimate import Work, parameters_of, step_flops, step_seconds
 from stages.cost.footprint import Plan, Share, footprint
 from stages.cost.gpus import Gpu
@@ -150,14 +147,14 @@ def one(case: Case, steps: int) -> dict[str, Any]:
 class Training:
     """A case ready to be trained on its pack."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, compiled: bool = False) -> None:
         from keye.model.keye import KeyeForConditionalGeneration
         from stages.distributed import engine as deep
         from stages.distributed.activation_memory import apply_memory_options
 
         torch.manual_seed(0)
         model, settings = KeyeForConditionalGeneration(case.config()), case.recipe()
-        apply_memory_options(model, settings.checkpointing, settings.offload, settings.mlp_tiles)
+        apply_memory_options(model, settings.checkpointing, settings.offload, settings.mlp_tiles, compiled)
         if case.stage == "alignment":
             model.requires_grad_(False).projector.requires_grad_(True)
         self.case, self.pack = case, pack_of(case)
@@ -194,16 +191,11 @@ def alone(case: Case, steps: int) -> dict[str, Any]:
     """In two processes: one for the memory, and one for the time, which may keep what it frees."""
     # Freed blocks go back to the system at once, so that resident memory is what is held; that takes time of its own.
     frugal = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    return {**_alone(case, steps, {}), **_alone(case, 0, frugal)}
-
-
-def _alone(case: Case, steps: int, surroundings: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", __spec__.name, "--one", json.dumps(asdict(case)), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **surroundings}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    if done.returncode:
-        raise KeyeError(f"the case {case.name} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = {}
+    for count, environment in ((steps, {}), (0, frugal)):
+        options = ["--one", json.dumps(asdict(case)), "--steps", str(count)]
+        found |= in_process(__spec__.name, options, f"the case {case.name}", {"OMP_NUM_THREADS": "1", **environment})
+    return found
 
 
 def estimated(case: Case) -> tuple[float, float, int]:
