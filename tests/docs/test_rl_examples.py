@@ -56,11 +56,11 @@ def test_tables_give_every_key_with_its_default():
     for table, cls in (("gspo", Gspo), ("heldout", HeldOut)):
         rows = text.partition(f"| `[{table}]` |")[2].partition("\n\n")[0]
         documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
-        ours = {f.name: "–" if f.default is MISSING else f.default for f in fields(cls)}
+        ours = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
         assert documented.keys() == ours.keys()
         for key, value in ours.items():
             value = list(value) if isinstance(value, tuple) else value
-            assert documented[key] == "–" if value == "–" else json.loads(documented[key]) == value, key
+            assert documented[key] == "–" if value is MISSING else json.loads(documented[key]) == value, key
 
 
 def test_what_is_not_run_is_written_right():
