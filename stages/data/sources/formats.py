@@ -5,6 +5,7 @@ hub: see docs/stages.md, "Data". Rows are in the chat form of `stages.data.sourc
 """
 
 import json
+import logging
 import os
 import re
 import zlib
@@ -16,6 +17,7 @@ import numpy as np
 
 from keye.errors import ManifestError
 from stages.data.sources.chat import EmptyRow, Row, as_chat, kind_of
+from stages.data.sources.parquet import GROUP, Parquet, outlines
 from stages.data.sources.tars import Tar
 from stages.recipe import SourceRecipe
 from stages.recipe_checks import KINDS
@@ -75,7 +77,7 @@ class Lines:
 
 
 class Columns:
-    """Rows with columns: Parquet and data sets of the hub."""
+    """Rows with columns of their own, as `datasets` keeps them: the hub's, and Parquet of large row groups."""
 
     def __init__(self, file: str, rows: Any) -> None:
         self.file, self.mark, self.rows = file, rows._fingerprint, rows.with_format("arrow")
@@ -87,32 +89,8 @@ class Columns:
         return self.rows[index : index + 1].to_pylist()[0]
 
     def outlines(self) -> Iterator[Row]:
-        media = [field.name for field in self.rows.data.schema if _is_media(field.type)]
         for at in range(0, len(self.rows), SCANNED):
-            table = self.rows[at : at + SCANNED]
-            shown = {name: _placeholders(table[name]) for name in media}
-            for place, row in enumerate(table.drop_columns(media).to_pylist()):
-                yield {**row, **{name: found[place] for name, found in shown.items()}}
-
-
-def _is_media(kind: Any) -> bool:
-    """Whether an arrow type contains files: bytes, {"bytes", "path"}, or a list of these."""
-    import pyarrow.types as types
-
-    if types.is_list(kind) or types.is_large_list(kind):
-        return _is_media(kind.value_type)
-    inside = [kind.field(i).type for i in range(kind.num_fields)] if types.is_struct(kind) else [kind]
-    return any(types.is_binary(part) or types.is_large_binary(part) for part in inside)
-
-
-def _placeholders(column: Any) -> list[Any]:
-    """Placeholders for each row of an arrow column of media, without reading the media."""
-    import pyarrow.compute as compute
-    import pyarrow.types as types
-
-    if types.is_list(column.type) or types.is_large_list(column.type):
-        return [None if count is None else [b""] * count for count in compute.list_value_length(column).to_pylist()]
-    return [b"" if there else None for there in column.is_valid().to_pylist()]
+            yield from outlines(self.rows[at : at + SCANNED])
 
 
 class Table:
@@ -160,15 +138,42 @@ class Table:
 
         Computed once per data set and stored next to the cache of `datasets`; other processes wait for the first.
         """
-        mark = json.dumps([[part.mark for part in self.parts], self.columns], sort_keys=True)
+        with np.load(self._scanned()) as saved:
+            return saved["kinds"], saved["families"], saved["names"].tolist()
+
+    def bad(self) -> list[int]:
+        """The rows that cannot be read."""
+        with np.load(self._scanned()) as saved:
+            return np.flatnonzero(saved["kinds"] == BAD).tolist()
+
+    def choose(self, settings: Any, choose: Callable[[], np.ndarray]) -> np.ndarray:
+        """Numbers of rows, int64 ascending, as a mapped file whose pages the processes of a machine share.
+
+        Args:
+            settings: what the choice depends on besides the data set, for JSON. choose: makes it; called by the first
+                process that asks, once for a data set and settings.
+        """
+
+        def write(path: str) -> None:
+            chosen = choose()
+            with open(path, "wb") as out:
+                np.save(out, chosen.astype(np.int64))
+
+        return np.load(kept("rows", json.dumps([self._mark, settings]), ".npy", write), mmap_mode="r")
+
+    @property
+    def _mark(self) -> str:
+        return json.dumps([[part.mark for part in self.parts], self.columns], sort_keys=True)
+
+    def _scanned(self) -> Path:
+        """The file with what `scan` gives."""
 
         def write(path: str) -> None:
             kinds, families, names = self._scan()
             with open(path, "wb") as out:
                 np.savez(out, kinds=kinds, families=families, names=np.array(names, dtype=str))
 
-        with np.load(kept("kinds", mark, ".npz", write)) as saved:
-            return saved["kinds"], saved["families"], saved["names"].tolist()
+        return kept("kinds", self._mark, ".npz", write)
 
     def _scan(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         kinds, families = np.full(len(self), BAD, np.uint8), np.zeros(len(self), np.int32)
@@ -199,6 +204,8 @@ def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Pat
     with FileLock(f"{path}.lock"):
         if not path.exists():
             write(f"{path}.part")
+            with open(f"{path}.part", "rb") as file:
+                os.fsync(file.fileno())  # a machine that goes down leaves no file of zeros under the final name
             os.replace(f"{path}.part", path)
     return path
 
@@ -280,8 +287,22 @@ def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:
         return [Tar(file, _local(file), kept) for file in files]
     if kind == "json":
         return [Lines(file, _loaded("text", [str(_as_lines(file))])[0]) for file in files]
-    builder, part = ("parquet", Columns) if kind == "parquet" else ("text", Lines)
-    return [part(file, rows) for file, rows in zip(files, _loaded(builder, files), strict=True)]
+    if kind == "parquet":
+        return [_parquet(file) for file in files]
+    return [Lines(file, rows) for file, rows in zip(files, _loaded("text", files), strict=True)]
+
+
+def _parquet(file: str) -> Part:
+    """A Parquet file read in place, or converted once where its row groups are too large to read single rows."""
+    part = opened(file, lambda: Parquet(file, _local(file)))
+    if part.fits:
+        return part
+    logging.getLogger("stages").warning(
+        "%s: its largest row group has %d MB, and reading a row decodes a row group, so the file is converted into "
+        "the cache of datasets; write row groups of %d MB at most, or set streaming = true, to avoid the copy",
+        file, part.largest >> 20, GROUP >> 20,
+    )  # fmt: skip
+    return Columns(file, _loaded("parquet", [part.local])[0])
 
 
 def hub_name(path: str) -> str:

@@ -21,7 +21,7 @@ from stages.data.items import Cache, Item
 from stages.data.quarantine import Quarantine, WarningLog
 from stages.data.sources.chat import Row, caption_of, each_part
 from stages.data.sources.decontaminate import Decontamination
-from stages.data.sources.formats import BAD, LocatedRow, Table, marks
+from stages.data.sources.formats import LocatedRow, Table, marks
 from stages.data.sources.splitting import is_plain_text, split
 from stages.data.sources.streams import WINDOW, StreamLanes
 from stages.data.sources.transforms import apply
@@ -69,22 +69,28 @@ class Shuffled:
         self, recipe: SourceRecipe, path: str, seed: int, quarantine: Quarantine | None,
         part: tuple[float, bool] = (0.0, False),
     ) -> None:  # fmt: skip
-        self.table, self.seed = Table(recipe, path), seed
-        kinds, families, names = self.table.scan()
+        self.table, self.seed, self.recipe, self.part = Table(recipe, path), seed, recipe, part
         if quarantine is not None:
-            self._report(np.flatnonzero(kinds == BAD).tolist(), quarantine)
-        wanted = kinds == KINDS.index(recipe.kind)
-        if recipe.families:
-            wanted &= np.isin(families, [i for i, name in enumerate(names) if name in recipe.families])
-        if part[0]:
-            wanted &= held_out(len(wanted), part[0]) == part[1]
-        self.indices = np.flatnonzero(wanted)
+            self._report(self.table.bad(), quarantine)
+        # 8 bytes a row: one process of a machine writes the file, and all of them share its pages.
+        self.indices = self.table.choose([recipe.kind, sorted(recipe.families), part], self._choose)
         if not len(self.indices):
             of = " that are held out" if part[0] and part[1] else ""
             of += f" of the families {', '.join(recipe.families)}" if recipe.families else ""
             raise ManifestError(f"{path}: no {recipe.kind} samples{of}; correct data.sources")
         self.epoch, self.position, self.patience = 0, 0, 2 * len(self.indices) - 1
         self._order: np.ndarray | None = None  # of this epoch, on the rank that draws
+
+    def _choose(self) -> np.ndarray:
+        """The wanted rows, int64 ascending."""
+        kinds, families, names = self.table.scan()
+        wanted = kinds == KINDS.index(self.recipe.kind)
+        if self.recipe.families:
+            wanted &= np.isin(families, [i for i, name in enumerate(names) if name in self.recipe.families])
+        share, held = self.part
+        if share:
+            wanted &= held_out(len(wanted), share) == held
+        return np.flatnonzero(wanted)
 
     def _report(self, bad: list[int], quarantine: Quarantine) -> None:
         for index in bad:
