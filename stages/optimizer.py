@@ -90,7 +90,8 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
         if parameter.requires_grad:
             modules = set(name.split("."))
             part = "vision" if "visual" in modules else "projector" if "projector" in modules else "decoder"
-            groups.setdefault((config.lr_scale.get(part, 1.0), parameter.ndim < 2), []).append(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # the former of what ZeRO-3 has partitioned already
+            groups.setdefault((config.lr_scale.get(part, 1.0), len(shape) < 2), []).append(parameter)
     order = sorted(groups, key=lambda key: (key[0] != 1.0, *key))
     decays = {False: config.weight_decay, True: 0.0}
     return [

@@ -225,7 +225,8 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     stage = KINDS[stage_of(name)](config, processor)
     start = open_start(start_of(name, recipe, run))
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
-    model = start.build(dtype, engine.device(), stage.parts)
+    # With ZeRO-3 the engine reads the weights, so that no rank keeps more of them than its share.
+    model = start.build(dtype, "meta" if config.zero == 3 else engine.device(), stage.parts)
     apply_memory_options(model, config.checkpointing, config.offload, config.mlp_tiles, config.compile)
     if config.compile:
         _say(f"{name}: layers are compiled in the first steps, which takes a minute or more")

@@ -293,7 +293,7 @@ def _contrastive(
     own = settings.pairs / plan.ranks
     vectors = (2 * own + settings.pairs) * vision.hidden_size * 2 * FP32  # this rank's, all captions' and the gradients
     memory = Footprint(
-        **states(total, total, plan), activations=kept,
+        **states(total, total, plan, text.vocabulary * text.hidden_size), activations=kept,
         pixels=plan.pixel * CHANNELS * vision.patch_size**2 * held * micro,
         layer=layer, logits=vectors + 3 * FP32 * min(own * settings.pairs, LOGITS),
     )  # fmt: skip

@@ -64,7 +64,7 @@ class Footprint:
     pixels: of all micro-batches of a step. activations: kept for the backward pass. layer: additional memory of the
     most expensive layer, or chunk of frames, while it is recomputed, with its gradients and a bucket in reduction.
     logits: of a chunk of the loss. step: temporary tensors of the optimizer. before: gradients of earlier
-    micro-batches at the time of the loss.
+    micro-batches at the time of the loss. start: weights while they are read, before there is an optimizer.
     """
 
     weights: float
@@ -77,12 +77,14 @@ class Footprint:
     logits: float
     step: float
     before: float = 0.0
+    start: float = 0.0
 
     @property
     def moments(self) -> dict[str, float]:
         """Time at which the memory may peak → bytes at that time."""
         always = self.weights + self.optimizer + self.pixels
         return {
+            "at the start": self.start,
             "at the loss": always + self.before + self.activations + self.logits,
             "in the backward pass": always + self.gradients + self.buckets + self.activations + self.layer,
             "in the optimizer's step": always + self.gradients + self.step,
@@ -97,6 +99,8 @@ class Footprint:
     def parts(self) -> dict[str, float]:
         """Component → bytes at the time of the peak; the sum is the peak."""
         moment = max(self.moments, key=self.moments.__getitem__)
+        if moment == "at the start":
+            return {"weights": self.start}
         parts = {"weights": self.weights, "optimizer": self.optimizer}
         gradients = self.before if moment == "at the loss" else self.gradients
         parts |= {"gradients": gradients} if gradients else {}
@@ -121,8 +125,12 @@ def reduced(trained: float, plan: Plan) -> float:
     return _bucket(trained, plan) * (plan.element + (FP32 if plan.element < FP32 else 0))
 
 
-def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
-    """weights, gradients, buckets, optimizer and step of `Footprint`; `trained` of the `parameters` train."""
+def states(parameters: float, trained: float, plan: Plan, largest: float = 0.0) -> dict[str, float]:
+    """weights, gradients, buckets, optimizer, step and start of `Footprint`.
+
+    Args:
+        parameters, trained: of the module, and those of them that train. largest: elements of the largest.
+    """
     share, half = trained / plan.ranks, plan.element < FP32
     bucket = _bucket(trained, plan)
     zero = max(plan.zero, 2) if half else plan.zero  # as `engine.build`
@@ -135,12 +143,17 @@ def states(parameters: float, trained: float, plan: Plan) -> dict[str, float]:
     copied = 0 if half else flat
     # DeepSpeed frees the buckets after each backward pass, except that of ZeRO-3.
     stays = plan.element * bucket if zero == 3 else 0
+    # ZeRO-3: a rank keeps its share of every parameter and has one at a time complete (`zero3.read_partitioned`).
+    # ZeRO-1 and 2 copy the weights into one buffer, but through the host where the GPU has no room for both.
+    start = parameters / plan.ranks + largest if zero == 3 else parameters
+    start += parameters / plan.hpz if plan.hpz > 1 else 0
     return {
         "weights": plan.element * weights,
         "gradients": FP32 * held,
         "buckets": plan.element * plan.buckets * bucket,
         "optimizer": 3 * FP32 * (share if zero else trained),
         "step": copied + stays + (0 if plan.fused else 2 * flat),
+        "start": plan.element * start,
     }
 
 
@@ -256,7 +269,7 @@ def footprint(
 ) -> Footprint:
     """The memory of a language stage's step on one rank."""
     kept, layer, logits = activations(config, plan, share, frozen, reduced(trained, plan))
-    held = states(parameters, trained, plan)
+    held = states(parameters, trained, plan, config.text_config.vocab_size * config.text_config.hidden_size)
     zero = max(plan.zero, 2) if plan.element < FP32 else plan.zero
     return Footprint(
         **held,

@@ -5,6 +5,7 @@ wants them: they are not counted. What is: the processes themselves, the samples
 that wait in host memory, and what passes through host memory when a checkpoint or a model is written.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ class HostFootprint:
     processes: interpreters and libraries. cache: encoded samples that are kept (`data.cache_mb`). samples: those that
     wait to be trained on. offload: inputs of layers in pinned memory. drawn: weights that no file has when a stage
     begins. written: copies of what is on the devices while a checkpoint or the stage's model is written. copied: with
-    `async_checkpoints`, the whole checkpoint in pinned memory, which stays taken between one and the next.
+    `async_checkpoints`, the whole checkpoint in pinned memory, which stays taken between one and the next. flattened:
+    with ZeRO-3, each rank's share of the weights while DeepSpeed moves it into one buffer.
     """
 
     processes: float
@@ -31,13 +33,14 @@ class HostFootprint:
     drawn: float
     written: float
     copied: float = 0.0
+    flattened: float = 0.0
 
     @property
     def moments(self) -> dict[str, float]:
         """When the memory may peak → how much is then held."""
         training = self.processes + self.cache + self.samples + self.offload + self.copied
         return {
-            "at the start": self.processes + self.drawn,
+            "at the start": self.processes + max(self.drawn, self.flattened),
             "in a step": training,
             "at a checkpoint": training + self.written,
         }
@@ -59,7 +62,7 @@ class Node:
 def host_footprint(
     config: Any, plan: Plan, node: Node, step: Share, parameters: float, trained: float, *,
     cache: float = 0.0, pinned: float = 0.0, drawn: float = 0.0, drawn_once: float = 0.0, heldout: int = 0,
-    background: bool = False,
+    background: bool = False, gpus: bool = True,
 ) -> HostFootprint:  # fmt: skip
     """The host memory of one node in one stage.
 
@@ -69,12 +72,14 @@ def host_footprint(
         cache: bytes that a process may keep of encoded samples. pinned: tokens of a rank whose layers' inputs wait in
             host memory. drawn, drawn_once: parameters that every rank, and that one rank alone, draws in fp32.
         heldout: steps whose held-out samples wait for the next measure.
-        background: whether checkpoints are written in the background.
+        background: whether checkpoints are written in the background. gpus: whether copies of the devices' memory are
+            pinned; on the CPU they are plain memory, of their own size.
     """
     text, ranks = config.text_config, min(node.ranks, plan.ranks)
     pixels = CHANNELS * config.vision_config.patch_size**2 * plan.pixel
     sample = (TOKEN * step.tokens + pixels * step.patches) / plan.ranks
-    inputs = _pinned(plan.element * text.hidden_size * pinned) * text.num_hidden_layers if plan.offload else 0.0
+    taken = _pinned if gpus else float
+    inputs = taken(plan.element * text.hidden_size * pinned) * text.num_hidden_layers if plan.offload else 0.0
     return HostFootprint(
         processes=ranks * node.process,
         cache=ranks * cache,
@@ -82,7 +87,8 @@ def host_footprint(
         offload=ranks * inputs,
         drawn=FP32 * (ranks * drawn + drawn_once),
         written=_table(config) if background else _written(config, plan, ranks, parameters, trained),
-        copied=_copied(plan, ranks, parameters, trained) if background else 0.0,
+        copied=_copied(plan, ranks, parameters, trained, taken) if background else 0.0,
+        flattened=ranks * plan.element * trained / plan.ranks if plan.zero == 3 else 0.0,
     )
 
 
@@ -108,15 +114,16 @@ def _table(config: Any) -> float:
     return float(FP32 * config.text_config.vocab_size * config.text_config.hidden_size)
 
 
-def _copied(plan: Plan, ranks: int, parameters: float, trained: float) -> float:
+def _copied(plan: Plan, ranks: int, parameters: float, trained: float, taken: Callable[[float], float]) -> float:
     """A whole checkpoint: of each rank its share of the fp32 weights and both moments, each a storage of its own.
 
     The first rank writes the weights besides; with ZeRO-3 every rank its share of them, and without ZeRO the first rank
-    alone writes anything, by parameter, which is counted without what powers of two add.
+    alone writes anything, by parameter, which is counted without what powers of two add. taken: bytes → bytes that a
+    copy of so many takes.
     """
     if not plan.zero:
         return plan.element * parameters + 2 * FP32 * trained
-    shard = 3 * _pinned(FP32 * trained / plan.ranks)
+    shard = 3 * taken(FP32 * trained / plan.ranks)
     if plan.zero == 3:
-        return ranks * (shard + _pinned(plan.element * parameters / plan.ranks))
-    return ranks * shard + _pinned(plan.element * parameters)
+        return ranks * (shard + taken(plan.element * parameters / plan.ranks))
+    return ranks * shard + taken(plan.element * parameters)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from keye.checkpoint.shards import Stored
 from stages.distributed.hosts import threads_each
-from stages.distributed.zero3 import gather_by_units
+from stages.distributed.zero3 import gather_by_units, read_partitioned
 from stages.optimizer import OptimizerConfig, build_optimizer
 
 BUCKET = 500_000_000  # most gradients that one collective reduces
@@ -94,7 +94,8 @@ def build(
             `trainer.Trainer` reverts both.
         precision: "auto", "fp32" or "bf16".
         sources: files of the parameters of a bf16 `module`; the fp32 weights start with their values, and a rank reads
-            its share. Other parameters start with the values of `module`.
+            its share. Other parameters start with the values of `module`. With ZeRO-3, parameters may be on the meta
+            device: each is read from its file and partitioned before the next one.
         hpz: neighbouring ranks that keep a second copy of the weights of ZeRO-3, see `StageRecipe`.
     """
     import deepspeed
@@ -102,7 +103,6 @@ def build(
     half = resolve_precision(precision) == "bf16"
     zero = max(zero, 2) if half else zero
     trained = [p for p in module.parameters() if p.requires_grad]
-    adam, scheduler = build_optimizer(module, optimizer, steps)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -127,6 +127,9 @@ def build(
     stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
     # The engine moves the parameters to other memory, in bf16.
     initial = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}
+    if any(p.is_meta for p in module.parameters()):
+        read_partitioned(module, sources or {}, config, device())
+    adam, scheduler = build_optimizer(module, optimizer, steps)
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, lr_scheduler=scheduler, config=config)
     if zero == 0 and optimizer.max_grad_norm:
         adam.register_step_pre_hook(functools.partial(_clip, trained, optimizer.max_grad_norm))

@@ -42,7 +42,8 @@ class Start:
     ) -> KeyeForConditionalGeneration:
         """The model with the weights of `parts` in `dtype` on `device`; those of its other parts stay without memory.
 
-        Each tensor goes from its file to the device by itself.
+        Each tensor goes from its file to the device by itself. On the meta device nothing is read: `engine.build` with
+        ZeRO-3 reads such a model from `sources`.
         """
         with torch.device("meta"):
             model = KeyeForConditionalGeneration(self.config)
@@ -75,7 +76,7 @@ def open_start(directory: str | Path) -> Start:
 @torch.no_grad()
 def _read(stored: Stored, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
     value = torch.empty(stored.shape, dtype=dtype, device=device)
-    return nn.Parameter(value.copy_(stored.mapped()))
+    return nn.Parameter(value if value.is_meta else value.copy_(stored.mapped()))
 
 
 def write_model(

@@ -7,11 +7,14 @@ that is called once a forward pass, whatever the data: the tower, the projector,
 its chunks. Its parameters are gathered around it, and nothing inside it gathers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from keye.checkpoint.shards import Stored
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import KeyeVisionModel, Projector
 
@@ -43,3 +46,41 @@ def gather_by_units(engine: Any) -> None:
     for handle in [*offload.forward_hooks, *offload.backward_hooks]:
         if id(handle.hooks_dict_ref()) in silenced:
             handle.remove()
+
+
+@torch.no_grad()
+def read_partitioned(
+    module: nn.Module, sources: Mapping[nn.Parameter, Stored], config: dict[str, Any], device: torch.device
+) -> None:
+    """Give every parameter on the meta device its value from `sources`, and partition it before the next one is read.
+
+    A rank keeps its shares; of complete parameters it keeps one at a time. Parameters stay the same objects. What is
+    not on the meta device goes to `device` in the dtype of training, and DeepSpeed partitions it later. DeepSpeed does
+    neither for a module that has partitioned parameters already. Collective.
+
+    Args:
+        module: with at least one parameter on the meta device. sources: by parameter, where its value is on disk.
+        config: DeepSpeed's, of ZeRO-3.
+    """
+    from deepspeed import zero
+    from deepspeed.utils import groups
+
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    first: nn.Parameter | None = None
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None)
+            continue
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device).copy_(sources[parameter].mapped())
+        torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
+        del value  # the last reference to the complete parameter, besides the one that DeepSpeed drops
+        if first is None:
+            within_node = groups._get_zero_param_intra_parallel_group()  # of hpZ, where an earlier stage made it
+            zero.Init(
+                module=nn.ParameterList([parameter]), config_dict_or_path=config, zero_param_parallel_group=within_node
+            )
+            first = parameter
+        else:
+            first.convert_to_zero_parameters([parameter])

@@ -96,6 +96,18 @@ def test_a_second_copy_within_the_node_is_counted():
     assert twice["weights"] - plain["weights"] == 2 * 8e9 / 8
 
 
+@pytest.mark.parametrize(
+    ("zero", "hpz", "wanted"),
+    [
+        (3, 1, 2 * (8e9 / 64 + 0.6e9)),  # shares, and one tensor at a time complete
+        (3, 8, 2 * (8e9 / 64 + 0.6e9 + 8e9 / 8)),
+        (2, 1, 2 * 8e9),
+    ],
+)
+def test_weights_are_read_a_tensor_at_a_time_with_zero_3(zero, hpz, wanted):
+    assert states(8e9, 8e9, Plan(2, zero, 64, hpz=hpz), largest=0.6e9)["start"] == pytest.approx(wanted)
+
+
 def test_frozen_parameters_have_neither_gradients_nor_states():
     held = states(1e9, 1e6, Plan(2, 0, 1))
     assert held["weights"] == 2e9 and held["gradients"] == 4e6 and held["optimizer"] == 12e6

@@ -82,6 +82,12 @@ def test_drawn_weights_are_fp32_and_one_rank_draws_the_model():
     assert made.drawn == 4 * (8 * 0.5e9 + 8e9) and made.moments["at the start"] == 16e9 + made.drawn
 
 
+def test_a_share_of_zero_3_passes_through_the_host_at_the_start():
+    made = host_footprint(CONFIG, Plan(2, 3, 64), NODE, STEP, 8e9, 4e9)
+    assert made.flattened == 8 * 2 * 4e9 / 64 and made.moments["at the start"] == 16e9 + made.flattened
+    assert host_footprint(CONFIG, Plan(2, 2, 64), NODE, STEP, 8e9, 4e9).flattened == 0
+
+
 def test_no_stage_of_keye_8b_holds_the_model_once_for_each_rank():
     recipe, gpu = load(RECIPES / "keye_8b.toml"), gpu_named("h100")
     costs = estimate(recipe, gpu, 64, Assumptions(node=Node(8, 0.0)))
