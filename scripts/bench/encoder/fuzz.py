@@ -1,11 +1,11 @@
-"""What damaged files do: thousands of them are planned in worker processes that are watched from outside.
+"""Plans thousands of damaged files in monitored worker processes.
 
 A failure is a worker that dies (crash), a file that takes more than 10 seconds of processor time (hang), an exception
-that is no VideoError, a plan that cannot be right, or a worker that has grown by more than 50 MB in the end (leak).
-Files at fault are kept under runs/fuzz. The run can be stopped and resumed; it ends after --minutes at the latest.
+other than VideoError, an invalid plan, or a worker that has grown by more than 50 MB at the end (leak). Files that fail
+are kept in runs/fuzz. The run can be interrupted and resumed; it ends after --minutes at the latest.
 
     python -m scripts.bench.encoder.fuzz --files 5000 --seed 0
-    python -m scripts.bench.encoder.fuzz --file runs/fuzz/crash_0_17_h264.mp4    # one file again, here and now
+    python -m scripts.bench.encoder.fuzz --file runs/fuzz/crash_0_17_h264.mp4    # one file, in this process
 """
 
 import ctypes
@@ -44,7 +44,7 @@ FAULTS = ("crash", "hang", "exception", "wrong", "leak")
 
 @dataclass
 class State:
-    """What is known so far; saved after every batch."""
+    """The results so far, saved after every batch."""
 
     seed: int
     files: int
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=5000, help="how many damaged files (5000)")
     parser.add_argument("--seed", type=int, default=0, help="what the damage is drawn with (0)")
     parser.add_argument("--minutes", type=float, default=20.0, help="stop after so long, to be resumed (20)")
-    parser.add_argument("--resume", action="store_true", help="go on where the last run of this seed stopped")
+    parser.add_argument("--resume", action="store_true", help="resume the last run of this seed")
     parser.add_argument("--workers", type=int, default=2, help="worker processes (2)")
     parser.add_argument("--file", type=Path, help="only plan this file and say what happens")
     parser.add_argument("--worker", action="store_true", help="what the workers are started with; not for you")
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def run(files: int, seed: int, minutes: float, *, resume: bool, workers: int) -> State:
-    """Plan damaged files 0 … files - 1 of a seed with so many workers; stops after so many minutes at the latest."""
+    """Plan the damaged files 0 … files - 1 of a seed with several workers, for a limited number of minutes."""
     seed_files(KEPT / "seeds")
     path = KEPT / f"state_{seed}.json"
     state = State(seed, files)
@@ -148,7 +148,7 @@ def _note(state: State, batch: int, found: list[dict]) -> None:
 
 
 def _keep(seed: int, one: dict) -> dict:
-    """Write the file at fault under runs/fuzz: {"kept": its name, …}."""
+    """Write the failing file to runs/fuzz: {"kept": its name, …}."""
     paths = seed_files(KEPT / "seeds")
     which, content, damage = mutate([path.read_bytes() for path in paths], seed, one["index"])
     kept = f"{one['outcome']}_{seed}_{one['index']}_{paths[which].name}"
@@ -157,10 +157,10 @@ def _keep(seed: int, one: dict) -> dict:
 
 
 class Worker:
-    """A process that plans files, seen from outside."""
+    """A monitored process that plans files."""
 
     def __init__(self, command: Sequence[str]):
-        """command: what starts it; once it has answered a line of its own it takes questions."""
+        """command: its command line; the worker is ready when it has written a first line."""
         KEPT.mkdir(parents=True, exist_ok=True)
         self.log = open(KEPT / f"worker_{os.getpid()}_{threading.get_ident()}.log", "ab")  # noqa: SIM115
         # Large blocks go back to the system when they are freed: what a worker has grown by then is what it holds, not
@@ -239,7 +239,7 @@ def _renew(worker: Worker | None, seed: int) -> Worker:
 
 
 def work(seed: int) -> int:
-    """The worker: an index a line on stdin, what became of it a line on stdout."""
+    """The worker: reads an index per line from stdin and writes a result per line to stdout."""
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     paths = seed_files(KEPT / "seeds")
@@ -290,7 +290,7 @@ def plan_one(content: bytes, name: str, way: int) -> dict:
 
 
 def _wrong(plan: object) -> Iterator[str]:
-    """What no plan may be, whatever the file."""
+    """The violated property of a plan that every file must satisfy, or an empty string."""
     times = plan.timestamps.tolist()
     if not times:
         yield "no frame"
@@ -305,7 +305,7 @@ def _wrong(plan: object) -> Iterator[str]:
 
 
 def _held() -> int:
-    """Bytes of memory held, after giving back what can be."""
+    """Bytes of memory in use, after freeing what can be freed."""
     gc.collect()
     if ctypes.util.find_library("c"):
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
@@ -326,7 +326,7 @@ def publish(state: State, out: Path, quick: bool) -> None:
         claim("crash", "Damaged files that end the process"),
         claim("hang", "Damaged files that take over 10 s of processor time"),
         claim("exception", "Damaged files with an error other than VideoError"),
-        claim("wrong", "Damaged files with a plan that cannot be right"),
+        claim("wrong", "Damaged files with an invalid plan"),
         claim("leak", "Workers that grew by more than 50 MB over 1,250 files", leak),
     ]
     rows = [(name, planned, refused) for name, (planned, refused) in sorted(state.formats.items())]

@@ -262,7 +262,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of ours and of bare decoding (default 3)")
     parser.add_argument("--released-rounds", type=int, default=2, help="of them with the release (default 2)")
-    parser.add_argument("--resume", action="store_true", help="go on with what a stopped bench had measured")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted bench")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--film", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

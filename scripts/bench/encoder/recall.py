@@ -1,19 +1,18 @@
-"""Does a slow frame come when the picture changes? Recall of true changes at an equal number of slow frames.
+"""Recall of true changes of the picture at an equal number of slow frames.
 
-Every clip is sampled at 2 frames a second and typed by the adaptive rule (each frame against the latest slow one). A
-change counts as seen when a new slow frame lies within 0.75 s of it, not before. For each clip and measure the
-threshold is set so that as many slow frames are spent as the released measure spends at its 0.9; as 5, 10, 20 and 30 %
-of the frames; and as the clip has changes, plus the first frame. "together" sets one threshold for all clips of at
-most 200 frames, so that static clips can spend little and others much; and once every measure runs at its own default
-threshold. A measure that says "the same" of too many frames cannot spend its share: what it did spend is in the
-results. `wasted` is the share of the frames inside nuisances (light, noise, flicker, trembling, fades, a pointer) that
-were made slow.
+Every clip is sampled at 2 fps and classified by the adaptive rule (each frame against the latest slow one). A change is
+seen if a new slow frame follows within 0.75 s. For each clip and measure, the threshold is chosen to give the number of
+slow frames of the released measure at 0.9; 5, 10, 20 and 30 % of the frames; and the number of changes plus one.
+"together" uses one threshold for all clips of at most 200 frames, so that static clips can have few slow frames and
+others many. In addition, every measure runs at its default threshold. A measure that rates too many frames as equal
+cannot reach the number; the results give the actual one. `wasted` is the share of frames within nuisances (light,
+noise, flicker, camera shake, fades, a pointer) that became slow.
 
     python -m scripts.bench.encoder.recall        # held-out clips, writes docs/results/encoder/recall.json
     python -m scripts.bench.encoder.recall --split tuning
     python -m scripts.bench.encoder.recall --clips "film with continuity"      # one clip or kind of clips, into .cache
 
-The split was made before tuning (media/scenes.py for the drawn clips, REAL below) and is never crossed.
+The split was fixed before tuning (media/scenes.py for the drawn clips, REAL below).
 """
 
 import bisect
@@ -95,7 +94,7 @@ STILL = {"tuning": (), "held-out": ("tree.avi", "world.mp4")}
 class Sampled:
     """A clip as the encoder samples it: `times` in seconds and `frames` [T, 3, H, W] uint8, with its ground truth.
 
-    apart: it is reported by itself and does not count among all clips.
+    apart: it is reported separately and not included in all clips.
     """
 
     name: str

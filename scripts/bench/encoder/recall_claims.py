@@ -1,4 +1,4 @@
-"""What the recall of changes says about the claims: `recall.py` measures, here it is put into sentences and tables."""
+"""Claims and tables of the results of `recall.py`."""
 
 from collections.abc import Iterable
 
@@ -21,7 +21,7 @@ Results = dict[str, dict[str, dict[str, dict]]]
 
 
 def claims(results: Results) -> list[Claim]:
-    """The claims that the results allow; those about clips that were not there are left out."""
+    """The claims, without those about missing clips."""
     everything = results.get("all", {})  # which some clips do not count among
     compared = [name for name in ("released", "10%", "as changes", "together 20%") if name in everything]
     found = [_against_all(everything[setting], setting) for setting in compared]

@@ -229,8 +229,8 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
             steps.append({"layout": name, "round": number, **values})
     if rank == 0:
         computed = {name: sum(_positions(b) for s in made for b in s) for name, made in prepared.items()}
-        told_of = {"steps": steps, "computed_rank0": computed, "sizes": sizes, "stalled": stalled}
-        (folder / "steps.json").write_text(json.dumps(told_of))
+        record = {"steps": steps, "computed_rank0": computed, "sizes": sizes, "stalled": stalled}
+        (folder / "steps.json").write_text(json.dumps(record))
     engine.stop()
 
 

@@ -1,4 +1,4 @@
-"""Small videos of many codecs and containers, and damage done to them, the same for the same seed and index."""
+"""Small videos of many codecs and containers, and reproducible damage to them by seed and index."""
 
 import random
 from collections.abc import Callable, Sequence
