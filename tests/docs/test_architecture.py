@@ -36,10 +36,11 @@ def test_only_the_bootstrap_of_the_scripts_puts_the_checkout_on_the_path():
 
 def test_files_that_the_documents_name_exist():
     """`file.py` after `folder/other.py` in one cell is in the same folder."""
-    for document in ("architecture.md", "decisions.md"):
-        for line in (ROOT / "docs" / document).read_text(encoding="utf-8").splitlines():
+    guides = ("architecture", "decisions", "encoder", "model", "stages")
+    for document in (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in guides)):
+        for line in document.read_text(encoding="utf-8").splitlines():
             folder = Path()
             for name in re.findall(r"`([\w/]+\.py)`", line):
                 folder = Path(name).parent if "/" in name else folder
                 places = [folder / Path(name).name, Path(name)]
-                assert any((ROOT / place).is_file() for place in places), f"{document}: {name}"
+                assert any((ROOT / place).is_file() for place in places), f"{document.name}: {name}"

@@ -290,7 +290,7 @@ def plan_one(content: bytes, name: str, way: int) -> dict:
 
 
 def _wrong(plan: object) -> Iterator[str]:
-    """The violated property of a plan that every file must satisfy, or an empty string."""
+    """The reasons why a plan is invalid."""
     times = plan.timestamps.tolist()
     if not times:
         yield "no frame"
