@@ -1,4 +1,4 @@
-"""Tiny models and random token streams that the model's tests share."""
+"""Tiny models and random token streams for the parity bench and the tests of the model."""
 
 from typing import Any
 
