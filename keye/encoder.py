@@ -323,11 +323,13 @@ class SlowFastEncoder:
         with nullcontext() if hasattr(self.measure, "attach") else one_thread():  # a tower takes all threads
             for batch in _batches(clip):
                 pixels = torch.stack([frame.pixels for frame in batch])
-                types, _ = walk.step(pixels)
                 indices += [frame.index for frame in batch]
                 times += [frame.time for frame in batch]
+                batch.clear()  # one copy of the frames is enough while they are compared
+                types, _ = walk.step(pixels)
                 if buffer is not None:
                     buffer.add(pixels, types)
+                del pixels  # before the next ones are decoded
             decided = walk.finish()
         slow = decided.types.count(SLOW)
         allocation = limits.allocate(
