@@ -1,4 +1,4 @@
-"""Collectives for Python values and for errors of a rank."""
+"""Values and errors of all ranks, exchanged on the host, where a rank may wait for the others as long as it takes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from keye.errors import KeyeError
-from stages.distributed.ranks import first_rank
+from stages.distributed import ranks
+from stages.distributed.ranks import first_rank, waiting_group
 
 Result = TypeVar("Result")
 
 
 def gather(value: Any) -> list[Any]:
     """Every rank's `value`, on every rank, in order of rank; collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return ranks.gather(value, waiting_group(dist.group.WORLD))
 
 
 def agree(action: Callable[[], Result]) -> Result:
@@ -36,11 +35,7 @@ def agree(action: Callable[[], Result]) -> Result:
         result = action()
     except KeyeError as caught:
         error = caught
-    failures = gather(None if error is None else (type(error), str(error)))
-    first = next((failure for failure in failures if failure is not None), None)
-    if first is not None:
-        kind, message = first
-        raise kind(message) from error
+    ranks.agree(error, waiting_group(dist.group.WORLD))
     return result
 
 
@@ -52,11 +47,6 @@ def from_first(action: Callable[[], Result]) -> Result:
     Raises:
         KeyeError: on all ranks, what the action raised; an OSError as CheckpointError.
     """
-    box: list[Any] = [None]
-
-    def run() -> None:
-        box[0] = action()
-
-    first_rank(run, OSError)
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    found: list[Any] = []
+    first_rank(lambda: found.append(action()), OSError)
+    return ranks.broadcast(found[0] if found else None, waiting_group(dist.group.WORLD))

@@ -141,9 +141,7 @@ def _accuracy(run: Path) -> str:
     learnt, not_learnt = [r.family for r in rows if r.learnt], [r.family for r in rows if not r.learnt]
     text = "<p>Above chance, the blind model and zeroed pixels by more than two standard errors after stage 3: "
     text += f"<b>{', '.join(learnt) or 'none'}</b>. "
-    text += (
-        f"Not learnt in this run: <b>{', '.join(not_learnt)}</b>.</p>" if not_learnt else "All were learnt.</p>"
-    )
+    text += f"Not learnt in this run: <b>{', '.join(not_learnt)}</b>.</p>" if not_learnt else "All were learnt.</p>"
     figures = [
         [escape(r.family), str(r.before.n), percent(r.before.chance), percent(r.before.majority)]
         + ["–" if s is None else percent(s.accuracy, s.stderr) for s in (r.blind, r.zeroed, r.before, r.after)]
