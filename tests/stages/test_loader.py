@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -412,3 +414,30 @@ def test_cost_of_a_tower_alone_is_the_frames():
     cost = TowerCost(vision)
     assert cost.per_token == 0 and cost.excess(9, 5, []) == 0
     assert cost.excess(9, 5, [(2, 4)] * 2) == 2 * cost.excess(100, 1, [(2, 4)])
+
+
+LEFT_OPEN = """
+import torch
+from types import SimpleNamespace
+from stages.data.loader import Loader
+
+class Busy:
+    def next(self):
+        square = torch.ones(600, 600)
+        for _ in range(60):
+            square = (square @ square).clamp(0, 1)
+        return 1
+    state_dict = lambda self: {}
+    close = lambda self: None
+
+loader = Loader(Busy(), SimpleNamespace(world=2), ahead=50)
+loader.next()
+"""
+
+
+def test_a_loader_left_open_ends_with_the_program():
+    """Its thread is inside torch when the interpreter ends; it owes other ranks more batches."""
+    for _ in range(3):
+        command = [sys.executable, "-c", LEFT_OPEN]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
