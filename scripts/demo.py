@@ -1,6 +1,6 @@
-"""The whole road in order, each step with its title, its time and its log; a step that is done is not done again.
+"""The complete demo: seven steps, each with its title, its time and its log. A finished step is not repeated.
 
-Called by `bash scripts/demo`, which makes the environment first. See `--help`.
+`bash scripts/demo` creates the environment and calls this. See `--help`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from keye.errors import KeyeError, run
 
 CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 PRETRAIN, POSTTRAIN = "stages/recipes/tiny.toml", "rl/recipes/tiny.toml"
-# The short form walks the same road with a fraction of the steps: it shows that everything runs, not that it learns.
+# The short demo takes a fraction of the training steps: it shows that everything runs, not that the model learns.
 SHORT_PRETRAIN = ("vision.steps=6", "alignment.steps=4", "multitask.steps=12", "annealing.steps=4")
 SHORT_POSTTRAIN = ("gspo.steps=2", "gspo.prompts=8", "heldout.limit=4", "heldout.samples=1")
 PLAN_FRAMES = 60
@@ -27,9 +27,12 @@ CONTROLS = {"none": "", "blind": ", without the video", "zeroed": ", the same to
 
 
 class Demo:
-    """One run of the demo in a directory; `step` runs what has to be run and remembers what was.
+    """One run of the demo in a directory. `step` runs an unfinished step and records that it is finished.
 
-    run: the run's directory. short: the fraction of the steps that a check needs. clips: real clips.
+    Attributes:
+        run: directory of the run.
+        short: whether few training steps are made.
+        clips: real clips.
     """
 
     def __init__(self, run_dir: Path, short: bool, clips: list[Path]) -> None:
@@ -49,10 +52,16 @@ class Demo:
         inputs: object = None,
         leaves: tuple[str, ...] = (),
     ) -> None:
-        """Run `action` unless it ended well before with the same `inputs` and the same steps that it comes `after`.
+        """Run `action` unless it has finished with the same `inputs` and the same previous steps.
 
-        leaves: what it leaves in the run's directory. After a stop the action finds it and goes on from there; what was
-        made from other inputs is thrown away first.
+        Args:
+            name: of the step.
+            title: text that is printed.
+            action: does the work.
+            after: names of the steps whose results it uses.
+            inputs: values that determine its result, as JSON.
+            leaves: its output in the run's directory. An interrupted action resumes from it; output of other inputs is
+                deleted first.
         """
         self.number += 1
         print(f"\n[{self.number}/7] {title}", flush=True)
@@ -61,7 +70,7 @@ class Demo:
         marker = self.run / "steps" / f"{name}.json"
         last = json.loads(marker.read_text()) if marker.exists() else {}
         if last.get("inputs") == key and "seconds" in last:
-            print("      done before; --fresh starts over", flush=True)
+            print("      already done; --fresh starts over", flush=True)
             return
         if last and last["inputs"] != key:
             for left in leaves:
@@ -81,7 +90,7 @@ class Demo:
         if code == 130:
             raise KeyboardInterrupt
         if code:
-            raise KeyeError(f"{name} ended with code {code}, its output is in {log}; run this again to go on from here")
+            raise KeyeError(f"{name} ended with code {code}, its output is in {log}; run this again to resume here")
 
     def torchrun(self, name: str, *command: str) -> None:
         """Run a script on two processes (CPU), or on every GPU when there are several."""
@@ -96,7 +105,7 @@ class Demo:
 
 
 def processes() -> int:
-    """How many processes a training step uses: the GPUs if there are several, else two on the CPU."""
+    """Number of processes of a training step: one per GPU if there are several, otherwise two on the CPU."""
     import torch
 
     if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.device_count() > 1:
@@ -106,9 +115,9 @@ def processes() -> int:
 
 
 def stream(command: list[str], log: Path) -> int:
-    """Run `command`, copy its output to the screen and to `log` as it comes, and return its exit code.
+    """Run `command`, copy its output to the screen and to `log`, and return its exit code.
 
-    On a terminal the command gets a terminal of its own, so that its progress bars stay alive.
+    If the output is a terminal, the command gets a pseudo-terminal, so that its progress bars work.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     reader, writer = pty.openpty() if sys.stdout.isatty() else os.pipe()
@@ -133,7 +142,7 @@ def stream(command: list[str], log: Path) -> int:
 
 
 def plan_clips(demo: Demo) -> None:
-    """Encode the real clips as the model would see them: plan, picture and the frames themselves."""
+    """Encode the real clips as the model sees them: plan, plot and frames."""
     from PIL import Image
 
     from keye import SlowFastEncoder
@@ -157,7 +166,7 @@ def plan_clips(demo: Demo) -> None:
 def evaluate_model(demo: Demo, stage: str, controls: tuple[str, ...]) -> None:
     """Ask a stage's model the held-out questions under each control; `evaluation/<stage>[_<control>].json`."""
     world = demo.run / "world"
-    # The majority answer is that of the questions trained on: nobody knows the held-out ones beforehand.
+    # The majority answer comes from the training questions, because held-out answers are unknown in advance.
     asked = [str(demo.run / stage / "model"), str(world / "heldout.jsonl"), "--train", str(world / "train.jsonl")]
     for control in controls:
         name = stage if control == "none" else f"{stage}_{control}"
@@ -168,7 +177,7 @@ def evaluate_model(demo: Demo, stage: str, controls: tuple[str, ...]) -> None:
 
 
 def closing_table(run_dir: Path) -> str:
-    """The findings as a table of plain text: every family, then the claims."""
+    """The results as a plain-text table: every family, then the claims."""
     from keye.evaluation import Score
     from stages.report import findings
 
@@ -183,8 +192,8 @@ def closing_table(run_dir: Path) -> str:
         shares = "".join(map(share, (f.blind, f.zeroed, f.before, f.after)))
         lines.append(f"{f.family:<12}{baselines}{shares}  {'yes' if f.learnt else 'no'}")
     learnt = sum(f.learnt for f in families)
-    said = "above chance, blind and zeroed pixels by more than two standard errors"
-    lines.append(f"\n{learnt} of {len(families)} families are {said}")
+    claim = "above chance, blind and zeroed pixels by more than two standard errors"
+    lines.append(f"\n{learnt} of {len(families)} families are {claim}")
     reward = findings.reward(run_dir)
     if reward:
         word = "more" if reward.significant else "NOT more"
@@ -197,7 +206,7 @@ def closing_table(run_dir: Path) -> str:
 
 
 def check_clips(named: list[str]) -> list[Path]:
-    """The user's clips, or the real ones of the set-up; each must open before anything is trained."""
+    """The user's clips, or the clips of the set-up. Each must open before training starts."""
     from keye import SlowFastEncoder
 
     clips = [Path(name) for name in named] or [Path(".cache/clips") / name for name in CLIPS]
@@ -205,7 +214,7 @@ def check_clips(named: list[str]) -> list[Path]:
     for clip in clips:
         SlowFastEncoder(max_frames=2).plan(clip)
         if clip.stem in taken:
-            raise KeyeError(f"two clips are called {clip.stem}; rename one, their plans go by name")
+            raise KeyeError(f"two clips are called {clip.stem}; rename one, because plans are stored by name")
         taken.add(clip.stem)
     return clips
 
@@ -215,13 +224,13 @@ def main() -> None:
     parser.add_argument("clips", nargs="*", help="your own clips instead of the three fetched ones")
     parser.add_argument("--run", type=Path, help="where to write (default runs/demo, or runs/short with --short)")
     parser.add_argument("--short", action="store_true", help="few steps and questions: a check that everything runs")
-    parser.add_argument("--fresh", action="store_true", help="throw away what the run's directory holds")
+    parser.add_argument("--fresh", action="store_true", help="delete the run's directory first")
     args = parser.parse_args()
     clips = check_clips(args.clips)
     run_dir = args.run or Path("runs/short" if args.short else "runs/demo")
     if args.fresh and run_dir.exists():
         if not (run_dir / "steps").is_dir():
-            raise KeyeError(f"{run_dir} is not a run of the demo, so --fresh leaves it alone; name another with --run")
+            raise KeyeError(f"{run_dir} is not a run of the demo and is not deleted; give another directory with --run")
         shutil.rmtree(run_dir)
     demo = Demo(run_dir, args.short, clips)
     follow(demo)

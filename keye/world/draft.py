@@ -1,4 +1,4 @@
-"""A sample before it is written, and the words in which families ask and tell."""
+"""A sample before it is written, and the phrasing of its questions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +26,18 @@ QUESTIONS = {
 
 @dataclass
 class Draft:
-    """One sample before it is written: what to draw, what to ask, and the truth.
+    """One sample before it is written.
 
-    draw: frame index → [H, W, 3] uint8, or None for text; frames: how many (1 and still=True for an image).
+    Attributes:
+        question: the text of the user turn.
+        answer: the correct answer.
+        options: the texts to choose from, if there are any.
+        tolerance: largest accepted distance of a number from the answer.
+        meta: ground truth for tests and reports: events, boxes in pixels, colours.
+        draw: frame index → picture [H, W, 3] uint8 RGB; None for text.
+        frames: number of frames, 1 for an image.
+        still: whether the sample is an image.
+        fps: frames per second of a clip.
     """
 
     question: str
@@ -48,15 +57,15 @@ def pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
 
 
 def ask(rng: np.random.Generator, name: str, *words: str) -> str:
-    """One of the phrasings of a question."""
+    """A random phrasing of a question."""
     return pick(rng, QUESTIONS[name]).format(*words)
 
 
 def event(what: str, first: int, last: int, **more: Any) -> dict[str, Any]:
-    """An event over the cells first … last-1, as it stands in `meta["events"]`: seconds [start, end)."""
+    """An entry of `meta["events"]` over the cells first … last-1: seconds [start, end)."""
     return {"what": what, "start": first * CELL, "end": last * CELL, **more}
 
 
 def seconds(cell: int) -> str:
-    """The beginning of a cell in seconds, as answers write it: `3` or `3.5`."""
+    """The start of a cell in seconds in the format of answers: `3` or `3.5`."""
     return f"{cell * CELL:g}"

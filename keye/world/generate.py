@@ -23,12 +23,12 @@ from keye.world.words import is_heldout, text, text_items
 
 SPLITS = ("train", "heldout")
 _POOL_FROM = 100
-"""Below so many samples a pool of processes costs more than it saves."""
+"""With fewer samples, a pool of processes costs more than it saves."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to make: its whole content follows from these fields."""
+    """One sample to make. These fields determine its content."""
 
     family: str
     split: str
@@ -38,7 +38,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Its id in the manifest and the name of its media file."""
+        """The id in the manifest and the name of the media file."""
         return f"{self.split}-{self.family}-{self.index:05d}"
 
 
@@ -89,16 +89,25 @@ def generate(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `<out_dir>/<split>.jsonl` with its clips and stills and return the manifest's path.
+    """Write `<out_dir>/<split>.jsonl` with its clips and stills and return the path of the manifest.
 
-    counts: samples per family (default 100 of each). size: (height, width) in pixels. duration: seconds of a clip;
-    `find` clips are twice as long. difficulty: 0 … 1 for all families, or per family (others 0.3). workers: processes
-    (default one per core). The same arguments give the same manifest and the same pixels, whatever the workers.
-    Splits draw from disjoint seeds.
+    The same arguments give the same manifest and the same pixels for any number of workers.
+
+    Args:
+        out_dir: folder to write to.
+        split: "train" or "heldout"; splits draw from disjoint seeds.
+        counts: samples per family (default 100 of each).
+        seed: 0 or more.
+        size: (height, width) in pixels, even.
+        duration: seconds of a clip; `find` clips are twice as long.
+        difficulty: 0 (easy) to 1 (hard) for all families, or per family (others 0.3).
+        fps: frames per second, even.
+        workers: processes (default one per core).
+        progress: show a bar.
 
     Raises:
-        ManifestError: an unknown split or family, a number out of range, no samples at all, or an `out_dir` that cannot
-            be written to.
+        ManifestError: a split or family is unknown, a number is out of range, the counts give no samples, or `out_dir`
+            is not writable.
     """
     counts = dict.fromkeys(FAMILIES, 100) if counts is None else dict(counts)
     hardness = difficulty if isinstance(difficulty, Mapping) else dict.fromkeys(FAMILIES, difficulty)
@@ -134,11 +143,11 @@ def _check_numbers(counts: Mapping[str, int], seed: int, workers: int | None) ->
         if number < 0:
             raise ManifestError(f"the count {family}={number} is negative; give 0 or more")
     if not sum(counts.values()):
-        raise ManifestError("no samples are asked for; give at least 1 of one family")
+        raise ManifestError("the counts give no samples; give at least 1 of one family")
     if seed < 0:
         raise ManifestError(f"seed {seed} is negative; give 0 or more")
     if workers is not None and workers < 1:
-        raise ManifestError(f"workers {workers} is no number of processes; give at least 1, or none for one per core")
+        raise ManifestError(f"workers {workers} is not a number of processes; give at least 1, or leave it out")
 
 
 def _run(jobs: list[Job], out_dir: Path, workers: int | None) -> Iterator[dict[str, Any]]:
@@ -146,7 +155,7 @@ def _run(jobs: list[Job], out_dir: Path, workers: int | None) -> Iterator[dict[s
     if workers == 1 or len(jobs) < _POOL_FROM:
         yield from map(partial(make, out_dir=out_dir), jobs)
         return
-    # Forked children would inherit the locks of whatever threads the caller runs (torch, a tokenizer).
+    # A forked process would inherit locks that threads of the caller hold (torch, a tokenizer).
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_warm_up) as pool:
         yield from pool.map(partial(make, out_dir=out_dir), jobs, chunksize=16)
@@ -167,10 +176,13 @@ def _track(samples: Iterator[dict[str, Any]], total: int, title: str, show: bool
 
 
 def texts(seed: int = 0, samples: int = 400) -> list[str]:
-    """Text to train a tokenizer on: every kind of question, answer, caption, box and time stamp the world writes.
+    """Text to train a tokenizer on: questions, answers, captions, boxes and time stamps of all kinds.
 
-    Draws `samples` samples of each family without rendering them; the same seed gives the same list. Held-out text
-    questions are not among them.
+    The list contains no held-out text question. The same seed gives the same list.
+
+    Args:
+        seed: 0 or more.
+        samples: samples of each family to draw; they are not rendered.
     """
     lines: list[str] = []
     for family, build in FAMILIES.items():

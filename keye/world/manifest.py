@@ -9,7 +9,7 @@ from keye.errors import ManifestError
 
 
 def write_manifest(path: str | Path, samples: Iterable[dict[str, Any]]) -> None:
-    """Write samples in order; the same samples give the same bytes. The file appears only when it is whole."""
+    """Write samples in order, atomically. The same samples give the same bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -20,15 +20,15 @@ def write_manifest(path: str | Path, samples: Iterable[dict[str, Any]]) -> None:
 
 
 def parse_line(line: str, where: str) -> dict[str, Any]:
-    """One manifest line as a sample; `where` (`file:line`) opens the `ManifestError` for a line that is not one."""
+    """Parse one manifest line; `ManifestError` begins with `where` (`file:line`) if the line is malformed."""
     try:
         sample = json.loads(line)
     except json.JSONDecodeError as error:
         raise ManifestError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}); mend or delete that line"
+            f"{where} is not JSON ({error.msg} at column {error.colno}); correct or delete that line"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
-        raise ManifestError(f"{where} cannot be read as JSON ({error}); mend or delete that line") from error
+        raise ManifestError(f"{where} cannot be read as JSON ({error}); correct or delete that line") from error
     messages = sample.get("messages") if isinstance(sample, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ManifestError(f'{where} has no messages; each line needs a list "messages" of chat turns')
@@ -39,7 +39,7 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
 
 
 def iter_manifest(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Samples of a manifest one at a time, blank lines skipped; raises `ManifestError` at the first bad line."""
+    """Iterate over the samples of a manifest without blank lines; `ManifestError` at the first malformed line."""
     path = Path(path)
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; give a .jsonl manifest or make one with python -m keye.world")
@@ -54,7 +54,7 @@ def iter_manifest(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def read_manifest(path: str | Path) -> list[dict[str, Any]]:
-    """All samples of a manifest; `ManifestError` names file and line of what is wrong, or an empty file."""
+    """All samples of a manifest; `ManifestError` names the file and the malformed line, or the empty file."""
     samples = list(iter_manifest(path))
     if not samples:
         raise ManifestError(f"{path} is empty; write samples into it with python -m keye.world")

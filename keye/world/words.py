@@ -1,4 +1,4 @@
-"""Questions in words alone, the family without pictures."""
+"""Questions without images or videos: the `text` family."""
 
 import re
 import zlib
@@ -29,9 +29,9 @@ def text_items() -> list[tuple[str, str]]:
 
 
 def is_heldout(question: str) -> bool:
-    """Whether a text question belongs to the held-out split: a fifth of them, by the checksum of what they are about.
+    """Whether a text question is in the held-out split: a fifth of them, by a checksum of their content.
 
-    Questions that share their content are on the same side: `2 + 3 =` and `3 + 2 =`, `2 or 3` and `3 or 2`, and the two
+    Questions with the same content are in the same split: `2 + 3 =` and `3 + 2 =`, `2 or 3` and `3 or 2`, and the two
     questions about one story.
     """
     story = re.match(r"A \w+ \w+ moves \w+\.", question)
@@ -42,7 +42,7 @@ def is_heldout(question: str) -> bool:
 
 
 def text(rng: np.random.Generator, setting: Setting, target: str | None, index: int, heldout: bool = False) -> Draft:
-    """A question in words alone: sums, counting, comparing, repeating, one-sentence stories."""
+    """A question without media: sums, counting, comparing, repeating, one-sentence stories."""
     items = [item for item in text_items() if is_heldout(item[0]) == heldout]
     question, answer = items[int(rng.integers(len(items)))]
     return Draft(question=question, answer=answer)

@@ -1,6 +1,6 @@
-"""What a run of the demo found, as docs/results/demo.md: from the files of the run alone, nothing is trained here.
+"""Write docs/results/demo.md from the files of a run of the demo; nothing is trained here.
 
-Keeps beside it the ablation's table (no paths in it) and picture, and the held-out rewards before and after GSPO.
+Also copies the table (without paths) and the plot of the ablation, and the held-out rewards before and after GSPO.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from scripts.bench.common.record import RESULTS, ROOT, Table, machine, markdown
 
 EXAMPLES = """examples:
   bash scripts/demo && python scripts/bench/demo.py                 the run in runs/demo
-  python scripts/bench/demo.py runs/other --commit 1a2b3c4          a run of another place and commit
+  python scripts/bench/demo.py runs/other --commit 1a2b3c4          another run of another commit
 """
 FAMILIES = {
     "read": "a digit on a card",
@@ -51,7 +51,8 @@ Results of before 2026-11-28 said that `when` (100 %) and `count` (57 %) were le
 types and seconds alone, without a pixel, reached 98 % and 60 % on those clips: the claim is withdrawn. Both families
 are drawn otherwise since: in `when` every half second has another colour, in `count` the flashes of two objects are
 always equally many together. The column *zeroed* shows what frame types and seconds are still worth."""
-SURE = 2.0  # standard errors above chance and blind that count as learnt, as in the demo's own report
+SURE = 2.0
+"""Standard errors above chance, blind and zeroed that count as learnt, as in the report of the demo."""
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--commit", help="the commit the run was made at (default: this one)")
     args = parser.parse_args()
     if not (args.run / "evaluation" / "gspo.json").is_file():
-        raise KeyeError(f"{args.run} holds no finished demo; run `bash scripts/demo` or name another folder")
+        raise KeyeError(f"{args.run} is not a finished run of the demo; run `bash scripts/demo` or give another folder")
     commit = args.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT)
     lines = [*_head(args.run, commit.strip()), *_learnt(args.run), *_gspo(args.run), *_stages(args.run)]
     lines += [*_ablation(args.run), "", *TRIED.splitlines()]
@@ -79,11 +80,11 @@ def main() -> None:
 
 
 def _head(folder: Path, commit: str) -> list[str]:
-    here, told = machine(), _json(folder / "environment.json")
+    here, environment = machine(), _json(folder / "environment.json")
     steps = {path.stem: _json(path) for path in (folder / "steps").glob("*.json")}
     order = sorted(steps, key=lambda name: steps[name]["finished"])
     seconds = {name: steps[name]["seconds"] for name in order}
-    versions = ", ".join(f"{name} {version}" for name, version in told["packages"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     parts = ", ".join(f"{name} {seconds[name]:.0f} s" for name in seconds)
     date = _mtime(folder / "evaluation" / "gspo.json")
     return [
@@ -93,9 +94,9 @@ def _head(folder: Path, commit: str) -> list[str]:
         f"home and no environment, commit `{commit}`, {date}.",
         "",
         f"- Machine: {here['cores']} cores of {here['cpu']} (shared), {here['ram_gb']} GB, no GPU; Python "
-        f"{told['python']}, {versions}.",
-        f"- Seeds: recipes {told['seed']}, world 1. The settings were chosen on the world of seed 0, so no question "
-        "reported here was seen while choosing.",
+        f"{environment['python']}, {versions}.",
+        f"- Seeds: recipes {environment['seed']}, world 1. The settings were chosen on the world of seed 0, so no "
+        "question reported here was used to choose them.",
         f"- Time after the installation: **{sum(seconds.values()) / 60:.1f} minutes** ({parts}).",
     ]
 
@@ -179,8 +180,7 @@ def _stages(folder: Path) -> list[str]:
         "stage", "steps", "loss, first → last tenth", "tokens", "tokens/s (median)", "seconds", "waiting for data",
         "video/image/text of the tokens",
     ]  # fmt: skip
-    wanted = _recipe_shares(folder)
-    return ["", "## Stages", "", wanted, "", *markdown(Table("Training", columns, rows))]
+    return ["", "## Stages", "", _recipe_shares(folder), "", *markdown(Table("Training", columns, rows))]
 
 
 def _recipe_shares(folder: Path) -> str:
