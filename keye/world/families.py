@@ -1,8 +1,8 @@
-"""The task families: each draws a clip or a still and asks something whose answer it knows.
+"""The task families: each draws a clip or a still and asks a question with a known answer.
 
-A family is a function `(rng, setting, target, index) -> Draft`. `target` is the answer class the sample must have; it
-is dealt round-robin (`deal`), so that every class is as frequent as the others. The phrasing is chosen without looking
-at the target: a model that sees only the question is left at chance.
+A family is a function `(rng, setting, target, index) -> Draft`. `target` is the answer class of the sample; `deal`
+assigns classes round-robin, so that all classes are equally frequent. The phrasing does not depend on the target: a
+model that sees only the question stays at chance.
 """
 
 import zlib
@@ -17,6 +17,8 @@ from keye.world.words import DIRECTIONS, text
 
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 MAX_COUNT = 6
+FLASH = 260
+"""Increase of red + green + blue by the strongest flash. It is less than this sum of the darkest colour of `count`."""
 
 
 def code_text(rng: np.random.Generator, difficulty: float) -> str:
@@ -30,8 +32,13 @@ def _object_size(setting: Setting, rng: np.random.Generator) -> int:
     return int(min(setting.size) * (0.52 - 0.3 * setting.difficulty) * rng.uniform(0.9, 1.1))
 
 
+def _any_size(setting: Setting, rng: np.random.Generator, scale: float) -> int:
+    """Side in pixels of an object whose colour is the answer: random, so that the change does not give it away."""
+    return min(int(_object_size(setting, rng) * scale * rng.uniform(0.7, 1.3)), min(setting.size) * 9 // 10)
+
+
 def _somewhere(rng: np.random.Generator, setting: Setting, side: int) -> tuple[int, int]:
-    """(top, left) of a box of `side` pixels that lies inside the frame."""
+    """Random (top, left) of a box of `side` pixels inside the frame."""
     height, width = setting.size
     return int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
 
@@ -42,12 +49,13 @@ def _film(setting: Setting, draw: Callable[[int], np.ndarray], backdrop: Backdro
 
 
 def read(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
-    """A card with a code is cut in for 1 to 2 seconds between two scenes."""
+    """A card with a code is shown for 1 to 2 seconds between two scenes."""
     code = code_text(rng, setting.difficulty)
     before, after = Backdrop(rng, setting), Backdrop(rng, setting)
     length = int(rng.integers(2, 5))
     first = int(rng.integers(0, setting.cells - length + 1))
-    picture, box = _card_picture(rng, setting, code, after)
+    # With one size of cards, the area without ink reveals the digit.
+    picture, box = _card_picture(rng, setting, code, after, scale=rng.uniform(0.8, 1))
 
     def draw(frame: int) -> np.ndarray:
         cell = setting.cell(frame)
@@ -60,13 +68,18 @@ def read(rng: np.random.Generator, setting: Setting, target: str | None, index: 
 
 
 def _card_picture(
-    rng: np.random.Generator, setting: Setting, code: str, backdrop: Backdrop
+    rng: np.random.Generator, setting: Setting, code: str, backdrop: Backdrop, scale: float = 1.0
 ) -> tuple[np.ndarray, list[int]]:
-    """A frame with a card on it, and the card's pixel box [left, top, right, bottom]; easy cards fill the frame."""
+    """A frame with a card on it, and the card's pixel box [left, top, right, bottom]; easy cards fill the frame.
+
+    scale: shrinks the card about its centre.
+    """
     height, width = setting.size
     share = 1 - 0.45 * setting.difficulty
-    size = (int(height * share), int(width * share))
-    top, left = int(rng.integers(0, height - size[0] + 1)), int(rng.integers(0, width - size[1] + 1))
+    room = (int(height * share), int(width * share))
+    size = (int(room[0] * scale), int(room[1] * scale))
+    top = int(rng.integers(0, height - room[0] + 1)) + (room[0] - size[0]) // 2
+    left = int(rng.integers(0, width - room[1] + 1)) + (room[1] - size[1]) // 2
     ink = int(20 + 70 * setting.difficulty * rng.random())
     picture = backdrop.frame(0)
     picture[top : top + size[0], left : left + size[1]] = card(size, code, (ink,) * 3, (245, 245, 240))
@@ -74,30 +87,35 @@ def _card_picture(
 
 
 def count_classes(setting: Setting) -> list[str]:
-    """1 … 6, or fewer where a short clip has no room for one flash more with a pause between any two."""
+    """1 … 6, or fewer if a short clip has no room for one more flash with a pause between any two."""
     return [str(n + 1) for n in range(min(MAX_COUNT, setting.cells // 2 - 1))]
 
 
 def count(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
-    """Two dim objects flash, half a second each, never both and never in two cells running; one colour is asked for.
+    """Two dim objects flash for half a second each, never both at a time; the question names one colour.
 
-    All flashes together are always one more than the largest answer. How often the picture changes, and so which frames
-    are slow, is the same for every answer: only the colours tell.
+    There is a pause after every flash. The total number of flashes is one more than the largest answer, and the
+    strength of every flash has the same distribution for both objects. So the number and size of the changes do not
+    depend on the answer; only the colours do.
     """
     wanted, total = int(target or 1), len(count_classes(setting)) + 1
     backdrop = Backdrop(rng, setting)
-    names, shape = [str(name) for name in rng.permutation(list(COLOURS))[:2]], pick(rng, SHAPES)
-    # Choosing k of (free - k + 1) places and spreading them by one each gives every non-adjacent choice alike.
+    # White cannot flash as weakly as the darker colours.
+    names = [str(name) for name in rng.permutation([name for name in COLOURS if name != "white"])[:2]]
+    shape = pick(rng, SHAPES)
+    # k of (free - k + 1) places, each moved by one more than the last: every non-adjacent choice is equally likely.
     places = rng.choice(setting.cells - 1 - (total - 1), total, replace=False)
     cells = rng.permutation([int(place) + 1 + step for step, place in enumerate(sorted(places))]).tolist()
     flashes = dict.fromkeys(cells[:wanted], 0) | dict.fromkeys(cells[wanted:], 1)
+    strength = dict(zip(cells, rng.uniform(0.75, 1, total) * FLASH, strict=True))
     side, spots = _two_spots(rng, setting)
 
     def draw(frame: int) -> np.ndarray:
-        picture, lit = backdrop.frame(frame), flashes.get(setting.cell(frame))
+        cell = setting.cell(frame)
+        picture, lit = backdrop.frame(frame), flashes.get(cell)
         for which, (name, spot) in enumerate(zip(names, spots, strict=True)):
-            dim = tuple(int(value * 0.25) for value in COLOURS[name])
-            paint(picture, shape, COLOURS[name] if lit == which else dim, *spot, side)
+            less = FLASH - (strength[cell] if lit == which else 0)
+            paint(picture, shape, _darker(COLOURS[name], less), *spot, side)
         return picture
 
     boxes = [[left, top, left + side, top + side] for top, left in spots]
@@ -107,12 +125,22 @@ def count(rng: np.random.Generator, setting: Setting, target: str | None, index:
     return _film(setting, draw, backdrop, question=question, answer=str(wanted), options=options, meta=meta)
 
 
+def _darker(colour: tuple[int, int, int], less: float) -> tuple[int, int, int]:
+    """A colour of the same hue whose sum of red, green and blue is smaller by `less`."""
+    share = 1 - less / sum(colour)
+    return tuple(round(value * share) for value in colour)
+
+
 def _two_spots(rng: np.random.Generator, setting: Setting) -> tuple[int, list[tuple[int, int]]]:
-    """A side in pixels and the (top, left) of two boxes of that side that do not overlap, in random order."""
+    """A side in pixels and the (top, left) of two boxes of that side, half a frame apart, in random order.
+
+    They have the same position relative to any grid of patches that divides half a frame, so that equal changes of
+    either give the same similarity.
+    """
     height, width = setting.size
     side = min(_object_size(setting, rng), width // 2)
-    lefts = [int(rng.integers(0, width // 2 - side + 1)) + half * (width // 2) for half in rng.permutation(2).tolist()]
-    return side, [(int(rng.integers(0, height - side + 1)), left) for left in lefts]
+    top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width // 2 - side + 1))
+    return side, [(top, left + half * (width // 2)) for half in rng.permutation(2).tolist()]
 
 
 def order(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
@@ -126,12 +154,13 @@ def order(rng: np.random.Generator, setting: Setting, target: str | None, index:
     length = max(1, min(3, (setting.cells - 1) // number - 1))
     slack = setting.cells - 1 - number * (length + 1) + 1
     starts = 1 + np.sort(rng.integers(0, slack + 1, number)) + np.arange(number) * (length + 1)
-    side, shape = int(_object_size(setting, rng) * 1.2), pick(rng, SHAPES)
-    spots = [_somewhere(rng, setting, side) for _ in shown]
+    shape = pick(rng, SHAPES)
+    sides = [_any_size(setting, rng, 1.2) for _ in shown]
+    spots = [_somewhere(rng, setting, side) for side in sides]
 
     def draw(frame: int) -> np.ndarray:
         picture = backdrop.frame(frame)
-        for name, start, spot in zip(shown, starts, spots, strict=True):
+        for name, start, spot, side in zip(shown, starts, spots, sides, strict=True):
             if start <= setting.cell(frame) < start + length:
                 paint(picture, shape, COLOURS[name], *spot, side)
         return picture
@@ -150,13 +179,13 @@ def when_classes(setting: Setting) -> list[str]:
 
 
 def when(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
-    """The frame (hard: one object) has another colour every half second; when is it white? Right to half a second.
+    """The frame (hard: one object) has another colour every half second; when is it white? Tolerance half a second.
 
-    Something changes in every cell, so every frame is slow: only the colours tell which one is asked for.
+    Every cell has a change, so every frame is slow; only the colours give the answer.
     """
     cell = round(float(target or CELL) / CELL)
     backdrop = Backdrop(rng, setting, pan=True)
-    whole = setting.difficulty < 0.5
+    full_frame = setting.difficulty < 0.5
     side, shape = _object_size(setting, rng), pick(rng, SHAPES)
     top, left = _somewhere(rng, setting, side)
     names = _changing_colours(rng, setting.cells)
@@ -164,18 +193,18 @@ def when(rng: np.random.Generator, setting: Setting, target: str | None, index: 
 
     def draw(frame: int) -> np.ndarray:
         picture, colour = backdrop.frame(frame), COLOURS[names[setting.cell(frame)]]
-        if whole:
-            return np.maximum(picture, np.array(colour, np.uint8))
+        if full_frame:
+            return backdrop.grained(np.maximum(picture, np.array(colour, np.uint8)), frame)
         paint(picture, shape, colour, top, left, side)
         return picture
 
     meta = {"events": [event("flash", cell, cell + 1, colour="white")], "colours": names}
-    meta["box"] = [0, 0, *setting.size[::-1]] if whole else [left, top, left + side, top + side]
+    meta["box"] = [0, 0, *setting.size[::-1]] if full_frame else [left, top, left + side, top + side]
     return _film(setting, draw, backdrop, question=ask(rng, "when"), answer=seconds(cell), tolerance=CELL, meta=meta)
 
 
 def _changing_colours(rng: np.random.Generator, count: int) -> list[str]:
-    """`count` names of colours other than white; any three in a row differ, so that any one of them may be replaced."""
+    """`count` colour names without white; any three in a row differ, so that white can replace any of them."""
     names: list[str] = []
     for _ in range(count):
         names.append(pick(rng, [name for name in COLOURS if name != "white" and name not in names[-2:]]))
@@ -185,10 +214,12 @@ def _changing_colours(rng: np.random.Generator, count: int) -> list[str]:
 def motion(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
     """One object moves steadily left, right, up or down while others (hard) stand still.
 
-    Easy paths cross the frame, so that where it begins and ends already tells; hard ones cover a third from anywhere.
+    Easy paths cross the frame, so that their ends give the answer; hard paths cover a third of it from anywhere.
     """
     backdrop = Backdrop(rng, setting)
-    side, shape, name = _object_size(setting, rng), pick(rng, SHAPES), pick(rng, list(COLOURS))
+    # A triangle changes fewer pixels when it moves along its base than when it moves across it.
+    even = [shape for shape in SHAPES if shape != "triangle"]
+    side, shape, name = _object_size(setting, rng), pick(rng, even), pick(rng, list(COLOURS))
     others = [name_ for name_ in COLOURS if name_ != name]
     still = [(pick(rng, SHAPES), pick(rng, others), *_somewhere(rng, setting, side // 2))
              for _ in range(int(3 * setting.difficulty))]  # fmt: skip
@@ -220,7 +251,7 @@ def find(rng: np.random.Generator, setting: Setting, target: str | None, index: 
     setting = Setting(setting.size, setting.duration * 2, setting.fps, setting.difficulty)
     scenes = [Backdrop(rng, setting, pan=True) for _ in range(1 + int(3 * setting.difficulty))]
     cell = int(rng.integers(1, setting.cells))
-    side, shape = int(_object_size(setting, rng) * 1.5), pick(rng, SHAPES)
+    side, shape = _any_size(setting, rng, 1.5), pick(rng, SHAPES)
     top, left = _somewhere(rng, setting, side)
 
     def draw(frame: int) -> np.ndarray:
@@ -248,7 +279,7 @@ def image_read(rng: np.random.Generator, setting: Setting, target: str | None, i
 
 
 def image_ground(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
-    """The box of a coloured shape in [0, 1000) integers; easy boxes lie on a grid of eighths of the frame."""
+    """The box of a coloured shape in integers of [0, 1000); easy boxes are on a grid of eighths of the frame."""
     height, width = setting.size
     backdrop = Backdrop(rng, setting)
     steps = 8 if setting.difficulty < 0.5 else 100
@@ -260,7 +291,7 @@ def image_ground(rng: np.random.Generator, setting: Setting, target: str | None,
         small = max(6, cells * min(height, width) // steps // 3)
         paint(picture, pick(rng, SHAPES), COLOURS[other], *_somewhere(rng, setting, small), small)
     row, column = (int(value) for value in rng.integers(0, steps - cells + 1, 2))
-    # The frame may not be square: the shape is drawn square, its box is what is really covered.
+    # The shape is square even if the frame is not; the box is the area that it covers.
     side = round(cells / steps * min(height, width))
     top, left = round(row / steps * height), round(column / steps * width)
     paint(picture, shape, COLOURS[name], top, left, side)
@@ -272,7 +303,7 @@ def image_ground(rng: np.random.Generator, setting: Setting, target: str | None,
 
 
 def image_place(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
-    """Which corner holds the shape asked for, among 1 (easy) to 4 (hard) shapes in different corners."""
+    """The corner of one shape among 1 (easy) to 4 (hard) shapes in different corners."""
     picture, things = _corners(rng, setting, 1 + int(3 * setting.difficulty + 0.5), str(target))
     name, shape, _ = things[0]
     question = ask(rng, "image_place", f"{name} {shape}")
@@ -298,7 +329,7 @@ def _corners(
 
 
 def caption(rng: np.random.Generator, setting: Setting, target: str | None, index: int) -> Draft:
-    """Stills (even samples) and clips (odd ones) with a sentence that says what they show."""
+    """Stills (even samples) and clips (odd samples) with a sentence that describes them."""
     question = ask(rng, "caption_video" if index % 2 else "caption_image")
     draft = _caption_video(rng, setting) if index % 2 else _caption_image(rng, setting)
     draft.question, draft.options, draft.tolerance = question, None, None
@@ -356,11 +387,11 @@ _CLASSES: dict[str, Callable[[Setting], list[str]]] = {
 
 
 def deal(family: str, setting: Setting, seed: int, index: int) -> str | None:
-    """The answer class of sample `index`: classes are dealt in shuffled rounds, so counts differ by at most one."""
+    """The answer class of sample `index`, in shuffled rounds: counts of classes differ by at most one."""
     if family not in _CLASSES:
         return None
     classes = _CLASSES[family](setting)
     turn, place = divmod(index, len(classes))
-    # The family's checksum keeps the rounds of different families apart.
+    # The checksum gives every family its own rounds.
     rounds = np.random.default_rng([seed, turn, zlib.crc32(family.encode())])
     return classes[int(rounds.permutation(len(classes))[place])]

@@ -1,4 +1,4 @@
-"""What a SlowFastWorld frame is made of: backgrounds, coloured shapes, cards, noise. Arrays are [H, W, 3] uint8 RGB."""
+"""The parts of a SlowFastWorld frame: backgrounds, coloured shapes, cards, noise. Arrays are [H, W, 3] uint8 RGB."""
 
 import functools
 from dataclasses import dataclass
@@ -16,15 +16,22 @@ COLOURS = {
 }
 SHAPES = ("disc", "square", "triangle", "cross")
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "camera", "coins", "brick", "grass", "gravel", "moon")
-"""Photographs inside the scikit-image wheel: nothing is downloaded."""
+"""Photographs in the scikit-image wheel: no download is needed."""
 CELL = 0.5
-"""Seconds. Events begin and end on this grid. A sampler that takes `duration * 2` frames evenly, first and last
-included, lands in every cell exactly once (see `Setting.frames`): whoever reads 2 frames a second misses none."""
+"""Seconds. Events begin and end on this grid. `duration * 2` evenly spaced frames, first and last included, fall into
+every cell exactly once (see `Setting.frames`): a sampler of 2 frames per second misses no event."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How clips look: size (height, width) in even pixels, duration in seconds, native fps (even), difficulty 0 … 1."""
+    """Settings of clips and stills; ValueError for a value out of range.
+
+    Attributes:
+        size: (height, width) in pixels, both even and at least 28.
+        duration: seconds, at least 3 and a multiple of `CELL`.
+        fps: frames per second, even.
+        difficulty: 0 (easy) to 1 (hard).
+    """
 
     size: tuple[int, int] = (112, 112)
     duration: float = 8.0
@@ -39,7 +46,7 @@ class Setting:
         if self.duration < 3 or self.duration % CELL:
             raise ValueError(f"duration {self.duration} must be at least 3 seconds and a multiple of {CELL}")
         if not 0 <= self.difficulty <= 1:
-            raise ValueError(f"difficulty {self.difficulty} must lie between 0 and 1")
+            raise ValueError(f"difficulty {self.difficulty} must be between 0 and 1")
 
     @property
     def cells(self) -> int:
@@ -53,13 +60,13 @@ class Setting:
         return round(self.duration * self.fps)
 
     def cell(self, frame: int) -> int:
-        """The half-second cell that frame number `frame` lies in."""
+        """The half-second cell of frame number `frame`."""
         return frame * 2 // self.fps
 
 
 @functools.cache
 def photograph(name: str) -> np.ndarray:
-    """A photograph of scikit-image at no more than 256 pixels on its shorter side, [H, W, 3] uint8."""
+    """A photograph of scikit-image, at most 384 pixels wide and 256 high, [H, W, 3] uint8."""
     from skimage import data
 
     image = Image.fromarray(getattr(data, name)()).convert("RGB")
@@ -69,7 +76,7 @@ def photograph(name: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def shape_mask(shape: str, size: int) -> np.ndarray:
-    """[size, size] bool: where a shape is painted inside its box."""
+    """[size, size] bool: the pixels of a shape in its box."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1
     if shape == "disc":
         return x * x + y * y <= 1
@@ -79,11 +86,11 @@ def shape_mask(shape: str, size: int) -> np.ndarray:
         return np.abs(x) <= (y + 1) / 2
     if shape == "cross":
         return (np.abs(x) <= 0.36) | (np.abs(y) <= 0.36)
-    raise ValueError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
+    raise ValueError(f"shape {shape!r} is unknown; choose among {', '.join(SHAPES)}")
 
 
 def paint(frame: np.ndarray, shape: str, colour: tuple[int, int, int], top: int, left: int, size: int) -> None:
-    """Paint a shape into `frame` in place; what lies outside the frame is cut off."""
+    """Paint a shape into `frame` in place, clipped to the frame."""
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + size, frame.shape[0]), min(left + size, frame.shape[1])
     if y0 < y1 and x0 < x1:
         mask = shape_mask(shape, size)[y0 - top : y1 - top, x0 - left : x1 - left]
@@ -96,11 +103,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def card(size: tuple[int, int], text: str, ink: tuple[int, int, int], paper: tuple[int, int, int]) -> np.ndarray:
-    """A card [h, w, 3] with `text` as large as fits."""
+    """A card [h, w, 3] with `text` in the largest size that fits."""
     height, width = size
     image = Image.new("RGB", (width, height), paper)
     draw = ImageDraw.Draw(image)
-    # The box grows in proportion to the font size, so one measurement at 100 tells which size fills 84 % of the card.
+    # The box is proportional to the font size, so one measurement at 100 gives the size that fills 84 % of the card.
     left, top, right, bottom = draw.textbbox((0, 0), text, font=_font(100), stroke_width=3)
     font = _font(max(8, int(84 * min(width / (right - left), height / (bottom - top)))))
     stroke = max(1, height // 40)
@@ -109,9 +116,9 @@ def card(size: tuple[int, int], text: str, ink: tuple[int, int, int], paper: tup
 
 
 class Backdrop:
-    """Behind the objects: a plain colour, a gradient or a photograph, which the camera may pan over, with noise.
+    """The background: a plain colour, a gradient or a photograph with noise. The camera may pan over it.
 
-    Harder backdrops are brighter, more often photographs, pan, and are noisier. `frame(i)` is a fresh array.
+    Harder backdrops are brighter, noisier, more often photographs, and more often pan. `frame(i)` is a new array.
     """
 
     def __init__(self, rng: np.random.Generator, setting: Setting, pan: bool = False) -> None:
@@ -137,18 +144,20 @@ class Backdrop:
         self.shifts = rng.integers(0, 16, (setting.frames, 2))
 
     def frame(self, index: int) -> np.ndarray:
-        """The backdrop at frame `index`: camera position and noise included; brightness stays below 255 by design."""
-        height, width = self.canvas.shape[0], self.width
+        """The backdrop at frame `index`, [H, W, 3] uint8, with camera position and noise."""
         step = round(self.travel * index / self.last)
         left = self.travel - step if self.backwards else step
+        return self.grained(self.canvas[:, left : left + self.width], index)
+
+    def grained(self, picture: np.ndarray, index: int) -> np.ndarray:
+        """`picture` [H, W, 3] uint8 with the noise of frame `index`; values are first limited to 243."""
         dy, dx = self.shifts[index]
-        picture = self.canvas[:, left : left + width]
-        grain = self.noise[dy : dy + height, dx : dx + width]
+        grain = self.noise[dy : dy + picture.shape[0], dx : dx + picture.shape[1]]
         return np.minimum(picture, 243) + grain
 
 
 def _crop(image: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A random part of `image`, at least half of what would fit, scaled to `size` (height, width)."""
+    """A random part of `image`, at least half of the largest crop, scaled to `size` (height, width)."""
     scale = rng.uniform(0.5, 1) * min(image.shape[0] / size[0], image.shape[1] / size[1])
     height, width = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
     top, left = rng.integers(0, image.shape[0] - height + 1), rng.integers(0, image.shape[1] - width + 1)

@@ -139,6 +139,39 @@ def test_the_plan_does_not_give_the_answer_away(family, duration):
     assert np.mean(right) < chance + 3 * np.sqrt(chance * (1 - chance) / len(right))
 
 
+def test_a_file_says_nothing_without_being_decoded(world):
+    """Packets of one size in display order with one key frame, and stills of one size, in every family."""
+    for family in VIDEO:
+        for sample in of(world, family):
+            with av.open(str(world / media(sample)["video"])) as container:
+                packets = [packet for packet in container.demux(video=0) if packet.size]
+            assert len({packet.size for packet in packets}) == 1 and packets[0].size % 1024 == 0
+            assert [packet.is_keyframe for packet in packets] == [True] + [False] * (len(packets) - 1)
+            times = [packet.pts for packet in packets]
+            assert times == sorted(times) == [packet.dts for packet in packets]
+    for family in ("image_read", "image_ground", "image_place"):
+        sizes = {(world / media(sample)["image"]).stat().st_size for sample in of(world, family)}
+        assert len(sizes) == 1 and sizes.pop() > 3 * 112 * 112
+
+
+def test_flashes_of_every_colour_change_the_picture_as_much():
+    """By pixels as drawn: the summed change of a flash per pixel of the shape is drawn alike for all colours."""
+    changes, setting = defaultdict(list), Setting(duration=4.0, difficulty=0.1)
+    for index in range(300):
+        draft = FAMILIES["count"](np.random.default_rng([7, index]), setting, str(1 + index % 3), index)
+        boxes = {True: draft.meta["box"], False: draft.meta["other_box"]}
+        for item in draft.meta["events"]:
+            box = boxes[item["colour"] == draft.meta["colour"]]
+            frame = round(item["start"] * setting.fps)
+            lit, dim = (shape_pixels(draft.draw(f).astype(int), box, draft.meta["shape"]) for f in (frame, frame - 1))
+            changes[item["colour"]].append((lit - dim).sum(-1).mean())
+    assert set(changes) == set(COLOURS) - {"white"} and min(map(len, changes.values())) > 100
+    means = {name: np.mean(values) for name, values in changes.items()}
+    # Uniform over a width of 65: a standard error of less than 2.
+    assert max(means.values()) - min(means.values()) < 8
+    assert all(190 <= value <= 264 for values in changes.values() for value in values)
+
+
 def test_text_questions_of_one_content_are_on_one_side():
     side = {question: is_heldout(question) for question, _ in text_items()}
     for a in range(10):
