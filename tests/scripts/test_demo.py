@@ -1,4 +1,4 @@
-"""The demo's frame: what is done is not done again, what changed is, and a failed step says where it stopped."""
+"""The steps of the demo: finished steps are skipped, changed steps run again, and a failed step names its log."""
 
 import importlib.util
 import json
@@ -20,32 +20,32 @@ def demo():
     return module
 
 
-def walk(demo, run: Path, first: str, second: str) -> list[str]:
-    """Two steps, the second after the first; which of them were run."""
+def run_steps(demo, run: Path, first: str, second: str) -> list[str]:
+    """Run two dependent steps and return the names of those that ran."""
     done: list[str] = []
-    walked = demo.Demo(run, False, [])
-    walked.step("one", "One", lambda: done.append("one"), inputs=first)
-    walked.step("two", "Two", lambda: done.append("two"), after=("one",), inputs=second)
+    steps = demo.Demo(run, False, [])
+    steps.step("one", "One", lambda: done.append("one"), inputs=first)
+    steps.step("two", "Two", lambda: done.append("two"), after=("one",), inputs=second)
     return done
 
 
-def test_a_step_runs_again_only_when_it_or_what_it_comes_after_changed(demo, tmp_path):
-    assert walk(demo, tmp_path, "a", "b") == ["one", "two"]
-    assert walk(demo, tmp_path, "a", "b") == []
-    assert walk(demo, tmp_path, "a", "c") == ["two"]
-    assert walk(demo, tmp_path, "z", "c") == ["one", "two"]
+def test_a_step_runs_again_only_if_it_or_a_previous_step_changed(demo, tmp_path):
+    assert run_steps(demo, tmp_path, "a", "b") == ["one", "two"]
+    assert run_steps(demo, tmp_path, "a", "b") == []
+    assert run_steps(demo, tmp_path, "a", "c") == ["two"]
+    assert run_steps(demo, tmp_path, "z", "c") == ["one", "two"]
 
 
 def test_a_step_that_failed_is_not_marked_as_done(demo, tmp_path):
-    walked = demo.Demo(tmp_path, False, [])
+    steps = demo.Demo(tmp_path, False, [])
     with pytest.raises(ZeroDivisionError):
-        walked.step("one", "One", lambda: 1 // 0, inputs="a")
-    assert walk(demo, tmp_path, "a", "b") == ["one", "two"]
+        steps.step("one", "One", lambda: 1 // 0, inputs="a")
+    assert run_steps(demo, tmp_path, "a", "b") == ["one", "two"]
 
 
-def test_a_stopped_step_finds_what_it_left_unless_it_was_of_other_inputs(demo, tmp_path):
+def test_an_interrupted_step_finds_its_output_unless_the_inputs_changed(demo, tmp_path):
     def attempt(inputs: str) -> bool:
-        """Whether the step found what an earlier attempt left; it always stops halfway."""
+        """Whether the step found the output of an earlier attempt. It is always interrupted."""
         left, found = tmp_path / "gspo" / "checkpoint", []
 
         def action() -> None:
@@ -62,19 +62,19 @@ def test_a_stopped_step_finds_what_it_left_unless_it_was_of_other_inputs(demo, t
 
 
 def test_output_is_kept_and_a_failure_names_the_log(demo, tmp_path):
-    walked = demo.Demo(tmp_path, False, [])
+    steps = demo.Demo(tmp_path, False, [])
     with pytest.raises(KeyeError, match="bad ended with code 3, its output is in .*logs/bad.log"):
-        walked.call("bad", "-c", "print('halfway'); raise SystemExit(3)")
+        steps.call("bad", "-c", "print('halfway'); raise SystemExit(3)")
     assert (tmp_path / "logs" / "bad.log").read_text() == "halfway\n"
 
 
-def test_stream_gives_back_the_exit_code_and_both_outputs(demo, tmp_path):
+def test_stream_returns_the_exit_code_and_copies_both_outputs(demo, tmp_path):
     program = "import sys; print('out', flush=True); print('err', file=sys.stderr); sys.exit(5)"
     assert demo.stream([sys.executable, "-c", program], tmp_path / "log") == 5
     assert (tmp_path / "log").read_text() == "out\nerr\n"
 
 
-def test_closing_table_says_what_was_learnt_and_what_was_not(demo, tmp_path):
+def test_closing_table_shows_which_families_were_learnt(demo, tmp_path):
     (tmp_path / "evaluation").mkdir()
     families = {"count": (0.9, 0.2), "motion": (0.27, 0.25)}
     for name, which in (("annealing", 0), ("annealing_blind", 1), ("annealing_zeroed", 1)):

@@ -1,4 +1,4 @@
-"""Replies judged by hand: for each truth, which replies are right and which are wrong. Written before the judge."""
+"""Replies judged by hand: the right and wrong replies for every correct answer. Written before the judge."""
 
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ class Truth:
 SILENT = ["", " ", "\n", ".", "?!", "()", "<think>", "<think>still thinking", "<answer></answer>",
                  "<answer> . </answer>",
           "<|im_end|>", "\\boxed{}", "…"]  # fmt: skip
-"""Replies that say nothing. They are wrong whatever the truth is."""
+"""Empty replies. They are wrong for every answer."""
 
 BALL = ["a red ball", "a blue cube", "a green cone", "nothing"]
 COLOURS = ["red", "blue", "green"]

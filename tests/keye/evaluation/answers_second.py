@@ -1,7 +1,7 @@
-"""Further replies judged by hand, after a second audit. Written before the judge was changed.
+"""More replies judged by hand, after a second audit. Written before the judge was changed.
 
-Without a unit in the truth, a time is in seconds. A hedge, a bound and a changed value are wrong although they name the
-right number or word: the judge is a reward, and what it pays for is learnt.
+A time is in seconds if the correct answer has no unit. A hedge, a bound and a changed value are wrong although they
+contain the right number or word: the judge is a reward, and a policy learns what it rewards.
 """
 
 from tests.keye.evaluation.answers import COLOURS, CORNERS, COUNTS, YES_NO, Truth

@@ -1,4 +1,4 @@
-"""The sweep: costs rise with the threshold, detail is measured against the original frames, what was done is kept."""
+"""The sweep: costs rise with the threshold, detail refers to the original frames, finished results are kept."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ SHORT = {"max_frames": 3}
 
 
 def answers(threshold: float) -> Report:
-    """Two of three right, one family wholly."""
+    """Two of three replies are correct, and all of one family."""
     kinds = [("count", True), ("count", False), ("read", True)]
     return Report(
         "made",
@@ -45,8 +45,8 @@ def test_a_higher_threshold_never_costs_less_on_a_clip_with_cuts(tmp_path):
     assert (tmp_path / "ablation.png").stat().st_size > 1000
 
 
-def test_detail_is_that_of_the_original_frames_and_not_of_an_all_slow_encoding():
-    """With few tokens a frame, all-slow frames are far from the original; once they were their own reference."""
+def test_detail_refers_to_the_original_frames_and_not_to_an_all_slow_encoding():
+    """With few tokens per frame, all-slow frames differ much from the original frames."""
     settings = {**SHORT, "max_tokens_per_frame": 20, "min_tokens_per_frame": 4}
     path = clip("bikes.mp4")
     rows, _ = ablation.sweep([path], [1.0], settings, progress=False)
@@ -64,7 +64,7 @@ def test_detail_is_that_of_the_original_frames_and_not_of_an_all_slow_encoding()
     assert rows[0].psnr == pytest.approx(sum(expected) / len(expected))
 
 
-def test_originals_keep_their_size_up_to_a_bound(monkeypatch):
+def test_originals_keep_their_size_up_to_a_limit(monkeypatch):
     encoder = SlowFastEncoder(**SHORT)
     originals, source, times = ablation.sampled(clip("carphone_pristine.mp4"), encoder)
     with open_clip(clip("carphone_pristine.mp4"), 2.0, 3) as opened:
@@ -72,20 +72,20 @@ def test_originals_keep_their_size_up_to_a_bound(monkeypatch):
     assert len(originals) == len(source) == len(times) == 3
 
     monkeypatch.setattr(ablation, "REFERENCE_TOKENS", 20)
-    monkeypatch.setattr(ablation, "WHOLE", 1000)  # too little for the frames: the clip is decoded again
+    monkeypatch.setattr(ablation, "WHOLE", 1000)  # too small for the frames: the clip is decoded again
     originals, source, times = ablation.sampled(clip("carphone_pristine.mp4"), encoder)
     height, width = originals[0].shape[1:]
     assert height * width <= 20 * 28 * 28 and times is None and source == clip("carphone_pristine.mp4")
 
 
-def test_the_frames_kept_in_memory_give_what_the_clip_gives(monkeypatch):
+def test_frames_in_memory_give_the_same_results_as_the_clip(monkeypatch):
     path, thresholds = clip("bikes.mp4"), [0.5, 0.9]
     once = list(ablation.measure_clip(path, thresholds, {"max_frames": 6}))
     monkeypatch.setattr(ablation, "WHOLE", 1000)
     assert list(ablation.measure_clip(path, thresholds, {"max_frames": 6})) == once
 
 
-def test_accuracy_of_a_model_goes_into_its_row_and_that_of_families_into_the_json(tmp_path):
+def test_accuracy_is_in_the_row_and_accuracy_of_families_in_the_json(tmp_path):
     rows, details = ablation.sweep([clip("carphone_pristine.mp4")], [0.5], SHORT, answers, progress=False)
     assert rows[0].accuracy == pytest.approx(2 / 3) and rows[0].questions == 3 and rows[0].accuracy_stderr > 0
     ablation.save(tmp_path, rows, details, {})
@@ -93,7 +93,7 @@ def test_accuracy_of_a_model_goes_into_its_row_and_that_of_families_into_the_jso
     assert families["count"]["accuracy"] == 0.5 and families["count"]["n"] == 2 and families["read"]["accuracy"] == 1
 
 
-def test_detail_is_perfect_for_the_same_picture_and_falls_with_blur():
+def test_detail_is_perfect_for_the_same_picture_and_decreases_with_blur():
     sharp = torch.randint(0, 256, (3, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     small = ablation.resize(sharp[None], (56, 56), "bicubic")[0]
     assert ablation.detail(sharp, sharp) == (60.0, 1.0)
@@ -101,9 +101,9 @@ def test_detail_is_perfect_for_the_same_picture_and_falls_with_blur():
     assert psnr < 30 and ssim < 0.9
 
 
-def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_an_interrupted_sweep_resumes_where_it_stopped(tmp_path, monkeypatch):
     clips = [clip("carphone_pristine.mp4"), clip("bikes.mp4")]
-    whole = ablation.sweep(clips, [0.3, 0.9], SHORT, answers, progress=False)
+    complete = ablation.sweep(clips, [0.3, 0.9], SHORT, answers, progress=False)
     measured: list[tuple] = []
     real = ablation.measure_clip
 
@@ -118,8 +118,8 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ablation.sweep(clips, [0.3, 0.9], SHORT, answers, tmp_path, {"model": 1}, progress=False)
     with (tmp_path / "ablation.csv").open("a") as file:
-        assert sum(1 for _ in (tmp_path / "ablation.csv").open()) == 4  # the head and three lines
-        file.write("bikes.mp4,0.9,3,10")  # half a line, as a killed process leaves it
+        assert sum(1 for _ in (tmp_path / "ablation.csv").open()) == 4  # the header and three lines
+        file.write("bikes.mp4,0.9,3,10")  # an incomplete line, as a killed process leaves it
 
     measured.clear()
     asked: list[float] = []
@@ -135,11 +135,11 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert measured == [("bikes.mp4", 0.9)] and asked == [0.3, 0.9]
 
     asked = [0.0, 0.0]
-    assert ablation.sweep(clips, [0.3, 0.9], SHORT, asking, tmp_path, {"model": 1}, progress=False) == whole
+    assert ablation.sweep(clips, [0.3, 0.9], SHORT, asking, tmp_path, {"model": 1}, progress=False) == complete
     assert len(measured) == 1 and asked[2:] == [0.9]
 
 
-def test_other_settings_measure_anew_and_another_model_asks_anew(tmp_path):
+def test_other_settings_are_measured_again_and_another_model_is_asked_again(tmp_path):
     clips = [clip("carphone_pristine.mp4")]
     calls: list[float] = []
 
@@ -155,11 +155,11 @@ def test_other_settings_measure_anew_and_another_model_asks_anew(tmp_path):
     assert (tmp_path / "ablation.csv").read_text().count("\n") == 2 and len(details) == 1
 
 
-def test_without_a_terminal_there_is_a_line_a_clip_with_the_time_left(capsys):
+def test_without_a_terminal_every_clip_prints_a_line_with_the_time_left(capsys):
     ablation.sweep([clip("carphone_pristine.mp4"), clip("bikes.mp4")], [0.5], SHORT, answers)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("clips 1/2  carphone_pristine.mp4, about") and said[1] == "clips 2/2  bikes.mp4"
-    assert said[2] == "questions 1/1  threshold 0.5: accuracy 66.7%"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("clips 1/2  carphone_pristine.mp4, about") and lines[1] == "clips 2/2  bikes.mp4"
+    assert lines[2] == "questions 1/1  threshold 0.5: accuracy 66.7%"
 
 
 def test_thresholds_are_ranges_and_lists():

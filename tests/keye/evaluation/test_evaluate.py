@@ -1,4 +1,4 @@
-"""Evaluation of a real, untrained tiny model, and of reports made by hand."""
+"""Evaluation of an untrained tiny model, and reports built by hand."""
 
 import math
 import sys
@@ -38,13 +38,13 @@ def outcome(index: int, correct: bool, family: str = "count") -> Outcome:
     return Outcome(index, str(index), family, "x", "y", correct, chance=0.25, majority=index % 2 == 0)
 
 
-def test_every_question_is_asked_and_ranks_merge_to_the_whole(world, pair):
-    whole = evaluate(*pair, world, max_new_tokens=3, batch_size=4)
-    assert [o.index for o in whole.outcomes] == list(range(9))
-    assert {family: row.n for family, row in whole.families.items()} == {"count": 3, "image_place": 3, "text": 3}
-    assert not whole.failed
+def test_every_question_is_asked_and_reports_of_ranks_merge(world, pair):
+    complete = evaluate(*pair, world, max_new_tokens=3, batch_size=4)
+    assert [o.index for o in complete.outcomes] == list(range(9))
+    assert {family: row.n for family, row in complete.families.items()} == {"count": 3, "image_place": 3, "text": 3}
+    assert not complete.failed
     parts = [evaluate(*pair, world, max_new_tokens=3, batch_size=4, rank=r, world_size=2) for r in (1, 0)]
-    assert merge(parts).outcomes == whole.outcomes
+    assert merge(parts).outcomes == complete.outcomes
 
 
 def test_batching_does_not_change_the_replies(world, pair):
@@ -52,7 +52,7 @@ def test_batching_does_not_change_the_replies(world, pair):
     assert [o.prediction for o in alone.outcomes] == [o.prediction for o in together.outcomes]
 
 
-def test_blind_questions_carry_no_pictures(world, pair):
+def test_blind_questions_have_no_media(world, pair):
     for question in ManifestBenchmark(world):
         assert all(part["type"] == "text" for message in question.blind() for part in message["content"])
         assert question.messages[-1]["role"] == "user"
@@ -66,7 +66,7 @@ def test_blind_questions_carry_no_pictures(world, pair):
     assert not report.failed and "count" in report.families and "text" not in report.families
 
 
-def test_zeroed_pixels_leave_the_token_stream_as_it_is(world, pair):
+def test_zeroed_pixels_leave_the_token_stream_unchanged(world, pair):
     model, processor = pair
     for question in ManifestBenchmark(world, families=["count", "image_place"]):
         sample = processor.sample(question.messages, base_dir=question.base_dir, add_generation_prompt=True)
@@ -81,16 +81,16 @@ def test_zeroed_pixels_leave_the_token_stream_as_it_is(world, pair):
 
 
 def test_a_reply_cut_off_by_the_limit_is_wrong(world, pair, monkeypatch):
-    whole = evaluate(*pair, world, families=["text"], max_new_tokens=2)
-    assert not any(o.finished or o.correct for o in whole.outcomes)
-    module, answers = sys.modules["keye.evaluation.evaluate"], [o.answer for o in whole.outcomes]
+    report = evaluate(*pair, world, families=["text"], max_new_tokens=2)
+    assert not any(o.finished or o.correct for o in report.outcomes)
+    module, answers = sys.modules["keye.evaluation.evaluate"], [o.answer for o in report.outcomes]
     monkeypatch.setattr(module, "generate_replies", lambda *_: [Reply(a, False) for a in answers])
     assert not any(o.correct for o in evaluate(*pair, world, families=["text"]).outcomes)
     monkeypatch.setattr(module, "generate_replies", lambda *_: [Reply(a, True) for a in answers])
     assert all(o.correct for o in evaluate(*pair, world, families=["text"]).outcomes)
 
 
-def test_an_unreadable_clip_is_counted_as_wrong_and_named(world, pair):
+def test_an_unreadable_clip_counts_as_wrong_and_is_reported(world, pair):
     broken = world.with_name("broken.jsonl")
     broken.write_text(world.read_text().replace("clips/heldout-count-00001", "clips/missing"))
     report = evaluate(*pair, broken, families=["count"], max_new_tokens=1)
@@ -99,7 +99,7 @@ def test_an_unreadable_clip_is_counted_as_wrong_and_named(world, pair):
     assert "could not be read" in report.table()
 
 
-def test_sampling_is_repeatable_and_leaves_the_callers_random_state(world, pair):
+def test_sampling_is_reproducible_and_restores_the_random_state(world, pair):
     model, processor = pair
     model.train()
     torch.manual_seed(7)
@@ -137,7 +137,7 @@ def test_the_constant_answer_uses_the_tolerance():
     assert baselines.chance(questions[0]) == 1 / 4
 
 
-def test_reports_survive_the_disk(tmp_path):
+def test_a_saved_report_loads_unchanged(tmp_path):
     report = Report("bench", [outcome(0, True), outcome(1, False, "order")], {"control": "blind"}, 1.5)
     report.save(tmp_path / "deep" / "report.json")
     assert Report.load(tmp_path / "deep" / "report.json") == report
@@ -164,7 +164,7 @@ def test_limit_and_families(world):
         ({"temperature": float("nan")}, "temperature nan.*0 or more"),
     ],
 )
-def test_settings_out_of_range_are_named(world, pair, setting, complaint):
+def test_settings_out_of_range_are_reported(world, pair, setting, complaint):
     with pytest.raises(KeyeError, match=complaint):
         evaluate(*pair, world, **setting)
 

@@ -29,13 +29,13 @@ def test_the_table_of_answers_is_large() -> None:
 
 
 @pytest.mark.parametrize("truth", TRUTHS, ids=lambda truth: f"{truth.answer}-{truth.options}")
-def test_match_judges_as_a_person_does(truth: Truth) -> None:
+def test_match_agrees_with_judgements_by_hand(truth: Truth) -> None:
     judged = {reply: match(reply, truth.answer, truth.tolerance, truth.options) for reply, _ in truth.replies}
     assert {reply: right for reply, right in truth.replies if judged[reply] is not right} == {}
 
 
 @given(WORDS, st.data())
-def test_only_the_right_option_earns(options: list[str], data: st.DataObject) -> None:
+def test_only_the_correct_option_matches(options: list[str], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(options) - 1))
     answer, letter = options[place], string.ascii_uppercase[place]
     for truth in (answer, letter):
@@ -52,7 +52,7 @@ def test_only_the_right_option_earns(options: list[str], data: st.DataObject) ->
 @given(
     st.text(string.ascii_lowercase, min_size=4, max_size=9).filter(lambda word: word not in KNOWN and word[-1] != "s")
 )
-def test_a_further_word_that_is_not_known_is_refused(word: str) -> None:
+def test_an_unknown_word_is_refused(word: str) -> None:
     cases = [("3", None), ("red", ["red", "blue"]), ("blue", None), ("[1, 1, 9, 9]", None), ("yes", ["yes", "no"])]
     for answer, options in cases:
         for reply in (
@@ -72,7 +72,7 @@ SPEECH = st.sampled_from(
 
 @settings(deadline=None)
 @given(st.lists(SPEECH, min_size=1, max_size=6).map(" ".join))
-def test_no_reply_is_right_for_two_truths_and_no_hedge_is_right_for_any(reply: str) -> None:
+def test_no_reply_matches_two_answers_and_no_hedge_matches_any(reply: str) -> None:
     colours, ways, polar = ["red", "blue", "green"], ["left", "right", "up", "down"], ["yes", "no"]
     pairs = [("red", "blue", colours), ("3", "4", None), ("left", "right", ways), ("yes", "no", polar)]
     for one, two, options in [*pairs, ("yes", "no", None)]:
@@ -82,7 +82,7 @@ def test_no_reply_is_right_for_two_truths_and_no_hedge_is_right_for_any(reply: s
 
 
 @given(st.text(string.punctuation + string.whitespace), st.text(string.ascii_letters, min_size=1), st.none() | WORDS)
-def test_silence_never_earns(reply: str, answer: str, options: list[str] | None) -> None:
+def test_an_empty_reply_never_matches(reply: str, answer: str, options: list[str] | None) -> None:
     assert not match(reply, answer, options=options)
 
 
@@ -103,7 +103,7 @@ def test_no_reply_raises(answer: str, reply: str, tolerance: float | None) -> No
 
 @pytest.mark.parametrize("piece", ["9" * 5000, "[" * 5000, "(" * 5000, "<think>" * 2000, "1:" * 4000, "1," * 4000,
                                    "\\boxed{" * 2000, "not " * 4000, "$" * 5000, "a-" * 5000, "'" * 5000])  # fmt: skip
-def test_long_replies_end(piece: str) -> None:
+def test_long_replies_are_judged_in_time(piece: str) -> None:
     for answer in ("3", "red", "A", "[1, 1, 2, 2]"):
         assert not match(piece, answer) and not match(piece + ":00:00", answer, options=["red", "blue"])
 

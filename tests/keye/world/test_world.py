@@ -1,4 +1,4 @@
-"""Rendered files are decoded again and must show what the manifest says."""
+"""Decoded files must show what the manifest says."""
 
 import hashlib
 import json
@@ -55,13 +55,13 @@ def of(root: Path, family: str, split: str = "train") -> list[dict]:
 
 
 def nearest_colour(pixels: np.ndarray) -> str:
-    """The palette name nearest to the mean of pixels [n, 3]."""
+    """The name of the colour nearest to the mean of pixels [n, 3]."""
     mean = pixels.mean(0)
     return min(COLOURS, key=lambda name: np.abs(mean - COLOURS[name]).sum())
 
 
 def shape_pixels(pixels: np.ndarray, box: list[int], shape: str) -> np.ndarray:
-    """Pixels [n, 3] of the middle of a shape: its edges are blurred by the codec's halved colour planes."""
+    """Pixels [n, 3] of the interior of a shape; chroma subsampling blurs its edges."""
     left, top, right, bottom = box
     mask = shape_mask(shape, right - left).copy()
     ring = max(2, (right - left) // 6)
@@ -70,7 +70,7 @@ def shape_pixels(pixels: np.ndarray, box: list[int], shape: str) -> np.ndarray:
     return pixels[top:bottom, left:right][mask[: height - top, : width - left]]
 
 
-def test_clips_are_h264_with_their_stated_clock(world):
+def test_clips_are_h264_with_the_timestamps_of_the_manifest(world):
     for family in VIDEO:
         sample = of(world, family)[0]
         with av.open(str(world / media(sample)["video"])) as container:
@@ -96,7 +96,7 @@ def test_count_flashes_as_often_as_the_answer_says(world):
             assert not wanted or len(events) == int(sample["answer"])
 
 
-def test_when_is_white_in_its_half_second_alone(world):
+def test_when_is_white_only_in_its_half_second(world):
     for sample in of(world, "when"):
         pixels, times = frames(world, sample)
         [event] = sample["meta"]["events"]
@@ -122,8 +122,8 @@ def drawn_plans(family, count, duration, seed):
 
 @pytest.mark.parametrize("duration", [4.0, 8.0])
 @pytest.mark.parametrize("family", ["count", "when"])
-def test_the_plan_does_not_give_the_answer_away(family, duration):
-    """A look-up of the answer by frame types and seconds, learnt on other clips, does no better than a guess."""
+def test_the_plan_does_not_reveal_the_answer(family, duration):
+    """A look-up of the answer by frame types and seconds, learnt from other clips, is no better than a guess."""
     table = defaultdict(Counter)
     for plan, answer in drawn_plans(family, 300, duration, 1):
         table[plan][answer] += 1
@@ -139,7 +139,7 @@ def test_the_plan_does_not_give_the_answer_away(family, duration):
     assert np.mean(right) < chance + 3 * np.sqrt(chance * (1 - chance) / len(right))
 
 
-def test_a_file_says_nothing_without_being_decoded(world):
+def test_files_reveal_nothing_without_decoding(world):
     """Packets of one size in display order with one key frame, and stills of one size, in every family."""
     for family in VIDEO:
         for sample in of(world, family):
@@ -154,8 +154,8 @@ def test_a_file_says_nothing_without_being_decoded(world):
         assert len(sizes) == 1 and sizes.pop() > 3 * 112 * 112
 
 
-def test_flashes_of_every_colour_change_the_picture_as_much():
-    """By pixels as drawn: the summed change of a flash per pixel of the shape is drawn alike for all colours."""
+def test_flashes_of_all_colours_change_the_picture_equally():
+    """The change of red + green + blue per drawn pixel of a flash has the same distribution for all colours."""
     changes, setting = defaultdict(list), Setting(duration=4.0, difficulty=0.1)
     for index in range(300):
         draft = FAMILIES["count"](np.random.default_rng([7, index]), setting, str(1 + index % 3), index)
@@ -167,19 +167,19 @@ def test_flashes_of_every_colour_change_the_picture_as_much():
             changes[item["colour"]].append((lit - dim).sum(-1).mean())
     assert set(changes) == set(COLOURS) - {"white"} and min(map(len, changes.values())) > 100
     means = {name: np.mean(values) for name, values in changes.items()}
-    # Uniform over a width of 65: a standard error of less than 2.
+    # Uniform over a width of 65: the standard error is less than 2.
     assert max(means.values()) - min(means.values()) < 8
     assert all(190 <= value <= 264 for values in changes.values() for value in values)
 
 
-def test_text_questions_of_one_content_are_on_one_side():
-    side = {question: is_heldout(question) for question, _ in text_items()}
+def test_text_questions_with_the_same_content_are_in_one_split():
+    split = {question: is_heldout(question) for question, _ in text_items()}
     for a in range(10):
         for b in range(10):
-            assert side[f"{a} + {b} ="] == side[f"{b} + {a} ="]
-            assert a == b or side[f"Which is larger, {a} or {b}?"] == side[f"Which is larger, {b} or {a}?"]
-    for story in {q.split(". ")[0] for q in side if q.startswith("A ")}:
-        assert len({side[q] for q in side if q.startswith(story + ".")}) == 1
+            assert split[f"{a} + {b} ="] == split[f"{b} + {a} ="]
+            assert a == b or split[f"Which is larger, {a} or {b}?"] == split[f"Which is larger, {b} or {a}?"]
+    for story in {q.split(". ")[0] for q in split if q.startswith("A ")}:
+        assert len({split[q] for q in split if q.startswith(story + ".")}) == 1
 
 
 def test_the_tokenizer_sees_no_heldout_text():
@@ -211,7 +211,7 @@ def test_order_answers_the_colour_that_appears_first(world):
             assert near[inside(times, event)].min() > 300
 
 
-def test_motion_goes_where_the_answer_says(world):
+def test_motion_goes_in_the_direction_of_the_answer(world):
     for sample in of(world, "motion"):
         pixels, _ = frames(world, sample)
         near = np.abs(pixels - np.array(COLOURS[sample["meta"]["colour"]])).sum(-1) < 120
@@ -220,7 +220,7 @@ def test_motion_goes_where_the_answer_says(world):
         assert max(ways, key=ways.get) == sample["answer"] and ways[sample["answer"]] > 20
 
 
-def test_card_is_visible_exactly_when_the_manifest_says(world):
+def test_card_is_visible_only_during_its_event(world):
     for sample in of(world, "read"):
         pixels, times = frames(world, sample)
         [event] = sample["meta"]["events"]
@@ -246,7 +246,7 @@ def test_boxes_and_corners_are_where_the_shape_is(world):
         assert sample["answer"] == f"{'top' if y < 56 else 'bottom'} {'left' if x < 56 else 'right'}"
 
 
-def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
     counts = dict.fromkeys(FAMILIES, 10)
     digests = []
     for name, workers in (("one", 1), ("two", 2)):
@@ -272,13 +272,13 @@ def test_splits_share_no_clip_and_no_text_question(world):
 
 
 @pytest.mark.parametrize("family", ["count", "order", "when", "motion", "find", "image_place"])
-def test_answers_are_balanced_and_the_question_does_not_give_them_away(family):
+def test_answers_are_balanced_and_independent_of_the_phrasing(family):
     setting, number = Setting(), 900
     answers, by_phrase = Counter(), defaultdict(Counter)
     for index in range(number):
         draft = FAMILIES[family](np.random.default_rng([1, index]), setting, deal(family, setting, 1, index), index)
         answers[draft.answer] += 1
-        # The words that name the options are put aside: what is left is the phrasing.
+        # Without the names of the options, the phrasing remains.
         phrase = draft.question
         for word in COLOURS:
             phrase = phrase.replace(word, "*")
@@ -293,7 +293,7 @@ def test_answers_are_balanced_and_the_question_does_not_give_them_away(family):
 
 @pytest.mark.parametrize("difficulty", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("duration", [3.0, 6.5])
-def test_every_difficulty_and_length_draws(tmp_path, difficulty, duration):
+def test_every_difficulty_and_duration_can_be_drawn(tmp_path, difficulty, duration):
     path = generate(
         tmp_path,
         counts=dict.fromkeys(FAMILIES, 3),
@@ -308,7 +308,7 @@ def test_every_difficulty_and_length_draws(tmp_path, difficulty, duration):
             assert event["start"] % 0.5 == 0 and event["end"] % 0.5 == 0
 
 
-def test_two_frames_a_second_land_in_every_half_second():
+def test_two_frames_per_second_fall_into_every_half_second():
     for fps in (2, 4, 8, 24):
         for duration in (3.0, 4.5, 8.0):
             setting = Setting(fps=fps, duration=duration)
@@ -316,7 +316,7 @@ def test_two_frames_a_second_land_in_every_half_second():
             assert [setting.cell(frame) for frame in first_to_last] == list(range(setting.cells))
 
 
-def test_texts_cover_what_manifests_say(world):
+def test_texts_cover_the_characters_of_manifests(world):
     known = set("".join(texts(samples=30)))
     for sample in read_manifest(world / "train.jsonl"):
         assert set(sample["messages"][0]["content"][-1]["text"] + sample["answer"]) <= known
@@ -332,14 +332,14 @@ def test_texts_cover_what_manifests_say(world):
         ("[1]", r"m\.jsonl:2 has no messages"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, complaint):
+def test_a_malformed_line_is_reported(tmp_path, line, complaint):
     good = '{"messages": [{"role": "user", "content": "hi"}]}'
     (tmp_path / "m.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(ManifestError, match=complaint):
         read_manifest(tmp_path / "m.jsonl")
 
 
-def test_bad_arguments_are_named(tmp_path):
+def test_invalid_arguments_are_reported(tmp_path):
     with pytest.raises(ManifestError, match="no family 'counting'"):
         generate(tmp_path, counts={"counting": 1})
     with pytest.raises(ManifestError, match="no split 'test'"):
@@ -366,12 +366,12 @@ def test_counts_seed_and_workers_are_checked_before_anything_is_written(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_directory_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ManifestError, match="file.*give a path that you may write to"):
         generate(tmp_path / "file", counts={"text": 1}, progress=False)
 
 
-def test_a_family_given_twice_is_named():
+def test_a_family_given_twice_is_reported():
     with pytest.raises(ManifestError, match="'count=2,count=3'.*each family once"):
         parse_counts("count=2,count=3")
