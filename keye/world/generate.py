@@ -60,7 +60,7 @@ def make(job: Job, out_dir: Path) -> dict[str, Any]:
         meta["size"] = list(job.setting.size)
     elif draft.draw:
         path = f"clips/{job.name}.mp4"
-        write_mp4(out_dir / path, map(draft.draw, range(draft.frames)), draft.fps)
+        write_mp4(out_dir / path, map(draft.draw, range(draft.frames)), draft.fps, uniform=True)
         content.insert(0, {"type": "video", "video": path})
         meta |= {"size": list(job.setting.size), "fps": draft.fps, "duration": draft.frames / draft.fps}
     return {

@@ -1,11 +1,11 @@
 """From drawn frames to real files: H.264 in MP4 through PyAV, PNG through Pillow.
 
-The bytes of a file do not depend on its content as long as they are not decoded: key frames at fixed positions, no
-reordering, packets padded to one size, and uncompressed PNG.
+The files of the world do not depend on their content as long as they are not decoded: key frames at fixed positions, no
+reordering, packets padded to one size (`uniform`), and uncompressed PNG.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import av
@@ -13,31 +13,47 @@ import numpy as np
 from PIL import Image
 
 STEP = 1024
-"""Bytes; the packets of a file are padded to the smallest multiple that fits the largest of them."""
-_OPTIONS = {"preset": "superfast", "sc_threshold": "0", "bf": "0"}
+"""Bytes; the size of a padded packet is a multiple."""
+_UNIFORM = {"sc_threshold": "0", "bf": "0"}
 
 
-def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 18) -> None:
-    """Encode frames [H, W, 3] uint8 RGB of one even size as H.264 (libx264, yuv420p), `fps` frames a second.
+def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 18, uniform: bool = False) -> None:
+    """Encode frames as H.264 (libx264, yuv420p) with one encoder thread: the same frames give the same bytes.
 
-    One encoder thread and no dates in the header: the same frames give the same bytes. The file is written atomically.
+    The file is written atomically and has no dates in its header.
+
+    Args:
+        path: file to write.
+        frames: [H, W, 3] uint8 RGB, all of one even size.
+        fps: frames per second.
+        crf: constant rate factor of libx264.
+        uniform: pad all packets to one size, with key frames at fixed positions and no reordering. All packets are kept
+            in memory until the end.
     """
     part = path.with_suffix(".part")
     with av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={**_OPTIONS, "crf": str(crf)})
+        options = {"preset": "superfast", "crf": str(crf)} | (_UNIFORM if uniform else {})
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.codec_context.thread_count = 1
         stream.pix_fmt = "yuv420p"
-        packets: list[av.Packet] = []
-        for index, pixels in enumerate(frames):
-            if index == 0:
-                stream.height, stream.width = pixels.shape[:2]
-            packets += stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
-        packets += stream.encode()
-        longest = max(map(_stored, packets))
-        size = -(-(longest + 6) // STEP) * STEP
-        for packet in packets:
-            container.mux(_filled(packet, size))
+        packets = _encode(stream, frames)
+        for packet in _padded(list(packets)) if uniform else packets:
+            container.mux(packet)
     part.replace(path)
+
+
+def _encode(stream: av.VideoStream, frames: Iterable[np.ndarray]) -> Iterator[av.Packet]:
+    for index, pixels in enumerate(frames):
+        if index == 0:
+            stream.height, stream.width = pixels.shape[:2]
+        yield from stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
+    yield from stream.encode()
+
+
+def _padded(packets: list[av.Packet]) -> Iterator[av.Packet]:
+    """The packets, all padded to the smallest multiple of `STEP` bytes that fits the largest."""
+    size = -(-(max(map(_stored, packets)) + 6) // STEP) * STEP
+    return (_filled(packet, size) for packet in packets)
 
 
 def _stored(packet: av.Packet) -> int:

@@ -19,6 +19,7 @@ from keye.evaluation.match import match
 from keye.world import FAMILIES, Setting, generate, read_manifest, texts
 from keye.world.__main__ import parse_counts
 from keye.world.families import deal
+from keye.world.render import write_mp4
 from keye.world.scene import COLOURS, shape_mask
 from keye.world.words import is_heldout, text_items
 
@@ -152,6 +153,19 @@ def test_files_reveal_nothing_without_decoding(world):
     for family in ("image_read", "image_ground", "image_place"):
         sizes = {(world / media(sample)["image"]).stat().st_size for sample in of(world, family)}
         assert len(sizes) == 1 and sizes.pop() > 3 * 112 * 112
+
+
+def test_packets_are_padded_only_on_request(tmp_path):
+    """Padding multiplies the size of long films and keeps all packets in memory."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    pictures = [noise, *[np.zeros_like(noise)] * 5]
+    sizes = {}
+    for uniform in (False, True):
+        write_mp4(tmp_path / "clip.mp4", iter(pictures), 4, uniform=uniform)
+        with av.open(str(tmp_path / "clip.mp4")) as container:
+            sizes[uniform] = [packet.size for packet in container.demux(video=0) if packet.size]
+            assert len(sizes[uniform]) == len(pictures)
+    assert len(set(sizes[True])) == 1 and max(sizes[False]) > 20 * min(sizes[False])
 
 
 def test_flashes_of_all_colours_change_the_picture_equally():
