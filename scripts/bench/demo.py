@@ -60,8 +60,8 @@ On the world of seed 1, the one reported here:
 Results before 2026-11-28 claimed that `when` (100 %) and `count` (57 %) were learnt. A look-up of the answer by frame
 types and seconds alone, without a pixel, reached 98 % and 60 % on those clips: the claim is withdrawn. Since then, in
 `when` every half second has another colour, and in `count` the flashes of two objects always have the same total. The
-column *zeroed* shows the value of frame types and seconds. [world.md](world.md) shows that no probe answers a family
-from the plan, its similarities or the bytes of the file."""
+column *zeroed* shows the value of frame types and seconds. [world.md](world.md) records what probes learn from the plan,
+its similarities and the bytes of the files."""
 
 
 def main() -> None:
