@@ -60,8 +60,13 @@ On the world of seed 1, the one reported here:
 Results before 2026-11-28 claimed that `when` (100 %) and `count` (57 %) were learnt. A look-up of the answer by frame
 types and seconds alone, without a pixel, reached 98 % and 60 % on those clips: the claim is withdrawn. Since then, in
 `when` every half second has another colour, and in `count` the flashes of two objects always have the same total. The
-column *zeroed* shows the value of frame types and seconds. [world.md](world.md) records what probes learn from the plan,
-its similarities and the bytes of the files."""
+column *zeroed* shows the value of frame types and seconds. [world.md](world.md) records what probes learn from the
+plan, its similarities and the bytes of the files.
+
+## In a clean clone
+
+`bash scripts/demo` in a clean clone with an empty home and no environment, commit `e7c27de`, before the world was drawn
+as now: 12.5 minutes after the installation on two cores, five of ten families learnt, held-out reward 0.773 → 0.926."""
 
 
 def main() -> None:
@@ -97,10 +102,10 @@ def _head(folder: Path, commit: str) -> list[str]:
     parts = ", ".join(f"{name} {seconds[name]:.0f} s" for name in seconds)
     date = _mtime(folder / "evaluation" / "gspo.json")
     return [
-        "# The demo: one clean clone, one command",
+        "# The demo: what the tiny model learns",
         "",
-        "Written by `python scripts/bench/demo.py` from what `bash scripts/demo` left in a clean clone with an empty "
-        f"home and no environment, commit `{commit}`, {date}.",
+        "Written by `python scripts/bench/demo.py` from a run of `scripts/demo.py`, which `bash scripts/demo` starts "
+        f"after the installation. Commit `{commit}`, {date}.",
         "",
         f"- Machine: {here['cores']} cores of {here['cpu']} (shared), {here['ram_gb']} GB, no GPU; Python "
         f"{environment['python']}, {versions}.",
