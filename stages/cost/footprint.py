@@ -129,7 +129,9 @@ def states(parameters: float, trained: float, plan: Plan, largest: float = 0.0) 
     """weights, gradients, buckets, optimizer, step and start of `Footprint`.
 
     Args:
-        parameters, trained: of the module, and those of them that train. largest: elements of the largest.
+        parameters, trained: of the module, and those of them that train.
+        plan: the settings of one rank.
+        largest: elements of the largest parameter.
     """
     share, half = trained / plan.ranks, plan.element < FP32
     bucket = _bucket(trained, plan)
@@ -144,7 +146,7 @@ def states(parameters: float, trained: float, plan: Plan, largest: float = 0.0) 
     # DeepSpeed frees the buckets after each backward pass, except that of ZeRO-3.
     stays = plan.element * bucket if zero == 3 else 0
     # ZeRO-3: a rank keeps its share of every parameter and has one at a time complete (`zero3.read_partitioned`).
-    # ZeRO-1 and 2 copy the weights into one buffer, but through the host where the GPU has no room for both.
+    # ZeRO-1 and 2 copy the weights into one buffer, through the host if the GPU has no room for both.
     start = parameters / plan.ranks + largest if zero == 3 else parameters
     start += parameters / plan.hpz if plan.hpz > 1 else 0
     return {
@@ -255,7 +257,7 @@ def _tower(config: Any, plan: Plan, share: Share, frozen: bool) -> tuple[float, 
     if plan.checkpointing:
         if not frozen:
             return tokens + features * patches, tower_chunk(vision, e, patches, share.frame)
-        # A frame passes through the projector as a whole. Its recomputation adds a gradient and the result.
+        # The projector takes a complete frame. Its recomputation adds a gradient and the result.
         recomputed = projector + e * (vision.hidden_size + config.text_config.hidden_size / 4)
         chunk = max(tower * min(patches, FRAME_PATCHES), recomputed * max(min(patches, FRAME_PATCHES), share.frame))
         return tokens + features * patches, chunk

@@ -1,9 +1,9 @@
-"""A stage's weights on their way in and out: from the files of a model to the devices, and back, a tensor at a time.
+"""Read a stage's weights from the files of a model to the devices, and write them back, one tensor at a time.
 
-No process holds a copy of the model in host memory. Each tensor is read as pages of its file, which the processes of a
-machine share, and goes to the device in the dtype of training; what a stage neither trains nor runs is not read at all.
-On the way out the tensors that were trained are gathered one by one from the optimizer's fp32 weights, and the others
-are copied from the files that the stage began with.
+No process has a copy of the model in host memory. Each tensor is read from the mapped pages of its file, which the
+processes of a machine share, and copied to the device in the dtype of training. Parts that a stage neither trains nor
+runs are not read. When the model is written, trained tensors are gathered one by one from the optimizer's fp32 weights,
+and the others are copied from the files with which the stage started.
 """
 
 import shutil
@@ -31,7 +31,7 @@ PARTS = ("visual", "projector", "language_model", "lm_head")
 
 @dataclass(frozen=True)
 class Start:
-    """The directory of a model that a stage begins with. stored: its tensors by name, none of them read."""
+    """The directory of the model with which a stage starts. stored: its tensors by name, not yet read."""
 
     directory: Path
     config: KeyeConfig
@@ -40,10 +40,10 @@ class Start:
     def build(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", parts: tuple[str, ...] = PARTS
     ) -> KeyeForConditionalGeneration:
-        """The model with the weights of `parts` in `dtype` on `device`; those of its other parts stay without memory.
+        """The model with the weights of `parts` in `dtype` on `device`; its other parts stay on the meta device.
 
-        Each tensor goes from its file to the device by itself. On the meta device nothing is read: `engine.build` with
-        ZeRO-3 reads such a model from `sources`.
+        Tensors are copied one by one from their files to the device. On the meta device nothing is read: `engine.build`
+        with ZeRO-3 reads such a model from `sources`.
         """
         with torch.device("meta"):
             model = KeyeForConditionalGeneration(self.config)
@@ -59,16 +59,16 @@ class Start:
         return model
 
     def sources(self, model: nn.Module) -> dict[nn.Parameter, Stored]:
-        """Where on disk the exact value of each parameter is that a model of `build` has in a coarser dtype."""
+        """The file of each parameter of a model of `build`, with its exact value."""
         parameters = dict(model.named_parameters())
         return {parameters[name]: stored for name, stored in self.stored.items()}
 
 
 def open_start(directory: str | Path) -> Start:
-    """A model's directory, ours or the release's.
+    """Open the directory of a model, in this project's layout or the release's.
 
     Raises:
-        CheckpointError: not a Keye directory, or weights that are missing, damaged or of another shape.
+        CheckpointError: it is no Keye model, or weights are missing, damaged or of another shape.
     """
     return Start(Path(directory), *open_weights(directory))
 
@@ -84,16 +84,21 @@ def write_model(
     module: nn.Module,
     start: Start,
     out: Path,
-    beside: Callable[[Path], Any],
+    write_extras: Callable[[Path], Any],
     max_shard: int = MAX_SHARD,
 ) -> None:
-    """Write a stage's model to `out` in fp32, whole or not at all; collective, rank 0 writes.
+    """Write a stage's model to `out` in fp32, completely or not at all; collective, rank 0 writes.
 
-    module: what was trained, of which `model` or a part of it is a part. What it does not train is copied from `start`.
-    beside: is called with the directory, to write what goes along (the processor).
+    Args:
+        model: the model.
+        module: the trained module, which contains `model` or a part of it. Frozen tensors are copied from `start`.
+        start: the files with which the stage started.
+        out: the directory.
+        write_extras: is called with the directory to write further files (the processor).
+        max_shard: bytes of a file at most.
 
     Raises:
-        OSError: on rank 0 alone, once all ranks have given all tensors.
+        OSError: on rank 0 only, after all ranks have gathered all tensors.
     """
     training = {id(p) for p in module.parameters() if p.requires_grad}
     parameters = dict(model.named_parameters())
@@ -106,37 +111,37 @@ def write_model(
                 model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
                 model.config.save_pretrained(part)
                 model.generation_config.save_pretrained(part)
-                beside(part)
+                write_extras(part)
     finally:
-        for _ in values:  # every rank gives every tensor, whatever became of the file
+        for _ in values:  # every rank gathers every tensor, also after an error of the file
             pass
 
 
 def replace_model(
-    model: KeyeForConditionalGeneration, module: nn.Module, start: Start, out: Path, beside: Callable[[Path], Any]
+    model: KeyeForConditionalGeneration, module: nn.Module, start: Start, out: Path, write_extras: Callable[[Path], Any]
 ) -> None:
-    """`write_model` in place of what `out` holds; collective.
+    """`write_model` after removing the contents of `out`; collective.
 
     Raises:
-        CheckpointError: on all ranks, when rank 0 cannot write it.
+        CheckpointError: on all ranks, if rank 0 cannot write it.
     """
-    said: list[str] = []
+    errors: list[str] = []
     if dist.get_rank() == 0:
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it could say that it was done
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it recorded the stage as finished
     try:
-        write_model(model, module, start, out, beside)
+        write_model(model, module, start, out, write_extras)
     except OSError as error:
-        said.append(f"{out} could not be written ({error.strerror or error}); make room and give the same command")
+        errors.append(f"{out} could not be written ({error.strerror or error}); make room and repeat the command")
 
-    def tell() -> None:
-        if said:
-            raise CheckpointError(said[0])
+    def report() -> None:
+        if errors:
+            raise CheckpointError(errors[0])
 
-    first_rank(tell)
+    first_rank(report)
 
 
 def _masters(trained: Mapping[str, nn.Parameter]) -> Iterator[Tensor | None]:
-    """The fp32 values of parameters, one after the other; collective. On the CPU of rank 0, None on the others."""
+    """The fp32 values of parameters one by one, on the CPU of rank 0 and None on the others; collective."""
     for parameter in trained.values():
         value = engine.master_weight(parameter)
         yield value.to("cpu", torch.float32) if dist.get_rank() == 0 else None
@@ -145,7 +150,7 @@ def _masters(trained: Mapping[str, nn.Parameter]) -> Iterator[Tensor | None]:
 def _tensors(
     stored: Mapping[str, Stored], trained: Mapping[str, nn.Parameter], values: Iterator[Tensor | None]
 ) -> dict[str, Stored | Computed]:
-    """What is written under each name; the trained ones are taken from `values` in the order of the names."""
+    """The tensor to write under each name; trained ones are taken from `values` in the order of the names."""
     tensors: dict[str, Stored | Computed] = {}
     for name, before in stored.items():
         fresh = Computed(before.shape, torch.float32, partial(next, values))

@@ -1,10 +1,10 @@
 """ZeRO-3 gathers parameters by units: once when a unit is called, and once before its backward pass.
 
-DeepSpeed gathers by itself what each innermost module holds, whenever that module is called. Here a module is called as
-often as a rank's data asks for (a tower once a chunk of frames, the head once a chunk of labels), and recomputed layers
-call it again in the backward pass: ranks with unlike data would issue unlike gathers, which hangs. A unit is a module
-that is called once a forward pass, whatever the data: the tower, the projector, a decoder layer, the head around all
-its chunks. Its parameters are gathered around it, and nothing inside it gathers.
+DeepSpeed gathers the parameters of each innermost module at every call of it. Here the number of calls depends on a
+rank's data (the tower is called for each chunk of frames, the head for each chunk of labels), and recomputed layers are
+called again in the backward pass. Ranks with different data would issue different gathers, which hangs. A unit is a
+module that is called exactly once in a forward pass: the tower, the projector, a decoder layer, the head around all its
+chunks. Its parameters are gathered around its call, and no module inside it gathers.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from keye.model.vision import KeyeVisionModel, Projector
 
 
 def units(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-    """Unit → the modules whose parameters it needs; no unit is inside another one."""
+    """Unit → the modules with the parameters that it needs; no unit is inside another one."""
     found: dict[nn.Module, list[nn.Module]] = {}
     inside: set[nn.Module] = set()
     for part in module.modules():
@@ -33,7 +33,7 @@ def units(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
 
 
 def gather_by_units(engine: Any) -> None:
-    """Arrange it in a DeepSpeed engine of ZeRO-3, before its first forward pass."""
+    """Make a DeepSpeed engine of ZeRO-3 gather by units; call it before the first forward pass."""
     from deepspeed import zero
 
     silenced: set[int] = set()
@@ -52,15 +52,17 @@ def gather_by_units(engine: Any) -> None:
 def read_partitioned(
     module: nn.Module, sources: Mapping[nn.Parameter, Stored], config: dict[str, Any], device: torch.device
 ) -> None:
-    """Give every parameter on the meta device its value from `sources`, and partition it before the next one is read.
+    """Read every parameter on the meta device from `sources` and partition it before the next one; collective.
 
-    A rank keeps its shares; of complete parameters it keeps one at a time. Parameters stay the same objects. What is
-    not on the meta device goes to `device` in the dtype of training, and DeepSpeed partitions it later. DeepSpeed does
-    neither for a module that has partitioned parameters already. Collective.
+    A rank keeps its shares and has one complete parameter at a time. Parameters stay the same objects. Parameters on
+    other devices move to `device` in the dtype of training, and DeepSpeed partitions them later. DeepSpeed does neither
+    for a module that has partitioned parameters already.
 
     Args:
-        module: with at least one parameter on the meta device. sources: by parameter, where its value is on disk.
+        module: has at least one parameter on the meta device.
+        sources: the file of each parameter.
         config: DeepSpeed's, of ZeRO-3.
+        device: of the training.
     """
     from deepspeed import zero
     from deepspeed.utils import groups
@@ -75,9 +77,9 @@ def read_partitioned(
             continue
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device).copy_(sources[parameter].mapped())
         torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
-        del value  # the last reference to the complete parameter, besides the one that DeepSpeed drops
+        del value  # the last reference to the complete parameter except that of DeepSpeed, which drops it
         if first is None:
-            within_node = groups._get_zero_param_intra_parallel_group()  # of hpZ, where an earlier stage made it
+            within_node = groups._get_zero_param_intra_parallel_group()  # of hpZ, if an earlier stage created it
             zero.Init(
                 module=nn.ParameterList([parameter]), config_dict_or_path=config, zero_param_parallel_group=within_node
             )

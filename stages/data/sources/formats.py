@@ -77,7 +77,7 @@ class Lines:
 
 
 class Columns:
-    """Rows with columns of their own, as `datasets` keeps them: the hub's, and Parquet of large row groups."""
+    """Rows with columns in a data set of `datasets`: of the hub, or Parquet with large row groups."""
 
     def __init__(self, file: str, rows: Any) -> None:
         self.file, self.mark, self.rows = file, rows._fingerprint, rows.with_format("arrow")
@@ -150,8 +150,8 @@ class Table:
         """Numbers of rows, int64 ascending, as a mapped file whose pages the processes of a machine share.
 
         Args:
-            settings: what the choice depends on besides the data set, for JSON. choose: makes it; called by the first
-                process that asks, once for a data set and settings.
+            settings: plain values on which the choice depends in addition to the data set.
+            choose: makes the choice; the first process calls it, once for a data set and settings.
         """
 
         def write(path: str) -> None:
@@ -166,7 +166,7 @@ class Table:
         return json.dumps([[part.mark for part in self.parts], self.columns], sort_keys=True)
 
     def _scanned(self) -> Path:
-        """The file with what `scan` gives."""
+        """The file with the result of `scan`."""
 
         def write(path: str) -> None:
             kinds, families, names = self._scan()
@@ -205,7 +205,7 @@ def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Pat
         if not path.exists():
             write(f"{path}.part")
             with open(f"{path}.part", "rb") as file:
-                os.fsync(file.fileno())  # a machine that goes down leaves no file of zeros under the final name
+                os.fsync(file.fileno())  # after a crash of the machine no file of zeros has the final name
             os.replace(f"{path}.part", path)
     return path
 
@@ -293,7 +293,7 @@ def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:
 
 
 def _parquet(file: str) -> Part:
-    """A Parquet file read in place, or converted once where its row groups are too large to read single rows."""
+    """A Parquet file read in place, or converted once if its row groups are too large to read single rows."""
     part = opened(file, lambda: Parquet(file, _local(file)))
     if part.fits:
         return part

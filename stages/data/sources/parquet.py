@@ -16,16 +16,18 @@ KEPT = 128 << 20  # bytes of the row groups that a process keeps decoded
 
 
 class Parquet:
-    """The rows of one Parquet file, which stays where it is.
+    """The rows of one Parquet file, without a copy.
 
-    A row is read with its row group, since Parquet decodes no less. Files with row groups above `GROUP` are
+    A row is read with its row group, the smallest unit that Parquet decodes. Files with row groups above `GROUP` are
     therefore slow to read by number; see `fits`.
 
     Args:
-        file: its name in messages. local: where it is on this machine.
+        file: its name in messages.
+        local: its path on this machine.
 
     Raises:
-        OSError: no such file. pyarrow.ArrowException: not a Parquet file.
+        OSError: there is no such file.
+        pyarrow.ArrowException: it is not a Parquet file.
     """
 
     def __init__(self, file: str, local: str) -> None:
