@@ -82,54 +82,54 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def init(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
+def init(args: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
     import torch
 
     from keye.checkpoint.convert import initialise
     from keye.model.config import KeyeConfig
 
-    vision = told.vision
+    vision = args.vision
     if vision is None:
-        vision = KeyeConfig.preset(told.tower).vision_config
+        vision = KeyeConfig.preset(args.tower).vision_config
     return initialise(
-        told.text,
+        args.text,
         vision,
-        out=told.out,
-        tokenizer=told.tokenizer,
-        gguf_file=told.gguf,
-        dtype=getattr(torch, told.dtype) if told.dtype else None,
-        max_shard=told.max_shard_mb * 1_000_000,
-        seed=told.seed,
+        out=args.out,
+        tokenizer=args.tokenizer,
+        gguf_file=args.gguf,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        max_shard=args.max_shard_mb * 1_000_000,
+        seed=args.seed,
         progress=progress,
     )
 
 
-def from_released(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
+def from_released(args: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
     from keye.checkpoint.convert import convert_released
 
-    size = told.max_shard_mb * 1_000_000
-    return convert_released(told.source, told.out, allow_missing=told.allow_missing, max_shard=size, progress=progress)
+    size = args.max_shard_mb * 1_000_000
+    return convert_released(args.source, args.out, allow_missing=args.allow_missing, max_shard=size, progress=progress)
 
 
-def to_released(told: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
+def to_released(args: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
     from keye.checkpoint.convert import export_released
 
-    size = told.max_shard_mb * 1_000_000
-    return export_released(told.source, told.out, like=told.like, max_shard=size, progress=progress)
+    size = args.max_shard_mb * 1_000_000
+    return export_released(args.source, args.out, like=args.like, max_shard=size, progress=progress)
 
 
-def convert(told: argparse.Namespace, action: Callable[..., object]) -> int:
+def convert(args: argparse.Namespace, action: Callable[..., object]) -> int:
     """Run one conversion with its bar, print its report, and write figures where they are asked for."""
     import keye.checkpoint.convert
     import keye.processor.processor  # noqa: F401  # what the conversion needs, before memory is looked at
 
-    before, began = memory_mb("VmRSS") if told.figures else 0.0, time.perf_counter()
-    with progress_bar(told.command) as progress:
-        report = action(told, progress)
+    before, began = memory_mb("VmRSS") if args.figures else 0.0, time.perf_counter()
+    with progress_bar(args.command) as progress:
+        report = action(args, progress)
     print(report)
-    print(told.out)
-    if told.figures:
-        stored = keye.checkpoint.convert.open_checkpoint(told.source).values()
+    print(args.out)
+    if args.figures:
+        stored = keye.checkpoint.convert.open_checkpoint(args.source).values()
         shards = {t.path for t in stored}
         figures = {
             "seconds": time.perf_counter() - began,
@@ -139,15 +139,15 @@ def convert(told: argparse.Namespace, action: Callable[..., object]) -> int:
             "largest_tensor_mb": max(t.size for t in stored) / 1e6,
             "total_mb": sum(t.size for t in stored) / 1e6,
         }
-        with writing(told.figures, "the figures"):
-            told.figures.write_text(json.dumps(figures, indent=2) + "\n")
+        with writing(args.figures, "the figures"):
+            args.figures.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 
-def check(told: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> int:
     from keye.checkpoint.convert import check as compare
 
-    report = compare(told.source)
+    report = compare(args.source)
     print(report)
     return 0 if report.clean else 1
 
@@ -194,14 +194,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    told = parser().parse_args()
+    args = parser().parse_args()
     for key in ("text", "source", "vision", "tokenizer", "like"):
-        path = getattr(told, key, None)
+        path = getattr(args, key, None)
         if path is not None and not path.is_dir():
             raise CheckpointError(f"{path}: no such directory; name one that holds a model")
-    if told.command == "check":
-        return check(told)
-    return convert(told, {"init": init, "from-released": from_released, "to-released": to_released}[told.command])
+    if args.command == "check":
+        return check(args)
+    return convert(args, {"init": init, "from-released": from_released, "to-released": to_released}[args.command])
 
 
 if __name__ == "__main__":

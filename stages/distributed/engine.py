@@ -127,7 +127,7 @@ def build(
     stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
     # The engine moves the parameters to other memory, in bf16.
     initial = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}
-    if any(p.is_meta for p in module.parameters()):
+    if zero == 3 and any(p.is_meta for p in module.parameters()):
         read_partitioned(module, sources or {}, config, device())
     adam, scheduler = build_optimizer(module, optimizer, steps)
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, lr_scheduler=scheduler, config=config)

@@ -1,4 +1,4 @@
-"""Questions of a manifest: wrong lines are named, equal ids are told apart, a saved place is checked."""
+"""Questions of a manifest: wrong lines are named, equal ids are distinguished, a saved place is checked."""
 
 import json
 from pathlib import Path

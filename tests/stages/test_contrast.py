@@ -135,7 +135,7 @@ def write_siglip(folder: Path, **text: Any) -> SiglipModel:
     config = SiglipConfig(vision_config={**parts.TOWER, "image_size": 56}, text_config={**sizes, **more})
     model = SiglipModel(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms are not left at nought and one
+        for parameter in model.parameters():  # biases and norms must not stay at zero and one
             parameter.add_(torch.randn_like(parameter) * 0.05)
         model.logit_scale.fill_(4.7)
         model.logit_bias.fill_(-16.5)

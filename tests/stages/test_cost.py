@@ -142,9 +142,9 @@ def test_parameters_are_the_models():
 def contrastive(**changes: object) -> tuple[Recipe, StageCost]:
     """A recipe of stage 0 on one device in fp32, with stills of 100 tokens, and its cost."""
     recipe = load(RECIPES / "tiny.toml", ["precision=fp32"])
-    told = replace(recipe.vision, pairs=8, zero=0, mixture={"image": 1.0}, **changes)
+    settings = replace(recipe.vision, pairs=8, zero=0, mixture={"image": 1.0}, **changes)
     image = Kind(104.0, 100 / 104, 400.0, 0.1)
-    recipe = replace(recipe, vision=told, alignment=None, multitask=None, annealing=None)
+    recipe = replace(recipe, vision=settings, alignment=None, multitask=None, annealing=None)
     return recipe, estimate(recipe, GPU, 1, Assumptions(kinds={"image": image}))[0]
 
 
@@ -221,11 +221,11 @@ def test_text_towers_parameters_are_siglips(tmp_path):
 def test_operations_of_a_step():
     config, work = BASE.config(), Work([512] * 4, [(8, 8)] * 64, 512)
     forward = flops.forward(config, work.frames, work.documents, work.labels).total
-    told = BASE.told()
-    model, done = step_flops(config, "multitask", work, told)
+    settings = BASE.recipe()
+    model, done = step_flops(config, "multitask", work, settings)
     assert model == 3 * forward
     assert done == model + flops.head(config.text_config, 512).total  # the loss alone is computed twice
-    aligned, _ = step_flops(config, "alignment", work, told)
+    aligned, _ = step_flops(config, "alignment", work, settings)
     assert forward < aligned < model
 
 
@@ -234,29 +234,29 @@ def test_operations_of_a_step():
 )
 def test_recomputed_operations_are_those_that_torch_counts(changes):
     case = replace(BASE, width=128, tower=2, layers=2, tokens=256, documents=2)
-    reckoned, counted = [], []
-    for told in (case.told(), replace(case.told(), **changes)):
+    estimated, counted = [], []
+    for settings in (case.recipe(), replace(case.recipe(), **changes)):
         model = KeyeForConditionalGeneration(case.config()).train()
-        apply_memory_options(model, told.checkpointing, told.offload, told.mlp_tiles)
+        apply_memory_options(model, settings.checkpointing, settings.offload, settings.mlp_tiles)
         with FlopCounterMode(display=False) as counter:
             model(**pack_of(case), num_items_in_batch=64.0).loss.backward()
         counted.append(counter.get_total_flops())
-        reckoned.append(step_flops(case.config(), "multitask", case.work(), told)[1])
-    assert reckoned[1] - reckoned[0] == counted[1] - counted[0] > 0
+        estimated.append(step_flops(case.config(), "multitask", case.work(), settings)[1])
+    assert estimated[1] - estimated[0] == counted[1] - counted[0] > 0
 
 
 def test_attention_is_recomputed_only_with_offload():
-    told, (config, work) = replace(BASE.told(), checkpointing=True), (BASE.config(), BASE.work())
-    kept, moved = (step_flops(config, "multitask", work, replace(told, offload=way))[1] for way in (False, True))
+    settings, (config, work) = replace(BASE.recipe(), checkpointing=True), (BASE.config(), BASE.work())
+    kept, moved = (step_flops(config, "multitask", work, replace(settings, offload=way))[1] for way in (False, True))
     quadratic = flops.decoder(config.text_config, work.documents) + flops.tower(config.vision_config, work.frames)
     assert moved - kept == quadratic.quadratic
 
 
 def test_a_step_has_the_mixtures_tokens(keye_8b: Recipe):
-    told = keye_8b.multitask
+    settings = keye_8b.multitask
     kinds = {"video": Kind(3000, 0.8, 400, 0.1), "image": Kind(700, 0.5, 900, 0.5), "text": Kind(1000, 0, 4, 1.0)}
-    work = work_of(told, kinds)
-    tokens = told.global_batch_size * told.context
+    work = work_of(settings, kinds)
+    tokens = settings.global_batch_size * settings.context
     assert sum(work.documents) == pytest.approx(tokens, rel=0.01)
     assert work.patches == pytest.approx(4 * tokens * (0.24 * 0.8 + 0.5 * 0.5), rel=0.01)
     assert work.labels == pytest.approx(tokens * (0.24 * 0.1 + 0.5 * 0.5 + 0.26), rel=0.01)

@@ -1,4 +1,4 @@
-"""Merging is plain arithmetic on every tensor, and refuses models that are not alike."""
+"""Merging is plain arithmetic on every tensor, and refuses models that differ."""
 
 import json
 import subprocess

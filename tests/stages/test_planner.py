@@ -122,17 +122,17 @@ def test_sample_without_similar_ones_waits_while_its_kind_has_others():
     assert 0 < left[0] <= BalancedPacker.patience
 
 
-@pytest.mark.parametrize("alike", [1, 2, 4])
-def test_expensive_samples_come_in_groups_of_a_round(alike):
+@pytest.mark.parametrize("balanced_packs", [1, 2, 4])
+def test_expensive_samples_come_in_groups_of_a_round(balanced_packs):
     parts = {"text": (0.6, lengths(4, 5, 60), 0), "video": (0.3, lengths(5, 20, 90), 5), "image": (0.1, [600], 40)}
-    plans, steps = Plans(parts, BalancedPacker(1000, 4, PER_TOKEN, alike)), []
+    plans, steps = Plans(parts, BalancedPacker(1000, 4, PER_TOKEN, balanced_packs)), []
     for number in range(120):
         expensive = [pack for pack in plans.step() if any(meta.tokens == 600 for meta in pack)]
         if expensive and number >= 60:  # at first too many are drawn, because their length is unknown
             steps.append(len(expensive))
             costs = [sum(meta.tokens * PER_TOKEN + meta.excess for meta in pack) for pack in expensive]
             assert max(costs) < 1.05 * min(costs)
-    assert len(steps) > 3 and all(count % alike == 0 for count in steps)
+    assert len(steps) > 3 and all(count % balanced_packs == 0 for count in steps)
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])

@@ -35,13 +35,13 @@ def recipe(tmp_path: Path) -> Path:
 
 def opened(name: str, recipe: Path, run: Path, overrides: list[str]) -> Any:
     engine.start(threads=1)
-    told = load(recipe, overrides)
+    settings = load(recipe, overrides)
     if dist.get_rank() == 0:
         run.mkdir(exist_ok=True)
-        prepare_world(told, run)
-        prepare_tokenizer(told, run)
+        prepare_world(settings, run)
+        prepare_tokenizer(settings, run)
     dist.barrier()
-    return open_stage(name, told, run, Cache(1 << 24))
+    return open_stage(name, settings, run, Cache(1 << 24))
 
 
 def held(shape: tuple[int, ...]) -> list[tuple[torch.dtype, str]]:
@@ -103,16 +103,16 @@ def test_masters_begin_with_the_fp32_of_the_file_and_frozen_parts_leave_as_they_
 
 
 def align(recipe: Path, run: Path, overrides: list[str]) -> None:
-    told = load(recipe, overrides)
+    settings = load(recipe, overrides)
     opened_before = run / "vision"
     engine.start(threads=1)
     if dist.get_rank() == 0:
         opened_before.mkdir(parents=True)
         (opened_before / "model").symlink_to(recipe.parent / "begin")
-        prepare_world(told, run)
-        prepare_tokenizer(told, run)
+        prepare_world(settings, run)
+        prepare_tokenizer(settings, run)
     dist.barrier()
-    run_stage("alignment", told, run, Cache(1 << 24))
+    run_stage("alignment", settings, run, Cache(1 << 24))
 
 
 def fail_to_write(recipe: Path, run: Path) -> str:
