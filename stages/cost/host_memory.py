@@ -11,7 +11,8 @@ from typing import Any
 
 from stages.cost.footprint import CHANNELS, FP32, Plan, Share
 
-POOLED = 5  # steps of encoded samples: at most four in the planner's pool or in flight, and one assembled
+POOLED = 4  # steps of encoded samples in the planner's pool or in flight
+PREPARED = 1  # steps of assembled batches, which are copies
 TOKEN = 8 * (1 + 1 + 3)  # bytes of a token in a sample: id, label and three positions
 
 
@@ -20,10 +21,10 @@ class HostFootprint:
     """Bytes of one node.
 
     processes: interpreters and libraries. cache: of encoded samples (`data.cache_mb`). samples: encoded, not yet
-    trained on. offload: inputs of layers in pinned memory. drawn: randomly initialized weights at the start of a stage.
-    written: copies of device memory while a checkpoint or the stage's model is written. copied: with
-    `async_checkpoints`, the complete checkpoint in pinned memory, which stays allocated. flattened: with ZeRO-3, each
-    rank's share of the weights while DeepSpeed moves it into one buffer.
+    trained on and not in the cache, and assembled batches. offload: inputs of layers in pinned memory. drawn: randomly
+    initialized weights at the start of a stage. written: copies of device memory while a checkpoint or the stage's
+    model is written. copied: with `async_checkpoints`, the complete checkpoint in pinned memory, which stays allocated.
+    flattened: with ZeRO-3, each rank's share of the weights while DeepSpeed moves it into one buffer.
     """
 
     processes: float
@@ -86,7 +87,8 @@ def host_footprint(
     return HostFootprint(
         processes=ranks * node.process,
         cache=ranks * cache,
-        samples=ranks * (POOLED + heldout) * sample,
+        # The samples that wait are those that were encoded last, so the cache contains the same tensors.
+        samples=ranks * ((PREPARED + heldout) * sample + max(0.0, POOLED * sample - cache)),
         offload=ranks * inputs,
         drawn=FP32 * (ranks * drawn + drawn_once),
         written=_table(config) if background else _written(config, plan, ranks, parameters, trained),

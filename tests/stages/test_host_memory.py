@@ -23,7 +23,11 @@ def test_samples_and_cache_by_hand():
     made = host_footprint(CONFIG, Plan(2, 2, 64), NODE, STEP, 8e9, 8e9, cache=4e9)
     assert made.processes == 16e9 and made.cache == 32e9
     # A token is an id, a label and three positions of 8 bytes; a patch 3 × 14 × 14 bytes. A rank has a 64th of a step.
-    assert made.samples == 8 * 5 * (1_000 * 40 + 2_000 * 588)
+    sample = 1_000 * 40 + 2_000 * 588
+    assert made.samples == 8 * sample  # of prepared batches; the cache has the samples of the four steps that wait
+    for cache, more in ((0.0, 4 * sample), (sample, 3 * sample)):
+        less = host_footprint(CONFIG, Plan(2, 2, 64), NODE, STEP, 8e9, 8e9, cache=cache)
+        assert less.samples == 8 * (sample + more)
     assert made.offload == made.drawn == 0
     assert made.moments["in a step"] == 48e9 + made.samples
 
