@@ -1,4 +1,7 @@
-"""Checks of numbers that users give: the value as a plain Python number, or an error that names it and what to give."""
+"""Checks of numbers that users give.
+
+Each returns the value as a plain Python number, or raises an error that names the argument and says what to give.
+"""
 
 import math
 from numbers import Real
@@ -6,15 +9,15 @@ from numbers import Real
 from keye.errors import KeyeError
 
 
-def whole(name: str, value: object, least: int = 1, *, error: type[KeyeError] = KeyeError) -> int:
-    """`value` as an int, if it is a whole number of `least` or more (8000.0 and numpy's are whole numbers, too)."""
+def integer(name: str, value: object, least: int = 1, *, error: type[KeyeError] = KeyeError) -> int:
+    """`value` as an int, if it is a whole number of `least` or more; 8000.0 and numpy's integers are accepted."""
     if not _finite(value) or value != int(value) or value < least:
         raise error(f"{name} is {value!r}; give a whole number of {least} or more")
     return int(value)
 
 
-def share(name: str, value: object, *, zero: bool = True, error: type[KeyeError] = KeyeError) -> float:
-    """`value` as a float, if it lies in [0, 1], or in (0, 1] where `zero` is false."""
+def fraction(name: str, value: object, *, zero: bool = True, error: type[KeyeError] = KeyeError) -> float:
+    """`value` as a float, if it is in [0, 1], or in (0, 1] where `zero` is false."""
     if not _finite(value) or not 0 <= value <= 1 or (value == 0 and not zero):
         raise error(f"{name} is {value!r}; give a number {'from 0 to 1' if zero else 'above 0 and at most 1'}")
     return float(value)
@@ -32,6 +35,14 @@ def seconds(name: str, value: object, *, error: type[KeyeError] = KeyeError) -> 
     if not _finite(value) or value < 0:
         raise error(f"{name} is {value!r}; give seconds from the beginning, 0 or more")
     return float(value)
+
+
+def height_width(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """`value` as (height, width) of 1 or more each; one number stands for both."""
+    sides = (value, value) if isinstance(value, int | float) else tuple(value)
+    if len(sides) != 2:
+        raise KeyeError(f"{name} is {value!r}; give (height, width), or one number for both")
+    return integer(name, sides[0]), integer(name, sides[1])
 
 
 def _finite(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""What comes out of an encoder: patches for a model of this project, or whole frames for any other."""
+"""Results of an encoder: patches for a model of this project, frames for any other, decisions of a stream."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +19,10 @@ from keye.visualize.notebook import PLACES, one_line, plan_html
 class EncodedVideo:
     """A video as the model reads it.
 
-    pixel_values: [N, 3, 14, 14], frame after frame in time order, raster patch order in each; float32 in [-1, 1] unless
-    another `format` was asked for.
-    grid_thw: LongTensor [T, 3], a row (1, height / 14, width / 14) per frame. plan: the VideoPlan.
-    (14 is half of the encoder's `token_side`.)
-    features: [plan.tokens, hidden] when the encoder holds a vision tower, else None.
+    pixel_values: [N, 3, p, p] patches, frame after frame in time order, each frame in raster order; p is half of the
+    encoder's `token_side`, 14 by default. Type and range: see `format`, float32 in [-1, 1] by default.
+    grid_thw: LongTensor [T, 3], a row (1, height / p, width / p) per frame. plan: the VideoPlan.
+    features: [plan.tokens, hidden] where the encoder has a vision tower, else None.
     """
 
     pixel_values: torch.Tensor
@@ -33,7 +32,10 @@ class EncodedVideo:
     format: PixelFormat = PixelFormat()
 
     def to(self, **output: Unpack[Output]) -> "EncodedVideo":
-        """The same video with its pixels in another format (see `PixelFormat`); what is not named is the default."""
+        """The same video with its pixels in another format.
+
+        output: dtype, device, mean and std, see `PixelFormat`; each that is not given takes its default.
+        """
         wanted = PixelFormat.of(output)
         if wanted == self.format:
             return self
@@ -46,7 +48,7 @@ class EncodedVideo:
         return f"EncodedVideo({one_line(self.plan)}, {len(self.pixel_values)} patches {kind}{features})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the filmstrip as the model sees it, and the plan's summary."""
+        """The filmstrip as the model sees it and the plan's summary, for notebooks."""
         entries = strip_frames(self.plan, PLACES)
         return plan_html(self.plan, {entry: self.picture(entry).permute(1, 2, 0).cpu().numpy() for entry in entries})
 
@@ -66,10 +68,10 @@ class EncodedVideo:
 
 @dataclass(frozen=True, repr=False)
 class ChosenFrames:
-    """The frames that an encoder chose, whole, for models that cut or resize them themselves.
+    """The frames that an encoder chose, uncut, for other models.
 
-    slow: [S, 3, h, w] and fast: [F, 3, h, w], each in time order. plan: the VideoPlan, whose `frame_types` say which is
-    which; its tokens count the plan's own sizes, whatever size was asked for.
+    slow: [S, 3, h, w] and fast: [F, 3, h, w], each in time order. plan: the VideoPlan; its `frame_types` give the order
+    of slow and fast frames, and its tokens are counted at the plan's own sizes, whatever size was requested.
     """
 
     slow: torch.Tensor
@@ -77,7 +79,7 @@ class ChosenFrames:
     plan: VideoPlan
 
     def in_order(self) -> list[torch.Tensor]:
-        """Every frame [3, h, w] in time order."""
+        """All frames [3, h, w] in time order."""
         rows = {SLOW: iter(self.slow), FAST: iter(self.fast)}
         return [next(rows[kind]) for kind in self.plan.frame_types.tolist()]
 
@@ -87,8 +89,26 @@ class ChosenFrames:
         return f"ChosenFrames({one_line(self.plan)}, {sizes})"
 
 
+@dataclass(frozen=True)
+class FrameDecision:
+    """The decision of a stream about one frame.
+
+    index: position in the stream, from 0. time: seconds. frame_type: 0 slow, 1 fast. similarity: in [0, 1], with the
+    latest slow frame before this one; NaN for the first. size: (height, width) in pixels, where the budget does not
+    limit it. beyond_budget: whether the stream has more frames than `most_frames`, so that a plan of all of them would
+    leave some out and could decide otherwise.
+    """
+
+    index: int
+    time: float
+    frame_type: int
+    similarity: float
+    size: tuple[int, int]
+    beyond_budget: bool = False
+
+
 class Sampling(TypedDict, total=False):
-    """What may be said about reading one source, see `open_clip`: which part of it, how many frames, whose clock."""
+    """Options for reading a source, see `open_clip`: which part of it, how many frames, which clock."""
 
     timestamps: Sequence[float] | torch.Tensor | None
     source_fps: float | None
@@ -98,11 +118,11 @@ class Sampling(TypedDict, total=False):
 
 
 class Options(Sampling, Output, total=False):
-    """What may be said about one call: how the source is read, and how its pixels come out."""
+    """Options of a call: for reading the source, and for the pixel format."""
 
 
 def split_options(options: Options) -> tuple[Output, Sampling]:
-    """(how pixels come out, how the source is read) of the options of a call."""
+    """(options for the pixel format, options for reading the source) of the options of a call."""
     output: Output = {name: options[name] for name in Output.__annotations__ if name in options}
     return output, {name: value for name, value in options.items() if name not in output}
 
@@ -110,7 +130,11 @@ def split_options(options: Options) -> tuple[Output, Sampling]:
 def encode_patches(
     frames: Iterable[torch.Tensor], sizes: Sequence[tuple[int, int]], side: int, pixel_format: PixelFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames uint8 [3, h, w] at their sizes (height, width) as (pixel_values [N, 3, p, p], grid_thw [T, 3])."""
+    """Resize frames uint8 [3, h, w] to `sizes` and cut them into patches of p = side / 2 pixels.
+
+    Returns:
+        (pixel_values [N, 3, p, p] in `pixel_format`, grid_thw LongTensor [T, 3])
+    """
     patch = side // 2
     pixel_values = pixel_format.empty(4 * sum(size_tokens(size, side) for size in sizes), 3, patch, patch)
     start = 0

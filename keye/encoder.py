@@ -1,19 +1,21 @@
-"""SlowFastEncoder, the face of the package: video → plan → patches (→ features, when it holds a vision tower)."""
+"""SlowFastEncoder: video → plan → patches, and features where the encoder has a vision tower."""
 
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from keye.checks import share, whole
+from keye.checks import fraction, height_width, integer
 from keye.encoded import (
     ChosenFrames,
     EncodedVideo,
+    FrameDecision,
     Options,
     Sampling,
     encode_patches,
@@ -25,6 +27,7 @@ from keye.slowfast.budget import fit_size
 from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import as_measure
+from keye.slowfast.measures.base import Tower
 from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import FAST, SLOW, Limits, as_policy
@@ -38,40 +41,19 @@ from keye.visualize.notebook import table_html
 if TYPE_CHECKING:
     from keye.batch.workers import Results
 
-BATCH = 64 << 20  # bytes of full-size frames that are scored and resized together
-
-Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(pixel_values [N, 3, 14, 14], grid_thw [F, 3]) -> features [N / 4, hidden]"""
-
-
-@dataclass(frozen=True)
-class FrameDecision:
-    """What a stream decided about one frame.
-
-    index: its place, from 0. time: seconds. frame_type: 0 slow, 1 fast. similarity: in [0, 1], with the latest slow
-    frame before it; NaN for the first. size: (height, width) that it gets in a video whose budget does not bind.
-    beyond_budget: whether so many frames have come that a plan of all of them would leave some out (`most_frames`); its
-    decisions may then differ.
-    """
-
-    index: int
-    time: float
-    frame_type: int
-    similarity: float
-    size: tuple[int, int]
-    beyond_budget: bool = False
+BATCH_BYTES = 64 << 20  # full-size frames that are scored and resized together
 
 
 class SlowFastEncoder:
     """Adaptive slow-fast video encoding (report §3.1), usable without any model.
 
     Args:
-        threshold: a frame less similar than this to the latest slow frame is slow; None takes the policy object's own,
-            or the measure's. One that differs from a policy object's own is an error.
-        settings: the other fields of `EncoderConfig`, which documents them. `measure` and `policy` may be objects, a
-            `Measure` and a `Policy`, as well as names. All are attributes of the encoder, too.
-        urls: what may be downloaded; without it a URL is an error.
-        tower: (pixel_values, grid_thw) -> features, what `from_pretrained` attaches.
+        threshold: a frame less similar than this to the latest slow frame is slow. None takes the policy object's own
+            threshold, or the measure's. A value that differs from the policy object's own is an error.
+        settings: the other fields of `EncoderConfig`. `measure` and `policy` are names, or objects: a `Measure` and a
+            `Policy`. All settings are attributes of the encoder.
+        urls: what may be downloaded; None refuses URLs.
+        tower: a vision tower, (pixel_values, grid_thw) -> features; `from_pretrained` attaches the model's.
 
     Raises:
         KeyeError: a setting is unknown or impossible.
@@ -91,7 +73,7 @@ class SlowFastEncoder:
             raise KeyeError(f"urls is {urls!r}; give UrlRules(), or None to download nothing")
         EncoderConfig.check_names(settings)
         self.measure = as_measure(settings.pop("measure", EncoderConfig.measure))
-        threshold = None if threshold is None else share("threshold", threshold)
+        threshold = None if threshold is None else fraction("threshold", threshold)
         self.policy, threshold = as_policy(settings.pop("policy", EncoderConfig.policy), threshold, self.measure)
         self.config = EncoderConfig(threshold, self.measure.name, self.policy.spec, **settings)
         self.urls, self.tower = urls, tower
@@ -99,35 +81,42 @@ class SlowFastEncoder:
             self.measure.attach(tower)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Settings are fixed, so that a plan never records others than it was made with."""
+        """Refuse to change settings: a plan records those that it was made with."""
         if name in EncoderConfig.__dataclass_fields__ and name not in ("measure", "policy"):
             raise AttributeError(f"{name} is a setting of the encoder; use encoder.with_settings({name}=...)")
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """The settings: `encoder.max_tokens` is `encoder.config.max_tokens`."""
+        """Settings as attributes: `encoder.max_tokens` is `encoder.config.max_tokens`."""
         if name in EncoderConfig.__dataclass_fields__ and "config" in self.__dict__:
             return getattr(self.config, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def released(cls, **overrides: object) -> "SlowFastEncoder":
-        """The decisions of keye-vl-utils 1.5.2: patch_cosine, 0.9, 0.3, 48–768 tokens a frame, 65,536 in all, 2 fps."""
+        """An encoder that decides as keye-vl-utils 1.5.2 does.
+
+        patch_cosine with threshold 0.9, fast_ratio 0.3, 48–768 tokens a frame, 65,536 tokens a video, 2 fps.
+        """
         settings = {"measure": "patch_cosine", "threshold": 0.9, "max_tokens": 65_536}
         return cls(**{**settings, **overrides})
 
     @classmethod
     def report(cls, **overrides: object) -> "SlowFastEncoder":
-        """The report's threshold of 0.95 and budget of 75,000; what it leaves open is as released."""
+        """An encoder with the report's threshold of 0.95 and budget of 75,000; the other settings are as released."""
         settings = {"measure": "patch_cosine", "threshold": 0.95, "max_tokens": 75_000}
         return cls(**{**settings, **overrides})
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "SlowFastEncoder":
-        """The encoder of a model directory: its settings and its vision tower, so that `features` are filled."""
+        """The encoder of a model directory: its settings and its vision tower, so that `features` are filled.
+
+        Raises:
+            CheckpointError: the directory has no valid settings or no readable weights.
+        """
         path = Path(directory) / "preprocessor_config.json"
         if not path.is_file():
-            raise CheckpointError(f"{directory} holds no preprocessor_config.json; give a directory that a stage wrote")
+            raise CheckpointError(f"{directory} has no preprocessor_config.json; give a directory that a stage wrote")
         settings = json.loads(path.read_text(encoding="utf-8")).get("encoder")
         if not isinstance(settings, dict):
             raise CheckpointError(f'{path} has no key "encoder"; save the processor again')
@@ -145,17 +134,17 @@ class SlowFastEncoder:
         return {**self.config.to_dict(), "measure": self.measure.name, "policy": self.policy.spec}
 
     def with_settings(self, **changes: Any) -> "SlowFastEncoder":
-        """The same encoder with some settings changed and without its tower.
+        """A copy with some settings changed, without the tower.
 
-        Measure and policy stay the objects that they are unless they are named.
-        A new measure brings its own threshold unless one is given; a new threshold replaces the policy's own.
+        The copy shares the measure and policy objects unless `changes` names others. A new measure brings its own
+        threshold unless one is given; a new threshold replaces the policy's own.
         """
         if changes.get("measure") == self.measure.name:
             del changes["measure"]
         measure = as_measure(changes.get("measure", self.measure))
         if "threshold" in changes or "measure" in changes:
             threshold = changes.get("threshold")
-            changes["threshold"] = measure.threshold if threshold is None else share("threshold", threshold)
+            changes["threshold"] = measure.threshold if threshold is None else fraction("threshold", threshold)
         policy = self.policy
         if "threshold" in changes and hasattr(policy, "threshold"):
             policy = replace(policy, threshold=changes["threshold"])
@@ -165,24 +154,40 @@ class SlowFastEncoder:
         return f"SlowFastEncoder({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the settings."""
+        """The settings as a table, for notebooks."""
         tower = [] if self.tower is None else [("tower", "yes: features are filled")]
         return table_html([*((name, str(value)) for name, value in self.settings.items()), *tower])
 
     def plan(self, source: Source, **sampling: Unpack[Sampling]) -> VideoPlan:
-        """Decide about a video without encoding it; no frame is kept. Arguments and errors: see `open_clip`."""
+        """Plan a video without encoding it; no frame is kept.
+
+        Args:
+            source: a video or pictures, see `open_clip`.
+            sampling: which frames are used, see `open_clip`.
+
+        Raises:
+            VideoError: the source cannot be read.
+        """
         with self._open(source, sampling) as clip:
             return self._walk(clip, None)[0]
 
     def __call__(self, source: Source, **options: Unpack[Options]) -> EncodedVideo:
         """Plan and encode a video.
 
-        One pass over the clip; a second one where frames had to be kept too small, or not at all (a policy that sees
-        the whole clip before it decides, on a large clip).
+        The clip is read once. It is read a second time where the frames in memory are too small for the sizes that the
+        plan gives them, or where none were kept: a large clip under a policy that needs all frames to decide.
 
-        options: how the source is read, see `open_clip`, and dtype, device, mean and std of `pixel_values`, see
-        `PixelFormat`: float32 in [-1, 1] in host memory by default, torch.uint8 for bytes. A tower is given the pixels
-        as they come out. Raises VideoError for what cannot be read, KeyeError for an impossible format.
+        Args:
+            source: a video or pictures, see `open_clip`.
+            options: which frames are used, see `open_clip`; dtype, device, mean and std of `pixel_values`, see
+                `PixelFormat` (default: float32 in [-1, 1] in host memory). The tower gets the pixels in this format.
+
+        Returns:
+            pixel_values, grid_thw, plan, and features where the encoder has a tower.
+
+        Raises:
+            VideoError: the source cannot be read.
+            KeyeError: the pixel format is impossible.
         """
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output)
@@ -203,75 +208,85 @@ class SlowFastEncoder:
         fast_size: int | tuple[int, int] | None = None,
         **options: Unpack[Options],
     ) -> ChosenFrames:
-        """The frames that the plan chooses, whole, for any other model; bytes by default.
+        """The frames that the plan chooses, uncut, for any other model.
 
-        size: (height, width) of the frames, or one number for both, such as 336 or 384: each is resized to it, whatever
-        its aspect; None takes the plan's sizes. fast_size: another size for the fast ones. options: as for a call, but
-        that dtype is torch.uint8 unless given.
+        Args:
+            source: a video or pictures, see `open_clip`.
+            size: (height, width) of the frames in pixels, or one number for both, such as 336. Frames are resized to
+                it without keeping their aspect; None takes the plan's sizes.
+            fast_size: size of the fast frames, where it differs.
+            options: as for a call; dtype is torch.uint8 by default.
+
+        Raises:
+            VideoError: the source cannot be read.
+            KeyeError: a size or the pixel format is impossible.
         """
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output, torch.uint8)
         with self._chosen(source, sampling) as (plan, frames):
-            slow = plan.slow_size if size is None else _size("size", size)
-            fast = (plan.fast_size if size is None else slow) if fast_size is None else _size("fast_size", fast_size)
+            slow = plan.slow_size if size is None else height_width("size", size)
+            fast = plan.fast_size if size is None else slow
+            fast = fast if fast_size is None else height_width("fast_size", fast_size)
             counts = plan.counts
-            rooms = [pixel_format.empty(counts[kind], 3, *(slow, fast)[kind]) for kind in (SLOW, FAST)]
-            filled = [0, 0]
-            frames = frames([(slow, fast)[kind] for kind in plan.frame_types.tolist()])
-            for kind, frame in zip(plan.frame_types.tolist(), frames, strict=True):
+            outputs = [pixel_format.empty(counts[kind], 3, *(slow, fast)[kind]) for kind in (SLOW, FAST)]
+            rows = [iter(output) for output in outputs]
+            kinds = plan.frame_types.tolist()
+            frames = frames([(slow, fast)[kind] for kind in kinds])
+            for kind, frame in zip(kinds, frames, strict=True):
                 resized = resize(frame[None], (slow, fast)[kind], "bicubic")[0]
-                pixel_format.fill(rooms[kind][filled[kind]], resized)
-                filled[kind] += 1
-        return ChosenFrames(*rooms, plan)
+                pixel_format.fill(next(rows[kind]), resized)
+        return ChosenFrames(*outputs, plan)
 
     @contextmanager
     def _chosen(
-        self, source: Source, sampling: "Sampling"
+        self, source: Source, sampling: Sampling
     ) -> Iterator[tuple[VideoPlan, Callable[[Sequence[tuple[int, int]]], Iterator[torch.Tensor]]]]:
-        """The plan of a video, and a function that gives its frames uint8 [3, h, w], no smaller than the sizes asked.
+        """The plan of a video, and a function: sizes → frames uint8 [3, h, w], each at least as large as its size.
 
-        Each frame is dropped once it has been given, so that what is made of them takes its place in memory.
+        A frame is released once it has been yielded, so that frames and results do not fill memory together.
         """
         with self._open(source, sampling) as clip:
             buffer = FrameBuffer(self._limits(clip.size), clip.expected, self.policy)
             plan, positions = self._walk(clip, buffer)
-            yield plan, lambda sizes: _entries(clip, buffer, positions, sizes)
+            yield plan, lambda sizes: buffer.entries(positions, sizes, (frame.pixels for frame in clip))
 
-    def stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator["FrameDecision"]:
-        """Decide about live video frame by frame: a decision as each frame arrives, the memory of one slow frame.
+    def stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator[FrameDecision]:
+        """Decide about live video as each frame arrives, in the memory of one slow frame.
 
-        frames: uint8 [3, H, W], each as it is or as (seconds, frame); without seconds they are 1 / fps apart. Every
-        frame is used, as of an array given to `plan`, and the types and similarities are those of that plan. A plan
-        leaves out frames where there are more than `most_frames`; a stream does not know its end, so it uses them all
-        and marks them `beyond_budget`. Raises KeyeError for a policy that decides only once it has seen the whole clip.
+        Types and similarities equal those of a `plan` of the same frames. Every frame is used: where a plan would leave
+        frames out because there are more than `most_frames`, the stream marks the later ones `beyond_budget`.
+
+        Args:
+            frames: uint8 [3, H, W] each, or (seconds, frame); without seconds, frames are 1 / fps apart.
+
+        Raises:
+            KeyeError: the policy needs all frames to decide.
+            VideoError: a frame has another size than the first.
         """
-        if not self.policy.online:
-            raise KeyeError(
-                f"policy {self.policy.spec} decides once it has seen the whole clip; stream with adaptive, all_slow,"
-                " uniform or strided"
-            )
-        return self._stream(frames)
+        return self._stream(FrameClassifier(self.measure, self.policy, remember=False), frames)
 
-    def _stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator["FrameDecision"]:
-        walk, sizes, first = FrameClassifier(self.measure, self.policy, remember=False), None, None
-        for index, given in enumerate(frames):
-            time, frame = given if isinstance(given, tuple) else (index / self.fps, given)
+    def _stream(
+        self, classifier: FrameClassifier, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]
+    ) -> Iterator[FrameDecision]:
+        sizes = first = None
+        for index, item in enumerate(frames):
+            time, frame = item if isinstance(item, tuple) else (index / self.fps, item)
             frame = load_image(frame)
             if sizes is None:
                 first = tuple(frame.shape[1:])
-                free = self._limits(first, max_tokens=2 * self.max_tokens_per_frame)
-                allocation = free.allocate(1, 1, fast_tokens=self.policy.fast_tokens)
+                ample = 2 * self.max_tokens_per_frame
+                allocation = self._limits(first).allocate(1, 1, fast_tokens=self.policy.fast_tokens, max_tokens=ample)
                 sizes = (allocation.slow_size, allocation.fast_size)
             elif tuple(frame.shape[1:]) != first:
                 raise VideoError(
                     f"frame {index} is {frame.shape[2]}x{frame.shape[1]} pixels and the first {first[1]}x{first[0]};"
                     " give frames of one size"
                 )
-            (kind,), (score,) = walk.step(frame[None])
+            (kind,), (score,) = classifier.step(frame[None])
             yield FrameDecision(index, float(time), kind, score, sizes[kind], index >= self.most_frames)
 
     def encode_many(self, sources: Sequence[Source], **options: object) -> "Results":
-        """Plan or encode many videos in worker processes; arguments as for `keye.batch.workers.encode_many`."""
+        """Plan or encode many videos in worker processes; options: see `keye.batch.workers.encode_many`."""
         from keye.batch.workers import encode_many
 
         return encode_many(self, sources, **options)
@@ -284,13 +299,23 @@ class SlowFastEncoder:
         min_tokens: int = 4,
         **output: Unpack[Output],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A still as (pixel_values [N, 3, 14, 14], grid_thw [1, 3]), at most 20,480 tokens by default (report).
+        """Encode a still image.
 
-        output: dtype, device, mean and std of the pixels, see `PixelFormat`.
+        Args:
+            source: a path, URL, bytes, file, PIL image or array, see `load_image`.
+            max_tokens, min_tokens: range of the image's tokens; the report allows at most 20,480.
+            output: dtype, device, mean and std of the pixels, see `PixelFormat`.
+
+        Returns:
+            (pixel_values [N, 3, 14, 14], grid_thw LongTensor [1, 3])
+
+        Raises:
+            VideoError: the image cannot be read.
+            KeyeError: the range or the pixel format is impossible.
         """
-        least, most = whole("min_tokens", min_tokens), whole("max_tokens", max_tokens)
+        least, most = integer("min_tokens", min_tokens), integer("max_tokens", max_tokens)
         if least > most:
-            raise KeyeError(f"min_tokens={least} is above max_tokens={most}; give a range that is not empty")
+            raise KeyeError(f"min_tokens={least} is above max_tokens={most}; give min_tokens <= max_tokens")
         pixel_format = PixelFormat.of(output)
         picture = load_image(source, self.urls)
         size = fit_size(*picture.shape[1:], least, most, self.token_side)
@@ -298,27 +323,27 @@ class SlowFastEncoder:
 
     @property
     def most_frames(self) -> int:
-        """The most frames of a video that are looked at: what the budget holds of the smallest, or `max_frames`."""
+        """Most frames sampled from a video: as many of the smallest size as the budget holds, or `max_frames`."""
         limit = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
         return limit if self.max_frames is None else min(limit, self.max_frames)
 
-    def _open(self, source: Source, sampling: "Sampling"):
+    def _open(self, source: Source, sampling: Sampling) -> AbstractContextManager[Clip]:
         return open_clip(source, self.fps, self.most_frames, urls=self.urls, **sampling)
 
-    def _limits(self, size: tuple[int, int], max_tokens: int | None = None) -> Limits:
+    def _limits(self, size: tuple[int, int]) -> Limits:
         return Limits(
             size,
             ratio=self.fast_ratio,
             min_tokens=self.min_tokens_per_frame,
             max_tokens_per_frame=self.max_tokens_per_frame,
-            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
+            max_tokens=self.max_tokens,
             side=self.token_side,
         )
 
     def _walk(self, clip: Clip, buffer: FrameBuffer | None) -> tuple[VideoPlan, list[int]]:
-        """Type the clip's frames as they come; the plan, and the position among the sampled frames of each entry."""
+        """Classify the clip's frames; returns the plan, and which sampled frame each of its entries shows."""
         limits = self._limits(clip.size)
-        walk = FrameClassifier(self.measure, self.policy, limits)
+        classifier = FrameClassifier(self.measure, self.policy, limits)
         indices, times = [], []
         with nullcontext() if hasattr(self.measure, "attach") else one_thread():  # a tower takes all threads
             for batch in _batches(clip):
@@ -326,11 +351,11 @@ class SlowFastEncoder:
                 indices += [frame.index for frame in batch]
                 times += [frame.time for frame in batch]
                 batch.clear()  # one copy of the frames is enough while they are compared
-                types, _ = walk.step(pixels)
+                types, _ = classifier.step(pixels)
                 if buffer is not None:
                     buffer.add(pixels, types)
                 del pixels  # before the next ones are decoded
-            decided = walk.finish()
+            decided = classifier.finish()
         slow = decided.types.count(SLOW)
         allocation = limits.allocate(
             slow, len(decided.types) - slow, fast_tokens=self.policy.fast_tokens, max_tokens=decided.max_tokens
@@ -357,40 +382,13 @@ class SlowFastEncoder:
         budget = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
         why = f"max_tokens={self.max_tokens} holds no more of min_tokens_per_frame={self.min_tokens_per_frame}"
         if self.most_frames < budget:
-            why = f"max_frames={self.max_frames} allows no more"
+            why = f"max_frames={self.max_frames}"
         return [f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: {why}"]
 
 
 def _batches(clip: Clip) -> Iterator[list[Frame]]:
-    """The clip's frames, as many together as are worth it and fit into a bounded memory."""
-    size = max(1, min(8, BATCH // (3 * clip.size[0] * clip.size[1])))
-    batch: list[Frame] = []
-    for frame in clip:
-        batch.append(frame)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    """The clip's frames in batches of at most 8 and at most `BATCH_BYTES`, or of one."""
+    size = max(1, min(8, BATCH_BYTES // (3 * clip.size[0] * clip.size[1])))
+    frames = iter(clip)
+    while batch := list(islice(frames, size)):
         yield batch
-
-
-def _entries(
-    clip: Clip, buffer: FrameBuffer, positions: Sequence[int], sizes: Sequence[tuple[int, int]]
-) -> Iterator[torch.Tensor]:
-    """The frame [3, H, W] uint8 of each entry of a plan, from what was kept or from a second pass over the clip."""
-    if buffer.serve(positions, sizes):
-        for position, following in zip(positions, [*positions[1:], -1], strict=True):
-            yield buffer.frames[position] if following == position else buffer.release(position)
-        return
-    entry = 0
-    for position, frame in enumerate(clip):
-        while entry < len(positions) and positions[entry] == position:
-            yield frame.pixels
-            entry += 1
-
-
-def _size(name: str, given: int | tuple[int, int]) -> tuple[int, int]:
-    sides = (given, given) if isinstance(given, int | float) else tuple(given)
-    if len(sides) != 2:
-        raise KeyeError(f"{name} is {given!r}; give (height, width), or one number for both")
-    return whole(name, sides[0]), whole(name, sides[1])

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from keye.checks import rate, share, whole
+from keye.checks import fraction, integer, rate
 from keye.errors import KeyeError
 from keye.slowfast.budget import SIDE
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Every number and name that decides what an encoder does with a video.
+    """The settings of an encoder.
 
     The arguments of `SlowFastEncoder`, the options of `keye encode`, the keys of a video in a message and the keys of
-    `processor.encoder` in a recipe are these fields. Whole numbers become int and the others float.
+    `processor.encoder` in a recipe are these fields. Integers are stored as int and other numbers as float.
 
     Raises:
         KeyeError: a value is impossible; the message names the field.
@@ -31,49 +31,49 @@ class EncoderConfig:
     """Which frames are slow: name and options of a policy, see `keye.slowfast.policies.get_policy`."""
 
     fast_ratio: float = 0.3
-    """Tokens of a fast frame as a share of a slow one's, in (0, 1]."""
+    """Tokens of a fast frame over those of a slow frame, in (0, 1]."""
 
     max_tokens: int = 65_536
-    """Budget of a whole video in tokens, never exceeded."""
+    """Token budget of a video, never exceeded."""
 
     min_tokens_per_frame: int = 48
-    """No frame gets fewer tokens."""
+    """Fewest tokens of a frame."""
 
     max_tokens_per_frame: int = 768
-    """No frame gets more tokens."""
+    """Most tokens of a frame."""
 
     fps: float = 2.0
     """Frames sampled per second."""
 
     max_frames: int | None = None
-    """At most so many frames, spread evenly (default: all that the budget can hold)."""
+    """Most frames of a video, spread evenly (default: as many as the budget can hold)."""
 
     token_side: int = SIDE
-    """Pixels along one side of a token, two patches: 28 for Keye-VL and Qwen2.5-VL, 32 for Qwen3-VL."""
+    """Pixels along one side of a token, which is two patches: 28 for Keye-VL and Qwen2.5-VL, 32 for Qwen3-VL."""
 
     def __post_init__(self) -> None:
         checked = {
-            "threshold": None if self.threshold is None else share("threshold", self.threshold),
-            "fast_ratio": share("fast_ratio", self.fast_ratio, zero=False),
+            "threshold": None if self.threshold is None else fraction("threshold", self.threshold),
+            "fast_ratio": fraction("fast_ratio", self.fast_ratio, zero=False),
             "fps": rate("fps", self.fps),
-            "max_frames": None if self.max_frames is None else whole("max_frames", self.max_frames),
+            "max_frames": None if self.max_frames is None else integer("max_frames", self.max_frames),
         }
         for name in ("max_tokens", "min_tokens_per_frame", "max_tokens_per_frame", "token_side"):
-            checked[name] = whole(name, getattr(self, name))
+            checked[name] = integer(name, getattr(self, name))
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.min_tokens_per_frame > self.max_tokens_per_frame:
             raise KeyeError(
                 f"min_tokens_per_frame={self.min_tokens_per_frame} and max_tokens_per_frame={self.max_tokens_per_frame}"
-                " leave no size for a frame; give 1 <= min <= max"
+                " allow no size of a frame; give 1 <= min <= max"
             )
         if self.max_tokens < self.min_tokens_per_frame:
             raise KeyeError(
                 f"max_tokens={self.max_tokens} does not hold one frame of min_tokens_per_frame="
-                f"{self.min_tokens_per_frame}; raise the one or lower the other"
+                f"{self.min_tokens_per_frame}; raise max_tokens or lower min_tokens_per_frame"
             )
         if self.token_side % 2:
-            raise KeyeError(f"token_side is {self.token_side}; a token is two patches wide: give an even number")
+            raise KeyeError(f"token_side is {self.token_side}, but a token is two patches wide; give an even number")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ class EncoderConfig:
         """Refuse unknown names.
 
         Raises:
-            KeyeError: a name is not a setting; the message says which one is nearest.
+            KeyeError: a name is not a setting; the message suggests the nearest one.
         """
         for name in given:
             if name not in cls.names():

@@ -1,4 +1,4 @@
-"""Mistakes a user can mend: one sentence that names the file or key and says what to do, never a traceback."""
+"""Errors that a user can correct: one sentence that names the file or key and says what to do, without a traceback."""
 
 import os
 import sys
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class KeyeError(Exception):
-    """A user's mistake; the message is one sentence with the file or key at fault and the mend."""
+    """A user's mistake. The message is one sentence: the file or key at fault, and how to correct it."""
 
 
 class ArgumentError(KeyeError, ValueError):
-    """Arguments of a processor's call that make no sense; also what callers of transformers' processors catch."""
+    """Invalid arguments of a processor's call; a ValueError too, which callers of transformers' processors catch."""
 
 
 class VideoError(KeyeError):
@@ -28,12 +28,12 @@ class ManifestError(KeyeError):
 
 
 class CheckpointError(KeyeError):
-    """A model or checkpoint directory that is missing, torn or of another model."""
+    """A model or checkpoint directory that is missing, incomplete or of another model."""
 
 
 @contextmanager
 def writing(path: str | os.PathLike, what: str = "the file", kind: type[KeyeError] = KeyeError) -> Iterator[None]:
-    """Turn what the system says about a path that cannot be written to into one sentence."""
+    """Raise an OSError of the block as a `kind` that names `what` and `path`."""
     try:
         yield
     except OSError as error:
@@ -44,27 +44,27 @@ def writing(path: str | os.PathLike, what: str = "the file", kind: type[KeyeErro
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit with its code; a `KeyeError` becomes one line on stderr and exit code 2.
 
-    What all processes of a launch run into is said by one of them.
+    An error that all processes of a launch raise is printed by one of them.
     """
     try:
         sys.exit(main() or 0)
     except KeyeError as error:
-        if first_to_say(str(error)):
+        if _first_to_report(str(error)):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if first_to_say("interrupted"):
-            print("stopped: interrupted by the user; run the same command again to go on", file=sys.stderr)
+        if _first_to_report("interrupted"):
+            print("stopped: interrupted by the user; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 
-def first_to_say(text: str) -> bool:
-    """Whether no other process of this launch has said this sentence before; a process alone always is the first."""
-    dist = sys.modules.get("torch.distributed")  # without it, nobody has joined others
+def _first_to_report(text: str) -> bool:
+    """Whether this process is the first of its launch to report `text`; true for a process of its own."""
+    dist = sys.modules.get("torch.distributed")  # not imported: the process has joined no group
     if dist is None or not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         store = dist.distributed_c10d._get_default_store()
-        return store.add(f"said/{zlib.crc32(text.encode()):08x}", 1) == 1
-    except RuntimeError:  # the store was the first rank's, which has gone: it has said what it had to say
+        return store.add(f"reported/{zlib.crc32(text.encode()):08x}", 1) == 1
+    except RuntimeError:  # the store was in rank 0, which has ended and therefore has reported
         return dist.get_rank() == 0

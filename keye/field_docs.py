@@ -1,4 +1,4 @@
-"""The docstrings below the fields of a dataclass, so that help texts and documents repeat nothing."""
+"""The docstrings below the fields of a dataclass, for help texts and documents."""
 
 import ast
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """Field → its docstring in one line, of a dataclass and its bases; fields without one are left out."""
+    """Field → docstring in one line, of a dataclass and its bases; fields without a docstring are left out."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -26,11 +26,12 @@ def field_docs(cls: type) -> dict[str, str]:
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """Field → its type; of an optional one the type that it has when it is given."""
-    return {field.name: _given(get_type_hints(cls)[field.name]) for field in dataclasses.fields(cls)}
+    """Field → type; for `T | None` it is T."""
+    hints = get_type_hints(cls)
+    return {field.name: _without_none(hints[field.name]) for field in dataclasses.fields(cls)}
 
 
-def _given(hint: Any) -> Any:
+def _without_none(hint: Any) -> Any:
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
     return next(option for option in get_args(hint) if option is not type(None))

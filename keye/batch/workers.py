@@ -32,7 +32,7 @@ from keye import errors
 from keye.batch.cache import Cache, add_features, named_settings, without_tower
 from keye.batch.packed import pack, unpack
 from keye.batch.protocol import Encoder
-from keye.checks import rate, whole
+from keye.checks import integer, rate
 from keye.encoded import EncodedVideo, split_options
 from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
@@ -158,7 +158,7 @@ def iter_many(
     At most two sources per worker are under way, however long the iterable and however slow the reader, so memory
     does not grow with their number. Features of an encoder with a vision tower are computed here, not in the workers.
     """
-    workers = None if workers is None else whole("workers", workers, 0)
+    workers = None if workers is None else integer("workers", workers, 0)
     limits = Limits.of(max_seconds, max_memory)
     cache = cache if cache is None or isinstance(cache, Cache) else Cache(cache)
     if cache is not None:
@@ -211,7 +211,7 @@ class Limits:
     def of(cls, max_seconds: float | None, max_memory: int | None) -> "Limits":
         """The limits that were asked for, checked; KeyeError where one is impossible or cannot be watched here."""
         seconds = None if max_seconds is None else rate("max_seconds", max_seconds)
-        memory = None if max_memory is None else whole("max_memory", max_memory)
+        memory = None if max_memory is None else integer("max_memory", max_memory)
         if memory is not None and _resident(os.getpid()) is None:
             raise errors.KeyeError("max_memory needs /proc, which this system does not have; leave it out")
         return cls(seconds, memory)

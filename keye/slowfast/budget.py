@@ -1,10 +1,10 @@
-"""How many tokens a slow and a fast frame get: integers, and the total after rounding is never above the budget.
+"""Sizes of slow and fast frames under a token budget; the total after rounding never exceeds the budget.
 
 A token is a square of pixels, 28x28 in Keye-VL (2x2 vision patches of 14). Sizes follow the usual "smart resize":
-aspect kept, sides rounded to whole tokens, scaled down or up into the allowed range (report §3.1; keye-vl-utils 1.5.2).
-While the budget does not bind they are the release's. Where it binds, the release returns the first size *over* it;
-here the pairs of a slow and a fast grid whose aspects are near the picture's are weighed, and only one whose real total
-fits is taken.
+aspect kept, sides rounded to multiples of a token, scaled into the allowed range (report §3.1; keye-vl-utils 1.5.2).
+They equal the release's where the budget does not limit them. Where it does, the release returns the first size *over*
+the budget; here pairs of a slow and a fast grid with an aspect near the picture's are compared, and the best pair whose
+actual total fits is taken.
 """
 
 import math
@@ -22,7 +22,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Allocation:
-    """Sizes (height, width) in pixels of the slow and the fast frames, and the tokens the whole video costs."""
+    """Sizes (height, width) in pixels of the slow and the fast frames, and the tokens of the video."""
 
     slow_size: tuple[int, int]
     fast_size: tuple[int, int]
@@ -35,10 +35,13 @@ def size_tokens(size: tuple[int, int], side: int = SIDE) -> int:
 
 
 def fit_size(height: int, width: int, min_tokens: int, max_tokens: int, side: int = SIDE) -> tuple[int, int]:
-    """The size (height, width), multiples of `side`, nearest to the given one that has `min_tokens` to `max_tokens`.
+    """The size (height, width), multiples of `side`, nearest to the given one with `min_tokens` to `max_tokens` tokens.
 
-    The aspect ratio is kept as closely as the grid allows; both limits always hold, so a ribbon or a range as narrow as
-    [7, 7] gives up some of the aspect instead. Raises ValueError for sizes below 1 pixel or an empty range.
+    The aspect ratio is kept as closely as the grid allows. Both limits always hold, so extreme aspects, or a range as
+    narrow as [7, 7], change the aspect.
+
+    Raises:
+        ValueError: a side is below 1 pixel, or the range of tokens is empty.
     """
     if height < 1 or width < 1:
         raise ValueError(f"a frame of {height}x{width} pixels has no area")
@@ -46,7 +49,7 @@ def fit_size(height: int, width: int, min_tokens: int, max_tokens: int, side: in
         raise ValueError(f"the range of {min_tokens} to {max_tokens} tokens per frame is empty")
     rows, columns = max(1, round(height / side)), max(1, round(width / side))
     if rows * columns > max_tokens:
-        # In the order of operations of the release: where a side lands on a multiple of 28, the last bit decides.
+        # In the release's order of operations: where a side is near a multiple of 28, the last bit decides.
         shrink = math.sqrt((height * width) / (max_tokens * side * side))
         rows, columns = max(1, math.floor(height / shrink / side)), max(1, math.floor(width / shrink / side))
     elif rows * columns < min_tokens:
@@ -73,10 +76,10 @@ def _nearest_grid(aspect: float, min_tokens: int, max_tokens: int) -> tuple[int,
 
 @lru_cache(maxsize=256)
 def near_grids(height: int, width: int, min_tokens: int, max_tokens: int) -> tuple[Grid, ...]:
-    """The grids of `min_tokens` to `max_tokens` whose aspect is at most 6/5 of the picture's and at least 5/6.
+    """The grids of `min_tokens` to `max_tokens` whose aspect is 5/6 to 6/5 of the picture's, by ascending tokens.
 
-    In ascending order of tokens. So much a frame of six rows is off with one row more or less; of 48 tokens in all,
-    plain resizing can be off by more.
+    One row more or less changes the aspect of a frame of six rows by this much; at 48 tokens plain resizing may change
+    it by more.
     """
     grids = []
     fewest = math.isqrt(5 * min_tokens * height // (6 * width))
@@ -88,13 +91,13 @@ def near_grids(height: int, width: int, min_tokens: int, max_tokens: int) -> tup
 
 
 def aspect_error(height: int, width: int, grid: Grid) -> float:
-    """How far the aspect of a grid is from that of the picture, as a factor of 1 or more."""
+    """The ratio of a grid's aspect to the picture's, or its inverse: 1 or more."""
     one, other = grid[1] * width, grid[2] * height
     return max(one, other) / min(one, other)
 
 
 def fast_limit(slow_tokens: int, ratio: float, min_tokens: int) -> int:
-    """The most tokens a fast frame may have beside slow frames of `slow_tokens` (report: 30 %)."""
+    """Most tokens of a fast frame where slow frames have `slow_tokens` (report: 30 %)."""
     return max(int(ratio * slow_tokens), min_tokens)
 
 
@@ -111,28 +114,34 @@ def allocate(
     side: int = SIDE,
     fast_tokens: int | None = None,
 ) -> Allocation:
-    """The sizes of `slow` + `fast` frames of `height` x `width` whose real total is at most `max_tokens`.
+    """The sizes of `slow` + `fast` frames of `height` x `width` pixels whose total is at most `max_tokens`.
 
-    A slow frame has `min_tokens` to `max_tokens_per_frame`, a fast one `min_tokens` to `fast_limit`; or, with
-    `fast_tokens`, about that many and no more, whatever the ratio and the minimum say. `side`: pixels along a token.
+    The largest sizes are taken if they fit. Otherwise the candidates are pairs of `near_grids`, and the plain sizes
+    that the release's binary search would find if it kept to the budget. Pairs that spend 98 % of the budget are
+    preferred; a pair that spends less is taken only if it spends no less than the plain sizes. Among the remaining
+    pairs the one with the least loss is taken. The loss is a product of factors of 1 or more: both grids' aspect
+    errors, a fast frame's limit over its tokens, and the square of the budget over the total (squared, or else a row
+    whose aspect error equals what it spends would never be added).
 
-    If the largest sizes fit, they are taken. Else the candidates are pairs of `near_grids`, and the plain sizes that
-    the release's binary search would find if it kept to the budget. No pair is taken that spends less than those,
-    unless it spends 98 % of the budget; pairs that do go first; among them the one with the least loss, which is the
-    product, each a factor of 1 or more, of both grids' aspect error, of how far a fast frame is below its limit, and,
-    squared, the total below the budget (else a row that makes as much of an error as it spends would never be added).
+    Args:
+        ratio: most tokens of a fast frame over those of a slow one, see `fast_limit`.
+        min_tokens, max_tokens_per_frame: range of a slow frame's tokens; `min_tokens` applies to fast frames, too.
+        max_tokens: the budget.
+        side: pixels along a token.
+        fast_tokens: fast frames get at most so many tokens and nearly as many, whatever `ratio` and `min_tokens` are.
 
-    Raises ValueError when even `min_tokens` for each frame is too much: thin the frames to `most_frames` first.
+    Raises:
+        ValueError: frames of `min_tokens` exceed the budget; reduce them to `most_frames` first.
     """
     if slow + fast < 1 or min(slow, fast) < 0:
-        raise ValueError(f"{slow} slow and {fast} fast frames make no video")
+        raise ValueError(f"{slow} slow and {fast} fast frames are no video; give at least one frame")
     fixed = None if fast_tokens is None else _pooled_size(height, width, fast_tokens, side)
     least = slow * min_tokens + fast * (size_tokens(fixed, side) if fixed else min_tokens)
     if least > max_tokens:
         raise ValueError(f"{slow + fast} frames take {least} tokens at least, which exceeds the budget of {max_tokens}")
-    case = _Case(height, width, slow, fast, ratio, min_tokens, max_tokens_per_frame, max_tokens, side, fixed)
-    largest = case.plain(max_tokens_per_frame)
-    return largest if largest.tokens <= max_tokens else case.fill()
+    problem = _Problem(height, width, slow, fast, ratio, min_tokens, max_tokens_per_frame, max_tokens, side, fixed)
+    largest = problem.plain(max_tokens_per_frame)
+    return largest if largest.tokens <= max_tokens else problem.fill()
 
 
 def bounds(
@@ -147,14 +156,14 @@ def bounds(
     max_tokens: int,
     side: int = SIDE,
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) that no slow and no fast frame exceeds if `slow` (1 or more) or more of `frames` frames are slow.
+    """Upper bounds (height, width) of slow and of fast frames if at least `slow` (1 or more) of `frames` are slow.
 
-    For those who must keep frames before all of them have a type. A bound of its own, since one slow frame more does
-    not always make `allocate` choose fewer rows: it may choose other columns.
+    For keeping frames before all types are known. `allocate` for `slow` slow frames is no such bound: with one slow
+    frame more it may choose more rows and fewer columns.
     """
     spare = max_tokens - frames * min_tokens
     slow_tokens = min(max_tokens_per_frame, min_tokens + max(spare, 0) // slow)
-    # A fast frame above the minimum has slow ones of 1 / ratio its tokens beside it.
+    # Where a fast frame is above the minimum, slow frames have at least 1 / ratio times its tokens.
     all_as_fast = slow / ratio + frames - slow
     fast_tokens = min(fast_limit(slow_tokens, ratio, min_tokens), max(min_tokens, int(max_tokens / all_as_fast + 1e-6)))
 
@@ -167,9 +176,9 @@ def bounds(
 
 
 def _longest(one: int, other: int, tokens: int) -> int:
-    """The most tokens along `one` of a grid of `tokens` that is near the aspect or no further off than by rounding."""
+    """Most tokens along side `one` of a grid of `tokens` that is near the aspect, or off by rounding only."""
     near = math.isqrt(6 * tokens * one // (5 * other))
-    # Rounding leaves the other side at most a token shorter and this one at most a token longer than the aspect asks:
+    # Rounding makes the other side at most a token shorter and this side at most a token longer than the aspect says:
     # rounded <= (short + 1) * aspect + 1, and rounded * short <= tokens.
     aspect = one / other
     short = (math.sqrt((aspect + 1) ** 2 + 4 * aspect * tokens) - aspect - 1) / (2 * aspect)
@@ -180,7 +189,7 @@ def _longest(one: int, other: int, tokens: int) -> int:
 def _odd_sizes(height: int, width: int, min_tokens: int, side: int) -> list[tuple[int, int]]:
     """The longest sides of the plain sizes with at most `min_tokens`, one more, … four times as many tokens.
 
-    So near the minimum a range may be so narrow that its grids are further off in aspect.
+    This near the minimum, a range of tokens may be so narrow that its grids are further off in aspect.
     """
     longest = [(1, 1)] * (3 * min_tokens + 1)
     for limit in range(min_tokens, 4 * min_tokens + 1):
@@ -191,7 +200,7 @@ def _odd_sizes(height: int, width: int, min_tokens: int, side: int) -> list[tupl
 
 
 def _pooled_size(height: int, width: int, tokens: int, side: int) -> tuple[int, int]:
-    """The size with at most `tokens` tokens that gives up least of them and of the aspect, 98 % of them if it can."""
+    """The size of at most `tokens` tokens with the least loss of tokens and aspect, of 98 % of them if possible."""
     plain = fit_size(height, width, 1, tokens, side)
 
     def loss(grid: Grid) -> tuple:
@@ -206,8 +215,8 @@ def _grid(size: tuple[int, int], side: int) -> Grid:
 
 
 @dataclass(frozen=True)
-class _Case:
-    """What `allocate` was asked; fast_size: that of all fast frames, where it is fixed."""
+class _Problem:
+    """The arguments of `allocate`; fast_size: size of the fast frames, where it is fixed."""
 
     height: int
     width: int
@@ -229,7 +238,7 @@ class _Case:
         return self.fast_size or fit_size(self.height, self.width, self.min_tokens, limit, self.side)
 
     def plain(self, limit: int) -> Allocation:
-        """What plain resizing gives for slow frames of at most `limit` tokens."""
+        """The sizes of plain resizing for slow frames of at most `limit` tokens."""
         slow_size = fit_size(self.height, self.width, self.min_tokens, limit, self.side)
         return self.allocation(slow_size, self.plain_fast(self.fast_limit(size_tokens(slow_size, self.side))))
 
@@ -238,7 +247,7 @@ class _Case:
         return Allocation(slow_size, fast_size, tokens)
 
     def best_plain(self) -> Allocation:
-        """The largest of the plain sizes that fit, by binary search on the tokens of a slow frame."""
+        """The largest plain sizes that fit, by binary search on the tokens of a slow frame."""
         best, low, high = self.plain(self.min_tokens), self.min_tokens, self.max_tokens_per_frame
         while high - low > 1:
             middle = (low + high) // 2
@@ -261,7 +270,7 @@ class _Case:
         for slow_grid in sorted({*near, _grid(plain.slow_size, self.side)}):
             limit, spare = self.fast_limit(slow_grid[0]), self.max_tokens - self.slow * slow_grid[0]
             if spare < self.fast or (self.fast and best < (False, limit * self.fast / spare)):
-                break  # with larger slow frames the fast ones would lose more than the best pair as a whole
+                break  # with larger slow frames the loss of the fast ones alone would exceed that of the best pair
             slow_loss = aspect_error(self.height, self.width, slow_grid) if self.slow else 1.0
             for fast_grid in self._fast_grids(near, limit, least - self.max_tokens + spare, spare):
                 tokens = self.slow * slow_grid[0] + self.fast * fast_grid[0]
@@ -273,7 +282,7 @@ class _Case:
         return self.allocation(*pair)
 
     def _fast_grids(self, near: tuple[Grid, ...], limit: int, least: int, spare: int) -> list[Grid]:
-        """Grids with which all the fast frames together have `least` to `spare` tokens, each at most `limit`."""
+        """Grids of at most `limit` tokens with which the fast frames have `least` to `spare` tokens together."""
         plain = _grid(self.plain_fast(limit), self.side)
         grids = [plain] if least <= self.fast * plain[0] <= spare else []
         if self.fast and self.fast_size is None:
@@ -283,12 +292,12 @@ class _Case:
 
 
 def most_frames(max_tokens: int, min_tokens: int) -> int:
-    """How many frames of `min_tokens` fit into `max_tokens`."""
+    """Number of frames of `min_tokens` that fit into `max_tokens`."""
     return max_tokens // min_tokens
 
 
 def thin(count: int, limit: int) -> list[int]:
-    """At most `limit` of the indices 0 … count-1, evenly spread, always with the first."""
+    """At most `limit` of the indices 0 … count-1, spread evenly, including the first."""
     if count <= limit:
         return list(range(count))
     return [index * count // limit for index in range(limit)]

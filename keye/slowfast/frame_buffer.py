@@ -1,58 +1,78 @@
-"""Frames kept until their sizes are known: the budget is shared out only once every frame has its type.
+"""Frames kept until their sizes are known, which is once every frame has its type.
 
-Small clips are kept whole and resized once. Of larger ones a frame is kept at twice the pixels that it can still be
-needed at: the most a slow frame can get is what it gets if all frames still to come are fast, and this bound falls with
-every slow frame. So what is kept is bounded by the token budget (in uint8, up to five times its pixels), however long
-the clip.
+Frames of small clips are kept at full size and resized once. A frame of a larger clip is kept at twice the pixels of an
+upper bound of its final size: the size of a slow frame if all later frames are fast, which falls with every slow frame.
+Memory is therefore bounded by the token budget (in uint8, up to five times its pixels), whatever the clip's length.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from keye.slowfast.policies import SLOW, Limits, Policy
 from keye.slowfast.resizing import copy, resize
 
-SLAB = 48 << 20  # bytes; glibc maps what is above 32 MiB by itself, and unmaps it when it is freed
-WHOLE = 256 << 20  # bytes of uint8 frames that are kept as they are
-# Pixels of a kept frame over the most it can be needed at. A second resize to nearly the same size blurs by up to
-# 1.1 of 255 in the mean (at 1.2 times the pixels); from twice the pixels it is 0.6, where 1 is the promise.
+SLAB = 48 << 20  # bytes; glibc maps blocks above 32 MiB on their own, and unmaps them when they are freed
+FULL_SIZE_BYTES = 256 << 20  # clips of at most this many bytes (uint8) are kept at full size
+# Pixels of a kept frame over those of its largest possible size. A second resize to nearly the same size changes pixels
+# by up to 1.1 of 255 on average (at 1.2 times the pixels), from twice the pixels by 0.6; the guarantee is 1.
 SPARE = 2.0
 Size = tuple[int, int]
 
 
 class FrameBuffer:
-    """Keeps the sampled frames of one clip of which at most `expected` come.
+    """Keeps the sampled frames of one clip, at most `expected` of them.
 
-    A policy that sees the whole clip before it decides leaves the types open when a frame comes; then only clips that
-    can be kept whole are kept, and `frames` stays empty for the others: read them again.
+    Under a policy that needs all frames to decide, types are unknown when frames arrive. Clips that cannot be kept at
+    full size are then not kept at all, and `entries` reads them again.
     """
 
     def __init__(self, limits: Limits, expected: int, policy: Policy):
         self._limits, self._expected, self._policy = limits, expected, policy
         height, width = limits.size
-        self._whole = 3 * height * width * expected <= WHOLE
+        self._full_size = 3 * height * width * expected <= FULL_SIZE_BYTES
         self._slow = 0
         self._bounds: tuple[Size, Size] = (limits.size, limits.size)
         self._slab, self._used = torch.empty(0, dtype=torch.uint8), 0
         self.frames: list[torch.Tensor] = []
 
     def add(self, pixels: torch.Tensor, types: Sequence[int]) -> None:
-        """Keep the next frames [T, 3, H, W] uint8 of the given types (0 slow, 1 fast; empty if not known yet)."""
-        if self._whole:
+        """Keep the next frames uint8 [T, 3, H, W] with their types (0 slow, 1 fast; empty if not known yet)."""
+        if self._full_size:
             self.frames += [self._stored(frame) for frame in pixels]
         elif self._policy.online:
             for frame, kind in zip(pixels, types, strict=True):
                 if kind == SLOW:
                     self._slow += 1
-                    rest = max(self._expected - self._slow, 0)
-                    slow_bound, fast_bound = self._limits.bounds(self._slow, self._slow + rest)
-                    self._bounds = (self._spared(slow_bound), self._spared(fast_bound))
+                    bounds = self._limits.bounds(self._slow, max(self._expected, self._slow))
+                    self._bounds = tuple(self._spared(bound) for bound in bounds)
                 self.frames.append(self._stored(resize(frame[None], self._bounds[kind], "bicubic")[0]))
 
-    def serve(self, positions: Sequence[int], sizes: Sequence[Size]) -> bool:
-        """Whether frame `positions[i]` was kept large enough for `sizes[i]`, for all i."""
+    def entries(
+        self, positions: Sequence[int], sizes: Sequence[Size], frames: Iterable[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """The frame uint8 [3, H, W] of each entry of a plan, no smaller than the entry's size.
+
+        Each kept frame is released once it has been yielded for the last time.
+
+        Args:
+            positions: which sampled frame each entry shows, in ascending order.
+            sizes: (height, width) of each entry.
+            frames: a second pass over the sampled frames, iterated only where a kept frame is too small.
+        """
+        if self.has(positions, sizes):
+            for position, following in zip(positions, [*positions[1:], -1], strict=True):
+                yield self.frames[position] if following == position else self._release(position)
+            return
+        entry = 0
+        for position, frame in enumerate(frames):
+            while entry < len(positions) and positions[entry] == position:
+                yield frame
+                entry += 1
+
+    def has(self, positions: Sequence[int], sizes: Sequence[Size]) -> bool:
+        """Whether frame `positions[i]` is kept at `sizes[i]` or larger, for all i."""
         if not self.frames:
             return False
         kept = [tuple(frame.shape[1:]) for frame in self.frames]
@@ -61,26 +81,25 @@ class FrameBuffer:
             for position, size in zip(positions, sizes, strict=True)
         )
 
-    def release(self, position: int) -> torch.Tensor:
-        """Frame `position`, which is kept no longer."""
+    def _release(self, position: int) -> torch.Tensor:
         frame, self.frames[position] = self.frames[position], torch.empty(0)
         return frame
 
     def _stored(self, frame: torch.Tensor) -> torch.Tensor:
-        """A copy of the frame in a slab of memory that goes back to the system when all its frames are released.
+        """A copy of the frame in a slab of memory that returns to the system when all its frames are released.
 
-        Frames by themselves lie among whatever else is allocated, and the allocator keeps what they leave.
+        Frames allocated one by one share pages with other allocations, so the allocator would keep their memory.
         """
         size = frame.numel()
         if self._used + size > len(self._slab) or self._slab.device != frame.device:
             self._slab, self._used = frame.new_empty(max(SLAB, size)), 0
-        place = self._slab[self._used : self._used + size].view(*frame.shape[1:], 3)  # channels last, as resizing wants
+        place = self._slab[self._used : self._used + size].view(*frame.shape[1:], 3)  # channels last: fast to resize
         self._used += size
         copy(frame.permute(1, 2, 0), place)
         return place.permute(2, 0, 1)
 
     def _spared(self, size: Size) -> Size:
-        """`SPARE` times the pixels of `size`, or the clip's own size where that is smaller."""
+        """A size of `SPARE` times the pixels of `size`, or the clip's own size where that is smaller."""
         height, width = (math.ceil(side * math.sqrt(SPARE)) for side in size)
         own = self._limits.size
         return (height, width) if height * width < own[0] * own[1] else own

@@ -1,6 +1,6 @@
-"""Bytes and normalised floats: the one place where one becomes the other.
+"""Conversion between pixel bytes and normalised floats.
 
-Pixels are uint8 from decoding to the vision tower. What a model wants otherwise, a `PixelFormat` says.
+Pixels are uint8 from decoding to the vision tower. A `PixelFormat` describes any other form that a model needs.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class Output(TypedDict, total=False):
-    """What may be said about the pixels that come out; see `PixelFormat`."""
+    """Options for the format of output pixels; see `PixelFormat`."""
 
     dtype: torch.dtype | None
     device: torch.device | str | None
@@ -26,9 +26,9 @@ class Output(TypedDict, total=False):
 
 
 def normalised(pixels: Tensor, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> Tensor:
-    """Bytes uint8 [..., 3, h, w] as float32 (value / 255 - mean) / std; floats come back as they are.
+    """Bytes uint8 [..., 3, h, w] as float32 (value / 255 - mean) / std; floats are returned unchanged.
 
-    With the defaults any shape is taken, and the result lies in [-1, 1].
+    With the default mean and std, any shape is accepted and the result is in [-1, 1].
     """
     if pixels.dtype != torch.uint8:
         return pixels
@@ -36,7 +36,7 @@ def normalised(pixels: Tensor, mean: Sequence[float] = HALF, std: Sequence[float
 
 
 def as_bytes(pixels: Tensor, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> Tensor:
-    """Normalised floats [..., 3, h, w] as the nearest uint8; bytes come back as they are."""
+    """Normalised floats [..., 3, h, w] as the nearest uint8; bytes are returned unchanged."""
     if pixels.dtype == torch.uint8:
         return pixels
     if tuple(mean) == tuple(std) == HALF:
@@ -46,7 +46,7 @@ def as_bytes(pixels: Tensor, mean: Sequence[float] = HALF, std: Sequence[float] 
 
 
 def exact_bytes(pixels: Tensor) -> Tensor:
-    """Floats in [-1, 1] as uint8 where they come back the same, to float32 rounding; as they are otherwise."""
+    """Floats in [-1, 1] as uint8 where that is lossless up to float32 rounding; unchanged otherwise."""
     if pixels.dtype == torch.uint8:
         return pixels
     codes = as_bytes(pixels)
@@ -54,7 +54,7 @@ def exact_bytes(pixels: Tensor) -> Tensor:
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """Pixels [N, ...] of several sources as one; bytes only where all are bytes, and no copy of a single one."""
+    """Concatenate pixels [N, ...]; bytes where all parts are bytes, without a copy where there is one part."""
     if len(parts) == 1:
         return parts[0]
     same = len({part.dtype for part in parts}) == 1
@@ -62,7 +62,7 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _normalise_(floats: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """In place, of float32 from 0 to 255."""
+    """Normalise float32 values from 0 to 255 in place."""
     if tuple(mean) == tuple(std) == HALF:
         return floats.div_(127.5).sub_(1)
     mean, std = (_channels(values, floats.device) for values in (mean, std))
@@ -75,11 +75,13 @@ def _channels(values: Sequence[float], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How pixels come out: type, place and normalisation.
+    """Type, device and normalisation of output pixels.
 
     dtype: torch.uint8 for bytes, or float32, float16 or bfloat16 for (value / 255 - mean) / std, computed in float32.
-    device: where; None leaves them in host memory. mean, std: of values from 0 to 1, one number or one per channel.
-    Raises KeyeError for what is impossible.
+    device: None leaves pixels in host memory. mean, std: of values from 0 to 1, one number per channel.
+
+    Raises:
+        KeyeError: a value is impossible, or bytes have a mean or std.
     """
 
     dtype: torch.dtype = torch.float32
@@ -89,11 +91,15 @@ class PixelFormat:
 
     @classmethod
     def of(cls, output: Output, dtype: torch.dtype = torch.float32) -> "PixelFormat":
-        """The format of options of which None says nothing; dtype: where they say none."""
+        """The format of `output`, whose options may be None; dtype: the default type.
+
+        Raises:
+            KeyeError: an option is unknown or impossible.
+        """
         given = {name: value for name, value in output.items() if value is not None}
         unknown = set(given) - set(Output.__annotations__)
         if unknown:
-            raise KeyeError(f"{', '.join(sorted(unknown))} is not known; use {', '.join(Output.__annotations__)}")
+            raise KeyeError(f"unknown option {', '.join(sorted(unknown))}; use {', '.join(Output.__annotations__)}")
         for name in ("mean", "std"):
             if name in given:
                 given[name] = _three(name, given[name])
@@ -108,20 +114,20 @@ class PixelFormat:
             raise KeyeError(f"std is {self.std}; give numbers above 0")
 
     def empty(self, *shape: int) -> Tensor:
-        """Room for pixels of this format."""
+        """An uninitialised tensor of this format."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def convert(self, pixels: Tensor) -> Tensor:
-        """Bytes [..., 3, h, w] in this format; they travel to the device as bytes."""
+        """Bytes [..., 3, h, w] in this format; they are moved to the device as bytes."""
         pixels = pixels.to(self.device or pixels.device)
         return pixels if self.dtype == torch.uint8 else normalised(pixels, self.mean, self.std).to(self.dtype)
 
-    def fill(self, room: Tensor, pixels: Tensor) -> None:
-        """Write bytes into `room` of the same shape; float32 is normalised in place, without a copy."""
+    def fill(self, target: Tensor, pixels: Tensor) -> None:
+        """Write bytes into `target` of the same shape; float32 is normalised in place, without a copy."""
         if self.dtype == torch.float32:
-            _normalise_(room.copy_(pixels), self.mean, self.std)
+            _normalise_(target.copy_(pixels), self.mean, self.std)
         else:
-            room.copy_(self.convert(pixels))
+            target.copy_(self.convert(pixels))
 
 
 def _three(name: str, value: float | Sequence[float]) -> tuple[float, float, float]:

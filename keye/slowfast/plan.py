@@ -1,4 +1,4 @@
-"""VideoPlan: everything that was decided about one video, carried through training, RL and evaluation."""
+"""VideoPlan: the decisions about one video, carried through training, RL and evaluation."""
 
 import json
 import math
@@ -17,18 +17,18 @@ from keye.slowfast.policies import SLOW
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VideoPlan:
-    """What each of a clip's T sampled frames is and costs. Two plans are equal when their JSON is.
+    """Type, time, size and tokens of a clip's T sampled frames. Two plans are equal when their JSON is.
 
-    Entries are in the order in which the model reads them. A frame may stand there twice, slow and then fast, with the
-    same time and index (policy two_stream).
+    Entries are in the order in which the model reads them. Under the policy two_stream a frame may have two entries,
+    slow and then fast, with the same time and index.
 
-    source: the clip's name (its path, when it has one).
+    source: the clip's name (its path, if it has one).
     frame_types: LongTensor [T], 0 slow, 1 fast. timestamps: FloatTensor [T], seconds on the container's clock.
-    frame_indices: LongTensor [T], among the source's frames in presentation order.
-    similarity: FloatTensor [T] in [0, 1], with the latest slow frame before it; NaN for the first.
-    source_size: (height, width) on the screen. slow_size, fast_size: (height, width), multiples of `side`.
-    max_tokens: the budget. duration: seconds, when the last frame leaves the screen. settings: the encoder's.
-    warnings: sentences on what is not as asked.
+    frame_indices: LongTensor [T], position among the source's frames in presentation order.
+    similarity: FloatTensor [T] in [0, 1], with the latest slow frame before; NaN for the first.
+    source_size: (height, width) in pixels as displayed. slow_size, fast_size: (height, width), multiples of `side`.
+    max_tokens: the budget. duration: end of the last frame in seconds. settings: the encoder's.
+    warnings: sentences about what differs from the request.
     """
 
     source: str
@@ -59,14 +59,14 @@ class VideoPlan:
         return f"VideoPlan({one_line(self)})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: filmstrip and summary."""
+        """Filmstrip and summary, for notebooks."""
         from keye.visualize.notebook import plan_html
 
         return plan_html(self)
 
     @property
     def side(self) -> int:
-        """Pixels along one side of a token: 28, or what the encoder's `token_side` says."""
+        """Pixels along one side of a token: the encoder's `token_side`, 28 by default."""
         return self.settings.get("token_side", SIDE)
 
     @property
@@ -81,40 +81,40 @@ class VideoPlan:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """(slow, fast) entries."""
+        """Numbers of (slow, fast) entries."""
         slow = int((self.frame_types == SLOW).sum())
         return slow, len(self) - slow
 
     @property
     def tokens(self) -> int:
-        """Visual tokens the language model will see; never above `max_tokens`."""
+        """Visual tokens of the video; never above `max_tokens`."""
         slow, fast = self.counts
         return slow * self.slow_tokens + fast * self.fast_tokens
 
     @property
     def tokens_per_frame(self) -> torch.Tensor:
-        """LongTensor [T]."""
+        """LongTensor [T]: tokens of each entry."""
         return torch.where(self.frame_types == SLOW, self.slow_tokens, self.fast_tokens)
 
     @property
     def all_slow_tokens(self) -> int:
-        """What the same frames would cost if each were there once and slow."""
+        """Tokens of the same frames if each had one entry and were slow."""
         return len(self.frame_indices.unique()) * self.slow_tokens
 
     @property
     def saved(self) -> float:
-        """Share of `all_slow_tokens` that is not spent."""
+        """Fraction of `all_slow_tokens` that is not spent."""
         return 1 - self.tokens / self.all_slow_tokens
 
     @property
     def frame_ends(self) -> torch.Tensor:
-        """FloatTensor [T], seconds: when the next frame takes the place of each; the last one's is the plan's end."""
+        """FloatTensor [T], seconds: when the next frame replaces each; the last one's is the end of `span`."""
         times = torch.cat([self.timestamps.unique(), self.timestamps.new_tensor([self.span[1]])])
         return times[torch.searchsorted(times[:-1], self.timestamps, right=True)]
 
     @property
     def span(self) -> tuple[float, float]:
-        """Seconds from and to which the plan reaches: the clip, or the part of it that was sampled."""
+        """(start, end) in seconds of the clip, or of the part of it that was sampled."""
         times = self.timestamps.unique().tolist()
         if len(times) < 2:
             last = times[0] + 1 / self.settings.get("fps", 1.0)
@@ -125,22 +125,22 @@ class VideoPlan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of the video that the plan covers."""
+        """Tokens per second of `span`."""
         start, end = self.span
         return self.tokens / (end - start)
 
     @property
     def frame_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) in pixels of every frame."""
+        """(height, width) in pixels of every entry."""
         return [self.slow_size if kind == SLOW else self.fast_size for kind in self.frame_types.tolist()]
 
     @property
     def slow_share(self) -> float:
-        """Share of the frames that are slow."""
+        """Fraction of the entries that are slow."""
         return float((self.frame_types == SLOW).float().mean())
 
     def to_dict(self) -> dict:
-        """Plain JSON values; float32 values as the shortest text that reads back the same, NaN as None."""
+        """Plain JSON values; float32 values as floats that read back the same, NaN as None."""
         return {
             "source": self.source,
             "frame_types": self.frame_types.tolist(),
@@ -187,25 +187,30 @@ class VideoPlan:
         return cls.from_dict(values)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON; VideoError where that cannot be."""
+        """Write the plan as JSON; VideoError where that fails."""
         with writing(path, "the plan", VideoError):
             Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "VideoPlan":
-        """Read a plan that `save` wrote; VideoError if there is none or it is not one."""
+        """Read a plan that `save` wrote; VideoError if the file is missing or not a plan."""
         if not Path(path).is_file():
             raise VideoError(f"{path} does not exist; check the path")
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise VideoError(f"{path} is not a video plan but binary; make the plan again") from error
+            raise VideoError(f"{path} is a binary file, not a video plan; make the plan again") from error
 
     def plot(self, path: str | os.PathLike, frames: Sequence[torch.Tensor] | torch.Tensor | None = None) -> None:
-        """Draw the plan into a PNG, PDF or SVG: filmstrip, tokens per frame and per second, similarity curve.
+        """Draw filmstrip, tokens per frame and per second, and similarity into a PNG, PDF or SVG.
 
-        frames: T pictures uint8 [3, h, w] for the filmstrip; by default they are read again from `source`, and the
-        strip is left out when that is no longer there (bytes, arrays).
+        Args:
+            path: the file; its suffix gives the format.
+            frames: T pictures uint8 [3, h, w] for the filmstrip. By default they are read again from `source`; there is
+                no filmstrip where it does not exist (bytes, arrays).
+
+        Raises:
+            VideoError: the file cannot be written, or the number of pictures is not T.
         """
         from keye.visualize.figures import draw_plan
 
@@ -216,10 +221,13 @@ class VideoPlan:
         path: str | os.PathLike | None = None,
         frames: Sequence[torch.Tensor] | torch.Tensor | None = None,
     ) -> str:
-        """The plan as one HTML page that needs nothing else, written to `path` if one is given; frames as in `plot`.
+        """The plan as one self-contained HTML page, written to `path` if given; frames as in `plot`.
 
-        A timeline to be looked along frame by frame (mouse, touch or arrow keys), every frame in a table, settings and
-        warnings. The pictures in it take at most about 2 MB.
+        The page has a timeline to step through by mouse, touch or arrow keys, a table of all frames, settings and
+        warnings. Its pictures take at most about 2 MB.
+
+        Raises:
+            VideoError: the file cannot be written, or the number of pictures is not T.
         """
         from keye.visualize.page import plan_page
 
@@ -234,7 +242,7 @@ class VideoPlan:
         return "\n".join(f"{name:<8}{text}" for name, text in self.facts())
 
     def facts(self) -> list[tuple[str, str]]:
-        """(what, value) rows of `summary`."""
+        """(label, value) rows of `summary`."""
         slow, fast = self.counts
 
         def size(pixels: tuple[int, int]) -> str:
@@ -251,13 +259,13 @@ class VideoPlan:
             (
                 "tokens",
                 f"{self.tokens} of {self.max_tokens}, {self.tokens_per_second:.0f} a second;"
-                f" all slow it would be {self.all_slow_tokens} ({self.saved:.0%} saved)",
+                f" {self.all_slow_tokens} if all frames were slow ({self.saved:.0%} saved)",
             ),
             *(("warning", text) for text in self.warnings),
         ]
 
     def frame_rows(self) -> list[tuple[str, str, str, str, str, str]]:
-        """(time, index, type, similarity, size, tokens) of every frame as text."""
+        """(time, index, type, similarity, size, tokens) of every entry as text."""
         columns = (self.timestamps, self.frame_indices, self.frame_types, self.similarity, self.tokens_per_frame)
         return [
             (
@@ -274,7 +282,7 @@ class VideoPlan:
         ]
 
     def frame_table(self) -> str:
-        """A line per frame in plain text: time, index, type, similarity, size, tokens."""
+        """One line per entry in plain text: time, index, type, similarity, size, tokens."""
         lines = ["   time  frame  type  similarity       size  tokens"]
         for time, index, kind, score, size, tokens in self.frame_rows():
             lines.append(f"{time:>7}  {index:>5}  {kind}  {score:>10}  {size:>9}  {tokens:>6}")

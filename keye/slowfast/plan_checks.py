@@ -1,4 +1,4 @@
-"""Checks of the JSON values of a plan: a file that was edited, cut or made by something else is named, not believed."""
+"""Checks of the JSON values of a plan, which may come from a file that was edited or truncated."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,11 +8,15 @@ from keye.errors import VideoError
 from keye.slowfast.budget import SIDE
 
 _LISTS = ("frame_types", "timestamps", "frame_indices", "similarity")
-_SCORE_SLACK = 1e-3  # a measure of one's own may round beyond 0 and 1
+_SCORE_SLACK = 1e-3  # a user's measure may round beyond 0 and 1
 
 
 def check_values(values: Any, keys: set[str]) -> None:
-    """Refuse what `VideoPlan.to_dict` cannot have written; VideoError names the key and what is wrong with it."""
+    """Refuse values that `VideoPlan.to_dict` cannot have written.
+
+    Raises:
+        VideoError: the message names the key, its value and what it must be.
+    """
     if not isinstance(values, Mapping):
         raise VideoError(f"this is not a video plan but a {type(values).__name__}; make the plan again")
     if set(values) != keys:
@@ -24,7 +28,7 @@ def check_values(values: Any, keys: set[str]) -> None:
     lengths = {name: len(column) for name, column in lists.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise VideoError(f"this is not a video plan: its lists have no one length ({shown}); make the plan again")
+        raise VideoError(f"this is not a video plan: its lists differ in length ({shown}); make the plan again")
     _each(lists, "frame_types", lambda value: _whole(value) and value in (0, 1), "0 or 1")
     _each(lists, "frame_indices", lambda value: _whole(value) and value >= 0, "whole numbers of 0 or more")
     _each(lists, "timestamps", _number, "seconds")

@@ -1,4 +1,4 @@
-"""Frames resized and cut into patches, spread over the threads that torch may use."""
+"""Resizing frames and cutting them into patches, in as many threads as torch may use."""
 
 import numpy as np
 import torch
@@ -9,29 +9,29 @@ from keye.slowfast.threads import allowed_threads, over_threads
 
 
 def resize(frames: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
-    """Frames [T, 3, H, W] uint8 resized to `size` (height, width) with antialiasing, rounded to uint8.
+    """Frames uint8 [T, 3, H, W] resized to `size` (height, width) with antialiasing, rounded to uint8.
 
-    On the CPU several frames are spread over the threads that torch may use: its own kernel does one after the other.
+    On the CPU frames are resized in parallel threads; torch's kernel resizes one frame after the other.
     """
     if tuple(frames.shape[-2:]) == tuple(size):
         return frames
-    # The uint8 kernels are about three times faster on channels-last memory, and give the same bytes. Flattened and
-    # unflattened, a single frame has the strides by which torch knows that memory, too.
+    # The uint8 kernels are about three times faster on channels-last memory, with the same result. Flattening and
+    # unflattening gives a single frame, too, the strides by which torch recognises that memory format.
     pixels = frames.permute(0, 2, 3, 1).contiguous()
     frames = pixels.flatten(0, 1).unflatten(0, pixels.shape[:2]).permute(0, 3, 1, 2)
     if frames.device.type != "cpu" or len(frames) < 2 or allowed_threads() < 2:
         return F.interpolate(frames, size=size, mode=mode, antialias=True, align_corners=False)
     resized = frames.new_empty(len(frames), *size, 3)
 
-    def one(frame: torch.Tensor, place: torch.Tensor) -> None:
-        copy(resize(frame[None], size, mode)[0].permute(1, 2, 0), place)
+    def resize_one(frame: torch.Tensor, target: torch.Tensor) -> None:
+        copy(resize(frame[None], size, mode)[0].permute(1, 2, 0), target)
 
-    over_threads(one, frames, resized)
+    over_threads(resize_one, frames, resized)
     return resized.permute(0, 3, 1, 2)
 
 
 def copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """`target.copy_(source)` in this thread alone, where torch would set all of its threads to work on the CPU."""
+    """`target.copy_(source)` in this thread only; on the CPU torch would use all of its threads."""
     if target.device.type == "cpu":
         np.copyto(target.numpy(), source.numpy())
     else:
@@ -39,7 +39,7 @@ def copy(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def patches(frames: torch.Tensor, side: int = SIDE) -> torch.Tensor:
-    """Frames [T, C, H, W] cut into patches [T, P, C, side, side] in raster order; sides must divide."""
+    """Frames [T, C, H, W] cut into patches [T, P, C, side, side] in raster order; H and W are multiples of `side`."""
     count, channels, height, width = frames.shape
     grid = frames.reshape(count, channels, height // side, side, width // side, side)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels, side, side)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from keye.checks import rate, seconds, whole
+from keye.checks import integer, rate, seconds
 from keye.errors import VideoError
 from keye.video.arrays import FrameArray, is_clip
 from keye.video.decoding.containers import open_container
@@ -151,7 +151,7 @@ def _check_request(
             rate(key, value, error=VideoError)
     for key, value in (("max_frames", max_frames), ("num_frames", num_frames)):
         if value is not None:
-            whole(key, value, error=VideoError)
+            integer(key, value, error=VideoError)
     for key, value in (("start", start), ("end", end)):
         if value is not None:
             seconds(key, value, error=VideoError)

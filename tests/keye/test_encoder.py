@@ -154,7 +154,7 @@ def test_too_many_frames_are_thinned_with_a_warning(tmp_path):
     assert float(steps.max() - steps.min()) <= 0.05
     limited = SlowFastEncoder(max_frames=3).plan(path)
     assert len(limited) == 3
-    assert limited.warnings == (f"3 of 20 frames of {path} are used, spread evenly: max_frames=3 allows no more",)
+    assert limited.warnings == (f"3 of 20 frames of {path} are used, spread evenly: max_frames=3",)
     assert not SlowFastEncoder(max_frames=20).plan(path).warnings  # which thins nothing
 
 
@@ -348,7 +348,7 @@ def test_a_stream_marks_the_frames_that_a_plan_would_leave_no_room_for(limit):
 
 
 def test_what_cannot_be_streamed():
-    with pytest.raises(KeyeError, match="once it has seen the whole clip"):
+    with pytest.raises(KeyeError, match="needs all frames of a clip to decide"):
         SlowFastEncoder(policy="two_stream").stream([])
     with pytest.raises(VideoError, match="frame 1 is 30x30 pixels and the first 40x40"):
         list(SlowFastEncoder().stream([noise(3, 40, 40), noise(3, 30, 30)]))
@@ -377,21 +377,21 @@ def test_the_slow_frames_of_two_streams_are_in_both():
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), count=st.integers(1, 60), budget=st.integers(60, 400), ratio=st.floats(0.1, 1))
-def test_what_is_kept_serves_and_stays_within_a_multiple_of_the_budget(data, count, budget, ratio):
-    """Whatever the types turn out to be, frames are kept large enough, and together little more than the budget."""
+def test_kept_frames_are_large_enough_and_within_a_multiple_of_the_budget(data, count, budget, ratio):
+    """For all types, every frame is kept large enough, and their total is little more than the budget."""
     limits = Limits((700, 900), ratio=ratio, min_tokens=1, max_tokens_per_frame=100, max_tokens=budget)
     policy = get_policy("adaptive", 0.5)
-    keeper = FrameBuffer(limits, count, policy)
-    keeper._whole = False
+    buffer = FrameBuffer(limits, count, policy)
+    buffer._full_size = False
     types = [0] + data.draw(st.lists(st.integers(0, 1), min_size=count - 1, max_size=count - 1))
     for kind in types:
-        keeper.add(torch.zeros(1, 3, 700, 900, dtype=torch.uint8), [kind])
+        buffer.add(torch.zeros(1, 3, 700, 900, dtype=torch.uint8), [kind])
     slow = types.count(0)
     allocation = limits.allocate(slow, count - slow)
     sizes = [(allocation.slow_size, allocation.fast_size)[kind] for kind in types]
-    kept = sum(frame.shape[1] * frame.shape[2] for frame in keeper.frames) / 28**2
-    assert kept <= 4 * budget * (1 + np.log(count))  # a box holds all grids that may come
-    assert keeper.serve(range(count), sizes)
+    kept = sum(frame.shape[1] * frame.shape[2] for frame in buffer.frames) / 28**2
+    assert kept <= 4 * budget * (1 + np.log(count))  # a bound covers all grids that are possible
+    assert buffer.has(range(count), sizes)
 
 
 def test_a_policys_own_budget_is_the_plans():

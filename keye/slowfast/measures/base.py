@@ -1,22 +1,29 @@
 """The protocol of a similarity measure and the registry of measures."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A vision tower: (pixel_values [N, 3, 14, 14], grid_thw LongTensor [F, 3]) -> features [N / 4, hidden]."""
+
 
 class Measure(Protocol):
-    """Scores how alike frames are. `name` is its registered name, `threshold` the value below which a frame is slow."""
+    """Scores the similarity of frames.
+
+    name: its registered name. threshold: the default similarity below which a frame is slow.
+    """
 
     name: str
     threshold: float
 
     def prepare(self, frames: torch.Tensor) -> torch.Tensor:
-        """Features [T, ...] of frames [T, 3, H, W] uint8 RGB; frames of one clip share one size."""
+        """Features [T, ...] of frames uint8 [T, 3, H, W] in RGB; all frames of a clip have one size."""
         ...
 
     def compare(self, reference: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Scores [T] float32 in [0, 1], 1 = the same, of features [T, ...] against one reference [...]."""
+        """Scores float32 [T] in [0, 1], 1 = identical, of features [T, ...] against one reference [...]."""
         ...
 
 
@@ -24,6 +31,6 @@ REGISTRY: dict[str, type[Measure]] = {}
 
 
 def register(measure: type[Measure]) -> type[Measure]:
-    """Make a measure class known under its `name`; use it as a decorator. It is built without arguments."""
+    """Class decorator: register a measure under its `name`. The class is created without arguments."""
     REGISTRY[measure.name] = measure
     return measure

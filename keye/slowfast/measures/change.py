@@ -1,8 +1,8 @@
-"""The default measure: how much of the picture changed in a way that light, noise, coding or a tremor cannot explain.
+"""The default measure: the part of the picture that changed, apart from light, noise, coding and camera shake.
 
-Both frames are reduced to a small grid of cells, four along the side of a token. What remains of their difference
-after the camera's move and the light have been accounted for counts, the more the more it is gathered in one place: a
-person who enters a still view covers one per cent of it, and scattered noise far more.
+Both frames are reduced to a small grid of cells, four along the side of a token. Camera motion and light are
+compensated. The remaining difference weighs more where it is concentrated: a person who enters a still scene covers one
+per cent of the picture, and scattered noise far more.
 """
 
 import torch
@@ -19,41 +19,42 @@ SAMPLES = 6  # pixels read along a cell, where there are as many
 
 @register
 class Change:
-    """One minus the change between two frames, half of it by its strongest places and half by the picture as a whole.
+    """One minus the change between two frames: half of it local change, half global change.
 
-    Frames are compared at 48-256 tokens, as the mean RGB of cells of 7 pixels (12 kB a frame). The first frame follows
-    a camera that moved by up to two cells (`follow`) and is lit like the second (`light`); per cell, the difference
-    that remains is reduced by what a shift of a fraction of a cell, rounding and the noise seen all over the picture
-    would make (`residual`). The changed shares of token-sized places are averaged by their fourth power, so that few
-    wholly changed ones weigh more than many slightly changed ones. To this local change comes a global one (`whole`):
-    the smaller of how far the tokens' mean colours moved and of how far the distribution of colours did. Motion moves
-    the first alone, light the second alone, a cut both. The constants were tuned on the tuning
-    clips of scripts/bench/encoder/recall.py.
+    Frames are compared at 48-256 tokens, as the mean RGB of cells of 7 pixels (12 kB a frame). The first frame is moved
+    with the camera by up to two cells (`follow`) and given the light of the second (`light`). Per cell, the remaining
+    difference is reduced by what a shift of a fraction of a cell, rounding, and the noise level of the picture would
+    cause (`residual`). Local change is the mean of the fourth powers of the changed fractions of token-sized places, so
+    that a few fully changed places weigh more than many slightly changed ones. Global change (`global_change`) is the
+    smaller of two differences: of the tokens' mean colours, and of the distribution of colours. Motion changes only the
+    first, light only the second, a cut both. The constants were tuned on the tuning clips of
+    scripts/bench/encoder/recall.py.
 
-    Every sum is one of whole numbers, so a frame scores the same, to the bit, in any batch.
-    Known to be weak: a cut between two fine, even textures of one colour (grass, gravel) is a small change here.
+    All sums are over integers, so a frame has the same score to the bit in any batch.
+    Known weakness: a cut between two fine, even textures of one colour (grass, gravel) is a small change here.
     """
 
     name = "change"
     threshold = 0.85
 
     GLOBAL = 0.5  # weight of the global change
-    REACH = 2  # cells that a camera's move is followed
-    FOLLOW = 0.75  # a move is followed when it takes the difference below this share of what it is without
+    REACH = 2  # cells: largest camera motion that is followed
+    FOLLOW = 0.75  # motion is followed where it reduces the difference below this fraction
     LIGHT_GAIN = (0.4, 2.5)
     LIGHT_OFFSET = 48.0  # of 255
-    ROUNDING = 3.0  # differences up to this are nothing
-    TREMOR = 0.2  # of the local contrast: a shift by a fifth of a cell
-    LIT = 0.25  # of the change in light: how wrong its account may be
-    NOISE, NOISE_MAX = 1.5, 3.0  # how many times the noise is taken off; beyond the maximum it is change
+    ROUNDING = 3.0  # differences up to this are ignored
+    TREMOR = 0.2  # of the local contrast: the effect of a shift by a fifth of a cell
+    LIT = 0.25  # of the change in light: the possible error of its estimate
+    NOISE, NOISE_MAX = 1.5, 3.0  # factor by which noise is subtracted; noise above the maximum counts as change
     COLOUR = 1.5  # weight of a difference in colour, relative to one in luminance
-    SAME = 4.0  # what is left of the difference in a cell that counts as the same
-    CHANGED, CHANGED_MAX, BUSY = 30.0, 100.0, 3.0  # … as wholly changed: where it was flat, at most, per local contrast
+    SAME = 4.0  # remaining difference up to which a cell counts as unchanged
+    # Remaining difference from which a cell counts as fully changed: in flat areas, at most, and per local contrast.
+    CHANGED, CHANGED_MAX, BUSY = 30.0, 100.0, 3.0
 
     def prepare(self, frames: torch.Tensor) -> torch.Tensor:
-        """Mean RGB of the cells, [T, 3, h, w] uint8 with h and w multiples of 4."""
+        """Mean RGB of the cells, uint8 [T, 3, h, w] with h and w multiples of 4."""
         height, width = (side // CELL for side in fit_size(*frames.shape[-2:], 48, 256))
-        # Of large pictures every other (third, …) pixel is enough for a cell's mean, and far quicker to read.
+        # For large pictures every second (third, …) pixel suffices for a cell's mean, and is much faster to read.
         step = max(1, min(frames.shape[-2] // (SAMPLES * height), frames.shape[-1] // (SAMPLES * width)))
         return resize(frames[..., ::step, ::step], (height, width)).contiguous()
 
@@ -65,12 +66,15 @@ class Change:
         changed = self.residual(first, lit, second)
         fourth = (changed**4).double().sum(1) / changed.shape[1] / (255.0 * PER_TOKEN**2) ** 4
         local = fourth.sqrt().sqrt()
-        return (1 - (1 - self.GLOBAL) * local - self.GLOBAL * self.whole(lit, second)).clamp(0, 1).float()
+        return (1 - (1 - self.GLOBAL) * local - self.GLOBAL * self.global_change(lit, second)).clamp(0, 1).float()
 
     def follow(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first frame [1, 3, h, w] moved as the camera did for each of the second [T, 3, h, w], and where it shows.
+        """Move the first frame [1, 3, h, w] with the camera, for each of the second frames [T, 3, h, w].
 
-        All moves of up to `REACH` cells are tried on the grey pictures, at every second cell that shows in all of them.
+        All shifts of up to `REACH` cells are tried on the grey pictures, at every second cell that is visible in all.
+
+        Returns:
+            (moved first frame [T, 3, h, w], bool [T, 1, h, w]: where it has pixels of the picture)
         """
         height, width = first.shape[-2:]
         up, left = (min(self.REACH, side // 6) for side in (height, width))
@@ -82,7 +86,7 @@ class Change:
         tried = moves(first.sum(1)[0], height - 2 * up, width - 2 * left)[..., ::2, ::2]
         errors = (tried - inner).abs().sum((-2, -1)).flatten(1)
         still = errors.shape[1] // 2
-        order = torch.arange(errors.shape[1], device=errors.device) / errors.shape[1]  # among equals the first
+        order = torch.arange(errors.shape[1], device=errors.device) / errors.shape[1]  # of equal ones the first
         least, best = (errors + order).min(1)
         best = torch.where(least < self.FOLLOW * errors[:, still], best, still)
         down, across = best // (2 * left + 1), best % (2 * left + 1)
@@ -92,10 +96,10 @@ class Change:
         return moved[down, across], shows[down, across][:, None] > 0
 
     def light(self, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gain and offset [T, 3, 1, 1] that turn the colours [T, 3, P] of the first frame's tokens into the second's.
+        """Gain and offset [T, 3, 1, 1] that map the colours [T, 3, P] of the first frame's tokens to the second's.
 
-        Least squares for each colour, three times, each time over the tokens that the last one explained. Where the
-        frames do not resemble each other (a cut) the light is left as it is.
+        Three rounds of least squares per channel, each over the tokens that the round before explained. Where the
+        frames do not correlate (a cut), gain is 1 and offset 0.
         """
         first, second = first.double(), second.double()
         counted = torch.ones_like(second)
@@ -115,9 +119,9 @@ class Change:
         return gain[..., None].float(), offset[..., None].float()
 
     def residual(self, first: torch.Tensor, lit: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """How much each place changed, [T, P] int64 from 0 to 255 * its cells; arguments [T, 3, h, w].
+        """How much each place changed, int64 [T, P] from 0 to 255 * its cells; arguments [T, 3, h, w].
 
-        Places are as large as tokens and lie half a token apart, so that it does not matter where a thing stands.
+        Places have the size of tokens and are half a token apart, so that the position of an object hardly matters.
         """
         difference = second - lit
         luminance = (77 * difference[:, :1] + 150 * difference[:, 1:2] + 29 * difference[:, 2:]) / 256
@@ -132,22 +136,22 @@ class Change:
         allowed = allowed + self.NOISE * noise[:, None, None, None]
         left = (luminance.abs() - allowed).clamp(min=0)
         left = left + self.COLOUR * (colour - allowed).clamp(min=0).sum(1, keepdim=True)
-        # Over 2x2 cells: what is connected stays, a lone cell loses three quarters.
+        # Mean over 2x2 cells: connected change remains, a single cell loses three quarters.
         left = F.pad(left, (0, 1, 0, 1), mode="replicate").mul(16).round()
         left = left[..., 1:, :] + left[..., :-1, :]
         left = (left[..., 1:] + left[..., :-1]) / 64
-        # A line on blank paper is all there is to see there; the same difference amid texture is not. 3x3 cells.
+        # In flat areas a small difference matters; in texture the same difference does not. Maximum over 3x3 cells.
         busy = F.pad(torch.minimum(*slopes), (1, 1, 1, 1), mode="replicate")
         busy = torch.maximum(torch.maximum(busy[..., 1:-1, :], busy[..., :-2, :]), busy[..., 2:, :])
         busy = torch.maximum(torch.maximum(busy[..., 1:-1], busy[..., :-2]), busy[..., 2:])
-        wholly = (self.CHANGED + self.BUSY * busy).clamp(max=self.CHANGED_MAX)
-        changed = ((left - self.SAME) / (wholly - self.SAME)).clamp(0, 1).mul(255).round()
+        full = (self.CHANGED + self.BUSY * busy).clamp(max=self.CHANGED_MAX)
+        changed = ((left - self.SAME) / (full - self.SAME)).clamp(0, 1).mul(255).round()
         halves = _sums(changed, PER_TOKEN // 2)
         halves = halves[..., 1:, :] + halves[..., :-1, :]
         return (halves[..., 1:] + halves[..., :-1]).flatten(1).long()
 
-    def whole(self, lit: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The global change [T] in [0, 1] from the first frame in the second's light [T, 3, h, w] to the second."""
+    def global_change(self, lit: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Global change [T] in [0, 1] from the first frame in the second's light [T, 3, h, w] to the second."""
         moved = (tokens(second) - tokens(lit)).abs().amax(1)
         moved = ((moved - 6) / 54).clamp(0, 1).mul(255).round().double().mean(-1) / 255
         bins = (_histogram(second) - _histogram(lit)).abs().sum(-1).double()
@@ -166,7 +170,7 @@ def _sums(cells: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The correlation [T, C, 1] of [T, C, P] with [T, C, P]; flat pictures correlate."""
+    """The correlation [T, C, 1] of [T, C, P] with [T, C, P]; 1 for flat pictures."""
     mean_first, mean_second = first.mean(-1, keepdim=True), second.mean(-1, keepdim=True)
     variances = [(v * v).mean(-1, keepdim=True) - m**2 + 9 for v, m in ((first, mean_first), (second, mean_second))]
     covariance = (first * second).mean(-1, keepdim=True) - mean_first * mean_second + 9
@@ -174,7 +178,7 @@ def _correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def _contrast(grey: torch.Tensor) -> torch.Tensor:
-    """The slope of a grey picture [T, 1, h, w] at each cell, by its four neighbours."""
+    """The slope of a grey picture [T, 1, h, w] at each cell, from its four neighbours."""
     padded = F.pad(grey, (1, 1, 1, 1), mode="replicate")
     across = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).abs()
     down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]).abs()

@@ -1,4 +1,4 @@
-"""Colour conversions: OpenCV's HSV to the bit, with OpenCV or without it, and CIELAB."""
+"""Colour conversions: OpenCV's HSV to the bit, with or without OpenCV, and CIELAB."""
 
 import importlib
 from functools import cache
@@ -10,22 +10,22 @@ import torch
 def rgb_to_hsv(pixels: torch.Tensor) -> torch.Tensor:
     """Hue (0–179), saturation and value (0–255) as uint8 [..., 3] of RGB uint8 [..., 3]: OpenCV's COLOR_RGB2HSV.
 
-    Where OpenCV is installed it does the work, being several times faster; elsewhere, and on a GPU, tables give the
-    same bytes.
+    OpenCV is used on the CPU where it is installed, since it is several times faster; otherwise tables give the same
+    bytes.
     """
     opencv = _opencv() if pixels.device.type == "cpu" else None
     if opencv is None:
         return hsv_from_tables(pixels)
-    # As one row, for OpenCV splits rows over threads of its own, and how many there may be is for the caller to say.
+    # As one row: OpenCV would process several rows in threads of its own, whose number the caller does not control.
     return torch.from_numpy(opencv.cvtColor(pixels.reshape(1, -1, 3).numpy(), opencv.COLOR_RGB2HSV)).view(pixels.shape)
 
 
 def hsv_from_tables(pixels: torch.Tensor) -> torch.Tensor:
     """`rgb_to_hsv` without OpenCV, on any device.
 
-    Red, green and blue are sorted into largest, middle and smallest in uint8; then saturation is a matter of the
-    largest and its distance from the smallest, and hue of the order of the three and two distances, so that each is
-    one look-up. 100,000 pixels at a time fit a processor's cache with all that is in between.
+    Red, green and blue are sorted into largest, middle and smallest in uint8. Saturation depends on the largest and its
+    distance from the smallest, hue on the order of the three and two distances, so that each takes one look-up. 100,000
+    pixels at a time fit a CPU's cache with all intermediate results.
     """
     step = 100_000 if pixels.device.type == "cpu" else max(1, pixels.numel())
     parts = [_hsv_of_planes(*part.t().contiguous()) for part in pixels.reshape(-1, 3).split(step)]
@@ -60,17 +60,17 @@ def _opencv() -> ModuleType | None:
 def _hsv_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Hue by 65536 * order + 256 * spread + (middle - smallest), saturation by 256 * spread + value: both uint8.
 
-    OpenCV computes in fixed point of 12 bits, with rounded reciprocals. `order` has three bits: red < green,
-    green < blue, blue <= red; hue is a multiple of a sixth of the circle, plus or minus the middle's part of it.
+    OpenCV computes in fixed point of 12 bits with rounded reciprocals. `order` has three bits: red < green,
+    green < blue, blue <= red. Hue is a multiple of a sixth of the circle, plus or minus the middle's part of a sixth.
     """
     steps = torch.arange(256)
-    shares = steps.clamp(min=1).double()
+    divisors = steps.clamp(min=1).double()
     spread, other = torch.meshgrid(steps, steps, indexing="ij")  # other: the value, or the middle - smallest
-    saturation = (spread * (255 * 4096 / shares).round().long() + 2048) >> 12
+    saturation = (spread * (255 * 4096 / divisors).round().long() + 2048) >> 12
     # Sixths of the circle and the sign of the middle's part, by order; the orders 0 and 7 cannot occur.
     sixths = torch.tensor([0, 2, 4, 4, 0, 2, 0, 0])[:, None, None]
     signs = torch.tensor([0, 1, 1, -1, 1, -1, -1, 0])[:, None, None]
-    hue = ((sixths * spread + signs * other) * (30 * 4096 / shares).round().long()[:, None] + 2048) >> 12
+    hue = ((sixths * spread + signs * other) * (30 * 4096 / divisors).round().long()[:, None] + 2048) >> 12
     hue = torch.where(hue < 0, hue + 180, hue)
     return hue.flatten().to(device, torch.uint8), saturation.flatten().to(device, torch.uint8)
 

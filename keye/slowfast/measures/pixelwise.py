@@ -1,26 +1,23 @@
 """Similarity measures that compare pixels; the default measure is in `keye.slowfast.measures.change`.
 
-All compare at 48–256 tokens of 28 pixels, or a known part of that, whatever the size of the video. On a processor they
-go frame by frame: what is computed for one frame fits its cache, and what is computed for eight does not.
+All compare frames at 48–256 tokens of 28 pixels, or a fixed fraction of that, whatever the size of the video. On a CPU
+they process frame by frame: intermediate results of one frame fit the cache, those of eight do not.
 
-Thresholds of patch_l1, ssim, mse and lab: where a quarter to two fifths of a film trailer's frames at 2 a second become
-slow.
+At the thresholds of patch_l1, ssim, mse and lab, a quarter to two fifths of a film trailer's frames (2 fps) are slow.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from keye.errors import KeyeError
 from keye.slowfast.budget import PATCH, SIDE, fit_size
-from keye.slowfast.measures.base import register
+from keye.slowfast.measures.base import Tower, register
 from keye.slowfast.measures.colour import rgb_to_hsv, rgb_to_lab
 from keye.slowfast.pixels import normalised
 from keye.slowfast.resizing import copy, patches, resize
 from keye.slowfast.threads import over_threads
-
-Tower = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _at_comparison_size(frames: torch.Tensor) -> torch.Tensor:
@@ -28,17 +25,17 @@ def _at_comparison_size(frames: torch.Tensor) -> torch.Tensor:
 
 
 def _interleaved(frames: torch.Tensor) -> torch.Tensor:
-    """Frames [T, 3, H, W] as rows of bytes [T, H, 3W], as the resizing leaves them: without a copy."""
+    """Frames [T, 3, H, W] as rows of bytes [T, H, 3W]; no copy of channels-last memory, which resizing returns."""
     return frames.permute(0, 2, 3, 1).flatten(2).contiguous()
 
 
 def _difference(reference: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """|a - b| float32 of uint8, with a float copy of the result alone: one of two saturating differences is zero."""
+    """|a - b| of uint8 as float32, without float copies of a and b."""
     return (torch.maximum(features, reference) - torch.minimum(features, reference)).float()
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Frame by frame on a processor, all at once elsewhere."""
+    """Single frames on a CPU, all frames together elsewhere."""
     return iter(tensor.split(1 if tensor.device.type == "cpu" else max(1, len(tensor))))
 
 
@@ -49,12 +46,12 @@ def _soft(values: torch.Tensor, same: float, changed: float) -> torch.Tensor:
 
 @register
 class PatchL1:
-    """Share of the picture that stayed: per patch, the mean absolute RGB difference, soft between "same" and "changed".
+    """Unchanged fraction of the picture, by the mean absolute RGB difference of patches.
 
     Frames are compared at 48–256 tokens in cells of 14 pixels. A cell whose mean difference is below `SAME` (noise,
-    compression flicker) counts as unchanged, above `CHANGED` as wholly changed, linearly between. The score is one
-    minus the mean change: a cut scores near 0, a small moving object costs about the area it covers. On real clips,
-    below a threshold of 0.3 there are only cuts, at 0.6 strong motion too; 0.9 and above notice small objects.
+    compression flicker) counts as unchanged, above `CHANGED` as fully changed, linearly between. The score is one minus
+    the mean change: a cut scores near 0, a small moving object reduces it by about the area it covers. On real clips a
+    threshold of 0.3 finds only cuts, 0.6 strong motion too, and 0.9 and above small objects.
     """
 
     name = "patch_l1"
@@ -77,24 +74,24 @@ class PatchL1:
 
 @register
 class PatchCosine:
-    """The released measure: share of 28-px patches whose HSV values have a cosine above 0.7 (keye-vl-utils 1.5.2).
+    """The released measure: fraction of 28-px patches whose HSV values have a cosine above 0.7 (keye-vl-utils 1.5.2).
 
-    Frames are compared at 48–256 tokens, in OpenCV's uint8 HSV (hue 0–179). Patches black in both frames are left out;
-    a pair black everywhere counts as the same, where the release has NaN. HSV values are never negative, so the
-    cosine is high for almost any two pictures and most cuts pass unseen: kept as the baseline.
+    Frames are compared at 48–256 tokens, in OpenCV's uint8 HSV (hue 0–179). Patches that are black in both frames are
+    left out; a pair that is black everywhere counts as identical, where the release gives NaN. HSV values are never
+    negative, so the cosine is high for almost any two pictures, and most cuts are missed. It is kept as the baseline.
 
-    Scores are the release's to the bit: a cosine so near 0.7 that the order of additions could decide is computed
-    again in the order of the release. Features are bytes: HSV [P, 2352] of P patches, a pixel's three together.
+    Scores equal the release's to the bit: a cosine so near 0.7 that the order of additions could decide is computed
+    again in the release's order. Features are bytes: HSV [P, 2352] of P patches, the three values of a pixel together.
     """
 
     name = "patch_cosine"
     threshold = 0.9
 
     SIMILAR = 0.7
-    UNSURE = 1e-4  # more than float32 can be off by, over 2352 terms none of which is negative
+    UNSURE = 1e-4  # above the float32 error of a sum of 2352 non-negative terms
     BLACK = 0.01
     EPSILON = 1e-8
-    TOGETHER = 32  # patches at a time on a processor: their float copies fit its cache
+    TOGETHER = 32  # patches at a time on a CPU: their float copies fit the cache
 
     def prepare(self, frames: torch.Tensor) -> torch.Tensor:
         height, width = fit_size(*frames.shape[-2:], 48, 256)
@@ -126,7 +123,7 @@ class PatchCosine:
         if features.device.type != "cpu":
             values, other = features.float(), reference.float()
             return (values * other).sum(-1), values.norm(dim=-1), other.norm(dim=-1)
-        # NumPy's inner products need one pass and no second copy, and leave torch's threads asleep.
+        # NumPy's inner products need one pass and no second copy, and do not wake torch's threads.
         products, norms = np.empty((2, *features.shape[:2]), np.float32)
         reference_norms = np.empty(len(reference), np.float32)
         for start in range(0, len(reference), self.TOGETHER):
@@ -140,8 +137,8 @@ class PatchCosine:
         return tuple(torch.from_numpy(part) for part in (products, np.sqrt(norms), np.sqrt(reference_norms)))
 
     def _released_cosine(self, reference: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Cosines [P] of HSV uint8 [P, 2352], with the operations of the release in its order, on the CPU."""
-        # The release has the three channels of a patch one after the other.
+        """Cosines [P] of HSV uint8 [P, 2352], with the release's operations in its order, on the CPU."""
+        # In the release the three channels of a patch follow each other.
         first, second = (v.cpu().unflatten(-1, (-1, 3)).transpose(1, 2).flatten(1).float() for v in (reference, values))
         first_norm, second_norm = (torch.norm(v, p=2, dim=-1, keepdim=True) + self.EPSILON for v in (first, second))
         return ((first / first_norm) * (second / second_norm)).sum(dim=-1).to(reference.device)
@@ -151,8 +148,8 @@ class PatchCosine:
 class SSIM:
     """Structural similarity of the grey pictures (Wang et al. 2004), 7x7 windows as in scikit-image, clipped at 0.
 
-    Compared at 48–256 tokens in 8-bit grey (0.299 R + 0.587 G + 0.114 B, rounded); sample covariance, data range 255,
-    the border of three pixels left out. Sums over a window are whole numbers below 2**24: exact in float32.
+    Frames are compared at 48–256 tokens in 8-bit grey (0.299 R + 0.587 G + 0.114 B, rounded); sample covariance, data
+    range 255, without the border of three pixels. Sums over a window are integers below 2**24, exact in float32.
     """
 
     name = "ssim"
@@ -179,7 +176,7 @@ class SSIM:
         squares = first_squares + self._window(second.square_())
         cross, both = first_sum * second_sum, first_sum.square() + second_sum.square()
         c1, c2 = (0.01 * 255) ** 2 * n * n, (0.03 * 255) ** 2 * (n - 1)
-        # Below, both fractions are expanded by n * n and by n - 1, which saves a pass over the picture for each.
+        # Both fractions are expanded by n * n and by n - 1, which saves a pass over the picture for each.
         structure = products.sub_(cross, alpha=1 / n).mul_(2).add_(c2)
         structure /= squares.sub_(both, alpha=1 / n).add_(c2)
         luminance = cross.mul_(2).add_(c1).div_(both.add_(c1))
@@ -204,10 +201,10 @@ class SSIM:
 
 @register
 class MSE:
-    """Peak signal-to-noise ratio of the RGB pictures, from the mean squared error: the score is its dB over 50.
+    """Peak signal-to-noise ratio of the RGB pictures, from the mean squared error.
 
-    PSNR in dB = 50 * score for scores below 1, which stands for 50 dB and better (errors of less than a grey level);
-    0 is 0 dB (black against white). Compared at 48–256 tokens.
+    The score is the PSNR in dB over 50. A score of 1 is 50 dB or more (errors below one grey level), 0 is 0 dB (black
+    against white). Frames are compared at 48–256 tokens.
     """
 
     name = "mse"
@@ -224,18 +221,18 @@ class MSE:
 
     @staticmethod
     def _error(reference: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Mean squared error [T] float32; row by row first, which keeps the digits that one long sum would lose."""
+        """Mean squared error float32 [T]; summed by rows first, which is more precise than one long sum."""
         rows = torch.linalg.vector_norm(_difference(reference, features), dim=-1)
         return torch.linalg.vector_norm(rows, dim=-1).square() / reference.numel()
 
 
 @register
 class Lab:
-    """Share of the picture whose colour stayed as an eye would have it: CIE 1976 colour difference in CIELAB.
+    """Fraction of the picture whose perceived colour is unchanged: CIE 1976 colour difference in CIELAB.
 
-    Compared at half the sides of 48–256 tokens. Per cell of 14 of those pixels (a token), the mean difference counts
-    as none up to `SAME`, the just noticeable 2.3 (Mahy et al. 1994), as wholly changed above `CHANGED`, linearly
-    between; the score is one minus the mean change.
+    Frames are compared at half the sides of 48–256 tokens. A cell of 14 of those pixels (a token) counts as unchanged
+    up to a mean difference of `SAME`, the just noticeable 2.3 (Mahy et al. 1994), as fully changed above `CHANGED`,
+    linearly between. The score is one minus the mean change.
     """
 
     name = "lab"
@@ -258,11 +255,11 @@ class Lab:
 
 @register
 class Features:
-    """Mean cosine of what a vision tower makes of each token's place in the picture; negative cosines count as 0.
+    """Mean cosine between the vision tower's features of each token; negative cosines count as 0.
 
-    `attach` a tower first; a `SlowFastEncoder` with a tower does. Frames are looked at with 48–64 tokens, so that
+    `attach` a tower first; a `SlowFastEncoder` with a tower does so. Frames are compared at 48–64 tokens, so that
     scoring costs a small part of encoding. The threshold is LongVU's (0.83 with DINOv2, arXiv 2410.17434); another
-    tower wants its own.
+    tower needs its own.
     """
 
     name = "features"
@@ -272,7 +269,7 @@ class Features:
         self.tower: Tower | None = None
 
     def attach(self, tower: Tower) -> None:
-        """Use `tower`: (pixel_values [N, 3, 14, 14], grid_thw [F, 3]) to features [N / 4, hidden], the encoder's."""
+        """Use `tower` for the features of frames."""
         self.tower = tower
 
     def prepare(self, frames: torch.Tensor) -> torch.Tensor:
@@ -287,10 +284,10 @@ class Features:
         wanted = len(frames) * tokens
         if features.ndim != 2 or len(features) != wanted or not bool(features.isfinite().all()):
             raise KeyeError(
-                f"the tower of measure 'features' gave {list(features.shape)} for {wanted} tokens, or values that are "
-                "not finite; it must give finite features [tokens, hidden], one row per token of 28 pixels"
+                f"the tower of measure 'features' returned {list(features.shape)} for {wanted} tokens, or values that "
+                "are not finite; it must return finite features [tokens, hidden], one row per token of 28 pixels"
             )
-        # Of length one, or zero where the tower has nothing to say: two such are alike, hence the added column.
+        # Rows of length one. A zero row stays zero; the added column makes two zero rows similar to each other.
         features = torch.nn.functional.normalize(features, dim=-1)
         silent = (features.abs().amax(-1, keepdim=True) == 0).float()
         return torch.cat([features, silent], dim=-1).half().unflatten(0, (len(frames), tokens))

@@ -1,13 +1,13 @@
-"""Who is slow and who is fast: a policy judges each frame by its similarity with the latest slow frame.
+"""Policies: which frames are slow and which are fast, by their similarity with the latest slow frame.
 
-The first frame is always slow (report §3.1). Most policies judge frame by frame in presentation order; adaptive_budget
-and two_stream see the whole clip first. `keye.slowfast.frame_classifier` takes a policy along a clip.
+The first frame is always slow (report §3.1). Most policies decide frame by frame in presentation order; adaptive_budget
+and two_stream need all frames of a clip. `keye.slowfast.frame_classifier` applies a policy to a clip.
 """
 
 from dataclasses import fields
 from typing import get_args
 
-from keye.checks import share
+from keye.checks import fraction
 from keye.errors import KeyeError
 from keye.slowfast.measures.base import Measure
 from keye.slowfast.policies.base import FAST, SLOW, Decisions, FrameContext, Limits, Policy
@@ -36,16 +36,22 @@ _POLICIES = {kind.name: kind for kind in (Adaptive, AdaptiveBudget, AllSlow, Str
 
 
 def known_policies() -> list[str]:
-    """The names `get_policy` knows."""
+    """The names that `get_policy` accepts."""
     return sorted(_POLICIES)
 
 
 def get_policy(spec: str, threshold: float) -> Policy:
-    """The policy that `spec` stands for: "name", "name:value" or "name:key=value,key=value".
+    """The policy of a spec: "name", "name:value" or "name:key=value,key=value".
 
-    adaptive and adaptive_budget take `threshold` and the keys max_gap, min_gap, hysteresis and cut, adaptive_budget
-    also one of share and tokens; uniform:N and strided:N one slow frame in N; two_stream slow and fast_tokens;
-    all_slow nothing. An unknown name, key or value is a KeyeError that lists what is known.
+    Options: adaptive and adaptive_budget take max_gap, min_gap, hysteresis and cut, adaptive_budget also one of share
+    and tokens; uniform:N and strided:N make one frame in N slow; two_stream takes slow and fast_tokens; all_slow none.
+
+    Args:
+        spec: name and options.
+        threshold: similarity below which adaptive and adaptive_budget make a frame slow.
+
+    Raises:
+        KeyeError: a name, option or value is unknown or impossible; the message lists the known ones.
     """
     name, colon, text = spec.partition(":")
     if name not in _POLICIES:
@@ -58,7 +64,7 @@ def get_policy(spec: str, threshold: float) -> Policy:
         if not equals and kind.value is not None:
             key, value = kind.value, key
         if key not in known:
-            choice = f"use {', '.join(known)}, each with =" if known else "it has none"
+            choice = f"use {', '.join(f'{option}=' for option in known)}" if known else "it has none"
             raise KeyeError(f"policy {spec!r}: {part.strip()!r} is not an option of {name}; {choice}")
         if key in options:
             raise KeyeError(f"policy {spec!r}: {key} is given twice; give it once")
@@ -68,30 +74,32 @@ def get_policy(spec: str, threshold: float) -> Policy:
     return kind(**options)
 
 
-def as_policy(given: str | Policy, threshold: float | None, measure: Measure) -> tuple[Policy, float]:
-    """The policy that `given` names or is, and the threshold that it decides by.
+def as_policy(policy: str | Policy, threshold: float | None, measure: Measure) -> tuple[Policy, float]:
+    """The policy of a spec, or a policy object itself, and its threshold.
 
-    That is `threshold`, else a policy object's own, else the measure's. Raises KeyeError where `threshold` and the
-    policy's own differ, and for what is no policy.
+    The threshold is `threshold`, else a policy object's own, else the measure's.
+
+    Raises:
+        KeyeError: `policy` is not a policy, or its own threshold differs from `threshold`.
     """
-    if isinstance(given, str):
+    if isinstance(policy, str):
         own = measure.threshold if threshold is None else threshold
-        return get_policy(given, own), own
-    if isinstance(given, type) and issubclass(given, Policy):
-        raise KeyeError(f"policy is the class {given.__name__}; give an instance of it: {given.__name__}(…)")
-    if not isinstance(given, Policy):
-        raise KeyeError(f"policy is {given!r:.80}; give a name, or an object of a class derived from Policy")
-    own = getattr(given, "threshold", None)
+        return get_policy(policy, own), own
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        raise KeyeError(f"policy is the class {policy.__name__}; give an instance of it: {policy.__name__}(…)")
+    if not isinstance(policy, Policy):
+        raise KeyeError(f"policy is {policy!r:.80}; give a name, or an object of a class derived from Policy")
+    own = getattr(policy, "threshold", None)
     if own is None:
-        return given, measure.threshold if threshold is None else threshold
+        return policy, measure.threshold if threshold is None else threshold
     if threshold is not None and threshold != own:
         raise KeyeError(f"threshold is {threshold} and the policy's own threshold {own}; give one of the two")
-    return given, share("threshold of the policy", own)
+    return policy, fraction("threshold of the policy", own)
 
 
-def _number(spec: str, key: str, text: str, whole: bool) -> int | float:
+def _number(spec: str, key: str, text: str, integer: bool) -> int | float:
     try:
-        return int(text) if whole else float(text)
+        return int(text) if integer else float(text)
     except ValueError:
-        kind = "whole number" if whole else "number"
+        kind = "whole number" if integer else "number"
         raise KeyeError(f"policy {spec!r}: {key} is {text!r}; give a {kind}") from None

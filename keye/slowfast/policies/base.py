@@ -1,7 +1,7 @@
-"""What every policy is made of: the base class, what it is told of a frame or a clip, and what it decides.
+"""The base class of policies, and their input and output.
 
-A policy is a frozen dataclass: its fields are its options, `spec` is the text that `get_policy` turns back into it.
-One of your own derives from `Policy` and gives `spec` and `is_slow`.
+A policy is a frozen dataclass: its fields are its options, and `get_policy` builds it from the text `spec`. Your own
+policy derives from `Policy` and defines `spec` and `is_slow`.
 """
 
 import math
@@ -20,12 +20,12 @@ SLOW, FAST = 0, 1
 
 
 class FrameContext(NamedTuple):
-    """What a policy knows of the frame it judges.
+    """The input of a policy's decision about one frame.
 
-    index: its place among the sampled frames, 1 or more (the first frame is always slow). similarity: in [0, 1], with
-    the latest slow frame. gap: how many frames ago that was, 1 or more. peak_similarity: the highest similarity on the
-    way from that frame (its own, when it became slow, included) to this one, not included; 1 after the first frame.
-    previous: similarity with the frame just before; NaN unless the policy's `looks_back` is true.
+    index: position among the sampled frames, 1 or more (the first frame is always slow). similarity: in [0, 1], with
+    the latest slow frame. gap: how many frames ago that was, 1 or more. peak_similarity: the highest similarity since
+    then, including the slow frame's own when it became slow, excluding this frame's; 1 after the first frame.
+    previous: similarity with the frame before; NaN unless the policy's `looks_back` is true.
     """
 
     index: int
@@ -37,10 +37,10 @@ class FrameContext(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the sizes of a clip's frames are bound by; see `keye.slowfast.budget.allocate`.
+    """The limits of the sizes of a clip's frames; see `keye.slowfast.budget.allocate`.
 
-    size: (height, width) of the clip in pixels. ratio: tokens of a fast frame as a share of a slow one's.
-    min_tokens, max_tokens_per_frame: of one frame. max_tokens: of the whole video. side: pixels along a token.
+    size: (height, width) of the clip in pixels. ratio: tokens of a fast frame over those of a slow one.
+    min_tokens, max_tokens_per_frame: of one frame. max_tokens: of the video. side: pixels along a token.
     """
 
     size: tuple[int, int]
@@ -67,7 +67,7 @@ class Limits:
         )
 
     def bounds(self, slow: int, frames: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Sizes that no slow and no fast frame exceeds if `slow` or more of `frames` frames are slow."""
+        """Upper bounds (height, width) of slow and of fast frames if at least `slow` of `frames` are slow."""
         return bounds(
             *self.size,
             slow,
@@ -82,11 +82,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a policy decided about a clip, entry by entry in the order in which the model reads them.
+    """The decisions of a policy about a clip, entry by entry in the order in which the model reads them.
 
     types: SLOW or FAST. scores: similarity with the latest slow entry before, NaN for the first. positions: which
-    sampled frame an entry shows; they never decrease. warnings: sentences on what is not as asked. threshold: the one
-    that adaptive_budget found. max_tokens: the budget to allocate with, where the policy sets one below the video's.
+    sampled frame an entry shows, ascending. warnings: sentences about what differs from the request. threshold: the one
+    that adaptive_budget found. max_tokens: the budget, where the policy sets one below the video's.
     """
 
     types: list[int]
@@ -98,21 +98,21 @@ class Decisions:
 
 
 class Policy:
-    """Decides who is slow. Derive from it.
+    """Base class of policies, which decide which frames are slow.
 
-    online: it judges frame by frame (`is_slow`); else it sees the whole clip at once (`decide`). looks_back: it wants
-    `FrameContext.previous`, one more comparison per frame. fast_tokens: a fixed size of fast frames.
+    online: it decides frame by frame (`is_slow`); otherwise it needs all frames of a clip (`decide`). looks_back: it
+    uses `FrameContext.previous`, which takes one more comparison per frame. fast_tokens: a fixed size of fast frames.
     """
 
     name: ClassVar[str]
-    value: ClassVar[str | None] = None  # the option that a bare value in the spec stands for
+    value: ClassVar[str | None] = None  # the option that a value without a key sets
     online: ClassVar[bool] = True
     looks_back: ClassVar[bool] = False
     fast_tokens: ClassVar[int | None] = None
 
     @property
     def spec(self) -> str:
-        """Name and options as text: the bare value always, of the others those that are not at their default."""
+        """Name and options as text: the option `value` always, others where they differ from their default."""
         if self.value is not None:
             return f"{self.name}:{getattr(self, self.value)}"
         shown = [
@@ -123,26 +123,26 @@ class Policy:
         return self.name + (":" + ",".join(shown) if shown else "")
 
     def is_slow(self, seen: FrameContext) -> bool:
-        """Judge one frame after the first."""
+        """Whether a frame after the first is slow; called where `online` is true."""
         raise NotImplementedError
 
     def decide(self, clip: "ClipFeatures", limits: Limits) -> Decisions:
-        """Judge a whole clip of one frame or more; only called where `online` is false."""
+        """Decide about a clip of one frame or more; called where `online` is false."""
         raise NotImplementedError
 
     def most_frames(self, max_tokens: int, min_tokens: int) -> int:
-        """How many sampled frames a budget of `max_tokens` can hold; at least 1 where it holds one of `min_tokens`."""
+        """Number of sampled frames that fit into `max_tokens`; at least 1 where one frame of `min_tokens` does."""
         return most_frames(max_tokens, min_tokens)
 
 
 class WalkState:
-    """Where a walk along a clip stands: what `FrameContext` says beyond the scores."""
+    """The state between frames from which `FrameContext` is filled, apart from the scores."""
 
     def __init__(self) -> None:
         self.index, self.gap, self.peak_similarity = 1, 0, 1.0
 
     def judge(self, policy: Policy, similarity: float, previous: float) -> bool:
-        """Ask the policy about the next frame and go on behind it."""
+        """Whether the policy makes the next frame slow; advances the state by that frame."""
         self.gap += 1
         slow = policy.is_slow(FrameContext(self.index, similarity, self.gap, self.peak_similarity, previous))
         self.index += 1
@@ -154,7 +154,7 @@ class WalkState:
 
 
 class ClipFeatures:
-    """The features of a clip's T frames, in blocks [t, ...] as they came, and the scores asked for so far."""
+    """The features of a clip's T frames in blocks [t, ...], and a cache of the scores computed so far."""
 
     def __init__(self, measure: Measure, blocks: Sequence[torch.Tensor]):
         self._measure, self._blocks = measure, blocks
@@ -167,17 +167,17 @@ class ClipFeatures:
         return self._starts[-1]
 
     def score(self, reference: int, index: int) -> float:
-        """Similarity of frame `index` with an earlier one; the scores up to it are kept for the next question."""
+        """Similarity of frame `index` with the earlier frame `reference`; scores up to `index` are cached."""
         row = self._rows.setdefault(reference, [])
         while len(row) < index - reference:
-            # As in a walk: the further nothing has turned up behind a frame, the further ahead it is compared at once.
+            # As in `FrameClassifier`: the batch of comparisons grows with the distance from the reference.
             block, start = self._find(reference + 1 + len(row))
             ahead = self._blocks[block][start : start + len(row) + 1]
             row += self._measure.compare(self._feature(reference), ahead).tolist()
         return row[index - reference - 1]
 
     def walk(self, policy: Policy) -> tuple[list[int], list[float]]:
-        """Types and scores under a policy that judges frame by frame; the same as a `FrameClassifier` gives."""
+        """Types and scores under a policy that decides frame by frame, as `FrameClassifier` computes them."""
         types, scores, reference, state = [SLOW], [math.nan], 0, WalkState()
         for index in range(1, len(self)):
             scores.append(self.score(reference, index))
@@ -196,20 +196,19 @@ class ClipFeatures:
         return self._blocks[block][offset]
 
 
-def check(policy: Policy, option: str, right: bool, wanted: str) -> None:
-    """Refuse a value of an option, naming what is wanted instead."""
-    if not right:
-        given = getattr(policy, option)
-        raise KeyeError(f"policy {policy.name}: {option} is {given}; give {wanted}")
+def check(policy: Policy, option: str, valid: bool, wanted: str) -> None:
+    """Raise a KeyeError that names `wanted` unless the value of an option is `valid`."""
+    if not valid:
+        raise KeyeError(f"policy {policy.name}: {option} is {getattr(policy, option)}; give {wanted}")
 
 
 def check_count(policy: Policy, *options: str) -> None:
-    """Refuse anything but whole numbers of 1 or more; None stays what it is."""
+    """Raise a KeyeError unless the options are integers of 1 or more, or None."""
     for option in options:
         value = getattr(policy, option)
         count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         check(policy, option, value is None or count, "a whole number of 1 or more")
 
 
-def is_share(value: object) -> bool:
+def is_fraction(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

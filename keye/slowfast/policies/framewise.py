@@ -1,21 +1,21 @@
-"""The policies that judge frame by frame, in the memory of one slow frame."""
+"""Policies that decide frame by frame, in the memory of one slow frame."""
 
 from dataclasses import dataclass
 
-from keye.slowfast.policies.base import FrameContext, Policy, check, check_count, is_share
+from keye.slowfast.policies.base import FrameContext, Policy, check, check_count, is_fraction
 
 
 @dataclass(frozen=True)
 class Adaptive(Policy):
     """The report's rule (§3.1): slow when the similarity with the latest slow frame is below `threshold`, else fast.
 
-    max_gap: a frame so many frames behind the latest slow one is slow even if nothing changed.
-    min_gap: a frame less than so many frames behind the latest slow one is fast. What still differs then is slow after
-    all, since frames are compared with the latest slow one; a flash shorter than the gap passes.
-    hysteresis: while the picture keeps changing a new slow frame must differ by more: until some frame has come to
-    rest (was at least `threshold` similar to the latest slow one, or was slow for another reason than a change), the
-    threshold is lower by so much. Spares slow frames in pans and shaking pictures, not at cuts.
-    cut: a frame less similar than this to the frame just before is slow, whatever min_gap and hysteresis say.
+    max_gap: a frame this many frames after the latest slow one is slow even if nothing changed.
+    min_gap: a frame less than this many frames after the latest slow one is fast. A lasting change makes a later frame
+    slow, since frames are compared with the latest slow one; a flash shorter than the gap is ignored.
+    hysteresis: the threshold is lower by this while the picture keeps changing, that is until a frame has a similarity
+    of at least `threshold`, or is slow for another reason than a change. Saves slow frames in pans and shaking
+    pictures, not at cuts.
+    cut: a frame less similar than this to the frame before is slow, regardless of min_gap and hysteresis.
     """
 
     name = "adaptive"
@@ -27,11 +27,11 @@ class Adaptive(Policy):
     cut: float | None = None
 
     def __post_init__(self) -> None:
-        check(self, "threshold", is_share(self.threshold), "a similarity from 0 to 1")
+        check(self, "threshold", is_fraction(self.threshold), "a similarity from 0 to 1")
         check_count(self, "max_gap", "min_gap")
-        check(self, "min_gap", self.max_gap is None or self.min_gap <= self.max_gap, f"max_gap={self.max_gap} at most")
-        check(self, "hysteresis", is_share(self.hysteresis), "a difference of similarity from 0 to 1")
-        cut = self.cut is None or (is_share(self.cut) and self.cut > 0)
+        check(self, "min_gap", self.max_gap is None or self.min_gap <= self.max_gap, f"at most max_gap={self.max_gap}")
+        check(self, "hysteresis", is_fraction(self.hysteresis), "a difference of similarity from 0 to 1")
+        cut = self.cut is None or (is_fraction(self.cut) and self.cut > 0)
         check(self, "cut", cut, "a similarity above 0 and at most 1")
 
     @property
@@ -51,7 +51,7 @@ class Adaptive(Policy):
 
 @dataclass(frozen=True)
 class AllSlow(Policy):
-    """Every frame is slow: what a video model without a fast pathway does."""
+    """Every frame is slow, as in a video model without a fast pathway."""
 
     name = "all_slow"
 
@@ -61,7 +61,7 @@ class AllSlow(Policy):
 
 @dataclass(frozen=True)
 class Uniform(Policy):
-    """One slow frame in every `every`, from the first on, whatever the picture shows: a fixed share of slow frames."""
+    """One frame in every `every` is slow, starting with the first, regardless of the picture."""
 
     name = "uniform"
     value = "every"
@@ -77,12 +77,13 @@ class Uniform(Policy):
 
 @dataclass(frozen=True)
 class Strided(Policy):
-    """The pathways of SlowFast Networks (arXiv 1812.03982): slow is every `alpha`-th frame of the fast rate, from the
-    first on; their alpha is 8 (4 in the variant 8x8 of the paper's R50).
+    """The pathways of SlowFast Networks (arXiv 1812.03982): every `alpha`-th frame of the fast rate is slow.
 
-    As types of frames this is `uniform` with the paper's name and default, no more. There the fast pathway also sees
-    the slow frames, since the two are different networks over one clip; here a frame is read once. Where a frame
-    should be read in both sizes, use two_stream.
+    alpha: 8 in the paper (4 in the variant 8x8 of its R50).
+
+    The types equal those of `uniform`; only name and default are the paper's. There the fast pathway reads the slow
+    frames, too, since the pathways are two networks over one clip; here a frame is read once. Use two_stream to read
+    frames in both sizes.
     """
 
     name = "strided"

@@ -1,7 +1,7 @@
-"""The policies that see a whole clip before they decide: adaptive_budget and two_stream.
+"""Policies that need all frames of a clip to decide: adaptive_budget and two_stream.
 
-They hold the features of every sampled frame until then, where the policies that judge frame by frame hold those of
-one: 12 KB a frame with the default measure, up to 600 KB with those that compare pixels.
+They keep the features of every sampled frame until then, 12 KB a frame with the default measure and up to 600 KB with
+measures that compare pixels. Policies that decide frame by frame keep those of one frame.
 """
 
 import math
@@ -17,18 +17,18 @@ STEPS = 30  # halvings of [0, 1]: finer than float32 scores
 
 @dataclass(frozen=True)
 class AdaptiveBudget(Adaptive):
-    """`adaptive` with the threshold that the clip needs to spend `tokens`, or to have a `share` of its frames slow.
+    """`adaptive` with the threshold at which a clip spends `tokens`, or has a fraction `share` of slow frames.
 
-    share: the threshold with the most slow frames that are no more than this share (the first frame always is one).
-    tokens: a total for the video. At their full size, frames cost less than that with few slow ones and more with many;
-    the threshold found has the most slow frames that do not cost more. It is never below `threshold`: a total too
-    small for the slow frames that `threshold` sees is met as the report meets it, by smaller frames. (With
-    `threshold` 0 the total alone decides.)
+    share: takes the threshold with the most slow frames that does not exceed this fraction (the first frame is always
+    slow).
+    tokens: takes the threshold with the most slow frames that does not exceed this total, with frames at full size. It
+    is never below `threshold`: where the slow frames that `threshold` gives exceed the total, all frames become
+    smaller, as in the report. With `threshold` 0 only the total decides.
 
-    A bisection of [0, 1], walking along the clip at each step. More slow frames at a higher threshold are the rule,
-    not a law, since the reference frame changes with it; of all thresholds tried, the one with the most slow frames
-    within the target is taken, the warnings say where it stays away from the target, and a larger target never gives
-    a lower threshold or fewer slow frames.
+    The threshold is found by bisection of [0, 1]; each step classifies all frames. A higher threshold usually, but not
+    always, gives more slow frames, since the reference frames change with it. Of all thresholds tried, the one with the
+    most slow frames within the target is taken; a larger target never gives a lower threshold or fewer slow frames.
+    Warnings say where the result misses the target.
     """
 
     name = "adaptive_budget"
@@ -40,9 +40,9 @@ class AdaptiveBudget(Adaptive):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.tokens is None) == (self.share is None):
-            raise KeyeError(f"policy {self.name}: give it one of tokens=N and share=S, such as {self.name}:share=0.25")
+            raise KeyeError(f"policy {self.name}: give one of tokens=N and share=S, as in {self.name}:share=0.25")
         check_count(self, "tokens")
-        check(self, "share", self.share is None or 0 < self.share <= 1, "a share above 0 and at most 1")
+        check(self, "share", self.share is None or 0 < self.share <= 1, "a number above 0 and at most 1")
 
     def most_frames(self, max_tokens: int, min_tokens: int) -> int:
         return max(1, most_frames(min(max_tokens, self.tokens or max_tokens), min_tokens))
@@ -58,19 +58,19 @@ class AdaptiveBudget(Adaptive):
         slow, warnings = types.count(SLOW), []
         if slow > self.share * len(clip):
             warnings.append(
-                f"{slow} of {len(clip)} frames are slow, more than share={self.share}: so many are at any threshold"
+                f"{slow} of {len(clip)} frames are slow, more than share={self.share}: no threshold gives fewer"
             )
         elif slow < target:
             warnings.append(
                 f"{slow} of {len(clip)} frames are slow where share={self.share} allows {target}: no threshold that was"
-                " tried comes nearer without going over"
+                " tried gives more without exceeding it"
             )
         return Decisions(types, scores, list(range(len(clip))), warnings, threshold)
 
     def _spend_tokens(self, clip: ClipFeatures, limits: Limits) -> Decisions:
         budget, warnings = min(self.tokens, limits.max_tokens), []
         if self.tokens > limits.max_tokens:
-            warnings.append(f"tokens={self.tokens} is above max_tokens={limits.max_tokens}, which holds")
+            warnings.append(f"tokens={self.tokens} is above max_tokens={limits.max_tokens}, which applies")
         full = limits.allocate(1, 1, max_tokens=2 * limits.max_tokens_per_frame)
         slow_tokens, fast_tokens = (size_tokens(size, limits.side) for size in (full.slow_size, full.fast_size))
         spare, price = budget - len(clip) * fast_tokens, slow_tokens - fast_tokens
@@ -80,21 +80,21 @@ class AdaptiveBudget(Adaptive):
         spent = slow * slow_tokens + (len(clip) - slow) * fast_tokens
         if spent * 50 < budget * 49:
             reason = "no more frames differ" if threshold == 1 else "the next threshold tried would cost more"
-            reason = "that is every frame" if slow == len(clip) else reason
+            reason = "all frames are slow" if slow == len(clip) else reason
             warnings.append(f"{spent} tokens of {budget} are spent with {slow} slow frames of {len(clip)}: {reason}")
         return Decisions(types, scores, list(range(len(clip))), warnings, threshold, budget)
 
     def _search(self, clip: ClipFeatures, target: int, floor: float) -> tuple[float, list[int], list[float]]:
-        """The threshold in [`floor`, 1] with the most slow frames, `target` at most, and the types and scores there.
+        """The threshold in [`floor`, 1] with the most slow frames, at most `target`, with its types and scores.
 
-        At `floor` itself there may be more than `target`; then that is the answer.
+        Where there are more than `target` at `floor`, the result is `floor`.
         """
 
         def at(threshold: float) -> tuple[float, list[int], list[float]]:
             return threshold, *clip.walk(replace(self, threshold=threshold))
 
-        def slow(walked: tuple[float, list[int], list[float]]) -> int:
-            return walked[1].count(SLOW)
+        def slow(trial: tuple[float, list[int], list[float]]) -> int:
+            return trial[1].count(SLOW)
 
         best = at(floor)
         if slow(best) >= target:
@@ -118,12 +118,13 @@ class AdaptiveBudget(Adaptive):
 
 @dataclass(frozen=True)
 class TwoStream(Policy):
-    """The two pathways of SlowFast-LLaVA (arXiv 2407.15841): a few frames at full size and all of them pooled hard.
+    """The two pathways of SlowFast-LLaVA (arXiv 2407.15841): a few frames at full size, and all frames at a small size.
 
-    slow: how many frames, evenly spread from the first on, get the full size. fast_tokens: the size of a frame in the
-    fast pathway, to which every frame belongs, the slow ones too; those therefore make two entries, the slow one first.
-    The paper has 10 slow frames of 24x12 tokens and 50 fast ones of 4x4; there the pooling is after the vision tower,
-    and the slow pathway stands before the fast one as a whole, where here both are in the order of time.
+    slow: number of frames at full size, spread evenly from the first. fast_tokens: tokens of a frame in the fast
+    pathway, which contains every frame. A slow frame therefore has two entries, the slow one first.
+
+    The paper has 10 slow frames of 24x12 tokens and 50 fast ones of 4x4. It pools after the vision tower, and its slow
+    pathway comes before its fast one; here both are in the order of time.
     """
 
     name = "two_stream"
@@ -136,7 +137,7 @@ class TwoStream(Policy):
         check_count(self, "slow", "fast_tokens")
 
     def most_frames(self, max_tokens: int, min_tokens: int) -> int:
-        """With fewer frames than `slow` each costs both sizes."""
+        """Number of sampled frames that fit; with fewer frames than `slow`, each costs both sizes."""
         both = min_tokens + self.fast_tokens
         if max_tokens <= self.slow * both:
             return max(1, max_tokens // both)
@@ -157,5 +158,5 @@ class TwoStream(Policy):
             positions.append(index)
         warnings = []
         if len(clip) < self.slow:
-            warnings.append(f"all {len(clip)} frames are slow, fewer than slow={self.slow} asks for")
+            warnings.append(f"all {len(clip)} frames are slow, fewer than slow={self.slow}")
         return Decisions(types, scores, positions, warnings)
