@@ -1,6 +1,6 @@
-"""Sweep the threshold over clips, and over the held-out questions of a trained model: CSV, JSON and a picture.
+"""Sweep the threshold over clips, and over the held-out questions of a trained model; write CSV, JSON and a figure.
 
-What was measured is written as it comes; the same command again goes on where it stopped.
+Results are written as they are measured. The same command continues an interrupted sweep.
 """
 
 import argparse
@@ -8,18 +8,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from keye.commands.encode import VIDEO_SUFFIXES
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, run
 from keye.evaluation import Report, ablation
 from keye.slowfast.measures import get_measure
 
 EXAMPLES = """examples:
-  python scripts/ablate.py --videos clips
-  python scripts/ablate.py --videos a.mp4 b.mp4 --threshold 0.1:0.9:0.1 --out runs/ablation
-  python scripts/ablate.py --videos clips --measure patch_cosine --threshold 0.5,0.8:0.98:0.02
-  python scripts/ablate.py --videos clips --model runs/demo/annealing/model --manifest runs/demo/world/heldout.jsonl
+  keye ablate --videos clips
+  keye ablate --videos a.mp4 b.mp4 --threshold 0.1:0.9:0.1 --out runs/ablation
+  keye ablate --videos clips --measure patch_cosine --threshold 0.5,0.8:0.98:0.02
+  keye ablate --videos clips --model runs/demo/annealing/model --manifest runs/demo/world/heldout.jsonl
 """
-SUFFIXES = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".gif"}
 
 
 def thresholds(text: str) -> list[float]:
@@ -40,11 +40,11 @@ def thresholds(text: str) -> list[float]:
 
 
 def clips(places: list[str]) -> list[Path]:
-    """The clips named, and those in the folders named."""
+    """The clips and the clips in folders of `places`."""
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            found += sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
+            found += sorted(p for p in place.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
         else:
             found.append(place)
     if not found:
@@ -57,16 +57,18 @@ def accuracy_of(
 ) -> tuple[Callable[[float], Report], str]:
     """(threshold → the model's report on the manifest's questions about videos, the measure's name).
 
-    measure: how frames are compared; None takes the one that the model was trained with.
+    measure: how frames are compared; None takes the model's own.
     """
     from keye import KeyeProcessor
     from keye.commands.evaluate import load
     from keye.evaluation import evaluate
     from keye.world import read_manifest
 
-    # A still costs the same at every threshold. A bad line is said before a model is loaded.
-    about = dict.fromkeys(sample["family"] for sample in read_manifest(manifest) if '"video"' in json.dumps(sample))
-    families = families or list(about)
+    # Stills cost the same at every threshold. A bad line is reported before the model is loaded.
+    about_videos = dict.fromkeys(
+        sample["family"] for sample in read_manifest(manifest) if '"video"' in json.dumps(sample)
+    )
+    families = families or list(about_videos)
     model, own = load(model_dir)
     encoder = {**own.encoder, "measure": measure or own.encoder["measure"]}
 
@@ -78,7 +80,7 @@ def accuracy_of(
 
 
 def stamp(path: str) -> list:
-    """Path, size and time of writing of a file, or of a model directory's weights: what tells that it changed."""
+    """Path, sizes and modification times of a file, or of a model directory's weights, to notice a change."""
     files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
     return [str(Path(path).absolute()), *([f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
@@ -87,19 +89,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threshold", default="0.1:0.9:0.1", help="first:last:step, numbers, or both with commas")
-    parser.add_argument("--videos", nargs="+", required=True, help="clips or folders of clips")
-    parser.add_argument("--out", default="runs/ablation", help="where to write (default runs/ablation)")
     parser.add_argument(
-        "--measure", help="how frames are compared: change (default, or the model's), patch_cosine, ssim, …"
+        "--threshold",
+        default="0.1:0.9:0.1",
+        help="thresholds: first:last:step and numbers, separated by commas (default: %(default)s)",
     )
-    parser.add_argument("--max-tokens", type=int, default=65_536, help="budget of a clip")
-    parser.add_argument("--max-tokens-per-frame", type=int, default=768)
-    parser.add_argument("--max-frames", type=int, default=120, help="frames of a clip that are looked at")
-    parser.add_argument("--model", help="a trained model's directory; its accuracy is measured, too")
-    parser.add_argument("--manifest", help="held-out questions for --model")
-    parser.add_argument("--families", help="only these, with commas")
-    parser.add_argument("--limit", type=int, help="at most so many questions of each family")
+    parser.add_argument("--videos", nargs="+", required=True, help="clips or folders of clips")
+    parser.add_argument("--out", default="runs/ablation", help="folder for the results (default: %(default)s)")
+    parser.add_argument(
+        "--measure", help="how frames are compared (default: the model's, or change): patch_cosine, ssim, …"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=65_536, metavar="N", help="token budget of a clip (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens-per-frame",
+        type=int,
+        default=768,
+        metavar="N",
+        help="most tokens of a frame (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-frames", type=int, default=120, metavar="N", help="most frames of a clip (default: %(default)s)"
+    )
+    parser.add_argument("--model", metavar="DIR", help="also measure the accuracy of this model")
+    parser.add_argument("--manifest", metavar="FILE", help="held-out questions for --model")
+    parser.add_argument("--families", help="only these families, separated by commas")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each family")
     args = parser.parse_args()
     if bool(args.model) != bool(args.manifest):
         raise KeyeError("--model and --manifest go together; give both or neither")
@@ -123,7 +139,7 @@ def main() -> None:
     ablation.save(args.out, rows, details, {**settings, "default_threshold": default})
     for row in rows:
         print(ablation.line(row))
-    print(f"written: {args.out}/ablation.csv, ablation.json and ablation.png")
+    print(f"wrote {args.out}/ablation.csv, ablation.json and ablation.png")
 
 
 if __name__ == "__main__":

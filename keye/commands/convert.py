@@ -1,13 +1,13 @@
 """Make, read and write Keye model directories.
 
-  python scripts/convert.py init Qwen3-8B --vision siglip-so400m-patch14-384 --out keye       decoder + SigLIP → Keye
-  python scripts/convert.py init SmolLM2 --gguf SmolLM2.Q4_1.gguf --tower tiny --out keye     a GGUF file, tower drawn
-  python scripts/convert.py from-released Keye-VL-1_5-8B --out keye                           the released model → Keye
-  python scripts/convert.py to-released keye --out served --like Keye-VL-1_5-8B               Keye → serving engines
-  python scripts/convert.py check keye                                                        do weights and config fit?
+  keye convert init Qwen3-8B --vision siglip-so400m-patch14-384 --out keye     a decoder and SigLIP → Keye
+  keye convert init SmolLM2 --gguf SmolLM2.Q4_1.gguf --tower tiny --out keye   a GGUF file and a random tower → Keye
+  keye convert from-released Keye-VL-1_5-8B --out keye                         the released model → Keye
+  keye convert to-released keye --out served --like Keye-VL-1_5-8B             Keye → the form of serving engines
+  keye convert check keye                                                      compare weights with config.json
 
-Every conversion goes from file to file, one tensor at a time; an output directory appears when it is complete. The
-directories that `init` and `from-released` write are what `model.path` of a recipe and `keye chat` take.
+Conversions copy one tensor at a time from file to file; an output directory appears once it is complete. `model.path`
+of a recipe and `keye chat` accept the directories that `init` and `from-released` write.
 """
 
 import argparse
@@ -37,24 +37,28 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def memory_mb(field: str) -> float:
-    """`VmHWM` (the most so far) or `VmRSS` (now) of this process in MB.
+    """`VmHWM` (peak) or `VmRSS` (now) of this process in MB.
 
-    Not getrusage: its peak is handed down from the process that started this one.
+    Not getrusage, whose peak is inherited from the process that started this one.
     """
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
-        raise CheckpointError(f"/proc/self/status has no {field}; figures of memory need Linux")
+        raise CheckpointError(f"/proc/self/status has no {field}; --figures needs Linux")
     return int(found[1]) * 1024 / 1e6
 
 
 def peak_of_conversion(source: Path, out: Path, direction: str = "from-released") -> dict[str, float]:
-    """Convert a directory in a process of its own and say what it took.
+    """Measure time and memory of a conversion, in a process of its own.
 
-    direction: "from-released" or "to-released". Returns `seconds`, `before_mb` (resident with everything imported),
-    `peak_mb`, `largest_shard_mb` and `largest_tensor_mb` of the source, `total_mb`.
+    Args:
+        direction: "from-released" or "to-released".
+
+    Returns:
+        `seconds`, `before_mb` (resident memory after all imports), `peak_mb`, and `largest_shard_mb`,
+        `largest_tensor_mb` and `total_mb` of the source.
 
     Raises:
-        CheckpointError: the conversion failed; its message is passed on.
+        CheckpointError: the conversion failed; the message is the conversion's.
     """
     figures = Path(f"{out}.figures.json")
     command = [sys.executable, "-m", "keye.commands.convert", direction, str(source)]
@@ -73,7 +77,7 @@ def peak_of_conversion(source: Path, out: Path, direction: str = "from-released"
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with size, speed and remaining time, moved by (bytes written, bytes in all)."""
+    """A bar with size, speed and remaining time; yields a function of (bytes written, bytes in total)."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -88,12 +92,9 @@ def init(args: argparse.Namespace, progress: Callable[[int, int], None]) -> obje
     from keye.checkpoint.convert import initialise
     from keye.model.config import KeyeConfig
 
-    vision = args.vision
-    if vision is None:
-        vision = KeyeConfig.preset(args.tower).vision_config
     return initialise(
         args.text,
-        vision,
+        args.vision or KeyeConfig.preset(args.tower).vision_config,
         out=args.out,
         tokenizer=args.tokenizer,
         gguf_file=args.gguf,
@@ -119,9 +120,9 @@ def to_released(args: argparse.Namespace, progress: Callable[[int, int], None]) 
 
 
 def convert(args: argparse.Namespace, action: Callable[..., object]) -> int:
-    """Run one conversion with its bar, print its report, and write figures where they are asked for."""
+    """Run one conversion with a progress bar, print its report, and write the `--figures`."""
     import keye.checkpoint.convert
-    import keye.processor.processor  # noqa: F401  # what the conversion needs, before memory is looked at
+    import keye.processor.processor  # noqa: F401  # imports of the conversion, before memory is measured
 
     before, began = memory_mb("VmRSS") if args.figures else 0.0, time.perf_counter()
     with progress_bar(args.command) as progress:
@@ -152,49 +153,60 @@ def check(args: argparse.Namespace) -> int:
     return 0 if report.clean else 1
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help)
 
-    make = command("init", "decoder (and SigLIP) → Keye")
-    make.add_argument("text", type=Path, help="directory of a Qwen3, Qwen2 or Llama")
+    make = command("init", "make a Keye model of a decoder and a vision tower")
+    make.add_argument("text", type=Path, metavar="DECODER", help="directory of a Qwen3, Qwen2 or Llama model")
     tower = make.add_mutually_exclusive_group()
-    tower.add_argument("--vision", type=Path, help="directory of a SigLIP")
+    tower.add_argument("--vision", type=Path, metavar="DIR", help="directory of a SigLIP model")
     presets = ("tiny", "small", "keye_8b")
-    tower.add_argument("--tower", default="keye_8b", choices=presets, help="sizes of a tower drawn at random")
-    make.add_argument("--tokenizer", type=Path, help="directory of the tokenizer, when it is not the decoder's")
+    tower.add_argument(
+        "--tower",
+        default="keye_8b",
+        choices=presets,
+        help="size of a vision tower with random weights (default: %(default)s)",
+    )
+    make.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="directory of the tokenizer, if it is not the decoder's"
+    )
     make.add_argument(
         "--gguf", metavar="FILE", help="a GGUF file in the decoder's directory (pip install 'keye[gguf]')"
     )
-    make.add_argument("--dtype", choices=DTYPES, help="of what is written (default: the decoder's)")
-    make.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    make.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: the decoder's)")
+    make.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
 
-    read = command("from-released", "released names and config → ours")
-    read.add_argument("source", type=Path, help="directory of Keye-VL-1.5-8B")
-    read.add_argument("--allow-missing", action="store_true", help="go on when weights are missing")
+    read = command("from-released", "convert the released model to Keye")
+    read.add_argument("source", type=Path, metavar="RELEASED", help="directory of Keye-VL-1.5-8B")
+    read.add_argument("--allow-missing", action="store_true", help="continue if weights are missing")
 
-    write = command("to-released", "our directory → released names, config and settings, for serving engines")
-    write.add_argument("source", type=Path, help="directory of a Keye model")
-    write.add_argument("--like", type=Path, help="released directory whose code and settings go along")
+    write = command("to-released", "convert a Keye model to released names, config and settings, for serving engines")
+    write.add_argument("source", type=Path, metavar="MODEL", help="directory of a Keye model")
+    write.add_argument(
+        "--like", type=Path, metavar="RELEASED", help="released directory whose code and settings are copied"
+    )
 
     for part in (make, read, write):
-        part.add_argument("--out", type=Path, required=True, help="new directory")
-        part.add_argument("--max-shard-mb", type=int, default=5000, help="size of a weight file (default 5000)")
+        part.add_argument("--out", type=Path, required=True, metavar="DIR", help="the directory to write")
+        part.add_argument(
+            "--max-shard-mb", type=int, default=5000, metavar="MB", help="size of a weight file (default: %(default)s)"
+        )
     for part in (read, write):
         part.add_argument("--figures", type=Path, metavar="FILE", help="write time and peak memory as JSON")
     make.set_defaults(figures=None)
 
-    look = command("check", "compare weights and config.json of a directory; exit code 1 when they do not fit")
-    look.add_argument("source", type=Path)
-    return whole
+    look = command("check", "compare the weights of a directory with its config.json; exit code 1 if they differ")
+    look.add_argument("source", type=Path, metavar="MODEL", help="directory of a Keye model")
+    return parser
 
 
 def main() -> int:
-    args = parser().parse_args()
+    args = build_parser().parse_args()
     for key in ("text", "source", "vision", "tokenizer", "like"):
         path = getattr(args, key, None)
         if path is not None and not path.is_dir():

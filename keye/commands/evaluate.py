@@ -9,54 +9,58 @@ from keye.errors import CheckpointError, run
 from keye.evaluation import evaluate, gather
 
 _EXAMPLES = """examples:
-  python scripts/evaluate.py runs/demo/annealing/model runs/demo/world/heldout.jsonl
-  python scripts/evaluate.py MODEL heldout.jsonl --control blind --train train.jsonl --out blind.json
-  python scripts/evaluate.py MODEL heldout.jsonl --control zeroed        the same tokens without their pixels
-  python scripts/evaluate.py MODEL heldout.jsonl --families count,order --limit 50
-  torchrun --nproc_per_node 2 -- scripts/evaluate.py MODEL heldout.jsonl          the questions shared by two processes
+  keye evaluate runs/demo/annealing/model runs/demo/world/heldout.jsonl
+  keye evaluate MODEL heldout.jsonl --control blind --train train.jsonl --out blind.json
+  keye evaluate MODEL heldout.jsonl --control zeroed                     the same tokens with zero pixels
+  keye evaluate MODEL heldout.jsonl --families count,order --limit 50
+  torchrun --nproc_per_node 2 -m keye.commands.evaluate MODEL heldout.jsonl     divide the questions among two processes
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Accuracy per task family beside the chance and majority baselines.",
+        description="Measure accuracy per task family, with the chance and majority baselines.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="model directory, as the stages write it")
+    parser.add_argument("model", help="a model directory")
     parser.add_argument("manifest", help="JSONL manifest of questions")
-    parser.add_argument("--train", help="training manifest, from which the majority answers are taken")
-    parser.add_argument("--families", help="only these, separated by commas")
-    parser.add_argument("--limit", type=int, help="at most so many questions of each family")
+    parser.add_argument("--train", help="training manifest for the majority answers")
+    parser.add_argument("--families", help="only these families, separated by commas")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each family")
     parser.add_argument(
         "--control",
         choices=("none", "blind", "zeroed"),
         default="none",
-        help="blind: leave out images and videos; zeroed: keep their tokens, frame types and seconds, zero the pixels",
+        help="blind: without images and videos; zeroed: with their tokens, frame types and seconds, but zero pixels",
     )
     parser.add_argument("--blind", dest="control", action="store_const", const="blind", help="same as --control blind")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="questions of a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="most tokens of an answer (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled answers (default: %(default)s)")
     parser.add_argument("--out", help="write the report as JSON")
-    given = parser.parse_args()
-    model, processor = load(given.model)
+    args = parser.parse_args()
+    model, processor = load(args.model)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         torch.distributed.init_process_group("gloo")
     report = evaluate(
         model,
         processor,
-        given.manifest,
-        families=given.families.split(",") if given.families else None,
-        limit=given.limit,
-        control=given.control,
-        temperature=given.temperature,
-        train=given.train,
-        batch_size=given.batch_size,
-        max_new_tokens=given.max_new_tokens,
-        seed=given.seed,
+        args.manifest,
+        families=args.families.split(",") if args.families else None,
+        limit=args.limit,
+        control=args.control,
+        temperature=args.temperature,
+        train=args.train,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
         rank=rank,
         world_size=world_size,
         progress=rank == 0,
@@ -64,20 +68,24 @@ def main() -> None:
     report = gather(report)
     if rank == 0:
         print(report.table())
-        if given.out:
-            report.save(given.out)
-            print(f"wrote {given.out}")
+        if args.out:
+            report.save(args.out)
+            print(f"wrote {args.out}")
     if world_size > 1:
         torch.distributed.destroy_process_group()
 
 
 def load(path: str):
-    """Model (on the GPU if there is one) and processor of a directory; CheckpointError when it is not one."""
+    """Model (on the GPU if there is one) and processor of a directory.
+
+    Raises:
+        CheckpointError: the directory is not a model directory.
+    """
     from keye import KeyeForConditionalGeneration, KeyeProcessor
 
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise CheckpointError(
-            f"{path} holds no model (no config.json); give a directory like runs/demo/annealing/model"
+            f"{path} is not a model directory (it has no config.json); give one such as runs/demo/annealing/model"
         )
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = KeyeForConditionalGeneration.from_pretrained(path).to(device)

@@ -23,7 +23,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from keye.encoder import SlowFastEncoder
 from keye.evaluation.report import Report
 from keye.slowfast.budget import SIDE, fit_size
-from keye.slowfast.frame_buffer import WHOLE
+from keye.slowfast.frame_buffer import FULL_SIZE_BYTES
 from keye.slowfast.resizing import resize
 from keye.video.clip import open_clip
 
@@ -155,7 +155,7 @@ def sampled(
         height, width = opened.size
         large = height * width > REFERENCE_TOKENS * SIDE * SIDE
         size = fit_size(height, width, 1, REFERENCE_TOKENS) if large else opened.size
-        in_memory = 3 * height * width * opened.expected <= WHOLE
+        in_memory = 3 * height * width * opened.expected <= FULL_SIZE_BYTES
         originals, frames, times = [], [], []
         for frame in opened:
             originals.append(resize(frame.pixels[None], size, "bicubic")[0])

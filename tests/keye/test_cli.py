@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from keye.cli import EXAMPLES, build_parser, main
+from keye.cli import build_parser, main
+from keye.commands.encode import EXAMPLES
 from keye.slowfast.measures import known_measures
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import known_policies
@@ -36,7 +37,7 @@ def test_encode_prints_saves_and_draws(tmp_path, capsys):
         assert VideoPlan.from_json(file.metadata()["plan"]) == plan
 
 
-def test_a_folder_goes_on_after_a_bad_video(tmp_path, capsys):
+def test_a_folder_continues_after_a_bad_video(tmp_path, capsys):
     shutil.copy(clip("carphone_pristine.mp4"), tmp_path / "b.mp4")
     (tmp_path / "a.mp4").write_text("text")
     assert main(["encode", str(tmp_path), "--report", "--json", str(tmp_path / "plans")]) == 2
@@ -45,8 +46,8 @@ def test_a_folder_goes_on_after_a_bad_video(tmp_path, capsys):
     assert VideoPlan.load(tmp_path / "plans" / "b.mp4.json").settings["threshold"] == 0.95
 
 
-def test_a_row_for_every_video_and_what_is_written(tmp_path, capsys):
-    for folder, count in (("one", 40), ("two", 41)):  # the same content would be in the cache for whoever comes second
+def test_many_videos_print_rows_and_write_files(tmp_path, capsys):
+    for folder, count in (("one", 40), ("two", 41)):  # the same content would be in the cache for the second
         (tmp_path / folder).mkdir()
         write_video(tmp_path / folder / "clip.mp4", numbered(count))
     (tmp_path / "one" / "bad.mp4").write_text("text")
@@ -59,8 +60,10 @@ def test_a_row_for_every_video_and_what_is_written(tmp_path, capsys):
         assert captured.err.count("error: ") == 1 and "1 of 3 videos" in captured.err
         shown.append(captured.out)
     first, second = ([line for line in text.splitlines() if not line.startswith("took")] for text in shown)
-    assert "0 of 3 were there" in shown[0] and "2 of 3 were there" in shown[1]
-    assert [line for line in first if "were there" not in line] == [line for line in second if "were there" not in line]
+    assert "0 of 3 were cached" in shown[0] and "2 of 3 were cached" in shown[1]
+    assert [line for line in first if "were cached" not in line] == [
+        line for line in second if "were cached" not in line
+    ]
     assert len(list((tmp_path / "pages").iterdir())) == 2  # the same name twice, in two folders
     plans = [VideoPlan.load(path) for path in sorted((tmp_path / "plans2").iterdir())]
     assert plans == [VideoPlan.load(path) for path in sorted((tmp_path / "plans0").iterdir())]
@@ -75,13 +78,13 @@ def test_a_row_for_every_video_and_what_is_written(tmp_path, capsys):
 
 
 class Terminal(io.StringIO):
-    """Output that says it is a terminal."""
+    """Output that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_a_terminal_gets_colours_and_brackets_stay_what_they_are(tmp_path, monkeypatch):
+def test_a_terminal_gets_colours_and_brackets_are_printed(tmp_path, monkeypatch):
     write_video(tmp_path / "[red]clip[!].mp4", numbered(30))
     (tmp_path / "bad.mp4").write_text("text")
     monkeypatch.setattr(sys, "stdout", shown := Terminal())
@@ -100,7 +103,7 @@ def test_times(text, seconds):
     assert parsed.end == seconds
 
 
-def test_help_names_what_is_known(capsys):
+def test_help_names_measures_and_policies_and_its_examples_parse(capsys):
     with pytest.raises(SystemExit):
         main(["encode", "--help"])
     shown = capsys.readouterr().out
@@ -111,10 +114,10 @@ def test_help_names_what_is_known(capsys):
     for wrong in ("1:2:3:4", "x", "-1:00"):
         with pytest.raises(SystemExit):
             main(["encode", "x.mp4", f"--start={wrong}"])
-        assert "is no time" in capsys.readouterr().err
+        assert "is not a time" in capsys.readouterr().err
 
 
-def test_a_url_is_only_fetched_when_asked_for(capsys):
+def test_a_url_is_fetched_only_with_url(capsys):
     assert main(["encode", "http://127.0.0.1:9/clip.mp4"]) == 2
     assert main(["encode", "http://127.0.0.1:9/clip.mp4", "--url"]) == 2
     first, second = capsys.readouterr().err.splitlines()
@@ -135,7 +138,7 @@ def test_the_script_is_the_command(tmp_path):
     assert result.returncode == 0 and "tokens" in result.stdout, result.stderr
 
 
-def test_clips_come_once_and_fail_plainly(tmp_path, monkeypatch):
+def test_clips_are_downloaded_once_and_fail_with_a_reason(tmp_path, monkeypatch):
     paths = fetch_clips()
     assert [path.stat().st_size > 100_000 for path in paths] == [True] * 3
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no network"))
@@ -144,7 +147,7 @@ def test_clips_come_once_and_fail_plainly(tmp_path, monkeypatch):
         fetch_clips(tmp_path / "clips")
 
 
-def test_a_reader_that_has_enough_is_no_error():
+def test_a_reader_that_closes_the_pipe_is_no_error():
     command = [sys.executable, "-m", "keye.cli", "encode", str(clip("bikes.mp4")), "--frames", "--fps", "25"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(1)

@@ -68,7 +68,7 @@ def test_there_and_back_on_the_command_line(command, tmp_path: Path) -> None:
 
 
 def test_help_has_examples_and_mistakes_are_one_line(tmp_path: Path) -> None:
-    help_text = convert.parser().format_help()
+    help_text = convert.build_parser().format_help()
     assert "init Qwen3-8B --vision" in help_text and "to-released keye --out" in help_text
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "convert.py", "check", tmp_path / "nowhere"], capture_output=True, text=True

@@ -72,7 +72,7 @@ def test_originals_keep_their_size_up_to_a_limit(monkeypatch):
     assert len(originals) == len(source) == len(times) == 3
 
     monkeypatch.setattr(ablation, "REFERENCE_TOKENS", 20)
-    monkeypatch.setattr(ablation, "WHOLE", 1000)  # too small for the frames: the clip is decoded again
+    monkeypatch.setattr(ablation, "FULL_SIZE_BYTES", 1000)  # too small for the frames: the clip is decoded again
     originals, source, times = ablation.sampled(clip("carphone_pristine.mp4"), encoder)
     height, width = originals[0].shape[1:]
     assert height * width <= 20 * 28 * 28 and times is None and source == clip("carphone_pristine.mp4")
@@ -81,7 +81,7 @@ def test_originals_keep_their_size_up_to_a_limit(monkeypatch):
 def test_frames_in_memory_give_the_same_results_as_the_clip(monkeypatch):
     path, thresholds = clip("bikes.mp4"), [0.5, 0.9]
     once = list(ablation.measure_clip(path, thresholds, {"max_frames": 6}))
-    monkeypatch.setattr(ablation, "WHOLE", 1000)
+    monkeypatch.setattr(ablation, "FULL_SIZE_BYTES", 1000)
     assert list(ablation.measure_clip(path, thresholds, {"max_frames": 6})) == once
 
 
