@@ -154,9 +154,9 @@ def test_errors_name_the_file_and_the_mend(tmp_path):
         (text, "text.mp4 is not a readable video .*; replace it"),
         (empty, "empty.mp4 is not a readable video"),
         (header, "header.mp4"),
-        (tmp_path / "bare", "bare holds no images"),
+        (tmp_path / "bare", "bare contains no images"),
         (b"", "0 bytes is not a readable video"),
-        (3, "cannot be a int"),
+        (3, "the video is a int"),
         (torch.zeros(3, 4, 4, 4, dtype=torch.uint8), r"uint8 \[T, 3, H, W\].*not uint8 \[3, 4, 4, 4\]"),
         (torch.full((3, 3, 4, 4), 2.0), "floats from 2 to 2"),
         (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), "T >= 1"),
@@ -168,7 +168,7 @@ def test_errors_name_the_file_and_the_mend(tmp_path):
 
 def test_an_unknown_codec_is_an_error(tmp_path):
     content = write_video(tmp_path / "o.mp4", numbered(3)).read_bytes()
-    with pytest.raises(VideoError, match="no decoder here knows"):
+    with pytest.raises(VideoError, match="has no decoder here"):
         read(content.replace(b"avc1", b"zzz1"))
 
 

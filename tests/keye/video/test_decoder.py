@@ -22,7 +22,7 @@ from keye.video.clip import open_clip
 from keye.video.decoding import decoder as decode
 from keye.video.decoding.bitstream import CLEAN, FLUSH, packet_reader
 from keye.video.decoding.containers import open_container
-from keye.video.decoding.decoder import open_decoder
+from keye.video.decoding.decoder import Decoder
 from keye.video.decoding.packet_index import read_index
 from keye.video.decoding.prefetch import Prefetcher
 from keye.video.decoding.timeline import packets_of
@@ -106,7 +106,7 @@ def decode_all(source) -> tuple[list[tuple[float, np.ndarray]], float]:
 
 
 def opened(source, fps=2.0, max_frames=1000, **options):
-    return open_decoder(open_container(source, str(source)), str(source), fps, max_frames, **options)
+    return Decoder(open_container(source, str(source)), str(source), fps, max_frames, **options)
 
 
 def expected_frames(times: list[float], moments: list[float], end: float) -> list[int]:
@@ -328,7 +328,7 @@ def test_the_thread_ends_with_its_reader(whole):
     assert next(second).index == 0 and decoder.selective
     third = decoder.frames()
     assert next(third).index == 0  # a new pass ends the one before
-    with pytest.raises(VideoError, match="another reading of .* has begun"):
+    with pytest.raises(VideoError, match="is being read again"):
         list(second)
     decoder.close()
     assert threading.active_count() == before
@@ -430,7 +430,7 @@ def test_what_cannot_be_shown_as_it_is_is_said():
     strange = opened(write_planes([np.full((64, 64), 128, np.uint8)] * 3, "yuv444p", colorspace=14))
     pixels = next(iter(strange.frames())).pixels
     assert pixels.unique().numel() == 1 and list(strange.frames())
-    assert any("colours of a rare kind (14); they are taken for BT.709" in warning for warning in strange.warnings)
+    assert any("an unsupported colour matrix (14); BT.709 is used" in warning for warning in strange.warnings)
     strange.close()
 
 

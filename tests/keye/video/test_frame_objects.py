@@ -150,7 +150,7 @@ def test_a_clock_that_is_assumed_is_said():
     plan = SlowFastEncoder(fps=4).plan(tensor()[:6])
     assert plan.timestamps.tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25]
     assert plan.warnings == (
-        "frames has no clock: its frames are taken to be 0.25 s apart (fps=4); give source_fps or timestamps",
+        "frames has no clock: its frames are assumed 0.25 s apart (fps=4); give source_fps or timestamps",
     )
     for known in ({"source_fps": 4}, {"timestamps": [0, 1, 2, 3, 4, 5]}):
         assert not SlowFastEncoder(fps=4).plan(tensor()[:6], **known).warnings

@@ -321,20 +321,20 @@ def test_bad_pictures_and_values_name_themselves(tmp_path, folder):
         ([tmp_path / "text.jpg"], "text.jpg is not a readable image .no known format."),
         ([tmp_path / "gone.png"], "gone.png does not exist"),
         ([PIXELS[0], PIXELS[0].astype(float) + 8], r"frame 1 of a list.*has floats from 16 to 16, .* values.round"),
-        ([PIXELS[0], 7], "frame 1 of a list of 2 pictures: an image cannot be a int"),
+        ([PIXELS[0], 7], "frame 1 of a list of 2 pictures: the image is a int"),
         ([], "a list of 0 pictures has no picture"),
         (iter(()), "an iterator of pictures has no picture"),
-        ({"video": "a.mp4"}, "a video cannot be a dict; give a path"),
+        ({"video": "a.mp4"}, "the video is a dict; give a path"),
         (np.zeros((2, 4, 4, 4), np.uint8), r"not uint8 \[2, 4, 4, 4\]"),
         (np.full((2, 3, 4, 4), -7.0), "floats from -7 to -7"),
-        (io.StringIO("text"), "gives text; open it in binary mode"),
+        (io.StringIO("text"), "is open in text mode; open it in binary mode"),
         ("x" * 5000, "cannot be read|does not exist"),
         ("a\0b.mp4", "cannot be read|does not exist"),
-        ("https://example.com/a.mp4", "https://example.com/a.mp4 is a URL, and nothing is downloaded unasked"),
+        ("https://example.com/a.mp4", "https://example.com/a.mp4 is a URL, and downloads are off by default"),
         (["https://example.com/a.png"], "example.com/a.png is a URL"),
         ("rtsp://example.com/a", "no http or https URL"),
         ("concat:a.mp4|b.mp4", "does not exist"),
-        ("/dev/zero", "is no ordinary file"),
+        ("/dev/zero", "is not a regular file"),
     ]:
         with pytest.raises(VideoError, match=match) as caught:
             read(source)
@@ -389,7 +389,7 @@ def test_nothing_but_the_file_itself_is_opened(kind, suffix, tmp_path, video, se
         path = tmp_path / f"list{suffix}"
         path.write_text(PLAYLISTS[kind].format(place))
         for source in (path, path.read_bytes(), path.open("rb")):
-            with pytest.raises(VideoError, match="is a playlist, which only names videos; give the video itself"):
+            with pytest.raises(VideoError, match="is a playlist, which contains no video; give the video itself"):
                 read(source)
     assert not server.asked and segment.stat().st_atime == 0
 

@@ -11,7 +11,7 @@ from keye import SlowFastEncoder
 from keye.errors import VideoError
 from keye.video.clip import open_clip
 from keye.video.decoding.containers import open_container
-from keye.video.decoding.decoder import open_decoder
+from keye.video.decoding.decoder import Decoder
 from tests.keye.video.make import number_of, numbered, write_video
 
 # What a transport stream is joined of: (suffix, codec, its options, pixel format, whether an index is to be had)
@@ -239,7 +239,7 @@ def test_an_index_and_decoding_everything_have_one_clock(tmp_path, kind, index, 
     if not index:
         monkeypatch.setattr("keye.video.decoding.decoder.read_index", lambda *rest: None)
     for fps, step in ((100.0, 1), (2.0, 5), (1 / 2.4, 24)):
-        decoder = open_decoder(open_container(path, "clip"), "clip", fps, 1000)
+        decoder = Decoder(open_container(path, "clip"), "clip", fps, 1000)
         for _ in range(2):
             got = list(decoder.frames())
             assert [number_of(frame.pixels) for frame in got] == list(range(0, 60, step))
