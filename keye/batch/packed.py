@@ -9,11 +9,15 @@ from keye.encoded import EncodedVideo
 from keye.slowfast.pixels import PixelFormat, as_bytes, normalised
 from keye.slowfast.plan import VideoPlan
 
-_ROWS = 4096  # patches packed at once
+_ROWS = 4096  # patches that are packed together
 
 
 def pack(video: EncodedVideo, path: str | os.PathLike) -> None:
-    """Write pixels and plan as safetensors; uint8 where that loses nothing, which is a quarter of the size."""
+    """Write pixels and plan as safetensors; as uint8 where that is lossless, at a quarter of the size.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -33,10 +37,15 @@ def pack(video: EncodedVideo, path: str | os.PathLike) -> None:
 
 
 def unpack(path: str | os.PathLike) -> EncodedVideo:
-    """The video that `pack` wrote, bit for bit; ValueError (or what safetensors raises) when the file is damaged."""
+    """The video that `pack` wrote, identical to the bit.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is damaged; or an error of safetensors.
+    """
     from safetensors import safe_open
 
-    os.stat(path)  # FileNotFoundError as of any other file
+    os.stat(path)  # raises FileNotFoundError, unlike safetensors
     with safe_open(path, "pt") as file:
         about = file.metadata()
         tensors = {name: file.get_tensor(name) for name in ("patches", "grid_thw")}
@@ -57,5 +66,5 @@ def _checksum(tensors: dict[str, torch.Tensor], plan: str) -> str:
 
 
 def blake(data: bytes | memoryview = b"") -> "hashlib._Hash":
-    """The hash that cache and packed files use, 20 bytes."""
+    """The hash of the cache and of packed files, 20 bytes."""
     return hashlib.blake2b(data, digest_size=20)

@@ -1,4 +1,4 @@
-"""What the cache and the workers need of an encoder, so that they depend on its behaviour and not on its class."""
+"""The protocol of an encoder that the cache and the workers use."""
 
 from typing import Any, Protocol
 

@@ -1,4 +1,4 @@
-"""What drawing needs of a plan, so that the modules here depend on its values and not on its class."""
+"""The protocol of a plan that the modules here draw."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Drawable(Protocol):
-    """The attributes of `keye.VideoPlan` that are drawn or printed; see there for shapes and units."""
+    """The attributes of `keye.VideoPlan` that are drawn or printed; `keye.VideoPlan` gives shapes and units."""
 
     source: str
     frame_types: torch.Tensor

@@ -1,4 +1,4 @@
-"""Pictures of a plan: filmstrip on a true time axis, tokens per frame and per second, the similarity curve."""
+"""Figures of a plan: filmstrip, tokens per frame and per second, and similarity, over time."""
 
 import math
 import os
@@ -19,14 +19,14 @@ Pictures = Sequence[torch.Tensor] | torch.Tensor
 
 SLOW_COLOUR, FAST_COLOUR, RATE_COLOUR, INK, QUIET = "#d9480f", "#1c7ed6", "#5f3dc4", "#212529", "#868e96"
 _CONNECTOR = 0.26  # inches between the filmstrip and the lanes
-_WIDTH, _MARGIN = 13.0, (0.065, 0.985)  # inches, and the shares of it between which the time axis runs
+_WIDTH, _MARGIN = 13.0, (0.065, 0.985)  # inches, and the fractions of the width where the time axis begins and ends
 _TIME_AXIS = _WIDTH * (_MARGIN[1] - _MARGIN[0])  # inches
-_MANY = 200  # frames, from which on each is too narrow for an edge or a large dot
+_MANY = 200  # with more frames, edges are left out and dots are small
 
 
 def draw_plan(plan: Drawable, path: str | os.PathLike, frames: Pictures | None = None) -> None:
     """Draw `plan` into `path` (PNG, PDF or SVG by its suffix); see `VideoPlan.plot`."""
-    # The object interface only: pyplot would choose a screen backend and keep every figure alive.
+    # Not pyplot, which would choose a screen backend and keep a reference to every figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -68,7 +68,8 @@ def draw_plan(plan: Drawable, path: str | os.PathLike, frames: Pictures | None =
 class TimelineEntries:
     """The entries of a plan as blocks over time, float64 [T] each.
 
-    starts, ends: seconds. tokens: heights. bottoms: above another entry of the same time (two_stream), else 0.
+    starts, ends: seconds. tokens: heights. bottoms: the tokens of earlier entries of the same time (two_stream), else
+    0.
     """
 
     starts: np.ndarray
@@ -86,24 +87,24 @@ class TimelineEntries:
 
     @property
     def top(self) -> float:
-        """Most tokens at one time."""
+        """The most tokens at one time."""
         return float((self.bottoms + self.tokens).max())
 
     def rate(self, bins: int) -> tuple[np.ndarray, np.ndarray]:
-        """(edges [bins + 1] in seconds, tokens per second [bins]), each frame's tokens spread over its time."""
+        """(edges [bins + 1] in seconds, tokens per second [bins]); each frame's tokens are spread over its time."""
         edges = np.linspace(self.starts[0], self.ends[-1], bins + 1)
-        last = np.append(np.diff(self.starts) > 0, True)  # of each time, where its tokens are all added up
+        last = np.append(np.diff(self.starts) > 0, True)  # the last entry of each time
         corners = np.append(self.starts[:1], self.ends[last])
         spent = np.append(0.0, np.cumsum(self.tokens)[last])
         return edges, np.diff(np.interp(edges, corners, spent)) / np.diff(edges)
 
     def bins(self) -> int:
-        """Windows of at least four frames, so that a single slow frame does not look like a burst."""
+        """Number of windows, of at least four frames each, so that a single slow frame does not look like a peak."""
         return int(np.clip(len(np.unique(self.starts)) // 4, 1, 100))
 
 
 def strip_frames(plan: Drawable, places: int) -> list[int]:
-    """Entries whose pictures tell the clip's story in `places` places along the time, ascending, no time twice."""
+    """At most `places` entries whose pictures represent the clip, ascending, each at another time."""
     times = plan.timestamps.double().numpy()
     distinct = np.unique(times, return_index=True)[1]
     if len(distinct) <= places:
@@ -119,7 +120,7 @@ def strip_frames(plan: Drawable, places: int) -> list[int]:
 
 
 def pictures_of(plan: Drawable, entries: Sequence[int], frames: Pictures | None) -> dict[int, np.ndarray]:
-    """Pictures [h, w, 3] uint8 of some entries: given, or read again from a file or folder; empty without a source."""
+    """Pictures uint8 [h, w, 3] of `entries`: of `frames`, or read again from the plan's file or folder if it exists."""
     if frames is not None:
         if len(frames) != len(plan):
             raise VideoError(
@@ -130,16 +131,16 @@ def pictures_of(plan: Drawable, entries: Sequence[int], frames: Pictures | None)
     try:
         if not source.exists():
             return {}
-    except OSError:  # the name of a URL or of bytes is no path at all
+    except OSError:  # names of URLs or of bytes may be invalid paths
         return {}
-    # A folder has no clock of its own: read at one frame a second, a picture's time is its place.
+    # A folder has no clock: it is read at one frame a second, so that a picture's index is its time.
     clock = plan.frame_indices.double() if source.is_dir() else plan.timestamps.double()
     found = read_frames_at(plan.source, [float(clock[entry]) for entry in entries])
     return {entry: frame.pixels.permute(1, 2, 0).numpy() for entry, frame in zip(entries, found, strict=False)}
 
 
 def time_ticks(start: float, end: float, most: int = 7) -> list[tuple[float, str]]:
-    """(seconds, text) of at most about `most` round times: "2.5 s" below a minute, then as a clock shows them."""
+    """(seconds, text) of about `most` round times or fewer: "2.5 s" below a minute, then "1:30"."""
     steps = [base * 10**power for power in range(-3, 1) for base in (1, 2, 5)] + [10, 15, 30, 60, 120, 300, 600, 1800]
     steps += [3600 * hours for hours in (1, 2, 6, 12, 24, 48, 120, 240, 720)]
     step = next((step for step in steps if (end - start) / step <= most), end - start)
@@ -148,7 +149,7 @@ def time_ticks(start: float, end: float, most: int = 7) -> list[tuple[float, str
 
 
 def shown_threshold(plan: Drawable) -> float | None:
-    """The threshold, where the policy goes by it."""
+    """The threshold, where the policy uses it."""
     adaptive = plan.settings.get("policy", "adaptive").startswith("adaptive")
     return plan.settings.get("threshold") if adaptive else None
 
@@ -159,17 +160,17 @@ def _title(figure: object, plan: Drawable, total: float) -> None:
     left, name = _MARGIN[0], Path(plan.source).name
     name = name if len(name) <= 100 else f"{name[:60]} … {name[-35:]}"
     figure.text(left, 1 - 0.2 / total, name, fontsize=13, weight="bold", color=INK, va="center", parse_math=False)
-    says = (
+    text = (
         f"{width}×{height}, {seconds(plan.duration)}   ·   {slow} slow + {fast} fast frames   ·   "
         f"{plan.tokens:,} of {plan.max_tokens:,} tokens"
     )
     if plan.saved >= 0.005:
-        says += f", {plan.saved:.0%} fewer than all slow"
-    figure.text(left, 1 - 0.43 / total, says, fontsize=9, color=QUIET, va="center")
+        text += f", {plan.saved:.0%} fewer than all slow"
+    figure.text(left, 1 - 0.43 / total, text, fontsize=9, color=QUIET, va="center")
 
 
 def _strip_height(plan: Drawable, pictures: dict[int, np.ndarray]) -> float:
-    """Inches that the pictures need side by side over the whole width, connectors included."""
+    """Height in inches of the pictures side by side over the full width, including connectors."""
     tile = _TIME_AXIS / len(pictures)
     return min(max(tile * plan.source_size[0] / plan.source_size[1], 0.3), 1.5) + _CONNECTOR
 
@@ -177,7 +178,7 @@ def _strip_height(plan: Drawable, pictures: dict[int, np.ndarray]) -> float:
 def _draw_strip(
     axis: object, plan: Drawable, lanes: TimelineEntries, pictures: dict[int, np.ndarray], height: float
 ) -> None:
-    """Pictures side by side, each tied by a line to its own time in the lanes below."""
+    """Draw pictures side by side, each connected by a line to its time in the axes below."""
     start, end = plan.span
     unit = (end - start) / _TIME_AXIS  # seconds per inch
     tile = (end - start) / len(pictures)
@@ -198,7 +199,7 @@ def _draw_strip(
 
 
 def _draw_tokens(axis: object, plan: Drawable, lanes: TimelineEntries) -> None:
-    """A block per frame from its time to the next one's, as high as the tokens it costs."""
+    """Draw a block per frame, from its time to the next frame's, as high as its tokens."""
     for kind, colour in ((SLOW, SLOW_COLOUR), (FAST, FAST_COLOUR)):
         mask = plan.frame_types.numpy() == kind
         axis.bar(
@@ -214,14 +215,14 @@ def _draw_tokens(axis: object, plan: Drawable, lanes: TimelineEntries) -> None:
         )
     axis.set_ylim(0, lanes.top * 1.05)
     ticks = {tokens for tokens, count in zip((plan.slow_tokens, plan.fast_tokens), plan.counts, strict=True) if count}
-    # Two labels on top of each other say less than the larger one alone.
+    # Of two labels that would overlap, only the larger is shown.
     axis.set_yticks([tick for tick in ticks if tick == max(ticks) or max(ticks) - tick > 0.17 * lanes.top])
     axis.set_ylabel("tokens\nper frame", fontsize=8, color=QUIET)
     axis.grid(axis="y", color="#f1f3f5", zorder=0)
 
 
 def _draw_rate(axis: object, plan: Drawable, lanes: TimelineEntries) -> None:
-    """Tokens per second over windows of a few frames, and their mean."""
+    """Draw tokens per second over windows of a few frames, and their mean."""
     edges, rate = lanes.rate(lanes.bins())
     axis.stairs(rate, edges, fill=True, color=RATE_COLOUR, alpha=0.22, zorder=2)
     axis.stairs(rate, edges, baseline=None, color=RATE_COLOUR, linewidth=1.2, zorder=3)

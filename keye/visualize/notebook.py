@@ -1,4 +1,4 @@
-"""What a notebook shows of a plan or an encoded video: the filmstrip, what it costs, and the warnings."""
+"""HTML of a plan or an encoded video for notebooks: filmstrip, summary and warnings."""
 
 import base64
 import io
@@ -19,15 +19,15 @@ _SIDE, _QUALITY = 160, 70  # pixels along the longer side of a picture, JPEG qua
 
 
 def plan_html(plan: Drawable, pictures: Mapping[int, np.ndarray] | None = None) -> str:
-    """A filmstrip of `PLACES` pictures at most, each bordered in the colour of its type, over the plan's summary.
+    """A filmstrip of at most `PLACES` pictures, each with a border in the colour of its type, above the plan's summary.
 
-    pictures: uint8 [h, w, 3] of entries of the plan; by default they are read again from its source, and the strip is
-    left out where that is no longer there.
+    pictures: uint8 [h, w, 3] by entry of the plan. By default they are read again from the plan's source; there is no
+    filmstrip where the source does not exist.
     """
     if pictures is None:
         try:
             pictures = pictures_of(plan, strip_frames(plan, PLACES), None)
-        except VideoError:  # a notebook must show the plan of a file that has changed since
+        except VideoError:  # the file may have changed since; its plan is still shown
             pictures = {}
     cells = "".join(_cell(plan, entry, picture) for entry, picture in pictures.items())
     strip = f'<div style="display:flex;gap:4px;overflow-x:auto">{cells}</div>' if cells else ""
@@ -35,7 +35,7 @@ def plan_html(plan: Drawable, pictures: Mapping[int, np.ndarray] | None = None) 
 
 
 def table_html(rows: list[tuple[str, str]]) -> str:
-    """(what, value) rows as a table."""
+    """(label, value) rows as a table."""
     lines = "".join(
         f'<tr><th style="text-align:left">{escape(name)}</th><td style="text-align:left">{escape(value)}</td></tr>'
         for name, value in rows
@@ -44,12 +44,12 @@ def table_html(rows: list[tuple[str, str]]) -> str:
 
 
 def one_line(plan: Drawable) -> str:
-    """The plan in a few words."""
+    """A short description of the plan."""
     slow, fast = plan.counts
     name = Path(plan.source).name or plan.source
     name = name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
-    warned = f", {len(plan.warnings)} warning{'s' * (len(plan.warnings) > 1)}" if plan.warnings else ""
-    return f"{name!r}, {plan.duration:.2f} s, {slow} slow + {fast} fast frames, {plan.tokens} tokens{warned}"
+    warnings = f", {len(plan.warnings)} warning{'s' * (len(plan.warnings) > 1)}" if plan.warnings else ""
+    return f"{name!r}, {plan.duration:.2f} s, {slow} slow + {fast} fast frames, {plan.tokens} tokens{warnings}"
 
 
 def _cell(plan: Drawable, entry: int, picture: np.ndarray) -> str:

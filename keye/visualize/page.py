@@ -1,7 +1,7 @@
-"""A plan as one HTML page: a timeline to look along, frame by frame, and everything that was decided, in tables.
+"""A plan as one HTML page: a timeline to step through frame by frame, and tables of all decisions.
 
-Nothing is loaded from anywhere, and the page says so to the browser (Content-Security-Policy). Pictures are small JPEGs
-within it. Works with mouse, touch and keyboard, in light and dark, down to the width of a phone.
+The page loads nothing, and its Content-Security-Policy forbids loading. Pictures are embedded as small JPEGs. The page
+works with mouse, touch and keyboard, in light and dark mode, down to the width of a phone.
 """
 
 import base64
@@ -23,16 +23,21 @@ from keye.visualize.tables import seconds
 
 MOST_PICTURES = 240
 MOST_BYTES = 1_500_000
-"""Of all JPEGs; as text they take a third more."""
+"""Limit of the JPEGs in total; in base64 they take a third more."""
 
-_LOOKS = ((320, 72), (240, 66), (176, 60), (128, 50))  # (pixels along the longer side, quality), the best that fits
-_AT_ONCE = 16  # full-size frames in memory
+_LOOKS = (
+    (320, 72),
+    (240, 66),
+    (176, 60),
+    (128, 50),
+)  # (pixels of the longer side, JPEG quality); the best that fits is used
+_CHUNK = 16  # full-size frames in memory
 _STRIP = 8  # pictures above the timeline
-_MANY = 200  # frames, from which on dots are small
+_MANY = 200  # with more frames, dots are small
 
 
 def plan_page(plan: Drawable, frames: Pictures | None = None) -> str:
-    """The page's text; frames: T pictures uint8 [3, h, w], by default read again from the plan's source."""
+    """The HTML of the page; frames: T pictures uint8 [3, h, w], by default read again from the plan's source."""
     lanes = TimelineEntries.of(plan)
     pictures = _jpegs(plan, frames)
     name = escape(Path(plan.source).name or plan.source)
@@ -67,11 +72,11 @@ def plan_page(plan: Drawable, frames: Pictures | None = None) -> str:
 
 
 def _jpegs(plan: Drawable, frames: Pictures | None) -> dict[int, str]:
-    """Data URIs of entries' pictures, at most `MOST_BYTES` of JPEG in all; no two of the same time."""
+    """Data URIs of pictures by entry, at most `MOST_BYTES` of JPEG in total, each at another time."""
     small: dict[int, Image.Image] = {}
     chosen = strip_frames(plan, MOST_PICTURES)
-    for first in range(0, len(chosen), _AT_ONCE):
-        for entry, pixels in pictures_of(plan, chosen[first : first + _AT_ONCE], frames).items():
+    for first in range(0, len(chosen), _CHUNK):
+        for entry, pixels in pictures_of(plan, chosen[first : first + _CHUNK], frames).items():
             small[entry] = Image.fromarray(np.ascontiguousarray(pixels))
             small[entry].thumbnail((_LOOKS[0][0], _LOOKS[0][0]))
     for side, quality in _LOOKS:
@@ -101,8 +106,8 @@ def _figures(plan: Drawable) -> str:
         (f"{plan.tokens_per_second:,.0f}", "tokens a second"),
     ]
     cells = "".join(
-        f'<div class="{" ".join(kind)}"><dt>{escape(says)}</dt><dd>{escape(value)}</dd></div>'
-        for value, says, *kind in tiles
+        f'<div class="{" ".join(kind)}"><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>'
+        for value, label, *kind in tiles
     )
     return f'<dl class="figures">{cells}</dl>'
 
@@ -120,7 +125,7 @@ def _viewer(pictures: bool) -> str:
 
 
 def _timeline(plan: Drawable, lanes: TimelineEntries, pictures: bool) -> str:
-    """The entries in a box of 1000 units, stretched to the page's width; texts stand beside them."""
+    """The entries in a box 1000 units wide, stretched to the page's width; texts are outside of the box."""
     start, end = plan.span
     width = 1000 / (end - start)
     edges, rate = lanes.rate(lanes.bins())
@@ -190,7 +195,7 @@ def _similarity(plan: Drawable, x: np.ndarray, bottom: float, threshold: float |
     size = "dots" if len(plan) <= _MANY else "dots small"
     for kind, name in ((FAST, "fast"), (SLOW, "slow")):
         mask = plan.frame_types.numpy() == kind
-        # A line of no length with round ends is a dot that stays round however the box is stretched.
+        # A line of zero length with round ends is a dot that stays round when the box is stretched.
         dots = "".join(f"M{x[entry]:.2f} {y[entry]:.1f}h.01" for entry in np.flatnonzero(mask))
         parts.append(f'<path class="{size} {name}" d="{dots}"/>')
     return "".join(parts)
@@ -224,7 +229,7 @@ def _settings(plan: Drawable) -> str:
 
 
 def _data(plan: Drawable, lanes: TimelineEntries, pictures: dict[int, str]) -> str:
-    """What the script reads, as JSON that cannot end the element it stands in."""
+    """The data of the page's script, as JSON without `<`, which could end its element."""
     start, end = plan.span
     places = sorted(pictures)
     values = {

@@ -1,4 +1,4 @@
-"""Style and script of the page of a plan."""
+"""Style and script of a plan's page."""
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#212529;--quiet:#5c636a;--line:#dee2e6;--tile:#f8f9fa;
@@ -80,7 +80,7 @@ const rows = [...document.querySelectorAll("#frames tbody tr")];
 const heads = ["time", "frame", "type", "similarity", "size", "tokens"];
 let here = -1;
 
-const last = (values, limit) => {  // the last place in ascending values that is not above the limit
+const last = (values, limit) => {  // index of the last of ascending values that is at most the limit
   let low = 0, high = values.length;
   while (low < high) {
     const middle = (low + high) >> 1;
@@ -97,10 +97,10 @@ const show = (entry, follow) => {
   const row = rows[entry];
   row.classList.add("here");
   const cells = [...row.children].map(cell => cell.textContent);
-  const told = [cells[0] + " s", ...cells.slice(1)];
+  const texts = [cells[0] + " s", ...cells.slice(1)];
   facts.replaceChildren(...heads.flatMap((head, column) => {
     const term = document.createElement("dt"), value = document.createElement("dd");
-    term.textContent = head; value.textContent = told[column];
+    term.textContent = head; value.textContent = texts[column];
     return [term, value];
   }));
   if (picture) {
@@ -112,7 +112,7 @@ const show = (entry, follow) => {
   cursor.style.left = (data.starts[entry] - data.start) * scale + "%";
   cursor.style.width = (data.ends[entry] - data.starts[entry]) * scale + "%";
   line.setAttribute("aria-valuenow", entry + 1);
-  line.setAttribute("aria-valuetext", heads.map((head, column) => head + " " + told[column]).join(", "));
+  line.setAttribute("aria-valuetext", heads.map((head, column) => head + " " + texts[column]).join(", "));
   if (follow) {
     const top = row.offsetTop - scroll.clientHeight / 2;
     scroll.scrollTop = Math.max(0, top);

@@ -1,4 +1,4 @@
-"""Tables for people: with colours and rules in a terminal, aligned plain text when the output goes elsewhere."""
+"""Printed tables: with colours and rules in a terminal, otherwise aligned plain text."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,14 @@ def print_table(
     left: Sequence[int] = (0,),
     total: Sequence[str] | None = None,
 ) -> None:
-    """Print rows of text under their heads. left: columns aligned to the left, the others are numbers."""
+    """Print rows of text below their heads.
+
+    Args:
+        heads: names of the columns.
+        rows: a text per column.
+        left: columns that are aligned to the left; the others are aligned to the right.
+        total: a last row.
+    """
     if not sys.stdout.isatty():
         lines = [heads, *rows, *([total] if total else [])]
         widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
@@ -37,14 +44,14 @@ def print_table(
             no_wrap=column not in left,
         )
     for row in rows:
-        # A word that has a colour of its own colours its line: the type of a frame, a video that failed.
+        # A cell with a colour, such as a frame's type or "failed", colours its row.
         style = next((COLOURS[cell] for cell in row if cell in COLOURS), "")
         table.add_row(*(Text(cell) for cell in row), style=style)
     Console().print(table)
 
 
 def print_facts(facts: Sequence[tuple[str, str]], width: int = 8) -> None:
-    """Print (what, value) pairs below each other."""
+    """Print (label, value) pairs, one per line; width: of the labels in plain text."""
     if not sys.stdout.isatty():
         for name, value in facts:
             print(f"{name:<{width}}{value}")
@@ -60,7 +67,7 @@ def print_facts(facts: Sequence[tuple[str, str]], width: int = 8) -> None:
 
 
 def seconds(value: float) -> str:
-    """A duration as a clock shows it, tenths below a minute."""
+    """A duration as text: "12.3 s" below a minute, then "2:05" or "1:02:05"."""
     if value < 60:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)

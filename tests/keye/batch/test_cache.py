@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from keye.batch.cache import Cache, _code
+from keye.batch.cache import Cache
+from keye.batch.fingerprint import code_hash
 from keye.batch.packed import pack, unpack
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, VideoError
@@ -53,7 +54,7 @@ def same(one, other) -> bool:
     [{}, {"policy": "two_stream:slow=1,fast_tokens=4"}, {"policy": "adaptive_budget:share=0.5"}, {"token_side": 32}],
     ids=lambda more: next(map(str, more.values()), "default"),
 )
-def test_what_comes_back_is_what_went_in(video, cache, more):
+def test_cached_results_equal_new_ones(video, cache, more):
     encoder = SlowFastEncoder(**TINY, **more)
     plain = encoder(video)
     for round_ in range(2):
@@ -64,14 +65,14 @@ def test_what_comes_back_is_what_went_in(video, cache, more):
     assert len(kept) == 1 and kept[0].stat().st_size < plain.pixel_values.nbytes / 3
 
 
-def test_features_are_computed_anew(video, cache):
+def test_features_are_computed_again(video, cache):
     first = SlowFastEncoder(**TINY, tower=lambda pixels, grid: pixels.flatten(1).mean(1)[::4, None])
     second = SlowFastEncoder(**TINY, tower=lambda pixels, grid: pixels.flatten(1).amax(1)[::4, None])
     assert same(cache.encode(first, video), first(video))
     assert same(cache.encode(second, video), second(video)) and cache.hits == 1
 
 
-def test_pixels_that_are_not_bytes_are_kept_as_they_are(tmp_path):
+def test_pixels_that_are_not_bytes_are_kept_unchanged(tmp_path):
     encoded = SlowFastEncoder(**TINY)(noise(2, 3, 56, 56))
     odd = replace(encoded, pixel_values=encoded.pixel_values + 1e-3)
     pack(odd, tmp_path / "odd.safetensors")
@@ -95,7 +96,7 @@ def test_content_and_settings_make_the_key(tmp_path, video, cache):
     assert (cache.hits, cache.misses) == (1, 7)
 
 
-def test_warnings_name_the_file_that_was_asked_for(tmp_path, cache):
+def test_warnings_name_the_requested_file(tmp_path, cache):
     video = write_video(tmp_path / "before.mp4", numbered(60))
     encoder = SlowFastEncoder(fps=10, min_tokens_per_frame=4, max_tokens_per_frame=16, max_tokens=40)
     assert any("before.mp4" in warning for warning in cache.plan(encoder, video).warnings)
@@ -119,8 +120,8 @@ def test_an_unchanged_file_is_not_read_again(video, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["written over", "moved there"])
-def test_a_file_with_the_size_and_time_of_another_is_not_taken_for_it(tmp_path, cache, monkeypatch, how):
-    """As `cp -p`, `rsync --times` and archives leave them: once, the plan of the old file came back."""
+def test_a_file_with_the_size_and_time_of_another_is_distinguished(tmp_path, cache, monkeypatch, how):
+    """`cp -p`, `rsync --times` and archives make such files; once, the plan of the old file was returned."""
     monkeypatch.setattr("keye.batch.cache._FRESH", -1)
     encoder, path, other = SlowFastEncoder(**TINY), tmp_path / "a.bmp", tmp_path / "b.bmp"
     for level, file in ((10, path), (200, other)):
@@ -137,10 +138,10 @@ def test_a_file_with_the_size_and_time_of_another_is_not_taken_for_it(tmp_path, 
     assert after.pixel_values.mean() == pytest.approx(200 / 127.5 - 1)
 
 
-def test_the_sample_alone_tells_a_change_at_either_end_or_of_a_part(tmp_path, cache, monkeypatch):
-    """On a file system whose times say nothing."""
+def test_the_sample_detects_a_change_at_either_end_or_of_a_part(tmp_path, cache, monkeypatch):
+    """On a file system without useful times."""
     monkeypatch.setattr("keye.batch.cache._FRESH", -1)
-    monkeypatch.setattr("keye.batch.cache._marks", lambda about: (about.st_size,))
+    monkeypatch.setattr("keye.batch.cache.marks", lambda about: (about.st_size,))
     path, size = tmp_path / "a.bin", 3 << 20
     for place in (0, 60_000, size // 16, size // 2, size - 60_000, size - 1):
         content = bytearray(size)
@@ -151,7 +152,7 @@ def test_the_sample_alone_tells_a_change_at_either_end_or_of_a_part(tmp_path, ca
         assert cache._path_content(path) != before, place
 
 
-def test_a_folder_that_changes_while_it_is_read_is_not_remembered(tmp_path, cache):
+def test_a_folder_that_changes_while_it_is_read_is_not_cached(tmp_path, cache):
     folder = tmp_path / "frames"
     folder.mkdir()
     for index in range(3):
@@ -255,7 +256,7 @@ def test_the_least_recently_used_go_first(tmp_path):
     assert on_disk == len(model) and hits > 100
 
 
-def test_bound_holds_for_an_old_cache_and_for_large_entries(tmp_path):
+def test_an_old_cache_and_large_entries_stay_within_the_bound(tmp_path):
     encoder = SlowFastEncoder(**TINY)
     cache = Cache(tmp_path / "cache")
     for level in range(30):
@@ -266,7 +267,7 @@ def test_bound_holds_for_an_old_cache_and_for_large_entries(tmp_path):
     large = noise(6, 3, 112, 112)
     assert same(smaller.encode(encoder, large), encoder(large))
     assert not list(smaller.directory.glob("frames/*/*"))
-    with pytest.raises(KeyeError, match="max_bytes=10 holds no entry"):
+    with pytest.raises(KeyeError, match="max_bytes=10 is too small for an entry"):
         Cache(tmp_path / "cache", max_bytes=10)
 
 
@@ -288,7 +289,7 @@ class Disguised(Nameless):
     name = "patch_l1"
 
 
-def test_an_encoder_that_no_name_brings_back_is_refused(video, cache):
+def test_an_encoder_that_its_settings_do_not_identify_is_refused(video, cache):
     policy = SlowFastEncoder(policy="uniform:3").policy
     assert cache.plan(SlowFastEncoder(policy=policy), video).settings["policy"] == "uniform:3"
     refused = {Nameless: "has no name", Named: "its settings do not build it", Disguised: "register it under"}
@@ -327,7 +328,7 @@ def test_other_code_of_a_measure_is_another_key(tmp_path, video, cache, monkeypa
         os.utime(tmp_path / "mine.py", (number, number))  # else the compiled file of the same second is taken
         importlib.invalidate_caches()
         importlib.import_module("mine")
-        _code.cache_clear()  # as in a new process
+        code_hash.cache_clear()  # as in a new process
         encoder = SlowFastEncoder(measure="mine_in_a_file", **TINY)
         plans.append(cache.plan(encoder, video))
         assert plans[-1] == encoder.plan(video) and get_measure("mine_in_a_file").threshold == 0.5
@@ -351,7 +352,7 @@ print(right, cache.hits, cache.rebuilt)
 """
 
 
-def test_two_processes_at_once(tmp_path):
+def test_two_processes_share_a_cache(tmp_path):
     command = [sys.executable, "-c", TWO, str(tmp_path / "cache")]
     running = [subprocess.Popen([*command, step], stdout=subprocess.PIPE, cwd=ROOT) for step in ("1", "3")]
     told = [list(map(int, process.communicate()[0].split())) for process in running]

@@ -26,7 +26,7 @@ TINY = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 100
 
 @register
 class Fatal:
-    """A stand-in for a codec with a fault: frames 48 high end the process, 80 high hang it, 112 high take 2 GB."""
+    """Acts as a faulty codec: frames 48 high end the process, 80 high hang it, 112 high allocate 2 GB."""
 
     name, threshold = "fatal_in_tests", 0.5
 
@@ -47,7 +47,7 @@ class Fatal:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> list[Path]:
-    """Six clips of different lengths; the third is no video."""
+    """Six clips of different lengths; the third is not a video."""
     folder = tmp_path_factory.mktemp("videos")
     paths = [write_video(folder / f"{index}.mp4", numbered(10 + 12 * index)) for index in range(6)]
     paths[2].write_text("no video")
@@ -55,14 +55,14 @@ def videos(tmp_path_factory) -> list[Path]:
 
 
 def children() -> set[int]:
-    """Processes that this one started and that are still there."""
+    """Running worker processes of this process."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "keye.batch.workers" in line}
+    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "keye.batch.worker import serve" in line}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_in_order_and_failures_at_the_end(videos, workers, tmp_path):
-    """A clip that is no video and, where there are workers, one that brings its process down."""
+    """A file that is not a video and, where there are workers, one that crashes its process."""
     encoder = SlowFastEncoder(measure="fatal_in_tests", **TINY)
     deadly = [write_video(tmp_path / "deadly.mp4", numbered(20, height=48))] if workers else []
     results = encode_many(encoder, [*videos, *deadly, videos[1]], workers=workers, cache=tmp_path / "cache")
@@ -98,8 +98,8 @@ def test_pixels_and_features_from_workers_equal_those_made_here(videos, tmp_path
     assert len(list(cache.directory.glob("frames/*/*"))) == cache.misses - (cache.misses == 5)
 
 
-def test_lists_of_what_is_open_here_are_done_here(videos):
-    """PyAV's frames cannot be sent to another process; such a list once ended the whole batch."""
+def test_lists_of_open_objects_are_processed_here(videos):
+    """PyAV's frames cannot be sent to another process; such a list once ended the batch."""
     with av.open(str(videos[0])) as container:
         frames = list(container.decode(video=0))
     row = {"path": str(videos[1]), "bytes": None}
@@ -115,7 +115,7 @@ def test_raise_stops_at_the_first(videos):
         encode_many(SlowFastEncoder(**TINY), videos, workers=0, on_error="raise")
 
 
-def test_a_long_stream_of_sources_is_read_as_it_is_needed(videos):
+def test_a_long_stream_of_sources_is_read_as_needed(videos):
     given = 0
 
     def sources():
@@ -159,7 +159,7 @@ print(encode_many(SlowFastEncoder(measure=Fatal()), sys.argv[1:], workers=2, pro
 
 @pytest.mark.slow
 def test_a_video_that_takes_too_long_or_too_much_fails_alone(tmp_path):
-    """A hang and a hoard, each in the midst of good clips: an error for each, results for the rest, in every order."""
+    """A clip that hangs and one that allocates too much, among good clips: an error for each, results for the rest."""
     sizes = {"hangs": 80, "hoards": 112, "one": 64, "two": 64, "three": 64}
     paths = [write_video(tmp_path / f"{name}.mp4", numbered(10, height=height)) for name, height in sizes.items()]
     encoder = SlowFastEncoder(measure="fatal_in_tests", **TINY)
@@ -172,7 +172,7 @@ def test_a_video_that_takes_too_long_or_too_much_fails_alone(tmp_path):
         assert not children()
 
 
-def test_limits_hold_without_workers_and_for_what_cannot_be_sent(videos):
+def test_limits_apply_without_workers_and_to_unsendable_sources(videos):
     encoder = SlowFastEncoder(measure="fatal_in_tests", **TINY)
     results = encode_many(encoder, [videos[0], open(videos[0], "rb")], workers=0, max_seconds=60)
     assert len(results[0]) and "give a path or bytes" in results.failures[0].reason
@@ -185,23 +185,23 @@ def test_ctrl_c_ends_everything(tmp_path):
     videos = [write_video(tmp_path / f"{i}.mp4", numbered(10, height=80 if i else 64)) for i in range(10)]
     command = [sys.executable, "-c", SCRIPT, *map(str, videos)]
     # A shell starts its background jobs with SIGINT ignored, which children inherit.
-    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen
     )
     for line in process.stderr:
         if line.startswith("1 of 10 videos"):
             break
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) != 0
-    rest = process.stderr.read()  # ends only when no worker holds the pipe any more
+    rest = process.stderr.read()  # ends only once no worker has the pipe open
     assert "KeyboardInterrupt" in rest and rest.count("Traceback") == 1
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 0)
         pytest.fail("a worker was left behind")
 
 
-def test_settings_that_cannot_work_are_said_at_once(videos):
+def test_impossible_settings_are_reported_first(videos):
     encoder = SlowFastEncoder(**TINY)
     with pytest.raises(KeyeError, match="workers is -1"):
         encode_many(encoder, videos, workers=-1)
@@ -210,7 +210,7 @@ def test_settings_that_cannot_work_are_said_at_once(videos):
     encoder.measure = type("Local", (Fatal,), {"__module__": "__main__"})()
     with pytest.raises(KeyeError, match="defined in the script itself"):
         encode_many(encoder, videos, workers=2)
-    assert len(encode_many(encoder, videos).failures) == 1  # by default it is done here instead
+    assert len(encode_many(encoder, videos).failures) == 1  # by default it is processed here
 
 
 def test_progress_goes_to_stderr_and_only_when_wanted(videos, capsys):
