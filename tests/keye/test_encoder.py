@@ -96,7 +96,7 @@ def test_pictures_come_back():
 def test_a_large_clip_is_kept_small_and_right(monkeypatch, kept_whole):
     """Frames are scaled while decoding; the result is that of resizing the full frames, to 1/255 in the mean."""
     path = clip("bigbuckbunny.mp4")
-    monkeypatch.setattr("keye.slowfast.frame_buffer.WHOLE", kept_whole)
+    monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", kept_whole)
     encoder = SlowFastEncoder(max_tokens=2000, min_tokens_per_frame=16)
     encoded = encoder(path)
     with open_clip(path, 2.0, 100) as opened:
@@ -358,7 +358,7 @@ def test_what_cannot_be_streamed():
 def test_policies_that_see_the_whole_clip_read_a_large_one_twice(monkeypatch, policy):
     encoder = SlowFastEncoder(policy=policy, max_tokens=2000, min_tokens_per_frame=4)
     once = encoder(clip("bikes.mp4"))
-    monkeypatch.setattr("keye.slowfast.frame_buffer.WHOLE", 0)
+    monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", 0)
     twice = encoder(clip("bikes.mp4"))
     assert once.plan == twice.plan and torch.equal(once.pixel_values, twice.pixel_values)
 

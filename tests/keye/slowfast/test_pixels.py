@@ -81,10 +81,10 @@ def test_whole_frames_are_those_of_the_plan_resized_once(encoder, size):
 @pytest.mark.parametrize("whole", [0, 1 << 30])
 def test_sizes_above_the_plans_are_read_again_rather_than_enlarged(monkeypatch, whole):
     """Frames kept at the plan's few tokens would be blurred at 384; then the clip is read a second time."""
-    monkeypatch.setattr("keye.slowfast.frame_buffer.WHOLE", whole)
+    monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", whole)
     encoder = SlowFastEncoder(policy="uniform:3", **TINY)
     found = encoder.frames(clip("bikes.mp4"), size=384, fast_size=56, dtype=torch.float32, mean=MEAN, std=STD)
-    monkeypatch.setattr("keye.slowfast.frame_buffer.WHOLE", 1 << 30)
+    monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", 1 << 30)
     whole_frames = encoder.frames(clip("bikes.mp4"), size=384, fast_size=56, dtype=torch.float32, mean=MEAN, std=STD)
     assert found.slow.shape[1:] == (3, 384, 384) and found.fast.shape[1:] == (3, 56, 56)
     assert torch.equal(found.slow, whole_frames.slow)
