@@ -55,7 +55,7 @@ def test_slow_frames_sit_at_the_cuts_of_a_real_clip():
     assert len(slow) <= 8  # the first frame, five cuts, and a cyclist who fills the picture
 
 
-def test_the_default_notices_more_than_the_released_measure():
+def test_the_default_detects_more_than_the_released_measure():
     ours, released = SlowFastEncoder(fps=5), SlowFastEncoder.released(fps=5)
     path = clip("bikes.mp4")
     cuts = (1.20, 3.04, 5.48, 7.48, 9.68)
@@ -86,14 +86,14 @@ def test_pixels_are_the_resized_frames():
     assert start == len(encoded.pixel_values)
 
 
-def test_pictures_come_back():
+def test_pictures_are_restored():
     frames = noise(2, 3, 112, 112)
     encoded = SlowFastEncoder(policy="all_slow", **TINY)(frames)
     assert all(torch.equal(one, other) for one, other in zip(encoded.pictures(), frames, strict=True))
 
 
 @pytest.mark.parametrize("kept_whole", [0, 1 << 30])
-def test_a_large_clip_is_kept_small_and_right(monkeypatch, kept_whole):
+def test_a_large_clip_is_kept_at_a_smaller_size_with_the_right_pixels(monkeypatch, kept_whole):
     """Frames are scaled while decoding; the result is that of resizing the full frames, to 1/255 in the mean."""
     path = clip("bigbuckbunny.mp4")
     monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", kept_whole)
@@ -139,7 +139,7 @@ def test_never_above_the_budget_never_empty(count, height, width, low, more, bud
 
 @pytest.mark.parametrize("level", [0, 255])
 @pytest.mark.parametrize("measure", ["change", "patch_l1", "patch_cosine", "ssim", "mse", "lab"])
-def test_nothing_happens(level, measure):
+def test_a_clip_without_change(level, measure):
     plan = SlowFastEncoder(measure=measure).plan(torch.full((5, 3, 60, 80), level, dtype=torch.uint8))
     assert plan.frame_types.tolist() == [0, 1, 1, 1, 1]
     assert plan.similarity[1:].tolist() == pytest.approx([1.0] * 4, abs=1e-5)
@@ -303,7 +303,7 @@ def test_a_tower_fills_the_features():
     assert SlowFastEncoder(**TINY)(noise(3, 3, 112, 112)).features is None
 
 
-def test_a_directory_that_is_no_model(tmp_path):
+def test_a_directory_that_is_not_a_model(tmp_path):
     with pytest.raises(CheckpointError, match="no preprocessor_config.json"):
         SlowFastEncoder.from_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{}")
@@ -335,7 +335,7 @@ def test_a_stream_decides_as_the_plan_does(policy):
 
 
 @pytest.mark.parametrize("limit", [{"max_frames": 5}, {"max_tokens": 40, "min_tokens_per_frame": 8}])
-def test_a_stream_marks_the_frames_that_a_plan_would_leave_no_room_for(limit):
+def test_a_stream_marks_frames_that_a_plan_would_leave_out(limit):
     encoder, frames = SlowFastEncoder(**limit), [noise(3, 56, 56, seed=i) for i in range(7)]
     assert encoder.most_frames == 5
     decisions = list(encoder.stream(frames))
@@ -343,11 +343,11 @@ def test_a_stream_marks_the_frames_that_a_plan_would_leave_no_room_for(limit):
     for count in (4, 5):
         plan = encoder.plan(torch.stack(frames[:count]), timestamps=[i / encoder.fps for i in range(count)])
         assert plan.frame_types.tolist() == [decision.frame_type for decision in decisions[:count]]
-    whole = encoder.plan(torch.stack(frames), timestamps=[i / encoder.fps for i in range(7)])
-    assert len(whole) == 5 and whole.warnings
+    plan = encoder.plan(torch.stack(frames), timestamps=[i / encoder.fps for i in range(7)])
+    assert len(plan) == 5 and plan.warnings
 
 
-def test_what_cannot_be_streamed():
+def test_policies_and_frames_that_cannot_be_streamed():
     with pytest.raises(KeyeError, match="needs all frames of a clip to decide"):
         SlowFastEncoder(policy="two_stream").stream([])
     with pytest.raises(VideoError, match="frame 1 is 30x30 pixels and the first 40x40"):
@@ -355,7 +355,7 @@ def test_what_cannot_be_streamed():
 
 
 @pytest.mark.parametrize("policy", ["adaptive_budget:share=0.2", "two_stream:slow=3,fast_tokens=4"])
-def test_policies_that_see_the_whole_clip_read_a_large_one_twice(monkeypatch, policy):
+def test_policies_that_need_all_frames_read_a_large_clip_twice(monkeypatch, policy):
     encoder = SlowFastEncoder(policy=policy, max_tokens=2000, min_tokens_per_frame=4)
     once = encoder(clip("bikes.mp4"))
     monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", 0)
@@ -399,7 +399,7 @@ def test_a_policys_own_budget_is_the_plans():
     assert plan.max_tokens == 700 and plan.tokens <= 700
 
 
-def test_a_setting_is_changed_by_with_settings_alone():
+def test_settings_are_changed_by_with_settings_only():
     encoder = SlowFastEncoder(max_tokens=900)
     with pytest.raises(AttributeError, match="with_settings"):
         encoder.max_tokens = 800

@@ -355,8 +355,8 @@ print(right, cache.hits, cache.rebuilt)
 def test_two_processes_share_a_cache(tmp_path):
     command = [sys.executable, "-c", TWO, str(tmp_path / "cache")]
     running = [subprocess.Popen([*command, step], stdout=subprocess.PIPE, cwd=ROOT) for step in ("1", "3")]
-    told = [list(map(int, process.communicate()[0].split())) for process in running]
-    for right, hits, rebuilt in told:
+    counts = [list(map(int, process.communicate()[0].split())) for process in running]
+    for right, hits, rebuilt in counts:
         assert right == 240 and hits >= 120 and rebuilt == 0
     assert not list((tmp_path / "cache").rglob("*.part"))
     for path in (tmp_path / "cache").glob("plans/*/*"):

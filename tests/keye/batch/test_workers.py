@@ -36,9 +36,9 @@ class Fatal:
         if frames.shape[2] == 80:
             time.sleep(600)
         if frames.shape[2] == 112:
-            hoard = torch.ones(2 << 30, dtype=torch.uint8)
+            memory = torch.ones(2 << 30, dtype=torch.uint8)
             time.sleep(600)
-            del hoard
+            del memory
         return frames.float().mean((1, 2, 3))
 
     def compare(self, reference, features):

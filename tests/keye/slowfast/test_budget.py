@@ -196,13 +196,13 @@ def test_the_released_sizes_where_the_budget_does_not_bind(size, slow_size, fast
         (292, 15 * 15, 14 * 16),  # 292 * 224 = 65,408
     ],
 )
-def test_the_release_exceeds_where_we_do_not(slow, first_over, ours):
+def test_the_release_exceeds_the_budget_and_this_does_not(slow, first_over, ours):
     assert slow * (first_over - 1) <= 65_536 < slow * first_over
     allocation = allocate(784, 784, slow, 0, **RELEASED)
     assert size_tokens(allocation.slow_size) == ours and allocation.tokens == slow * ours
 
 
-def test_a_binding_budget_is_spent():
+def test_a_limiting_budget_is_spent():
     for slow, fast in ((90, 0), (120, 0), (200, 0), (400, 0), (100, 300), (300, 100), (50, 600), (10, 500)):
         allocation = allocate(1080, 1920, slow, fast, **RELEASED)
         assert 0.98 * 65_536 <= allocation.tokens <= 65_536
@@ -223,7 +223,7 @@ def test_a_binding_budget_is_spent():
     st.integers(0, 30_000),
     st.integers(0, 200),
 )
-def test_bounds_hold_for_all_that_may_come(height, aspect, slow, more, ratio, low, above, spare, later):
+def test_bounds_hold_for_all_later_frames(height, aspect, slow, more, ratio, low, above, spare, later):
     width, frames = max(1, round(height * aspect)), slow + more
     settings_ = {
         "ratio": ratio,

@@ -83,7 +83,7 @@ def test_light_is_no_change(gain):
         assert score(rounded(picture), rounded(picture * gain * warm + 8)) > 0.95
 
 
-def test_something_new_is_seen_although_the_light_changed_too():
+def test_a_new_object_is_detected_although_the_light_changes():
     picture = photo("chelsea")
     dimmed = rounded(with_person(picture, 140).float() * 0.6)
     assert score(picture, dimmed) < MEASURE.threshold < score(picture, rounded(picture.float() * 0.6))
@@ -100,7 +100,7 @@ def test_noise_and_coding_are_no_change():
         assert score(picture, coded) > 0.95
 
 
-def test_a_trembling_or_slowly_panning_camera_is_followed():
+def test_camera_shake_and_slow_pans_are_compensated():
     wide = photo("chelsea", (760, 360))
     start = wide[..., :640]
     for pixels in (1, 3, 9, 15):
@@ -109,7 +109,7 @@ def test_a_trembling_or_slowly_panning_camera_is_followed():
 
 
 @pytest.mark.parametrize("background", ["coffee", "chelsea", "moon"])
-def test_a_person_of_little_over_one_per_cent_is_seen(background):
+def test_a_person_of_little_over_one_per_cent_is_detected(background):
     still = photo(background)
     height = 106
     assert (with_person(still, height) != still).any(0).float().mean() < 0.0145
@@ -124,7 +124,7 @@ def released(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(measure.compare(features[0], features[1:])[0])
 
 
-def test_what_is_gathered_weighs_more_than_what_is_scattered():
+def test_concentrated_change_weighs_more_than_scattered_change():
     before = flat(100, 336, 588)
     gathered, scattered = before.clone(), before.clone()
     gathered[:, 100:156, 100:156] = 180
@@ -134,7 +134,7 @@ def test_what_is_gathered_weighs_more_than_what_is_scattered():
     assert score(before, scattered) > 0.97
 
 
-def test_a_line_of_text_is_seen_on_a_slide():
+def test_a_line_of_text_on_a_slide_is_detected():
     slide = with_text(flat(250, 360, 640), "A title", (30, 20), 32)
     line = with_text(slide, "- another line with several words", (40, 120), 26)
     assert score(slide, line) < MEASURE.threshold

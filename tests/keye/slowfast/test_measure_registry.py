@@ -26,7 +26,7 @@ def three_threads():
     torch.set_num_threads(threads)
 
 
-def test_unknown_measure_names_the_known():
+def test_an_unknown_measure_is_an_error_that_names_the_known_ones():
     with pytest.raises(KeyeError, match="'patchcosine'.*patch_cosine, patch_l1.*ssim"):
         get_measure("patchcosine")
 
@@ -63,7 +63,7 @@ def test_resize_memory_layout_does_not_matter():
     assert torch.equal(resize(frames, (56, 28)), plain)
 
 
-def test_a_name_you_took_stays_yours():
+def test_a_registered_name_can_be_replaced():
     """Also when you register before anything else of the package is imported."""
     code = """
 from keye.slowfast.measures import get_measure, known_measures, register

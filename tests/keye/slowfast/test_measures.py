@@ -55,7 +55,7 @@ def released_cosines(hsv: np.ndarray, other: np.ndarray) -> torch.Tensor:
 
 
 def test_patch_cosine_is_the_release_to_the_bit_at_the_edge():
-    """Grey patches with a share of their pixels black, so that the cosine lies at 0.7 within float32's last digits."""
+    """Grey patches with a fraction of black pixels, so that the cosine is 0.7 up to float32's last digits."""
     cv2 = pytest.importorskip("cv2")
     measure, patches = PatchCosine(), 60
     first, second = np.zeros((2, 28, 28 * patches, 3), np.uint8)
@@ -81,14 +81,14 @@ def test_patch_cosine_is_the_release_to_the_bit_at_the_edge():
     assert float(measure.compare(features[0], features[1:])[0]) == float((theirs > 0.7).float().mean())
 
 
-def test_patch_cosine_is_the_released_share():
+def test_patch_cosine_is_the_released_fraction():
     cv2 = pytest.importorskip("cv2")
     for other in [*others(), photo() // 9]:
         hsv = [cv2.cvtColor(np.ascontiguousarray(x.permute(1, 2, 0)), cv2.COLOR_RGB2HSV) for x in (photo(), other)]
         assert score("patch_cosine", photo(), other) == float((released_cosines(*hsv) > 0.7).float().mean())
 
 
-def test_patch_cosine_is_blind_as_the_released_one_is():
+def test_patch_cosine_misses_what_the_release_misses():
     assert score("patch_cosine", flat(60), flat(220)) == 1.0
     assert score("patch_cosine", noise(3, 224, 224), noise(3, 224, 224, seed=1)) == 1.0
 
@@ -135,7 +135,7 @@ def test_patch_l1_by_hand():
     assert score("patch_l1", before, after) == pytest.approx(1 - 0.25 - 0.25 * (27 - 6) / 42, abs=1e-6)
 
 
-def test_patch_l1_sees_what_the_released_measure_does_not():
+def test_patch_l1_detects_what_the_release_misses():
     red, green = flat(0), flat(0)
     red[0], green[1] = 200, 200
     assert score("patch_l1", red, green) < 0.1
@@ -146,7 +146,7 @@ def test_patch_l1_sees_what_the_released_measure_does_not():
     assert score("patch_l1", slide, text) < min(0.9, score("patch_cosine", slide, text))
 
 
-def test_patch_l1_and_lab_overlook_noise():
+def test_patch_l1_and_lab_ignore_noise():
     picture = photo()
     grain = torch.randn(picture.shape, generator=torch.Generator().manual_seed(3)) * 3
     noisy = (picture + grain).clamp(0, 255).to(torch.uint8)
@@ -175,7 +175,7 @@ def test_features_are_the_cosine_of_the_towers_tokens():
     assert measure.compare(features[3], features[4:]).tolist() == pytest.approx([1.0])
 
 
-def test_features_say_what_they_need():
+def test_features_need_a_valid_tower():
     measure = get_measure("features")
     with pytest.raises(KeyeError, match="tower="):
         measure.prepare(noise(1, 3, 56, 56))

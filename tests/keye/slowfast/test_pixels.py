@@ -28,7 +28,7 @@ def raw(encoder):
     return encoder(clip("bikes.mp4"), dtype=torch.uint8)
 
 
-def test_every_level_comes_back():
+def test_every_level_is_restored():
     levels = LEVELS.repeat(3).view(1, 3, 16, 16)
     assert torch.equal(normalised(LEVELS), LEVELS.float() / 127.5 - 1)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -38,7 +38,7 @@ def test_every_level_comes_back():
         assert torch.equal(as_bytes(other, MEAN, STD), levels)
 
 
-def test_a_video_comes_as_it_is_asked_for(encoder, raw):
+def test_a_video_has_the_requested_format(encoder, raw):
     path = clip("bikes.mp4")
     assert raw.pixel_values.dtype == torch.uint8 and encoder(path).pixel_values.dtype == torch.float32
     values = raw.pixel_values.numpy().astype(np.float64)
@@ -58,7 +58,7 @@ def test_a_video_comes_as_it_is_asked_for(encoder, raw):
         assert torch.equal(video.to(dtype=torch.uint8).pixel_values, raw.pixel_values)
 
 
-def test_a_still_too():
+def test_a_still_has_the_requested_format():
     picture = torch.randint(0, 256, (3, 56, 84), dtype=torch.uint8)
     bytes_, grid = SlowFastEncoder().image(picture, dtype=torch.uint8)
     floats, _ = SlowFastEncoder().image(picture)
@@ -68,7 +68,7 @@ def test_a_still_too():
 
 
 @pytest.mark.parametrize("size", [None, 336, (384, 200)])
-def test_whole_frames_are_those_of_the_plan_resized_once(encoder, size):
+def test_uncut_frames_are_those_of_the_plan_resized_once(encoder, size):
     frames = torch.randint(0, 256, (7, 3, 150, 200), dtype=torch.uint8)
     found = encoder.frames(frames, size=size, timestamps=[n / 4 for n in range(7)])
     sizes = found.plan.frame_sizes if size is None else [(size, size) if isinstance(size, int) else size] * 7
@@ -78,16 +78,16 @@ def test_whole_frames_are_those_of_the_plan_resized_once(encoder, size):
         assert torch.equal(frame, direct)
 
 
-@pytest.mark.parametrize("whole", [0, 1 << 30])
-def test_sizes_above_the_plans_are_read_again_rather_than_enlarged(monkeypatch, whole):
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_sizes_above_the_plans_are_read_again_and_not_enlarged(monkeypatch, limit):
     """Frames kept at the plan's few tokens would be blurred at 384; then the clip is read a second time."""
-    monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", whole)
+    monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", limit)
     encoder = SlowFastEncoder(policy="uniform:3", **TINY)
     found = encoder.frames(clip("bikes.mp4"), size=384, fast_size=56, dtype=torch.float32, mean=MEAN, std=STD)
     monkeypatch.setattr("keye.slowfast.frame_buffer.FULL_SIZE_BYTES", 1 << 30)
-    whole_frames = encoder.frames(clip("bikes.mp4"), size=384, fast_size=56, dtype=torch.float32, mean=MEAN, std=STD)
+    full_size = encoder.frames(clip("bikes.mp4"), size=384, fast_size=56, dtype=torch.float32, mean=MEAN, std=STD)
     assert found.slow.shape[1:] == (3, 384, 384) and found.fast.shape[1:] == (3, 56, 56)
-    assert torch.equal(found.slow, whole_frames.slow)
+    assert torch.equal(found.slow, full_size.slow)
 
 
 def test_cache_workers_and_files_keep_every_format(tmp_path, encoder, raw):
@@ -113,9 +113,9 @@ def test_cache_workers_and_files_keep_every_format(tmp_path, encoder, raw):
 def test_filling_is_converting(count, dtype):
     pixels = torch.randint(0, 256, (count, 3, 14, 14), dtype=torch.uint8)
     form = PixelFormat(dtype) if dtype == torch.uint8 else PixelFormat(dtype, None, MEAN, STD)
-    room = form.empty(count, 3, 14, 14)
-    form.fill(room, pixels)
-    assert torch.equal(room, form.convert(pixels))
+    target = form.empty(count, 3, 14, 14)
+    form.fill(target, pixels)
+    assert torch.equal(target, form.convert(pixels))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def two_stream_plan() -> VideoPlan:
     )
 
 
-def test_what_it_costs_by_hand():
+def test_tokens_of_a_plan_by_hand():
     plan = a_plan()
     assert plan.tokens == 2 * 20 * 36 + 2 * 10 * 19 == 1820
     assert plan.tokens_per_frame.tolist() == [720, 190, 190, 720]
@@ -63,7 +63,7 @@ def test_a_token_of_another_size():
     assert "1152x640, 720 tokens each" in plan.summary() and plan.frame_table().split()[-1] == "720"
 
 
-def test_a_frame_that_is_there_twice():
+def test_a_frame_with_two_entries():
     plan = two_stream_plan()
     assert plan.tokens == 2 * 720 + 3 * 190 and plan.all_slow_tokens == 3 * 720
     assert plan.frame_ends.tolist() == [0.5, 0.5, 1.0, pytest.approx(1.2), pytest.approx(1.2)]
@@ -74,7 +74,7 @@ def test_a_frame_that_is_there_twice():
 @pytest.mark.parametrize(
     ("times", "duration", "span"),
     [
-        ([0.0, 0.5, 1.0], 1.3, (0.0, 1.3)),  # a whole clip
+        ([0.0, 0.5, 1.0], 1.3, (0.0, 1.3)),  # a complete clip
         ([0.04, 0.5, 1.0], 1.5, (0.0, 1.5)),  # one whose first frame comes late
         ([0.0, 0.5, 1.0], 1.0, (0.0, 1.5)),  # one that claims to end with its last frame
         ([10.0, 10.5, 11.0], 60.0, (10.0, 11.5)),  # part of one
@@ -82,7 +82,7 @@ def test_a_frame_that_is_there_twice():
         ([0.0], 0.0, (0.0, 1 / 3)),
     ],
 )
-def test_what_part_of_the_clip_it_covers(times, duration, span):
+def test_the_span_of_a_plan(times, duration, span):
     count = len(times)
     plan = a_plan([0] * count, [math.nan] * count, timestamps=torch.tensor(times), duration=duration)
     assert plan.span == pytest.approx(span)
@@ -135,7 +135,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize(("key", "value"), NONSENSE)
-def test_nonsense_is_refused_by_its_key(key, value):
+def test_invalid_values_are_refused_by_key(key, value):
     values = a_plan().to_dict()
     assert VideoPlan.from_dict(values) == a_plan() and len(values["frame_types"]) == 4
     with pytest.raises(VideoError, match="this is not a video plan") as error:
@@ -145,7 +145,7 @@ def test_nonsense_is_refused_by_its_key(key, value):
 
 
 @pytest.mark.parametrize("values", [None, 3, "plan", [], {}, {"source": "x"}])
-def test_what_is_no_plan_at_all(values):
+def test_values_that_are_not_a_plan(values):
     with pytest.raises(VideoError, match="not a video plan"):
         VideoPlan.from_dict(values)
 

@@ -56,7 +56,7 @@ def like(one: int, other: int) -> float:
 
 
 def naive(levels, threshold, max_gap, min_gap, hysteresis, cut):
-    """The rules of `Adaptive`, written down once more over whole lists."""
+    """The rules of `Adaptive`, implemented again over complete lists."""
     types = [0]
     calm_since = [True]  # whether the picture was at rest on the way up to each frame, itself included
     for index in range(1, len(levels)):
@@ -114,7 +114,7 @@ def test_options_by_hand():
     assert slow(cut, Adaptive(0.9, min_gap=3, cut=0.3)) == [0, 2]
 
 
-def test_the_frame_before_is_compared_only_when_asked_for():
+def test_the_frame_before_is_compared_only_with_looks_back():
     plain, back = Brightness(), Brightness()
     levels = list(range(30))
     decide(levels, Adaptive(0.5), measure=plain)
@@ -149,7 +149,7 @@ def test_scores_of_a_real_measure_do_not_depend_on_batches():
 
 @settings(max_examples=150, deadline=None)
 @given(clips, steps, st.floats(0.01, 1.0), st.floats(0.01, 1.0))
-def test_share_is_met_from_below_and_monotone(levels, step, one, other):
+def test_share_is_not_exceeded_and_monotone(levels, step, one, other):
     small, large = (decide(levels, AdaptiveBudget(0.9, share=share), step=step) for share in sorted((one, other)))
     for decisions, share in ((small, min(one, other)), (large, max(one, other))):
         # The first frame is always slow, even where that is more than the share.
@@ -194,7 +194,7 @@ def test_tokens_by_hand():
     assert decisions.types == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
     assert 1 - 10 / 64 < decisions.threshold <= 1 - 1 / 64
     assert decisions.warnings == []
-    # 3 slow frames are 3623 and 5 are 4645: between them lies nothing.
+    # 3 slow frames cost 3623 and 5 cost 4645; no threshold gives 4.
     between = decide(levels, AdaptiveBudget(0.0, tokens=4_600))
     assert between.types.count(0) == 3
     assert between.warnings == [
@@ -213,7 +213,7 @@ def test_tokens_by_hand():
     assert "above max_tokens=65536" in decide(levels, AdaptiveBudget(0.9, tokens=70_000)).warnings[0]
 
 
-def test_options_hold_while_the_threshold_is_found():
+def test_options_apply_while_the_threshold_is_searched():
     decisions = decide([0, 60] * 20, AdaptiveBudget(0.9, min_gap=3, share=1.0))
     assert decisions.types == [0, 1, 1] * 13 + [0]
     assert "14 of 40 frames are slow where share=1.0 allows 40" in decisions.warnings[0]
@@ -257,7 +257,7 @@ def test_two_stream_frames_fit(slow, fast_tokens, low, more):
 @pytest.mark.parametrize("spec", ["adaptive", "adaptive_budget:share=0.3", "adaptive_budget:tokens=9000", "all_slow",
                                   "uniform", "strided", "two_stream"])  # fmt: skip
 @pytest.mark.parametrize("measure", ["patch_l1", "patch_cosine", "ssim"])
-def test_clips_in_which_nothing_happens(spec, measure):
+def test_clips_without_change(spec, measure):
     for value, count in itertools.product((0, 128), (1, 2, 11)):
         walk = FrameClassifier(get_measure(measure), get_policy(spec, 0.9), LIMITS)
         walk.step(torch.full((count, 3, 56, 70), value, dtype=torch.uint8))
@@ -269,7 +269,7 @@ def test_clips_in_which_nothing_happens(spec, measure):
             assert decisions.types == [0] + [1] * (count - 1)
 
 
-def test_a_stream_remembers_nothing():
+def test_a_stream_keeps_nothing():
     walk = FrameClassifier(Brightness(), Adaptive(0.9), remember=False)
     for level in (0, 0, 60, 60):
         types, _ = walk.step(frames_of([level]))
@@ -280,14 +280,14 @@ def test_a_stream_remembers_nothing():
         FrameClassifier(Brightness(), TwoStream(), LIMITS, remember=False)
 
 
-def test_nothing_stepped_is_nothing_decided():
+def test_no_frames_give_no_decisions():
     for policy in (Adaptive(0.9), TwoStream()):
         walk = FrameClassifier(Brightness(), policy, LIMITS)
         assert walk.step(frames_of([])) == ([], [])
         assert walk.finish().types == []
 
 
-def test_a_policy_of_ones_own():
+def test_your_own_policy():
     class EveryOther(Policy):
         name, spec = "every_other", "every_other"
 
@@ -331,7 +331,7 @@ def test_policy_specs():
     st.none() | st.floats(0, 1, exclude_min=True),
     st.floats(0, 1, exclude_min=True) | st.integers(1, 10**9),
 )
-def test_specs_come_back_exactly(threshold, max_gap, min_gap, hysteresis, cut, target):
+def test_specs_build_the_same_policy(threshold, max_gap, min_gap, hysteresis, cut, target):
     options = (threshold, max_gap, min_gap, hysteresis, cut)
     budget = {"share": target} if isinstance(target, float) else {"tokens": target}
     for policy in (Adaptive(*options), AdaptiveBudget(*options, **budget)):

@@ -32,29 +32,29 @@ def frames(count=6):
 
 
 class Watching(MSE):
-    """Tells what it sees of the number of threads while frames are scored."""
+    """Records the numbers of threads while frames are scored."""
 
     name = "watching"
 
     def __init__(self):
-        self.inside, self.beside = set(), set()
+        self.inside, self.new = set(), set()
 
-    def prepare(self, given):
+    def prepare(self, frames):
         self.inside.add(torch.get_num_threads())
-        self.beside.add(in_a_new_thread(torch.get_num_threads))
-        return super().prepare(given)
+        self.new.add(in_a_new_thread(torch.get_num_threads))
+        return super().prepare(frames)
 
 
 def test_a_thread_that_starts_while_frames_are_scored_keeps_all_of_torchs_threads():
     measure = Watching()
     SlowFastEncoder(measure=measure).plan(frames())
-    assert measure.inside == {1}  # scoring itself shares nothing out
-    assert measure.beside == {THREADS}
+    assert measure.inside == {1}  # scoring runs in this thread only
+    assert measure.new == {THREADS}
     assert torch.get_num_threads() == in_a_new_thread(torch.get_num_threads) == THREADS
 
 
-def test_overlapping_plans_leave_the_number_as_it_was():
-    """Two threads inside at once, entering and leaving in every order."""
+def test_overlapping_plans_restore_the_number():
+    """Two threads inside at the same time, entering and leaving in every order."""
     encoder = SlowFastEncoder(measure="mse")
     start, seen = threading.Barrier(4), []
 
@@ -78,7 +78,7 @@ def test_an_error_and_a_plan_within_a_plan_restore_the_number():
     class Broken(MSE):
         name = "broken"
 
-        def prepare(self, given):
+        def prepare(self, frames):
             SlowFastEncoder(measure="mse").plan(frames())
             assert torch.get_num_threads() == 1
             raise ZeroDivisionError

@@ -25,7 +25,7 @@ def read(source, fps=2.0, **options):
         return clip, list(clip)
 
 
-def test_formats_that_start_other_programs_are_no_pictures(tmp_path):
+def test_formats_that_start_other_programs_are_refused(tmp_path):
     """PostScript is a program, which Pillow gives to Ghostscript to run."""
     path = tmp_path / "a.png"
     Image.new("RGB", (8, 8), "red").save(path, format="EPS")
@@ -75,7 +75,7 @@ def test_pictures_too_large_are_refused_by_their_header(tmp_path):
         load_image(png_claiming(8000, 8000))
 
 
-def test_films_too_large_are_refused_before_they_are_decoded(tmp_path):
+def test_too_large_videos_are_refused_before_decoding(tmp_path):
     path = tmp_path / "large.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=2, options={"preset": "ultrafast", "bf": "0"})
@@ -104,7 +104,7 @@ def test_pixels_that_are_not_square_count_as_they_are_shown(tmp_path, monkeypatc
         read(path)
 
 
-def test_frames_that_grow_on_the_way_are_left_out(tmp_path, monkeypatch):
+def test_frames_that_become_too_large_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "MAX_FRAME_PIXELS", 8000)
     paths = [
         write_video(tmp_path / f"{size[0]}.webm", numbered(10, *size), codec="libvpx", rate=10)
@@ -124,7 +124,7 @@ def test_frames_that_grow_on_the_way_are_left_out(tmp_path, monkeypatch):
     assert any("damaged pieces" in text for text in clip.warnings)
 
 
-def test_few_large_frames_are_made_ahead():
+def test_few_large_frames_are_prefetched():
     assert decode.ahead_of((480, 640)) == 3 and decode.ahead_of((4320, 7680)) == 1
 
 
@@ -168,7 +168,7 @@ def test_sound_with_a_cover_is_no_video(tmp_path, suffix):
         read(path)
 
 
-def test_a_cover_beside_a_film_is_not_the_film(tmp_path):
+def test_a_cover_picture_is_not_taken_for_the_video(tmp_path):
     path = sound(tmp_path / "film.mp4", cover=True, film=True)
     with av.open(str(path)) as container:
         assert any(stream.disposition & av.stream.Disposition.attached_pic for stream in container.streams.video)

@@ -28,7 +28,7 @@ def odd_plans():
 
 
 class Page(HTMLParser):
-    """What a browser would see: elements by tag, their text, and everything that asks for another file."""
+    """The elements of a page by tag, their text, and all references to other files."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -95,7 +95,7 @@ def test_the_marks_of_the_time_axis_are_round_and_few(start, length):
         assert sum(part * 60**place for place, part in enumerate(reversed(parts))) == pytest.approx(time, abs=1e-6)
 
 
-def test_the_strip_tells_the_story_in_order():
+def test_the_strip_is_in_the_order_of_time():
     plan = odd_plans()["many"]
     chosen = strip_frames(plan, 10)
     assert len(chosen) == 10 and chosen == sorted(chosen) and all(plan.frame_types[entry] == 0 for entry in chosen)

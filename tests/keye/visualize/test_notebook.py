@@ -73,7 +73,7 @@ def test_a_repr_is_one_short_line(video):
     assert f"{len(video.pixel_values)} patches float32" in repr(video)
 
 
-def test_a_source_that_is_gone_or_has_changed_leaves_the_summary(tmp_path):
+def test_a_source_that_is_missing_or_has_changed_leaves_the_summary(tmp_path):
     path = write_video(tmp_path / "a.mp4", numbered(30))
     plan = SlowFastEncoder().plan(path)
     path.write_bytes(b"no video")
