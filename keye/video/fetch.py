@@ -127,7 +127,7 @@ def download(url: str, rules: UrlRules | None) -> Iterator[Path]:
         raise VideoError(f"{name} is a URL, and downloads are off by default; give urls=UrlRules() to allow them")
     with tempfile.NamedTemporaryFile(prefix="keye-") as file:
         try:
-            _fetch(url, rules, file)
+            _Download(rules, file).fetch(url)
             file.flush()
         except (OSError, http.client.HTTPException) as error:  # ssl.SSLError and time-outs are OSErrors
             reason = getattr(error, "verify_message", "") or getattr(error, "strerror", None) or str(error)
@@ -136,53 +136,125 @@ def download(url: str, rules: UrlRules | None) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _fetch(url: str, rules: UrlRules, file: tempfile._TemporaryFileWrapper) -> None:
-    """Download the URL into `file`, following redirects."""
-    deadline = time.monotonic() + rules.timeout
-    for _ in range(rules.max_redirects + 1):
-        following = _request(url, rules, deadline, file)
-        if following is None:
-            return
-        if scheme_of(url) == "https" and scheme_of(following) == "http":
-            raise VideoError(f"{url_name(url)} redirects from https to http; download it yourself if you trust it")
-        url = following
-    raise VideoError(f"{url_name(url)} follows more than {rules.max_redirects} redirects; raise max_redirects")
+class _Download:
+    """One download under `rules`; name: of the current URL, which redirects change."""
 
+    def __init__(self, rules: UrlRules, file: tempfile._TemporaryFileWrapper):
+        self.rules, self.file, self.name = rules, file, ""
+        self.deadline = time.monotonic() + rules.timeout
 
-def _request(url: str, rules: UrlRules, deadline: float, file: tempfile._TemporaryFileWrapper) -> str | None:
-    """Request one URL; write its body to `file`, or return the URL that it redirects to."""
-    name = url_name(url)
-    scheme, host, port, target = _parts(url)
-    connection = _connect(scheme, host, port, name, rules, deadline)
-    # A server that sends single bytes never exceeds a socket's timeout, so the connection is closed at the deadline.
-    raw = connection.sock
-    timer = threading.Timer(max(deadline - time.monotonic(), 0.0), _shut_down, [raw])
-    timer.daemon = True
-    timer.start()
-    try:
-        connection.request("GET", target, headers=_HEADERS)
-        response = connection.getresponse()
-        if response.status in _REDIRECTS and response.getheader("Location"):
-            return _follow(url, response.getheader("Location"))
-        if response.status != 200:
-            raise VideoError(f"{name} returns {response.status} {response.reason}".rstrip() + "; check the URL")
-        if response.getheader("Content-Encoding", "identity").lower() != "identity":
-            raise VideoError(f"{name} is sent compressed, against the request; download it yourself")
-        _save(response, name, rules, deadline, file)
-    except (OSError, http.client.HTTPException):
-        _check_time(name, rules, deadline)
-        raise
-    finally:
-        timer.cancel()
-        connection.close()
-    return None
+    def fetch(self, url: str) -> None:
+        """Write the content of the URL to the file, following redirects."""
+        for _ in range(self.rules.max_redirects + 1):
+            self.name = url_name(url)
+            following = self.request(url)
+            if following is None:
+                return
+            if scheme_of(url) == "https" and scheme_of(following) == "http":
+                raise VideoError(f"{self.name} redirects from https to http; download it yourself if you trust it")
+            url = following
+        raise VideoError(f"{url_name(url)} follows more than {self.rules.max_redirects} redirects; raise max_redirects")
 
+    def request(self, url: str) -> str | None:
+        """Request one URL; write its body to the file, or return the URL that it redirects to."""
+        scheme, host, port, target = _parts(url)
+        connection = self.connect(scheme, host, port)
+        # A server that sends single bytes never exceeds a socket's timeout, so the connection ends at the deadline.
+        timer = threading.Timer(max(self.deadline - time.monotonic(), 0.0), _shut_down, [connection.sock])
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.request("GET", target, headers=_HEADERS)
+            response = connection.getresponse()
+            if response.status in _REDIRECTS and response.getheader("Location"):
+                try:
+                    return urljoin(url, response.getheader("Location"))
+                except ValueError as error:
+                    raise VideoError(f"{self.name} redirects to an invalid URL; check the URL") from error
+            if response.status != 200:
+                status = f"{response.status} {response.reason}".rstrip()
+                raise VideoError(f"{self.name} returns {status}; check the URL")
+            if response.getheader("Content-Encoding", "identity").lower() != "identity":
+                raise VideoError(f"{self.name} is sent compressed, against the request; download it yourself")
+            self.save(response)
+        except (OSError, http.client.HTTPException):
+            self.check_time()
+            raise
+        finally:
+            timer.cancel()
+            connection.close()
+        return None
 
-def _follow(url: str, location: str) -> str:
-    try:
-        return urljoin(url, location)
-    except ValueError as error:
-        raise VideoError(f"{url_name(url)} redirects to an invalid URL; check the URL") from error
+    def save(self, response: http.client.HTTPResponse) -> None:
+        """Write the body of a response to the file, within the limits of size and time."""
+        declared, limit = response.length, self.rules.max_bytes
+        if declared is not None and declared > limit:
+            raise VideoError(f"{self.name} has {declared:,} bytes, and {limit:,} are allowed; raise max_bytes")
+        count = 0
+        while chunk := response.read1(_CHUNK):
+            count += len(chunk)
+            if count > limit:
+                raise VideoError(f"{self.name} has more than the {limit:,} bytes allowed; raise max_bytes")
+            self.check_time()
+            self.file.write(chunk)
+        self.check_time()
+        if declared is not None and count < declared:
+            raise VideoError(f"the download of {self.name} ended after {count:,} of {declared:,} bytes; try again")
+
+    def check_time(self) -> None:
+        if time.monotonic() >= self.deadline:
+            raise VideoError(f"{self.name} was not downloaded within {self.rules.timeout:g} s; raise timeout")
+
+    def connect(self, scheme: str, host: str, port: int) -> http.client.HTTPConnection:
+        """A connection to one of the host's checked addresses, with TLS for the host's name."""
+        failure: OSError | None = None
+        for family, address in self.addresses(host, port):
+            self.check_time()
+            connected = socket.socket(family, socket.SOCK_STREAM)
+            connected.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            try:
+                connected.connect(address)
+                if scheme == "https":
+                    connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
+            except OSError as error:
+                failure = error
+                connected.close()
+                if isinstance(error, ssl.SSLError):  # the certificate would be invalid at the other addresses, too
+                    break
+                continue
+            connection = http.client.HTTPConnection(host, port)
+            connection.default_port = _PORTS[scheme]  # the port that the Host header omits
+            connection.sock = connected
+            return connection
+        self.check_time()
+        assert failure is not None
+        raise failure
+
+    def addresses(self, host: str, port: int) -> list[tuple[int, tuple]]:
+        """(family, socket address) of every allowed address of the host, within the deadline."""
+        found: list = []
+
+        def resolve() -> None:
+            try:
+                found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                found.append(error)
+
+        # The system's resolver has no time limit, so it runs in a thread that can be abandoned.
+        thread = threading.Thread(target=resolve, daemon=True)
+        thread.start()
+        thread.join(max(self.deadline - time.monotonic(), 0.0))
+        self.check_time()
+        if not found or isinstance(found[0], Exception):
+            raise VideoError(f"the host of {self.name} is not known; check the URL and the network")
+        addresses = [(family, address) for family, _, _, _, address in found]
+        allowed = [entry for entry in addresses if self.rules.allow_private or is_public(entry[1][0])]
+        if not allowed:
+            raise VideoError(
+                f"{self.name} resolves to {addresses[0][1][0]}, an address that is not public; give"
+                " UrlRules(allow_private=True) if you trust it"
+            )
+        return allowed
 
 
 def _shut_down(connection: socket.socket) -> None:
@@ -190,33 +262,6 @@ def _shut_down(connection: socket.socket) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
     except OSError:  # already closed
         pass
-
-
-def _save(
-    response: http.client.HTTPResponse,
-    name: str,
-    rules: UrlRules,
-    deadline: float,
-    file: tempfile._TemporaryFileWrapper,
-) -> None:
-    declared = response.length
-    if declared is not None and declared > rules.max_bytes:
-        raise VideoError(f"{name} has {declared:,} bytes, and {rules.max_bytes:,} are allowed; raise max_bytes")
-    count = 0
-    while chunk := response.read1(_CHUNK):
-        count += len(chunk)
-        if count > rules.max_bytes:
-            raise VideoError(f"{name} has more than the {rules.max_bytes:,} bytes allowed; raise max_bytes")
-        _check_time(name, rules, deadline)
-        file.write(chunk)
-    _check_time(name, rules, deadline)
-    if declared is not None and count < declared:
-        raise VideoError(f"the download of {name} ended after {count:,} of {declared:,} bytes; try again")
-
-
-def _check_time(name: str, rules: UrlRules, deadline: float) -> None:
-    if time.monotonic() >= deadline:
-        raise VideoError(f"{name} was not downloaded within {rules.timeout:g} s; raise timeout")
 
 
 def _parts(url: str) -> tuple[str, str, int, str]:
@@ -236,64 +281,6 @@ def _parts(url: str) -> tuple[str, str, int, str]:
     safe = "%/:=&?~+!$,;'@()*[]"
     target = quote(parts.path or "/", safe) + (f"?{quote(parts.query, safe)}" if parts.query else "")
     return parts.scheme, host, port, target
-
-
-def _connect(
-    scheme: str, host: str, port: int, name: str, rules: UrlRules, deadline: float
-) -> http.client.HTTPConnection:
-    """A connection to one of the host's checked addresses, with TLS for the host's name."""
-    failure: OSError | None = None
-    for family, address in _allowed(_resolve(host, port, name, rules, deadline), name, rules):
-        _check_time(name, rules, deadline)
-        connected = socket.socket(family, socket.SOCK_STREAM)
-        connected.settimeout(max(deadline - time.monotonic(), 0.001))
-        try:
-            connected.connect(address)
-            if scheme == "https":
-                connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
-        except OSError as error:
-            failure = error
-            connected.close()
-            if isinstance(error, ssl.SSLError):  # the certificate would be invalid at the other addresses, too
-                break
-            continue
-        connection = http.client.HTTPConnection(host, port)
-        connection.default_port = _PORTS[scheme]  # the port that the Host header omits
-        connection.sock = connected
-        return connection
-    _check_time(name, rules, deadline)
-    assert failure is not None
-    raise failure
-
-
-def _resolve(host: str, port: int, name: str, rules: UrlRules, deadline: float) -> list[tuple[int, tuple]]:
-    """(family, socket address) of every address of the host, within the deadline."""
-    found: list = []
-
-    def ask() -> None:
-        try:
-            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.append(error)
-
-    # The system's resolver has no time limit, so it runs in a thread that can be abandoned.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(max(deadline - time.monotonic(), 0.0))
-    _check_time(name, rules, deadline)
-    if not found or isinstance(found[0], Exception):
-        raise VideoError(f"the host of {name} is not known; check the URL and the network")
-    return [(family, address) for family, _, _, _, address in found]
-
-
-def _allowed(addresses: list[tuple[int, tuple]], name: str, rules: UrlRules) -> list[tuple[int, tuple]]:
-    allowed = [entry for entry in addresses if rules.allow_private or is_public(entry[1][0])]
-    if not allowed:
-        raise VideoError(
-            f"{name} resolves to {addresses[0][1][0]}, an address that is not public; give UrlRules(allow_private=True)"
-            " if you trust it"
-        )
-    return allowed
 
 
 def is_public(address: str) -> bool:

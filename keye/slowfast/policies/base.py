@@ -7,7 +7,7 @@ policy derives from `Policy` and defines `spec` and `is_slow`.
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -54,30 +54,16 @@ class Limits:
         self, slow: int, fast: int, *, fast_tokens: int | None = None, max_tokens: int | None = None
     ) -> Allocation:
         """The sizes of `slow` and `fast` frames; max_tokens: a budget other than the video's own."""
-        return allocate(
-            *self.size,
-            slow,
-            fast,
-            ratio=self.ratio,
-            min_tokens=self.min_tokens,
-            max_tokens_per_frame=self.max_tokens_per_frame,
-            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
-            side=self.side,
-            fast_tokens=fast_tokens,
-        )
+        limits = self if max_tokens is None else replace(self, max_tokens=max_tokens)
+        return allocate(*self.size, slow, fast, fast_tokens=fast_tokens, **limits._options)
 
     def bounds(self, slow: int, frames: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Upper bounds (height, width) of slow and of fast frames if at least `slow` of `frames` are slow."""
-        return bounds(
-            *self.size,
-            slow,
-            frames,
-            ratio=self.ratio,
-            min_tokens=self.min_tokens,
-            max_tokens_per_frame=self.max_tokens_per_frame,
-            max_tokens=self.max_tokens,
-            side=self.side,
-        )
+        return bounds(*self.size, slow, frames, **self._options)
+
+    @property
+    def _options(self) -> dict[str, float]:
+        return {option.name: getattr(self, option.name) for option in fields(self) if option.name != "size"}
 
 
 @dataclass(frozen=True)
