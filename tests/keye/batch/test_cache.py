@@ -209,7 +209,7 @@ def test_a_missing_file_is_the_encoders_error(tmp_path, cache):
     with pytest.raises(VideoError, match="none.mp4 does not exist"):
         cache.plan(SlowFastEncoder(), tmp_path / "none.mp4")
     (tmp_path / "file").touch()
-    with pytest.raises(KeyeError, match="give a folder to write in"):
+    with pytest.raises(KeyeError, match="give a folder that you may write to"):
         Cache(tmp_path / "file")
 
 

@@ -274,7 +274,7 @@ def test_a_stream_keeps_nothing():
     for level in (0, 0, 60, 60):
         types, _ = walk.step(frames_of([level]))
     assert types == [1]
-    with pytest.raises(ValueError, match="nothing to finish"):
+    with pytest.raises(ValueError, match="finish.. needs"):
         walk.finish()
     with pytest.raises(KeyeError, match="needs all frames of a clip to decide"):
         FrameClassifier(Brightness(), TwoStream(), LIMITS, remember=False)
@@ -356,7 +356,7 @@ def test_specs_build_the_same_policy(threshold, max_gap, min_gap, hysteresis, cu
         ("adaptive:hysteresis=nan", "hysteresis is nan; give a difference"),
         ("adaptive_budget", "give one of tokens=N and share=S"),
         ("adaptive_budget:share=0.5,tokens=9", "give one of tokens=N and share=S"),
-        ("adaptive_budget:share=1.5", "share is 1.5; give a share above 0 and at most 1"),
+        ("adaptive_budget:share=1.5", "share is 1.5; give a number above 0 and at most 1"),
         ("adaptive_budget:tokens=-1", "tokens is -1; give a whole number of 1 or more"),
         ("all_slow:2", "'2' is not an option of all_slow; it has none"),
         ("two_stream:slow=0", "slow is 0; give a whole number of 1 or more"),

@@ -39,10 +39,10 @@ class Watching(MSE):
     def __init__(self):
         self.inside, self.new = set(), set()
 
-    def prepare(self, frames):
+    def prepare(self, pictures):
         self.inside.add(torch.get_num_threads())
         self.new.add(in_a_new_thread(torch.get_num_threads))
-        return super().prepare(frames)
+        return super().prepare(pictures)
 
 
 def test_a_thread_that_starts_while_frames_are_scored_keeps_all_of_torchs_threads():
@@ -78,7 +78,7 @@ def test_an_error_and_a_plan_within_a_plan_restore_the_number():
     class Broken(MSE):
         name = "broken"
 
-        def prepare(self, frames):
+        def prepare(self, pictures):
             SlowFastEncoder(measure="mse").plan(frames())
             assert torch.get_num_threads() == 1
             raise ZeroDivisionError

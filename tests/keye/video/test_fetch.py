@@ -142,9 +142,9 @@ def test_a_declared_length_that_is_too_small_is_used(server):
         ("short", "ended after 10,240 of 10,241 bytes"),
         ("loop", "more than 5 redirects; raise max_redirects"),
         ("nonsense", "cannot be downloaded"),
-        ("to?ftp://example.com/a.mp4", "neither http nor https"),
-        ("to?file:///etc/passwd", "neither http nor https"),
-        ("to?http://[bad/", "redirects to what is not a valid URL"),
+        ("to?ftp://example.com/a.mp4", "target of a redirect but not http or https"),
+        ("to?file:///etc/passwd", "target of a redirect but not http or https"),
+        ("to?http://[bad/", "redirects to an invalid URL"),
     ],
 )
 def test_bad_responses_are_errors(server, path, match):
@@ -176,7 +176,7 @@ def test_size_is_limited_by_the_received_bytes(server):
 @pytest.mark.parametrize("path", ["drip", "dripheader"])
 def test_the_total_time_is_limited(server, path):
     began = time.monotonic()
-    with pytest.raises(VideoError, match="not there in full after 0.3 s; raise timeout"):
+    with pytest.raises(VideoError, match="not downloaded within 0.3 s; raise timeout"):
         with download(server.url(path), UrlRules(allow_private=True, timeout=0.3)):
             pass
     assert time.monotonic() - began < 5  # dripping lasts ten
@@ -275,8 +275,8 @@ def test_https_does_not_fall_back_to_http(server, monkeypatch):
 @pytest.mark.parametrize(
     ("url", "match"),
     [
-        ("ftp://example.com/a.mp4", "no http or https URL"),
-        ("rtsp://example.com/a", "no http or https URL"),
+        ("ftp://example.com/a.mp4", "is not an http or https URL"),
+        ("rtsp://example.com/a", "is not an http or https URL"),
         ("http:///a.mp4", "has no host"),
         ("http://user:word@example.com/a.mp4?key=1", "http://example.com/a.mp4 contains a user name"),
         ("http://example.com:99999/", "not a valid URL"),

@@ -332,7 +332,7 @@ def test_errors_name_bad_pictures_and_values(tmp_path, folder):
         ("a\0b.mp4", "cannot be read|does not exist"),
         ("https://example.com/a.mp4", "https://example.com/a.mp4 is a URL, and downloads are off by default"),
         (["https://example.com/a.png"], "example.com/a.png is a URL"),
-        ("rtsp://example.com/a", "no http or https URL"),
+        ("rtsp://example.com/a", "is not an http or https URL"),
         ("concat:a.mp4|b.mp4", "does not exist"),
         ("/dev/zero", "is not a regular file"),
     ]:
