@@ -34,7 +34,7 @@ from keye.errors import KeyeError, ManifestError, VideoError
 from keye.slowfast.budget import SIDE, fit_size
 from keye.video.clip import open_clip
 from keye.video.decoding.containers import open_container
-from keye.video.decoding.decoder import open_decoder
+from keye.video.decoding.decoder import Decoder
 from keye.video.fetch import UrlRules, data_bytes, download, scheme_of, url_name
 from keye.video.images import load_image
 
@@ -211,7 +211,7 @@ def _by_index(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> 
             raise VideoError(f"{source} is no file; check the path")
         # Pixels as decord has them: neither stretched to be square nor in the colours that their size suggests.
         opened = open_container(io.BytesIO(local) if isinstance(local, bytes) else local, name)
-        decoder = open_decoder(opened, name, encoder.fps, encoder.most_frames, as_coded=True)
+        decoder = Decoder(opened, name, encoder.fps, encoder.most_frames, as_coded=True)
         stack.callback(decoder.close)
         rate, shown = decoder.rate, decoder.appear
         if not shown:

@@ -1,7 +1,7 @@
-"""Arrays of any kind as pictures uint8 [3, H, W]: what is unambiguous is taken, for the rest the error says what to do.
+"""Arrays of any kind as pictures uint8 [3, H, W]; ambiguous ones are refused with an error that says what to give.
 
-Channels may be first or last: three are RGB, one is grey, four are RGB and opacity, laid on white. Whole numbers must
-be 0 to 255, floats 0 to 1 (as torchvision and scikit-image have them).
+Channels may be first or last: three are RGB, one is grey, four are RGB and opacity, blended with white. Integers must
+be 0 to 255, floats 0 to 1 (as in torchvision and scikit-image).
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ _CHANNELS = (1, 3, 4)
 _TO_BYTES = {
     "signed": "((values + 1) * 127.5).round().to(torch.uint8) if they are in [-1, 1]",
     "large": "values.round().to(torch.uint8) if they are in [0, 255]",
-    "other": "undo what was done to them and give uint8",
+    "other": "undo their normalisation and give uint8",
 }
 
 
 class FrameArray(Sequence):
-    """The frames of one array: [T, 3, H, W], [T, H, W, 3], with 1 or 4 channels too, [T, H, W] or [1, T, …].
+    """The frames of one array: [T, C, H, W] or [T, H, W, C] with 1, 3 or 4 channels, [T, H, W] or [1, T, …].
 
-    times: seconds of each frame and how long the last one stays, None where the array has no clock.
+    times: seconds of each frame, None where the array has no clock. last: seconds that the last frame is displayed.
     """
 
     indices: list[int] | None = None
@@ -40,12 +40,16 @@ class FrameArray(Sequence):
 
 
 def is_clip(values: Values) -> bool:
-    """Whether an array holds frames, not a single picture; [3, H, W] and [H, W, 3] are pictures."""
+    """Whether an array is a sequence of frames and not a single picture; [3, H, W] and [H, W, 3] are pictures."""
     return values.ndim > 3 or (values.ndim == 3 and not _is_picture(values.shape))
 
 
 def as_picture(values: Values, name: str = "an image") -> torch.Tensor:
-    """The picture uint8 [3, H, W] of values [3, H, W], [H, W, 3], [H, W] and the like; VideoError for others."""
+    """The picture uint8 [3, H, W] of values [C, H, W], [H, W, C] or [H, W] with 1, 3 or 4 channels.
+
+    Raises:
+        VideoError: shape, type or range of the values are not those of a picture.
+    """
     shape = tuple(values.shape)
     axes = [axis for axis in (0, 2) if len(shape) == 3 and shape[axis] in _CHANNELS]
     if len(axes) == 2 and 3 in (shape[0], shape[2]):
@@ -66,7 +70,7 @@ def _is_picture(shape: Sequence[int]) -> bool:
 
 
 def _clip(values: Values) -> Values:
-    """The frames of an array [T, …], each of which `as_picture` takes."""
+    """The frames of an array [T, …], each of which `as_picture` accepts."""
     shape = tuple(values.shape)
     forms = "frames must be uint8 [T, 3, H, W] or [T, H, W, 3] with T >= 1"
     if len(shape) == 5 and shape[0] == 1:
@@ -77,7 +81,7 @@ def _clip(values: Values) -> Values:
         raise VideoError(f"{forms}, not {_kind(values)}; put the frames first: values.permute(1, 0, 2, 3)")
     if len(shape) == 4:
         found = [shape[axis] for axis in (1, 3) if shape[axis] in _CHANNELS]
-        clear = len(found) == 1 or 3 in found  # an axis of three is the colours, whatever the other is
+        clear = len(found) == 1 or 3 in found  # an axis of three is the colours, regardless of the other
     if 0 in shape or not 3 <= len(shape) <= 4 or (len(shape) == 4 and not clear):
         raise VideoError(f"{forms}, not {_kind(values)}; permute or convert them")
     if len(shape) == 3 and shape[0] == 4:
@@ -89,10 +93,10 @@ def _clip(values: Values) -> Values:
 
 
 def _as_bytes(values: Values, name: str) -> torch.Tensor:
-    """The same values as uint8; a copy of numpy's, whose strides may be negative and whose memory read-only."""
+    """The values as uint8; NumPy arrays are copied, since their strides may be negative and their memory read-only."""
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "uif" or values.dtype == np.longdouble:
-            raise VideoError(f"{name} has values of the type {values.dtype}; give uint8 in [0, 255]")
+            raise VideoError(f"{name} has values of type {values.dtype}; give uint8 in [0, 255]")
         wide = values.dtype.kind in "ui" and values.dtype not in (np.uint8, np.uint16)
         values = torch.from_numpy(np.array(values, dtype=np.int64 if wide else values.dtype.newbyteorder("=")))
     values = values.detach()
@@ -101,24 +105,24 @@ def _as_bytes(values: Values, name: str) -> torch.Tensor:
     if values.dtype in (torch.bool, torch.uint16) or values.is_complex():
         more = {torch.bool: "values.to(torch.uint8) * 255", torch.uint16: "(values >> 8).to(uint8) if they use 16 bits"}
         wanted = more.get(values.dtype, "uint8 in [0, 255]")
-        raise VideoError(f"{name} has values of the type {_type(values)}; give {wanted}")
+        raise VideoError(f"{name} has values of type {_type(values)}; give {wanted}")
     floats = values.is_floating_point()
     values = values.float() if floats else values.long()
     least, most = (value.item() for value in torch.aminmax(values))
     if not floats:
         if least < 0 or most > 255:
-            raise VideoError(f"{name} has whole numbers from {least} to {most}; give uint8 in [0, 255]")
+            raise VideoError(f"{name} has integers from {least} to {most}; give uint8 in [0, 255]")
         return values.to(torch.uint8)
     if not (least >= 0 and most <= 1):  # also where one of them is NaN
         kind = "signed" if -1 <= least < 0 and most <= 1 else "large" if least >= 0 and most <= 255 else "other"
         raise VideoError(
-            f"{name} has floats from {least:.4g} to {most:.4g}, which are taken from 0 to 1; give {_TO_BYTES[kind]}"
+            f"{name} has floats from {least:.4g} to {most:.4g}, but floats must be 0 to 1; give {_TO_BYTES[kind]}"
         )
     return (values * 255).round_().to(torch.uint8)
 
 
 def _on_white(pixels: torch.Tensor) -> torch.Tensor:
-    """RGB and opacity uint8 [4, H, W] laid on white."""
+    """RGB and opacity uint8 [4, H, W] blended with white."""
     colours, opacity = pixels[:3].int(), pixels[3:].int()
     return ((colours * opacity + 255 * (255 - opacity) + 127) // 255).to(torch.uint8)
 

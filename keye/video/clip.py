@@ -1,8 +1,7 @@
-"""Any source of video as a clip of sampled frames with true timestamps: files, URLs, pictures, folders, arrays, lists.
+"""Sources of video as clips of sampled frames with true times: files, URLs, pictures, folders, arrays, lists.
 
-Nothing here keeps frames: what is kept of each is up to the reader, so memory does not grow with the length of the
-clip. Times are seconds on the container's clock, by presentation timestamp, never index / average rate (wrong for
-variable frame rates).
+No frames are kept here, so memory does not grow with the length of a clip. Times are seconds on the container's clock,
+by presentation timestamp; index / average rate would be wrong for variable frame rates.
 """
 
 import io
@@ -23,7 +22,7 @@ from keye.checks import integer, rate, seconds
 from keye.errors import VideoError
 from keye.video.arrays import FrameArray, is_clip
 from keye.video.decoding.containers import open_container
-from keye.video.decoding.decoder import Frame, open_decoder
+from keye.video.decoding.decoder import Decoder, Frame
 from keye.video.decoding.prefetch import check_ending, reading
 from keye.video.fetch import UrlRules, data_bytes, download, file_path, path_name, scheme_of, url_name
 from keye.video.frame_objects import captured, is_batch, is_capture, time_of, unwrapped
@@ -39,7 +38,7 @@ _STREAMS_OF_JPEGS = {".mjpg", ".mjpeg"}
 
 
 class Reader(Protocol):
-    """One kind of source, opened and ready to be read any number of times. See `Clip` for the attributes."""
+    """An opened source that can be read any number of times. See `Clip` for the attributes."""
 
     size: tuple[int, int]
     duration: float
@@ -53,11 +52,11 @@ class Reader(Protocol):
 
 
 class Clip:
-    """An opened source. Iterating it yields its frames; iterating it again is a second pass, which reads it again.
+    """An opened source. Each iteration reads it and yields the sampled frames.
 
-    name: what to call it; size: (height, width) on the screen; duration: seconds, when the last frame leaves the screen
-    (of damaged files: the last one decoded, once it has been read); expected: the most frames an iteration can yield;
-    wanted: what the sampling asks for before `max_frames`; warnings: what is wrong with the source, complete once it
+    name: its name in messages. size: (height, width) in pixels as displayed. duration: end of the last frame in seconds
+    (of a damaged file, once it has been read, of the last frame that can be decoded). expected: most frames of an
+    iteration. wanted: number of samples before `max_frames` applies. warnings: problems of the source, complete once it
     has been read.
     """
 
@@ -69,9 +68,9 @@ class Clip:
         for frame in self._reader.frames():
             check_ending()
             yield frame
-        if frame is None:  # nothing before the damage, or all of what was asked for lies behind it
+        if frame is None:  # the file is damaged from its beginning, or before the requested range
             why = "; ".join(self.warnings) or "none can be decoded"
-            raise VideoError(f"no frame of {self.name} is there to be used ({why}); give another range or another file")
+            raise VideoError(f"no frame of {self.name} can be used ({why}); give another range or another file")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -107,23 +106,33 @@ def open_clip(
     num_frames: int | None = None,
     urls: UrlRules | None = None,
 ) -> Iterator[Clip]:
-    """Open a source for sampling at `fps` frames per second, evenly at most `max_frames`.
+    """Open a source for sampling at `fps` frames per second, at most `max_frames` frames spread evenly.
 
-    source, with its own clock: a video or moving picture (GIF, WebP, …) as a path, a `file:` or `data:` URL, bytes or
-    a binary file object, read from its beginning. Sampled at `fps`: at each time i / fps after its first frame, the
-    frame that is on the screen, none twice. Its clock is the container's: a stream that begins later than its sound
-    has a first time above 0. MPEG transport and program streams count from the beginning of the file, and where
-    recordings are joined, each goes on where the one before it ends.
-    source, without: a still picture (also a PIL image or an array [3, H, W]), a folder of images in natural order,
-    frames [T, 3, H, W] or [T, H, W, 3] (see `keye.video.arrays`), a list or iterator of pictures (PIL images,
-    arrays, paths). With `source_fps`, their rate, they are sampled like a video; with `timestamps` (seconds, one for
-    each) every frame is used; with neither, too, 1 / fps apart, which a warning says.
-    source, of other libraries: frames of PyAV and torchcodec and pairs (seconds, picture), in lists or iterators, a
-    FrameBatch of torchcodec and a `cv2.VideoCapture`, sampled by their own times; {"path", "bytes"} of `datasets`.
-    start, end: only [start, end) seconds on that clock, beginning with the frame on the screen at `start`.
-    num_frames: so many frames, evenly over that range, instead of `fps` or every frame.
-    urls: what may be downloaded; without it an `http(s):` URL is an error.
-    Raises VideoError when nothing can be read.
+    A source is one of:
+    - A video or animation (GIF, WebP, …) as a path, a `file:` or `data:` URL, bytes, or a binary file object, which is
+      read from its beginning. At each time i / fps after the first frame, the displayed frame is sampled, each frame at
+      most once. Times are the container's: a stream that begins later than its sound has a first time above 0. MPEG
+      transport and program streams count from the beginning of the file; where recordings are joined, each continues
+      at the end of the one before.
+    - Pictures without a clock: a still (also a PIL image or an array [3, H, W]), a folder of images in natural order,
+      frames [T, 3, H, W] or [T, H, W, 3] (see `keye.video.arrays`), a list or iterator of pictures (PIL images, arrays,
+      paths). With `source_fps` they are sampled like a video; with `timestamps` every frame is used; with neither,
+      every frame is used, 1 / fps apart, with a warning.
+    - Objects of other libraries: frames of PyAV and torchcodec and pairs (seconds, picture), in lists or iterators, a
+      FrameBatch of torchcodec and a `cv2.VideoCapture`, sampled by their own times; {"path", "bytes"} of `datasets`.
+
+    Args:
+        source: see above.
+        fps: frames sampled per second.
+        max_frames: most frames.
+        timestamps: ascending seconds, one for each picture.
+        source_fps: frames per second of the pictures.
+        start, end: use only [start, end) in seconds, beginning with the frame displayed at `start`.
+        num_frames: sample this many frames, spread evenly over that range, instead of `fps` or every frame.
+        urls: what may be downloaded; None refuses `http(s):` URLs.
+
+    Raises:
+        VideoError: the source cannot be read, or an argument is impossible.
     """
     _check_request(fps, max_frames, source_fps, start, end, num_frames)
     with reading(), ExitStack() as stack:
@@ -132,7 +141,7 @@ def open_clip(
 
 
 def read_frames_at(source: Source, times: Sequence[float], *, urls: UrlRules | None = None) -> list[Frame]:
-    """The frames on the screen at the given ascending times (seconds) of a source, for a handful of pictures."""
+    """The frames of a source that are displayed at the given ascending times (seconds)."""
     with reading(), ExitStack() as stack:
         clip = _open(source, (1.0, 1, None, None, None), None, None, urls, stack)
         return list(clip._reader.frames_at(times))
@@ -156,7 +165,7 @@ def _check_request(
         if value is not None:
             seconds(key, value, error=VideoError)
     if end is not None and (start or 0) >= end:
-        raise VideoError(f"start={start or 0:g} is not before end={end:g}; give a range of seconds that is not empty")
+        raise VideoError(f"start={start or 0:g} is not before end={end:g}; give start < end")
 
 
 def _open(
@@ -167,7 +176,10 @@ def _open(
     urls: UrlRules | None,
     stack: ExitStack,
 ) -> Clip:
-    """The clip of any source; what must be closed or deleted in the end goes on the stack."""
+    """The clip of a source; `stack` closes and deletes what was opened for it.
+
+    sampling: (fps, max_frames, start, end, num_frames).
+    """
     fps, _, start, _, num_frames = sampling
     every = timestamps is not None or num_frames is not None
     spooling = (None if timestamps is not None else source_fps, None if every else fps, start)
@@ -181,10 +193,10 @@ def _open(
         elif timestamps is not None or source_fps is not None:
             raise VideoError(f"{name} has its own clock; give timestamps and source_fps with folders or arrays")
         elif picture is not None:
-            again = nullcontext(picture) if picture is opened else None
-            return Clip(name, Moving(name, lambda: again or _picture(name, opened), *sampling))
+            reused = nullcontext(picture) if picture is opened else None
+            return Clip(name, Moving(name, lambda: reused or _picture(name, opened), *sampling))
         else:
-            decoder = open_decoder(open_container(opened, name), name, *sampling)
+            decoder = Decoder(open_container(opened, name), name, *sampling)
             stack.callback(decoder.close)
             return Clip(name, decoder)
     return Clip(name, Stills(name, opened, clock_of(name, opened, fps, timestamps, source_fps), *sampling[1:]))
@@ -193,7 +205,7 @@ def _open(
 def _resolve(
     source: Source, urls: UrlRules | None, stack: ExitStack, spooling: tuple[float | None, float | None, float | None]
 ) -> tuple[str, Sequence[torch.Tensor] | Path | BinaryIO | Image.Image]:
-    """(what to call the source, its pictures | its file's path | a seekable file | an opened picture)"""
+    """(the source's name, its pictures | its file's path | a seekable file | an opened picture)"""
     if isinstance(source, torch.Tensor | np.ndarray):
         return "frames", FrameArray(source) if is_clip(source) else [load_image(source)]
     if is_batch(source):
@@ -220,7 +232,7 @@ def _resolve(
         return "the frame", [load_image(source)]
     if not isinstance(source, Iterable) or isinstance(source, Mapping | Set):
         kind = type(source).__name__
-        raise VideoError(f"a video cannot be a {kind}; give a path, bytes, a file, uint8 frames or a list of pictures")
+        raise VideoError(f"the video is a {kind}; give a path, bytes, a file, uint8 frames or a list of pictures")
     if not isinstance(source, Sequence):
         return _spooled("an iterator of pictures", source, urls, stack, spooling)
     name = f"a list of {len(source)} pictures"
@@ -236,7 +248,7 @@ def _spooled(
     stack: ExitStack,
     spooling: tuple[float | None, float | None, float | None],
 ) -> tuple[str, Spool]:
-    """Frames that come once, on a file that is deleted in the end; spooling: see `Spool`."""
+    """Frames that can be read once, in a temporary file; spooling: (source_fps, fps, begin) of `Spool`."""
     pictures = Spool(name, frames, urls, stack.enter_context(tempfile.TemporaryFile(prefix="keye-")), *spooling)
     if not len(pictures):
         raise VideoError(f"{name} has no picture; give one or more")
@@ -253,12 +265,12 @@ def _resolve_path(name: str, path: Path) -> tuple[str, Sequence[torch.Tensor] | 
     except (OSError, ValueError) as error:  # no permission, a name too long or with a zero byte
         raise VideoError(f"{name[:200]} cannot be read ({reason(error)}); check the path") from error
     if not stat.S_ISREG(mode):
-        raise VideoError(f"{name} is no ordinary file; open it and give the file object")
+        raise VideoError(f"{name} is not a regular file; open it and give the file object")
     return name, path
 
 
 def _seekable(file: BinaryIO, name: str, stack: ExitStack) -> BinaryIO | Path:
-    """The file at its beginning; of a stream that cannot go back a copy on disk, deleted in the end."""
+    """The file at its beginning, or a temporary copy of a stream that cannot seek."""
     try:
         if getattr(file, "seekable", lambda: False)():
             file.seek(0)
@@ -270,14 +282,14 @@ def _seekable(file: BinaryIO, name: str, stack: ExitStack) -> BinaryIO | Path:
         shutil.copyfileobj(file, copy)
         copy.flush()
     except TypeError as error:
-        raise VideoError(f'{name} gives text; open it in binary mode, "rb"') from error
+        raise VideoError(f'{name} is open in text mode; open it in binary mode, "rb"') from error
     except (OSError, ValueError) as error:
         raise VideoError(f"{name} cannot be read ({reason(error)}); open it again") from error
     return Path(copy.name)
 
 
 def _picture(name: str, opened: Path | BinaryIO | Image.Image) -> Image.Image | None:
-    """The file opened with Pillow, None if by its first bytes it is no picture."""
+    """The file opened with Pillow; None if its first bytes are not those of a picture."""
     if isinstance(opened, Image.Image):
         return opened
     try:

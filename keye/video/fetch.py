@@ -1,10 +1,10 @@
-"""Videos and pictures behind URLs: `data:` and `file:` decoded here, `http(s):` downloaded only when asked for.
+"""Videos and pictures of URLs: `data:` and `file:` are decoded here, `http(s):` is downloaded only on request.
 
-A URL in a data set is written by strangers, and the machine that trains on it can reach places that they cannot. So
-nothing is fetched unless the caller gives `UrlRules`, and then: names are resolved once, every address is checked and
-the connection goes to the checked address (a name that resolves differently a moment later changes nothing); each
-redirect is checked like the first URL; TLS is verified against the name; size and time are limited while reading,
-whatever the server claims. Proxies of the environment are not used, as they would resolve the name again.
+URLs in a data set come from strangers, and the training machine can reach hosts that they cannot. Nothing is fetched
+unless the caller gives `UrlRules`. Then names are resolved once, every address is checked, and the connection goes to
+the checked address, so that a later change of the name's address has no effect. Each redirect is checked like the first
+URL. TLS is verified against the name. Size and time are limited while reading, whatever the server declares. Proxies of
+the environment are not used, since they would resolve the name again.
 """
 
 import base64
@@ -36,10 +36,13 @@ _NAT64 = [ipaddress.IPv6Network(text) for text in ("64:ff9b::/96", "64:ff9b:1::/
 
 @dataclass(frozen=True)
 class UrlRules:
-    """What may be downloaded.
+    """Limits of downloads.
 
-    max_bytes: the largest file. timeout: seconds in all, redirects included. allow_private: also addresses of this
-    machine and its local networks. max_redirects: how many redirects are followed.
+    max_bytes: size of the largest file. timeout: seconds in total, including redirects. allow_private: also allow
+    addresses of this machine and its local networks. max_redirects: how many redirects are followed.
+
+    Raises:
+        KeyeError: a limit allows no download.
     """
 
     max_bytes: int = 1 << 30
@@ -51,7 +54,7 @@ class UrlRules:
         if not (self.max_bytes >= 1 and self.timeout > 0 and self.max_redirects >= 0):
             raise KeyeError(
                 f"UrlRules with max_bytes={self.max_bytes}, timeout={self.timeout}, max_redirects={self.max_redirects}"
-                " let nothing through; give max_bytes >= 1, timeout > 0 and max_redirects >= 0"
+                " allow no download; give max_bytes >= 1, timeout > 0 and max_redirects >= 0"
             )
 
 
@@ -64,7 +67,7 @@ def scheme_of(source: object) -> str | None:
 
 
 def url_name(url: str) -> str:
-    """A URL as errors name it: without what may be long or secret (contents, user, password, query)."""
+    """A URL for messages, without long or secret parts (contents, user, password, query)."""
     if scheme_of(url) == "data":
         return f"a data: URL of {len(url)} characters"
     try:
@@ -75,24 +78,24 @@ def url_name(url: str) -> str:
 
 
 def path_name(path: str | os.PathLike) -> str:
-    """A path as text that can be printed and written: on Linux names are bytes, and need not be UTF-8."""
+    """A path as text that can be printed and written; on Linux names are bytes that need not be UTF-8."""
     try:
         name = os.fsencode(path)
-    except UnicodeEncodeError:  # no name of this system's
+    except UnicodeEncodeError:  # not a name of this system
         name = str(path).encode("utf-8", "backslashreplace")
     return name.decode("utf-8", "backslashreplace")
 
 
 def file_path(url: str) -> Path:
-    """The path of a `file:` URL; VideoError if it names another machine."""
+    """The path of a `file:` URL; VideoError if the URL names another machine."""
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
-        raise VideoError(f"{url} names the machine {parts.netloc!r}; give a path here, as in file:///videos/a.mp4")
+        raise VideoError(f"{url} names the machine {parts.netloc!r}; give a local path, as in file:///videos/a.mp4")
     return Path(url2pathname(parts.path))
 
 
 def data_bytes(url: str) -> bytes:
-    """The contents of a `data:` URL (RFC 2397)."""
+    """The contents of a `data:` URL (RFC 2397); VideoError if it is malformed."""
     header, comma, body = url.partition(",")
     if not comma:
         raise VideoError(f"{url_name(url)} has no comma; write it as data:video/mp4;base64,AAAA…")
@@ -108,18 +111,23 @@ def data_bytes(url: str) -> bytes:
 
 @contextmanager
 def download(url: str, rules: UrlRules | None) -> Iterator[Path]:
-    """The file behind an http(s) URL, in a temporary file that is deleted on leaving; VideoError says why not.
+    """Download an http(s) URL to a temporary file, which is deleted on exit.
 
-    rules: what is allowed; None allows nothing.
+    Args:
+        url: the URL.
+        rules: limits of the download; None refuses it.
+
+    Raises:
+        VideoError: the URL cannot be downloaded or is not allowed.
     """
     name = url_name(url)
     if scheme_of(url) not in _PORTS:
-        raise VideoError(f"{name} is no http or https URL; download it yourself and give the path")
+        raise VideoError(f"{name} is not an http or https URL; download it yourself and give the path")
     if rules is None:
-        raise VideoError(f"{name} is a URL, and nothing is downloaded unasked; give urls=UrlRules() to allow it")
+        raise VideoError(f"{name} is a URL, and downloads are off by default; give urls=UrlRules() to allow them")
     with tempfile.NamedTemporaryFile(prefix="keye-") as file:
         try:
-            _fetch(url, rules, file)
+            _Download(rules, file).fetch(url)
             file.flush()
         except (OSError, http.client.HTTPException) as error:  # ssl.SSLError and time-outs are OSErrors
             reason = getattr(error, "verify_message", "") or getattr(error, "strerror", None) or str(error)
@@ -128,87 +136,132 @@ def download(url: str, rules: UrlRules | None) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _fetch(url: str, rules: UrlRules, file: tempfile._TemporaryFileWrapper) -> None:
-    """Write what the URL leads to, in the end, into the file."""
-    deadline = time.monotonic() + rules.timeout
-    for _ in range(rules.max_redirects + 1):
-        following = _request(url, rules, deadline, file)
-        if following is None:
-            return
-        if scheme_of(url) == "https" and scheme_of(following) == "http":
-            raise VideoError(f"{url_name(url)} leads from https to plain http; download it yourself if you trust it")
-        url = following
-    raise VideoError(f"{url_name(url)} is reached by more than {rules.max_redirects} redirects; raise max_redirects")
+class _Download:
+    """One download under `rules`; name: of the current URL, which redirects change."""
+
+    def __init__(self, rules: UrlRules, file: tempfile._TemporaryFileWrapper):
+        self.rules, self.file, self.name = rules, file, ""
+        self.deadline = time.monotonic() + rules.timeout
+
+    def fetch(self, url: str) -> None:
+        """Write the content of the URL to the file, following redirects."""
+        for _ in range(self.rules.max_redirects + 1):
+            self.name = url_name(url)
+            following = self.request(url)
+            if following is None:
+                return
+            if scheme_of(url) == "https" and scheme_of(following) == "http":
+                raise VideoError(f"{self.name} redirects from https to http; download it yourself if you trust it")
+            url = following
+        raise VideoError(f"{url_name(url)} follows more than {self.rules.max_redirects} redirects; raise max_redirects")
+
+    def request(self, url: str) -> str | None:
+        """Request one URL; write its body to the file, or return the URL that it redirects to."""
+        scheme, host, port, target = _parts(url)
+        connection = self.connect(scheme, host, port)
+        # A server that sends single bytes never exceeds a socket's timeout, so the connection ends at the deadline.
+        timer = threading.Timer(max(self.deadline - time.monotonic(), 0.0), _shut_down, [connection.sock])
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.request("GET", target, headers=_HEADERS)
+            response = connection.getresponse()
+            if response.status in _REDIRECTS and response.getheader("Location"):
+                try:
+                    return urljoin(url, response.getheader("Location"))
+                except ValueError as error:
+                    raise VideoError(f"{self.name} redirects to an invalid URL; check the URL") from error
+            if response.status != 200:
+                status = f"{response.status} {response.reason}".rstrip()
+                raise VideoError(f"{self.name} returns {status}; check the URL")
+            if response.getheader("Content-Encoding", "identity").lower() != "identity":
+                raise VideoError(f"{self.name} is sent compressed, against the request; download it yourself")
+            self.save(response)
+        except (OSError, http.client.HTTPException):
+            self.check_time()
+            raise
+        finally:
+            timer.cancel()
+            connection.close()
+        return None
+
+    def save(self, response: http.client.HTTPResponse) -> None:
+        """Write the body of a response to the file, within the limits of size and time."""
+        declared, limit = response.length, self.rules.max_bytes
+        if declared is not None and declared > limit:
+            raise VideoError(f"{self.name} has {declared:,} bytes, and {limit:,} are allowed; raise max_bytes")
+        count = 0
+        while chunk := response.read1(_CHUNK):
+            count += len(chunk)
+            if count > limit:
+                raise VideoError(f"{self.name} has more than the {limit:,} bytes allowed; raise max_bytes")
+            self.check_time()
+            self.file.write(chunk)
+        self.check_time()
+        if declared is not None and count < declared:
+            raise VideoError(f"the download of {self.name} ended after {count:,} of {declared:,} bytes; try again")
+
+    def check_time(self) -> None:
+        if time.monotonic() >= self.deadline:
+            raise VideoError(f"{self.name} was not downloaded within {self.rules.timeout:g} s; raise timeout")
+
+    def connect(self, scheme: str, host: str, port: int) -> http.client.HTTPConnection:
+        """A connection to one of the host's checked addresses, with TLS for the host's name."""
+        failure: OSError | None = None
+        for family, address in self.addresses(host, port):
+            self.check_time()
+            connected = socket.socket(family, socket.SOCK_STREAM)
+            connected.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            try:
+                connected.connect(address)
+                if scheme == "https":
+                    connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
+            except OSError as error:
+                failure = error
+                connected.close()
+                if isinstance(error, ssl.SSLError):  # the certificate would be invalid at the other addresses, too
+                    break
+                continue
+            connection = http.client.HTTPConnection(host, port)
+            connection.default_port = _PORTS[scheme]  # the port that the Host header omits
+            connection.sock = connected
+            return connection
+        self.check_time()
+        assert failure is not None
+        raise failure
+
+    def addresses(self, host: str, port: int) -> list[tuple[int, tuple]]:
+        """(family, socket address) of every allowed address of the host, within the deadline."""
+        found: list = []
+
+        def resolve() -> None:
+            try:
+                found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                found.append(error)
+
+        # The system's resolver has no time limit, so it runs in a thread that can be abandoned.
+        thread = threading.Thread(target=resolve, daemon=True)
+        thread.start()
+        thread.join(max(self.deadline - time.monotonic(), 0.0))
+        self.check_time()
+        if not found or isinstance(found[0], Exception):
+            raise VideoError(f"the host of {self.name} is not known; check the URL and the network")
+        addresses = [(family, address) for family, _, _, _, address in found]
+        allowed = [entry for entry in addresses if self.rules.allow_private or is_public(entry[1][0])]
+        if not allowed:
+            raise VideoError(
+                f"{self.name} resolves to {addresses[0][1][0]}, an address that is not public; give"
+                " UrlRules(allow_private=True) if you trust it"
+            )
+        return allowed
 
 
-def _request(url: str, rules: UrlRules, deadline: float, file: tempfile._TemporaryFileWrapper) -> str | None:
-    """Ask for one URL: its body goes to the file, or the URL that it redirects to is returned."""
-    name = url_name(url)
-    scheme, host, port, target = _parts(url)
-    connection = _connect(scheme, host, port, name, rules, deadline)
-    # A server that sends a byte now and then never runs into a socket's time-out: at the deadline the line is cut.
-    raw = connection.sock
-    cut = threading.Timer(max(deadline - time.monotonic(), 0.0), _cut, [raw])
-    cut.daemon = True
-    cut.start()
+def _shut_down(connection: socket.socket) -> None:
     try:
-        connection.request("GET", target, headers=_HEADERS)
-        response = connection.getresponse()
-        if response.status in _REDIRECTS and response.getheader("Location"):
-            return _follow(url, response.getheader("Location"))
-        if response.status != 200:
-            raise VideoError(f"{name} answers {response.status} {response.reason}".rstrip() + "; check the URL")
-        if response.getheader("Content-Encoding", "identity").lower() != "identity":
-            raise VideoError(f"{name} is sent compressed though plain was asked for; download it yourself")
-        _save(response, name, rules, deadline, file)
-    except (OSError, http.client.HTTPException):
-        _check_time(name, rules, deadline)
-        raise
-    finally:
-        cut.cancel()
-        connection.close()
-    return None
-
-
-def _follow(url: str, location: str) -> str:
-    try:
-        return urljoin(url, location)
-    except ValueError as error:
-        raise VideoError(f"{url_name(url)} redirects to what is not a valid URL; check the URL") from error
-
-
-def _cut(connected: socket.socket) -> None:
-    try:
-        socket.socket.shutdown(connected, socket.SHUT_RDWR)
-    except OSError:  # it is closed already
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+    except OSError:  # already closed
         pass
-
-
-def _save(
-    response: http.client.HTTPResponse,
-    name: str,
-    rules: UrlRules,
-    deadline: float,
-    file: tempfile._TemporaryFileWrapper,
-) -> None:
-    declared = response.length
-    if declared is not None and declared > rules.max_bytes:
-        raise VideoError(f"{name} has {declared:,} bytes and {rules.max_bytes:,} are allowed; raise max_bytes")
-    count = 0
-    while chunk := response.read1(_CHUNK):
-        count += len(chunk)
-        if count > rules.max_bytes:
-            raise VideoError(f"{name} has more than the {rules.max_bytes:,} bytes allowed; raise max_bytes")
-        _check_time(name, rules, deadline)
-        file.write(chunk)
-    _check_time(name, rules, deadline)
-    if declared is not None and count < declared:
-        raise VideoError(f"{name} broke off after {count:,} of {declared:,} bytes; try again")
-
-
-def _check_time(name: str, rules: UrlRules, deadline: float) -> None:
-    if time.monotonic() >= deadline:
-        raise VideoError(f"{name} was not there in full after {rules.timeout:g} s; raise timeout")
 
 
 def _parts(url: str) -> tuple[str, str, int, str]:
@@ -220,86 +273,28 @@ def _parts(url: str) -> tuple[str, str, int, str]:
     except (ValueError, UnicodeError) as error:
         raise VideoError(f"{url_name(url)} is not a valid URL ({error}); check it") from error
     if parts.scheme not in _PORTS:
-        raise VideoError(f"{url_name(url)} is reached by a redirect and is neither http nor https; check the URL")
+        raise VideoError(f"{url_name(url)} is the target of a redirect but not http or https; check the URL")
     if not host:
-        raise VideoError(f"{url_name(url)} names no host; check the URL")
+        raise VideoError(f"{url_name(url)} has no host; check the URL")
     if "@" in parts.netloc:
-        raise VideoError(f"{url_name(url)} carries a user's name; download it yourself and give the path")
+        raise VideoError(f"{url_name(url)} contains a user name; download it yourself and give the path")
     safe = "%/:=&?~+!$,;'@()*[]"
     target = quote(parts.path or "/", safe) + (f"?{quote(parts.query, safe)}" if parts.query else "")
     return parts.scheme, host, port, target
 
 
-def _connect(
-    scheme: str, host: str, port: int, name: str, rules: UrlRules, deadline: float
-) -> http.client.HTTPConnection:
-    """A connection to one of the host's checked addresses, with TLS for the host's name."""
-    failure: OSError | None = None
-    for family, address in _allowed(_resolve(host, port, name, rules, deadline), name, rules):
-        _check_time(name, rules, deadline)
-        connected = socket.socket(family, socket.SOCK_STREAM)
-        connected.settimeout(max(deadline - time.monotonic(), 0.001))
-        try:
-            connected.connect(address)
-            if scheme == "https":
-                connected = ssl.create_default_context().wrap_socket(connected, server_hostname=host)
-        except OSError as error:
-            failure = error
-            connected.close()
-            if isinstance(error, ssl.SSLError):  # the name's certificate is as wrong at its other addresses
-                break
-            continue
-        connection = http.client.HTTPConnection(host, port)
-        connection.default_port = _PORTS[scheme]  # what the Host header leaves out
-        connection.sock = connected
-        return connection
-    _check_time(name, rules, deadline)
-    assert failure is not None
-    raise failure
-
-
-def _resolve(host: str, port: int, name: str, rules: UrlRules, deadline: float) -> list[tuple[int, tuple]]:
-    """(family, socket address) of every address of the host, within the deadline."""
-    found: list = []
-
-    def ask() -> None:
-        try:
-            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.append(error)
-
-    # The system's resolver knows no time limit, so it gets a thread that may be left behind.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(max(deadline - time.monotonic(), 0.0))
-    _check_time(name, rules, deadline)
-    if not found or isinstance(found[0], Exception):
-        raise VideoError(f"the host of {name} is not known; check the URL and the network")
-    return [(family, address) for family, _, _, _, address in found]
-
-
-def _allowed(addresses: list[tuple[int, tuple]], name: str, rules: UrlRules) -> list[tuple[int, tuple]]:
-    allowed = [entry for entry in addresses if rules.allow_private or is_public(entry[1][0])]
-    if not allowed:
-        raise VideoError(
-            f"{name} leads to {addresses[0][1][0]}, an address that is not public; give UrlRules(allow_private=True)"
-            " if you trust it"
-        )
-    return allowed
-
-
 def is_public(address: str) -> bool:
-    """Whether an IPv4 or IPv6 address is one of the public internet, and so is any IPv4 address wrapped in it.
+    """Whether an IPv4 or IPv6 address, and any IPv4 address embedded in it, is on the public internet.
 
-    Not public: loopback, private, link-local (cloud metadata too), shared, multicast, reserved, unspecified; and those
-    inside IPv4-mapped, 6to4, Teredo and NAT64 addresses, by which the same machines are reached.
+    Not public are loopback, private, link-local (including cloud metadata), shared, multicast, reserved and unspecified
+    addresses, and those embedded in IPv4-mapped, 6to4, Teredo and NAT64 addresses, which reach the same machines.
     """
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if parsed.version == 6:
         if any(parsed in network for network in _NAT64):
             return is_public(str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)))
-        wrapped = [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
-        if not all(is_public(str(inner)) for inner in wrapped if inner is not None):
+        embedded = [parsed.ipv4_mapped, parsed.sixtofour, *(parsed.teredo or ())]
+        if not all(is_public(str(inner)) for inner in embedded if inner is not None):
             return False
         if parsed.ipv4_mapped is not None:  # its own range is reserved
             return True

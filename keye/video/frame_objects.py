@@ -1,6 +1,6 @@
-"""Frames as other libraries hand them over: PyAV, torchcodec, OpenCV, `datasets`, and arrays of other frameworks.
+"""Frames of other libraries: PyAV, torchcodec, OpenCV, `datasets`, and arrays of other frameworks.
 
-Nothing of these libraries is imported but PyAV, which the package needs itself; the others are known by what they have.
+Of these only PyAV is imported, which the package needs anyway; objects of the others are recognised by attributes.
 """
 
 import math
@@ -19,14 +19,14 @@ _CV2_POSITION, _CV2_RATE, _CV2_COUNT = 1, 5, 7  # cv2.CAP_PROP_POS_FRAMES, _FPS,
 
 
 class Timed(NamedTuple):
-    """A picture with its time in seconds, as a pair (seconds, picture) is, too."""
+    """A picture with its time in seconds; a plain pair (seconds, picture) is accepted, too."""
 
     time: float
     picture: object
 
 
 def unwrapped(source: object) -> object:
-    """What `datasets` and other frameworks wrap, by itself: {"path", "bytes"} and what turns into an array."""
+    """The content of {"path", "bytes"} of `datasets`, and arrays of other frameworks as NumPy arrays."""
     if isinstance(source, Mapping) and source and set(source) <= {"path", "bytes"}:
         inside = source.get("bytes")
         inside = source.get("path") if inside is None else inside
@@ -40,22 +40,26 @@ def unwrapped(source: object) -> object:
 
 
 def is_batch(source: object) -> bool:
-    """Whether it is torchcodec's FrameBatch: data uint8 [T, …], pts_seconds [T] and duration_seconds [T]."""
+    """Whether `source` is torchcodec's FrameBatch: data uint8 [T, …], pts_seconds [T] and duration_seconds [T]."""
     return hasattr(source, "pts_seconds") and getattr(getattr(source, "data", None), "ndim", 0) == 4
 
 
 def is_capture(source: object) -> bool:
-    """Whether it is an opened `cv2.VideoCapture`."""
+    """Whether `source` is a `cv2.VideoCapture`."""
     return type(source).__name__ == "VideoCapture" and hasattr(source, "grab") and hasattr(source, "retrieve")
 
 
 def captured(capture: object) -> Iterator[Timed]:
-    """The frames of a `cv2.VideoCapture` from its beginning, RGB, by its own rate; they are decoded one by one."""
+    """The frames of a `cv2.VideoCapture` from its beginning in RGB, timed by its rate, decoded one by one.
+
+    Raises:
+        VideoError: the capture is not open, or has no rate or no end.
+    """
     if not capture.isOpened():
         raise VideoError("the cv2.VideoCapture is not open; open it again, or give its path")
     rate, count = capture.get(_CV2_RATE), capture.get(_CV2_COUNT)
     if not (0 < rate < math.inf and count > 0):
-        raise VideoError("the cv2.VideoCapture has no rate or no end, as of a camera; give its frames to stream()")
+        raise VideoError("the cv2.VideoCapture has no rate or no end, like a camera; give its frames to stream()")
     capture.set(_CV2_POSITION, 0)
     return _read(capture, rate)
 
@@ -71,7 +75,7 @@ def _read(capture: object, rate: float) -> Iterator[Timed]:
 
 
 def time_of(frame: object) -> float | None:
-    """Seconds of a frame that carries its own time, else None."""
+    """Seconds of a frame that has its own time, else None."""
     time = None
     if isinstance(frame, av.VideoFrame):
         time = frame.time
@@ -83,7 +87,7 @@ def time_of(frame: object) -> float | None:
 
 
 def picture_of(frame: object) -> object:
-    """The picture of a frame without its time, as `load_image` takes it."""
+    """The picture of a frame without its time, as `load_image` accepts it."""
     if isinstance(frame, av.VideoFrame):
         return FrameConverter("the frame", None).paint(frame, frame.time or 0.0)
     if hasattr(frame, "pts_seconds"):

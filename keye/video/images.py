@@ -22,21 +22,26 @@ ImageSource = str | os.PathLike | bytes | BinaryIO | Image.Image | torch.Tensor 
 IMAGE_SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"),
 }
-BACKGROUND = "white"  # what transparent pixels lie on
+BACKGROUND = "white"  # behind transparent pixels
 
-# What Pillow may read; JPEG includes MPO. It knows some forty formats more: one starts another program (EPS runs
-# Ghostscript), and most are read by code that is hardly ever used.
+# The formats that Pillow may read; JPEG includes MPO. Of the other forty or so, EPS runs another program (Ghostscript)
+# and most are read by rarely used code.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000")
 MAX_PIXELS = 65_000_000  # of one picture: those of the 64-megapixel cameras of phones; 195 MB as uint8
 
 
 def load_image(source: ImageSource, urls: UrlRules | None = None) -> torch.Tensor:
-    """The picture as uint8 [3, H, W], turned as its EXIF says, transparency laid on white; VideoError if unreadable.
+    """The picture as uint8 [3, H, W], rotated by its EXIF orientation, transparency blended with white.
 
-    source: a path, a URL (`file:`, `data:`; `http(s):` if `urls` allows), bytes, a binary file object, a PIL image,
-    values [3, H, W], [H, W, 3] or [H, W] (see `as_picture`), a frame of PyAV or torchcodec, or {"path", "bytes"} of
-    `datasets`. Of a moving picture the first is taken. What is opened here is of `FORMATS` and of `MAX_PIXELS` at most;
-    a PIL image and values are the caller's.
+    Args:
+        source: a path, a URL (`file:`, `data:`; `http(s):` if `urls` allows), bytes, a binary file object, a PIL image,
+            values [3, H, W], [H, W, 3] or [H, W] (see `as_picture`), a frame of PyAV or torchcodec, or {"path",
+            "bytes"} of `datasets`. Of an animation the first picture is taken. Files must be in one of `FORMATS` and
+            have at most `MAX_PIXELS` pixels; PIL images and values are not limited.
+        urls: what may be downloaded; None refuses `http(s):` URLs.
+
+    Raises:
+        VideoError: the picture cannot be read.
     """
     source = unwrapped(picture_of(source))
     if isinstance(source, torch.Tensor | np.ndarray):
@@ -51,9 +56,10 @@ def load_image(source: ImageSource, urls: UrlRules | None = None) -> torch.Tenso
 
 
 def open_image(opened: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
-    """A picture file, called `name` in messages, opened with Pillow; its pixels are not read yet.
+    """Open a picture file, called `name` in messages, with Pillow, without reading its pixels.
 
-    Raises VideoError for formats other than `FORMATS` and for more than `MAX_PIXELS`.
+    Raises:
+        VideoError: the format is not in `FORMATS`, or the picture has more than `MAX_PIXELS` pixels.
     """
     with _plain_errors(name):
         image = Image.open(opened, formats=FORMATS)
@@ -61,14 +67,14 @@ def open_image(opened: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
         if width * height > MAX_PIXELS:
             image.close()
             raise VideoError(
-                f"{name} has {width}x{height} pixels, and {MAX_PIXELS:,} are the most; make it smaller, or open it"
-                " yourself and give its values"
+                f"{name} has {width}x{height} pixels, and at most {MAX_PIXELS:,} are allowed; make it smaller, or open"
+                " it yourself and give its values"
             )
         return image
 
 
 def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple[str, str | os.PathLike | BinaryIO]:
-    """(what to call it, what Pillow is to open)"""
+    """(the image's name, the path or file for Pillow)"""
     if isinstance(source, bytes | bytearray | memoryview):
         return f"the image of {len(source)} bytes", io.BytesIO(source)
     if hasattr(source, "read"):
@@ -79,7 +85,7 @@ def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple
     if scheme not in (None, "file"):
         return url_name(source), stack.enter_context(download(source, urls))
     if not isinstance(source, str | os.PathLike):
-        raise VideoError(f"an image cannot be a {type(source).__name__}; give a path, bytes or uint8 values")
+        raise VideoError(f"the image is a {type(source).__name__}; give a path, bytes or uint8 values")
     path = file_path(source) if scheme else Path(source)
     if not os.path.isfile(path):
         raise VideoError(f"{path_name(source)} does not exist; check the path")
@@ -90,19 +96,19 @@ def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple
 def _plain_errors(name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            # A picture of 100 million pixels is no attack; at twice the size Pillow's own error ends it.
+            # A warning only, for pictures below twice Pillow's limit; above that Pillow raises an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except VideoError:
         raise
-    except Exception as error:  # damaged files make the readers of single formats raise almost anything
+    except Exception as error:  # on damaged files, Pillow's readers raise almost any exception
         raise VideoError(
             f"{name} is not a readable image ({reason(error)}); replace it or convert it to png"
         ) from error
 
 
 def reason(error: Exception) -> str:
-    """Why, in a few words of one line."""
+    """The reason of an error in a few words."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "no known format"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -110,9 +116,9 @@ def reason(error: Exception) -> str:
 
 
 def rgb(image: Image.Image) -> torch.Tensor:
-    """A PIL image's current frame as uint8 [3, H, W], turned as its EXIF says, transparency laid on white."""
+    """A PIL image's current frame as uint8 [3, H, W], by its EXIF orientation, transparency blended with white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip all but the darkest to white
+    if image.mode.startswith("I;16"):  # Pillow would clip values above 255 to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

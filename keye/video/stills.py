@@ -1,7 +1,8 @@
-"""Clips that no decoder plays: arrays, folders and lists of pictures, and moving pictures (GIF, WebP, PNG, AVIF).
+"""Clips that are not decoded as video: arrays, folders and lists of pictures, and animations (GIF, WebP, PNG, AVIF).
 
-Each is a reader: `size`, `duration`, `expected`, `wanted` and `warnings` as in `Clip`, `frames()` a new pass over the
-sampled frames, `frames_at(times)` the frames on the screen at given times. Pictures are loaded one at a time.
+`Stills` and `Moving` are readers: `size`, `duration`, `expected`, `wanted` and `warnings` as in `Clip`; `frames()` is a
+new pass over the sampled frames; `frames_at(times)` gives the frames displayed at given times. Pictures are loaded one
+at a time.
 """
 
 import bisect
@@ -25,16 +26,16 @@ from keye.video.frame_objects import time_of
 from keye.video.images import IMAGE_SUFFIXES, load_image, reason, rgb
 
 _TOLERANCE = 1e-4  # seconds
-_DENSE = 1.1  # times the rate asked for; frames that somebody sampled already are hardly ever exactly at it
+_DENSE = 1.1  # times the requested rate; frames that were sampled before are rarely exactly at it
 _ENDLESS = 1 << 62
 _MOVING = {"GIF", "WEBP", "PNG", "AVIF"}  # formats whose further frames are later ones, not pages or previews
 
 
 class Clock(NamedTuple):
-    """When the pictures of a sequence are on the screen.
+    """When the pictures of a sequence are displayed.
 
-    times: ascending seconds, one for each. last: seconds that the last one stays. rate: so many of them a second are
-    to be used; None uses every one. warning: a sentence on what was assumed.
+    times: ascending seconds, one for each. last: seconds that the last one is displayed. rate: pictures per second to
+    sample; None uses all. warning: a sentence about what was assumed.
     """
 
     times: list[float]
@@ -60,9 +61,9 @@ class Stills:
         self.warnings = [clock.warning] if clock.warning else []
         self.duration = self.times[-1] + clock.last
         first, stop = 0, len(self.times)
-        if start is not None:  # the frame on the screen then is the first, as in a video
+        if start is not None:  # the first frame is the one displayed at `start`, as in a video
             _check_start(name, start, self.duration)
-            first = _showing(self.times, start)
+            first = _displayed(self.times, start)
         if end is not None:
             stop = max(bisect.bisect_left(self.times, end - _TOLERANCE), first + 1)
         inside = range(first, stop)
@@ -88,8 +89,8 @@ class Stills:
         return (self._frame(index) for index in self._chosen)
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Frame]:
-        """The picture on the screen at each of the ascending times, none twice."""
-        chosen = dict.fromkeys(_showing(self.times, time) for time in times)
+        """The picture displayed at each of the ascending times, each picture once."""
+        chosen = dict.fromkeys(_displayed(self.times, time) for time in times)
         return (self._frame(index) for index in chosen)
 
     def _frame(self, index: int) -> Frame:
@@ -103,24 +104,24 @@ def clock_of(
     timestamps: Sequence[float] | torch.Tensor | None,
     source_fps: float | None,
 ) -> Clock:
-    """The clock of pictures: `timestamps` (every picture is used), `source_fps`, their own, or none (1 / fps apart).
+    """The clock of pictures: `timestamps` (every picture is used), `source_fps`, their own, or 1 / fps.
 
-    By a rate and by a clock of their own they are sampled at `fps`, unless they are no more than that already.
+    By `source_fps` and by their own clock, pictures are sampled at `fps` if they are denser than that.
     """
     count, own = len(pictures), getattr(pictures, "times", None)
     if timestamps is not None:
         times = _ascending(name, [float(time) for time in timestamps], count)
         return Clock(times, times[-1] - times[-2] if count > 1 else 1 / (source_fps or fps))
-    if source_fps is not None and not isinstance(pictures, Spool):  # which has used it already
+    if source_fps is not None and not isinstance(pictures, Spool):  # a Spool applies source_fps itself
         times = [index / source_fps for index in range(count)]
         return Clock(times, 1 / source_fps, fps if source_fps > fps else None)
     if own is not None:
         times = _ascending(name, own, count)
         last = pictures.last or (times[-1] - times[-2] if count > 1 else 1 / fps)
         dense = count > _DENSE * fps * (times[-1] + last - times[0]) + 1
-        sampled = isinstance(pictures, Spool) and pictures.last is not None  # here the rate only says how to thin
+        sampled = isinstance(pictures, Spool) and pictures.last is not None  # the rate is used for thinning only
         return Clock(times, last, fps if dense or sampled else None)
-    assumed = f"{name} has no clock: its frames are taken to be {1 / fps:.4g} s apart (fps={fps:g}); give source_fps"
+    assumed = f"{name} has no clock: its frames are assumed {1 / fps:.4g} s apart (fps={fps:g}); give source_fps"
     times = [index / fps for index in range(count)]
     return Clock(times, 1 / fps, None, f"{assumed} or timestamps" if count > 1 else None)
 
@@ -134,13 +135,13 @@ def _ascending(name: str, times: Sequence[float], count: int) -> list[float]:
 
 
 def shown(times: Sequence[float], begin: float, step: float, count: int) -> list[int]:
-    """The frames on the screen at the times begin + i * step, i < count, none twice."""
-    # Frame by frame, as a file of a few bytes can claim to last for years.
+    """The frames displayed at the times begin + i * step, i < count, each frame once."""
+    # A loop over frames, not over samples: a file of a few bytes can claim a duration of years.
     firsts = [max(0, math.ceil((time - begin - _TOLERANCE) / step)) for time in times] + [count]
     return [index for index in range(len(times)) if firsts[index] < min(firsts[index + 1], count)]
 
 
-def _showing(times: Sequence[float], time: float) -> int:
+def _displayed(times: Sequence[float], time: float) -> int:
     return max(bisect.bisect_right(times, time + _TOLERANCE) - 1, 0)
 
 
@@ -150,9 +151,9 @@ def _check_start(name: str, start: float, duration: float) -> None:
 
 
 class Pictures(Sequence):
-    """A list of pictures (paths, PIL images, arrays, …), loaded one at a time; all must have the size of the first.
+    """A list of pictures (paths, PIL images, arrays, …) of one size, loaded one at a time.
 
-    times: seconds of each, where all of them carry their own.
+    times: seconds of each, where all of them have their own time.
     """
 
     last: float | None = None
@@ -173,11 +174,15 @@ class Pictures(Sequence):
 
 
 class Spool(Sequence):
-    """Frames that come once (a generator's), kept on disk so that they can be read again without filling memory.
+    """Frames of an iterator, kept in a file so that they can be read again without filling memory.
 
-    source_fps: their rate; without it, the times that they carry. fps: of frames with times, only those on the screen
-    at begin + i / fps are kept (begin: the first one's time unless given); None keeps all.
-    indices, times: of the frames that are kept; times is None where there are none. last: seconds, of the last one.
+    Args:
+        source_fps: rate of the frames; None takes the frames' own times.
+        fps: keep only the frames displayed at begin + i / fps, if frames have times; None keeps all.
+        begin: seconds; None takes the first frame's time.
+
+    indices, times: of the frames kept; times is None where frames have none. last: seconds that the last frame kept is
+    displayed.
     """
 
     def __init__(
@@ -206,7 +211,7 @@ class Spool(Sequence):
     def _keep_sampled(
         self, timed: Iterable[tuple[float | None, object]], fps: float, begin: float | None
     ) -> tuple[list[float] | None, float | None]:
-        """A frame is on the screen until the time of the next, so it waits for that."""
+        """Keep frames by their times; each is decided once the next frame's time, which ends it, is known."""
         timed = iter(timed)
         time, frame = next(timed, (None, None))
         if time is None:
@@ -242,7 +247,7 @@ class Spool(Sequence):
 
 
 def _load(source: object, index: int, name: str, urls: UrlRules | None, size: torch.Size | None) -> torch.Tensor:
-    """The picture, of the given (height, width) if any; errors name it."""
+    """Load a picture; its (height, width) must be `size` if given. Errors name the picture."""
     called = path_name(source) if isinstance(source, str | os.PathLike) else f"frame {index} of {name}"
     called = url_name(called) if scheme_of(called) else called
     try:
@@ -256,7 +261,7 @@ def _load(source: object, index: int, name: str, urls: UrlRules | None, size: to
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """The images of a folder, "2" before "10"; hidden files left out."""
+    """The images of a folder in natural order ("2" before "10"), without hidden files."""
 
     def natural(path: Path) -> list[int | str]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
@@ -264,13 +269,13 @@ def image_paths(folder: Path) -> list[Path]:
     paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
     if not paths:
         raise VideoError(
-            f"{path_name(folder)} holds no images; give a folder of {', '.join(sorted(IMAGE_SUFFIXES))} files"
+            f"{path_name(folder)} contains no images; give a folder of {', '.join(sorted(IMAGE_SUFFIXES))} files"
         )
     return sorted(paths, key=natural)
 
 
 class Moving:
-    """A moving picture file, sampled by its own clock like a video."""
+    """An animation, sampled by its own clock like a video."""
 
     def __init__(
         self,
@@ -282,7 +287,7 @@ class Moving:
         end: float | None = None,
         num_frames: int | None = None,
     ):
-        """opener: gives the file opened with Pillow, once for every pass."""
+        """opener: opens the file with Pillow; called for every pass."""
         self.name, self.opener = name, opener
         self.warnings: list[str] = []
         self.times, self.size, at, shortest = [], (0, 0), 0.0, math.inf
@@ -290,10 +295,10 @@ class Moving:
             self.size = self.size if self.times else _turned_size(picture)
             self.times.append(at)
             delay = picture.info.get("duration", 0)
-            delay = delay / 1000 if delay > 10 else 0.1  # as browsers play the delays that nobody means
+            delay = delay / 1000 if delay > 10 else 0.1  # as browsers do for delays of 10 ms or less
             at, shortest = at + delay, min(shortest, delay)
         if not self.times:
-            raise VideoError(f"{name} holds no picture that can be read; replace it or save it again")
+            raise VideoError(f"{name} contains no readable picture; replace it or save it again")
         self.duration = at
         begin = start or 0.0
         _check_start(name, begin, at)
@@ -311,8 +316,8 @@ class Moving:
         return self._pick(self._chosen)
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Frame]:
-        """The frame on the screen at each of the ascending times, none twice."""
-        return self._pick([_showing(self.times, time) for time in times])
+        """The frame displayed at each of the ascending times, each frame once."""
+        return self._pick([_displayed(self.times, time) for time in times])
 
     def _pick(self, chosen: Sequence[int]) -> Iterator[Frame]:
         wanted = set(chosen)
@@ -323,16 +328,16 @@ class Moving:
                 return
 
     def _play(self, warnings: list[str]) -> Iterator[Image.Image]:
-        """The file at each of its frames in turn; where it cannot be read on, a warning says so and it ends."""
+        """The opened file, positioned at one frame after the other; ends with a warning where it is damaged."""
         index = 0
         with self.opener() as picture:
             while True:
                 try:
                     picture.seek(index)
                     picture.load()
-                except EOFError:  # Pillow's word for the end
+                except EOFError:  # the end of the file
                     return
-                except Exception as error:  # damaged files make the readers of single formats raise almost anything
+                except Exception as error:  # on damaged files, Pillow's readers raise almost any exception
                     warnings.append(f"{self.name} cannot be read beyond frame {index - 1} ({reason(error)})")
                     return
                 yield picture
@@ -340,10 +345,10 @@ class Moving:
 
 
 def moves(picture: Image.Image) -> bool:
-    """Whether a file opened with Pillow is a moving picture."""
+    """Whether a file opened with Pillow is an animation."""
     try:
         return picture.format in _MOVING and getattr(picture, "is_animated", False)
-    except Exception:  # the second frame is looked for, and damaged files make Pillow raise almost anything
+    except Exception:  # Pillow reads ahead to the second frame, and raises almost any exception on damaged files
         return False
 
 

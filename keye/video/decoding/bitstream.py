@@ -1,9 +1,9 @@
-"""What a coded packet says about itself, read from its headers without decoding it: whether decoding can begin here,
-whether other pictures are predicted from it, whether it is shown.
+"""Properties of coded packets, read from their headers without decoding: whether decoding can begin at a packet,
+whether other pictures are predicted from it, whether it is displayed.
 
-Only what is certain counts. A codec that is not listed, and a packet that is not as its standard wants it, has no
-`PictureType`, and the file is then decoded whole. Sources: ITU-T H.264 §7.3 and annex D, H.265 §7.3 and §7.4.2.2,
-ISO/IEC 13818-2 §6.2 and 14496-2 §6.2, RFC 6386 §9.1, the VP9 bitstream specification §6.2 and annex B.
+Only certain properties are reported. A codec that is not listed, and a packet that deviates from its standard, has no
+`PictureType`, and all of the file is decoded. Sources: ITU-T H.264 §7.3 and annex D, H.265 §7.3 and §7.4.2.2, ISO/IEC
+13818-2 §6.2 and 14496-2 §6.2, RFC 6386 §9.1, the VP9 bitstream specification §6.2 and annex B.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,13 +12,15 @@ from typing import NamedTuple
 import av
 
 NO, CLEAN, FLUSH = 0, 1, 2
-"""Whether decoding can begin at a packet: not; yes, whatever the decoder holds; yes, once the decoder is emptied."""
+"""Whether decoding can begin at a packet: no; yes, in any state of the decoder; yes, after flushing the decoder."""
 
 
 class PictureType(NamedTuple):
-    """restart: NO, CLEAN or FLUSH. reference: whether pictures of its layer may be predicted from it. layer: temporal
-    layer; what is no reference in the highest one can be left out. shown: whether it gives a frame. sets: its
-    parameter sets, which are to be the same in the whole file.
+    """Properties of a packet.
+
+    restart: NO, CLEAN or FLUSH. reference: whether pictures of its layer may be predicted from it. layer: temporal
+    layer; packets of the highest layer that are no reference can be skipped. shown: whether it produces a frame. sets:
+    its parameter sets, which must be the same in all of the file.
     """
 
     restart: int
@@ -32,8 +34,8 @@ Reader = Callable[[av.Packet], PictureType | None]
 
 
 def packet_reader(context: av.VideoCodecContext) -> Reader | None:
-    """What reads the packets of a stream; None for a codec whose packets are not to be judged."""
-    name = context.codec.canonical_name  # of the coding, whichever decoder it is
+    """The function that reads a stream's packets; None for an unsupported codec."""
+    name = context.codec.canonical_name  # of the codec, not of its decoder
     extradata = context.extradata or b""
     if name == "h264":
         size = (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
@@ -54,7 +56,7 @@ def _nal_units(data: bytes | memoryview, size: int) -> Iterator[tuple[int, int]]
         at = start + int.from_bytes(data[at:start], "big")
         yield start, at
     if size and at != len(data):
-        yield len(data), len(data) + 1  # lengths that do not add up: no unit at all
+        yield len(data), len(data) + 1  # the lengths do not add up: an invalid unit
     if not size:
         start = data.find(b"\0\0\1")
         while start >= 0:
@@ -74,15 +76,15 @@ def _h264(packet: av.Packet, size: int) -> PictureType | None:
             pictures += 1
             reference = reference or data[start] & 0x60 != 0
             restart = CLEAN if kind == 5 else restart
-        elif kind == 6 and packet.is_keyframe and restart == NO and _recovers_at_once(bytes(data[start + 1 : end])):
+        elif kind == 6 and packet.is_keyframe and restart == NO and _recovers_here(bytes(data[start + 1 : end])):
             restart = FLUSH
         elif kind in (7, 8, 13, 15):
             sets += bytes(data[start:end]).rstrip(b"\0")
     return PictureType(restart, reference, sets=sets) if pictures else None
 
 
-def _recovers_at_once(message: bytes) -> bool:
-    """Whether supplemental information holds a recovery point after 0 frames with exact pictures (H.264 D.2.8)."""
+def _recovers_here(message: bytes) -> bool:
+    """Whether supplemental information has a recovery point after 0 frames with exact pictures (H.264 D.2.8)."""
     message = message.replace(b"\0\0\3", b"\0\0")
     at = 0
     while at + 2 < len(message):
@@ -107,7 +109,7 @@ def _hevc(packet: av.Packet, size: int) -> PictureType | None:
         if end > len(data) or start + 1 >= end:
             return None
         kind, above = data[start] >> 1 & 63, (data[start] & 1) << 5 | data[start + 1] >> 3
-        if above:  # another view, or alpha
+        if above:  # another view, or transparency
             continue
         if kind < 32 and found is None:
             restart = CLEAN if kind in (19, 20) else FLUSH if 16 <= kind <= 21 else NO
@@ -161,7 +163,7 @@ def _mpeg2(packet: av.Packet) -> PictureType | None:
 def _mpeg4(packet: av.Packet) -> PictureType | None:
     data = bytes(packet)
     picture = data.find(b"\0\0\1\xb6")
-    # Very short pictures may say that nothing is coded; two pictures in a packet are packed for old AVI players.
+    # Very short pictures may have no coded content; two pictures in one packet are made for old AVI players.
     if picture < 0 or len(data) - picture < 20 or data.find(b"\0\0\1\xb6", picture + 4) >= 0:
         return None
     group = data.find(b"\0\0\1\xb3", 0, picture)

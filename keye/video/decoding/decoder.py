@@ -1,10 +1,9 @@
-"""The frames of one video file that are on the screen at the sample times, decoded with PyAV.
+"""The frames of a video file that are displayed at the sample times, decoded with PyAV.
 
-Where the packets of the file tell enough (`index`), only what the sampled frames depend on is decoded; the pixels,
-times and indices are those of decoding everything, which is what is done once anything comes out otherwise than the
-index says. Decoding runs in a thread, a few frames ahead of the reader. No more frames are held: memory does not grow
-with the length of the file but for the index. Times are seconds on the container's clock (`timeline`), by presentation
-timestamp, never index / average rate (wrong for variable frame rates).
+Where the packets allow an index (`packet_index`), only packets that the sampled frames depend on are decoded. Pixels,
+times and indices equal those of decoding everything, to which the decoder falls back when a frame deviates from the
+index. Decoding runs in a thread, a few frames ahead of the reader; apart from the index, memory does not grow with the
+length of the file. Times are seconds on the container's clock (`timeline`), by presentation timestamp.
 """
 
 import math
@@ -28,10 +27,10 @@ from keye.video.decoding.prefetch import Prefetcher
 from keye.video.decoding.timeline import TOLERANCE, first_samples, origin_of, packets_of, scan
 
 _SMALL = 320 * 240  # pixels
-_AHEAD, _AHEAD_BYTES = 3, 64 << 20  # frames; and no more than so many bytes of them, but one
-_FAR = 4 << 20  # bytes of packets from which on going to a place is cheaper than reading on to it
+_AHEAD, _AHEAD_BYTES = 3, 64 << 20  # frames that are prefetched, and their bytes; at least one frame
+_FAR = 4 << 20  # bytes of packets from which a seek is cheaper than reading
 _SEEKABLE = {"mov", "matroska"}
-_MOST_BROKEN = 10_000  # errors in one pass: a demuxer that never gets past a broken place
+_MOST_BROKEN = 10_000  # errors in one pass, for demuxers that cannot get past a damaged place
 
 
 @dataclass(frozen=True)
@@ -48,40 +47,32 @@ Decoded = tuple[int, float, VideoFrame]
 
 
 class _Unexpected(Exception):
-    """What came out of the decoder, or out of the file, is not what the index says."""
-
-
-def open_decoder(
-    container: av.container.InputContainer,
-    name: str,
-    fps: float,
-    max_frames: int,
-    start: float | None = None,
-    end: float | None = None,
-    num_frames: int | None = None,
-    as_coded: bool = False,
-) -> "Decoder":
-    """The decoder of a container's first video stream, called `name` in messages, sampled at `fps` frames per second.
-
-    At most `max_frames` frames, evenly over the clip. start, end: only [start, end) seconds of the container's clock;
-    num_frames: so many moments, evenly over that range, instead of `fps`. `close` it in the end, which closes the
-    container. as_coded: pixels as they are in the file, square or not (`FrameConverter`). Raises VideoError when no
-    frame can be decoded.
-    """
-    return Decoder(container, name, fps, max_frames, start, end, num_frames, as_coded)
+    """The decoder's output, or the file, deviates from the index."""
 
 
 def ahead_of(size: tuple[int, int]) -> int:
-    """How many frames of a (height, width) are decoded ahead of their reader."""
+    """How many frames of `size` (height, width) are prefetched."""
     return max(1, min(_AHEAD, _AHEAD_BYTES // (3 * size[0] * size[1])))
 
 
 class Decoder:
-    """Picks the frames on the screen at the sample times of one video stream, in presentation order.
+    """Yields the frames of a video stream that are displayed at the sample times, in presentation order.
 
-    size: (height, width) after turning. duration: seconds, when the last frame leaves the screen; of damaged files
-    what was decoded, once it has been read. times: the moments at which a frame is first seen. expected: the most
-    frames a pass yields; wanted: what the sampling asks for before `max_frames`. warnings: complete after a pass.
+    size: (height, width) as displayed. duration: end of the last frame in seconds; of damaged files, once read, of the
+    last frame that can be decoded. times: the sample times, the first one in each frame. expected: most frames of a
+    pass. wanted: number of samples before `max_frames` applies. warnings: complete after a pass.
+
+    Args:
+        container: of `open_container`; `close` closes it.
+        name: the video's name in messages.
+        fps: samples per second.
+        max_frames: most frames, spread evenly.
+        start, end: use only [start, end) in seconds of the container's clock.
+        num_frames: take this many samples, spread evenly over that range, instead of `fps`.
+        as_coded: do not correct the pixels' aspect, see `FrameConverter`.
+
+    Raises:
+        VideoError: no frame can be decoded, or the range is empty.
     """
 
     def __init__(
@@ -90,9 +81,9 @@ class Decoder:
         name: str,
         fps: float,
         max_frames: int,
-        start: float | None,
-        end: float | None,
-        num_frames: int | None,
+        start: float | None = None,
+        end: float | None = None,
+        num_frames: int | None = None,
         as_coded: bool = False,
     ):
         self.name = name
@@ -116,29 +107,29 @@ class Decoder:
 
     @property
     def appear(self) -> list[float]:
-        """The seconds at which the stream's frames appear, ascending, as far as its packets tell."""
+        """Ascending seconds at which the stream's frames appear; empty where its packets do not determine them."""
         return [] if self._appear is None else self._appear.tolist()
 
     @property
     def selective(self) -> bool:
-        """Whether no more is decoded than the sampled frames need; it turns False when that has gone wrong."""
+        """Whether only packets that the sampled frames need are decoded; False after a fall-back."""
         return self._index is not None
 
     def frames(self) -> Iterator[Frame]:
-        """The sampled frames; each call is a new pass over the file and ends the one before.
+        """The sampled frames. Each call is a new pass over the file and ends the one before.
 
-        At its end it sets `warnings`, and `duration` where the file is shorter than it claims.
+        The end of the pass sets `warnings`, and `duration` where the file is shorter than it claims.
         """
         yield from self._pass(self.times)
         self._finish()
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Frame]:
-        """The frame on the screen at each of the ascending times (seconds), none twice; a new pass."""
+        """The frame displayed at each of the ascending times (seconds), each frame once; a new pass."""
         self._begun = None
         return self._pass(times)
 
     def close(self) -> None:
-        """End the pass that is running and close the container."""
+        """End the current pass and close the container."""
         self._stop()
         self._begun = None
         self.container.close()
@@ -146,7 +137,7 @@ class Decoder:
     def _use(self, container: av.container.InputContainer) -> None:
         self.container, self._moved = container, False
         self.stream = video_stream(container)
-        # On small frames a pool of threads costs more than the decoding itself (2-3 times slower at 112x112).
+        # For small frames a pool of threads costs more than decoding (2-3 times slower at 112x112).
         self._small = self.stream.codec_context.width * self.stream.codec_context.height <= _SMALL
         if self._small:
             self.stream.codec_context.thread_count = 1
@@ -154,7 +145,7 @@ class Decoder:
             self.stream.thread_type = "AUTO"
 
     def _first_pts(self) -> int | None:
-        """The timestamp of the first frame that comes out of the decoder."""
+        """The timestamp of the first decoded frame."""
         self._rewind()
         try:
             return next(
@@ -164,7 +155,7 @@ class Decoder:
             return None
 
     def _rewind(self) -> None:
-        """Be at the beginning of the file, with an empty decoder."""
+        """Return to the beginning of the file, with an empty decoder."""
         if self._moved and self._seekable():
             self.container.seek(int(self._index.dts[0]), stream=self.stream)
         elif self._moved:
@@ -172,12 +163,12 @@ class Decoder:
         self._moved = True
 
     def _seekable(self) -> bool:
-        """Whether a timestamp names one place in the file, and a seek finds it."""
+        """Whether timestamps are unique in the file and a seek finds them."""
         single = self._index is not None and len(self._index.timeline.parts) == 1
         return single and not _SEEKABLE.isdisjoint(self.container.format.name.split(","))
 
     def _read_clock(self) -> None:
-        """The stream's clock, when frames appear on it as far as packets tell, and when it ends and claims to end."""
+        """Set the stream's clock, when frames appear on it, and its actual and claimed end."""
         if self._index is not None:
             self._timeline, self._appear = self._index.timeline, self._index.times
         else:
@@ -193,15 +184,15 @@ class Decoder:
             self.duration = claimed if self._appear is None else float(self._appear[-1]) + 1 / self.rate
         self._first = 0.0 if self._timeline is None else self._timeline.seconds(self._timeline.parts[0].low, 0)
         self._first = self._first if self._appear is None else float(self._appear[0])
-        joined = self._timeline is not None and len(self._timeline.parts) > 1  # what is claimed is one part's
+        joined = self._timeline is not None and len(self._timeline.parts) > 1  # the claim is that of one part
         self._claimed = claimed if torn and not joined else self.duration
 
     def _claim(self) -> float:
-        """Seconds at which the stream ends by what the file says of itself; 0 if it says nothing."""
+        """The end of the stream in seconds that the file declares; 0 if none."""
         stream, origin = self.stream, origin_of(self.container, self.stream)
         if stream.duration and stream.duration > 0:
             return float((stream.duration + (stream.start_time or origin) - origin) * stream.time_base)
-        # The whole file's length is that of its pictures only where there is nothing else in it.
+        # The duration of the file is that of its video only where it has no other stream.
         alone = self._timeline is None or len(self.container.streams) == 1
         if self.container.duration and alone and self.container.format.name != "gif":
             return max(self.container.duration, 0) / av.time_base
@@ -210,14 +201,14 @@ class Decoder:
     def _sample(
         self, fps: float, max_frames: int, start: float | None, end: float | None, num_frames: int | None
     ) -> float:
-        """Choose the moments to look at, each of which shows another frame; returns where the range begins."""
+        """Choose sample times, each in another frame; returns the beginning of the range in seconds."""
         begin = self._first if start is None else max(start, self._first)
         length = min(self.duration if end is None else end, self.duration) - begin
         if end is not None and end <= self._first:
             raise VideoError(f"{self.name} begins at {self._first:.2f} s; give an end after that")
         if length <= 0 and begin > self._first:
             raise VideoError(f"{self.name} lasts {self.duration:.2f} s; give a start and an end within it")
-        if self._appear is None:  # frames without times are as far apart as the average rate says
+        if self._appear is None:  # frames without times are assumed 1 / rate apart
             fps = min(fps, self.rate)
         count = max(1, math.ceil(length * fps - TOLERANCE)) if num_frames is None else num_frames
         step = 1 / fps if num_frames is None or length <= 0 else length / count
@@ -231,7 +222,7 @@ class Decoder:
         return begin
 
     def _begin(self, times: Sequence[float]) -> Iterator[Decoded] | None:
-        """A pass that has its first frame; None where there is none."""
+        """A new pass, with its first frame decoded; None where there is none."""
         self._halt = threading.Event()
         self._broken, self._reason = 0, ""
         self._end: float | None = None
@@ -250,14 +241,14 @@ class Decoder:
         if begun is None:
             return
         frames = (Frame(index, time, self._painter.paint(frame, time)) for index, time, frame in begun)
-        del begun  # the thread's alone
+        del begun  # only the thread may keep it
         ahead = self._ahead = Prefetcher(frames, ahead_of(self.size), self._halt)
         try:
             yield from ahead
         finally:
             ahead.close()
         if self._ahead is not ahead:
-            raise VideoError(f"another reading of {self.name} has begun; open it twice to read it twice at once")
+            raise VideoError(f"{self.name} is being read again; open it twice to read it in two places")
 
     def _stop(self) -> None:
         if self._ahead is not None:
@@ -270,7 +261,7 @@ class Decoder:
             notes.append(f"{self._broken} damaged pieces of {self.name} could not be decoded")
         jumps = self._timeline and self._timeline.note(self.name)
         notes += [jumps] if jumps else []
-        if self._end is None and self.duration < self._claimed - 1.0:  # all that was asked for came before its end
+        if self._end is None and self.duration < self._claimed - 1.0:  # all samples are before the end
             self._end = self.duration
         if self._end is not None and self._end < max(self.times[-1], self._claimed - 1.0):
             notes.append(f"{self.name} ends at {self._end:.2f} s of the {self._claimed:.2f} s it claims to last")
@@ -280,47 +271,43 @@ class Decoder:
         self.warnings[:] = notes
 
     def _decoded(self, times: Sequence[float]) -> Iterator[Decoded]:
-        """The frame on the screen at each of the times: by the index, and by decoding everything once that fails."""
-        count, given = 0, -1.0
+        """The frame displayed at each of the times: by the index, and by decoding everything if that fails."""
+        count, latest = 0, -1.0
         if self._index is not None:
             try:
                 for decoded in self._planned(self._index, times):
-                    count, given = decoded[0] + 1, decoded[1]
+                    count, latest = decoded[0] + 1, decoded[1]
                     yield decoded
                 self._end = self._index.end
                 return
             except (_Unexpected, FFmpegError, EOFError):
-                if self._halt.is_set():  # nothing is wrong with the file; nobody reads on
+                if self._halt.is_set():  # the reader has stopped, the file is fine
                     return
                 self._index = None
         for number, time, frame in self._showing(times):
-            if time > given:
-                count = max(count, number)  # the index counted frames that do not exist
+            if time > latest:
+                count = max(count, number)  # the index had frames that do not exist
                 yield count, time, frame
                 count += 1
 
     def _planned(self, index: Index, times: Sequence[float]) -> Iterator[Decoded]:
-        """The frames on the screen at the times, decoding no more than they need; _Unexpected if that goes wrong."""
-        asked = index.showing(times)
-        if len(asked) == 0:
+        """The frames displayed at the times, decoding only what they need; _Unexpected where the index is wrong."""
+        requested = index.showing(times)
+        if len(requested) == 0:
             return
-        plan = index.plan(asked)
-        due = np.flatnonzero(plan.decode[index.frames[: asked[-1] + 1]])
-        turn = 0
-        for frame in self._fed(index, plan):
-            number = due[turn]
+        plan = index.plan(requested)
+        due = np.flatnonzero(plan.decode[index.frames[: requested[-1] + 1]])
+        frames = self._fed(index, plan)
+        for number in due:
             packet = index.frames[number]
-            if frame.pts != index.pts[packet] or frame.is_corrupt:
+            frame = next(frames, None)
+            if frame is None or frame.pts != index.pts[packet] or frame.is_corrupt:
                 raise _Unexpected
             if plan.wanted[packet]:
                 yield int(number), float(index.times[number]), frame
-            turn += 1
-            if turn == len(due):
-                return
-        raise _Unexpected
 
     def _fed(self, index: Index, plan: Plan) -> Iterator[VideoFrame]:
-        """What the decoder makes of the packets that are to be decoded."""
+        """The frames that the decoder makes of the plan's packets."""
         self._rewind()
         context = self.stream.codec_context
         packets, place = self._packets(index), 0
@@ -342,7 +329,7 @@ class Decoder:
         yield from context.decode(None)
 
     def _packets(self, index: Index) -> Iterator[tuple[int, av.Packet]]:
-        """(number, packet) from where the container is; _Unexpected unless they are as in the index."""
+        """(number, packet) from the container's position; _Unexpected where they deviate from the index."""
         number = None
         for packet in packets_of(self.container, self.stream):
             if self._halt.is_set() or packet.pts is None:
@@ -355,23 +342,24 @@ class Decoder:
             number += 1
 
     def _showing(self, times: Sequence[float]) -> Iterator[Decoded]:
-        """The frames on the screen at the ascending times, decoding everything until the last."""
-        held: Decoded | None = None
+        """The frames displayed at the ascending times, decoding everything up to the last."""
+        current: Decoded | None = None
         wanted = 0
         for following in self._everything():
             showing = wanted
-            while held and wanted < len(times) and times[wanted] < following[1] - TOLERANCE:
+            while current and wanted < len(times) and times[wanted] < following[1] - TOLERANCE:
                 wanted += 1
             if wanted > showing:
-                yield held
-            held = following
+                yield current
+            current = following
             if wanted == len(times):
                 return
-        if held is None or self._halt.is_set():
+        if current is None or self._halt.is_set():
             return
-        self._end = held[1] + (float(held[2].duration * held[2].time_base) if held[2].duration else 1 / self.rate)
-        if wanted < len(times) and times[wanted] < max(self._end, held[1] + TOLERANCE):
-            yield held
+        _, time, frame = current
+        self._end = time + (float(frame.duration * frame.time_base) if frame.duration else 1 / self.rate)
+        if wanted < len(times) and times[wanted] < max(self._end, time + TOLERANCE):
+            yield current
 
     def _everything(self) -> Iterator[Decoded]:
         """Every frame that can be decoded."""
@@ -390,12 +378,12 @@ class Decoder:
             except FFmpegError as error:
                 self._broken += 1
                 self._reason = error.strerror
-                if packet is None:  # reading failed, which ended the iterator; what comes after may be whole
+                if packet is None:  # reading failed, which ended the iterator; later packets may be intact
                     packets = packets_of(self.container, self.stream)
                 continue
             for frame in frames:
                 self._broken += bool(frame.is_corrupt)
-                time = latest + 1 / self.rate  # of frames without a time, or of a clock that stands still or jumps back
+                time = latest + 1 / self.rate  # for frames without a time, or with one that does not ascend
                 if frame.pts is not None and clock is not None:
                     part = clock.follow(part, read, frame.pts)
                     read = frame.pts

@@ -1,8 +1,8 @@
-"""Which packets of a video stream must be decoded to have the frames on the screen at some times.
+"""Which packets of a video stream must be decoded for the frames displayed at given times.
 
-One pass over the packets, without decoding, gives the time of every frame; the packets' headers say where decoding can
-begin and what nothing is predicted from. It takes some 10 µs per packet, and keeps 42 bytes for each, the one thing
-here that grows with a file: 4 MB for an hour.
+One pass over the packets, without decoding, gives the time of every frame. The packets' headers show where decoding can
+begin and which pictures are no reference of others. The pass takes about 10 µs per packet and keeps 42 bytes of each, 4
+MB for an hour; nothing else here grows with the length of a file.
 """
 
 import math
@@ -25,10 +25,11 @@ _MOST_PACKETS = 1 << 24
 class Index:
     """The packets of a stream in coding order, and the frames they give in presentation order.
 
-    pts, dts: int64 [packets] in the stream's time base; clock: the pts, continuous over jumps. offsets: int64
-    [packets], bytes of the stream before each. restarts: int8 [packets], see `bitstream`. needless: bool [packets],
-    what no other picture is predicted from. frames: int64 [frames], each frame's packet. times: float64 [frames],
-    seconds. timeline: the clock. uncertain: whether frames precede that of the first packet; decoders may drop those.
+    pts, dts: int64 [packets] in the stream's time base. clock: int64 [packets], the pts, continuous over jumps.
+    offsets: int64 [packets], bytes of the stream before each. restarts: int8 [packets], see `bitstream`. needless: bool
+    [packets], whether no other picture is predicted from it. frames: int64 [frames], each frame's packet. times:
+    float64 [frames], seconds. timeline: the clock. uncertain: whether frames precede that of the first packet, which
+    decoders may drop.
     """
 
     pts: np.ndarray
@@ -44,41 +45,41 @@ class Index:
 
     @property
     def end(self) -> float:
-        """Seconds, when the last frame leaves the screen."""
+        """End of the last frame in seconds."""
         return self.timeline.end
 
     def beginning_with(self, pts: int | None) -> "Index | None":
-        """The index without the frames before the one that comes out of the decoder first; None if that is unknown."""
+        """The index without the frames before the first decoded one, of timestamp `pts`; None if that is unknown."""
         found = np.flatnonzero(self.pts[self.frames] == (math.nan if pts is None else pts))
         if len(found) == 0:
             return None
         return replace(self, frames=self.frames[found[0] :], times=self.times[found[0] :], uncertain=False)
 
     def showing(self, moments: Sequence[float]) -> np.ndarray:
-        """int64 [n]: the frames on the screen at ascending moments (seconds), none twice, none after the end.
+        """int64 [n]: the frames displayed at ascending moments (seconds), each once, up to the end.
 
-        Before the first frame appears, it is that one.
+        The first frame is taken for moments before it.
         """
         inside = [moment for moment in moments if moment < max(self.end, self.times[-1] + TOLERANCE)]
         return np.unique((np.searchsorted(self.times - TOLERANCE, inside, side="right") - 1).clip(0))
 
     def plan(self, frames: np.ndarray) -> "Plan":
-        """What to decode for the given frames (ascending positions in presentation order)."""
+        """The packets to decode for the given frames (ascending positions in presentation order)."""
         wanted = np.zeros(len(self.pts), dtype=bool)
         wanted[self.frames[frames]] = True
         starts = np.flatnonzero(self.restarts)
         decode = np.zeros(len(self.pts), dtype=bool)
         fresh = []
-        whole = False  # whether the group is wanted up to its end, for the pictures that lead the next one
+        complete = False  # whether the group is needed up to its end, by the pictures that lead the next group
         for start, stop in zip(starts[::-1], np.append(starts[1:], len(self.pts))[::-1], strict=True):
             leading = self.clock[start:stop] < self.clock[start]
             here = np.flatnonzero(wanted[start:stop])
-            if not whole and len(here) == 0:
+            if not complete and len(here) == 0:
                 continue
-            last = stop if whole else start + int(here[-1]) + 1
-            whole = start > 0 and bool(leading[here].any())
+            last = stop if complete else start + int(here[-1]) + 1
+            complete = start > 0 and bool(leading[here].any())
             decode[start:last] = (wanted | ~self.needless)[start:last]
-            if not whole:
+            if not complete:
                 if start > 0:
                     decode[start:last] &= ~leading[: last - start]
                 fresh.append(int(start))
@@ -87,7 +88,10 @@ class Index:
 
 @dataclass(frozen=True)
 class Plan:
-    """decode: bool [packets]. wanted: bool [packets], whose frames are asked for. fresh: where decoding begins anew."""
+    """What to decode.
+
+    decode: bool [packets]. wanted: bool [packets], whose frames are requested. fresh: packets where decoding restarts.
+    """
 
     decode: np.ndarray
     wanted: np.ndarray
@@ -95,11 +99,13 @@ class Plan:
 
 
 def read_index(container: av.container.InputContainer, stream: av.VideoStream, rate: float) -> Index | None:
-    """The index of a stream, from its first packet on; None when only decoding can tell what is in it.
+    """The index of a stream; None where its frames cannot be known without decoding.
 
-    That is so of codecs that `bitstream` does not judge, of packets without a time or with the same one, of damage that
-    the container knows of, and of parameters that change on the way. rate: frames per second, for a last frame that
-    does not say how long it is shown.
+    That is the case for codecs that `bitstream` does not support, packets without a time or with equal times, damage
+    that the container reports, and parameters that change within the stream.
+
+    Args:
+        rate: frames per second, for the duration of a last frame that has none.
     """
     context = stream.codec_context
     reader = packet_reader(context)
@@ -113,22 +119,22 @@ def read_index(container: av.container.InputContainer, stream: av.VideoStream, r
             if packet.size == 0 and packet.pts is None and packet.dts is None:
                 continue  # the end
             odd = packet.size == 0 or packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata")
-            nature = None if odd else reader(packet)
-            if nature is None or len(pts) == _MOST_PACKETS:
+            picture = None if odd else reader(packet)
+            if picture is None or len(pts) == _MOST_PACKETS:
                 return None
-            if nature.sets:
-                sets = nature.sets if sets is None else sets
-                if nature.sets != sets:
+            if picture.sets:
+                sets = picture.sets if sets is None else sets
+                if picture.sets != sets:
                     return None
-            shown = nature.shown and not packet.is_discard
+            shown = picture.shown and not packet.is_discard
             length = max(packet.duration or 0, 0)
-            parts.add(len(pts), packet.pts, packet.dts, length, nature.restart != NO, shown)
+            parts.add(len(pts), packet.pts, packet.dts, length, picture.restart != NO, shown)
             pts.append(packet.pts)
             dts.append(packet.pts if packet.dts is None else packet.dts)
             sizes.append(packet.size)
-            restarts.append(nature.restart)
-            layers.append(nature.layer)
-            flags.append(2 * shown + nature.reference)
+            restarts.append(picture.restart)
+            layers.append(picture.layer)
+            flags.append(2 * shown + picture.reference)
     except av.error.FFmpegError:
         return None
     visible = np.array(flags) & 2 != 0

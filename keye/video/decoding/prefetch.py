@@ -1,8 +1,8 @@
-"""Items made in a background thread, a few ahead of their reader, and what becomes of threads when the program ends.
+"""Prefetching in a background thread, and stopping such threads when the program ends.
 
-Python ends daemon threads wherever they are. One that is inside PyAV or torch then is unwound through C++ code that
-forbids it, and the process aborts: "terminate called without an active exception". So when the interpreter ends, the
-threads here are stopped and waited for, and those of others that are reading a clip are told and waited for, too.
+At exit Python ends daemon threads at any point. A thread inside PyAV or torch is then unwound through C++ code that
+forbids it, and the process aborts: "terminate called without an active exception". Therefore, when the interpreter
+ends, the threads here are stopped and joined, and other threads that are reading a clip are notified and joined.
 """
 
 import atexit
@@ -21,14 +21,14 @@ _stops: "weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]]" = we
 _readers: Counter[threading.Thread] = Counter()
 _lock = threading.Lock()
 _ending = threading.Event()
-_PATIENCE = 10.0  # seconds at most that the program's end waits for others' threads
+_EXIT_TIMEOUT = 10.0  # seconds: how long the end of the program waits for other threads
 
 
 class Prefetcher(Iterator[Item]):
-    """Iterates `items` in a thread, at most `depth` items ahead; what is raised there is raised here, in its place.
+    """Iterates `items` in a thread, at most `depth` items ahead; exceptions are raised again in the reader.
 
-    `close` ends it early: it sets `halt`, which a maker of slow items should look at, and waits for the thread, so that
-    afterwards nothing uses what `items` uses. Reaching the end, an exception and dropping the object close it too.
+    `close` ends it early: it sets `halt`, which slow generators should check, and joins the thread, so that nothing
+    uses the generator's resources afterwards. The end, an exception and deleting the object close it, too.
     """
 
     def __init__(self, items: Generator[Item, None, None], depth: int, halt: threading.Event):
@@ -52,17 +52,18 @@ class Prefetcher(Iterator[Item]):
         raise StopIteration
 
     def close(self) -> None:
-        if self._closed:  # also when the interpreter is taking its modules apart
+        """Stop the thread and wait for it; called again, it does nothing, even at interpreter shutdown."""
+        if self._closed:
             return
         self._closed = self._done = True
         self._halt.set()
         _open.discard(self)
         while self._thread.is_alive():
-            try:  # a thread that waits for room in the queue
+            try:  # the thread may be waiting for space in the queue
                 self._queue.get_nowait()
             except queue.Empty:
                 self._thread.join(0.01)
-        try:  # another thread may wait for an item that will not come
+        try:  # another thread may be waiting for an item
             self._queue.put_nowait((None, None, False))
         except queue.Full:
             pass
@@ -78,8 +79,8 @@ def _make(items: Generator[Item, None, None], made: queue.Queue, halt: threading
             if halt.is_set():
                 break
             made.put((item, None, True))
-            del item  # not kept while the next is made
-        items.close()  # here and now, not when the interpreter takes its modules apart
+            del item  # release it while the next one is made
+        items.close()  # now, and not at interpreter shutdown
     except BaseException as error:
         problem = error
     made.put((None, problem, False))
@@ -87,7 +88,7 @@ def _make(items: Generator[Item, None, None], made: queue.Queue, halt: threading
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """While inside, this thread reads a clip: if it is a daemon, the end of the program waits until it is out of it."""
+    """Mark this thread as reading a clip; the end of the program waits until it leaves the block."""
     check_ending()
     thread = threading.current_thread()
     with _lock:
@@ -102,21 +103,21 @@ def reading() -> Iterator[None]:
 
 
 def check_ending() -> None:
-    """End this thread if the program is ending and has not waited for it to end by itself."""
+    """End this thread if the program is ending."""
     if _ending.is_set() and threading.current_thread() is not threading.main_thread():
         raise SystemExit
 
 
 def stop_at_exit(thread: threading.Thread, stop: Callable[[], object]) -> None:
-    """At the end of the program call `stop`, which asks the daemon `thread` to end, and wait until it has."""
+    """At the end of the program, call `stop`, which asks the daemon `thread` to end, and wait for it."""
     _stops[thread] = stop
 
 
 @atexit.register
 def _end_all() -> None:
-    """Runs once threads that are no daemons have ended."""
+    """Runs after non-daemon threads have ended."""
     _ending.set()
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _EXIT_TIMEOUT
     stopped = list(_stops.items())
     for _, stop in stopped:
         stop()
@@ -130,5 +131,5 @@ def _end_all() -> None:
         if not inside:
             return
         inside[0].join(0.05)
-        for ahead in list(_open):  # begun by one of them before it saw that it is over
+        for ahead in list(_open):  # opened by a thread that had not noticed the end yet
             ahead.close()

@@ -1,9 +1,9 @@
 """The clock of a video stream: seconds by presentation timestamp, continuous where recordings are joined.
 
-Second 0 is the container's own. Transport and program streams have none, as their clocks begin anywhere; there it is
-the first timestamp in the file, of whichever stream, as players count. Files that are joined of several (`cat a.ts
-b.ts`, the titles of a DVD, a receiver that was reset) go on with another clock in the middle. Such a jump is found in
-the packets, and each part is placed behind the one before it, so that no frame is lost and none comes twice.
+Second 0 is the container's. The clocks of transport and program streams begin anywhere; there second 0 is the first
+timestamp of any stream in the file, as in players. Joined recordings (`cat a.ts b.ts`, the titles of a DVD, a receiver
+that was reset) change to another clock within the file. Such a jump is found in the packets, and each part is placed
+after the one before it, so that no frame is lost or duplicated.
 """
 
 import math
@@ -17,16 +17,18 @@ from av.format import Flags
 
 TOLERANCE = 1e-4  # seconds; containers round timestamps to their own time base
 
-# Seconds. Decoding timestamps ascend, so that a step back is a jump; a step ahead is one where a stream without pauses
-# would have to pause. The limits are those of FFmpeg's own tool.
+# Seconds. Decoding timestamps ascend, so a step back is a jump. A large step ahead is a jump in a stream that cannot
+# pause. The limits are those of the ffmpeg tool.
 _BACK = 0.1
 _AHEAD, _AHEAD_ELSEWHERE = 10.0, 108_000.0
 
 
 @dataclass
 class Part:
-    """Packets on one clock. packet: the first one's number. low, top: lowest and highest timestamp; length: how long
-    the frame at `top` is shown, 0 if unknown; shift: what to add for the continuous clock; all in the time base.
+    """Packets on one clock.
+
+    packet: number of the first packet. In units of the stream's time base: low, top: lowest and highest timestamp;
+    length: duration of the frame at `top`, 0 if unknown; shift: offset to the continuous clock.
     """
 
     packet: int
@@ -38,9 +40,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The parts of a stream in the order of the file. second: in the time base. origin: the timestamp of second 0.
+    """The parts of a stream in the order of the file.
 
-    last: seconds that a frame is shown which does not say so.
+    second: time base units per second. origin: the timestamp of second 0. last: duration in seconds of a last frame
+    that has none.
     """
 
     parts: tuple[Part, ...]
@@ -50,7 +53,7 @@ class Timeline:
 
     @property
     def end(self) -> float:
-        """Seconds, when the last frame leaves the screen."""
+        """End of the last frame in seconds."""
         part = self.parts[-1]
         return self.seconds(part.top, -1) + (part.length / self.second or self.last)
 
@@ -59,23 +62,23 @@ class Timeline:
         return (pts + self.parts[part].shift - self.origin) / self.second
 
     def shifts(self, packets: int) -> np.ndarray:
-        """int64 [packets]: what to add to the timestamp of each packet."""
+        """int64 [packets]: the offset of each packet's timestamp to the continuous clock."""
         starts = [0, *(part.packet for part in self.parts[1:]), packets]
         return np.repeat(np.array([part.shift for part in self.parts], dtype=np.int64), np.diff(starts))
 
     def follow(self, part: int, latest: float, pts: int) -> int:
         """The part of the next decoded frame, after one with timestamp `latest` in `part`."""
 
-        def holds(number: int) -> bool:
+        def contains(number: int) -> bool:
             return self.parts[number].low <= pts <= self.parts[number].top
 
         back = pts < latest - _BACK * self.second
-        if holds(part) and not back:
+        if contains(part) and not back:
             return part
-        return next((later for later in range(part + 1, len(self.parts)) if holds(later)), part)
+        return next((later for later in range(part + 1, len(self.parts)) if contains(later)), part)
 
     def note(self, name: str) -> str | None:
-        """What is to be said of jumps, if there are any."""
+        """A sentence about jumps, None if there are none."""
         jumps = len(self.parts) - 1
         if not jumps:
             return None
@@ -84,13 +87,13 @@ class Timeline:
         count = "jumps once, at" if jumps == 1 else f"jumps {jumps} times, first at"
         return (
             f"the clock of {name} {count} {time:.2f} s (from {before:.2f} s to {after:.2f} s), as in joined recordings"
-            "; what follows is counted on from there"
+            "; later times continue from there"
         )
 
 
 @dataclass
 class Splitter:
-    """Splits the packets of a stream, given in the order of the file, where its clock jumps."""
+    """Splits the packets of a stream, added in the order of the file, where its clock jumps."""
 
     second: float
     may_pause: bool
@@ -98,7 +101,7 @@ class Splitter:
     _latest: int | None = None
 
     def add(self, number: int, pts: int, dts: int | None, length: int, restart: bool, shown: bool) -> None:
-        """The next packet. restart: whether all packets before it on the same clock are shown before it."""
+        """Add the next packet. restart: whether all packets before it on the same clock are displayed before it."""
         part = self.parts[-1]
         jump = restart and pts <= part.top
         if dts is not None:
@@ -115,7 +118,7 @@ class Splitter:
                 part.top, part.length = pts, length
 
     def timeline(self, origin: int, last: float) -> Timeline:
-        """The parts that show something, each beginning when the last frame of the one before leaves the screen."""
+        """The parts with displayed frames, each beginning at the end of the one before."""
         parts = [part for part in self.parts if part.low <= part.top]
         for before, part in zip(parts, parts[1:], strict=False):
             end = before.top + before.shift + (before.length or last * self.second)
@@ -137,10 +140,16 @@ def origin_of(container: av.container.InputContainer, stream: av.VideoStream) ->
 def scan(
     container: av.container.InputContainer, stream: av.VideoStream, rate: float, most_broken: int
 ) -> tuple[Timeline | None, np.ndarray | None]:
-    """(the clock, the seconds at which frames appear, ascending) by the packets alone, None where they do not tell.
+    """The clock of a stream, and the ascending seconds at which frames appear, from the packets alone.
 
-    Where no packet has a time there is no clock, and frames follow one another at `rate` per second, which is also how
-    long a frame is shown that does not say so. most_broken: errors to read past.
+    Where no packet has a time there is no clock, and frames are 1 / rate apart.
+
+    Args:
+        rate: frames per second, also for the duration of a last frame that has none.
+        most_broken: reading ends after this many errors.
+
+    Returns:
+        (clock, seconds); each is None where the packets do not determine it.
     """
     found, clock, count, broken = splitter(container, stream), array("q"), 0, 0
     complete = True
@@ -161,7 +170,7 @@ def scan(
         pts = packet.dts if packet.pts is None else packet.pts
         if pts is None:
             continue
-        # Whether decoding can begin at a key frame is not known here, nor how fields are packed: no judging by order.
+        # Restarts and the packing of fields are unknown here, so the order of timestamps is not used to find jumps.
         found.add(len(clock), pts, packet.dts, max(packet.duration or 0, 0), False, True)
         clock.append(pts)
     if not clock:
@@ -172,9 +181,10 @@ def scan(
 
 
 def first_samples(times: np.ndarray | None, begin: float, step: float, count: int) -> np.ndarray:
-    """The i < count at which a frame is first on the screen at begin + i * step, given when the frames appear.
+    """The i < count for which begin + i * step is the first such time in a frame; all i without `times`.
 
-    Without `times` all i. The work grows with the frames, not with `count`: a few bytes can claim to last for years.
+    times: seconds at which frames appear. The cost grows with the number of frames and not with `count`, since a file
+    of a few bytes can claim a duration of years.
     """
     if times is None:
         return np.arange(count)
@@ -183,10 +193,10 @@ def first_samples(times: np.ndarray | None, begin: float, step: float, count: in
 
 
 def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The packets of a stream from where the container is, and an empty one at the end of the file.
+    """The packets of a stream from the container's position, and an empty one at the end of the file.
 
-    PyAV stumbles over packets of streams that appear on the way, in damaged or joined transport streams; they are not
-    of this stream and are passed over.
+    PyAV raises IndexError for packets of streams that appear within damaged or joined transport streams. They are not
+    of this stream and are skipped.
     """
     while True:
         try:

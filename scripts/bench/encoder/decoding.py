@@ -19,7 +19,7 @@ from keye import SlowFastEncoder
 from keye.errors import run
 from keye.video.decoding import decoder as decode
 from keye.video.decoding.containers import open_container
-from keye.video.decoding.decoder import open_decoder
+from keye.video.decoding.decoder import Decoder
 from scripts.bench.common.record import Claim, Table, arguments, out_of, save
 from scripts.bench.encoder.media.corpus import real_clips
 from scripts.bench.encoder.media.films import film
@@ -72,7 +72,7 @@ def compare(path: Path, trials: int, draw: random.Random) -> dict:
         count = draw.choice((1, 3, 9)) if trial % 3 == 2 else None
         decode._FAR = 0 if trial % 4 == 1 else near  # every gap is jumped over
         container = open_container(path, path.name)
-        decoder = open_decoder(container, path.name, draw.choice(RATES), 400, begin, until, count, as_coded=True)
+        decoder = Decoder(container, path.name, draw.choice(RATES), 400, begin, until, count, as_coded=True)
         decode._FAR = near
         got = [(frame.index, frame.time, _digest(frame.pixels.permute(1, 2, 0).numpy())) for frame in decoder.frames()]
         want = [(at, *frames[at]) for at in expected(frames, decoder.times, end)]
@@ -100,7 +100,7 @@ def bare(path: Path, threads: str) -> None:
 
 def sampled(path: Path) -> None:
     """Our frames of a clip, 2 a second, as RGB."""
-    decoder = open_decoder(open_container(path, path.name), path.name, 2.0, 1365)
+    decoder = Decoder(open_container(path, path.name), path.name, 2.0, 1365)
     for _ in decoder.frames():
         pass
     decoder.close()

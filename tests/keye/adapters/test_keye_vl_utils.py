@@ -279,11 +279,11 @@ def test_mistakes_are_said():
     with pytest.raises(ManifestError, match='need sampling="time"'):
         process_vision_info(video(clip("bikes.mp4"), nframes=3), sampling="index")
     for sampling in ("time", "index"):
-        with pytest.raises(VideoError, match="nothing is downloaded unasked"):
+        with pytest.raises(VideoError, match="downloads are off by default"):
             process_vision_info(video("https://example.invalid/a.mp4"), sampling=sampling)
         with pytest.raises(VideoError, match="not public"):
             process_vision_info(video("http://127.0.0.1:9/a.mp4"), sampling=sampling, urls=UrlRules())
         with pytest.raises(VideoError, match="no.mp4"):
             process_vision_info(video("no.mp4"), sampling=sampling)
-    with pytest.raises(VideoError, match="nothing is downloaded unasked"):
+    with pytest.raises(VideoError, match="downloads are off by default"):
         process_vision_info(ask({"type": "image", "image": "https://example.invalid/a.png"}))

@@ -273,13 +273,13 @@ def test_thinking_out_of_form_is_named() -> None:
 
 def test_url_is_fetched_only_where_the_process_allows_it(processor: KeyeProcessor, tmp_path: Path) -> None:
     chat = user({"type": "image", "url": "http://127.0.0.1:9/a.png"})
-    with pytest.raises(VideoError, match="nothing is downloaded unasked"):
+    with pytest.raises(VideoError, match="downloads are off by default"):
         processor.sample(chat)
     allowed = KeyeProcessor(processor.tokenizer, processor.encoder, urls=UrlRules())
     with pytest.raises(VideoError, match="not public"):
         allowed.sample(chat)
     allowed.save_pretrained(tmp_path)
-    with pytest.raises(VideoError, match="nothing is downloaded unasked"):  # a right is not saved
+    with pytest.raises(VideoError, match="downloads are off by default"):  # a right is not saved
         KeyeProcessor.from_pretrained(tmp_path).sample(chat)
     with pytest.raises(VideoError, match="not public"):
         KeyeProcessor.from_pretrained(tmp_path, urls=UrlRules()).sample(chat)

@@ -25,7 +25,7 @@ def times(frames):
 def test_samples_are_the_frames_on_the_screen(tmp_path):
     path = write_video(tmp_path / "a.mp4", numbered(50), rate=25)
     opened, frames = read(path, fps=3)
-    # 1/3 s lies within frame 8 (0.32 to 0.36 s), and so on.
+    # 1/3 s is within frame 8 (0.32 to 0.36 s), and so on.
     assert [frame.index for frame in frames] == [0, 8, 16, 25, 33, 41]
     assert times(frames) == [0.0, 0.32, 0.64, 1.0, 1.32, 1.64]
     assert [number_of(frame.pixels) for frame in frames] == [0, 8, 16, 25, 33, 41]
@@ -141,7 +141,7 @@ def test_a_folder_of_images_in_natural_order(tmp_path):
     assert opened.size == (64, 96) and times(frames)[-1] == 2.75
 
 
-def test_errors_name_the_file_and_the_mend(tmp_path):
+def test_errors_name_the_file_and_the_remedy(tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("this is no video\n" * 100)
     empty = tmp_path / "empty.mp4"
@@ -154,9 +154,9 @@ def test_errors_name_the_file_and_the_mend(tmp_path):
         (text, "text.mp4 is not a readable video .*; replace it"),
         (empty, "empty.mp4 is not a readable video"),
         (header, "header.mp4"),
-        (tmp_path / "bare", "bare holds no images"),
+        (tmp_path / "bare", "bare contains no images"),
         (b"", "0 bytes is not a readable video"),
-        (3, "cannot be a int"),
+        (3, "the video is a int"),
         (torch.zeros(3, 4, 4, 4, dtype=torch.uint8), r"uint8 \[T, 3, H, W\].*not uint8 \[3, 4, 4, 4\]"),
         (torch.full((3, 3, 4, 4), 2.0), "floats from 2 to 2"),
         (torch.zeros(0, 3, 4, 4, dtype=torch.uint8), "T >= 1"),
@@ -168,7 +168,7 @@ def test_errors_name_the_file_and_the_mend(tmp_path):
 
 def test_an_unknown_codec_is_an_error(tmp_path):
     content = write_video(tmp_path / "o.mp4", numbered(3)).read_bytes()
-    with pytest.raises(VideoError, match="no decoder here knows"):
+    with pytest.raises(VideoError, match="has no decoder here"):
         read(content.replace(b"avc1", b"zzz1"))
 
 
@@ -189,10 +189,10 @@ def test_images_of_two_sizes_are_an_error(tmp_path):
         read(tmp_path)
 
 
-def test_a_truncated_file_gives_what_there_is_and_a_warning(tmp_path):
+def test_a_truncated_file_gives_its_readable_frames_and_a_warning(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (100, 64, 96, 3)).astype(np.uint8)
-    whole = write_video(tmp_path / "m.mp4", noise, options={"g": "10"})
-    container = _moov_first(whole.read_bytes())
+    path = write_video(tmp_path / "m.mp4", noise, options={"g": "10"})
+    container = _moov_first(path.read_bytes())
     torn = tmp_path / "torn.mp4"
     torn.write_bytes(container[: len(container) * 6 // 10])
     opened, frames = read(torn)

@@ -22,7 +22,7 @@ from keye.video.clip import open_clip
 from keye.video.decoding import decoder as decode
 from keye.video.decoding.bitstream import CLEAN, FLUSH, packet_reader
 from keye.video.decoding.containers import open_container
-from keye.video.decoding.decoder import open_decoder
+from keye.video.decoding.decoder import Decoder
 from keye.video.decoding.packet_index import read_index
 from keye.video.decoding.prefetch import Prefetcher
 from keye.video.decoding.timeline import packets_of
@@ -76,7 +76,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
+def encoded(folder):
     """name -> (path, everything in it: [(seconds, pixels)], seconds at the end), encoded and decoded once."""
     kept = {}
 
@@ -106,7 +106,7 @@ def decode_all(source) -> tuple[list[tuple[float, np.ndarray]], float]:
 
 
 def opened(source, fps=2.0, max_frames=1000, **options):
-    return open_decoder(open_container(source, str(source)), str(source), fps, max_frames, **options)
+    return Decoder(open_container(source, str(source)), str(source), fps, max_frames, **options)
 
 
 def expected_frames(times: list[float], moments: list[float], end: float) -> list[int]:
@@ -132,8 +132,8 @@ SPARSE = {"max_examples": 8, "deadline": None, "derandomize": True}
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_any_sampling_of_any_coding_is_as_decoding_everything(whole, name):
-    path, frames, end = whole(name)
+def test_any_sampling_of_any_coding_equals_decoding_everything(encoded, name):
+    path, frames, end = encoded(name)
     indexed = ENCODINGS[name][2]
 
     @settings(**SPARSE, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -162,22 +162,22 @@ def index_of(path):
     return read_index(container, container.streams.video[0], 25.0)
 
 
-def test_only_what_is_needed_is_decoded(whole):
+def test_only_what_is_needed_is_decoded(encoded):
     """Counted by hand: groups of 12 without B-frames, and I B B B P … in groups of 12 whose B-frames lead nowhere."""
-    index = index_of(whole("no_b.mp4")[0])
+    index = index_of(encoded("no_b.mp4")[0])
     assert np.flatnonzero(index.restarts).tolist() == [0, 12, 24, 36] and not index.needless.any()
     assert np.flatnonzero(index.plan(np.array([14])).decode).tolist() == [12, 13, 14]
     assert np.flatnonzero(index.plan(np.array([1, 24, 37])).decode).tolist() == [0, 1, 24, 36, 37]
     options = X264 | {"bf": "3", "x264-params": "b-adapt=0:b-pyramid=none:scenecut=0"}
-    index = index_of(encode(whole("no_b.mp4")[0].parent / "plain_b.mp4", "libx264", options, count=13))
+    index = index_of(encode(encoded("no_b.mp4")[0].parent / "plain_b.mp4", "libx264", options, count=13))
     # In presentation order I B B B P B B B P B B P I; a P comes before the B-frames that are shown before it.
     assert np.argsort(index.frames).tolist() == [0, 4, 1, 2, 3, 8, 5, 6, 7, 11, 9, 10, 12]
     assert np.flatnonzero(index.needless).tolist() == [2, 3, 4, 6, 7, 8, 10, 11]
     assert np.flatnonzero(index.plan(np.array([6])).decode).tolist() == [0, 1, 5, 7]
 
 
-def test_an_open_group_needs_the_one_before_for_what_leads_it(whole):
-    index = index_of(whole("open.mp4")[0])
+def test_an_open_group_needs_the_one_before_for_what_leads_it(encoded):
+    index = index_of(encoded("open.mp4")[0])
     start = int(np.flatnonzero(index.restarts)[1])
     key = int(np.flatnonzero(index.frames == start)[0])
     assert index.restarts[0] == CLEAN and index.restarts[start] == FLUSH and index.pts[start + 1] < index.pts[start]
@@ -186,11 +186,11 @@ def test_an_open_group_needs_the_one_before_for_what_leads_it(whole):
     assert joined[0] == 0 and start in joined and not index.needless[joined[joined < start]].any()
 
 
-def test_where_decoding_begins_and_what_can_be_left_out(whole):
-    refresh = index_of(whole("refresh.mp4")[0])  # its key frames are gradual: only the first is a beginning
+def test_where_decoding_begins_and_what_can_be_skipped(encoded):
+    refresh = index_of(encoded("refresh.mp4")[0])  # its key frames are gradual: only the first is a beginning
     assert np.flatnonzero(refresh.restarts).tolist() == [0]
-    layers = index_of(whole("layers.mkv")[0])
-    container = open_container(whole("layers.mkv")[0], "layers")
+    layers = index_of(encoded("layers.mkv")[0])
+    container = open_container(encoded("layers.mkv")[0], "layers")
     read = packet_reader(container.streams.video[0].codec_context)
     natures = [read(packet) for packet in container.demux(video=0) if packet.size]
     deepest = max(nature.layer for nature in natures)
@@ -212,8 +212,8 @@ def test_a_variable_rate_and_a_late_start(tmp_path, name):
         decoder.close()
 
 
-def test_num_frames_and_a_range(whole):
-    path, frames, _ = whole("no_b.mp4")
+def test_num_frames_and_a_range(encoded):
+    path, frames, _ = encoded("no_b.mp4")
     decoder = opened(path, start=0.4, end=1.2, num_frames=4)
     assert decoder.times == pytest.approx([0.4, 0.6, 0.8, 1.0]) and (decoder.expected, decoder.wanted) == (4, 4)
     assert [frame.index for frame in decoder.frames()] == [10, 15, 20, 25]
@@ -237,9 +237,9 @@ def remux(source: Path, target: Path, keep) -> Path:
     return target
 
 
-def test_a_film_cut_at_an_open_group_begins_with_what_can_be_decoded(whole, tmp_path):
-    start = int(np.flatnonzero(index_of(whole("open.mp4")[0]).restarts)[1])
-    path = remux(whole("open.mp4")[0], tmp_path / "cut.mkv", lambda number, _: number >= start)
+def test_a_film_cut_at_an_open_group_begins_with_what_can_be_decoded(encoded, tmp_path):
+    start = int(np.flatnonzero(index_of(encoded("open.mp4")[0]).restarts)[1])
+    path = remux(encoded("open.mp4")[0], tmp_path / "cut.mkv", lambda number, _: number >= start)
     frames, end = decode_all(path)
     decoder = opened(path, 60.0)
     compare(decoder, frames, end)
@@ -253,9 +253,9 @@ def ascending(frames) -> bool:
 
 
 @pytest.mark.parametrize("name", ["open.mp4", "hevc.mp4", "no_b.mp4"])
-def test_an_edit_list_cuts_frames_off(whole, name):
+def test_an_edit_list_cuts_frames_off(encoded, name):
     """The frames before the cut are decoded for those after it, but neither shown nor counted."""
-    content = bytearray(whole(name)[0].read_bytes())
+    content = bytearray(encoded(name)[0].read_bytes())
     place = content.find(b"elst") + 12  # duration in milliseconds, first time in the media's time scale
     length, first = (int.from_bytes(content[at : at + 4], "big") for at in (place, place + 4))
     scale = content.find(b"mdhd") + 16
@@ -271,10 +271,10 @@ def test_an_edit_list_cuts_frames_off(whole, name):
 
 
 @pytest.mark.parametrize("name", ["b.mkv", "no_b.mp4", "vp9.webm"])
-def test_missing_and_broken_packets_are_as_decoding_everything(whole, tmp_path, name):
+def test_missing_and_broken_packets_equal_decoding_everything(encoded, tmp_path, name):
     """Where the index turns out wrong, what has been given stays, and the rest is that of decoding everything."""
     suffix = Path(name).suffix
-    gone = remux(whole(name)[0], tmp_path / f"gone{suffix}", lambda number, _: number not in (14, 15, 16))
+    gone = remux(encoded(name)[0], tmp_path / f"gone{suffix}", lambda number, _: number not in (14, 15, 16))
     content = bytearray(gone.read_bytes())
     with av.open(str(gone)) as container:
         place, size = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][20]
@@ -287,7 +287,7 @@ def test_missing_and_broken_packets_are_as_decoding_everything(whole, tmp_path, 
     decoder.close()
 
 
-def test_packets_of_streams_that_appear_on_the_way_are_passed_over():
+def test_packets_of_streams_that_appear_later_are_skipped():
     class Stumbling:
         """Reads on behind a packet that PyAV does not know the stream of, as a container does."""
 
@@ -302,8 +302,8 @@ def test_packets_of_streams_that_appear_on_the_way_are_passed_over():
     assert list(packets_of(Stumbling(), None)) == [1, 2, 3, 4]
 
 
-def test_nothing_decodable_says_why(whole):
-    content = bytearray(whole("no_b.mp4")[0].read_bytes())
+def test_nothing_decodable_says_why(encoded):
+    content = bytearray(encoded("no_b.mp4")[0].read_bytes())
     start = content.find(b"mdat") + 4
     length = int.from_bytes(content[start - 8 : start - 4], "big") - 8
     content[start : start + length] = bytes(length)
@@ -311,9 +311,9 @@ def test_nothing_decodable_says_why(whole):
         opened(io.BytesIO(bytes(content)))
 
 
-def test_the_thread_ends_with_its_reader(whole):
+def test_the_thread_ends_with_its_reader(encoded):
     before = threading.active_count()
-    path = whole("no_b.mp4")[0]
+    path = encoded("no_b.mp4")[0]
     decoder = opened(path, 25.0)
     frames = decoder.frames()
     next(frames)
@@ -328,7 +328,7 @@ def test_the_thread_ends_with_its_reader(whole):
     assert next(second).index == 0 and decoder.selective
     third = decoder.frames()
     assert next(third).index == 0  # a new pass ends the one before
-    with pytest.raises(VideoError, match="another reading of .* has begun"):
+    with pytest.raises(VideoError, match="is being read again"):
         list(second)
     decoder.close()
     assert threading.active_count() == before
@@ -339,11 +339,11 @@ def test_the_thread_ends_with_its_reader(whole):
     assert threading.active_count() == before
 
 
-def test_few_frames_are_made_ahead(whole, monkeypatch):
+def test_few_frames_are_prefetched(encoded, monkeypatch):
     made = []
     paint = decode.FrameConverter.paint
     monkeypatch.setattr(decode.FrameConverter, "paint", lambda self, *rest: keep(made, paint(self, *rest)))
-    decoder = opened(whole("no_b.mp4")[0], 25.0)
+    decoder = opened(encoded("no_b.mp4")[0], 25.0)
     most = 0
     for count, frame in enumerate(decoder.frames(), 1):
         assert len(made) <= count + decode._AHEAD + 1
@@ -358,7 +358,7 @@ def keep(made, pixels):
     return pixels
 
 
-def test_what_is_raised_in_the_thread_is_raised_at_its_place():
+def test_an_exception_in_the_thread_is_raised_in_the_reader():
     def items():
         yield 1
         raise VideoError("the second is broken")
@@ -400,7 +400,7 @@ MATRICES = {6: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("bits", [8, 10])
-def test_colours_are_as_the_tags_say(matrix, full, bits):
+def test_colours_follow_the_tags(matrix, full, bits):
     red, green, blue = (
         np.linspace(low, high, 64)[None].repeat(64, 0) / 255 for low, high in ((30, 220), (200, 40), (90, 160))
     )
@@ -421,7 +421,7 @@ def test_colours_are_as_the_tags_say(matrix, full, bits):
     assert (pixels - expected).abs().max() <= 3
 
 
-def test_what_cannot_be_shown_as_it_is_is_said():
+def test_lossy_conversions_are_warnings():
     grey = np.full((64, 64), 512, dtype="<u2")
     hdr = opened(write_planes([grey] * 3, "yuv444p10le", colorspace=9, color_range=1, color_trc=16, color_primaries=9))
     assert len(list(hdr.frames())) == 2
@@ -430,7 +430,7 @@ def test_what_cannot_be_shown_as_it_is_is_said():
     strange = opened(write_planes([np.full((64, 64), 128, np.uint8)] * 3, "yuv444p", colorspace=14))
     pixels = next(iter(strange.frames())).pixels
     assert pixels.unique().numel() == 1 and list(strange.frames())
-    assert any("colours of a rare kind (14); they are taken for BT.709" in warning for warning in strange.warnings)
+    assert any("an unsupported colour matrix (14); BT.709 is used" in warning for warning in strange.warnings)
     strange.close()
 
 
@@ -441,8 +441,8 @@ def test_grey_and_transparent_pixels():
     decoder.close()
     black, clear = np.zeros((64, 64), np.uint8), ramp
     decoder = opened(write_planes([np.stack([black, black, black, clear], 2).reshape(64, 256)], "bgra"))
-    laid = next(iter(decoder.frames())).pixels  # black, ever less transparent, on white
-    assert torch.equal(laid, torch.from_numpy(255 - ramp).expand(3, 64, 64))
+    blended = next(iter(decoder.frames())).pixels  # black of decreasing transparency on white
+    assert torch.equal(blended, torch.from_numpy(255 - ramp).expand(3, 64, 64))
     decoder.close()
 
 
@@ -466,17 +466,17 @@ def test_a_size_that_changes_is_resized_to_the_first(tmp_path):
     decoder.close()
 
 
-def test_interlaced_frames_are_whole_and_said(whole):
-    decoder = opened(whole("interlaced.mp4")[0])
+def test_interlaced_frames_are_used_with_a_warning(encoded):
+    decoder = opened(encoded("interlaced.mp4")[0])
     assert len(list(decoder.frames())) == 4
     assert any("is interlaced" in warning for warning in decoder.warnings)
     decoder.close()
 
 
-def test_torn_and_bitten_files_never_hang(whole):
+def test_truncated_and_damaged_files_never_hang(encoded):
     generator = np.random.default_rng(0)
     for name in ("b.mkv", "open.ts", "hevc.mp4", "vp9.webm", "mpeg4.mkv", "jpeg.avi"):
-        content = whole(name)[0].read_bytes()
+        content = encoded(name)[0].read_bytes()
         for _ in range(6):
             bitten = bytearray(content[: generator.integers(len(content) // 4, len(content))])
             for place in generator.integers(0, len(bitten), generator.integers(0, 40)):
@@ -504,11 +504,11 @@ def items():
 kept = Prefetcher(items(), 2, threading.Event())
 print(next(kept))
 """
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (told.returncode, told.stdout.split("\n")[:2]) == (0, ["1", "['MainThread']"]), told.stderr
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split("\n")[:2]) == (0, ["1", "['MainThread']"]), ended.stderr
 
 
-def test_a_daemon_that_reads_when_the_program_ends_is_waited_for(tmp_path):
+def test_the_end_of_the_program_waits_for_a_daemon_that_reads(tmp_path):
     """Ended inside PyAV or torch it would abort the process: "terminate called without an active exception"."""
     script = """
 import sys, threading, time

@@ -21,7 +21,7 @@ BODY = bytes(range(256)) * 40
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.server.asked.append((self.path, dict(self.headers)))
+        self.server.requests.append((self.path, dict(self.headers)))
         getattr(self, f"serve_{self.path.split('?')[0].strip('/').split('/')[0]}")()
 
     def answer(self, code, headers=(), body=b""):
@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(body)
-        except OSError:  # the client has heard enough
+        except OSError:  # the client has closed the connection
             pass
 
     def serve_whole(self):
@@ -107,13 +107,13 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     served.daemon_threads = True
-    served.asked, served.stopped = [], threading.Event()
+    served.requests, served.stopped = [], threading.Event()
     thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield SimpleNamespace(
         url=lambda path: f"http://127.0.0.1:{served.server_port}/{path}",
         port=served.server_port,
-        asked=served.asked,
+        requests=served.requests,
         stopped=served.stopped,
     )
     served.shutdown()
@@ -121,14 +121,14 @@ def server():
 
 
 @pytest.mark.parametrize("path", ["whole", "nolength", "chunked", "once", "whole/%C3%A9 é?a=b c"])
-def test_what_is_served_is_there_until_it_is_closed(server, path):
+def test_a_download_exists_until_it_is_closed(server, path):
     with download(server.url(path), HERE) as file:
         assert file.read_bytes() == BODY
     assert not file.exists()
-    assert server.asked[-1][1]["Host"] == f"127.0.0.1:{server.port}"
+    assert server.requests[-1][1]["Host"] == f"127.0.0.1:{server.port}"
 
 
-def test_a_length_that_is_too_small_is_taken_at_its_word(server):
+def test_a_declared_length_that_is_too_small_is_used(server):
     with download(server.url("lying"), HERE) as file:
         assert file.read_bytes() == BODY[:100]
 
@@ -136,32 +136,32 @@ def test_a_length_that_is_too_small_is_taken_at_its_word(server):
 @pytest.mark.parametrize(
     ("path", "match"),
     [
-        ("missing", "missing answers 404 Not Found; check the URL"),
-        ("partial", "answers 206"),
+        ("missing", "missing returns 404 Not Found; check the URL"),
+        ("partial", "returns 206"),
         ("packed", "compressed"),
-        ("short", "broke off after 10,240 of 10,241 bytes"),
+        ("short", "ended after 10,240 of 10,241 bytes"),
         ("loop", "more than 5 redirects; raise max_redirects"),
         ("nonsense", "cannot be downloaded"),
-        ("to?ftp://example.com/a.mp4", "neither http nor https"),
-        ("to?file:///etc/passwd", "neither http nor https"),
-        ("to?http://[bad/", "redirects to what is not a valid URL"),
+        ("to?ftp://example.com/a.mp4", "target of a redirect but not http or https"),
+        ("to?file:///etc/passwd", "target of a redirect but not http or https"),
+        ("to?http://[bad/", "redirects to an invalid URL"),
     ],
 )
-def test_what_is_not_served_well_is_an_error(server, path, match):
+def test_bad_responses_are_errors(server, path, match):
     with pytest.raises(VideoError, match=match) as caught, download(server.url(path), HERE):
         pass
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_is_downloaded_unasked(server):
-    with pytest.raises(VideoError, match=r"nothing is downloaded unasked; give urls=UrlRules\(\)"):
+def test_nothing_is_downloaded_without_rules(server):
+    with pytest.raises(VideoError, match=r"downloads are off by default; give urls=UrlRules\(\)"):
         with download(server.url("whole"), None):
             pass
-    assert not server.asked
+    assert not server.requests
 
 
-def test_size_is_limited_by_what_comes_not_by_what_is_said(server):
-    with pytest.raises(VideoError, match="has 1,099,511,627,776 bytes and 1,073,741,824 are allowed; raise max_bytes"):
+def test_size_is_limited_by_the_received_bytes(server):
+    with pytest.raises(VideoError, match="has 1,099,511,627,776 bytes, and 1,073,741,824 are allowed; raise max_bytes"):
         with download(server.url("huge"), HERE):
             pass
     rules = UrlRules(allow_private=True, max_bytes=len(BODY) - 1)
@@ -174,9 +174,9 @@ def test_size_is_limited_by_what_comes_not_by_what_is_said(server):
 
 
 @pytest.mark.parametrize("path", ["drip", "dripheader"])
-def test_time_is_limited_in_all_however_busy_the_line(server, path):
+def test_the_total_time_is_limited(server, path):
     began = time.monotonic()
-    with pytest.raises(VideoError, match="not there in full after 0.3 s; raise timeout"):
+    with pytest.raises(VideoError, match="not downloaded within 0.3 s; raise timeout"):
         with download(server.url(path), UrlRules(allow_private=True, timeout=0.3)):
             pass
     assert time.monotonic() - began < 5  # dripping lasts ten
@@ -191,20 +191,20 @@ def test_private_addresses_are_refused(server):
         with pytest.raises(VideoError, match="not public|not known"):
             with download(f"http://{host}:{server.port}/whole", UrlRules()):
                 pass
-    assert not server.asked
+    assert not server.requests
 
 
 def _names(monkeypatch, table):
     """Make names resolve as the table says; connections to public addresses end at the server."""
-    asked = []
+    resolved = []
 
     def resolve(host, port, *args, **options):
-        asked.append(host)
+        resolved.append(host)
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in table[host].pop(0)]
         return found
 
     monkeypatch.setattr(fetch.socket, "getaddrinfo", resolve)
-    return asked
+    return resolved
 
 
 def _reroute(monkeypatch, port):
@@ -223,20 +223,20 @@ def _reroute(monkeypatch, port):
 def test_a_redirect_to_a_private_address_is_refused(server, monkeypatch):
     _names(monkeypatch, {"public.test": [["8.8.8.8"]], "inner.test": [["10.0.0.7"]]})
     meant = _reroute(monkeypatch, server.port)
-    with pytest.raises(VideoError, match=r"inner.test/secret leads to 10.0.0.7, an address that is not public"):
+    with pytest.raises(VideoError, match=r"inner.test/secret resolves to 10.0.0.7, an address that is not public"):
         with download("http://public.test/to?http://inner.test/secret", UrlRules()):
             pass
-    assert meant == [("8.8.8.8", 80)] and len(server.asked) == 1
+    assert meant == [("8.8.8.8", 80)] and len(server.requests) == 1
 
 
 def test_the_address_that_was_checked_is_the_one_connected_to(server, monkeypatch):
-    # A name that is public when it is checked and private a moment later is asked for once only.
-    asked = _names(monkeypatch, {"turning.test": [["8.8.8.8"], ["127.0.0.1"]]})
+    # A name that resolves to a public and then to a private address is resolved only once.
+    resolved = _names(monkeypatch, {"turning.test": [["8.8.8.8"], ["127.0.0.1"]]})
     meant = _reroute(monkeypatch, server.port)
     with download("http://turning.test/whole", UrlRules()) as file:
         assert file.read_bytes() == BODY
-    assert asked == ["turning.test"] and meant == [("8.8.8.8", 80)]
-    assert server.asked[0][1]["Host"] == "turning.test"
+    assert resolved == ["turning.test"] and meant == [("8.8.8.8", 80)]
+    assert server.requests[0][1]["Host"] == "turning.test"
 
 
 def test_of_several_addresses_only_public_ones_are_tried(server, monkeypatch):
@@ -260,14 +260,14 @@ def test_tls_is_verified_against_the_name(server, monkeypatch):
     with pytest.raises(VideoError, match="certificate verify failed"), download("https://bücher.test/a", UrlRules()):
         pass
     assert wrapped == [("xn--bcher-kva.test", ssl.CERT_REQUIRED, True)]
-    assert not server.asked
+    assert not server.requests
 
 
 def test_https_does_not_fall_back_to_http(server, monkeypatch):
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", lambda self, connected, server_hostname: connected)
     _names(monkeypatch, {"safe.test": [["8.8.8.8"]]})
     _reroute(monkeypatch, server.port)
-    with pytest.raises(VideoError, match="leads from https to plain http"):
+    with pytest.raises(VideoError, match="redirects from https to http"):
         with download("https://safe.test/to?http://plain.test/a", UrlRules()):
             pass
 
@@ -275,15 +275,15 @@ def test_https_does_not_fall_back_to_http(server, monkeypatch):
 @pytest.mark.parametrize(
     ("url", "match"),
     [
-        ("ftp://example.com/a.mp4", "no http or https URL"),
-        ("rtsp://example.com/a", "no http or https URL"),
-        ("http:///a.mp4", "names no host"),
-        ("http://user:word@example.com/a.mp4?key=1", "http://example.com/a.mp4 carries a user's name"),
+        ("ftp://example.com/a.mp4", "is not an http or https URL"),
+        ("rtsp://example.com/a", "is not an http or https URL"),
+        ("http:///a.mp4", "has no host"),
+        ("http://user:word@example.com/a.mp4?key=1", "http://example.com/a.mp4 contains a user name"),
         ("http://example.com:99999/", "not a valid URL"),
         ("http://no.such.name.invalid/", "host of http://no.such.name.invalid/ is not known"),
     ],
 )
-def test_urls_that_lead_nowhere(url, match):
+def test_invalid_urls(url, match):
     with pytest.raises(VideoError, match=match), download(url, UrlRules(timeout=20)):
         pass
 
@@ -334,12 +334,12 @@ def test_file_urls():
         file_path("file://there/c.mp4")
 
 
-def test_names_of_urls_hold_no_secrets():
+def test_names_of_urls_contain_no_secrets():
     assert url_name("https://user:word@a.org:8080/b.mp4?token=abc#d") == "https://a.org:8080/b.mp4"
     assert url_name("data:video/mp4;base64,AAAA") == "a data: URL of 26 characters"
 
 
-def test_rules_that_let_nothing_through_are_errors():
+def test_rules_that_allow_no_download_are_errors():
     for wrong in ({"max_bytes": 0}, {"timeout": 0}, {"max_redirects": -1}):
-        with pytest.raises(KeyeError, match="let nothing through"):
+        with pytest.raises(KeyeError, match="allow no download"):
             UrlRules(**wrong)

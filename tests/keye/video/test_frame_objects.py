@@ -96,7 +96,7 @@ REQUESTS = [
 
 @pytest.mark.parametrize("kind", CLOCKED)
 @pytest.mark.parametrize("options", REQUESTS)
-def test_frames_with_a_clock_are_sampled_as_their_file_is(video, kind, options):
+def test_frames_with_a_clock_are_sampled_like_their_file(video, kind, options):
     source, clock = CLOCKED[kind](video)
     found, wanted = seen(source, **clock, **options), seen(video, **options)
     if "max_frames" not in options or kind not in ("iterator", "pyav iterator", "opencv"):
@@ -136,8 +136,8 @@ def test_an_iterator_keeps_on_disk_only_what_is_sampled():
         assert spool.file.seek(0, 2) == 7 * spool[0].numel()
 
 
-def test_frames_that_somebody_sampled_already_are_all_used():
-    """Timestamps name the frames that were picked; frames with a clock of about the rate asked for are kept, too."""
+def test_frames_that_were_sampled_before_are_all_used():
+    """Timestamps mark frames as sampled; frames with a clock of about the requested rate are all used, too."""
     jittered = [0.0, 0.48, 1.04, 1.48, 2.04]
     pictures = numbered(5)
     assert [time for _, time, _ in seen(pictures, timestamps=jittered)] == jittered
@@ -146,11 +146,11 @@ def test_frames_that_somebody_sampled_already_are_all_used():
     assert len(seen(pictures, source_fps=1.0)) == 5
 
 
-def test_a_clock_that_is_assumed_is_said():
+def test_an_assumed_clock_is_a_warning():
     plan = SlowFastEncoder(fps=4).plan(tensor()[:6])
     assert plan.timestamps.tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25]
     assert plan.warnings == (
-        "frames has no clock: its frames are taken to be 0.25 s apart (fps=4); give source_fps or timestamps",
+        "frames has no clock: its frames are assumed 0.25 s apart (fps=4); give source_fps or timestamps",
     )
     for known in ({"source_fps": 4}, {"timestamps": [0, 1, 2, 3, 4, 5]}):
         assert not SlowFastEncoder(fps=4).plan(tensor()[:6], **known).warnings
@@ -215,8 +215,8 @@ def test_opacity_is_blended_as_pillow_does_it():
         (torch.full((2, 3, 4, 5), -0.5), r"floats from -0.5 to -0.5.*give \(\(values \+ 1\) \* 127.5\)"),
         (torch.full((2, 3, 4, 5), 200.0), r"give values.round\(\).to\(torch.uint8\)"),
         (torch.full((2, 3, 4, 5), float("nan")), "floats from nan to nan"),
-        (torch.full((2, 3, 4, 5), 300), "whole numbers from 300 to 300; give uint8"),
-        (np.full((2, 3, 4, 5), -1, np.int8), "whole numbers from -1 to -1"),
+        (torch.full((2, 3, 4, 5), 300), "integers from 300 to 300; give uint8"),
+        (np.full((2, 3, 4, 5), -1, np.int8), "integers from -1 to -1"),
         (np.zeros((2, 3, 4, 5), np.uint16), "uint16; give .values >> 8."),
         (np.zeros((2, 3, 4, 5), bool), "bool; give"),
         (np.zeros((2, 3, 4, 5), complex), "complex128; give uint8"),
@@ -232,13 +232,13 @@ def test_opacity_is_blended_as_pillow_does_it():
         ({"path": None, "bytes": None}, "neither bytes nor a path"),
     ],
 )
-def test_what_is_ambiguous_is_refused_with_the_way_to_convert_it(given, says):
+def test_ambiguous_arrays_are_refused_with_a_conversion(given, says):
     with pytest.raises(VideoError, match=says) as error:
         read(given)
     assert "\n" not in str(error.value)
 
 
-def test_what_datasets_yields_is_the_file(video, tmp_path):
+def test_rows_of_datasets_equal_the_file(video, tmp_path):
     wanted = seen(video)
     for row in (
         {"path": str(video), "bytes": None},
@@ -261,7 +261,7 @@ def test_a_capture_that_is_closed_or_a_camera_is_refused(video):
         read(capture)
 
 
-def test_a_stream_takes_what_plan_takes(video):
+def test_a_stream_accepts_the_frames_that_plan_accepts(video):
     encoder, frames = SlowFastEncoder(), decoded(video)[:5]
     given = [(frame.time, frame) for frame in frames]
     plain = [(frame.time, load_image(frame)) for frame in frames]

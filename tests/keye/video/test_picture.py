@@ -45,7 +45,7 @@ def film(path, frames, *, aspect=None, matrix=None, codec="libx264", **tags) -> 
 
 
 def smooth(height: int, width: int, count: int = 3) -> np.ndarray:
-    """Frames [count, height, width, 3] uint8 of soft blobs: no two rows, columns or corners are alike."""
+    """Frames [count, height, width, 3] uint8 of soft blobs; all rows, columns and corners differ."""
     rows, columns = np.mgrid[:height, :width]
     waves = [np.sin(rows / 23 + columns / (17 + 9 * part)) + columns / width - rows / height for part in range(3)]
     picture = (127 + 60 * np.stack(waves, 2)).clip(0, 255).astype(np.uint8)
@@ -112,7 +112,7 @@ LAID = [
 
 @pytest.mark.parametrize("laid", LAID)
 @pytest.mark.parametrize("aspect", [None, Fraction(2, 1)])
-def test_turned_and_mirrored_films_are_shown_as_their_matrix_says(tmp_path, laid, aspect):
+def test_rotated_and_mirrored_videos_follow_their_matrix(tmp_path, laid, aspect):
     """Against the definition: the pixel at (x, y) is shown at (a x + c y, b x + d y), moved into the picture."""
     a, b, c, d = (part << 16 for part in laid)
     path = film(tmp_path / "a.mp4", smooth(64, 96), matrix=(a, b, 0, c, d, 0, 0, 0, 1 << 30), aspect=aspect)
@@ -159,7 +159,7 @@ def test_untagged_colours_are_those_of_the_pictures_size(tmp_path, size, tag, lu
 
 
 def test_the_real_hd_clip_against_opencv():
-    """OpenCV's reader is told nothing of colours either and takes BT.601; red and blue differ by that alone."""
+    """OpenCV's reader ignores colour tags, too, and takes BT.601; only red and blue differ by that."""
     cv2 = pytest.importorskip("cv2")
     capture = cv2.VideoCapture(str(clip("bigbuckbunny.mp4")))
     theirs = capture.read()[1][:, :, ::-1].astype(float)

@@ -152,7 +152,7 @@ def test_videos_of_every_kind_in_two_passes(kind, video):
         source.close()
 
 
-def test_a_pass_may_be_left_and_begun_again(video):
+def test_a_pass_can_be_stopped_and_started_again(video):
     with open_clip(video, 2.0, 100) as opened:
         left = [number_of(frame.pixels) for frame, _ in zip(opened, range(3), strict=False)]
         assert left == [0, 5, 10]
@@ -194,7 +194,7 @@ def test_impossible_requests_are_errors(options, match, video, folder):
 
 
 @pytest.mark.parametrize(("suffix", "options"), [(".gif", {}), (".webp", {"lossless": True}), (".png", {})])
-def test_moving_pictures_keep_their_own_delays(tmp_path, suffix, options):
+def test_animations_keep_their_delays(tmp_path, suffix, options):
     path = tmp_path / f"moving{suffix}"
     delays = [100, 300, 100, 500]
     frames = [Image.fromarray(pixels) for pixels in PIXELS[:4]]
@@ -215,7 +215,7 @@ def test_moving_pictures_keep_their_own_delays(tmp_path, suffix, options):
         read(path, source_fps=2)
 
 
-def test_a_damaged_moving_picture_gives_what_there_is(tmp_path):
+def test_a_damaged_animation_gives_its_readable_frames(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (9, 40, 40, 3)).astype(np.uint8)
     frames = [Image.fromarray(pixels) for pixels in noise]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
@@ -232,7 +232,7 @@ def test_a_damaged_moving_picture_gives_what_there_is(tmp_path):
     count=st.none() | st.integers(1, 9),
 )
 @settings(max_examples=60, deadline=None)
-def test_moving_pictures_are_sampled_as_their_definition_says(delays, fps, most, span, count):
+def test_animations_are_sampled_by_definition(delays, fps, most, span, count):
     frames = [Image.fromarray(pixels) for pixels in numbered(len(delays), 4, 4)]
     file = io.BytesIO()
     frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=[10 * delay for delay in delays])
@@ -257,7 +257,7 @@ def test_moving_pictures_are_sampled_as_their_definition_says(delays, fps, most,
 
 
 @pytest.mark.parametrize(("delay", "lasts"), [(0, 0.1), (10, 0.1), (20, 0.02)])
-def test_delays_that_nobody_means(tmp_path, delay, lasts):
+def test_very_short_delays(tmp_path, delay, lasts):
     frames = [Image.fromarray(pixels) for pixels in PIXELS[:3]]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=delay)
     assert read(tmp_path / "a.gif")[0].duration == pytest.approx(3 * lasts)
@@ -313,7 +313,7 @@ def test_pictures_of_two_sizes_name_the_one_at_fault(tmp_path):
             read(source)
 
 
-def test_bad_pictures_and_values_name_themselves(tmp_path, folder):
+def test_errors_name_bad_pictures_and_values(tmp_path, folder):
     (tmp_path / "torn.png").write_bytes((folder / "3.png").read_bytes()[:60])
     (tmp_path / "text.jpg").write_text("no picture")
     for source, match in [
@@ -321,20 +321,20 @@ def test_bad_pictures_and_values_name_themselves(tmp_path, folder):
         ([tmp_path / "text.jpg"], "text.jpg is not a readable image .no known format."),
         ([tmp_path / "gone.png"], "gone.png does not exist"),
         ([PIXELS[0], PIXELS[0].astype(float) + 8], r"frame 1 of a list.*has floats from 16 to 16, .* values.round"),
-        ([PIXELS[0], 7], "frame 1 of a list of 2 pictures: an image cannot be a int"),
+        ([PIXELS[0], 7], "frame 1 of a list of 2 pictures: the image is a int"),
         ([], "a list of 0 pictures has no picture"),
         (iter(()), "an iterator of pictures has no picture"),
-        ({"video": "a.mp4"}, "a video cannot be a dict; give a path"),
+        ({"video": "a.mp4"}, "the video is a dict; give a path"),
         (np.zeros((2, 4, 4, 4), np.uint8), r"not uint8 \[2, 4, 4, 4\]"),
         (np.full((2, 3, 4, 4), -7.0), "floats from -7 to -7"),
-        (io.StringIO("text"), "gives text; open it in binary mode"),
+        (io.StringIO("text"), "is open in text mode; open it in binary mode"),
         ("x" * 5000, "cannot be read|does not exist"),
         ("a\0b.mp4", "cannot be read|does not exist"),
-        ("https://example.com/a.mp4", "https://example.com/a.mp4 is a URL, and nothing is downloaded unasked"),
+        ("https://example.com/a.mp4", "https://example.com/a.mp4 is a URL, and downloads are off by default"),
         (["https://example.com/a.png"], "example.com/a.png is a URL"),
-        ("rtsp://example.com/a", "no http or https URL"),
+        ("rtsp://example.com/a", "is not an http or https URL"),
         ("concat:a.mp4|b.mp4", "does not exist"),
-        ("/dev/zero", "is no ordinary file"),
+        ("/dev/zero", "is not a regular file"),
     ]:
         with pytest.raises(VideoError, match=match) as caught:
             read(source)
@@ -352,7 +352,7 @@ def test_frames_at_given_times_of_every_kind(video, folder, tmp_path):
         assert [number_of(frame.pixels) for frame in read_frames_at(source, times)] == expected
 
 
-def test_urls_are_downloaded_when_asked(server, video, monkeypatch):  # noqa: F811
+def test_urls_are_downloaded_with_rules(server, video, monkeypatch):  # noqa: F811
     monkeypatch.setattr("tests.keye.video.test_fetch.BODY", video.read_bytes())
     rules = UrlRules(allow_private=True)
     opened, frames = read(server.url("whole?token=secret"), urls=rules)
@@ -366,7 +366,7 @@ def test_urls_are_downloaded_when_asked(server, video, monkeypatch):  # noqa: F8
     assert number_of(load_image(server.url("whole"), urls=rules)) == 5
 
 
-# ffmpeg's ways to name another place in a file, all of which it follows unless told not to.
+# ffmpeg's ways to name another source in a file, all of which it follows by default.
 PLAYLISTS = {
     "hls": "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:10\n#EXTINF:9,\n{0}\n#EXT-X-ENDLIST\n",
     "concat": "ffconcat version 1.0\nfile '{0}'\n",
@@ -381,7 +381,7 @@ PLAYLISTS = {
 
 @pytest.mark.parametrize("kind", PLAYLISTS)
 @pytest.mark.parametrize("suffix", [".mp4", ".m3u8"])
-def test_nothing_but_the_file_itself_is_opened(kind, suffix, tmp_path, video, server):  # noqa: F811
+def test_only_the_file_itself_is_opened(kind, suffix, tmp_path, video, server):  # noqa: F811
     segment = tmp_path / "segment.ts"
     segment.write_bytes(video.read_bytes())
     os.utime(segment, (0, 1))  # the next reading sets the time of the last one
@@ -389,20 +389,20 @@ def test_nothing_but_the_file_itself_is_opened(kind, suffix, tmp_path, video, se
         path = tmp_path / f"list{suffix}"
         path.write_text(PLAYLISTS[kind].format(place))
         for source in (path, path.read_bytes(), path.open("rb")):
-            with pytest.raises(VideoError, match="is a playlist, which only names videos; give the video itself"):
+            with pytest.raises(VideoError, match="is a playlist, which contains no video; give the video itself"):
                 read(source)
-    assert not server.asked and segment.stat().st_atime == 0
+    assert not server.requests and segment.stat().st_atime == 0
 
 
 def test_the_playlists_would_be_followed_without_the_guard(tmp_path, video):
-    # What makes the test above worth something: FFmpeg, left alone, plays the other file.
+    # Without the guard FFmpeg plays the other file, so the test above is meaningful.
     (tmp_path / "segment.mp4").write_bytes(video.read_bytes())
     (tmp_path / "list.mp4").write_text(PLAYLISTS["concat"].format("segment.mp4"))
     with av.open(str(tmp_path / "list.mp4")) as container:
         assert container.format.name == "concat" and next(container.decode(video=0)).width == 96
 
 
-def test_a_title_in_an_unknown_encoding_is_no_reason_to_refuse(video, tmp_path):
+def test_a_title_in_an_unknown_encoding_is_accepted(video, tmp_path):
     path = tmp_path / "titled.mkv"
     with av.open(str(video)) as source, av.open(str(path), "w") as container:
         container.metadata["title"] = "a film by Bjork"

@@ -11,7 +11,7 @@ from keye import SlowFastEncoder
 from keye.errors import VideoError
 from keye.video.clip import open_clip
 from keye.video.decoding.containers import open_container
-from keye.video.decoding.decoder import open_decoder
+from keye.video.decoding.decoder import Decoder
 from tests.keye.video.make import number_of, numbered, write_video
 
 # What a transport stream is joined of: (suffix, codec, its options, pixel format, whether an index is to be had)
@@ -109,7 +109,7 @@ def test_joined_recordings_are_read_to_their_end(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["h264", "interlaced"])
-def test_a_range_of_a_joined_recording_lies_on_the_continuous_clock(tmp_path, kind):
+def test_a_range_of_a_joined_recording_is_on_the_continuous_clock(tmp_path, kind):
     path = join(parts(tmp_path, kind, [20, 30, 10]))
     got = read(path, 5.0, start=1.5, end=3.0)[1]
     assert [number_of(frame.pixels) for frame in got] == pytest.approx([15, 17, 19, 21, 23, 25, 27, 29], abs=1)
@@ -139,7 +139,7 @@ def test_a_clock_that_jumps_ahead_is_closed_up(tmp_path):
     assert any("jumps once, at 2.00 s" in text for text in clip.warnings)
 
 
-def test_a_frame_that_stays_in_another_container_is_no_jump(tmp_path):
+def test_a_long_frame_in_another_container_is_no_jump(tmp_path):
     """A slide that is shown for a minute: Matroska's clock is to be believed."""
     path = write_video(tmp_path / "slides.mkv", numbered(4), times_ms=[0, 1000, 61_000, 62_000])
     clip, frames = read(path, 1.0)
@@ -160,7 +160,7 @@ def test_sampling_follows_time_not_the_average_rate(tmp_path, suffix, most):
         assert clip.wanted == 7 and 1 <= len(frames) <= clip.expected <= 3
 
 
-def test_bursts_between_long_pauses_are_sampled_at_the_rate_asked_for(tmp_path):
+def test_bursts_between_long_pauses_are_sampled_at_the_requested_rate(tmp_path):
     """A screen recording: nothing for seconds, then 25 frames a second, against a loop over the moments."""
     generator = np.random.default_rng(3)
     clock = np.cumsum(generator.choice([40, 40, 40, 40, 5000], 60)).tolist()
@@ -239,7 +239,7 @@ def test_an_index_and_decoding_everything_have_one_clock(tmp_path, kind, index, 
     if not index:
         monkeypatch.setattr("keye.video.decoding.decoder.read_index", lambda *rest: None)
     for fps, step in ((100.0, 1), (2.0, 5), (1 / 2.4, 24)):
-        decoder = open_decoder(open_container(path, "clip"), "clip", fps, 1000)
+        decoder = Decoder(open_container(path, "clip"), "clip", fps, 1000)
         for _ in range(2):
             got = list(decoder.frames())
             assert [number_of(frame.pixels) for frame in got] == list(range(0, 60, step))

@@ -25,7 +25,7 @@ def read(source, fps=2.0, **options):
         return clip, list(clip)
 
 
-def test_formats_that_start_other_programs_are_no_pictures(tmp_path):
+def test_formats_that_start_other_programs_are_refused(tmp_path):
     """PostScript is a program, which Pillow gives to Ghostscript to run."""
     path = tmp_path / "a.png"
     Image.new("RGB", (8, 8), "red").save(path, format="EPS")
@@ -62,7 +62,7 @@ def png_claiming(width: int, height: int) -> bytes:
 def test_pictures_too_large_are_refused_by_their_header(tmp_path):
     content = png_claiming(8192, 8192)
     (tmp_path / "large.png").write_bytes(content)
-    match = f"has 8192x8192 pixels, and {MAX_PIXELS:,} are the most"
+    match = f"has 8192x8192 pixels, and at most {MAX_PIXELS:,} are allowed"
     for source in (content, tmp_path / "large.png"):
         with pytest.raises(VideoError, match=match):
             load_image(source)
@@ -75,7 +75,7 @@ def test_pictures_too_large_are_refused_by_their_header(tmp_path):
         load_image(png_claiming(8000, 8000))
 
 
-def test_films_too_large_are_refused_before_they_are_decoded(tmp_path):
+def test_too_large_videos_are_refused_before_decoding(tmp_path):
     path = tmp_path / "large.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=2, options={"preset": "ultrafast", "bf": "0"})
@@ -86,7 +86,7 @@ def test_films_too_large_are_refused_before_they_are_decoded(tmp_path):
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     for source in (path, path.read_bytes()):
-        with pytest.raises(VideoError, match=r"has 6016x6016 pixels, and 36,000,000 are the most"):
+        with pytest.raises(VideoError, match=r"has 6016x6016 pixels, and at most 36,000,000 are allowed"):
             read(source)
 
 
@@ -100,11 +100,11 @@ def test_pixels_that_are_not_square_count_as_they_are_shown(tmp_path, monkeypatc
         container.mux(stream.encode(None))
     assert read(path)[0].size == (64, 384)
     monkeypatch.setattr(containers, "MAX_FRAME_PIXELS", 20_000)
-    with pytest.raises(VideoError, match="has 384x64 pixels, and 20,000 are the most"):
+    with pytest.raises(VideoError, match="has 384x64 pixels, and at most 20,000 are allowed"):
         read(path)
 
 
-def test_frames_that_grow_on_the_way_are_left_out(tmp_path, monkeypatch):
+def test_frames_that_become_too_large_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "MAX_FRAME_PIXELS", 8000)
     paths = [
         write_video(tmp_path / f"{size[0]}.webm", numbered(10, *size), codec="libvpx", rate=10)
@@ -124,12 +124,12 @@ def test_frames_that_grow_on_the_way_are_left_out(tmp_path, monkeypatch):
     assert any("damaged pieces" in text for text in clip.warnings)
 
 
-def test_few_large_frames_are_made_ahead():
+def test_few_large_frames_are_prefetched():
     assert decode.ahead_of((480, 640)) == 3 and decode.ahead_of((4320, 7680)) == 1
 
 
 def sound(path: Path, cover: bool, film: bool = False) -> Path:
-    """A second of sound with a picture for its cover, or a film with a cover before it."""
+    """A second of sound with a cover picture, or a film with a cover picture before it."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(picture, format="PNG")
     with av.open(str(path), "w", format="mp4") as container:
@@ -164,11 +164,11 @@ def test_sound_with_a_cover_is_no_video(tmp_path, suffix):
     path = sound(tmp_path / f"song{suffix}", cover=True)
     with av.open(str(path)) as container:
         assert container.streams.video[0].disposition & av.stream.Disposition.attached_pic
-    with pytest.raises(VideoError, match="is sound with a picture for its cover; give a file with a video in it"):
+    with pytest.raises(VideoError, match="is sound with a cover picture; give a file with a video in it"):
         read(path)
 
 
-def test_a_cover_beside_a_film_is_not_the_film(tmp_path):
+def test_a_cover_picture_is_not_taken_for_the_video(tmp_path):
     path = sound(tmp_path / "film.mp4", cover=True, film=True)
     with av.open(str(path)) as container:
         assert any(stream.disposition & av.stream.Disposition.attached_pic for stream in container.streams.video)
