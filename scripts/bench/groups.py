@@ -63,7 +63,7 @@ GROUPS = {
         Group("model", ("parity", "speed", "packing", "memory"), MODEL, gpu=True),
         Group(
             "stages",
-            ("packing", "balance", "context", "extension", "trainer", "cost", "compile", "simulation", "kills"),
+            ("packing", "balance", "context", "extension", "trainer", "cost", "host", "compile", "simulation", "kills"),
             STAGES,
             gpu=True,
             draw=_curves,
