@@ -1,8 +1,8 @@
-"""`import keye` is enough for transformers' Auto classes to know Keye's, and still loads nothing of transformers.
+"""Registers Keye with transformers' Auto classes on `import keye`, without importing transformers.
 
-transformers has no place where a package could name its classes: they are registered by code that runs. That code is
-in `keye.model.config` and `keye.processor.processor`, and it runs when transformers' own registries are loaded,
-whenever that is: before `import keye` or after it.
+transformers has no entry points: a package registers its classes by running code. For Keye this is the import of
+`keye.model.config` and `keye.processor.processor`, which follows the import of transformers' registries, before or
+after `import keye`. A finder in `sys.meta_path` is the only way to run code after another package's module is loaded.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from types import ModuleType
 _AUTO = "transformers.models.auto."
 _REGISTERED_BY = {
     f"{_AUTO}configuration_auto": "keye.model.config",
-    # Where this registry begins to load the one above, no config of a decoder can be imported before its own end.
+    # If this registry imports the one above, no config of a decoder can be imported before this one is complete.
     f"{_AUTO}modeling_auto": "keye.model.config",
     f"{_AUTO}processing_auto": "keye.processor.processor",
 }
 
 
 def register() -> None:
-    """Register what can be registered now, and the rest as soon as its registry is loaded."""
+    """Register with the registries that are loaded now, and with the others when they are loaded."""
     if not any(isinstance(finder, _Follower) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Follower())
     for registry in _REGISTERED_BY:
@@ -32,14 +32,14 @@ def register() -> None:
 
 
 def _follow(registry: str) -> None:
-    # Someone who has no av, or another transformers, must still be able to import transformers; who then asks for a
-    # class of Keye's by its name is told what is missing.
+    # Without av, or with an incompatible transformers, `import transformers` must still work; importing a class of Keye
+    # then raises the error.
     with contextlib.suppress(ImportError):
         importlib.import_module(_REGISTERED_BY[registry])
 
 
 class _Follower(MetaPathFinder):
-    """Finds modules as ever, and lets the registries be followed by what registers with them."""
+    """Finds transformers' registries like the default finder, and runs Keye's registration after each."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

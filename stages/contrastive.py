@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, SiglipTextConfig, SiglipTextMo
 
 from keye.checkpoint.shards import Stored, open_checkpoint
 from keye.errors import CheckpointError
-from keye.model.vision import KeyeVisionModel, PoolingHead
+from keye.model.heads import PoolingHead
+from keye.model.vision import KeyeVisionModel
 from stages.recipe import VisionRecipe
 
 # Start values of SigLIP's loss, with which the many negatives have a small loss at first (arXiv 2303.15343).

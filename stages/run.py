@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from keye.checkpoint.convert import whole_directory
+from keye.checkpoint.convert import atomic_directory
 from keye.encoder import SlowFastEncoder
 from keye.errors import CheckpointError, KeyeError, RecipeError
 from keye.model.config import KeyeConfig
@@ -310,7 +310,7 @@ def prepare_start(name: str, recipe: Recipe, run: Path) -> None:
     processor = make_processor(recipe, recipe.chain[name], run)
     config = KeyeConfig.preset(recipe.model.preset, vocab_size=len(processor.tokenizer))
     model = KeyeForConditionalGeneration(processor.configure(config)).to(torch.float32)
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         model.save_pretrained(part)
         torch.save(torch.get_rng_state(), part / generator.name)
         (part / record.name).write_text(json.dumps(drawn_for) + "\n")

@@ -1,1 +1,1 @@
-"""The encoder in other people's models: Qwen-VL processors of transformers, and keye-vl-utils by one import."""
+"""The encoder for other models: Qwen-VL processors of transformers, and a replacement for keye-vl-utils."""

@@ -1,21 +1,21 @@
-"""`process_vision_info` with the signature and the meaning of keye-vl-utils 1.5.2; its users switch by one import.
+"""`process_vision_info` with the interface of keye-vl-utils 1.5.2; only the import changes.
 
     from keye.adapters.keye_vl_utils import process_vision_info
 
-Arguments, element keys and what comes back are those of the release, and so are its decisions (patch_cosine, 0.9, 30 %,
-48–768 tokens a frame, 65,536 in all) on the same frames. What differs is what the release gets wrong or cannot do:
+Arguments, element keys, results and the decisions on the same frames (patch_cosine, 0.9, 30 %, 48–768 tokens per
+frame, 65,536 in total) equal the release's. The differences are its errors and gaps:
 
-sampling    at true times i / fps, and timestamps that say so, where the release spreads frames over the frame numbers
-            and divides them by the average rate; `sampling="index"` does as the release.
+sampling    at the times i / fps, which the timestamps contain; the release spreads frames over the frame numbers and
+            divides them by the average rate, as `sampling="index"` does here.
 budget      `video_total_pixels` is never exceeded, and a fast frame never costs more than its share or the minimum.
 any clip    under half a second, damaged, black, of one frame, of any aspect; video_start, video_end and nframes work.
-upright     rotation of videos and EXIF of images are obeyed; transparency is laid on white.
-shape       pixels are made square and untagged HD is BT.709, where the release takes pixels as they are coded and
-            BT.601; `sampling="index"` does as the release.
-URLs        are loaded only when `urls` allows it.
-memory      a clip's frames are held once, and nothing else that grows with it.
+upright     rotation of videos and EXIF of images are applied; transparency is blended with white.
+shape       pixels are made square and untagged HD is BT.709; the release uses coded pixels and BT.601, as
+            `sampling="index"` does here.
+URLs        are loaded only if `urls` allows it.
+memory      a clip's frames are in memory once, and nothing else that grows with it.
 
-An `encoder` brings another measure, policy or budget than the released ones.
+An `encoder` gives another measure, policy or budget.
 """
 
 import io
@@ -41,7 +41,7 @@ from keye.video.images import load_image
 Element = dict[str, Any]
 Sampling = Literal["time", "index"]
 
-IMAGE_TOKENS = (4, 20_480)  # fewest and most of a still; of a picture in a list of frames, those of a frame
+IMAGE_TOKENS = (4, 20_480)  # limits of an image; an image in a list of frames has the limits of a frame
 
 
 def process_vision_info(
@@ -53,17 +53,29 @@ def process_vision_info(
     sampling: Sampling = "time",
     urls: UrlRules | None = None,
 ) -> tuple[list[Image.Image] | None, list[torch.Tensor] | None, dict[str, list]]:
-    """Images, videos and the processor's arguments of one conversation or several.
+    """Images, videos and the processor's arguments of one or several conversations.
 
     Elements are as in keye-vl-utils: "image" or "image_url" (path, `file:`, `data:` or http URL, PIL image) and "video"
     (the same, bytes, or a list of images), with min_pixels, max_pixels, resized_height, resized_width, fps, max_frames,
-    video_total_pixels and min_frame_similarity beside it, and here also nframes, video_start and video_end (seconds).
+    video_total_pixels and min_frame_similarity in the same element, and here also nframes, video_start and video_end
+    (seconds).
 
-    Returns (images, resized | None; videos uint8 [T, 3, H, W] at their own size | None; lists with one entry for each
-    video: height, width, fast_height, fast_width in pixels, timestamps [T] seconds, frame_types [T] int32, 0 slow and 1
-    fast). A list of images without fps has no timestamps.
+    Args:
+        conversations: messages of one conversation, or a list of conversations.
+        vision_infos: the elements, instead of conversations.
+        image_factor: pixels along one side of a token.
+        encoder: `SlowFastEncoder.released()` by default.
+        sampling: "time" or "index", see above.
+        urls: what may be downloaded.
 
-    Raises VideoError for what cannot be read, ManifestError and KeyeError for elements and limits that make no sense.
+    Returns:
+        images: resized, or None. videos: uint8 `[T, 3, H, W]` at their own size, or None. arguments: lists with one
+        entry per video: height, width, fast_height, fast_width in pixels, timestamps `[T]` in seconds, frame_types
+        `[T]` int32, 0 slow and 1 fast. A list of images without fps has no timestamps.
+
+    Raises:
+        VideoError: an image or video that cannot be read.
+        ManifestError, KeyeError: invalid elements or limits.
     """
     if conversations is None and vision_infos is None:
         raise ManifestError("process_vision_info got no messages; give conversations or vision_infos")
@@ -90,13 +102,13 @@ def process_vision_info(
 
 
 def extract_vision_info(conversations: Sequence[Element] | Sequence[Sequence[Element]]) -> list[Element]:
-    """The elements with pictures, in order, of one conversation or several."""
-    talks = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
+    """The image and video elements, in order, of one or several conversations."""
+    chats = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
     keys, kinds = {"image", "image_url", "video"}, ("image", "image_url", "video")
     return [
         element
-        for talk in talks
-        for message in talk
+        for chat in chats
+        for message in chat
         if isinstance(message["content"], list)
         for element in message["content"]
         if keys & set(element) or element.get("type") in kinds
@@ -106,7 +118,7 @@ def extract_vision_info(conversations: Sequence[Element] | Sequence[Sequence[Ele
 def smart_resize(
     height: int, width: int, factor: int = SIDE, min_pixels: int | None = None, max_pixels: int | None = None
 ) -> tuple[int, int]:
-    """(height, width) in multiples of `factor` with at least min_pixels and at most max_pixels, aspect kept."""
+    """(height, width) in multiples of `factor`, from min_pixels to max_pixels, with the same aspect ratio."""
     fewest = IMAGE_TOKENS[0] if min_pixels is None else max(1, -(-min_pixels // factor**2))
     most = IMAGE_TOKENS[1] if max_pixels is None else max_pixels // factor**2
     return fit_size(height, width, fewest, max(fewest, most), side=factor)
@@ -115,7 +127,7 @@ def smart_resize(
 def fetch_image(
     ele: Element, size_factor: int = SIDE, is_video: bool = False, *, urls: UrlRules | None = None
 ) -> Image.Image:
-    """One image element as an RGB picture at its size; `is_video`: with the limits of a frame, not of a still."""
+    """One image element as an RGB image, resized; `is_video`: with the limits of a frame."""
     source = ele["image"] if "image" in ele else ele["image_url"]
     source = source["url"] if isinstance(source, dict) and "url" in source else source
     picture = Image.fromarray(load_image(_plain(source), urls).permute(1, 2, 0).contiguous().numpy())
@@ -140,7 +152,7 @@ def fetch_video(
     sampling: Sampling = "time",
     urls: UrlRules | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """One video element as (frames uint8 [T, 3, H, W], the processor's arguments for it)."""
+    """One video element as (frames uint8 `[T, 3, H, W]`, the processor's arguments)."""
     if sampling not in ("time", "index"):
         raise KeyeError(f'sampling is {sampling!r}; use "time" (true times) or "index" (as keye-vl-utils)')
     encoder = _configured(encoder, ele, image_factor)
@@ -164,7 +176,7 @@ def fetch_video(
 
 
 def _configured(encoder: SlowFastEncoder | None, ele: Element, side: int) -> SlowFastEncoder:
-    """The encoder with what the element sets."""
+    """The encoder with the settings of the element."""
     base = SlowFastEncoder.released(token_side=side) if encoder is None else encoder
     area = base.token_side**2
     changed: dict[str, Any] = {}
@@ -185,7 +197,7 @@ def _configured(encoder: SlowFastEncoder | None, ele: Element, side: int) -> Slo
 
 
 def _by_time(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames [T, 3, H, W] and times [T] of what is on the screen at i / fps seconds."""
+    """Frames `[T, 3, H, W]` and times `[T]` of the frames shown at i / fps seconds."""
     wanted = {"start": ele.get("video_start"), "end": ele.get("video_end"), "num_frames": ele.get("nframes")}
     with open_clip(_plain(ele["video"]), encoder.fps, encoder.most_frames, urls=urls, **wanted) as clip:
         frames = torch.empty(clip.expected, 3, *clip.size, dtype=torch.uint8)
@@ -197,7 +209,7 @@ def _by_time(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> t
 
 
 def _by_index(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames and times as the release has them: spread over the frame numbers, timed by the average rate."""
+    """Frames and times as in the release: spread over the frame numbers, with times from the average rate."""
     if {"video_start", "video_end", "nframes"} & set(ele):
         raise ManifestError('video_start, video_end and nframes need sampling="time", the default')
     source = _plain(ele["video"])
@@ -208,8 +220,8 @@ def _by_index(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> 
         elif scheme_of(source) in ("http", "https"):
             name, local = url_name(source), stack.enter_context(download(source, urls))
         elif isinstance(source, str | Path) and not Path(source).is_file():
-            raise VideoError(f"{source} is no file; check the path")
-        # Pixels as decord has them: neither stretched to be square nor in the colours that their size suggests.
+            raise VideoError(f"{source} is not a file; check the path")
+        # Pixels as decord returns them: neither made square nor with the colour matrix that their size suggests.
         opened = open_container(io.BytesIO(local) if isinstance(local, bytes) else local, name)
         decoder = Decoder(opened, name, encoder.fps, encoder.most_frames, as_coded=True)
         stack.callback(decoder.close)
@@ -228,11 +240,11 @@ def _by_index(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> 
 def _listed(
     ele: Element, factor: int, encoder: SlowFastEncoder, urls: UrlRules | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A list of images as frames, resized to the size of one frame, evenly thinned to what the budget holds."""
+    """A list of images as frames, resized to the size of one frame, subsampled evenly to fit the budget."""
     common = {key: value for key, value in ele.items() if key not in ("type", "video")}
     sources = list(ele["video"])
     if not sources:
-        raise VideoError("a list of 0 images is no video; give one or more")
+        raise VideoError("a video is a list of 0 images; give one or more")
     kept = torch.linspace(0, len(sources) - 1, min(len(sources), encoder.most_frames)).round().long().tolist()
     pictures = []
     for index in kept:
@@ -246,7 +258,7 @@ def _listed(
 
 
 def _plain(source: Any) -> Any:
-    """`file://clip.mp4` names a file here, too, though as a URL it would name a machine."""
+    """The path in `file://clip.mp4`, which strictly would name a host."""
     if isinstance(source, str) and source.startswith("file://") and Path(source[7:]).exists():
         return source[7:]
     return source

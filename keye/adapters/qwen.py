@@ -1,18 +1,18 @@
-"""The frames and sizes the encoder chose, given to the Qwen2-VL, Qwen2.5-VL and Qwen3-VL processors of transformers.
+"""The encoder's frames and sizes for the Qwen2-VL, Qwen2.5-VL and Qwen3-VL processors of transformers.
 
     inputs = to_qwen(processor, messages, SlowFastEncoder(token_side=32))
     model.generate(**inputs)
 
-A clip with two frame sizes is more than one video to those processors, and they merge frames in pairs. Hence two modes:
+These processors take videos of one frame size only, and they merge frames in pairs. Therefore there are two modes:
 
-"video"   Each run of consecutive frames of one size is a video of its own, in time order. n frames of a run cost
-          ceil(n / 2) times the tokens of its size: never more than the plan says, about half of it in long runs. A run
-          of an odd length has its last frame twice, as the processors do themselves.
-"images"  Each frame is an image behind its time. The visual tokens are exactly the plan's.
+"video"   Each run of consecutive frames of one size is a separate video, in time order. n frames of a run cost
+          ceil(n / 2) times the tokens of its size: at most the plan's number, about half of it in long runs. A run of
+          an odd length repeats its last frame, as the processors do.
+"images"  Each frame is an image after its time. The number of visual tokens equals the plan's.
 
-Nothing is resized or sampled again: what reaches the model are the encoder's frames. Times are the true ones: Qwen3-VL
-writes them into the text itself, Qwen2.5-VL spaces its positions within a run by them, and where the processor writes
-none, a time stands before each run or image in Qwen3-VL's words, as in `<12.5 seconds>`.
+Nothing is resized or sampled again: the model gets the encoder's frames. Times are exact: Qwen3-VL writes them into the
+text, Qwen2.5-VL uses them for its positions within a run. If the processor writes no times, one precedes each run or
+image in Qwen3-VL's format, `<12.5 seconds>`.
 """
 
 import math
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 Mode = Literal["video", "images"]
 Message = dict[str, Any]
 
-CLOCK = 1000  # the unit in which times are told to the processors, per second
+CLOCK = 1000  # time units per second for the processors
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive frames of one size: `frames` uint8 [n, 3, h, w], `times` n seconds."""
+    """Consecutive frames of one size: frames uint8 `[n, 3, h, w]`, times in seconds."""
 
     frames: torch.Tensor
     times: tuple[float, ...]
@@ -52,9 +52,9 @@ class Run:
 
 @dataclass(frozen=True)
 class ClipFrames:
-    """A clip as chosen by the encoder, in time order, for any model that takes frames.
+    """The frames of a clip that the encoder chose, in time order, for any model that takes frames.
 
-    frames: T pictures uint8 [3, h, w]. sizes: their (height, width). timestamps: T seconds. plan: the VideoPlan.
+    frames: T tensors uint8 `[3, h, w]`. sizes: their (height, width). timestamps: T seconds. plan: the VideoPlan.
     """
 
     frames: list[torch.Tensor]
@@ -64,21 +64,21 @@ class ClipFrames:
 
     @property
     def rate(self) -> float:
-        """Frames per second: the encoder's rate where the timestamps agree with it, else what they say.
+        """Frames per second: the encoder's rate if the timestamps agree with it within 5 %, else the measured rate.
 
-        Frames seldom lie exactly on the sample times; a rate of 2.03 instead of 2 would make Qwen2.5-VL, which rounds
-        down, place them a step too early.
+        Frames rarely have exactly the sample times; with a rate of 2.03 instead of 2, Qwen2.5-VL, which rounds down,
+        would place them a step too early.
         """
-        asked = float(self.plan.settings["fps"])
+        requested = float(self.plan.settings["fps"])
         span = self.timestamps[-1] - self.timestamps[0]
         if span <= 0:
-            return asked
+            return requested
         measured = (len(self.timestamps) - 1) / span
-        return asked if abs(measured / asked - 1) < 0.05 else measured
+        return requested if abs(measured / requested - 1) < 0.05 else measured
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The frames in groups that can be stacked: consecutive and of one size."""
+        """Groups of consecutive frames of one size."""
         starts = [i for i in range(len(self.sizes)) if i == 0 or self.sizes[i] != self.sizes[i - 1]]
         ends = [*starts[1:], len(self.sizes)]
         return [
@@ -88,21 +88,21 @@ class ClipFrames:
 
 
 def clip_frames(video: Source | EncodedVideo, encoder: SlowFastEncoder) -> ClipFrames:
-    """The frames uint8, sizes and timestamps that `encoder` chooses for a video, or that an encoded one already has."""
+    """The frames, sizes and timestamps that `encoder` chooses for a video, or those of an encoded one."""
     encoded = video if isinstance(video, EncodedVideo) else encoder(video)
     plan = encoded.plan
     return ClipFrames(encoded.pictures(), plan.frame_sizes, plan.timestamps.tolist(), plan)
 
 
 def visual_tokens(plan: VideoPlan, mode: Mode = "video", merge: int = 2) -> int:
-    """How many visual tokens a Qwen-VL model sees of a planned clip; `merge` frames of a video become one."""
+    """The number of visual tokens of a planned clip in a Qwen-VL model, which merges `merge` frames of a video."""
     counts, sizes = plan.tokens_per_frame.tolist(), plan.frame_sizes
     if _check_mode(mode) == "images":
         return sum(counts)
     total, length = 0, 0
     for i, count in enumerate(counts):
         length = 1 if i == 0 or sizes[i] != sizes[i - 1] else length + 1
-        total += count * (length % merge == 1 or merge == 1)  # the first of each group of `merge` frames pays for it
+        total += count * (length % merge == 1 or merge == 1)  # counted at the first of each `merge` frames
     return total
 
 
@@ -114,16 +114,21 @@ def to_qwen(
     mode: Mode = "video",
     add_generation_prompt: bool = True,
 ) -> "BatchFeature":
-    """Chat messages with videos, or a list of such conversations, as what `model(**inputs)` and `generate` take.
+    """Chat messages with videos, or a list of such conversations, as inputs of `model(**inputs)` and `generate`.
 
-    processor: of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or a relative. messages: the usual format; a video is
-    {"type": "video", "video": source}, `source` being anything the encoder takes or an EncodedVideo; stills
-    {"type": "image", "image": source} go through the processor's own sizes. encoder: its `token_side` must be the
-    processor's patch size times its merge size (28 for Qwen2.5-VL, 32 for Qwen3-VL); by default one that fits. mode:
-    see above. Several conversations are padded on the left when a reply is to be generated.
+    Args:
+        processor: of Qwen2-VL, Qwen2.5-VL, Qwen3-VL or a derived model.
+        messages: in the usual format; a video is {"type": "video", "video": source}, with any source that the encoder
+            takes or an EncodedVideo; images {"type": "image", "image": source} get the processor's own sizes.
+        encoder: its `token_side` must be the processor's patch size times its merge size (28 for Qwen2.5-VL, 32 for
+            Qwen3-VL); by default one that fits.
+        mode: "video" or "images", see above.
+        add_generation_prompt: start a reply; several conversations are then padded on the left.
 
-    Raises KeyeError when encoder and processor do not fit, ManifestError for messages that are not in the format and
-    VideoError for a video or image that cannot be read.
+    Raises:
+        KeyeError: encoder and processor do not fit.
+        ManifestError: messages that are not in the format.
+        VideoError: a video or image that cannot be read.
     """
     _check_mode(mode)
     side = _token_side(processor)
@@ -152,7 +157,7 @@ def to_qwen(
     if not runs:
         videos_kwargs = {}
     elif "cap_pixels_per_frame" in processor.video_processor.valid_kwargs.__annotations__:
-        videos_kwargs["cap_pixels_per_frame"] = False  # about resizing, which is off; silences a warning about it
+        videos_kwargs["cap_pixels_per_frame"] = False  # avoids a warning about resizing, which is off
     return processor(
         text=texts,
         images=stills or None,
@@ -209,7 +214,7 @@ def _visual_parts(messages: Sequence[Message]) -> list[tuple[str, Any]]:
 
 
 def _render(processor: "ProcessorMixin", messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """The chat as text, one placeholder per image and video; sources are left out, as templates only ask for types."""
+    """The chat as text, with one placeholder per image and video; templates need types, not sources."""
 
     def plain(part: dict[str, Any]) -> dict[str, Any]:
         kind = part.get("type")
@@ -223,7 +228,7 @@ def _render(processor: "ProcessorMixin", messages: Sequence[Message], add_genera
 
 
 def _expand(texts: list[str], processor: "ProcessorMixin", clips: list[ClipFrames], show: Any) -> list[str]:
-    """Each video's placeholder replaced by what `show` writes for its clip."""
+    """Each video's placeholder replaced by the text of `show` for its clip."""
     pattern = re.compile(re.escape(VISION_START + processor.video_token + VISION_END))
     found = sum(len(pattern.findall(text)) for text in texts)
     if found != len(clips):
@@ -250,7 +255,7 @@ def _as_videos(processor: "ProcessorMixin", clip: ClipFrames) -> str:
 
 
 def _metadata(clip: ClipFrames, run: Run) -> dict[str, Any]:
-    """The run as frames picked out of a clip of `CLOCK` frames a second: true times and the true rate in one."""
+    """The run as frames of a clip with `CLOCK` frames per second: it has exact times and the exact rate."""
     count = len(run.times)
     height, width = run.frames.shape[-2:]
     return {
@@ -270,7 +275,7 @@ def _in_order(
     clips: list[ClipFrames],
     side: int,
 ) -> list[torch.Tensor]:
-    """Stills at the processor's sizes and the clips' frames, as the text names them."""
+    """Images at the processor's sizes and the clips' frames, in the order of the text."""
     limits = processor.image_processor.size
     fewest = math.ceil(limits["shortest_edge"] / side**2)
     most = max(fewest, limits["longest_edge"] // side**2)

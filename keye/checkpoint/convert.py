@@ -1,9 +1,9 @@
 """Model directories in and out: pretrained parts → Keye (`initialise`), the released Keye-VL-1.5-8B → Keye and back.
 
-Conversions go from directory to directory without building the model; nothing but names, `config.json` and the
-processor's files changes, so the way there and back gives the same bytes for every tensor. What the release holds
-beyond our model (its pooling head, a position table it never reads, its code and settings) is kept in the folder
-`released` of the converted directory and comes back on export.
+Conversions go from directory to directory without building the model. Only names, `config.json` and the processor's
+files change, so a conversion and its inverse give the same bytes for every tensor. The parts of the release that our
+model does not have (its pooling head, a position table it never reads, its code and settings) are kept in the folder
+`released` of the converted directory and are restored on export.
 """
 
 import shutil
@@ -21,10 +21,10 @@ from keye.checkpoint.shards import (
     Report,
     Stored,
     Tensors,
+    atomic_directory,
     of,
     open_checkpoint,
     read_json,
-    whole_directory,
     write_json,
     write_shards,
 )
@@ -39,16 +39,16 @@ __all__ = [
 
 KEPT = "released"  # folder of a converted directory
 SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
-# A tokenizer is taken whole from one place.
+# All files of a tokenizer come from one directory.
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-LARGEST_SIDE_FILE = 16 << 20  # bytes; code, settings, tokenizers and notices are smaller, weights are not
+LARGEST_SIDE_FILE = 16 << 20  # bytes; code, settings, tokenizers and notices are smaller than this
 
 
 def check(directory: str | Path) -> Report:
-    """How the weights of a directory, ours or the release's, fit its config.json; only headers are read.
+    """Check how the weights of a directory, ours or the release's, fit its config.json; only headers are read.
 
     Raises:
         CheckpointError: no config.json or no readable weights.
@@ -64,7 +64,7 @@ def check(directory: str | Path) -> Report:
 def open_weights(directory: str | Path) -> tuple[KeyeConfig, dict[str, Stored]]:
     """The config of a directory, ours or the release's, and its tensors under our names; only headers are read.
 
-    They are those that a model of this config has, in its order, without a head that is tied to the embeddings.
+    The tensors are those of a model with this config, in its order, without a head that is tied to the embeddings.
 
     Raises:
         CheckpointError: no config.json, no readable weights, or weights that are missing or of another shape.
@@ -81,10 +81,15 @@ def open_weights(directory: str | Path) -> tuple[KeyeConfig, dict[str, Stored]]:
 def load_released(
     directory: str | Path, *, allow_missing: bool = False, **kwargs: Any
 ) -> tuple[KeyeForConditionalGeneration, Report]:
-    """The model of a directory with released names, and how its weights fit; `kwargs` go to `from_pretrained`.
+    """Load the model of a directory with released names, and report how its weights fit.
+
+    Args:
+        directory: of the release.
+        allow_missing: initialise missing weights at random instead of raising an error.
+        **kwargs: for `from_pretrained`.
 
     Raises:
-        CheckpointError: weights of other shapes, or missing ones unless `allow_missing` (then they are drawn anew).
+        CheckpointError: weights of other shapes, or missing ones unless `allow_missing`.
     """
     report = check(directory)
     report.refuse(directory, allow_missing)
@@ -99,22 +104,29 @@ def convert_released(
     max_shard: int = MAX_SHARD,
     progress: Progress | None = None,
 ) -> Report:
-    """A directory with released names → one in our own layout, with our processor's files.
+    """A directory with released names → one in our layout, with our processor's files.
+
+    Args:
+        source: of the release.
+        out: the directory to write.
+        allow_missing: accept missing weights.
+        max_shard: bytes of a file.
+        progress: called with (bytes written, total bytes).
 
     Raises:
-        CheckpointError: not the released layout, damaged or missing shards, weights that do not fit the config (missing
-            ones pass with `allow_missing`), a tokenizer with more tokens than embeddings, or `out` not empty.
+        CheckpointError: not the released layout, damaged or missing shards, weights that do not fit the config, a
+            tokenizer with more tokens than embeddings, or `out` is not empty.
     """
     source = Path(source)
     values = read_json(source / "config.json")
     if not names.is_released(values):
-        raise CheckpointError(f"{source}: config.json is not laid out as the release's (text_config is there already)")
+        raise CheckpointError(f"{source}: config.json is not in the released layout (it has text_config)")
     config, report, stored = _config(values, source), Report(), open_checkpoint(source)
     ours = _needed(stored, report)
     expected = expected_shapes(config)
     report.compare(ours, expected).refuse(source, allow_missing)
     processor = _processor(source, config)
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         write_shards({name: ours[name] for name in expected if name in ours}, part, max_shard, progress)
         config.architectures = [KeyeForConditionalGeneration.__name__]
         config.save_pretrained(part)
@@ -122,7 +134,7 @@ def convert_released(
         if processor is not None:
             processor.save_pretrained(part)
         else:
-            report.notes.append("no tokenizer in the source, so no processor's files were written")
+            report.notes.append("the source has no tokenizer, so no processor files were written")
         _copy(source, part / KEPT, without=TOKENIZER)
         extra = _beyond(stored, expected)
         if extra:
@@ -141,22 +153,26 @@ def export_released(
     """A directory in our layout → one with released names and config.json, as vLLM and the release's code load it.
 
     Args:
-        like: a released directory whose code files and settings go along; what was kept at conversion when left out.
+        source: in our layout.
+        out: the directory to write.
+        like: a released directory whose code files and settings are copied; by default those kept at conversion.
             Engines run the release's own processor code (`auto_map` and the *.py files), which is not part of this
-            project: an export from neither has none, and they ask for it.
+            project: without either source the export does not have it.
+        max_shard: bytes of a file.
+        progress: called with (bytes written, total bytes).
 
     Raises:
-        CheckpointError: a model that engines cannot build (`names.config_to_released`), or as `convert_released` does.
+        CheckpointError: a model that engines cannot build (`names.config_to_released`), or see `convert_released`.
     """
     source = Path(source)
     values = read_json(source / "config.json")
     if names.is_released(values):
-        raise CheckpointError(f"{source}: has the released layout already")
+        raise CheckpointError(f"{source}: is already in the released layout")
     config, stored = _config(values, source), open_checkpoint(source)
     side = Path(like) if like is not None else source / KEPT
     report = Report().compare(stored, expected_shapes(config))
     report.refuse(source)
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         _copy(source, part)
         _export(stored, config, part, side, report, max_shard, progress)
     return report
@@ -171,11 +187,11 @@ def save_released(
     max_shard: int = MAX_SHARD,
     progress: Progress | None = None,
 ) -> Report:
-    """Write a model and its `KeyeProcessor` with released names; arguments and errors as `export_released`."""
+    """Write a model and its `KeyeProcessor` with released names; arguments and errors: see `export_released`."""
     expected = expected_shapes(model.config)
     state = model.state_dict()
     report = Report().compare({name: of(state[name]) for name in expected}, expected)
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         processor.save_pretrained(part)
         model.generation_config.save_pretrained(part)
         tensors = {name: of(state[name]) for name in expected}
@@ -193,7 +209,7 @@ def _export(
     max_shard: int,
     progress: Progress | None,
 ) -> None:
-    """Turn `part`, which holds our processor's files, into a released directory."""
+    """Turn `part`, which has our processor's files, into a released directory."""
     theirs = {names.to_released(name): tensor for name, tensor in tensors.items()}
     kept = {}
     if side is not None and side.is_dir():
@@ -201,33 +217,33 @@ def _export(
             kept = _beyond(open_checkpoint(side), expected_shapes(config))
             kept = {name: tensor for name, tensor in kept.items() if name not in theirs}
         _copy(side, part, without=(*SETTINGS, *TOKENIZER, "generation_config.json"), over=False)
-    told = {name: _settings(side, name) for name in SETTINGS}
+    given = {name: _settings(side, name) for name in SETTINGS}
     if names.PACKING not in kept:
         first = theirs["visual.vision_model.embeddings.patch_embedding.weight"]
         shape = names.PACKING_ROWS, config.vision_config.hidden_size
         kept[names.PACKING] = Computed(shape, first.dtype, lambda: torch.zeros(shape, dtype=first.dtype))
-        report.made["zeros that engines want to find and never read"] = [names.PACKING]
+        report.made["zeros that engines load and never use"] = [names.PACKING]
     write_shards(theirs | kept, part, max_shard, progress)
 
     values = config.to_dict()
     flat = names.config_to_released({**values, "dtype": values.get("dtype") or _dtype_name(theirs)})
-    write_json(part / "config.json", _merged(told["config.json"], flat))
+    write_json(part / "config.json", _merged(given["config.json"], flat))
     ours = {**_settings(part, "preprocessor_config.json"), **_settings(part, "processor_config.json")}
     mine = {key: ours[key] for key in ("encoder", "image") if key in ours}
     image = names.preprocessor(ours.get("image"))
     for key in ("min_pixels", "max_pixels"):
-        before = told["preprocessor_config.json"].get(key, 0)
+        before = given["preprocessor_config.json"].get(key, 0)
         if not ours.get("image") and before or before // names.TOKEN_SIDE**2 == image[key] // names.TOKEN_SIDE**2:
-            image[key] = image["size"][key] = before  # the release's own number, where it says the same
-    code = told["preprocessor_config.json"].get("auto_map") or told["processor_config.json"].get("auto_map")
-    write_json(part / "preprocessor_config.json", {**told["preprocessor_config.json"], **image, **mine})
+            image[key] = image["size"][key] = before  # the release's own number, if it means the same
+    code = given["preprocessor_config.json"].get("auto_map") or given["processor_config.json"].get("auto_map")
+    write_json(part / "preprocessor_config.json", {**given["preprocessor_config.json"], **image, **mine})
     _tokenizer_for_engines(part)
     named = {"processor_class": image["processor_class"], **({"auto_map": code} if code else {})}
-    write_json(part / "processor_config.json", {**told["processor_config.json"], **mine, **named})
+    write_json(part / "processor_config.json", {**given["processor_config.json"], **mine, **named})
 
 
 def _tokenizer_for_engines(part: Path) -> None:
-    """Say what transformers 5 wrote about the tokenizer in words that 4, which engines may run, knows as well."""
+    """Rewrite the tokenizer config of transformers 5 so that 4, which engines may use, reads it as well."""
     values = _settings(part, "tokenizer_config.json")
     if not values:
         return
@@ -236,12 +252,12 @@ def _tokenizer_for_engines(part: Path) -> None:
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     values["processor_class"] = names.PROCESSOR_CLASS
-    here = ("backend", "is_local", "local_files_only")  # of the process that saved it
+    here = ("backend", "is_local", "local_files_only")  # of the process that saved the file
     write_json(part / "tokenizer_config.json", {key: value for key, value in values.items() if key not in here})
 
 
 def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The release's config.json with our values; where both say the same in other words, the release's words stay."""
+    """The release's config.json with our values; equivalent values stay as in the release."""
     vision = {**before.get("vision_config", {}), **now["vision_config"]}
     size, patch = before.get("vision_config", {}).get("image_size"), vision["patch_size"]
     if size and size // patch == vision["image_size"] // patch:
@@ -263,7 +279,7 @@ def _needed(stored: dict[str, Stored], report: Report) -> dict[str, Stored]:
 
 
 def _beyond(stored: dict[str, Stored], expected: dict[str, Any]) -> dict[str, Stored]:
-    """Tensors of a released directory that our model has no place for, under their own names."""
+    """Tensors of a released directory that our model does not have, under their own names."""
     return {name: t for name, t in stored.items() if names.from_released(name) not in expected}
 
 
@@ -272,16 +288,16 @@ def _config(values: dict[str, Any], directory: Path) -> KeyeConfig:
     if values.get("model_type") != names.MODEL_TYPE:
         raise CheckpointError(
             f"{directory}: config.json has model_type {values.get('model_type')!r}, a Keye-VL-1.5 has "
-            f"{names.MODEL_TYPE!r}; make one from a decoder and a SigLIP with scripts/convert.py init"
+            f"{names.MODEL_TYPE!r}; make one from a decoder and a SigLIP with keye convert init"
         )
     return KeyeConfig.from_dict(values)
 
 
 def _processor(source: Path, config: KeyeConfig) -> Any | None:
-    """Our processor for a released directory, deciding as the release does; None when it holds no tokenizer."""
+    """Our processor for a released directory, with the release's decisions; None if it has no tokenizer."""
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
-    from keye.encoder import SlowFastEncoder  # reads videos; weights alone do without
+    from keye.encoder import SlowFastEncoder  # needs the video libraries; weights do not
     from keye.processor.processor import KeyeProcessor
     from keye.processor.tokenizer import load_tokenizer
 
@@ -289,8 +305,8 @@ def _processor(source: Path, config: KeyeConfig) -> Any | None:
     rows = config.text_config.vocab_size
     if max(tokenizer.get_vocab().values()) >= rows:
         raise CheckpointError(f"{source}: {len(tokenizer)} tokens with the special ones, but {rows} embeddings")
-    told, area = _settings(source, "preprocessor_config.json"), names.TOKEN_SIDE**2
-    limits = {"min_tokens": told.get("min_pixels", 0) // area, "max_tokens": told.get("max_pixels", 0) // area}
+    given, area = _settings(source, "preprocessor_config.json"), names.TOKEN_SIDE**2
+    limits = {"min_tokens": given.get("min_pixels", 0) // area, "max_tokens": given.get("max_pixels", 0) // area}
     encoder = SlowFastEncoder.released().settings
     processor = KeyeProcessor(tokenizer, encoder, {key: value for key, value in limits.items() if value})
     processor.configure(config)
@@ -300,7 +316,7 @@ def _processor(source: Path, config: KeyeConfig) -> Any | None:
 def _copy(
     source: Path, out: Path, only: tuple[str, ...] = (), without: tuple[str, ...] = (), over: bool = True
 ) -> None:
-    """Copy the small files beside the weights: settings, tokenizer, code, notices."""
+    """Copy the small files that are not weights: settings, tokenizer, code, notices."""
     out.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".gguf", ".pt") or path.name.endswith(".index.json")
@@ -311,7 +327,7 @@ def _copy(
 
 
 def _settings(folder: Path | None, name: str) -> dict[str, Any]:
-    """A JSON file of a folder, empty when there is none."""
+    """A JSON file of a folder, {} if there is none."""
     return read_json(folder / name) if folder is not None and (folder / name).is_file() else {}
 
 

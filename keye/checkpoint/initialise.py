@@ -1,4 +1,4 @@
-"""A Keye directory from pretrained parts: a decoder of transformers, a SigLIP, and a projector drawn at random."""
+"""A Keye directory from pretrained parts: a transformers decoder, a SigLIP, and a randomly initialised projector."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +16,10 @@ from keye.checkpoint.shards import (
     Report,
     Stored,
     Tensors,
+    atomic_directory,
     of,
     open_checkpoint,
     read_json,
-    whole_directory,
     write_shards,
 )
 from keye.errors import CheckpointError
@@ -27,7 +27,7 @@ from keye.model.config import KeyeConfig, KeyeVisionConfig
 from keye.model.keye import KeyeForConditionalGeneration
 
 NEW_ROW_SPREAD = 0.1  # of the old rows' standard deviation
-ROWS_MULTIPLE = 64  # matrix products want it where a vocabulary grows
+ROWS_MULTIPLE = 64  # of a larger vocabulary, for fast matrix products
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -43,31 +43,32 @@ def initialise(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Write `out`, a directory that `KeyeForConditionalGeneration` and `KeyeProcessor` load at once.
+    """Write `out`, a directory that `KeyeForConditionalGeneration` and `KeyeProcessor` load.
 
     The decoder keeps every weight and every id of its tokenizer. Special tokens of the stream that the tokenizer lacks
-    take the rows that are there as padding (Qwen3 has 151,936 rows for 151,669 tokens), then new ones. A new row is the
-    mean of the trained rows, because a token with the mean embedding changes the model's other probabilities least
-    (a row drawn at the usual deviation can win against every trained token before it has learnt anything), plus a
-    tenth of their spread, because equal rows would get equal gradients in the head and stay equal. The same is done for
-    the embeddings and for a head of its own.
+    use the padding rows of the embeddings (Qwen3 has 151,936 rows for 151,669 tokens), then new rows. A new row is the
+    mean of the trained rows plus a tenth of their spread. With the mean, a new token changes the other probabilities
+    least (a row with the usual standard deviation can have the largest logit before training). The spread is needed
+    because equal rows of the head would get equal gradients and stay equal. Embeddings and an untied head are extended
+    the same way.
 
     Args:
         text: directory of a Qwen3, Qwen2 or Llama (`ForCausalLM` or the bare decoder, safetensors), or the directory of
-            `gguf_file`, which is turned into floats in memory, all of it.
-        vision: directory of a SigLIP (whole, or the vision model alone); its pooling head and text tower are left out
-            (stage 0 reads them from there, see `stages.contrastive`).
-            A config instead of a directory gives the sizes of a tower that is drawn at random; None those of the
-            release.
-        tokenizer: directory of the tokenizer when it is not the decoder's.
-        dtype: of everything written; the decoder's own when left out.
+            `gguf_file`, all of which is converted to floats in memory.
+        vision: directory of a SigLIP (the complete model or the vision model); its pooling head and text tower are not
+            copied (stage 0 reads them from there, see `stages.contrastive`). A config instead of a directory gives the
+            sizes of a randomly initialised tower; None gives those of the release.
+        out: the directory to write.
+        tokenizer: directory of the tokenizer if it is not the decoder's.
+        gguf_file: name of a GGUF file in `text`.
+        dtype: of all weights; the decoder's by default.
         max_shard: bytes of a file.
-        seed: of all that is drawn.
-        progress: told (bytes written, bytes in all).
+        seed: of the random initialisation.
+        progress: called with (bytes written, total bytes).
 
     Raises:
-        CheckpointError: a source that is missing, damaged or of another kind, weights that do not fit their config, or
-            `out` not empty.
+        CheckpointError: a source that is missing, damaged or of another type, weights that do not fit their config, or
+            `out` is not empty.
     """
     text = Path(text)
     base, grown = _tokenizers(Path(tokenizer or text), gguf_file if tokenizer is None else None)
@@ -77,7 +78,7 @@ def initialise(
     for name, tensor in _decoder(text, gguf_file, dtype).items():
         ours = names.decoder_name(name)
         if ours is None or (ours == HEAD and config.tie_word_embeddings):
-            report.left_out.setdefault("tables that are computed, or a head tied to the embeddings", []).append(name)
+            report.left_out.setdefault("computed tables, or a head tied to the embeddings", []).append(name)
         else:
             sources[ours] = tensor
     if EMBEDDINGS not in sources:
@@ -97,7 +98,7 @@ def initialise(
     if rows != config.text_config.vocab_size or max(old_ids) >= rows:
         raise CheckpointError(
             f"{text}: {rows} embeddings, vocab_size {config.text_config.vocab_size}, largest token id {max(old_ids)}: "
-            "they are not of one model; give the tokenizer that belongs to the decoder"
+            "they belong to different models; give the decoder's tokenizer"
         )
     if max(ids) >= rows:
         config.text_config.vocab_size = -(-(max(ids) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE
@@ -111,9 +112,9 @@ def initialise(
     drawn = [name for name in expected if name.startswith(own if pretrained else (*own, "model.visual."))]
     for i, name in enumerate(drawn):
         sources[name] = _drawn(name, expected[name], seed + 1 + i)
-    report.made |= {"drawn at random": drawn}
+    report.made |= {"initialised at random": drawn}
     report.compare(sources, expected).refuse(text)
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         write_shards(_cast({name: sources[name] for name in expected}, dtype), part, max_shard, progress)
         config.architectures = [KeyeForConditionalGeneration.__name__]
         config.save_pretrained(part)
@@ -123,7 +124,7 @@ def initialise(
 
 
 def expected_shapes(config: KeyeConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a directory of this config holds (a tied head is not among them)."""
+    """Name and shape of every tensor in a directory of this config (without a tied head)."""
     with torch.device("meta"):
         model = KeyeForConditionalGeneration(config)
     tied = {HEAD} if config.tie_word_embeddings else set()
@@ -131,17 +132,14 @@ def expected_shapes(config: KeyeConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _tokenizers(path: Path, gguf_file: str | None) -> tuple[Any, Any]:
-    """The tokenizer as it came, and with the stream's special tokens."""
-    from keye.processor.tokenizer import (  # needs nothing but transformers, yet not before
-        load_tokenizer,
-        open_tokenizer,
-    )
+    """The unchanged tokenizer, and the one with the stream's special tokens."""
+    from keye.processor.tokenizer import load_tokenizer, open_tokenizer
 
     return open_tokenizer(str(path), gguf_file), load_tokenizer(str(path), gguf_file)
 
 
 def _processor(tokenizer: Any, config: KeyeConfig) -> Any:
-    from keye.processor.processor import KeyeProcessor  # reads videos; a model alone does without
+    from keye.processor.processor import KeyeProcessor  # needs the video libraries; a model does not
 
     patch = config.vision_config.patch_size
     processor = KeyeProcessor(tokenizer, encoder={} if patch == 14 else {"token_side": 2 * patch})
@@ -157,13 +155,13 @@ def _text_config(text: Path, gguf_file: str | None) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{text}: no decoder's config.json ({str(error).splitlines()[0]})") from error
     if config.get_text_config() is not config:
-        raise CheckpointError(f"{text}: a {config.model_type} is not a decoder alone; name a Qwen3, Qwen2 or Llama")
-    config._name_or_path, config.architectures = "", None  # of a directory that this one will not need
+        raise CheckpointError(f"{text}: a {config.model_type} is not only a decoder; name a Qwen3, Qwen2 or Llama")
+    config._name_or_path, config.architectures = "", None  # of the source directory
     return config
 
 
 def _vision_config(vision: str | Path | KeyeVisionConfig | None) -> KeyeVisionConfig:
-    """The tower's sizes from a SigLIP's config.json; the released ones without."""
+    """The tower's sizes from a SigLIP's config.json; by default the released ones."""
     if vision is None or isinstance(vision, KeyeVisionConfig):
         return vision or KeyeVisionConfig()
     path = Path(vision) / "config.json"
@@ -172,7 +170,7 @@ def _vision_config(vision: str | Path | KeyeVisionConfig | None) -> KeyeVisionCo
     if "siglip" not in str(values.get("model_type", "")) or "image_size" not in values:
         raise CheckpointError(f"{path}: not a SigLIP with a fixed image size; name a SigLIP such as so400m-patch14-384")
     if values.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh" or values.get("num_channels", 3) != 3:
-        raise CheckpointError(f"{path}: the tower takes three channels and gelu_pytorch_tanh, this one has others")
+        raise CheckpointError(f"{path}: the tower needs three channels and gelu_pytorch_tanh")
     patch = values.get("patch_size", 16)
     sizes = {name: values[name] for name in names.VISION_FIELDS if name in values}
     return KeyeVisionConfig(**sizes | {"patch_size": patch, "position_grid": values["image_size"] // patch})
@@ -190,7 +188,7 @@ def _decoder(text: Path, gguf_file: str | None, dtype: torch.dtype | None) -> Te
 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Computed:
-    """A tensor of the tower or the projector, drawn as transformers' SigLIP is: Xavier, LeCun for the patches."""
+    """A tensor of the tower or the projector, initialised like transformers' SigLIP: Xavier, LeCun for the patches."""
 
     def make() -> Tensor:
         tensor, generator = torch.zeros(shape), torch.Generator().manual_seed(seed)
@@ -208,7 +206,7 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Computed:
 
 
 def _extended(table: Stored | Computed, rows: int, trained: set[int], new: set[int], seed: int) -> Computed:
-    """`table` `[V, H]` with `rows` rows: `new` ones around the mean of the `trained`, what is beyond both the mean."""
+    """`table` `[V, H]` with `rows` rows: `new` ones around the mean of the `trained`, the other added ones at it."""
 
     def make() -> Tensor:
         old = table.read()
@@ -251,7 +249,7 @@ def _casting(tensor: Computed, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def _generation(text: Path, tokenizer: Any) -> GenerationConfig:
-    """The decoder's own sampling, ending at the end of a turn as well as where the decoder ended before."""
+    """The decoder's own generation config, with the end of a turn added to its end tokens."""
     known = (text / "generation_config.json").is_file()
     config = GenerationConfig.from_pretrained(text) if known else GenerationConfig()
     before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

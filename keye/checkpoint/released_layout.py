@@ -1,9 +1,9 @@
-"""The released Keye-VL-1.5-8B layout as data: names of parameters, fields of config.json, what serving engines read.
+"""The released Keye-VL-1.5-8B layout: names of parameters, fields of config.json, files that serving engines read.
 
 Sources: vLLM's `keye.py` and `keye_vl1_5.py` (modules, weight loading, the config fields they touch), keye-vl-utils
 1.5.2 (pixels), the release's processor as proposed to transformers. The released tower is SigLIP's below
-`visual.vision_model`, the projector is `mlp_AR`, and the decoder is Qwen3 with its own names, whose config lies flat in
-config.json.
+`visual.vision_model`, the projector is `mlp_AR`, and the decoder is Qwen3 with its own names; its config fields are at
+the top level of config.json.
 """
 
 import re
@@ -14,14 +14,14 @@ from keye.errors import CheckpointError
 
 MODEL_TYPE, ARCHITECTURE = "KeyeVL1_5", "KeyeVL1_5ForConditionalGeneration"
 
-# Ours → released. Every parameter of the model begins with one of the four.
+# Ours → released. Every parameter of the model starts with one of the four.
 PREFIXES = {
     "model.visual.": "visual.vision_model.",
     "model.projector.": "mlp_AR.",
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
-# The same for transformers' `key_mapping` (patterns → replacements); none of them touches our own names.
+# The same for transformers' `key_mapping` (patterns → replacements); no pattern matches our own names.
 KEY_MAPPING = {
     r"^visual\.vision_model\.": "model.visual.",
     r"^mlp_AR\.": "model.projector.",
@@ -30,8 +30,8 @@ KEY_MAPPING = {
 
 PACKING = "visual.vision_model.embeddings.packing_position_embedding.weight"
 PACKING_ROWS = 32_768
-# What the release holds and its forward pass never reads. vLLM skips the head, but makes a packing table and wants it
-# from the files; so an export always has one.
+# Parameters of the release that its forward pass never reads. vLLM skips the head, but has a packing table and loads it
+# from the files; an export therefore always has one.
 UNUSED = {
     "visual.vision_model.head.": "SigLIP's pooling head",
     PACKING: "positions of packed rows, which interpolation replaces",
@@ -45,7 +45,7 @@ UNUSED_PATTERNS = [
 VISION_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "layer_norm_eps",
 )  # fmt: skip
-# Fields that engines read and that are the same in every Keye-VL-1.5.
+# Fields that engines read, with the same values in every Keye-VL-1.5.
 VISION_CONSTANTS = {
     "model_type": MODEL_TYPE,
     "num_channels": 3,
@@ -61,15 +61,15 @@ TEXT_FIELDS = (
     "attention_bias", "attention_dropout", "use_sliding_window", "sliding_window", "max_window_layers",
     "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
-# SigLIP's parameters that the tower has, below `vision_model.`; the rest is its pooling head and its text tower, which
-# stage 0 alone uses (`stages.contrastive`).
+# SigLIP's parameters below `vision_model.` that the tower has; the others are its pooling head and its text tower,
+# which only stage 0 uses (`stages.contrastive`).
 TOWER = re.compile(r"(embeddings\.(patch|position)_embedding|encoder\.layers\.\d+|post_layernorm)\.")
 ID_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 PROCESSOR_CLASS, IMAGE_PROCESSOR = "KeyeVL1_5Processor", "KeyeVL1_5ImageProcessor"
 TOKEN_SIDE = 28  # pixels along a token: two patches of 14
 IMAGE_TOKENS = (4, 20_480)  # keye-vl-utils 1.5.2
-# preprocessor_config.json; `min_pixels` and `max_pixels` go beside these.
+# preprocessor_config.json, without `min_pixels` and `max_pixels`.
 PREPROCESSOR = {
     "processor_class": PROCESSOR_CLASS,
     "image_processor_type": IMAGE_PROCESSOR,
@@ -88,7 +88,7 @@ PREPROCESSOR = {
 
 
 def to_released(name: str) -> str:
-    """The released name of one of our parameters; KeyError for a name that is none of ours."""
+    """The released name of one of our parameters; KeyError for another name."""
     for ours, theirs in PREFIXES.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
@@ -96,7 +96,7 @@ def to_released(name: str) -> str:
 
 
 def from_released(name: str) -> str | None:
-    """Our name of a released parameter, None for what the model does not need (`UNUSED`); an unknown name stays."""
+    """Our name of a released parameter, None if the model does not need it (`UNUSED`); an unknown name is returned."""
     if unused(name) is not None:
         return None
     for ours, theirs in PREFIXES.items():
@@ -106,21 +106,21 @@ def from_released(name: str) -> str | None:
 
 
 def unused(name: str) -> str | None:
-    """Why a released parameter is left out, None when it is needed."""
+    """Why a released parameter is not needed, None if it is needed."""
     if name.endswith("rotary_emb.inv_freq"):
-        return "tables that are computed"
+        return "computed tables"
     return next((why for prefix, why in UNUSED.items() if name.startswith(prefix)), None)
 
 
 def mrope_section(head_dim: int) -> list[int]:
-    """How many frequencies turn with time, height and width: 16/24/24 of 64, scaled to the head."""
+    """How many frequencies rotate with time, height and width: 16/24/24 of 64, scaled to the head."""
     half = head_dim // 2
     time, height = round(half * 16 / 64), round(half * 24 / 64)
     return [time, height, half - time - height]
 
 
 def is_released(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is laid out as the release's: decoder fields flat, names of the release in the weights."""
+    """Whether config.json has the released layout: decoder fields at the top level, released names in the weights."""
     return "text_config" not in config and "hidden_size" in config
 
 
@@ -137,7 +137,7 @@ def config_from_released(config: Mapping[str, Any]) -> dict[str, Any]:
     text = {name: config[name] for name in TEXT_FIELDS if config.get(name) is not None}
     text["model_type"] = "qwen3"
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    # Written by transformers 5 as rope_parameters, before as rope_scaling beside rope_theta.
+    # transformers 5 writes rope_parameters, earlier ones rope_scaling and rope_theta.
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     section = list(rope.pop("mrope_section", None) or mrope_section(head))
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
@@ -167,11 +167,13 @@ def config_to_released(config: Mapping[str, Any]) -> dict[str, Any]:
     vision, text = config["vision_config"], config["text_config"]
     if text["model_type"] != "qwen3":
         raise CheckpointError(
-            f"text_config.model_type is {text['model_type']}: serving engines build Keye-VL-1.5 with a Qwen3 decoder "
-            "and no other; keep this model in its own layout"
+            f"text_config.model_type is {text['model_type']}: serving engines build Keye-VL-1.5 with Qwen3 only; "
+            "keep this model in its own layout"
         )
     if not vision.get("rotary", True) or vision.get("rope_theta", 10_000.0) != 10_000.0:
-        raise CheckpointError("vision_config: the released tower always turns by 2-D RoPE of base 10000; set rotary so")
+        raise CheckpointError(
+            "vision_config: the released tower always has 2-D RoPE of base 10000; set rotary and rope_theta so"
+        )
     rope = dict(text.get("rope_parameters") or {})
     theta, kind = rope.pop("rope_theta", 1_000_000.0), rope.pop("rope_type", "default")
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
@@ -195,7 +197,7 @@ def config_to_released(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preprocessor(image: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """preprocessor_config.json for serving; `image` holds `min_tokens` and `max_tokens` of a still."""
+    """preprocessor_config.json for serving; image: `min_tokens` and `max_tokens` of an image."""
     image = image or {}
     low, high = image.get("min_tokens") or IMAGE_TOKENS[0], image.get("max_tokens") or IMAGE_TOKENS[1]
     pixels = {"min_pixels": low * TOKEN_SIDE**2, "max_pixels": high * TOKEN_SIDE**2}
@@ -203,7 +205,7 @@ def preprocessor(image: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 
 def decoder_name(name: str) -> str | None:
-    """Our name of a parameter of a transformers decoder (`ForCausalLM` or bare); None for tables."""
+    """Our name of a parameter of a transformers decoder (`ForCausalLM` or bare); None for computed tables."""
     if name.endswith("rotary_emb.inv_freq"):
         return None
     if name.startswith("lm_head."):

@@ -1,10 +1,9 @@
 """Checkpoints as streams: the tensors of a safetensors directory, read, changed and written one at a time.
 
-A file is eight bytes of header length, a JSON header (dtype, shape and place of each tensor) and the bytes. Headers are
-read first, so that everything that is wrong is known before anything is written; then each tensor travels alone, in
-pieces of 16 MiB when nothing in it changes. Peak memory is therefore that of the largest tensor that is computed or
-cast, far below one shard, and bytes that are only renamed are the same bytes (safetensors' own reader maps a whole
-shard, its writer copies one).
+A file is eight bytes of header length, a JSON header (dtype, shape and offsets of each tensor) and the bytes. Headers
+are read first, so that every error is found before anything is written. Then each tensor is copied alone, in pieces of
+16 MiB if it does not change. Peak memory is that of the largest tensor that is computed or cast, and a renamed tensor
+keeps its bytes. safetensors' own writer needs all tensors of a file in memory (docs/decisions.md).
 """
 
 import json
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from keye.errors import CheckpointError
@@ -33,12 +33,12 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Progress = Callable[[int, int], None]
-"""Told (bytes written, bytes in all) after every piece."""
+"""Called with (bytes written, total bytes) after every piece."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file: `code` its dtype there, `start` and `size` its bytes' place."""
+    """A tensor in a safetensors file. code: its dtype there; start, size: of its bytes in the file."""
 
     path: Path
     code: str
@@ -48,11 +48,18 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """None for the dtypes that are only ever copied (8-bit floats)."""
+        """None for dtypes that can only be copied (8-bit floats)."""
         return DTYPES.get(self.code)
 
+    @property
+    def known_dtype(self) -> torch.dtype:
+        """`dtype`; CheckpointError for one that can only be copied."""
+        if self.dtype is None:
+            raise CheckpointError(f"{self.path}: a tensor of dtype {self.code} can be copied but not changed")
+        return self.dtype
+
     def pieces(self) -> Iterator[bytes]:
-        """The tensor's bytes as they are."""
+        """The tensor's bytes, unchanged."""
         with self.path.open("rb") as file:
             file.seek(self.start)
             left = self.size
@@ -62,33 +69,31 @@ class Stored:
                 yield piece
 
     def read(self) -> Tensor:
-        """The tensor itself, in memory of its own."""
-        if self.dtype is None:
-            raise CheckpointError(f"{self.path}: a tensor of dtype {self.code} can be copied but not changed")
+        """The tensor, in its own memory."""
+        dtype = self.known_dtype
         raw = torch.empty(self.size, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(self.start)
             file.readinto(raw.numpy())
-        return raw.view(self.dtype).reshape(self.shape)
+        return raw.view(dtype).reshape(self.shape)
 
     def mapped(self) -> Tensor:
-        """The tensor as pages of its file: read when they are touched, and held once for all processes of a machine.
+        """The tensor as pages of its file: read on access, and in memory once for all processes of a machine.
 
-        Writing to it changes neither the file nor what other processes see.
+        Writing to it changes neither the file nor the tensor in other processes.
         """
-        if self.dtype is None:
-            raise CheckpointError(f"{self.path}: a tensor of dtype {self.code} can be copied but not changed")
-        count = self.size // self.dtype.itemsize
+        dtype = self.known_dtype
+        count = self.size // dtype.itemsize
         if not count:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=dtype)
         first = self.start - self.start % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
             size = self.start - first + self.size
             pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=first)
-        return torch.frombuffer(pages, dtype=self.dtype, count=count, offset=self.start - first).reshape(self.shape)
+        return torch.frombuffer(pages, dtype=dtype, count=count, offset=self.start - first).reshape(self.shape)
 
     def to(self, dtype: torch.dtype | None) -> "Stored | Computed":
-        """The same tensor in another floating dtype; itself when that changes nothing."""
+        """The same tensor in another floating dtype; itself if it has that dtype or is not floating."""
         if dtype in (None, self.dtype) or self.dtype is None or not self.dtype.is_floating_point:
             return self
         return Computed(self.shape, dtype, lambda: self.read().to(dtype))
@@ -96,7 +101,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor that is made when its turn comes: shape and dtype are known before."""
+    """A tensor that is computed when it is written; its shape and dtype are known before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -117,7 +122,7 @@ class Computed:
     def pieces(self) -> Iterator[memoryview]:
         tensor = self.make().detach().to("cpu", self.dtype).contiguous()
         if tensor.shape != self.shape:
-            raise ValueError(f"promised {self.shape}, made {tuple(tensor.shape)}")
+            raise ValueError(f"expected a tensor of shape {self.shape}, got {tuple(tensor.shape)}")
         raw = tensor.reshape(-1).view(torch.uint8).numpy()
         for at in range(0, len(raw), PIECE):
             yield memoryview(raw[at : at + PIECE])
@@ -127,20 +132,19 @@ Tensors = Mapping[str, Stored | Computed]
 
 
 def of(tensor: Tensor) -> Computed:
-    """A tensor that is already in memory."""
+    """A tensor in memory as a `Computed`."""
     return Computed(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def open_checkpoint(directory: str | Path) -> dict[str, Stored]:
-    """All tensors of a directory's safetensors files, by name; nothing but headers is read.
+    """All tensors of a directory's safetensors files, by name; only headers are read.
 
     Raises:
-        CheckpointError: no such directory, no safetensors in it, a shard that the index names but that is not there, or
-            a file that is cut short.
+        CheckpointError: no such directory, no safetensors in it, a missing shard of the index, or a truncated file.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; name one that holds config.json and safetensors files")
+        raise CheckpointError(f"{directory}: no such directory; name one with config.json and safetensors files")
     index = directory / INDEX
     if index.is_file():
         files = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -173,47 +177,50 @@ def _header(path: Path) -> dict[str, Stored]:
         begin = 8 + length
         found = {
             name: Stored(
-                path, told["dtype"], tuple(told["shape"]), begin + told["data_offsets"][0],
-                told["data_offsets"][1] - told["data_offsets"][0],
+                path, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
             )
-            for name, told in header.items()
+            for name, entry in header.items()
         }  # fmt: skip
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a safetensors file or damaged; download or save it again") from error
     end = max((t.start + t.size for t in found.values()), default=begin)
     if end > size:
-        raise CheckpointError(f"{path}: cut short, {size:,} bytes of {end:,}; download it again")
+        raise CheckpointError(f"{path}: truncated, {size:,} bytes of {end:,}; download it again")
     return found
 
 
 def write_shards(
     tensors: Tensors, out: Path, max_shard: int = MAX_SHARD, progress: Progress | None = None
 ) -> list[str]:
-    """Write tensors in the order given as `model.safetensors`, or as numbered shards with an index.
+    """Write tensors in the given order as `model.safetensors`, or as numbered shards with an index.
 
-    A shard is closed before the tensor that would take it over `max_shard` bytes. Returns the names of the files.
+    Args:
+        tensors: name → tensor, one or more.
+        out: an existing directory.
+        max_shard: bytes of a shard; only a tensor that is larger than this gives a larger shard, of its own.
+        progress: called with (bytes written, total bytes) after every piece.
+
+    Returns:
+        The names of the files.
     """
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and filled + tensor.size > max_shard:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += tensor.size
-    total, done = sum(t.size for t in tensors.values()), 0
-    files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    if len(groups) == 1:
-        files = ["model.safetensors"]
-    for file, names in zip(files, groups, strict=True):
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard,
+    )
+    done = 0
+    for file, names in split.filename_to_tensors.items():
         for written in _write({name: tensors[name] for name in names}, out / file):
             done += written
             if progress is not None:
-                progress(done, total)
-    if len(groups) > 1:
-        places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
-    return files
+                progress(done, split.metadata["total_size"])
+    if split.is_sharded:
+        write_json(
+            out / INDEX, {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        )
+    return list(split.filename_to_tensors)
 
 
 def _write(tensors: Tensors, path: Path) -> Iterator[int]:
@@ -224,21 +231,21 @@ def _write(tensors: Tensors, path: Path) -> Iterator[int]:
         header[name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.size]}
         at += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of eight
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             for piece in tensor.pieces():
                 yield file.write(piece)
-                del piece  # it is a view of its tensor, which must be gone before the next is made
+                del piece  # a view of its tensor, which must be freed before the next is computed
 
 
 @contextmanager
-def whole_directory(out: str | Path) -> Iterator[Path]:
-    """A directory that appears under its name only when it is complete; what was begun is removed after an error.
+def atomic_directory(out: str | Path) -> Iterator[Path]:
+    """A directory that appears under its name only when it is complete, and is removed after an error.
 
     Raises:
-        CheckpointError: `out` is there already and not empty.
+        CheckpointError: `out` exists and is not empty.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -256,7 +263,7 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file; CheckpointError when it is missing or broken."""
+    """The content of a JSON file; CheckpointError if it is missing or invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -266,17 +273,17 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, values: object) -> None:
-    """Indented, as transformers writes them."""
+    """Write a JSON file, indented as transformers does."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass
 class Report:
-    """How the tensors of a source fit a model; printing it gives one line for each kind of difference.
+    """How the tensors of a source fit a model; as text it has one line for each kind of difference.
 
-    missing: the model has them, the source has not. unexpected: the other way round. mismatched: (name, shape in the
-    source, shape in the model). left_out: known and not needed, by reason. made: tensors that no source holds and that
-    were drawn at random or extended, by reason. notes: sentences on what else is worth knowing.
+    missing: only in the model. unexpected: only in the source. mismatched: (name, shape in the source, shape in the
+    model). left_out: known and not needed, by reason. made: tensors without a source that were initialised at random or
+    extended, by reason. notes: further messages. loaded: number of tensors that fit.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -289,11 +296,11 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Nothing missing, unexpected or of another shape."""
+        """Whether nothing is missing, unexpected or of another shape."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def compare(self, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> "Report":
-        """Fill in what differs between tensors and the names and shapes of a model."""
+        """Record the differences between tensors and the names and shapes of a model."""
         self.missing = [name for name in expected if name not in tensors]
         self.unexpected = [name for name in tensors if name not in expected]
         both = [name for name in expected if name in tensors]
@@ -306,12 +313,12 @@ class Report:
         return self
 
     def refuse(self, where: object, allow_missing: bool = False) -> None:
-        """CheckpointError unless all fits; `allow_missing` lets the model keep what it has for the missing ones."""
+        """Raise CheckpointError unless all tensors fit; `allow_missing` accepts missing ones."""
         if self.mismatched:
             name, there, here = self.mismatched[0]
             raise CheckpointError(
                 f"{where}: {name} has shape {list(there)}, the model's is {list(here)} ({len(self.mismatched)} such); "
-                "config.json and the weights are not of one model"
+                "config.json and the weights belong to different models"
             )
         if self.missing and not allow_missing:
             raise CheckpointError(
@@ -322,7 +329,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.loaded} tensors fit"]
         for reason, names in self.made.items():
-            lines.append(f"{len(names)} made here, {reason}: {', '.join(folded(names)[:4])}")
+            lines.append(f"{len(names)} created, {reason}: {', '.join(folded(names)[:4])}")
         for reason, names in self.left_out.items():
             lines.append(f"{len(names)} left out, {reason}: {', '.join(folded(names)[:4])}")
         for title, names in (("missing", self.missing), ("unexpected", self.unexpected)):

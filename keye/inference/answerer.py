@@ -1,4 +1,4 @@
-"""Requests → answers of one model, within a bounded number of places; nothing of HTTP."""
+"""Requests → answers of one model, for a bounded number of requests at a time; no HTTP."""
 
 import contextlib
 import threading
@@ -16,17 +16,24 @@ from keye.processor.processor import KeyeProcessor
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether an address can be reached from this machine only."""
     with contextlib.suppress(ValueError):
         return ip_address(host).is_loopback
     return host == "localhost"
 
 
 class Answerer:
-    """The model, and the places before it.
+    """The model, its processor, and the places for requests.
 
-    name: what the model is called in requests. most_tokens: of one answer. batch: answers generated side by side.
-    waiting: further requests that may wait; one more is refused with 429.
+    Args:
+        model, processor: of one directory.
+        name: of the model in requests.
+        most_tokens: of one answer.
+        batch: number of answers generated together.
+        waiting: number of further requests that may wait; one more gets status 429.
+
+    Raises:
+        KeyeError: a batch below 1 or a negative queue.
     """
 
     def __init__(
@@ -41,20 +48,20 @@ class Answerer:
         if batch < 1 or waiting < 0:
             raise KeyeError(f"--batch {batch} must be at least 1 and --queue {waiting} at least 0")
         self.model, self.processor, self.name, self.most_tokens = model, processor, name, most_tokens
-        self.batch, self.places, self.began = batch, batch + waiting, int(time.time())
+        self.batch, self.places, self.created = batch, batch + waiting, int(time.time())
         self.context = model.config.text_config.max_position_embeddings
         self._taken, self._lock = 0, threading.Lock()
         self._engine: BatchEngine | None = None
 
     @contextlib.contextmanager
     def place(self) -> Iterator[Callable[[], None]]:
-        """One of the places for requests, taken before the body is read; RequestError when all are taken.
+        """Take one of the places for requests, before the body is read; RequestError if all are taken.
 
-        Gives what frees it early, as soon as the answer is generated.
+        Yields a function that frees the place early, when the answer is generated.
         """
         with self._lock:
             if self._taken >= self.places:
-                raise RequestError(f"{self.places} requests are being answered already; try again later", 429, "busy")
+                raise RequestError(f"{self.places} requests are in progress; try again later", 429, "busy")
             self._taken += 1
         held = [True]
 
@@ -69,7 +76,7 @@ class Answerer:
             release()
 
     def start(self, request: Request) -> Answering:
-        """The answer to a request, to be iterated over; clips that are too long for the context are thinned."""
+        """The answer to a request, for iteration; clips that are too long for the context are made smaller."""
         if request.model not in (None, "", self.name):
             raise RequestError(f"there is no model {request.model!r} here, only {self.name}", 404, "model_not_found")
         wanted = min(request.sampling.max_new_tokens, max(1, self.context // 2))
@@ -87,7 +94,7 @@ class Answerer:
 
     @property
     def engine(self) -> BatchEngine:
-        """The engine that generates, begun with the first request."""
+        """The engine that generates, started with the first request."""
         with self._lock:
             if self._engine is None:
                 self._engine = BatchEngine(self.model, self.batch)
@@ -99,8 +106,8 @@ class Answerer:
             self._engine.close()
 
 
-def in_words_of_a_request(error: KeyeError) -> str:
-    """What is wrong, with a remedy that the sender of a request has; the encoder's own names arguments of Python."""
+def message_for_client(error: KeyeError) -> str:
+    """The error's message with a remedy for the sender of a request, instead of one that names Python arguments."""
     if isinstance(error, RequestError):
         return str(error)
     fault = str(error).split("; ")[0]

@@ -1,7 +1,7 @@
-"""One answer of the model as it is written: pieces of text, what of it is thought, and what it took.
+"""One answer of the model while it is generated: pieces of text, split into thought and answer, and its statistics.
 
-`Answering` runs `generate` in a thread of its own, `BatchedAnswering` takes part in a running batch. Whoever reads the
-pieces can stop at any time: between two tokens, and during the prompt between two layers.
+`Answering` runs `generate` in its own thread; `BatchedAnswering` joins a running batch. The reader of the pieces can
+stop at any time: between two tokens, and during the prompt between two layers.
 """
 
 import queue
@@ -25,7 +25,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 class Piece(NamedTuple):
-    """A few characters of a reply; thinking: whether they belong to its thought."""
+    """Some text of a reply; thinking: whether it belongs to the thought."""
 
     text: str
     thinking: bool
@@ -33,12 +33,11 @@ class Piece(NamedTuple):
 
 @dataclass
 class Figures:
-    """What a reply took.
+    """The statistics of a reply.
 
-    prompt_tokens, of which cached_tokens were in the cache already; seconds until the first token (prefill_seconds) and
-    from there to the last (decode_seconds). new_tokens: of the reply; where a stop text ended it, up to the token that
-    completed the text, though the model may have written a few more. finish: "stop" (the model ended), "length" or
-    "interrupted".
+    prompt_tokens, of which cached_tokens were in the cache. new_tokens: of the reply; after a stop text, those up to
+    the token that completed it. prefill_seconds: until the first token. decode_seconds: from the first token to the
+    last. finish: "stop" (an end token or a stop text), "length" or "interrupted".
     """
 
     prompt_tokens: int = 0
@@ -50,12 +49,12 @@ class Figures:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: the first token counts to the prompt's time. NaN for fewer than two."""
+        """Of decoding, without the first token, which belongs to the prefill. NaN for fewer than two tokens."""
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else float("nan")
 
 
 class _Counted(Iterator[int]):
-    """Counts what is read of an iterator."""
+    """An iterator that counts its items."""
 
     def __init__(self, items: Iterator[int]) -> None:
         self.items, self.count = items, 0
@@ -67,17 +66,25 @@ class _Counted(Iterator[int]):
 
 
 class _Stopped(Exception):
-    """Raised inside the model to leave a prompt that nobody waits for."""
+    """Raised inside the model to leave a prompt whose reader has stopped."""
 
 
 @dataclass
 class Answering:
-    """A reply to `inputs`, drawn while it is iterated over: gives `Piece`s; `text` and `figures` grow meanwhile.
+    """A reply to `inputs`. Iterating generates it and gives `Piece`s, while `text` and `figures` are updated.
 
-    Closing the iterator, or an exception in its reader, stops the model. Afterwards `sequence` holds the ids of prompt
-    and reply; None if the model was stopped within the prompt (then `cache` cannot be used again).
+    Closing the iterator, or an exception in its reader, stops the model. Afterwards `sequence` has the ids of prompt
+    and reply `[L]`; None if the model was stopped within the prompt (`cache` cannot be used again then).
 
-    inputs: a processor's, one row. cache: a transformers cache to go on from; it grows.
+    Args:
+        model: a `KeyeForConditionalGeneration`.
+        tokenizer: the processor's.
+        inputs: the processor's, one row.
+        sampling: how tokens are chosen.
+        cache: a transformers cache to continue from; it grows.
+
+    Raises:
+        KeyeError: while iterating, if the model fails.
     """
 
     model: nn.Module
@@ -119,25 +126,25 @@ class Answering:
                 self.figures.finish = "length"
         if isinstance(self._failure, torch.OutOfMemoryError):
             raise KeyeError(
-                f"the device's memory does not hold this chat of {self.figures.prompt_tokens} tokens; use shorter clips"
+                f"this chat of {self.figures.prompt_tokens} tokens does not fit into memory; use shorter clips"
                 " or a smaller budget"
             ) from self._failure
         if self._failure is not None:
             reason = (str(self._failure).splitlines() or [""])[0][:200]
             raise KeyeError(
-                f"the model failed on this chat ({type(self._failure).__name__}: {reason}); ask again without its clips"
+                f"the model failed on this chat ({type(self._failure).__name__}: {reason}); try it without its clips"
                 " to see whether they are the cause"
             ) from self._failure
 
     def _start(self) -> Callable[[], object]:
-        """Begin to generate; what is returned waits for the end."""
+        """Start generation; the returned function waits for its end."""
         worker = threading.Thread(target=self._generate, daemon=True, name="keye-answer")
         stop_at_exit(worker, self._stop.set)
         worker.start()
         return worker.join
 
     def stop(self) -> None:
-        """Ask the model to end the reply at the next token; the iterator then ends by itself."""
+        """End the reply at the next token; the iterator then ends by itself."""
         self._stop.set()
 
     def _ended(self) -> bool:
@@ -145,13 +152,12 @@ class Answering:
 
     def _ends(self) -> list[int]:
         """Ids that end a reply: the model's own, and the tokenizer's end of a turn."""
-        told = self.model.generation_config.eos_token_id
-        told = told if isinstance(told, list) else [told]
-        return sorted({end for end in (*told, self.tokenizer.eos_token_id) if end is not None})
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
 
     def _generate(self) -> None:
-        began = time.perf_counter()
-        streamer = _Streamer(self._tokens, self.figures, began)
+        streamer = _Streamer(self._tokens, self.figures)
         hooks = [
             layer.register_forward_pre_hook(self._leave)
             for layers in self.model.modules()
@@ -173,7 +179,7 @@ class Answering:
             self.sequence = rows[0].cpu()
         except _Stopped:
             pass
-        except BaseException as error:  # whatever it is, the reader is told
+        except BaseException as error:  # the reader raises it
             self._failure = error
         finally:
             for hook in hooks:
@@ -187,38 +193,39 @@ class Answering:
 
 @dataclass
 class BatchedAnswering(Answering):
-    """The same reply from a `BatchEngine`, beside those to other requests; without a cache to go on from."""
+    """The same reply from a `BatchEngine`, in a batch with other requests; without a cache to continue from."""
 
     engine: BatchEngine | None = None
 
     def _start(self) -> Callable[[], object]:
         self._done = threading.Event()
-        self._streamer = _Streamer(self._tokens, self.figures, time.perf_counter())
+        self._streamer = _Streamer(self._tokens, self.figures)
         self._streamer.prompt = False
         self.engine.submit(self, self.inputs, self.sampling, self._ends())
         return self._done.wait
 
     @property
     def stopped(self) -> bool:
-        """Whether the reader has left."""
+        """Whether the reader has stopped."""
         return self._stop.is_set()
 
     def emit(self, token: int) -> None:
-        """One more token, from the engine."""
+        """Receive a token from the engine."""
         self._streamer.put(torch.tensor([token]))
 
     def done(self, sequence: Tensor | None, error: BaseException | None) -> None:
-        """The end, from the engine."""
+        """Receive the end from the engine: the ids `[L]` of prompt and reply, or an error."""
         self.sequence, self._failure = sequence, error
         self._tokens.put(None)
         self._done.set()
 
 
 class _Streamer(BaseStreamer):
-    """Hands on each new token and keeps the time. `generate` gives the prompt first."""
+    """Forwards each new token and measures time. `generate` gives the prompt first."""
 
-    def __init__(self, tokens: "queue.SimpleQueue[int | None]", figures: Figures, began: float) -> None:
-        self.tokens, self.figures, self.began, self.prompt = tokens, figures, began, True
+    def __init__(self, tokens: "queue.SimpleQueue[int | None]", figures: Figures) -> None:
+        self.tokens, self.figures, self.prompt = tokens, figures, True
+        self.started = time.perf_counter()
 
     def put(self, value: Tensor) -> None:
         if self.prompt:
@@ -229,8 +236,8 @@ class _Streamer(BaseStreamer):
             figures.new_tokens += 1
             self.tokens.put(token)
         if figures.new_tokens == 1:
-            figures.prefill_seconds = now - self.began
-        figures.decode_seconds = now - self.began - figures.prefill_seconds
+            figures.prefill_seconds = now - self.started
+        figures.decode_seconds = now - self.started - figures.prefill_seconds
 
     def end(self) -> None:
         pass
@@ -245,78 +252,77 @@ class _When(StoppingCriteria):
 
 
 def detokenize(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
-    """Token ids, as they come, → their text without special tokens; characters of several tokens come whole."""
+    """Token ids → their text without special tokens, as soon as all tokens of a character are there."""
     line: list[int] = []
-    shown = ""
+    emitted = ""
     for token in ids:
         line.append(token)
         text = tokenizer.decode(line, skip_special_tokens=True)
         if text.endswith("\ufffd") and len(line) < 4096:  # the rest of a character is to come
             continue
-        if len(text) > len(shown):
-            yield text[len(shown) :]
-        # A finished line is let go, so that a long answer is not decoded from its beginning for every token.
-        line, shown = ([], "") if text.endswith("\n") else (line, text)
+        if len(text) > len(emitted):
+            yield text[len(emitted) :]
+        # A finished line is dropped, so that a long answer is not decoded from its beginning for every token.
+        line, emitted = ([], "") if text.endswith("\n") else (line, text)
     rest = tokenizer.decode(line, skip_special_tokens=True)
-    if len(rest) > len(shown):
-        yield rest[len(shown) :]
+    if len(rest) > len(emitted):
+        yield rest[len(emitted) :]
 
 
 class StopTexts:
-    """Cuts a stream of text before the first of some texts; `found` says afterwards whether there was one."""
+    """Ends a stream of text before the first stop text; afterwards `found` tells whether there was one."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts, self.found = texts, False
 
     def __call__(self, stream: Iterable[str]) -> Iterator[str]:
-        held = ""
+        pending = ""
         for text in stream:
-            held += text
-            places = [place for stop in self.texts if (place := held.find(stop)) >= 0]
+            pending += text
+            places = [place for stop in self.texts if (place := pending.find(stop)) >= 0]
             if places:
                 self.found = True
-                held = held[: min(places)]
+                pending = pending[: min(places)]
                 break
-            kept = _unsure(held, self.texts)
-            if out := held[: len(held) - kept]:
-                yield out
-            held = held[len(held) - kept :]
-        if held:
-            yield held
+            certain = len(pending) - _partial_match(pending, self.texts)
+            if certain:
+                yield pending[:certain]
+            pending = pending[certain:]
+        if pending:
+            yield pending
 
 
 class ThoughtSplit:
-    """Splits a stream of text at `<think>`, `</think>`, `<answer>` and `</answer>`, which vanish."""
+    """Splits a stream of text at `<think>`, `</think>`, `<answer>` and `</answer>`, and removes these tags."""
 
     def __init__(self) -> None:
-        self._held, self._thinking, self._begun = "", False, False
+        self._pending, self._thinking, self._started = "", False, False
 
     def feed(self, text: str) -> Iterator[Piece]:
-        """The pieces that are certain now; what may become a tag waits."""
-        self._held += text
-        while found := [(place, tag) for tag in TAGS if (place := self._held.find(tag)) >= 0]:
+        """The pieces that are certain; text that may become a tag is kept back."""
+        self._pending += text
+        while found := [(place, tag) for tag in TAGS if (place := self._pending.find(tag)) >= 0]:
             place, tag = min(found)
-            yield from self._say(self._held[:place].rstrip())
-            self._held = self._held[place + len(tag) :]
-            self._thinking, self._begun = tag == "<think>", False
-        # White space before a tag is no part of what is said, and a tag may be about to come.
-        kept = _unsure(self._held, TAGS)
-        sure = self._held[: len(self._held) - kept].rstrip()
-        self._held = self._held[len(sure) :]
-        yield from self._say(sure)
+            yield from self._piece(self._pending[:place].rstrip())
+            self._pending = self._pending[place + len(tag) :]
+            self._thinking, self._started = tag == "<think>", False
+        # White space before a tag is dropped, and a tag may follow.
+        certain = self._pending[: len(self._pending) - _partial_match(self._pending, TAGS)].rstrip()
+        self._pending = self._pending[len(certain) :]
+        yield from self._piece(certain)
 
     def close(self) -> Iterator[Piece]:
-        """What is left when no more text comes."""
-        yield from self._say(self._held.rstrip())
-        self._held = ""
+        """The rest, at the end of the text."""
+        yield from self._piece(self._pending.rstrip())
+        self._pending = ""
 
-    def _say(self, text: str) -> Iterator[Piece]:
-        text = text if self._begun else text.lstrip()
+    def _piece(self, text: str) -> Iterator[Piece]:
+        text = text if self._started else text.lstrip()
         if text:
-            self._begun = True
+            self._started = True
             yield Piece(text, self._thinking)
 
 
-def _unsure(text: str, tags: Sequence[str]) -> int:
-    """How many characters at the end of the text may be the beginning of one of the tags."""
+def _partial_match(text: str, tags: Sequence[str]) -> int:
+    """The number of characters at the end of the text that may be the start of a tag."""
     return max((n for tag in tags for n in range(1, len(tag)) if text.endswith(tag[:n])), default=0)

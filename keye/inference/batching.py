@@ -1,7 +1,7 @@
-"""Several replies generated side by side by one model: a request joins the running batch as soon as there is room.
+"""Continuous batching: one model generates several replies, and a request joins the running batch when there is room.
 
-One thread owns the model. It reads a new prompt alone, pads the key-value caches on the left to one length, and from
-then on decodes a token for every row at a time. A row that ends leaves, and padding that no row needs is cut off.
+One thread runs the model. It prefills a new prompt alone, pads the key-value caches on the left to one length, and then
+decodes a token for every row per step. A row that ends leaves the batch, and padding that no row needs is removed.
 """
 
 import atexit
@@ -27,24 +27,24 @@ from keye.inference.sampling import Sampling
 
 
 class Reader(Protocol):
-    """Who waits for a reply. All methods are called from the engine's thread."""
+    """The receiver of a reply. All methods are called from the engine's thread."""
 
     @property
     def stopped(self) -> bool:
-        """Whether the reply is no longer wanted."""
+        """Whether the reply is no longer needed."""
         ...
 
     def emit(self, token: int) -> None:
-        """One more token of the reply."""
+        """Receive a token of the reply."""
         ...
 
     def done(self, sequence: Tensor | None, error: BaseException | None) -> None:
-        """The end. sequence: ids of prompt and reply `[L]`, None when the prompt was not finished."""
+        """Receive the end. sequence: ids of prompt and reply `[L]`, None if the prompt was not finished."""
         ...
 
 
 class _Stopped(Exception):
-    """Leaves a prompt that nobody waits for."""
+    """Leaves a prompt whose reader has stopped."""
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class _Row:
     finished: bool = False
 
     def finish(self, sequence: Tensor | None = None, error: BaseException | None = None) -> None:
-        """Tells the reader of the end, once."""
+        """Report the end to the reader, once."""
         if not self.finished:
             self.finished = True
             self.reader.done(sequence, error)
@@ -73,7 +73,7 @@ class BatchEngine:
 
     Args:
         model: `KeyeForConditionalGeneration` in eval mode; this engine's thread is the only one that calls it.
-        size: rows decoded side by side at most.
+        size: the most rows decoded together.
     """
 
     def __init__(self, model: nn.Module, size: int = 8) -> None:
@@ -87,11 +87,21 @@ class BatchEngine:
         self._logits = torch.empty(0)
         self._thread = threading.Thread(target=self._work, name="keye-batch", daemon=True)
         self._thread.start()
-        # A thread that is still inside a library when the interpreter ends aborts the process.
+        # A thread inside a library while the interpreter exits aborts the process.
         atexit.register(self.close)
 
     def submit(self, reader: Reader, inputs: Mapping[str, Tensor], sampling: Sampling, ends: Sequence[int]) -> None:
-        """Queue a prompt: `inputs` of one row, as the processor's `collate` makes them. ends: ids that end a reply."""
+        """Queue a prompt.
+
+        Args:
+            reader: receives the reply.
+            inputs: one row, as the processor's `collate` returns it.
+            sampling: how tokens are chosen.
+            ends: ids that end a reply.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
         row = _Row(reader, inputs, sampling, frozenset(ends), [], _processors(sampling, self.model.generation_config))
         if sampling.seed is not None:
             row.generator = torch.Generator(self.model.device).manual_seed(sampling.seed)
@@ -102,7 +112,7 @@ class BatchEngine:
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop after the current token and wait for the thread; replies that are not finished end with an error."""
+        """Stop after the current token and wait for the thread; unfinished replies end with an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -123,11 +133,11 @@ class BatchEngine:
                 left = [row for row in self._waiting if row.reader.stopped]
                 for row in left:
                     self._waiting.remove(row)
-                fresh = self._waiting.popleft() if self._waiting and len(self._rows) < self.size else None
+                new = self._waiting.popleft() if self._waiting and len(self._rows) < self.size else None
             for row in left:
                 row.finish()
-            if fresh is not None:
-                self._admit(fresh)
+            if new is not None:
+                self._admit(new)
             if self._rows:
                 self._step()
         for row in (*self._rows, *self._waiting):
@@ -135,18 +145,18 @@ class BatchEngine:
         self._rows = []
 
     def _admit(self, row: _Row) -> None:
-        """Read a prompt alone and put it beside the running rows."""
+        """Prefill a prompt alone and add it to the running rows."""
         try:
             logits, cache, mask = self._prefill(row)
             if self._rows and self._cache is not None:
-                self._cache, self._mask = _side_by_side(self._cache, self._mask, cache, mask)
+                self._cache, self._mask = _joined(self._cache, self._mask, cache, mask)
                 self._logits = torch.cat([self._logits, logits])
             else:
                 self._cache, self._mask, self._logits = cache, mask, logits
             self._rows.append(row)
         except _Stopped:
             row.finish()
-        except BaseException as error:  # whatever it is, the reader is told, and the other rows go on
+        except BaseException as error:  # the reader gets it, and the other rows continue
             row.finish(error=error)
 
     def _prefill(self, row: _Row) -> tuple[Tensor, DynamicCache, Tensor]:
@@ -172,9 +182,9 @@ class BatchEngine:
         return output.logits[:, -1], output.past_key_values, mask
 
     def _step(self) -> None:
-        """One token for every row; rows that end leave, the others are read on."""
+        """One token for every row; rows that end leave the batch."""
         try:
-            kept = [place for place, row in enumerate(self._rows) if self._drawn(row, self._logits[place])]
+            kept = [place for place, row in enumerate(self._rows) if self._try_draw(row, self._logits[place])]
             if len(kept) < len(self._rows):
                 self._keep(kept)
             if self._rows:
@@ -184,8 +194,8 @@ class BatchEngine:
                 row.finish(error=error)
             self._rows, self._cache = [], None
 
-    def _drawn(self, row: _Row, logits: Tensor) -> bool:
-        """`_draw`, whose failure ends this row alone."""
+    def _try_draw(self, row: _Row, logits: Tensor) -> bool:
+        """`_draw`; a failure ends only this row."""
         try:
             return self._draw(row, logits)
         except Exception as error:
@@ -193,17 +203,17 @@ class BatchEngine:
             return False
 
     def _draw(self, row: _Row, logits: Tensor) -> bool:
-        """Draw a row's next token from logits `[V]`; whether the row goes on."""
+        """Draw a row's next token from logits `[V]`; returns whether the row continues."""
         if row.reader.stopped:
             row.finish(self._sequence(row))
             return False
         config = self.model.config
         scores = logits.float()[None].clone()
-        # A placeholder in a reply would ask for pixels that are not there.
+        # A placeholder in a reply would need pixels, and there are none.
         scores[:, [config.image_token_id, config.video_token_id]] = float("-inf")
         if row.sampling.temperature:
-            shares = row.processors(torch.empty(1, 0, dtype=torch.long), scores).softmax(-1)
-            token = int(torch.multinomial(shares, 1, generator=row.generator))
+            probabilities = row.processors(torch.empty(1, 0, dtype=torch.long), scores).softmax(-1)
+            token = int(torch.multinomial(probabilities, 1, generator=row.generator))
         else:
             token = int(scores.argmax())
         row.tokens.append(token)
@@ -214,7 +224,7 @@ class BatchEngine:
         return True
 
     def _keep(self, places: list[int]) -> None:
-        """Drop all rows but those at `places`, and the padding that only the others needed."""
+        """Keep the rows at `places`, and remove padding that none of them needs."""
         self._rows = [self._rows[place] for place in places]
         if not self._rows:
             self._cache = None
@@ -249,7 +259,7 @@ class BatchEngine:
 
 
 def _processors(sampling: Sampling, defaults: Any) -> LogitsProcessorList:
-    """The warpers of `generate` in its order; what the request leaves open follows the generation config."""
+    """The warpers of `generate` in its order; the generation config gives the defaults."""
     top_k = sampling.top_k if sampling.top_k is not None else defaults.top_k
     top_p = sampling.top_p if sampling.top_p is not None else defaults.top_p
     min_p = sampling.min_p if sampling.min_p is not None else defaults.min_p
@@ -265,9 +275,7 @@ def _processors(sampling: Sampling, defaults: Any) -> LogitsProcessorList:
     return found
 
 
-def _side_by_side(
-    cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor
-) -> tuple[DynamicCache, Tensor]:
+def _joined(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor) -> tuple[DynamicCache, Tensor]:
     """Two caches `[B, H, L, D]` and masks `[B, L]` as one batch, the shorter padded on the left; `cache` is changed."""
     length = max(mask.shape[1], other_mask.shape[1])
     mask = torch.cat([pad(m, (length - m.shape[1], 0)) for m in (mask, other_mask)])
@@ -277,6 +285,8 @@ def _side_by_side(
             raise NotImplementedError(f"{type(mine).__name__} cannot be batched; start the server with --batch 1")
         pairs = ((mine.keys, theirs.keys), (mine.values, theirs.values))
         joined.append([torch.cat([pad(p, (0, 0, length - p.shape[-2], 0)) for p in pair]) for pair in pairs])
-    for mine, (keys, values) in zip(cache.layers, joined, strict=True):  # all or none: the running rows live in here
+    for mine, (keys, values) in zip(
+        cache.layers, joined, strict=True
+    ):  # all layers or none: the running rows use this cache
         mine.keys, mine.values = keys, values
     return cache, mask

@@ -1,4 +1,4 @@
-"""What strangers may hold of a server: connections, seconds, and bytes of bodies that are being read."""
+"""Limits for the clients of a server: connections, seconds, and bytes of request bodies in memory."""
 
 import asyncio
 import contextlib
@@ -16,12 +16,12 @@ ENDING = "the server is shutting down; ask again later"
 
 @dataclass(frozen=True)
 class Limits:
-    """What strangers may hold.
+    """The limits for all clients together and for one request.
 
-    connections: open at a time. head_seconds: until the head of a request is complete. body_seconds: until a body has
-    to come at `body_rate` bytes a second, counted from its first. whole_seconds: until a body is complete, whatever its
-    rate. bytes_in_flight: bytes of all bodies that have arrived, together, as a multiple of the largest body.
-    grace_seconds: what running requests have to finish when the server is told to stop.
+    connections: open at a time. head_seconds: until the head of a request is complete. body_seconds: time that a body
+    has in addition to its bytes at `body_rate` (bytes per second). whole_seconds: until a body is complete, at any
+    rate. bytes_in_flight: received bytes of all bodies together, as a multiple of the largest allowed body.
+    grace_seconds: time for running requests to finish when the server stops.
     """
 
     connections: int = 256
@@ -34,7 +34,7 @@ class Limits:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which closes a connection whose request does not get complete in time."""
+    """uvicorn's HTTP/1.1; closes a connection whose request head is not complete in time."""
 
     def __init__(self, *args: Any, head_seconds: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,7 +63,7 @@ class PatientProtocol(H11Protocol):
 
 
 class Bodies:
-    """Reads bodies within limits of bytes and seconds. largest: bytes of one body."""
+    """Reads request bodies within limits of bytes and seconds. largest: most bytes of one body."""
 
     def __init__(self, largest: int, limits: Limits) -> None:
         self.largest, self.limits = largest, limits
@@ -72,34 +72,34 @@ class Bodies:
         self._closed = False
 
     def check(self, request: HttpRequest) -> None:
-        """RequestError for a body that will not be read."""
-        if "transfer-encoding" in request.headers:  # it would overrule the Content-Length
-            raise RequestError("Transfer-Encoding is not taken; send a Content-Length alone", 411, "length_required")
+        """Raise RequestError for a body that is refused before it is read."""
+        if "transfer-encoding" in request.headers:  # it overrides the Content-Length
+            raise RequestError("Transfer-Encoding is not supported; send only a Content-Length", 411, "length_required")
         try:
             length = int(request.headers["content-length"])
         except (KeyError, ValueError):
             raise RequestError("the request has no Content-Length", 411, "length_required") from None
         if not 0 <= length <= self.largest:
             raise RequestError(f"the body has {length:,} bytes and {self.largest:,} are allowed", 413, "too_large")
-        # Other pages in a browser can post anything but this type without asking first, and they get no leave.
+        # A page in a browser can post other types without a CORS preflight, which is never granted.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("the Content-Type is not application/json", 415, "invalid_request")
 
     @contextlib.asynccontextmanager
     async def read(self, request: HttpRequest) -> AsyncIterator[bytes]:
-        """The body; the bytes that have arrived count against the room of all until the block is left.
+        """The body; its received bytes count against the limit of all bodies until the block ends.
 
         Raises:
-            RequestError: the room is used up (429), the body comes too slowly (408), or the server stops (503).
+            RequestError: the limit is reached (429), the body is too slow (408), or the server stops (503).
         """
         body = bytearray()
         try:
-            await self._arrive(request, body)
+            await self._receive(request, body)
             yield bytes(body)
         finally:
             self._room += len(body)
 
-    async def _arrive(self, request: HttpRequest, body: bytearray) -> None:
+    async def _receive(self, request: HttpRequest, body: bytearray) -> None:
         busy = RequestError("other requests are being read; try again later", 429, "busy")
         if int(request.headers["content-length"]) > self._room:  # before the client sends it all
             raise busy
@@ -122,13 +122,13 @@ class Bodies:
         finally:
             self._reading.discard(limit)
 
-    def _deadline(self, began: float, arrived: int) -> float:
-        """When more has to be there. What is declared buys no time, only what arrives does."""
+    def _deadline(self, began: float, received: int) -> float:
+        """When more bytes are due. Received bytes extend the deadline; the declared length does not."""
         limits = self.limits
-        return began + min(limits.whole_seconds, limits.body_seconds + arrived / limits.body_rate)
+        return began + min(limits.whole_seconds, limits.body_seconds + received / limits.body_rate)
 
     def close(self) -> None:
-        """End all reading, now and from now on. Call it in the event loop."""
+        """End all reading, current and future. Call it in the event loop."""
         self._closed = True
         for limit in self._reading:
             if not limit.expired():

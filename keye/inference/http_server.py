@@ -1,4 +1,4 @@
-"""The HTTP side of `keye serve`: routes, limits and errors. `keye.inference.answerer` makes the answers."""
+"""The HTTP part of `keye serve`: routes, limits and errors. `keye.inference.answerer` generates the answers."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 
 from keye.errors import KeyeError
-from keye.inference.answerer import Answerer, in_words_of_a_request, is_local
+from keye.inference.answerer import Answerer, is_local, message_for_client
 from keye.inference.answering import Answering, Figures
 from keye.inference.openai_format import Access, Request, RequestError, read_request
 
@@ -38,7 +38,7 @@ ANSWER = "/v1/chat/completions"
 
 
 class Server:
-    """A listening server. address: (host, port). `run` answers until `stop` is called or the process is interrupted."""
+    """A listening server. address: (host, port). `run` serves until `stop` is called or the process is interrupted."""
 
     def __init__(
         self, config: uvicorn.Config, listening: socket.socket, answerer: Answerer, running: "Running"
@@ -50,7 +50,7 @@ class Server:
         return self._socket.getsockname()[:2]
 
     def run(self) -> None:
-        """Answer; after `stop`, SIGINT or SIGTERM running requests have some seconds, then they end with a reason."""
+        """Serve; after `stop`, SIGINT or SIGTERM running requests have some seconds, then they end with an error."""
         self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
@@ -66,13 +66,13 @@ class Server:
 
 
 class Running:
-    """The requests that are being read or answered, so that the server's end can end them."""
+    """The requests that are being read or answered, so that a server that stops can end them."""
 
     def __init__(self, bodies: Bodies) -> None:
         self.bodies, self.replies, self.closed = bodies, set(), False
 
     def close(self) -> None:
-        """End all of them, now and from now on; each tells its client why. Call it in the event loop."""
+        """End all requests, current and future; each client gets the reason. Call it in the event loop."""
         self.closed = True
         self.bodies.close()
         for reply in self.replies:
@@ -80,14 +80,14 @@ class Running:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, which cancels what runs when its patience is over, with an end before that."""
+    """uvicorn, which ends running requests with a reason before it cancels them at its own timeout."""
 
     def __init__(self, config: uvicorn.Config, running: Running) -> None:
         super().__init__(config)
         self._running = running
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it logs a traceback for each that it cancels
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it logs a traceback for each cancelled request
         loop, grace = asyncio.get_running_loop(), self._running.bodies.limits.grace_seconds
         end = loop.call_later(grace, self._running.close)
         try:
@@ -105,13 +105,20 @@ def make_server(
     key: str | None = None,
     limits: Limits | None = None,
 ) -> Server:
-    """A server that listens; `run` lets it answer.
+    """A listening server; `run` starts serving.
+
+    Args:
+        answerer: generates the answers.
+        access: the files and URLs that requests may name.
+        host, port: the address; port 0 is a free one.
+        key: the API key of requests; None for none.
+        limits: for clients; `Limits()` by default.
 
     Raises:
-        KeyeError: the address cannot be had.
+        KeyeError: the server cannot listen at the address.
     """
-    if not 0 <= port < 1 << 16:  # getaddrinfo would take it modulo that
-        raise KeyeError(f"--port {port} is none; give one from 1 to 65535, or 0 for a free one")
+    if not 0 <= port < 1 << 16:  # getaddrinfo would reduce it modulo 65536
+        raise KeyeError(f"--port {port} is invalid; give one from 1 to 65535, or 0 for a free one")
     limits = limits or Limits()
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -120,8 +127,8 @@ def make_server(
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise KeyeError(f"{host}:{port} cannot be listened at ({error}); give another --host or --port") from error
-    bodies = Bodies(access.max_bytes * 3 // 2 + (1 << 20), limits)  # a clip in base64, and words
+        raise KeyeError(f"cannot listen at {host}:{port} ({error}); give another --host or --port") from error
+    bodies = Bodies(access.max_bytes * 3 // 2 + (1 << 20), limits)  # a clip in base64, and text
     running = Running(bodies)
     app = make_app(answerer, access, key, running, is_local(listening.getsockname()[0]))
     config = uvicorn.Config(
@@ -140,10 +147,10 @@ def make_server(
 
 
 def make_app(answerer: Answerer, access: Access, key: str | None, running: Running, local: bool) -> FastAPI:
-    """The routes. key: what `Authorization: Bearer` must say; local: whether only this machine reaches the server."""
+    """The routes. key: for `Authorization: Bearer`; local: whether the server can be reached from this machine only."""
     app = FastAPI(title=answerer.name, docs_url=None, redoc_url=None, openapi_url=None)
     threads = CapacityLimiter(answerer.places + 4)
-    about = {"id": answerer.name, "object": "model", "created": answerer.began, "owned_by": "keye"}
+    about = {"id": answerer.name, "object": "model", "created": answerer.created, "owned_by": "keye"}
 
     def check(request: HttpRequest) -> None:
         _check_host(request.headers.get("host", ""), local)
@@ -180,7 +187,7 @@ def make_app(answerer: Answerer, access: Access, key: str | None, running: Runni
 
 
 def _has_key(authorization: str, key: str) -> bool:
-    """Whether a header (decoded as Latin-1) names the key, in UTF-8 or, as some clients send it, in Latin-1."""
+    """Whether a header (decoded as Latin-1) has the key, in UTF-8 or, as some clients send it, in Latin-1."""
     scheme, _, given = authorization.partition(" ")
     sent = given.strip(" \t").encode("latin-1")
     keys = (key.encode(), key.encode("latin-1", "ignore"))
@@ -190,20 +197,20 @@ def _has_key(authorization: str, key: str) -> bool:
 
 
 def _check_host(named: str, local: bool) -> None:
-    """A page in the user's browser must not reach a local server under a name of its own (DNS rebinding)."""
+    """Refuse a page in the user's browser that reaches a local server under its own host name (DNS rebinding)."""
     host = named.rpartition("@")[2]
     host = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
     with contextlib.suppress(ValueError):
         if ip_address(host).is_loopback:
             return
     if local and host not in ("localhost", ""):
-        raise RequestError(f"this server is for this machine and not for {host}", 403, "not_allowed")
+        raise RequestError(f"this server accepts requests to localhost only, not to {host}", 403, "not_allowed")
 
 
 class Reply(Response):
-    """Reads a request, has it answered, and sends the answer whole or as events.
+    """Reads a request, generates the answer, and sends it in one response or as events.
 
-    It holds its place until the answer is generated: a client that has read an answer to its end finds the place free.
+    Its place is freed when the answer is generated, so that a client that has read an answer finds a free place.
     """
 
     def __init__(
@@ -211,7 +218,7 @@ class Reply(Response):
     ) -> None:
         super().__init__()
         self.answerer, self.parse, self.running, self.threads = answerer, parse, running, threads
-        self.begun = False
+        self.started = False
         self._answering: Answering | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send_: Send) -> None:
@@ -226,22 +233,22 @@ class Reply(Response):
         try:
             with self.answerer.place() as release:
                 await self._answer(HttpRequest(scope, receive), scope, receive, send, release)
-        except ConnectionAbortedError:  # who does not read is let go; uvicorn closes what is not complete
+        except ConnectionAbortedError:  # the client does not read; uvicorn closes the incomplete response
             return
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception as error:
             if _client_left(error):
                 return
-            if not self.begun:
+            if not self.started:
                 await _error_response(error)(scope, receive, send)
-            else:  # its status is out already
+            else:  # the status is already sent
                 await send({"type": "http.response.body", "body": _event(_error_of(error)[0])})
         finally:
             self.running.replies.discard(self)
 
     def end(self) -> None:
-        """Stop generating, because the server ends; the client is told so."""
+        """Stop generating, because the server stops; the client gets an error."""
         if self._answering is not None:
             self._answering.stop()
 
@@ -263,9 +270,9 @@ class Reply(Response):
             if request.stream:
                 await self._stream(answering, pieces, request, send, release)
             else:
-                whole = await self._whole(answering, pieces)
+                response = await self._complete(answering, pieces)
                 release()
-                await whole(scope, receive, send)
+                await response(scope, receive, send)
         finally:
             answering.stop()
             watch.cancel()
@@ -274,14 +281,14 @@ class Reply(Response):
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         return await to_thread.run_sync(partial(function, *args), limiter=self.threads)
 
-    async def _whole(self, answering: Answering, pieces: Any) -> Response:
-        said = {True: "", False: ""}
+    async def _complete(self, answering: Answering, pieces: Any) -> Response:
+        texts = {True: "", False: ""}
         while (piece := await self._in_thread(next, pieces, None)) is not None:
-            said[piece.thinking] += piece.text
+            texts[piece.thinking] += piece.text
         self._check_end()
-        message = {"role": "assistant", "content": said[False], "refusal": None}
-        if said[True]:
-            message["reasoning_content"] = said[True]
+        message = {"role": "assistant", "content": texts[False], "refusal": None}
+        if texts[True]:
+            message["reasoning_content"] = texts[True]
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answering.figures.finish}
         about = self._about("chat.completion")
         return JSONResponse({**about, "choices": [choice], "usage": _usage(answering.figures)})
@@ -298,12 +305,12 @@ class Reply(Response):
         async def write(body: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
-        piece = await self._in_thread(next, pieces, None)  # what is wrong with the clip still gets a status of its own
+        piece = await self._in_thread(next, pieces, None)  # an error in the clip still gets its own status
         if piece is None:
             self._check_end()
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        self.begun = True
+        self.started = True
         await write(chunk({"role": "assistant", "content": ""}))
         while piece is not None:
             await write(chunk({"reasoning_content" if piece.thinking else "content": piece.text}))
@@ -341,20 +348,20 @@ def _error_response(error: Exception) -> Response:
 
 
 def _error_of(error: Exception) -> tuple[dict[str, Any], int]:
-    """An error as OpenAI's clients read it, and its status; one sentence, no traceback."""
+    """An error as OpenAI's clients expect it, and its status; without a traceback."""
     code, param = "invalid_request", None
     if isinstance(error, RequestError):
         message, status, code, param = str(error), error.status, error.code, error.param
     elif isinstance(error, KeyeError) and error.__cause__ is not None and "the model failed" in str(error):
         message, status, code = str(error), 500, "failed"
     elif isinstance(error, KeyeError):
-        message, status = in_words_of_a_request(error), 400
+        message, status = message_for_client(error), 400
     elif isinstance(error, HTTPException):
         status, code = error.status_code, "not_found" if error.status_code == 404 else "invalid_request"
         message = f"there is no such address or method here; POST to {ANSWER}"
-    else:  # whatever it is, the server goes on and says so
-        said = "".join(c if c.isprintable() else "?" for c in str(error)[:500])
-        print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {said}", file=sys.stderr, flush=True)
+    else:  # the server continues and logs the error
+        text = "".join(c if c.isprintable() else "?" for c in str(error)[:500])
+        print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {text}", file=sys.stderr, flush=True)
         message, status, code = f"the server failed on this request ({type(error).__name__})", 500, "failed"
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}, status

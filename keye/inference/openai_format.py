@@ -1,7 +1,7 @@
-"""Requests in OpenAI's chat format → what the model is asked; nothing of HTTP and nothing of the model.
+"""Requests in OpenAI's chat format → messages and settings for the model; independent of HTTP and of the model.
 
-What a stranger may name is settled here: `data:` URLs always, files only below a folder that was opened for them, and
-http(s) URLs only where downloading is allowed at all (`keye.video.fetch` then keeps to public addresses).
+`Access` decides which sources a client may name: `data:` URLs always, files only in the folder of `--media-root`, and
+http(s) URLs only if downloading is enabled (`keye.video.fetch` then allows public addresses only).
 """
 
 import json
@@ -17,26 +17,26 @@ from keye.errors import KeyeError
 from keye.inference.sampling import Sampling
 from keye.video.fetch import UrlRules, file_path, scheme_of, url_name
 
-SAMPLING = ("start", "end", "fps")  # what a request may say about a clip; none of it goes beyond the encoder's budget
+SAMPLING = ("start", "end", "fps")  # options of a clip in a request; none exceeds the encoder's budget
 NEUTRAL = {
     "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "response_format": {"type": "text"},
     "tool_choice": "none", "function_call": "none", "modalities": ["text"], "use_beam_search": False, "best_of": 1,
 }  # fmt: skip
-"""What clients send although it changes nothing: taken at this value (or null), refused at any other."""
+"""Fields without an effect at these values (or null), which clients send; any other value is refused."""
 READ = (
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
     "top_k", "min_p", "seed", "stop", "chat_template_kwargs", "reasoning_effort",
 )  # fmt: skip
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
-"""What has no effect on the answer and is not looked at."""
+"""Fields without an effect on the answer; they are ignored."""
 ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
 MOST_NESTED = 32
-"""Levels of lists and objects in a body; what is understood has six."""
+"""Most levels of lists and objects in a body; a valid request has six."""
 KINDS = {"image_url": "image", "input_image": "image", "video_url": "video"}
 
 
 class RequestError(KeyeError):
-    """A request that cannot be answered. status: of HTTP; code: a word for programs; param: the field at fault."""
+    """A request that cannot be answered. status: of HTTP; code: for programs; param: the invalid field."""
 
     def __init__(self, message: str, status: int = 400, code: str = "invalid_request", param: str | None = None):
         super().__init__(message)
@@ -52,7 +52,7 @@ class Access:
     max_bytes: int = 1 << 26
 
     def source(self, given: Any) -> str:
-        """A clip or image as the encoder takes it; RequestError if it may not be had."""
+        """A clip or image as the encoder takes it; RequestError if it is not allowed."""
         given = given.get("url") if isinstance(given, Mapping) else given
         if not isinstance(given, str) or not given:
             raise RequestError('an image or video needs a URL; write {"type": "video_url", "video_url": {"url": …}}')
@@ -64,7 +64,7 @@ class Access:
         if scheme in ("http", "https"):
             if self.urls is None:
                 raise RequestError(
-                    f"{url_name(given)} is not downloaded; send a data: URL, or start the server with --url",
+                    f"{url_name(given)}: downloading is disabled; send a data: URL, or start the server with --url",
                     403,
                     "not_allowed",
                 )
@@ -73,15 +73,15 @@ class Access:
 
     def _file(self, given: str, scheme: str | None) -> str:
         refused = RequestError(
-            "only files in the folder of --media-root can be named; send a data: URL", 403, "not_allowed"
+            "only files in the folder of --media-root are allowed; send a data: URL", 403, "not_allowed"
         )
         if self.media_root is None or scheme not in (None, "file") or "\0" in given:
             raise refused
         root = self.media_root.resolve()
         try:
-            path = (root / (file_path(given) if scheme else given)).resolve()  # links lead nowhere else either
+            path = (root / (file_path(given) if scheme else given)).resolve()  # also resolves links
             within, exists = path.is_relative_to(root), path.is_file()
-        except (OSError, ValueError, RuntimeError):  # too long a name, a broken URL, links in a circle
+        except (OSError, ValueError, RuntimeError):  # a name that is too long, a broken URL, a loop of links
             raise refused from None
         if not within:
             raise refused
@@ -94,7 +94,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it was understood. thinking: see `Chat`. usage: whether a stream ends with the counts."""
+    """A parsed request. thinking: see `Chat`. usage: whether a stream ends with the token counts."""
 
     model: str | None
     messages: list[dict[str, Any]]
@@ -105,9 +105,15 @@ class Request:
 
 
 def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
-    """The body of POST /v1/chat/completions; RequestError says what is wrong with it.
+    """Parse the body of POST /v1/chat/completions.
 
-    most_tokens: of one answer, also where the request asks for more.
+    Args:
+        body: JSON.
+        access: the sources that it may name.
+        most_tokens: limit of an answer, also for a request that asks for more.
+
+    Raises:
+        RequestError: an invalid or unsupported field.
     """
     try:
         given = json.loads(body)
@@ -118,10 +124,10 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
     _check_values(given)
     for name, value in given.items():
         if name in NEUTRAL and value not in (None, NEUTRAL[name]):
-            raise RequestError(f"{name} can only be {json.dumps(NEUTRAL[name])}", param=name)
-        # A field that is passed over in silence would leave its sender with answers that were drawn otherwise.
+            raise RequestError(f"{name} must be {json.dumps(NEUTRAL[name])}", param=name)
+        # Ignoring an unknown field would return answers that were sampled differently than requested.
         if name not in (*NEUTRAL, *READ, *LABELS) and value not in (None, [], False):
-            raise RequestError(f"{name[:40]} is not supported; leave it out", param=name)
+            raise RequestError(f"{name[:40]} is not supported; omit it", param=name)
     messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is missing or empty; give a list of messages", param="messages")
@@ -139,7 +145,7 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
 
 
 def _check_values(given: dict[str, Any]) -> None:
-    """RequestError for values that no field can take: lone surrogates, numbers beyond a float, deep nesting."""
+    """Raise RequestError for values that are invalid in any field: lone surrogates, huge numbers, deep nesting."""
     waiting: list[tuple[str, Any, int]] = [("", given, 0)]
     while waiting:
         path, value, depth = waiting.pop()
@@ -149,18 +155,18 @@ def _check_values(given: dict[str, Any]) -> None:
         if isinstance(value, dict):
             for name in value:
                 if not _is_text(name):
-                    raise RequestError(f"a key of {path or 'the body'} holds a lone surrogate", param=field)
+                    raise RequestError(f"a key of {path or 'the body'} contains a lone surrogate", param=field)
             waiting += [(f"{path}.{name[:40]}" if path else name[:40], item, depth + 1) for name, item in value.items()]
         elif isinstance(value, list):
             waiting += [(f"{path}[{place}]", item, depth + 1) for place, item in enumerate(value)]
         elif isinstance(value, str) and not _is_text(value):
-            raise RequestError(f"{path} holds a lone surrogate, which is no character", param=field)
+            raise RequestError(f"{path} contains a lone surrogate, which is not a character", param=field)
         elif isinstance(value, int) and abs(value) > sys.float_info.max:
             raise RequestError(f"{path} has more than 308 digits", param=field)
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8."""
+    """Whether a string can be encoded as UTF-8."""
     if value.isascii():
         return True
     try:
@@ -181,30 +187,30 @@ def _number(given: Mapping[str, Any], name: str, whole: bool = False) -> Any:
     value = given.get(name)
     if value is None:
         return None
-    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not right or whole and value != int(value):
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or whole and value != int(value):
         raise RequestError(f"{name} is {str(value)[:40]!r}; give a {'whole ' if whole else ''}number", param=name)
     return int(value) if whole else float(value)
 
 
 def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
-    asked = [_number(given, name, whole=True) for name in ("max_completion_tokens", "max_tokens")]
-    asked = next((value for value in asked if value is not None), most_tokens)
+    limits = [_number(given, name, whole=True) for name in ("max_completion_tokens", "max_tokens")]
+    limit = next((value for value in limits if value is not None), most_tokens)
     stop = given.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(text, str) for text in stop):
-        raise RequestError("stop is neither a text nor a list of up to four", param="stop")
+        raise RequestError("stop must be a string or a list of up to four strings", param="stop")
     seed = _number(given, "seed", whole=True)
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise RequestError("seed has more than 64 bits", param="seed")
     try:
         return Sampling(
-            max_new_tokens=min(asked, most_tokens),
+            max_new_tokens=min(limit, most_tokens),
             temperature=_number(given, "temperature") or 0.0,
             top_p=_number(given, "top_p"),
             seed=seed,
             stop=tuple(stop),
-            top_k=0 if given.get("top_k") == -1 else _number(given, "top_k", whole=True),  # vLLM's word for all
+            top_k=0 if given.get("top_k") == -1 else _number(given, "top_k", whole=True),  # vLLM's value for all
             min_p=_number(given, "min_p"),
         )
     except RequestError:
@@ -215,12 +221,12 @@ def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
 
 
 def _thinking(given: Mapping[str, Any]) -> bool | None:
-    """`chat_template_kwargs.enable_thinking` (Qwen3's name) or `.thinking`; `reasoning_effort` "none" asks for none."""
+    """`chat_template_kwargs.enable_thinking` (Qwen3's name) or `.thinking`; `reasoning_effort` "none" is False."""
     kwargs = _typed(given, "chat_template_kwargs", dict) or {}
-    told = [_typed(kwargs, name, bool) for name in ("enable_thinking", "thinking")]
-    told = next((value for value in told if value is not None), None)
+    values = [_typed(kwargs, name, bool) for name in ("enable_thinking", "thinking")]
+    thinking = next((value for value in values if value is not None), None)
     effort = _typed(given, "reasoning_effort", str)
-    return (None if effort is None else effort != "none") if told is None else told
+    return (None if effort is None else effort != "none") if thinking is None else thinking
 
 
 def _message(message: Any, access: Access) -> dict[str, Any]:
@@ -231,7 +237,7 @@ def _message(message: Any, access: Access) -> dict[str, Any]:
     if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str | list):
-        raise RequestError("a message's content is neither a text nor a list of parts", param="messages")
+        raise RequestError("a message's content must be a string or a list of parts", param="messages")
     parts = content if isinstance(content, str) else [_part(part, access) for part in content]
     return {"role": ROLES[role], "content": parts}
 
@@ -242,8 +248,8 @@ def _part(part: Any, access: Access) -> dict[str, Any]:
         return {"type": "text", "text": part["text"]}
     if not isinstance(kind, str) or kind not in KINDS:
         raise RequestError(f"a part of a message must be text or one of {', '.join(KINDS)}", param="messages")
-    named = part.get("image_url" if KINDS[kind] == "image" else kind)
-    plain = {"type": KINDS[kind], KINDS[kind]: access.source(named)}
-    told = {**(named if isinstance(named, dict) else {}), **part}
-    sampling = {name: _number(told, name) for name in SAMPLING if told.get(name) is not None}
+    source = part.get("image_url" if KINDS[kind] == "image" else kind)
+    plain = {"type": KINDS[kind], KINDS[kind]: access.source(source)}
+    options = {**(source if isinstance(source, dict) else {}), **part}
+    sampling = {name: _number(options, name) for name in SAMPLING if options.get(name) is not None}
     return {**plain, **sampling} if plain["type"] == "video" else plain

@@ -1,4 +1,4 @@
-"""How a reply is drawn."""
+"""How the tokens of a reply are chosen."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,21 +6,20 @@ from typing import Any
 from keye.errors import KeyeError
 
 COLDEST = 1e-4
-"""The lowest temperature above 0: logits divided by less overflow float32, and the draw is the likeliest token long
-before."""
+"""The lowest temperature above 0: logits divided by less overflow float32, and sampling is greedy long before."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is drawn.
+    """How the tokens of a reply are chosen.
 
-    max_new_tokens: at most so many. temperature: 0 takes the likeliest token; otherwise from `COLDEST` to 100. top_p:
-    only the likeliest tokens that sum up to this probability. top_k: only so many of the likeliest tokens; 0 is all.
-    min_p: only tokens whose probability is at least this share of the likeliest one's. seed: for repeatable draws.
-    stop: texts that end the reply and are left out of it.
+    max_new_tokens: limit of the reply. temperature: 0 is greedy; otherwise from `COLDEST` to 100. top_p: only the most
+    likely tokens that sum up to this probability. top_k: only this number of the most likely tokens; 0 is all. min_p:
+    only tokens whose probability is at least this fraction of the most likely one's. seed: for reproducible sampling.
+    stop: texts that end the reply and are not part of it.
 
     Raises:
-        KeyeError: a value outside its range, by name.
+        KeyeError: a value outside its range; the message names it.
     """
 
     max_new_tokens: int = 1024
@@ -35,17 +34,17 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise KeyeError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more")
         if not 0 <= self.temperature <= 100:
-            raise KeyeError(f"temperature is {self.temperature}; give 0 for the likeliest answer, or about 0.7")
+            raise KeyeError(f"temperature is {self.temperature}; give 0 for greedy decoding, or about 0.7")
         if 0 < self.temperature < COLDEST:
-            raise KeyeError(f"temperature is {self.temperature}; give 0 for the likeliest answer, or {COLDEST} or more")
+            raise KeyeError(f"temperature is {self.temperature}; give 0 for greedy decoding, or {COLDEST} or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise KeyeError(f"top_p is {self.top_p}; give a share above 0 and at most 1")
+            raise KeyeError(f"top_p is {self.top_p}; give a number above 0 and at most 1")
         if self.top_k is not None and self.top_k < 0:
             raise KeyeError(f"top_k is {self.top_k}; give a number of tokens, or 0 for all")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise KeyeError(f"min_p is {self.min_p}; give a share from 0 to 1")
+            raise KeyeError(f"min_p is {self.min_p}; give a number from 0 to 1")
         if "" in self.stop:
-            raise KeyeError("stop holds an empty text, which is everywhere; leave it out")
+            raise KeyeError("stop contains an empty text, which matches everywhere; remove it")
 
     def options(self) -> dict[str, Any]:
         """The same as arguments of `generate`."""

@@ -1,10 +1,9 @@
-"""`keye serve`: one model behind an OpenAI-compatible address, on FastAPI and uvicorn.
+"""`keye serve`: an OpenAI-compatible server for one model, on FastAPI and uvicorn.
 
-GET /v1/models, POST /v1/chat/completions (whole or as server-sent events), GET /health. Requests are answered side by
-side (`keye.inference.batching`). What a stranger can make grow is bounded before it is read: connections, requests,
-bytes of bodies, seconds until a request is complete. Why not `transformers serve`: it would read any file that a
-request names, and has no answer but 500 for a clip that cannot be read; `for_transformers` lets it load our models all
-the same.
+GET /v1/models, POST /v1/chat/completions (complete or as server-sent events), GET /health. Requests are answered in
+batches (`keye.inference.batching`). Everything that a client can make grow has a limit: connections, requests, bytes of
+bodies, seconds until a request is complete. It is not built on `transformers serve`, which reads any file that a
+request names and answers 500 for a clip that cannot be read; `for_transformers` lets that server load Keye models.
 """
 
 import argparse
@@ -34,7 +33,7 @@ def serve(arguments: argparse.Namespace) -> int:
     quiet()
     root = Path(arguments.media_root) if arguments.media_root else None
     if root is not None and not root.is_dir():
-        raise KeyeError(f"--media-root {root} is no folder; give the one that holds the clips")
+        raise KeyeError(f"--media-root {root} is not a folder; give the folder of the clips")
     urls = UrlRules(max_bytes=arguments.max_bytes) if arguments.url else None
     access = Access(root, urls, arguments.max_bytes)
     key = api_key(arguments.api_key, arguments.api_key_file)
@@ -46,7 +45,7 @@ def serve(arguments: argparse.Namespace) -> int:
         host, port = server.address
         print(f"{answerer.name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         if not is_local(host) and key is None:
-            warning = f"anyone who reaches {host}:{port} can ask: set {KEY} or give --api-key-file"
+            warning = f"anyone who can reach {host}:{port} can send requests: set {KEY} or give --api-key-file"
             print(warning, file=sys.stderr, flush=True)
         with _ended_by_signals():
             server.run()
@@ -55,7 +54,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM end the block: uvicorn ends the running requests on either and then raises it again."""
+    """SIGINT and SIGTERM end the block: uvicorn ends the running requests and then raises the signal again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -68,10 +67,11 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def api_key(given: str | None, path: str | None) -> str | None:
-    """The key that requests must send: given, else the first line of a file, else of the environment; None for none.
+    """The key that requests must send: the given one, else that of a file, else of the environment; None for none.
 
     Raises:
-        KeyeError: two keys are given, or one that no header can carry. An empty key is an error, not an open server.
+        KeyeError: two keys are given, or one that a header cannot contain. An empty key is an error, not an open
+            server.
     """
     if given is not None and path is not None:
         raise KeyeError("--api-key and --api-key-file exclude each other; give one of them")
@@ -84,20 +84,20 @@ def api_key(given: str | None, path: str | None) -> str | None:
     elif key is None:
         source, key = KEY, os.environ.get(KEY)
     if key is not None and (not key or key != key.strip() or not key.isprintable()):
-        raise KeyeError(f"the key of {source} is empty or holds white space or control characters; give another")
+        raise KeyeError(f"the key of {source} is empty or contains white space or control characters; give another")
     return key
 
 
 def for_transformers() -> None:
-    """Make `transformers serve` (5.23) know Keye's model class, in this process; its loader goes by names of its own.
+    """Register Keye's model class for `transformers serve` (5.23), in this process; its loader uses its own names.
 
-    Call it before `transformers.cli.transformers.main()`, whose command line it leaves as it is.
+    Call it before `transformers.cli.transformers.main()`; the command line does not change.
     """
     from transformers import AutoModelForMultimodalLM
     from transformers.models.auto import modeling_auto
 
     config = KeyeForConditionalGeneration.config_class
-    # The key lets the loader take the class below. A class named as the value, too, would be sent sound.
+    # The key lets the loader use the class below. With a class name as the value, it would also send audio.
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] = config.model_type
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type] = KeyeForConditionalGeneration.__name__
     AutoModelForMultimodalLM.register(config, KeyeForConditionalGeneration, exist_ok=True)

@@ -19,17 +19,17 @@ from keye.video.images import IMAGE_SUFFIXES
 from keye.visualize.tables import print_facts, print_table, seconds
 
 HELP = (
-    ("/video PATH", "show a clip with the next question"),
-    ("/image PATH", "show an image with the next question"),
-    ("/plan", "what the model sees of the clips: slow and fast frames, sizes, tokens"),
-    ("/think", "from now on ask for a thought before the answer"),
-    ("/no_think", "from now on ask for none"),
-    ("/auto", "from now on leave it to the model"),
-    ("/reset", "forget clips, images and what was said"),
+    ("/video PATH", "add a clip to the next question"),
+    ("/image PATH", "add an image to the next question"),
+    ("/plan", "the frames that the model sees: slow and fast, sizes, tokens"),
+    ("/think", "ask for a thought before each answer"),
+    ("/no_think", "ask for no thought"),
+    ("/auto", "let the model decide whether to think"),
+    ("/reset", "clear the conversation, clips and images"),
     ("/help", "this list"),
     ("/quit", "leave; so does Ctrl-D. Ctrl-C stops an answer"),
 )
-PATIENCE = 5.0  # seconds after which it is said how long it will still take
+PATIENCE = 5.0  # seconds before the remaining time is shown
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 def quiet() -> None:
-    """The loading bars and hints of transformers are for programmers."""
+    """Turn off the progress bars and hints of transformers."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -60,7 +60,7 @@ def quiet() -> None:
 
 
 class Screen:
-    """A `Chat` with a terminal around it: reads lines, writes answers to `out`."""
+    """A `Chat` in a terminal: reads lines, writes answers to `out`."""
 
     def __init__(self, talk: Chat, out: TextIO) -> None:
         self.talk, self.out = talk, out
@@ -101,23 +101,25 @@ class Screen:
             self.show(_path(rest), image=command == "/image")
         elif command in modes and not rest:
             self.talk.thinking = modes[command]
-            self._dim({True: "thinks first", False: "does not think first", None: "as the model likes"}[modes[command]])
+            self._dim(
+                {True: "thinks before each answer", False: "does not think", None: "the model decides"}[modes[command]]
+            )
         elif command == "/plan":
             self.plans()
         elif command == "/reset":
             self.talk.reset()
-            self._dim("all forgotten")
+            self._dim("cleared")
         elif command == "/help":
             for name, what in HELP:
                 self._dim(f"{name:<13}{what}")
         elif command.startswith("/") and not rest and not Path(command).exists():
-            raise KeyeError(f"{command} is no command; /help lists them")
+            raise KeyeError(f"{command} is not a command; /help lists them")
         elif line:
             self.ask(line)
         return True
 
     def show(self, path: str, image: bool | None = None, quiet: bool = False) -> None:
-        """Take in a clip, or an image: what it is, the name says where `image` does not."""
+        """Add a clip or an image; without `image`, the suffix of the name decides."""
         name = path if scheme_of(path) not in (None, "file") else Path(path).name
         if image is None:
             image = Path(path).suffix.lower() in IMAGE_SUFFIXES
@@ -134,7 +136,7 @@ class Screen:
             self._note(warning)
 
     def ask(self, question: str) -> None:
-        """Ask, and write the answer as it comes: thoughts dim, then a line that says what it took."""
+        """Ask, and write the answer while it is generated: thoughts dimmed, then a line with its statistics."""
         pieces = self.talk.ask(question)
         mode = None
         with contextlib.closing(pieces):
@@ -150,16 +152,16 @@ class Screen:
             finally:
                 self.out.write(f"{self._style(0)}\n")
                 self.out.flush()
-        self._dim(_took(self.talk.figures), sys.stderr if not self.styled else self.out)
+        self._dim(_statistics(self.talk.figures), sys.stderr if not self.styled else self.out)
 
     def ask_as_json(self, question: str) -> None:
         """Ask, and write one line of JSON: question, thinking, answer, figures, plans."""
         with busy("answering"):
-            said = {True: "", False: ""}
+            texts = {True: "", False: ""}
             for piece in self.talk.ask(question):
-                said[piece.thinking] += piece.text
+                texts[piece.thinking] += piece.text
         figures = self.talk.figures
-        line: dict[str, Any] = {"question": question, "thinking": said[True] or None, "answer": said[False]}
+        line: dict[str, Any] = {"question": question, "thinking": texts[True] or None, "answer": texts[False]}
         line["figures"] = {name: _rounded(value) for name, value in vars(figures).items()}
         line["videos"] = [{"source": p.source, "frames": len(p), "tokens": p.tokens} for p in self.talk.plans]
         print(json.dumps(line, ensure_ascii=False), file=self.out, flush=True)
@@ -167,7 +169,7 @@ class Screen:
     def plans(self) -> None:
         """The facts and the frames of every clip's plan."""
         if not self.talk.plans:
-            raise KeyeError("no clip has been shown; /video PATH shows one")
+            raise KeyeError("there is no clip; /video PATH adds one")
         for plan in self.talk.plans:
             print_facts(plan.facts())
             print_table(("time", "frame", "type", "similarity", "size", "tokens"), plan.frame_rows(), left=(2,))
@@ -186,7 +188,7 @@ class Screen:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could move the cursor or write over what stands there."""
+    """The text without control characters, which could move the cursor or overwrite the screen."""
     return "".join(c for c in text if c in "\n\t" or c.isprintable() or c in "\u200d\ufe0f")
 
 
@@ -197,7 +199,7 @@ def _from(first: Piece | None, rest: Iterator[Piece]) -> Iterator[Piece]:
 
 
 def _path(text: str) -> str:
-    """A path as typed or pasted: with or without quotes, ~ for home; spaces need no quotes."""
+    """A typed or pasted path: with or without quotes, ~ for home; spaces need no quotes."""
     text = text.strip()
     with contextlib.suppress(ValueError):
         words = shlex.split(text)
@@ -210,14 +212,14 @@ def _brief(plan: VideoPlan) -> str:
     return f"{seconds(plan.duration)}, {slow} slow and {fast} fast frames, {plan.tokens:,} tokens (/plan shows them)"
 
 
-def _took(figures: Figures) -> str:
-    cached = f" ({figures.cached_tokens:,} known)" if figures.cached_tokens else ""
-    said = f"{figures.prompt_tokens:,} tokens read{cached} in {figures.prefill_seconds:.1f} s"
-    said += f", {figures.new_tokens} written"
+def _statistics(figures: Figures) -> str:
+    cached = f" ({figures.cached_tokens:,} cached)" if figures.cached_tokens else ""
+    text = f"{figures.prompt_tokens:,} tokens read{cached} in {figures.prefill_seconds:.1f} s"
+    text += f", {figures.new_tokens} written"
     if figures.new_tokens > 1:
-        said += f", {figures.tokens_per_second:.1f} tokens/s"
+        text += f", {figures.tokens_per_second:.1f} tokens/s"
     ends = {"length": "; stopped at --max-new-tokens or the end of the context", "interrupted": "; interrupted"}
-    return said + ends.get(figures.finish, "")
+    return text + ends.get(figures.finish, "")
 
 
 def _rounded(value: object) -> object:
@@ -226,26 +228,26 @@ def _rounded(value: object) -> object:
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[Callable[[float], None]]:
-    """Say on stderr that something goes on; yields what to call with the share done.
+    """Report a running task on stderr; yields a function to call with the fraction done.
 
-    Where it takes longer than five seconds the time left is said, too: in a terminal as it changes, in a log once in
-    ten seconds.
+    After five seconds the remaining time is shown as well: in a terminal whenever it changes, in a log every ten
+    seconds.
     """
     began = time.monotonic()
 
-    def left(share: float) -> str | None:
+    def left(fraction: float) -> str | None:
         passed = time.monotonic() - began
-        if passed <= PATIENCE or not share:
+        if passed <= PATIENCE or not fraction:
             return None
-        return f"{what}: {share:.0%}, {passed / share * (1 - share):.0f} s left"
+        return f"{what}: {fraction:.0%}, {passed / fraction * (1 - fraction):.0f} s left"
 
     if not sys.stderr.isatty():
-        said = began + PATIENCE - 10
+        logged = began + PATIENCE - 10
 
-        def log(share: float) -> None:
-            nonlocal said
-            if time.monotonic() - said > 10 and share < 1 and (text := left(share)):
-                said = time.monotonic()
+        def log(fraction: float) -> None:
+            nonlocal logged
+            if time.monotonic() - logged > 10 and fraction < 1 and (text := left(fraction)):
+                logged = time.monotonic()
                 print(text, file=sys.stderr, flush=True)
 
         yield log
@@ -253,4 +255,4 @@ def busy(what: str) -> Iterator[Callable[[float], None]]:
     from rich.console import Console
 
     with Console(stderr=True).status(printable(what)) as status:
-        yield lambda share: status.update(left(share) or what)
+        yield lambda fraction: status.update(left(fraction) or what)

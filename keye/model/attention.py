@@ -1,9 +1,9 @@
 """One varlen attention call for the whole model: packed segments in, packed segments out.
 
-`varlen` is the only attention the vision tower and packed training use; which kernel computes it is chosen once for a
-device, dtype and head size (`keye.model.backends`), or named by `KeyeConfig.attention`. Transformers' decoders reach
-it under the attention name "keye" (see `decoder_attention`); for padded batches and cached generation the same name is
-transformers' own sdpa, without its copies of shared key heads.
+`varlen` is the only attention of the vision tower and of packed training. Its kernel is chosen once for a device, dtype
+and head size (`keye.model.backends`), or named by `KeyeConfig.attention`. Decoders of transformers call it under the
+attention name "keye" (`decoder_attention`); for padded batches and cached generation the same name means transformers'
+sdpa, without its copies of shared key heads.
 """
 
 import math
@@ -37,22 +37,22 @@ def varlen(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention inside each segment of a packed sequence; segments never see one another.
+    """Attention inside each segment of a packed sequence; no token attends to another segment.
 
     Args:
         q: `[L, H, D]` queries.
         k, v: `[L, Hkv, D]` keys and values, Hkv divides H (grouped-query attention; heads are not copied).
         cu_seqlens: `[S + 1]` integer boundaries, from 0 to L, on any device; segments may be empty. Its values are
-            read once for all layers, so it must not be changed in place.
-        causal: whether a token sees only itself and earlier tokens of its segment.
-        scale: what scores are multiplied with before the softmax, D ** -0.5 by default.
+            read once for all layers, so do not change it in place.
+        causal: whether a token attends only to itself and earlier tokens of its segment.
+        scale: factor of the scores before the softmax, D ** -0.5 by default.
         backend: "auto" or a name of `BACKENDS`.
 
     Returns:
-        `[L, H, D]` in q's dtype; under autocast in autocast's, as every matrix product.
+        `[L, H, D]` in q's dtype; under autocast in autocast's dtype, like every matrix product.
 
     Raises:
-        KeyeError: a backend that is unknown or cannot run here, boundaries or heads that do not fit.
+        KeyeError: a backend that is unknown or cannot run here, or boundaries or heads that do not fit.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -75,9 +75,9 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, sc
 def _compiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, backend: str) -> Tensor:
     """The same inside `torch.compile`, without a graph break and for any boundaries.
 
-    The fused kernels take boundaries from the device and are handed L as the longest segment, which only widens their
-    grid. The others are called one by one for segments whose number the compiler cannot know, so they are one opaque
-    operator to it, whose backward pass computes the forward again.
+    The fused kernels read boundaries on the device and get L as the longest segment, which only enlarges their grid.
+    The other backends loop over segments, whose number the compiler does not know, so they are one opaque operator,
+    whose backward pass computes the forward pass again.
     """
     name = _constant_choice(backend, q.device, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
     if name in ("sdpa", "plain"):
@@ -101,9 +101,9 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, s
 def _packed_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Inside an operator autograd is off for good; a function's vector-Jacobian product is not.
-    _, pull = torch.func.vjp(lambda *x: _eager(*x, cu_seqlens, causal, scale, backend), q, k, v)
-    return tuple(x.contiguous().clone() for x in pull(grad))
+    # Autograd is disabled inside an operator, but `torch.func.vjp` works.
+    _, vjp = torch.func.vjp(lambda *x: _eager(*x, cu_seqlens, causal, scale, backend), q, k, v)
+    return tuple(x.contiguous().clone() for x in vjp(grad))
 
 
 @_packed.register_fake
@@ -147,12 +147,12 @@ def decoder_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention interface: query `[B, H, L, D]`, key and value `[B, Hkv, L', D]` → `[B, L, H, D]`.
 
-    Packed when `cu_seqlens` is given, by `varlen` with the backend `attention`, or by `varlen_fn` in its place (a
-    trainer's seam); otherwise sdpa, with everything transformers' own knows.
+    Packed when `cu_seqlens` is given: by `varlen` with the backend `attention`, or by `varlen_fn` if a trainer gives
+    one (sequence parallelism). Otherwise sdpa, with all options of transformers' own.
 
     Raises:
-        KeyeError: what packed attention does not compute: dropout, a sliding window shorter than a segment, a cache,
-            more than one row, or scores that are capped or biased.
+        KeyeError: something that packed attention does not support: dropout, a sliding window shorter than a segment, a
+            cache, more than one row, or scores that are capped or biased.
     """
     if cu_seqlens is None:
         return _padded(module, query, key, value, attention_mask, **kwargs)
@@ -160,12 +160,12 @@ def decoder_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    own = q.shape[-1] ** -0.5
-    scale = own if kwargs.get("scaling") is None else kwargs["scaling"]
+    default = q.shape[-1] ** -0.5
+    scale = default if kwargs.get("scaling") is None else kwargs["scaling"]
     if varlen_fn is None:
         out = varlen(q, k, v, cu_seqlens, causal, scale=scale, backend=attention)
-    else:  # the seam scales by D ** -0.5, whatever the decoder wants
-        out = varlen_fn(q if math.isclose(scale, own) else q * (scale / own), k, v, cu_seqlens, causal)
+    else:  # varlen_fn scales by D ** -0.5; the decoder may use another factor
+        out = varlen_fn(q if math.isclose(scale, default) else q * (scale / default), k, v, cu_seqlens, causal)
     return out.unsqueeze(0), None
 
 
@@ -177,7 +177,7 @@ def _check_packed(query: Tensor, key: Tensor, cu_seqlens: Tensor, kwargs: dict[s
         )
     if kwargs.get("dropout"):
         raise KeyeError(
-            f"text_config.attention_dropout = {kwargs['dropout']}: packed attention knows no dropout; set it to 0"
+            f"text_config.attention_dropout = {kwargs['dropout']}: packed attention has no dropout; set it to 0"
         )
     window = kwargs.get("sliding_window")
     if window and segments_of(cu_seqlens).longest > window:
@@ -188,20 +188,20 @@ def _check_packed(query: Tensor, key: Tensor, cu_seqlens: Tensor, kwargs: dict[s
         )
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise KeyeError(f"this decoder's attention asks for {name!r}, which packed attention does not compute")
+            raise KeyeError(f"this decoder's attention uses {name!r}, which packed attention does not support")
 
 
 def _padded(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Transformers' sdpa; where it would copy key heads for the queries that share them, the same without copies."""
+    """Transformers' sdpa, or the same without copies where it would copy key heads that several queries share."""
     groups = query.shape[1] // key.shape[1]
-    foreign = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    unsupported = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     single = query.shape[2] == 1
-    if groups == 1 or foreign or (mask is None and not single) or (mask is not None and mask.shape[1] != 1):
+    if groups == 1 or unsupported or (mask is None and not single) or (mask is not None and mask.shape[1] != 1):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     options = {"attn_mask": mask, "dropout_p": kwargs.get("dropout", 0.0), "scale": kwargs.get("scaling")}
-    if single:  # one new token: the heads that share a key stand as its queries
+    if single:  # one new token: the heads that share a key become its queries
         out = F.scaled_dot_product_attention(query.unflatten(1, (-1, groups)).squeeze(3), key, value, **options)
         return out.flatten(1, 2)[:, None], None
     if query.device.type != "cpu":  # no fused GPU kernel takes both a mask and groups

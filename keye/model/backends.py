@@ -1,8 +1,8 @@
 """The kernels of packed attention: which of them this machine can run, which one is chosen, and how each is called.
 
-Six of them, best first: flash-attn 4, 3 and 2 (optional packages), `torch.nn.attention.varlen` (torch ≥ 2.10, CUDA),
-sdpa (anywhere), and plain, which writes the whole score matrix out and is what the others are compared with. None is
-trusted for being importable: before a GPU kernel is chosen it computes a small pack forward and backward here.
+Six kernels, best first: flash-attn 4, 3 and 2 (optional packages), `torch.nn.attention.varlen` (torch ≥ 2.10, CUDA),
+sdpa (any device), and plain, which computes the full score matrix and is the reference of the others. That a kernel can
+be imported is not enough: a GPU kernel is chosen only after a forward and a backward pass over a small pack.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from keye.model.segments import Segments
 
 BACKENDS = ("flash4", "flash3", "flash2", "torch", "sdpa", "plain")
 
-# Module, function, and the major CUDA capabilities that the kernel is written for.
+# Module, function, and the major CUDA capabilities that the kernel supports.
 _PACKAGES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "flash4": ("flash_attn.cute", "flash_attn_varlen_func", (9, 10, 11, 12)),
     "flash3": ("flash_attn_interface", "flash_attn_varlen_func", (9,)),
@@ -32,8 +32,8 @@ _PACKAGES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "torch": ("torch.nn.attention.varlen", "varlen_attn", (8, 9, 10, 11, 12)),
 }
 _HALF = (torch.bfloat16, torch.float16)
-# What one more sdpa call costs, in bytes that could have been moved in its time: measured on one core (21 to 40 µs at
-# 3 GB/s); on a GPU a launch is as long, but memory a thousand times faster.
+# The cost of one more sdpa call, in bytes of memory traffic that take as long: measured on one core (21 to 40 µs at
+# 3 GB/s); on a GPU a launch takes as long, but memory is a thousand times faster.
 _CALL_BYTES = {"cpu": 96 * 1024}
 _LAUNCH_BYTES = 32 * 1024**2
 _TRIAL_LENGTHS = (1, 70, 5, 200)
@@ -41,14 +41,14 @@ _functions: dict[str, Callable[..., object]] = {}
 
 
 def check_name(name: str) -> str:
-    """`name`, when it is "auto" or a backend.
+    """Return `name` if it is "auto" or a backend.
 
     Raises:
         KeyeError: another name.
     """
     if name != "auto" and name not in BACKENDS:
         raise KeyeError(
-            f"attention = {name!r} is no backend of Keye: use 'auto' or one of those that can run here, "
+            f"attention = {name!r} is not a backend of Keye: use 'auto' or one of those that can run here, "
             f"{', '.join(available())}"
         )
     return name
@@ -68,14 +68,17 @@ def choose(
     head_dim: int = 128,
     groups: int = 1,
 ) -> str:
-    """The backend that computes packed attention of this kind here; said once, with the reason, on stderr.
+    """The backend that computes packed attention of this kind here; reported once on stderr, with the reason.
 
     Args:
-        name: "auto", or a backend by name.
+        name: "auto", or the name of a backend.
+        device: where the tensors are.
+        dtype: of q, k and v.
+        head_dim: size of a head.
         groups: query heads per key head.
 
     Returns:
-        A name of `BACKENDS`. One that runs here, but not in this dtype or head size, is replaced by "sdpa".
+        A name of `BACKENDS`. A backend that runs here, but not with this dtype or head size, is replaced by "sdpa".
 
     Raises:
         KeyeError: the backend is unknown, or cannot run on this device.
@@ -87,20 +90,20 @@ def choose(
             f"attention = {name!r} cannot run on {device.type} ({reason}): use 'auto' or one of "
             f"{', '.join(available(device))}"
         )
-    passed_over: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     for candidate in _ordered(device) if name == "auto" else (name, "sdpa"):
         reason = obstacle(candidate, device) or _unfit(candidate, dtype, head_dim)
         if not reason and candidate in _PACKAGES:
             reason = _trial(candidate, device, dtype, head_dim, groups)
         if not reason:
             break
-        passed_over[candidate] = reason
-    _say(f"attention: {candidate} on {device.type}{_reasons(passed_over) if passed_over or name == 'auto' else ''}")
+        rejected[candidate] = reason
+    _report_once(f"attention: {candidate} on {device.type}{_reasons(rejected) if rejected or name == 'auto' else ''}")
     return candidate
 
 
 def obstacle(name: str, device: torch.device) -> str:
-    """Why a backend cannot run on `device` at all; empty when it can."""
+    """Why a backend cannot run on `device`; empty if it can."""
     if name not in _PACKAGES:
         return ""
     module, function, majors = _PACKAGES[name]
@@ -114,11 +117,11 @@ def obstacle(name: str, device: torch.device) -> str:
     if device.type != "cuda":
         return "needs CUDA"
     capability = torch.cuda.get_device_capability(device)
-    return "" if capability[0] in majors else f"not made for compute capability {capability[0]}.{capability[1]}"
+    return "" if capability[0] in majors else f"not built for compute capability {capability[0]}.{capability[1]}"
 
 
 def run(name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
-    """`name`'s packed attention: q `[L, H, D]`, k and v `[L, Hkv, D]` → `[L, H, D]`; shapes are the caller's care."""
+    """`name`'s packed attention: q `[L, H, D]`, k and v `[L, Hkv, D]` → `[L, H, D]`; shapes are not checked."""
     if name == "sdpa":
         return sdpa(q, k, v, segments, causal, scale)
     if name == "plain":
@@ -129,7 +132,9 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: 
 def fused(
     name: str, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, causal: bool, scale: float
 ) -> Tensor:
-    """A varlen kernel of a package or of torch; `bounds` int32 `[S + 1]` on the device, `longest` a segment's most."""
+    """A varlen kernel of a package or of torch; `bounds` int32 `[S + 1]` on the device, `longest` at least the longest
+    segment.
+    """
     known = _keywords(name)
     if name == "torch":
         options: dict[str, object] = {}
@@ -142,7 +147,7 @@ def fused(
             options["is_causal"] = causal
         else:
             options["window_size"] = (-1, 0) if causal else (-1, -1)
-        if "enable_gqa" in known:  # 2.10 and 2.11 take fewer key heads without being told
+        if "enable_gqa" in known:  # 2.10 and 2.11 take fewer key heads without it
             options["enable_gqa"] = q.shape[1] != k.shape[1]
         return _functions[name](q, k, v, bounds, bounds, longest, longest, **options)
     options = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "softmax_scale": scale, "causal": causal}
@@ -155,8 +160,8 @@ def fused(
 def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
     """One `scaled_dot_product_attention` for each run of equal segments.
 
-    Segments of one length that are not neighbours are brought together only where the calls saved outweigh moving the
-    tokens: on a CPU that is so for many short segments alone.
+    Segments of one length that are not neighbours are gathered only where the saved calls outweigh moving the tokens:
+    on a CPU that holds for many short segments only.
     """
     token_bytes = 2 * (q.shape[1] + k.shape[1]) * q.shape[2] * q.element_size()
     order, runs = segments.runs(token_bytes, _CALL_BYTES.get(q.device.type, _LAUNCH_BYTES), q.device)
@@ -177,14 +182,14 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     groups = q.shape[1] // k.shape[1]
     if groups == 1 or q.device.type == "cpu" or q.dtype in _HALF:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=groups != 1)
-    # In fp32 the GPU's memory-efficient kernel knows no groups, and sdpa would copy the heads and write all scores out.
+    # In fp32 the GPU's memory-efficient kernel has no groups, and sdpa would copy the heads and store all scores.
     members = q.unflatten(1, (-1, groups)).unbind(2)
     parts = [F.scaled_dot_product_attention(x, k, v, is_causal=causal, scale=scale) for x in members]
     return torch.stack(parts, dim=2).flatten(1, 2)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
-    """Every score `[Hkv, H / Hkv, L, L]` with a block mask, at least in fp32: memory grows with the square of L."""
+    """All scores `[Hkv, H / Hkv, L, L]` with a block mask, at least in fp32: memory grows with the square of L."""
     wide = torch.promote_types(q.dtype, torch.float32)
     segment = torch.repeat_interleave(
         torch.arange(len(segments.lengths)), torch.tensor(segments.lengths), output_size=len(q)
@@ -199,33 +204,33 @@ def plain(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sca
 
 
 def _ordered(device: torch.device) -> tuple[str, ...]:
-    """Best first: flash-attn 3 is written for Hopper, 4 above all for its successors."""
+    """The backends, best first: flash-attn 3 is written for Hopper, 4 mainly for later GPUs."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return ("flash3", "flash4", *BACKENDS[2:]) if hopper else BACKENDS
 
 
 def _unfit(name: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Why a backend cannot take this dtype or head size; empty when it can."""
+    """Why a backend does not support this dtype or head size; empty if it does."""
     if name not in _PACKAGES:
         return ""
     if dtype not in _HALF:
-        return f"knows bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return "" if head_dim % 8 == 0 and head_dim <= 256 else f"knows no heads of {head_dim}"
+        return f"supports bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return "" if head_dim % 8 == 0 and head_dim <= 256 else f"does not support heads of {head_dim}"
 
 
 def _trial(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int) -> str:
-    """Why a GPU kernel failed on a small pack, forward and backward, against `plain`; empty when it agrees."""
+    """Why a GPU kernel fails on a small pack, forward and backward, compared with `plain`; empty if it agrees."""
     outcome: list[str] = []
 
     def attempt() -> None:
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 outcome.append(_worst(name, device, dtype, head_dim, groups))
-        except Exception as error:  # whatever a foreign kernel raises, the next one is tried
+        except Exception as error:  # whatever the kernel raises, the next one is tried
             outcome.append(f"fails on a small pack: {_first_line(error)}")
 
-    # Grad mode, autocast, the hooks of activation checkpointing and the current GPU are a thread's own: in a fresh one
-    # none of them is set.
+    # Grad mode, autocast, the hooks of activation checkpointing and the current GPU belong to a thread: a new one has
+    # the defaults.
     thread = threading.Thread(target=attempt)
     thread.start()
     thread.join()
@@ -233,7 +238,7 @@ def _trial(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, g
 
 
 def _worst(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int) -> str:
-    """Run the trial; a sentence when an output or a gradient is further from `plain` than rounding explains."""
+    """Run the trial; a message if an output or a gradient differs from `plain` by more than rounding."""
     generator = torch.Generator().manual_seed(0)
     segments = Segments.of_lengths(_TRIAL_LENGTHS)
     shape = (sum(_TRIAL_LENGTHS), 2, head_dim)
@@ -248,7 +253,7 @@ def _worst(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, g
         for what, got, expected in zip(("output", "dq", "dk", "dv"), *results, strict=True):
             got, expected = got.detach().float(), expected.detach().float()
             error = float((got - expected).norm() / expected.norm())
-            # The relative error of a few roundings to dtype; a wrong mask or scale is off by a tenth and more.
+            # The relative error of a few roundings to dtype; a wrong mask or scale gives a tenth or more.
             if not error < 4 * torch.finfo(dtype).eps:
                 return f"wrong on a small pack: {what} off by {error:.1%}"
     return ""
@@ -256,7 +261,7 @@ def _worst(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, g
 
 @torch.compiler.assume_constant_result
 def _keywords(name: str) -> tuple[str, ...]:
-    """What a kernel can be told, as the installed release spells it."""
+    """The parameters of a kernel in the installed release."""
     return _signature(_functions[name])
 
 
@@ -265,21 +270,21 @@ def _signature(function: Callable[..., object]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def _reasons(passed_over: dict[str, str]) -> str:
-    """The three flash-attns are one word when they fail alike."""
-    flash = {passed_over.get(name) for name in BACKENDS[:3]}
+def _reasons(rejected: dict[str, str]) -> str:
+    """The reasons as text; one entry for the three flash-attns if they have the same reason."""
+    flash = {rejected.get(name) for name in BACKENDS[:3]}
     if len(flash) == 1 and None not in flash:
-        rest = {name: why for name, why in passed_over.items() if name not in BACKENDS[:3]}
-        passed_over = {"flash-attn": flash.pop(), **rest}
+        rest = {name: why for name, why in rejected.items() if name not in BACKENDS[:3]}
+        rejected = {"flash-attn": flash.pop(), **rest}
     names = {"torch": "torch varlen", "flash4": "flash-attn 4", "flash3": "flash-attn 3", "flash2": "flash-attn 2"}
-    return f" ({'; '.join(f'{names.get(name, name)}: {why}' for name, why in passed_over.items())})" * bool(passed_over)
+    return f" ({'; '.join(f'{names.get(name, name)}: {why}' for name, why in rejected.items())})" * bool(rejected)
 
 
 @lru_cache(maxsize=256)
-def _say(sentence: str) -> None:
-    """Print once in a process, and in a distributed run on its first rank alone."""
+def _report_once(message: str) -> None:
+    """Print a message once per process, and in a distributed run on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(sentence, file=sys.stderr)
+        print(message, file=sys.stderr)
 
 
 def _first_line(error: BaseException) -> str:

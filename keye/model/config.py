@@ -13,8 +13,8 @@ from keye.errors import KeyeError
 class KeyeVisionConfig(PreTrainedConfig):
     """The native-resolution vision tower; defaults are SigLIP-so400m-patch14-384 (the released tower).
 
-    `position_grid` is the side of the learned position table in patches; `rotary` switches the 2-D RoPE, off only to
-    compare with plain SigLIP.
+    `position_grid` is the side of the learned position table in patches. `rotary` enables the 2-D RoPE; it is False
+    only to compare with plain SigLIP.
     """
 
     model_type = "keye_vision"
@@ -34,16 +34,16 @@ class KeyeVisionConfig(PreTrainedConfig):
 class KeyeConfig(PreTrainedConfig):
     """Configuration of `KeyeForConditionalGeneration`.
 
-    `text_config` is a transformers decoder's (`keye.model.decoder`; Qwen3 by default), the ids are those of the
-    placeholders that visual features replace. `tie_word_embeddings` is the decoder's when left out. `attention` names
+    `text_config` is the config of a transformers decoder (`keye.model.decoder`; Qwen3 by default). The ids are those of
+    the placeholders that visual features replace. `tie_word_embeddings` defaults to the decoder's. `attention` names
     the kernel of packed attention, in the tower and in packed rows of the decoder: "auto" or one of
     `keye.model.attention.BACKENDS`.
     """
 
     model_type = "KeyeVL1_5"
     sub_configs = {"vision_config": KeyeVisionConfig, "text_config": AutoConfig}
-    # Tools that look for a class in transformers' own namespace, as TRL does, go by this where they find none. It is of
-    # the class and so not saved: who has not imported `keye` cannot load the model by it.
+    # Tools that look for a class in transformers' own namespace, as TRL does, use this if they find none. It is a class
+    # attribute and therefore not saved: without `import keye` it does not load the model.
     auto_map = {
         "AutoConfig": "keye.model.config.KeyeConfig",
         "AutoModel": "keye.model.keye.KeyeModel",
@@ -64,7 +64,7 @@ class KeyeConfig(PreTrainedConfig):
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = KeyeVisionConfig(**(self.vision_config or {}))
         if isinstance(self.text_config, PreTrainedConfig):
-            # It may belong to a model of its own, whose attention must not change with this one's.
+            # Another model may use it, whose attention must not change with this one's.
             self.text_config = copy.deepcopy(self.text_config)
         else:
             values = dict(self.text_config or PRESETS["keye_8b"]["text"])
@@ -79,14 +79,14 @@ class KeyeConfig(PreTrainedConfig):
         """A config.json as this project or the release writes it (flat fields, `keye.checkpoint.released_layout`)."""
         if names.is_released(config_dict):
             config_dict = names.config_from_released(config_dict)
-        importlib.import_module("keye.model.keye")  # registers the model's class, which Auto classes look for next
+        importlib.import_module("keye.model.keye")  # registers the model's class for the Auto classes
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def preset(cls, name: str, **text: Any) -> "KeyeConfig":
         """A known size: "tiny" (two CPU cores, minutes), "small" (one GPU), "keye_8b" (the released shapes).
 
-        `text` overrides fields of the decoder's config, `vocab_size` for instance.
+        `text` overrides fields of the decoder's config, for example `vocab_size`.
 
         Raises:
             KeyeError: an unknown name.
@@ -116,7 +116,7 @@ def _qwen3(
     }
 
 
-# At width 128, transformers' initial deviation of 0.02 learns an order of magnitude slower than width ** -0.5.
+# At width 128, transformers' initializer_range of 0.02 learns ten times slower than width ** -0.5.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "vision": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},

@@ -1,7 +1,7 @@
-"""A decoder of transformers made Keye's: its rotary turned into M-RoPE, and a plain refusal of what cannot be.
+"""A transformers decoder with M-RoPE in place of its rotary; decoders that this does not fit are refused.
 
-Qwen3, Qwen2 and Llama are the families whose every row is compared with transformers; another one is taken when its
-rotary and its attention are of the same make.
+Qwen3, Qwen2 and Llama are the families that the tests compare with transformers. Another decoder is accepted if its
+rotary and its attention work the same way.
 """
 
 import warnings
@@ -14,29 +14,32 @@ from keye.errors import KeyeError
 from keye.model.rope import MultimodalRotary
 
 COMPARED = ("qwen3", "qwen2", "llama")
-# Functions that a decoder's own head or attention applies, which the head and the packed attention here do not.
-FOREIGN = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
+# Functions of a decoder's own head or attention that the head and the packed attention here do not apply.
+UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def build_decoder(config: PreTrainedConfig) -> nn.Module:
-    """The decoder of `config` without its head, with M-RoPE in the place of its rotary.
+    """The decoder of `config` without its head, with M-RoPE in place of its rotary.
 
     Raises:
-        KeyeError: a decoder whose positions M-RoPE cannot carry, or that computes what this model would leave out.
+        KeyeError: a decoder whose positions M-RoPE cannot express, or that uses functions this model does not apply.
     """
     decoder = AutoModel.from_config(config)
     name = config.model_type
     if not hasattr(decoder, "rotary_emb") or not hasattr(decoder, "embed_tokens"):
         raise KeyeError(f"text_config: a {name} decoder has no rotary to replace; use one of {', '.join(COMPARED)}")
-    for key in FOREIGN:
+    for key in UNSUPPORTED:
         if getattr(config, key, None) not in (None, 0, 1):
             raise KeyeError(f"text_config.{key}: Keye's head does not apply it; use one of {', '.join(COMPARED)}")
     if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        raise KeyeError(f"text_config.layer_types: {', '.join(sorted(unknown))} is no attention that Keye can pack")
+        raise KeyeError(
+            f"text_config.layer_types: {', '.join(sorted(unknown))} cannot be packed; use 'full_attention' or "
+            "'sliding_attention'"
+        )
     decoder.rotary_emb = multimodal_rotary(type(decoder.rotary_emb), config)
     if name not in COMPARED:
         warnings.warn(
-            f"a {name} decoder is built as it is, but only {', '.join(COMPARED)} are compared with transformers",
+            f"a {name} decoder is accepted, but only {', '.join(COMPARED)} are compared with transformers in the tests",
             stacklevel=2,
         )
     return decoder
@@ -46,16 +49,16 @@ def multimodal_rotary(own: type[nn.Module], config: PreTrainedConfig) -> Multimo
     """M-RoPE with the frequencies and the scale that the decoder's own rotary class computes from its config.
 
     Raises:
-        KeyeError: frequencies that change with the length or the layer, or that turn only a part of the head, or in
-            another order than half-split.
+        KeyeError: frequencies that depend on the length or the layer, that rotate only a part of the head, or that pair
+            dimensions in another way than half-split.
     """
-    kind = (config.rope_parameters or {}).get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type in ("dynamic", "longrope"):
         raise KeyeError(
-            f"text_config.rope_parameters: '{kind}' changes its frequencies with the length, which would turn cached "
-            "and packed tokens differently; use 'default', 'linear', 'llama3' or 'yarn'"
+            f"text_config.rope_parameters: '{rope_type}' changes its frequencies with the length, so that cached and "
+            "packed tokens would be rotated differently; use 'default', 'linear', 'llama3' or 'yarn'"
         )
-    with torch.device("cpu"):  # values are needed even where the model is being built without any (meta device)
+    with torch.device("cpu"):  # values are needed even if the model is built on the meta device
         rotary = own(config=config)
         frequencies = getattr(rotary, "inv_freq", None)
         if frequencies is None:
@@ -69,5 +72,7 @@ def multimodal_rotary(own: type[nn.Module], config: PreTrainedConfig) -> Multimo
         pairs = zip(rotary(*probe), ours(*probe), strict=True)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if 2 * len(frequencies) != head or not all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs):
-        raise KeyeError(f"text_config: {own.__name__} turns only a part of the head, or pairs its halves otherwise")
+        raise KeyeError(
+            f"text_config: {own.__name__} rotates only a part of the head or pairs its dimensions differently"
+        )
     return ours

@@ -1,9 +1,9 @@
 """How many floating-point operations a forward pass takes, from the config and the sizes alone.
 
-A multiplication and an addition are two. What grows with the number of tokens (`linear`: every matrix product with a
-weight) is kept apart from what grows with the square of a segment (`quadratic`: scores and their products with the
-values, for the pairs that may see one another). Norms, activations and rotations are left out, as is usual: they are
-under a hundredth. A training step takes three times as many, whatever is recomputed on the way.
+A multiplication and an addition count as two. `linear` is what grows with the number of tokens: every matrix product
+with a weight. `quadratic` is what grows with the square of a segment: scores and their products with the values, for
+the pairs that attend to each other. Norms, activations and rotations are not counted, as usual: they are below 1 %. A
+training step takes three times as many, whether or not activations are recomputed.
 """
 
 from collections.abc import Iterable
@@ -29,12 +29,12 @@ class Flops:
 
 
 def attention_pairs(lengths: Iterable[int], causal: bool) -> int:
-    """Pairs of a query and a key that see one another inside segments of these lengths."""
+    """Pairs of a query and a key that attend to each other inside segments of these lengths."""
     return sum(length * (length + 1) // 2 if causal else length * length for length in lengths)
 
 
 def tower_layers(vision: Any, patches: Iterable[int]) -> Flops:
-    """The tower's layers (a KeyeVisionConfig) over frames of so many patches each."""
+    """The tower's layers (a KeyeVisionConfig) over frames with these numbers of patches."""
     patches = list(patches)
     width = vision.hidden_size
     weights = 4 * width * width + 2 * width * vision.intermediate_size
@@ -66,15 +66,18 @@ def decoder(text: Any, lengths: Iterable[int]) -> Flops:
 
 
 def head(text: Any, rows: int) -> Flops:
-    """Logits of so many positions."""
+    """Logits of `rows` positions."""
     return Flops(2 * rows * text.hidden_size * text.vocab_size)
 
 
 def forward(config: Any, frames: Iterable[tuple[int, int]], lengths: Iterable[int], rows: int) -> Flops:
-    """A whole pass of a KeyeConfig.
+    """A forward pass of the complete model.
 
-    frames: (height, width) in patches of every frame and image. lengths: tokens of every document, visual ones
-    included. rows: positions that get logits, in training those with a label.
+    Args:
+        config: a KeyeConfig.
+        frames: (height, width) in patches of every frame and image.
+        lengths: tokens of every document, visual tokens included.
+        rows: positions that get logits; in training those with a label.
     """
     frames = list(frames)
     vision, text = config.vision_config, config.text_config
@@ -93,8 +96,8 @@ def training_step(
 ) -> int:
     """Operations of a training step of a KeyeConfig whose projector trains; arguments as for `forward`.
 
-    What is frozen has no gradients of weights, a frozen tower none at all, as nothing below it trains. Products of
-    scores have no weights: they take three times the forward wherever gradients pass.
+    A frozen part has no gradients of weights; a frozen tower has no gradients, because nothing below it trains.
+    Products of scores have no weights: they take three times the forward pass wherever gradients flow.
     """
     frames, lengths = list(frames), list(lengths)
     vision, text = config.vision_config, config.text_config

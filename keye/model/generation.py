@@ -1,7 +1,7 @@
-"""What `generate` must know of Keye: 3-D positions, and visual features that are made once and follow their row.
+"""Keye's part of `generate`: 3-D positions, and visual features that are computed once and follow their row.
 
-The tower runs once, before the prompt is copied for beams or several answers, and only over the frames that the cache
-does not hold yet: a conversation goes on from its cache by giving the whole of it again, ids and pixels.
+The tower runs once, before the prompt is copied for beams or several answers, and only over the frames that are not in
+the cache yet: to continue a conversation from its cache, give all its ids and pixels again.
 """
 
 from dataclasses import fields
@@ -13,30 +13,30 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-# Pixels kept for an assistant, under names that `generate` neither copies for beams nor refuses to split in chunks.
+# Pixels kept for an assistant model, under names that `generate` does not copy for beams and can split in chunks.
 _KEPT = {f"_{name}": name for name in PIXELS}
 
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-"""What transformers calls the cache of a decoder, in arguments and outputs: `cache` from 5.24 on."""
+"""The name of a decoder's cache in arguments and outputs of transformers: `cache` from 5.24 on."""
 
 
 class KeyeGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model with `encode_vision`, `positions` and the config's two placeholder ids."""
 
     def _ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
-        """Ids `[B, L]` of the prompt, those of the placeholders alone where it is given as embeddings."""
+        """Ids `[B, L]` of the prompt; only those of the placeholders if it is given as embeddings."""
         if inputs_embeds is not None and (input_ids is None or input_ids.shape[1] == 0):
             return self.model.placeholders(inputs_embeds)
         return input_ids
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """Positions `[3, B, L]` of the whole prompt, also of what the cache holds."""
+        """Positions `[3, B, L]` of the complete prompt, including the cached part."""
         given = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
         input_ids = self._ids(model_kwargs.get("input_ids", given), model_kwargs.get("inputs_embeds"))
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
         cached = 0 if cache is None else int(cache.get_seq_length())
         if cached and max(input_ids.shape[1], 0 if mask is None else mask.shape[1]) != input_ids.shape[1]:
-            raise ValueError("to go on from a cache, give input_ids and pixels of the whole conversation")
+            raise ValueError("to continue from a cache, give input_ids and pixels of the complete conversation")
         return self.positions(input_ids, mask, model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw"))
 
     def _expand_inputs_for_generation(
@@ -46,7 +46,7 @@ class KeyeGenerationMixin(GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Copy every row `expand_size` times; pixels become features here, so that the tower sees each frame once."""
+        """Copy every row `expand_size` times; pixels become features first, so that a frame is encoded once."""
         pixels = {name: value for name in PIXELS if (value := model_kwargs.pop(name, None)) is not None}
         positions = model_kwargs.pop("position_ids", None)
         features = {}
@@ -54,7 +54,7 @@ class KeyeGenerationMixin(GenerationMixin):
             ids = self._ids(input_ids, model_kwargs.get("inputs_embeds"))
             cache = model_kwargs.get(CACHE)
             cached = 0 if cache is None else int(cache.get_seq_length())
-            features = {"visual_features": self._fresh_features(ids, cached, expand_size, **pixels)}
+            features = {"visual_features": self._uncached_features(ids, cached, expand_size, **pixels)}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -63,7 +63,7 @@ class KeyeGenerationMixin(GenerationMixin):
         kept = {f"_{name}": value for name, value in pixels.items()} if expand_size == 1 else {}
         return input_ids, model_kwargs | features | kept
 
-    def _fresh_features(
+    def _uncached_features(
         self,
         input_ids: Tensor,
         cached: int,
@@ -88,12 +88,12 @@ class KeyeGenerationMixin(GenerationMixin):
             block = torch.repeat_interleave(torch.arange(len(grid), device=device), grid.prod(dim=1) // 4)
             if len(block) != len(row):
                 raise ValueError(f"{len(row)} placeholders of id {token_id}, but {len(block)} visual tokens")
-            fresh = column >= cached
-            encoded = torch.zeros(len(grid), dtype=torch.bool, device=device).index_fill_(0, block[fresh], True)
+            uncached = column >= cached
+            encoded = torch.zeros(len(grid), dtype=torch.bool, device=device).index_fill_(0, block[uncached], True)
             pixels.append(patches.to(device)[encoded.repeat_interleave(grid.prod(dim=1))])
             grids.append(grid[encoded])
-            wanted.append(fresh[encoded[block]])
-            rows.append(row[fresh])
+            wanted.append(uncached[encoded[block]])
+            rows.append(row[uncached])
         if not sum(map(len, grids)):
             return torch.zeros(0, config.text_config.hidden_size, dtype=self.dtype, device=device)
         features = self.encode_vision(torch.cat(pixels), torch.cat(grids))[torch.cat(wanted)]
@@ -107,9 +107,9 @@ class KeyeGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
     ) -> Any:
-        """As transformers'; in chunks (`prefill_chunk_size`), each gets the features of its own placeholders.
+        """Like transformers'; in chunks (`prefill_chunk_size`), each gets the features of its own placeholders.
 
-        The loop is our own: that of 5.17 cuts 3-D positions along the wrong axis, and none takes embeddings apart.
+        The loop is our own: that of 5.17 splits 3-D positions along the wrong axis, and none splits embeddings.
         """
         size = generation_config.prefill_chunk_size
         if size is None:
@@ -147,12 +147,12 @@ class KeyeGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The model's inputs of one step; what was seen goes in with the prompt, or with every step without a cache."""
+        """The model's inputs of one step; pixels and features go with the prompt, without a cache with every step."""
         visual = {name: kwargs.pop(name) for name in (*PIXELS, "visual_features") if name in kwargs}
         for name in _KEPT:
             kwargs.pop(name, None)
         cache = kwargs.get(CACHE)
-        # An assistant's own prompt is no first iteration to `generate`, and its cache is empty all the same.
+        # `generate` does not mark an assistant model's prompt as a first iteration, but its cache is empty.
         first = is_first_iteration or not kwargs.get("use_cache", True)
         if not first and visual and next_sequence_length != 1:
             first = cache is None or int(cache.get_seq_length()) == 0
@@ -166,15 +166,15 @@ class KeyeGenerationMixin(GenerationMixin):
         return inputs | (visual if first else {})
 
     def _features_of_chunk(self, prompt: Tensor, features: Tensor, start: int, stop: int) -> Tensor:
-        """Those of `features` that belong to the placeholders of `prompt[:, start:stop]`, in their order.
+        """The features of the placeholders in `prompt[:, start:stop]`, in their order.
 
-        Features are those of the prompt's last placeholders of each kind, where a cache holds the others.
+        `features` are those of the prompt's last placeholders of each kind; the others are in the cache.
         """
         places = [prompt == self.config.image_token_id, prompt == self.config.video_token_id]
         column = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
         cached = torch.zeros_like(column, dtype=torch.bool)
         total = sum(int(place.sum()) for place in places)
-        if total != len(features):  # placeholders in the cache have no features here: find where it ended
+        if total != len(features):  # cached placeholders have no features here: find where the cache ends
             counts = torch.stack(places).any(dim=0).sum(dim=0).flip(0).cumsum(0).flip(0)
             cached = column < int((counts > len(features)).sum())
         chosen = [((column >= start) & (column < stop))[place & ~cached] for place in places]
@@ -183,7 +183,7 @@ class KeyeGenerationMixin(GenerationMixin):
     def _get_candidate_generator(
         self, *args: Any, assistant_model: Any = None, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
-        """An assistant of the same kind looks at the pixels itself; one that only reads gets ids alone."""
+        """An assistant model of the same kind gets the pixels; a text-only one gets ids."""
         own = {"visual_features", *_KEPT, *PIXELS}
         kept = {name: value for name, value in model_kwargs.items() if name not in own}
         if isinstance(assistant_model, KeyeGenerationMixin):
@@ -195,7 +195,7 @@ class KeyeGenerationMixin(GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, num_new_tokens: int = 1, **more: Any
     ) -> dict[str, Any]:
-        """New tokens stand one past the largest position so far: a prompt may end with a frame."""
+        """A new token has the largest position so far plus one: a prompt may end with a frame."""
         positions = model_kwargs.pop("position_ids", None)
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **more
@@ -210,7 +210,7 @@ class KeyeGenerationMixin(GenerationMixin):
 
 
 def _copy_rows(features: Tensor, row: Tensor, copies: int) -> Tensor:
-    """Features `[V, hidden]` of rows 0, 1, … (`row [V]`, ascending) → each row's features `copies` times in a row."""
+    """Features `[V, hidden]` of rows 0, 1, … (`row [V]`, ascending) → each row's features repeated `copies` times."""
     if copies == 1 or not len(features):
         return features
     sizes = torch.unique_consecutive(row, return_counts=True)[1].tolist()

@@ -1,8 +1,8 @@
 """KeyeModel and KeyeForConditionalGeneration: vision tower → projector → decoder (→ head), as Hugging Face models.
 
-The model knows nothing of parallelism. Three seams let a trainer add it: `varlen` replaces the packed attention of the
-decoder (sequence parallelism), `frame_parts` are parts of frames that several ranks encode together, `exchange` hands
-visual features to the rank that holds their place.
+The model has no code for parallelism. Three arguments of `KeyeModel.forward` let a trainer add it: `varlen` replaces
+the packed attention of the decoder (sequence parallelism), `frame_parts` are parts of frames that several ranks encode
+together, `exchange` sends visual features to the rank that has their placeholders.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,6 @@ from typing import Any, Unpack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -25,20 +24,19 @@ from keye.model.attention import Varlen, check_name
 from keye.model.config import KeyeConfig
 from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import CACHE, KeyeGenerationMixin
+from keye.model.heads import Readout
 from keye.model.pretrained import KeyePreTrainedModel
 from keye.model.rope import batch_positions
 from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace
 from keye.slowfast.pixels import normalised
 
-LOSS_CHUNK = 4096  # rows of fp32 logits alive at once
-
 
 @dataclass
 class KeyeOutput(CausalLMOutputWithPast):
-    """loss: scalar; logits `[B, L, vocab]`, absent when `shift_labels` were given; the decoder's cache.
+    """The output of `KeyeForConditionalGeneration`.
 
-    The cache is `past_key_values`, or `cache` in the releases of transformers that call it so (5.24 and later).
-    hidden_states, attentions: the decoder's, where asked for.
+    loss: scalar. logits: `[B, L, vocab]`, None if `shift_labels` were given. past_key_values: the decoder's cache,
+    named `cache` from transformers 5.24 on. hidden_states, attentions: the decoder's, if requested.
     """
 
 
@@ -54,7 +52,7 @@ class KeyeModel(KeyePreTrainedModel):
         self.post_init()
 
     def set_rope_theta(self, theta: float) -> None:
-        """Change the base of the decoder's rotary (annealing: 1e6 → 8e6, report §pre-training); kept in the config."""
+        """Change the base of the decoder's rotary, also in the config (annealing: 1e6 → 8e6, report §pre-training)."""
         text = self.config.text_config
         text.rope_parameters = {**text.rope_parameters, "rope_theta": theta}
         self.language_model.rotary_emb = multimodal_rotary(self.language_model.rotary_emb.own, text)
@@ -64,9 +62,9 @@ class KeyeModel(KeyePreTrainedModel):
     ) -> Tensor:
         """Patches `[N, 3, 14, 14]` of frames or images with grids `[F, 3]` → tokens `[N / 4, hidden]`.
 
-        Pixels are bytes (uint8), which become floats here, or floats in [−1, 1]. Without a gradient, and with gradient
-        checkpointing, frames pass through tower and projector in chunks, whose activations alone are in memory. The
-        tokens of `frame_parts` come first.
+        Pixels are bytes (uint8) or floats in [−1, 1]. Without a gradient, and with gradient checkpointing, frames pass
+        through tower and projector in chunks, so that only the activations of a chunk are in memory. The tokens of
+        `frame_parts` come first.
         """
         features = self.visual(pixel_values, grid_thw, frame_parts)
         return self.projector(features, grid_thw, sum(len(part.pixels) for part in frame_parts))
@@ -79,12 +77,12 @@ class KeyeModel(KeyePreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """Patches and grids of stills, as of `forward` → the tower's features and the decoder's tokens.
+        """Patches and grids of images, as for `forward` → the tower's features and the decoder's tokens.
 
         Returns:
-            last_hidden_state `[N, vision width]`, a row a patch; pooler_output, for each still its tokens
-            `[patches / 4, hidden]`; where asked for, hidden_states (of the embeddings and of every layer) and
-            attentions (`[heads, N, N]` a layer, 0 between stills).
+            last_hidden_state `[N, vision width]`, a row per patch; pooler_output, the tokens `[patches / 4, hidden]` of
+            each image; if requested, hidden_states (of the embeddings and of every layer) and attentions
+            (`[heads, N, N]` per layer, 0 between images).
         """
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         weights = self.config.output_attentions if output_attentions is None else output_attentions
@@ -104,7 +102,7 @@ class KeyeModel(KeyePreTrainedModel):
     def get_video_features(
         self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """The same for the frames of videos: pooler_output has an entry a frame."""
+        """The same for the frames of videos: pooler_output has an entry per frame."""
         return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     @can_return_tuple
@@ -131,20 +129,20 @@ class KeyeModel(KeyePreTrainedModel):
         """One pass over a padded batch `[B, L]`, or over one packed row `[1, L]` with `cu_seqlens` `[D + 1]`.
 
         Args:
-            input_ids, inputs_embeds: `[B, L]`, or `[B, L, hidden]` in its place: there a placeholder is what has the
-                placeholder's embedding. With both, ids say where placeholders are and embeddings what the words are.
-            position_ids: `[3, B, L]`; computed from the stream when left out, which a cache that is not empty forbids.
-                `[B, L]` are positions of text, which may begin again at 0 with each document of a row.
-            past_key_values, cache: two names of one argument, the older and the newer of transformers.
+            input_ids, inputs_embeds: `[B, L]`, or `[B, L, hidden]` instead, where placeholders are found by their
+                embedding. With both, ids give the placeholders and embeddings the words.
+            position_ids: `[3, B, L]`; computed from the ids by default, which needs an empty cache. `[B, L]` are
+                positions of text, which may start at 0 again with each document of a row.
+            past_key_values, cache: the older and the newer name of transformers for one argument.
             pixel_values, image_grid_thw: patches `[N, 3, 14, 14]` or `[N, 588]`, bytes (uint8) or floats in [−1, 1],
-                and grids `[n, 3]` of all stills, in stream order.
+                and grids `[n, 3]` of all images, in stream order.
             pixel_values_videos, video_grid_thw: the same for all frames of all videos.
-            visual_features: `[V, hidden]` of pixels that went through `encode_vision` before, stills first.
-            varlen, frame_parts, exchange: the seams named in the module's docstring; the tokens of `frame_parts` come
-                before those of `pixel_values` in what `exchange` is given.
+            visual_features: `[V, hidden]`, the output of `encode_vision` instead of pixels, images first.
+            varlen, frame_parts, exchange: see the module's docstring; `exchange` gets the tokens of `frame_parts`
+                before those of `pixel_values`.
 
         Returns:
-            last_hidden_state `[B, L, hidden]` after the decoder's norm, the cache, and what was asked for.
+            last_hidden_state `[B, L, hidden]` after the decoder's norm, the cache, and the requested extras.
         """
         past = past_key_values if cache is None else cache
         pixels = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
@@ -153,7 +151,7 @@ class KeyeModel(KeyePreTrainedModel):
             input_ids = self.placeholders(inputs_embeds)
         if position_ids is None:
             if past is not None and past.get_seq_length():
-                raise ValueError("what stands after a cache has no positions of its own: give position_ids [3, B, L]")
+                raise ValueError("positions after a cache cannot be computed from the ids: give position_ids [3, B, L]")
             position_ids = self.positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, cu_seqlens)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -163,7 +161,7 @@ class KeyeModel(KeyePreTrainedModel):
             kwargs |= {"cu_seqlens": cu_seqlens, "varlen_fn": varlen, "attention": self.config.attention}
             attention_mask, use_cache = self._packed_mask(inputs_embeds), False
         elif attention_mask is None and past is None and position_ids.ndim == 3:
-            # Without a mask a decoder looks for packed documents in the positions, and would find one in each frame.
+            # Without a mask a decoder looks for packed documents in the positions, and finds one in each frame.
             attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
         if use_cache is None and self.training:
             use_cache = False
@@ -195,7 +193,7 @@ class KeyeModel(KeyePreTrainedModel):
         return batch_positions(input_ids, attention_mask, blocks, cu_seqlens)
 
     def placeholders(self, inputs_embeds: Tensor) -> Tensor:
-        """Ids `[B, L]` of embeddings `[B, L, hidden]`: a placeholder's where its embedding is, else −1."""
+        """Ids `[B, L]` of embeddings `[B, L, hidden]`: the placeholder's id at its embedding, otherwise −1."""
         ids = inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
         for token_id in (self.config.image_token_id, self.config.video_token_id):
             own = self.get_input_embeddings()(ids.new_tensor([[token_id]])).to(inputs_embeds)
@@ -203,10 +201,10 @@ class KeyeModel(KeyePreTrainedModel):
         return ids
 
     def _packed_mask(self, embeds: Tensor) -> Tensor:
-        """What a decoder is handed in the place of a mask when rows are packed.
+        """The attention mask that a decoder gets for packed rows.
 
-        Every decoder takes a mask of four dimensions as it is and builds none; this one is empty, because packed
-        attention goes by `cu_seqlens` alone, and any other attention would fail on it rather than mix documents.
+        A decoder uses a mask of four dimensions as it is. This one is empty, because packed attention uses `cu_seqlens`
+        only, and any other attention fails on it instead of mixing documents.
         """
         if self.config.text_config._attn_implementation != "keye":
             raise ValueError("packed rows need the attention 'keye': call model.set_attn_implementation('keye')")
@@ -222,7 +220,7 @@ class KeyeModel(KeyePreTrainedModel):
         frame_parts: Sequence[FramePart],
         exchange: Callable[[Tensor], Tensor] | None,
     ) -> Tensor | None:
-        """Visual tokens `[V, hidden]`, stills first; None where there are none and no parameter needs one."""
+        """Visual tokens `[V, hidden]`, images first; None if there are none and no parameter needs a gradient."""
         pixels = [p for p in (pixel_values, pixel_values_videos) if p is not None and len(p)]
         if visual_features is not None:
             features = visual_features
@@ -230,8 +228,8 @@ class KeyeModel(KeyePreTrainedModel):
             grids = [g for g in (image_grid_thw, video_grid_thw) if g is not None and len(g)]
             if len({part.dtype for part in pixels}) > 1:
                 pixels = [normalised(part) for part in pixels]
-            whole = (_joined(pixels), _joined(grids)) if pixels else (None, None)
-            features = self.encode_vision(*whole, frame_parts)
+            joined = (_joined(pixels), _joined(grids)) if pixels else (None, None)
+            features = self.encode_vision(*joined, frame_parts)
         elif exchange is None and not self.training:
             return None
         else:
@@ -239,21 +237,21 @@ class KeyeModel(KeyePreTrainedModel):
         return features if exchange is None else exchange(features)
 
     def _no_features(self) -> Tensor:
-        """No visual tokens `[0, hidden]`, but through the tower: every rank must touch every parameter in training."""
+        """No visual tokens `[0, hidden]`, but through the tower: in training every rank must use every parameter."""
         grid = torch.tensor([[1, 2, 2]], device=self.device)
         size = self.config.vision_config.patch_size
         return self.encode_vision(torch.zeros(4, 3, size, size, device=self.device), grid)[:0]
 
     def _embed(self, input_ids: Tensor, embeds: Tensor, features: Tensor | None) -> Tensor:
-        """Embeddings `[B, L, hidden]` with visual features in the place of the placeholders, in stream order.
+        """Embeddings `[B, L, hidden]` with visual features in place of the placeholders, in stream order.
 
-        Stills come first in `features`, then frames: each kind fills its own placeholders.
+        Images come first in `features`, then frames: each kind fills its own placeholders.
         """
         if features is None and input_ids.shape[1] == 1:
-            return embeds  # one step of generation, which need not wait for the device to count placeholders
+            return embeds  # a step of generation: do not wait for the device to count placeholders
         stills, frames = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
         places = stills | frames
-        if torch.compiler.is_compiling():  # a graph cannot ask for numbers: it fills as many places as there are
+        if torch.compiler.is_compiling():  # a graph cannot count placeholders: it fills all of them
             return embeds if features is None else _filled(embeds, stills, frames, features)
         count, total = int(stills.sum()), int(places.sum())
         given = 0 if features is None else len(features)
@@ -270,29 +268,8 @@ class KeyeModel(KeyePreTrainedModel):
         return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
 
 
-class Readout(nn.Module):
-    """The language head over hidden states: logits, or the summed loss of any number of labels.
-
-    It has no parameters of its own. It is called once a forward pass, however many labels there are, so that a trainer
-    that partitions the head's weight gathers it once for all chunks of the loss.
-    """
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, head: nn.Module) -> Tensor:
-        """hidden `[…, width]` → logits `[…, vocab]`; with targets `[N]` of `[N, width]` their summed loss, in fp32."""
-        if targets is None:
-            return head(hidden)
-        total = torch.zeros((), device=hidden.device)
-        for rows, part in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            total = total + checkpoint(_chunk_loss, head, rows, part, use_reentrant=False)
-        return total
-
-
-def _chunk_loss(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(rows).float(), targets, reduction="sum")
-
-
 class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
-    """`KeyeModel` below `model`, and the head that makes words of it."""
+    """`KeyeModel` as `model`, and the language head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -317,23 +294,23 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         return self.model.language_model
 
     def set_rope_theta(self, theta: float) -> None:
-        """As `KeyeModel.set_rope_theta`."""
+        """See `KeyeModel.set_rope_theta`."""
         self.model.set_rope_theta(theta)
 
     def encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """As `KeyeModel.encode_vision`."""
+        """See `KeyeModel.encode_vision`."""
         return self.model.encode_vision(pixel_values, grid_thw)
 
     def positions(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
-        """As `KeyeModel.positions`."""
+        """See `KeyeModel.positions`."""
         return self.model.positions(*args, **kwargs)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """As `KeyeModel.get_image_features`."""
+        """See `KeyeModel.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """As `KeyeModel.get_video_features`."""
+        """See `KeyeModel.get_video_features`."""
         return self.model.get_video_features(*args, **kwargs)
 
     @can_return_tuple
@@ -357,14 +334,15 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         mm_token_type_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> KeyeOutput:
-        """`KeyeModel.forward`, whose arguments it takes, and the head.
+        """`KeyeModel.forward`, which takes the same arguments, and the head.
 
         Args:
-            labels: `[B, L]`, −100 where nothing is learnt; `shift_labels` the same, already moved one to the left, as
-                packing and sequence parallelism need; with them no logits are returned.
-            num_items_in_batch: what the summed loss is divided by; the number of labels when left out.
-            logits_to_keep: logits of so many last tokens alone, 0 for all; or the indices of tokens.
-            mm_token_type_ids: taken since tools pass it on; ids say the same.
+            labels: `[B, L]`, −100 at tokens without a loss.
+            shift_labels: labels already shifted one to the left, as packing and sequence parallelism need; no logits
+                are returned with them.
+            num_items_in_batch: divisor of the summed loss; by default the number of labels.
+            logits_to_keep: number of last tokens that get logits, 0 for all; or the indices of tokens.
+            mm_token_type_ids: accepted because tools pass it; not used, the ids contain the same information.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -396,9 +374,9 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         )
 
     def _loss(self, hidden: Tensor, shifted: Tensor, num_items: Tensor | float | None) -> Tensor:
-        """Summed cross-entropy over the labelled positions alone, in fp32 and in chunks, divided by `num_items`.
+        """Summed cross-entropy over the labelled positions, in fp32 and in chunks, divided by `num_items`.
 
-        Without any label it is 0, and still a function of every parameter.
+        Without labels it is 0, and still a function of every parameter.
         """
         chosen = shifted != -100
         rows, targets = hidden[chosen], shifted[chosen]
@@ -407,7 +385,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Pixels are large: a single part is not copied."""
+    """Concatenated parts; a single one is not copied, because pixels are large."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -1,4 +1,4 @@
-"""What Keye's models share as Hugging Face models: how they are loaded, and which attention they use."""
+"""The common base of Keye's Hugging Face models: loading, and the choice of attention."""
 
 from typing import Any
 
@@ -34,20 +34,20 @@ class KeyePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; directories with the released names load, too, and are saved again with ours."""
+        """Like transformers'; directories with the released names load as well, and are saved with our names."""
         loaded = super().from_pretrained(*args, **{"key_mapping": names.KEY_MAPPING, **kwargs})
         (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = []
         return loaded
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], **kwargs: Any) -> None:
-        """Choose the decoder's attention of transformers; "keye", the default, is the one that can be packed.
+        """Choose the decoder's attention; only "keye", the default, supports packed rows.
 
         The tower always uses `keye.model.attention` (`config.attention`).
         """
         name = attn_implementation if isinstance(attn_implementation, str) else None
         chosen = {"": name, "text_config": name} if name else attn_implementation
         super().set_attn_implementation(chosen, **kwargs)
-        if name:  # the tower is no model of transformers, which would warn of it
+        if name:  # the tower is not a PreTrainedModel; transformers would warn about it
             self.config.vision_config._attn_implementation_internal = name
 
     def get_input_embeddings(self) -> nn.Module:

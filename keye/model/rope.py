@@ -1,7 +1,7 @@
 """Rotary positions: 2-D for the vision tower, 3-D (time, height, width) for the language model.
 
-Tables are built in float32 from a plain float base, so that moving a model to bfloat16, or loading it through the meta
-device, cannot spoil them.
+Tables are built in float32 from a Python float, so that moving a model to bfloat16, or loading it through the meta
+device, does not change them.
 """
 
 from typing import Any
@@ -13,43 +13,43 @@ from keye.checkpoint.released_layout import mrope_section
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `[..., D]` by half-split tables of the same last size; computed in float32, returned in x's dtype.
+    """Rotate x `[..., D]` by half-split tables `[..., D]`; computed in float32, returned in x's dtype.
 
-    The tables are constants: nothing flows back into them.
+    The tables are constants: they get no gradients.
     """
     return _Rotation.apply(x, cos, sin)
 
 
 class _Rotation(torch.autograd.Function):
-    """Its own backward: the rotation by the opposite angle, so that neither direction keeps x or makes a turned copy.
+    """Its backward pass is the rotation by the opposite angle, so that x is neither saved nor copied.
 
-    Written out as products and a concatenation it takes three times as long, forward and backward.
+    As products and a concatenation it takes three times as long, forward and backward.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(gradient, cos, -sin), None, None
+        return _rotated(gradient, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     x32 = x.float()
-    turned = x32 * cos
-    turned[..., :half].addcmul_(x32[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(x32[..., :half], sin[..., half:])
-    return turned.to(x.dtype)
+    out = x32 * cos
+    out[..., :half].addcmul_(x32[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x32[..., :half], sin[..., half:])
+    return out.to(x.dtype)
 
 
 def vision_tables(row: Tensor, column: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[N, 1, head_dim]` float32 of patches at `row`, `column` `[N]` of their frames.
 
-    A quarter of the head turns with the row, a quarter with the column, and the half is repeated, as in
+    The first quarter of the head rotates with the row, the second with the column, and this half is repeated, as in
     the release (36 + 36 of 72).
     """
     frequency = theta ** -(torch.arange(0, head_dim // 2, 2, device=row.device).float() / (head_dim // 2))
@@ -58,10 +58,14 @@ def vision_tables(row: Tensor, column: Tensor, head_dim: int, theta: float = 10_
 
 
 def block_coordinates(heights: Tensor, widths: Tensor, total: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and block number of every cell of blocks laid one after another in raster order.
+    """Row, column and block number of every cell of consecutive blocks in raster order.
 
-    heights, widths: `[F]`. total: sum(heights * widths) where it is known, which spares a GPU the wait for it.
-    Returns three LongTensors `[total]`.
+    Args:
+        heights, widths: `[F]`.
+        total: sum(heights * widths) if it is known, which avoids a synchronisation with the GPU.
+
+    Returns:
+        Three LongTensors `[total]`.
     """
     sizes = heights * widths
     block = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=total)
@@ -73,8 +77,8 @@ def block_coordinates(heights: Tensor, widths: Tensor, total: int | None = None)
 def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Tensor:
     """3-D positions `[3, L]` of one token stream: text counts on, each image or frame is one block in time.
 
-    A block that starts at s has T = s, H = s + row, W = s + column, and the next text token stands at the block's
-    largest position + 1 (Qwen2-VL's rule with t = 1, as in vLLM's Keye).
+    A block that starts at s has T = s, H = s + row, W = s + column, and the next text token has the block's largest
+    position + 1 (Qwen2-VL's rule with t = 1, as in vLLM's Keye).
 
     Args:
         input_ids: `[L]`.
@@ -82,7 +86,8 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
             in the order of the stream.
 
     Raises:
-        ValueError: the placeholders of a kind are not as many as its blocks' cells, or text stands inside a block.
+        ValueError: the number of placeholders of a kind differs from the cells of its blocks, or text is inside a
+            block.
     """
     device = input_ids.device
     advance = torch.ones_like(input_ids)
@@ -94,7 +99,7 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
             raise ValueError(f"{len(places)} placeholders of id {token_id}, but {int(cells.sum())} visual tokens")
         last = cells.cumsum(0) - 1
         if bool((places[last] - places[last - cells + 1] != cells - 1).any()):
-            raise ValueError(f"the placeholders of id {token_id} do not stand in blocks of the sizes given")
+            raise ValueError(f"the placeholders of id {token_id} are not in blocks of the given sizes")
         row, column, _ = block_coordinates(sizes[:, 0], sizes[:, 1])
         inside[0, places], inside[1, places] = row, column
         advance[places] = 0
@@ -109,19 +114,19 @@ def batch_positions(
     blocks: list[tuple[int, Tensor]],
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Positions `[3, B, L]`, each row or packed document counted from its own first token; 0 where nothing is.
+    """Positions `[3, B, L]`, each row or packed document counted from its own first token; 0 at padding.
 
     Args:
         input_ids: `[B, L]`.
         attention_mask: `[B, L]`, 0 on the padding of either side.
-        blocks: as in `stream_positions`, over all rows one after another.
+        blocks: as in `stream_positions`, over all rows in order.
         cu_seqlens: `[D + 1]` bounds of the documents of one packed row (B = 1, no mask).
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     positions = input_ids.new_zeros(3, *input_ids.shape)
     counts = real.sum(dim=1) if cu_seqlens is None else cu_seqlens.to(input_ids.device).diff()
     if len(stream := input_ids[real]):
-        # All as one stream; what stood before a row or document is then taken off again.
+        # All rows as one stream; the position at the start of each row or document is then subtracted.
         together = stream_positions(stream, blocks)
         first = (counts.cumsum(0) - counts).clamp(max=len(stream) - 1)
         positions[:, real] = together - together[0, first].repeat_interleave(counts)
@@ -129,14 +134,14 @@ def batch_positions(
 
 
 class MultimodalRotary(nn.Module):
-    """M-RoPE in the place of a transformers decoder's `rotary_emb`; text (T = H = W) equals the 1-D rotary exactly.
+    """M-RoPE in place of a transformers decoder's `rotary_emb`; text (T = H = W) equals the 1-D rotary exactly.
 
     Args:
-        own: the class it stands for, which computes frequencies from a config.
-        frequencies: float32 `[head_dim / 2]`, the decoder's own, whatever base and scaling they come from.
-        scale: what cosines and sines are multiplied by (YaRN's attention factor; 1 elsewhere).
-        sections: how many frequencies turn with (T, H, W), in this order; 16/24/24 of 64, scaled to the head, when
-            left out (released config).
+        own: the class that it replaces, which computes frequencies from a config.
+        frequencies: float32 `[head_dim / 2]`, the decoder's own, of any base and scaling.
+        scale: factor of cosines and sines (YaRN's attention factor; otherwise 1).
+        sections: how many frequencies rotate with (T, H, W), in this order; by default 16/24/24 of 64, scaled to the
+            head (released config).
     """
 
     def __init__(
@@ -145,12 +150,12 @@ class MultimodalRotary(nn.Module):
         super().__init__()
         self.own = own
         self.sections = list(sections or mrope_section(2 * len(frequencies)))
-        # A plain attribute: neither `model.to(torch.bfloat16)` nor loading through the meta device touches it.
+        # A plain attribute: neither `model.to(torch.bfloat16)` nor loading through the meta device changes it.
         self.frequencies, self.scale = frequencies, scale
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """x gives dtype and device; position_ids `[3, B, L]` or `[B, L]`. Returns cos, sin `[B, L, head_dim]`."""
+        """position_ids `[3, B, L]` or `[B, L]` → cos, sin `[B, L, head_dim]`, in the dtype and on the device of x."""
         if position_ids.ndim == 2:
             position_ids = position_ids.expand(3, *position_ids.shape)
         frequencies = self.frequencies.to(x.device, non_blocking=True).split(self.sections)

@@ -1,4 +1,4 @@
-"""The segments of a packed row, read from the device once and kept for all layers of a forward."""
+"""The segments of a packed row, read from the device once and kept for all layers of a forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Runs = list[tuple[int, int]]
 
 @dataclass
 class Segments:
-    """Lengths of the segments that are not empty, in order, and what kernels need of them."""
+    """Lengths of the segments that are not empty, in order, and the tensors that kernels need."""
 
     lengths: tuple[int, ...]
     total: int = field(init=False)
@@ -31,7 +31,7 @@ class Segments:
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...]) -> Segments:
-        """Segments of these lengths; empty ones are left out, as they hold nothing to compute."""
+        """Segments of these lengths, without the empty ones."""
         return cls(tuple(length for length in lengths if length))
 
     def bounds_on(self, device: torch.device) -> Tensor:
@@ -44,14 +44,16 @@ class Segments:
         """Segments as runs (count, length) of equal ones, each of which is one batched call.
 
         Args:
-            token_bytes: what it costs to move a token, call_bytes: what a call costs, in the same unit.
+            token_bytes: the cost of moving a token.
+            call_bytes: the cost of a call, in the same unit.
+            device: of the token order.
 
         Returns:
-            The token order `[L]` that brings equal segments together and their runs, where that is cheaper; otherwise
-            None and the runs of neighbours that happen to be equal.
+            The token order `[L]` that gathers equal segments, and their runs, where that is cheaper; otherwise None and
+            the runs of equal neighbours.
         """
-        saved = len(self._neighbours) - len(self._gathered)
-        if saved * call_bytes <= self.total * token_bytes:
+        calls_saved = len(self._neighbours) - len(self._gathered)
+        if calls_saved * call_bytes <= self.total * token_bytes:
             return None, self._neighbours
         if device not in self._orders:
             starts = [0, *accumulate(self.lengths)]
@@ -65,14 +67,13 @@ _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def segments_of(cu_seqlens: Tensor) -> Segments:
-    """The segments that `cu_seqlens` `[S + 1]` (integers, any device) bounds.
+    """The segments with the boundaries `cu_seqlens` `[S + 1]` (integers, any device).
 
-    Reading them waits for the device, so it is done once for a tensor, however many layers ask. The tensor must not be
-    changed in place while it is used; where torch counts such changes (everywhere but in inference mode) a change is
-    noticed.
+    Reading them waits for the device, so it is done once per tensor, for all layers. Do not change the tensor in place
+    while it is in use; torch counts such changes, except in inference mode, and a changed tensor is read again.
 
     Raises:
-        KeyeError: boundaries that do not start at 0 or that fall.
+        KeyeError: boundaries that do not start at 0 or that decrease.
     """
     version = None if cu_seqlens.is_inference() else cu_seqlens._version
     known = _read.get(cu_seqlens)

@@ -1,7 +1,7 @@
 """The native-resolution vision tower: SigLIP's layers over any frame sizes, with interpolated positions and 2-D RoPE.
 
-Parameter names are SigLIP's, so that its weights load as they are. Frames of all sizes run in one packed call; each
-frame is a segment of its own (as in the release).
+Parameter names are SigLIP's, so that its weights load unchanged. Frames of all sizes run in one packed call; each frame
+is a segment of its own (as in the release).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +20,16 @@ from keye.model.rope import block_coordinates, rotate, vision_tables
 from keye.model.segments import segments_of
 from keye.slowfast.pixels import normalised
 
-# Patches that pass through the tower at once where the rest need not wait in memory with them: what their activations
-# take is bounded by it (SigLIP-so400m in bf16: about 5 GB), and a GPU is busy with them for some milliseconds.
+# Patches per chunk where frames pass through the tower in chunks. It bounds the memory of activations (SigLIP-so400m in
+# bf16: about 5 GB) and still gives a GPU some milliseconds of work.
 FRAME_PATCHES = 4096
 
 
 class Trace(NamedTuple):
-    """What is kept of a pass for those who ask: lists to fill, None for what nobody asks for.
+    """Lists that a forward pass fills with intermediate results; None for those that are not requested.
 
-    hidden_states: `[N, width]` before every layer and at the end; attentions: `[heads, N, N]` of every layer, float32,
-    0 between frames. The weights are computed once more for it, since no kernel hands them out.
+    hidden_states: `[N, width]` before every layer and at the end. attentions: `[heads, N, N]` of every layer, float32,
+    0 between frames. The weights are computed separately, because no kernel returns them.
     """
 
     hidden_states: list[Tensor] | None = None
@@ -37,7 +37,7 @@ class Trace(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where every patch of a packed batch stands: LongTensors `[N]`, its frame's sides and its place in it."""
+    """LongTensors `[N]`: the row and column of every patch of a packed batch in its frame, and the frame's size."""
 
     row: Tensor
     column: Tensor
@@ -46,11 +46,11 @@ class Places(NamedTuple):
 
 
 class FramePart(NamedTuple):
-    """Neighbouring tokens of one large frame whose other tokens other processes encode (sequence parallelism).
+    """Consecutive tokens of one large frame; other processes encode its other tokens (sequence parallelism).
 
-    pixels: `[4n, 3, P, P]`, the four patches of each token one after another (`merge_order`). height, width: of the
-    frame in patches. first: the first of the n tokens. most: patches of the largest part, the same on every process, so
-    that all recompute alike. varlen: attention of this part's patches to those of the whole frame.
+    pixels: `[4n, 3, P, P]`, the four patches of each token together (`merge_order`). height, width: of the frame in
+    patches. first: the first of the n tokens. most: patches of the largest part, the same on every process, so that all
+    make the same choice about recomputation. varlen: attention of this part's patches to those of the complete frame.
     """
 
     pixels: Tensor
@@ -61,7 +61,7 @@ class FramePart(NamedTuple):
     varlen: Varlen
 
     def places(self) -> Places:
-        """Where the patches of `pixels` stand in the frame."""
+        """The places of the patches of `pixels` in the frame."""
         place = torch.arange(len(self.pixels), device=self.pixels.device)
         token, corner = self.first + place // 4, place % 4
         row = 2 * (token // (self.width // 2)) + corner // 2
@@ -70,7 +70,7 @@ class FramePart(NamedTuple):
 
 
 def chunks_of(grid_thw: Tensor) -> list[tuple[int, int]]:
-    """Rows of `grid_thw` `[F, 3]` as neighbouring chunks (rows, patches): `FRAME_PATCHES` at most, or a single row."""
+    """Consecutive chunks (rows, patches) of `grid_thw` `[F, 3]`: at most `FRAME_PATCHES` patches, or a single row."""
     chunks: list[tuple[int, int]] = []
     for patches in grid_thw.prod(1).tolist():
         if chunks and chunks[-1][1] + patches <= FRAME_PATCHES:
@@ -83,13 +83,13 @@ def chunks_of(grid_thw: Tensor) -> list[tuple[int, int]]:
 def in_chunks(
     run: Callable[[Tensor, Tensor], Tensor], values: Tensor, grid_thw: Tensor, recomputed: bool = False
 ) -> Tensor:
-    """`run(values, grid_thw)` over neighbouring chunks of whole frames (`chunks_of`), joined along the first dimension.
+    """`run(values, grid_thw)` over consecutive chunks of complete frames (`chunks_of`), concatenated along dimension 0.
 
-    recomputed: a chunk keeps its inputs alone, and is computed again in the backward pass.
+    recomputed: save only the inputs of a chunk, and compute it again in the backward pass.
     """
     chunks = chunks_of(grid_thw)
     if not chunks or sum(patches for _, patches in chunks) != len(values):
-        return run(values, grid_thw)  # it says what does not fit
+        return run(values, grid_thw)  # it raises the error
     parts = zip(
         values.split([patches for _, patches in chunks]), grid_thw.split([rows for rows, _ in chunks]), strict=True
     )
@@ -99,13 +99,13 @@ def in_chunks(
 
 
 def places_of(frames: Tensor, total: int) -> Places:
-    """frames: `[F, 2]` sides in patches, `total` patches in raster order."""
+    """The places of `total` patches in raster order of frames `[F, 2]` (height, width in patches)."""
     row, column, frame = block_coordinates(frames[:, 0], frames[:, 1], total)
     return Places(row, column, frames[frame, 0], frames[frame, 1])
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches → vectors, plus the learned position table read bilinearly at the frame's own size."""
+    """Patches → vectors, plus the learned position table, interpolated to the frame's own size."""
 
     def __init__(self, config: KeyeVisionConfig) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class VisionEmbeddings(nn.Module):
         return (patches + self.positions(places)).to(patches.dtype)
 
     def positions(self, places: Places) -> Tensor:
-        """The table read bilinearly (`align_corners=False`) at every patch: `[N, width]` float32.
+        """The table interpolated bilinearly (`align_corners=False`) at every patch: `[N, width]` float32.
 
         One call for frames of any number of sizes: the four neighbours of a patch are one weighted bag of rows.
         """
@@ -134,8 +134,8 @@ class VisionEmbeddings(nn.Module):
         return F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
 
     def _between(self, cell: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The two cells of the table that the centre of cell `cell` of `count` lies between, and how far along."""
-        # In whole numbers up to the last division, so that a side of `grid` cells falls on the table exactly.
+        """The two table cells around the centre of cell `cell` of `count`, and the weight of the second."""
+        # Integers up to the last division, so that a side of `grid` cells matches the table exactly.
         place = ((2 * cell + 1) * self.grid - count).clamp(min=0)
         first = place // (2 * count)
         return first, (first + 1).clamp(max=self.grid - 1), (place % (2 * count)).float() / (2 * count)
@@ -196,9 +196,9 @@ class VisionLayer(nn.Module):
         backend: str = "auto",
         varlen_fn: Varlen | None = None,
     ) -> Tensor:
-        """x `[N, width]`, cu_seqlens `[F + 1]`, tables as of `vision_tables`, backend of `varlen` → `[N, width]`.
+        """x `[N, width]`, cu_seqlens `[F + 1]`, tables of `vision_tables`, backend of `varlen` → `[N, width]`.
 
-        varlen_fn: computes the attention in the place of `varlen`.
+        varlen_fn: computes the attention instead of `varlen`.
         """
         x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, tables, backend, varlen_fn)
         return x + self.mlp(self.layer_norm2(x))
@@ -213,10 +213,10 @@ class VisionEncoder(nn.Module):
 
 
 class KeyeVisionModel(nn.Module):
-    """Patches of any number of frames or images → one feature a patch; `attention` names the backend of `varlen`.
+    """Patches of any number of frames or images → one feature per patch; `attention` names the backend of `varlen`.
 
-    It is called once for all frames, however many there are, so that a trainer that partitions parameters gathers the
-    tower once; chunks of frames are made inside.
+    It is called once for all frames, so that a trainer that partitions parameters gathers the tower once; it splits the
+    frames into chunks itself.
     """
 
     def __init__(self, config: KeyeVisionConfig, attention: str = "auto") -> None:
@@ -224,7 +224,7 @@ class KeyeVisionModel(nn.Module):
         width, heads = config.hidden_size, config.num_attention_heads
         if width % heads or (config.rotary and width // heads % 4):
             raise KeyeError(
-                f"vision_config: {heads} heads do not share a width of {width} in multiples of 4, which rows and "
+                f"vision_config: hidden_size {width} does not give {heads} heads of a multiple of 4, which rows and "
                 "columns of the rotary need; change num_attention_heads or hidden_size"
             )
         self.config = config
@@ -244,10 +244,13 @@ class KeyeVisionModel(nn.Module):
         """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`.
 
         Pixels are bytes (uint8) or floats in [−1, 1]. Without a gradient, and with gradient checkpointing, frames pass
-        through in chunks, so that beyond pixels and features no more than a chunk's activations are in memory; a chunk
-        is computed again in the backward pass. A tower that does not train has nothing to compute again. parts: of
-        frames that other processes encode, too; their features come first, in the order of their pixels. trace: what is
-        kept on the way; nothing is computed again then.
+        through in chunks, so that only the activations of one chunk are in memory; with gradient checkpointing a chunk
+        is computed again in the backward pass, unless the tower is frozen.
+
+        Args:
+            parts: parts of frames that other processes also encode; their features come first, in the order of their
+                pixels.
+            trace: filled with intermediate results; nothing is recomputed then.
         """
         if trace is not None or (torch.compiler.is_compiling() and not parts):
             return self._encode(pixel_values, grid_thw, trace)
@@ -256,23 +259,23 @@ class KeyeVisionModel(nn.Module):
         recomputed = trains and self.gradient_checkpointing and self.training
         with torch.set_grad_enabled(trains):
             encode = partial(checkpoint, self._encode_part, use_reentrant=False) if recomputed else self._encode_part
-            # The parts come first: there the ranks wait for one another, before each goes on with frames of its own.
+            # The parts come first: their ranks wait for each other, before each continues with frames of its own.
             found = [encode(part) for part in parts]
             if pixel_values is not None:
                 chunked = recomputed or not trains
-                whole = partial(in_chunks, self._encode, recomputed=recomputed) if chunked else self._encode
-                found.append(whole(pixel_values, grid_thw))
+                run = partial(in_chunks, self._encode, recomputed=recomputed) if chunked else self._encode
+                found.append(run(pixel_values, grid_thw))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _encode(self, pixel_values: Tensor, grid_thw: Tensor, trace: Trace | None = None) -> Tensor:
-        """All frames at once; layers over more than `FRAME_PATCHES` patches are recomputed with checkpointing."""
+        """All frames in one call; with checkpointing, layers over more than `FRAME_PATCHES` patches are recomputed."""
         frames = grid_thw[:, 1:]
-        if torch.compiler.is_compiling():  # a graph cannot know how many frames there are but by the rows
+        if torch.compiler.is_compiling():  # a graph knows the number of frames only from the rows
             torch._assert_async((grid_thw[:, 0] == 1).all(), "inside a graph every row of grid_thw is one frame")
         else:
             frames = frames.repeat_interleave(grid_thw[:, 0], dim=0)
         cu_seqlens = F.pad(frames.prod(dim=1).cumsum(0), (1, 0))
-        # Read here for all layers; a GPU would not notice a wrong number, and index with what is not there.
+        # Checked here for all layers; a GPU does not report a wrong number, and would read out of bounds.
         if not torch.compiler.is_compiling() and segments_of(cu_seqlens).total != len(pixel_values):
             raise KeyeError(
                 f"grid_thw has {segments_of(cu_seqlens).total} patches, but pixel_values {len(pixel_values)}: "
@@ -281,8 +284,8 @@ class KeyeVisionModel(nn.Module):
         places = places_of(frames, len(pixel_values))
         if trace is None:
             return self._layers(pixel_values, places, cu_seqlens, len(pixel_values))
-        weighed = None if trace.attentions is None else partial(_weighed, trace.attentions, self.attention)
-        return self._layers(pixel_values, places, cu_seqlens, 0, weighed, trace.hidden_states)
+        recording = None if trace.attentions is None else partial(_recording, trace.attentions, self.attention)
+        return self._layers(pixel_values, places, cu_seqlens, 0, recording, trace.hidden_states)
 
     def _encode_part(self, part: FramePart) -> Tensor:
         """Features `[4n, width]` of the patches of a part, in their order; all processes of the frame call it."""
@@ -317,50 +320,19 @@ class KeyeVisionModel(nn.Module):
         return x
 
 
-def _weighed(
+def _recording(
     weights: list[Tensor], backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
 ) -> Tensor:
-    """`varlen`, and the weights it has applied for the list: no kernel hands them out, so they are computed again."""
+    """`varlen`, which also appends its weights to the list; they are computed separately, as no kernel returns them."""
     weights.append(attention_weights(q, k, cu_seqlens))
     return varlen(q, k, v, cu_seqlens, causal, backend=backend)
 
 
 def attention_weights(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """q, k `[N, heads, D]` of segments bounded by `cu_seqlens` → weights `[heads, N, N]` float32, 0 between them."""
+    """q, k `[N, heads, D]`, segments of `cu_seqlens` → weights `[heads, N, N]` float32, 0 between segments."""
     segment = torch.bucketize(torch.arange(len(q), device=q.device), cu_seqlens[1:].to(q.device), right=True)
     scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[-1] ** -0.5
     return scores.masked_fill(segment[:, None] != segment[None], -torch.inf).softmax(dim=-1)
-
-
-class PoolingHead(nn.Module):
-    """SigLIP's pooling head: one learned query attends over all patches of a visual, then a residual MLP.
-
-    Only the contrastive stage uses it. SigLIP keeps the projections of q, k and v in one `attention.in_proj`.
-    """
-
-    def __init__(self, config: KeyeVisionConfig) -> None:
-        super().__init__()
-        width, self.heads = config.hidden_size, config.num_attention_heads
-        self.probe = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, width)))
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = VisionMLP(config)
-
-    def forward(self, features: Tensor, owner: Tensor, count: int) -> Tensor:
-        """features `[N, width]`, owner `[N]` the visual of each patch, count: of visuals → `[count, width]`.
-
-        Softmax and sums over patches are fp32: a bf16 running sum stops growing at 256 terms of one size.
-        """
-        query = self.q_proj(self.probe[0]).unflatten(-1, (self.heads, -1))
-        keys, values = (project(features).unflatten(-1, (self.heads, -1)) for project in (self.k_proj, self.v_proj))
-        scores = (keys.float() * query.float()).sum(-1) * query.shape[-1] ** -0.5
-        index = owner[:, None].expand_as(scores)
-        top = scores.new_full((count, self.heads), -torch.inf).scatter_reduce(0, index, scores.detach(), "amax")
-        weights = (scores - top[owner]).exp()
-        total = weights.new_zeros(count, self.heads).index_add(0, owner, weights)
-        pooled = weights.new_zeros(count, *query.shape[1:]).index_add(0, owner, values.float() * weights[..., None])
-        x = self.out_proj((pooled / total[..., None]).flatten(1).to(features.dtype))
-        return x + self.mlp(self.layernorm(x))
 
 
 class Projector(nn.Module):
@@ -375,10 +347,12 @@ class Projector(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, features: Tensor, grid_thw: Tensor | None, ordered: int = 0) -> Tensor:
-        """features `[N, width]` → `[N / 4, hidden]`, in raster order of the merged grid; in chunks as the tower.
+        """features `[N, width]` → `[N / 4, hidden]`, in raster order of the merged grid; in chunks like the tower.
 
-        ordered: of the first so many features the four of each token follow one another already; grid_thw is that of
-        the rest, None when there are none.
+        Args:
+            features: of patches in raster order, after the `ordered` ones.
+            grid_thw: `[F, 3]`, without the `ordered` patches; None if there are no others.
+            ordered: number of first features that are in `merge_order` already.
         """
         if torch.compiler.is_compiling() and not ordered:
             return self._project(features, grid_thw)
@@ -387,8 +361,8 @@ class Projector(nn.Module):
         found = [project(part, None) for part in features[:ordered].split(FRAME_PATCHES)] if ordered else []
         if grid_thw is not None:
             chunked = recomputed or not torch.is_grad_enabled()
-            whole = partial(in_chunks, self._project, recomputed=recomputed) if chunked else self._project
-            found.append(whole(features[ordered:], grid_thw))
+            run = partial(in_chunks, self._project, recomputed=recomputed) if chunked else self._project
+            found.append(run(features[ordered:], grid_thw))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _project(self, features: Tensor, grid_thw: Tensor | None) -> Tensor:
@@ -400,7 +374,7 @@ class Projector(nn.Module):
 def merge_order(grid_thw: Tensor, total: int | None = None) -> Tensor:
     """Indices `[N / 4, 4]` of the patches of every 2×2 square: top-left, top-right, bottom-left, bottom-right.
 
-    total: N where it is known, which spares a GPU the wait for it.
+    total: N if it is known, which avoids a synchronisation with the GPU.
     """
     heights, widths = grid_thw[:, 0] * grid_thw[:, 1], grid_thw[:, 2]
     row, column, block = block_coordinates(heights // 2, widths // 2, None if total is None else total // 4)

@@ -1,8 +1,8 @@
-"""Encoding the media of one chat, and making them smaller until the chat fits into a context of `max_length` tokens.
+"""Encode the media of one chat, and shrink them until the chat fits into a context of `max_length` tokens.
 
-No frame is ever cut: what is too long goes through the encoder again with a smaller budget, which makes its frames
-smaller and, where they are at their least size, fewer. First the videos give way, each in proportion to what it wanted;
-when they are down to one frame each, the stills; then there is an error. No video is decoded more than twice.
+No frame is cropped: a video that is too long is encoded again with a smaller budget, which makes its frames smaller
+and, at their smallest size, fewer. Videos shrink first, in proportion to their tokens; images shrink when each video
+has one frame left; then there is an error. No video is decoded more than twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from keye.encoder import EncodedVideo, Sampling, SlowFastEncoder
 from keye.errors import KeyeError
 from keye.processor.messages import Visual
-from keye.processor.options import FEWEST, still_limits, video_encoder
+from keye.processor.options import MIN_TOKENS, still_limits, video_encoder
 from keye.processor.stream import Stream
 from keye.slowfast.pixels import HALF, PixelFormat, exact_bytes
 from keye.video.images import load_image
@@ -23,12 +23,11 @@ from keye.video.images import load_image
 
 @dataclass
 class Media:
-    """What a chat shows. stills: (pixel_values [N, 3, 14, 14], grid_thw [1, 3]) of each. videos: encoded, with plans.
+    """The encoded images and videos of a chat.
 
-    Pixels are uint8, but floats of a video given as encoded that no bytes stand for.
-
-    warnings: sentences on stills that were made smaller; of videos the plans say it. thinned: visual tokens that stills
-    and videos gave up to fit `max_length`.
+    stills: (pixel_values `[N, 3, 14, 14]`, grid_thw `[1, 3]`) of each image. videos: encoded, with plans. Pixels are
+    uint8, or floats of a video given as encoded that uint8 cannot represent. warnings: messages about images that were
+    made smaller; those about videos are in the plans. thinned: visual tokens removed to fit `max_length`.
     """
 
     stills: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -41,7 +40,7 @@ class Media:
         return [int(grid.prod()) // 4 for _, grid in self.stills]
 
     def groups(self, stream: Stream) -> list[list[int]]:
-        """The ids of every video in the stream."""
+        """The stream ids of each video."""
         return [_group(stream, video) for video in self.videos]
 
 
@@ -58,7 +57,8 @@ class _Still:
 
     @property
     def least(self) -> int:
-        return self.limits.get("min_tokens", FEWEST)
+        """The smallest number of tokens."""
+        return self.limits.get("min_tokens", MIN_TOKENS)
 
     def encode(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         limits = self.limits if most is None else {"min_tokens": min(self.least, most), "max_tokens": most}
@@ -67,7 +67,7 @@ class _Still:
 
 @dataclass
 class _Clip:
-    """A video, how it is encoded, and what it came to."""
+    """A video, its encoder, and the encoded result."""
 
     source: Any
     encoder: SlowFastEncoder
@@ -78,7 +78,7 @@ class _Clip:
         ready = isinstance(self.source, EncodedVideo)
         self.video: EncodedVideo = _in_bytes(self.source) if ready else self._encode(self.encoder)
         self.wanted = len(_group(self.stream, self.video))
-        # What a frame takes beside its pads, at most: its token and time, and the two around a fast one.
+        # The most tokens of a frame in addition to its pads: frame token, time, and the two around a fast frame.
         self.overhead = 3 + self.stream.time_tokens(max(self.video.plan.duration, *self.video.plan.span))
         self.least = self.wanted if ready else min(self.wanted, self._needed(1))
 
@@ -86,14 +86,14 @@ class _Clip:
         return encoder(self.source, dtype=torch.uint8, **self.sampling)
 
     def _needed(self, frames: int) -> int:
-        """Stream tokens that so many sampled frames take at the least, whatever their types turn out to be."""
+        """The fewest stream tokens of this number of sampled frames, for any frame types."""
         slow, entries = self._entries(frames)
         policy, least = self.encoder.policy, self.encoder.min_tokens_per_frame
         pads = entries * least if policy.fast_tokens is None else slow * least + (entries - slow) * policy.fast_tokens
         return max(pads, least) + entries * self.overhead
 
     def _entries(self, frames: int) -> tuple[int, int]:
-        """(slow entries where the policy fixes them, entries) of so many frames; two_stream shows some twice."""
+        """(slow entries if the policy fixes them, all entries) of this number of frames; two_stream has some twice."""
         policy = self.encoder.policy
         if policy.fast_tokens is None:
             return 0, frames
@@ -101,7 +101,7 @@ class _Clip:
         return slow, frames + slow
 
     def shrink(self, room: int, max_length: int) -> EncodedVideo:
-        """The video with at most `room` tokens of the stream, decoded again; `least` or more are needed."""
+        """The video with at most `room` (`least` or more) stream tokens, decoded again if it is longer."""
         if self.wanted <= room:
             return self.video
         before = self.video.plan
@@ -112,7 +112,7 @@ class _Clip:
         video = self._encode(smaller)
         plan = video.plan
         note = (
-            f"{plan.source} is cut down from {before.tokens} to {plan.tokens} tokens and from {shown} to"
+            f"{plan.source} is reduced from {before.tokens} to {plan.tokens} tokens and from {shown} to"
             f" {len(plan.frame_indices.unique())} frames, so that the chat fits max_length={max_length}"
         )
         return replace(video, plan=replace(plan, warnings=(*plan.warnings, note)))
@@ -124,7 +124,7 @@ class _Clip:
 
 
 def _in_bytes(video: EncodedVideo) -> EncodedVideo:
-    """A ready video with the pixels that models of this project read; floats that no bytes stand for stay."""
+    """An encoded video with uint8 pixels; floats that uint8 cannot represent stay."""
     if (video.format.mean, video.format.std) != (HALF, HALF):
         return video.to(dtype=torch.uint8)
     pixels = exact_bytes(video.pixel_values)
@@ -139,29 +139,33 @@ def encode_media(
     text_tokens: int,
     max_length: int | None = None,
 ) -> Media:
-    """Images and videos in the order of a chat, encoded; with `max_length` so that they fit in beside the text.
+    """Encode images and videos in the order of a chat; with `max_length` they fit together with the text.
 
     Args:
+        visuals: the images and videos.
+        encoder: for videos; messages may change its settings for one video.
         image: the arguments of `SlowFastEncoder.image`.
+        stream: counts the tokens of a video.
         text_tokens: tokens of the chat without its media.
+        max_length: the most tokens of the chat; None for no limit.
 
     Raises:
-        KeyeError: not even the least sizes fit.
+        KeyeError: the media do not fit at their smallest sizes.
         VideoError: an image or video that cannot be read.
     """
-    again = max_length is not None
+    limited = max_length is not None
     stills = []
     for visual in (v for v in visuals if v.kind == "image"):
-        source = load_image(visual.source, encoder.urls) if again else visual.source
+        source = load_image(visual.source, encoder.urls) if limited else visual.source
         stills.append(_Still(source, still_limits(encoder, image, visual.options), encoder))
     media = Media([still.encode() for still in stills])
     clips = [
-        _Clip(_rereadable(v.source) if again else v.source, *video_encoder(encoder, v.options), stream)
+        _Clip(_rereadable(v.source) if limited else v.source, *video_encoder(encoder, v.options), stream)
         for v in visuals
         if v.kind == "video"
     ]
     media.videos = [clip.video for clip in clips]
-    if again and text_tokens + sum(media.still_tokens) + sum(clip.wanted for clip in clips) > max_length:
+    if limited and text_tokens + sum(media.still_tokens) + sum(clip.wanted for clip in clips) > max_length:
         _fit(media, stills, clips, text_tokens, max_length)
     return media
 
@@ -176,8 +180,8 @@ def _fit(media: Media, stills: list[_Still], clips: list[_Clip], text_tokens: in
         what += [f"{sum(least_stills)} or more of {_count(len(stills), 'image')}"] if stills else []
         what += [f"{sum(least_clips)} or more of {_count(len(clips), 'video')}"] if clips else []
         raise KeyeError(
-            f"the chat takes {least} tokens at the least ({', '.join(what)}) and max_length is {max_length};"
-            " raise max_length, shorten the text or leave something out"
+            f"the chat needs at least {least} tokens ({', '.join(what)}) and max_length is {max_length};"
+            " raise max_length, shorten the text or remove an image or video"
         )
     room = max_length - text_tokens - sum(least_clips)
     if sum(wanted) > room:
@@ -201,7 +205,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _shares(wanted: Sequence[int], least: Sequence[int], room: int) -> list[int]:
-    """Whole numbers in proportion to `wanted`, each at least its `least`, together at most `room`."""
+    """Integers in proportion to `wanted`, each at least its `least`, with a sum of at most `room`."""
     shares, bound = list(least), set()
     while len(bound) < len(shares):
         free = [place for place in range(len(shares)) if place not in bound]
@@ -216,7 +220,7 @@ def _shares(wanted: Sequence[int], least: Sequence[int], room: int) -> list[int]
 
 
 def _rereadable(source: Any) -> Any:
-    """A video that can be decoded twice: what comes only once, a pipe or a generator, is read into memory."""
+    """A video that can be decoded twice: a pipe or a generator is read into memory."""
     if hasattr(source, "read"):
         seekable = getattr(source, "seekable", None)
         return source if seekable is not None and seekable() else source.read()

@@ -1,4 +1,4 @@
-"""Chat messages as people and data sets write them → one plain form for the template, and the media they name.
+"""Chat messages in any of the usual formats → one plain form for the template, and their media.
 
 A message is {"role": ..., "content": ...}; the content a string or a list of parts:
 
@@ -6,9 +6,9 @@ A message is {"role": ..., "content": ...}; the content a string or a list of pa
     {"type": "image", "image": SOURCE}        also "url", "path" or "base64", or {"type": "image_url", "image_url": ...}
     {"type": "video", "video": SOURCE}        also "url", "path" or "base64", or {"type": "video_url", "video_url": ...}
 
-with options of the image or video beside them (`keye.processor.options`). An assistant's message may carry its thought
-as `reasoning_content` and its `tool_calls`, which become words; and a user's or an assistant's message may say
-`"thinking": true` or `false`: in which mode the question was put.
+with options of the image or video in the same element (`keye.processor.options`). An assistant's message may have its
+thought as `reasoning_content`, and `tool_calls`; both become text. A user's or an assistant's message may have
+`"thinking": true` or `false`, the mode of the question.
 """
 
 import json
@@ -37,7 +37,7 @@ _ONE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, torch.Tenso
 
 @dataclass(frozen=True)
 class Visual:
-    """One image or video of a chat. kind: "image" or "video"; source: what the encoder takes; options: its settings."""
+    """One image or video of a chat. kind: "image" or "video"; source: for the encoder; options: its settings."""
 
     kind: str
     source: Any
@@ -46,7 +46,7 @@ class Visual:
 
 @dataclass(frozen=True)
 class Chat:
-    """messages: roles with strings or lists of bare parts, for the template. visuals: the media in their order."""
+    """messages: roles with strings or lists of plain parts, for the template. visuals: the media in order."""
 
     messages: list[Message]
     visuals: list[Visual]
@@ -63,11 +63,11 @@ def read_chat(
 
     Args:
         messages: one conversation, see the module's docstring.
-        base_dir: what relative paths are relative to.
-        guard: applied to people's words (`Spelling.guard`).
-        thinking: which suffix the questions get where the data does not say it: the last one when `generating`, else
+        base_dir: the folder of relative paths.
+        guard: applied to the text of messages (`Spelling.guard`).
+        thinking: the suffix of questions whose messages do not set it: of the last one if `generating`, otherwise of
             each that an assistant's message answers.
-        generating: an answer follows, or goes on, behind the last message.
+        generating: whether an answer follows, or continues, after the last message.
 
     Raises:
         ManifestError: a message, part, source or option that is not in the format.
@@ -88,7 +88,7 @@ def read_chat(
 
 
 def _turn(message: Message, base: Path, visuals: list[Visual]) -> Message:
-    """The message with role and content alone; its images and videos go on the list."""
+    """The message with only role and content; its images and videos are appended to `visuals`."""
     calls = message.get("tool_calls") if isinstance(message, Mapping) else None
     if not isinstance(message, Mapping) or "role" not in message or (message.get("content") is None and not calls):
         raise ManifestError("a message needs 'role' and 'content': write {'role': 'user', 'content': [...]}")
@@ -108,7 +108,7 @@ def _turn(message: Message, base: Path, visuals: list[Visual]) -> Message:
     thought = message.get("reasoning_content")
     if thought is not None:
         if role != "assistant":
-            raise ManifestError(f"a message of role {role} has reasoning_content; only the assistant's have a thought")
+            raise ManifestError(f"a message of role {role} has reasoning_content; only assistant messages may have it")
         plain = write_reply(Reply(_words(thought), _text(plain)))
     if calls:
         plain = _with_calls(role, plain, calls)
@@ -116,9 +116,9 @@ def _turn(message: Message, base: Path, visuals: list[Visual]) -> Message:
 
 
 def _with_calls(role: str, content: str | list[Message], calls: Any) -> str | list[Message]:
-    """The content with its `tool_calls` behind it, each on lines of its own as Qwen's models write them."""
+    """The content followed by its `tool_calls`, each on its own lines, as Qwen's models write them."""
     if role != "assistant":
-        raise ManifestError(f"a message of role {role} has tool_calls; only the assistant's call tools")
+        raise ManifestError(f"a message of role {role} has tool_calls; only assistant messages may have them")
     lines = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else {}
@@ -137,7 +137,7 @@ def _with_calls(role: str, content: str | list[Message], calls: Any) -> str | li
 
 
 def _add(parts: list[Message], part: Message) -> None:
-    """Append a part. Texts that touch become one, so that two of them cannot spell a special token between them."""
+    """Append a part. Adjacent texts are joined, so that the guard sees a special token that spans two of them."""
     if parts and "text" in part and "text" in parts[-1]:
         parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
     else:
@@ -147,7 +147,7 @@ def _add(parts: list[Message], part: Message) -> None:
 def _part(part: Any, base: Path, visuals: list[Visual]) -> Message:
     if not isinstance(part, Mapping):
         raise ManifestError(f"a part of a message is {part!r:.80}; write {{'type': 'text', 'text': ...}}")
-    given = {key: value for key, value in part.items() if value is not None}  # tables fill in what others have
+    given = {key: value for key, value in part.items() if value is not None}  # tables fill rows with None
     kind = given.pop("type", next((name for name in ("text", *KINDS) if name in given), None))
     if kind == "text":
         if "text" not in given:
@@ -168,7 +168,7 @@ def _visual(name: str, given: dict[str, Any], base: Path) -> Visual:
     if len(found) > 1:
         raise ManifestError(f"a {kind} element names {' and '.join(found)}; give one source")
     ((key, source),) = found.items()
-    if isinstance(source, Mapping):  # OpenAI's {"url", "detail"} (of its own sizes); {"bytes", "path"} of datasets
+    if isinstance(source, Mapping):  # OpenAI's {"url", "detail"} (detail is ignored); {"bytes", "path"} of datasets
         source = next((source[key] for key in ("url", "bytes", "path") if source.get(key) is not None), source)
     if key == "base64":
         if not isinstance(source, str):
@@ -176,15 +176,15 @@ def _visual(name: str, given: dict[str, Any], base: Path) -> Visual:
         source = source if source.startswith("data:") else f"data:;base64,{source}"
     options = read_options(kind, given)
     if options and isinstance(source, EncodedVideo):
-        raise ManifestError(f"a video that is encoded already cannot have {', '.join(options)}; set the encoder")
+        raise ManifestError(f"an encoded video cannot have {', '.join(options)}; set them on the encoder")
     return Visual(kind, located(kind, source, base), options)
 
 
 def located(kind: str, source: Any, base: Path) -> Any:
-    """The source with relative paths beside `base`, also in lists; URLs, pixels and files stay as they are.
+    """The source with relative paths below `base`, also in lists; URLs, pixels and file objects do not change.
 
     Raises:
-        ManifestError: nothing that could be an image or video.
+        ManifestError: a source that cannot be an image or video.
     """
     if isinstance(source, str | os.PathLike):
         return source if scheme_of(source) else base / source
@@ -205,7 +205,7 @@ def _words(text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ManifestError(f"a message's text is not Unicode ({error.reason}); mend its encoding") from error
+        raise ManifestError(f"a message's text is not Unicode ({error.reason}); correct its encoding") from error
     return text
 
 
@@ -214,24 +214,24 @@ def _text(content: str | list[Message]) -> str:
 
 
 def _modes(messages: Sequence[Message], turns: list[Message], thinking: Thinking, generating: bool) -> dict[int, bool]:
-    """Which user's turns get a suffix, and which one."""
+    """The user's turns that get a suffix, and its mode."""
     if not (thinking is None or isinstance(thinking, bool) or thinking == "as_answered"):
         raise ManifestError(f"thinking is {thinking!r}; give True, False, None or 'as_answered'")
     users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
     if generating and thinking is not None and not users:
-        raise ManifestError("thinking asks in the last user message, and there is none; add one or leave it out")
+        raise ManifestError("thinking needs a user message to put its suffix in; add one or omit thinking")
     modes: dict[int, bool] = {}
     for place, (message, turn) in enumerate(zip(messages, turns, strict=True)):
-        told = message.get("thinking")
-        if told is not None and not isinstance(told, bool):
+        given = message.get("thinking")
+        if given is not None and not isinstance(given, bool):
             raise ManifestError("a message's thinking is true or false; the thought itself is its reasoning_content")
-        if turn["role"] == "user" and told is not None:
-            modes[place] = told
+        if turn["role"] == "user" and given is not None:
+            modes[place] = given
         before = [user for user in users if user < place]
         if turn["role"] != "assistant" or not before:
             continue
-        if told is not None:
-            modes.setdefault(before[-1], told)
+        if given is not None:
+            modes.setdefault(before[-1], given)
         elif thinking == "as_answered":
             modes.setdefault(before[-1], bool(parse_reply(_text(turn["content"])).thinking))
         elif thinking is not None and not generating:

@@ -1,8 +1,8 @@
-"""What a message may say about one image or video beside its source: limits, sampling, and the encoder's settings.
+"""The options of one image or video in a message: limits, sampling, and settings of the encoder.
 
-Names are those of `SlowFastEncoder` and `open_clip`; those of Qwen-style messages are read, too, where they mean the
-same (qwen-vl-utils, keye-vl-utils 1.5.2). Anything else is refused by name. What may be downloaded (`urls`) and the
-side of a token are no matter of a message.
+Names are those of `SlowFastEncoder` and `open_clip`; names of Qwen-style messages with the same meaning are accepted as
+well (qwen-vl-utils, keye-vl-utils 1.5.2). Any other name is an error. A message cannot set what may be downloaded
+(`urls`) or the side of a token.
 """
 
 import math
@@ -19,8 +19,8 @@ Options = dict[str, Any]
 SAMPLING = ("start", "end", "num_frames", "source_fps", "timestamps")
 SETTINGS = tuple(name for name in EncoderConfig.names() if name != "token_side")
 LIMITS = ("min_tokens", "max_tokens")
-FEWEST, MOST = 4, 20_480  # tokens of a still where nothing else is said, as `SlowFastEncoder.image` has it (report)
-PIXELS = ("min_pixels", "max_pixels")  # of a still or of one frame
+MIN_TOKENS, MAX_TOKENS = 4, 20_480  # default limits of an image in tokens, as in `SlowFastEncoder.image` (report)
+PIXELS = ("min_pixels", "max_pixels")  # of an image or of one frame
 TOTAL = "video_total_pixels"
 ALIASES = {
     "video_start": "start",
@@ -36,7 +36,7 @@ _WHOLE = (*LIMITS, "num_frames", *(name for name in SETTINGS if field_types(Enco
 
 
 def read_options(kind: str, given: Mapping[str, Any]) -> Options:
-    """The options of an image or video under their own names; None says nothing.
+    """The options of an image or video under their own names; an option of None is ignored.
 
     Raises:
         ManifestError: an unknown name, one given twice, or a value of the wrong type.
@@ -49,24 +49,24 @@ def read_options(kind: str, given: Mapping[str, Any]) -> Options:
         if name not in KNOWN[kind]:
             raise ManifestError(f"{kind} element: {key} is not known; use {', '.join(KNOWN[kind])}")
         if name in options:
-            raise ManifestError(f"{kind} element: {key} is given twice, as {name} too; give it once")
+            raise ManifestError(f"{kind} element: {key} is given twice, also as {name}; give it once")
         options[name] = _checked(kind, key, name, value)
     return options
 
 
 def _checked(kind: str, key: str, name: str, value: Any) -> Any:
     if name in _WORDS:
-        right, wanted = isinstance(value, str), "a name"
+        valid, wanted = isinstance(value, str), "a name"
     elif name == "timestamps":
         value = value.tolist() if hasattr(value, "tolist") else value
-        right = isinstance(value, list | tuple) and all(map(_number, value))
+        valid = isinstance(value, list | tuple) and all(map(_number, value))
         wanted = "a list of seconds"
     elif name in _WHOLE:
-        right, wanted = _number(value) and value == int(value) and value >= 1, "a whole number of 1 or more"
-        value = int(value) if right else value
+        valid, wanted = _number(value) and value == int(value) and value >= 1, "a whole number of 1 or more"
+        value = int(value) if valid else value
     else:
-        right, wanted = _number(value) and value >= 0, "a number of 0 or more"
-    if not right:
+        valid, wanted = _number(value) and value >= 0, "a number of 0 or more"
+    if not valid:
         raise ManifestError(f"{kind} element: {key} is {value!r}; give {wanted}")
     return value
 
@@ -76,15 +76,15 @@ def _number(value: Any) -> bool:
 
 
 def still_limits(encoder: SlowFastEncoder, image: Mapping[str, int], options: Options) -> dict[str, int]:
-    """`min_tokens` and `max_tokens` of one still: the processor's, changed by the element's options."""
+    """`min_tokens` and `max_tokens` of one image: the processor's, changed by the element's options."""
     area = encoder.token_side**2
-    told = {name: options[name] for name in LIMITS if name in options}
-    told |= _from_pixels(options, area, *LIMITS)
-    return {**image, **_widened(dict(zip(LIMITS, (FEWEST, MOST), strict=True)) | image, told, *LIMITS)}
+    given = {name: options[name] for name in LIMITS if name in options}
+    given |= _from_pixels(options, area, *LIMITS)
+    return {**image, **_widened(dict(zip(LIMITS, (MIN_TOKENS, MAX_TOKENS), strict=True)) | image, given, *LIMITS)}
 
 
 def video_encoder(encoder: SlowFastEncoder, options: Options) -> tuple[SlowFastEncoder, Sampling]:
-    """The encoder of one video, with what its element sets, and what the element says about sampling it."""
+    """The encoder of one video with the settings of its element, and the element's sampling."""
     area = encoder.token_side**2
     frame = ("min_tokens_per_frame", "max_tokens_per_frame")
     changes = {name: options[name] for name in SETTINGS if name in options}
@@ -97,7 +97,7 @@ def video_encoder(encoder: SlowFastEncoder, options: Options) -> tuple[SlowFastE
 
 
 def _from_pixels(options: Options, area: int, least: str, most: str) -> dict[str, int]:
-    """Limits in pixels as limits in tokens that keep to them."""
+    """Limits in pixels as limits in tokens that do not exceed them."""
     limits = {}
     if "min_pixels" in options:
         limits[least] = max(1, math.ceil(options["min_pixels"] / area))
@@ -106,15 +106,15 @@ def _from_pixels(options: Options, area: int, least: str, most: str) -> dict[str
     return limits
 
 
-def _widened(base: Mapping[str, Any], told: Mapping[str, Any], least: str, most: str) -> dict[str, int]:
-    """The limits that were told; where only one was, the other gives way to it.
+def _widened(base: Mapping[str, Any], given: Mapping[str, Any], least: str, most: str) -> dict[str, int]:
+    """The given limits; if only one is given, the other is adjusted to it.
 
     Raises:
-        KeyeError: both were told, and leave nothing between them.
+        KeyeError: both are given, and the range is empty.
     """
-    low, high = told.get(least, base[least]), told.get(most, base[most])
+    low, high = given.get(least, base[least]), given.get(most, base[most])
     if low > high:
-        if least in told and most in told:
+        if least in given and most in given:
             raise KeyeError(f"{least}={low} is above {most}={high}; give a range that is not empty")
-        low, high = (low, low) if least in told else (high, high)
-    return {name: value for name, value in ((least, low), (most, high)) if name in told or value != base[name]}
+        low, high = (low, low) if least in given else (high, high)
+    return {name: value for name, value in ((least, low), (most, high)) if name in given or value != base[name]}

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 
 from keye.encoder import SlowFastEncoder
 from keye.errors import ArgumentError, ManifestError
@@ -17,6 +16,7 @@ from keye.model.rope import stream_positions
 from keye.processor.fit import encode_media
 from keye.processor.messages import Message, Visual, located, read_chat
 from keye.processor.reply import Thinking
+from keye.processor.sample import PIXELS, KeyeInputs, Sample
 from keye.processor.settings import CallSettings, call_settings
 from keye.processor.spelling import Spelling
 from keye.processor.stream import (
@@ -31,80 +31,18 @@ from keye.processor.stream import (
 )
 from keye.processor.template import Spans, has_generation, render_jinja_template, variables_of
 from keye.slowfast.pixels import join, normalised
-from keye.slowfast.plan import VideoPlan
 from keye.video.fetch import UrlRules
-
-PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-
-
-@dataclass
-class Sample:
-    """One conversation, ready for the model.
-
-    input_ids, labels: LongTensor `[L]`; labels are unshifted, −100 outside the assistant's words. position_ids
-    `[3, L]`. Patches uint8 `[N, 3, 14, 14]` (floats of a video given as encoded that no bytes stand for) and grids
-    `[F, 3]` of the stills and of all videos' frames, in stream order. plans: what was decided about each video.
-    warnings: sentences on stills made smaller to fit. thinned: visual tokens that stills and videos gave up to fit
-    `max_length`.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    pixel_values: Tensor | None = None
-    image_grid_thw: Tensor | None = None
-    pixel_values_videos: Tensor | None = None
-    video_grid_thw: Tensor | None = None
-    plans: list[VideoPlan] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    thinned: int = 0
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def visual_tokens(self) -> int:
-        """How many of the tokens are visual."""
-        grids = [g for g in (self.image_grid_thw, self.video_grid_thw) if g is not None]
-        return sum(int(g.prod(1).sum()) // 4 for g in grids)
-
-    @property
-    def all_warnings(self) -> list[str]:
-        """The sentences of its plans, then its own."""
-        return [*(warning for plan in self.plans for warning in plan.warnings), *self.warnings]
-
-
-class KeyeInputs(BatchFeature):
-    """Model inputs, to be given to `model(**inputs)` and `generate(**inputs)`, and what was decided about the videos.
-
-    plans: the `VideoPlan`s of each row's videos, in stream order. num_frames: LongTensor `[videos]`, how many rows of
-    `video_grid_thw` belong to each. warnings: of each row, of its plans and stills. These are attributes, no entries:
-    a model has no use for them, and `generate` refuses what it does not know.
-    """
-
-    def __init__(
-        self, data: dict[str, Any] | None = None, tensor_type: str | None = None, samples: Sequence[Sample] = ()
-    ) -> None:
-        super().__init__(data, tensor_type)  # who moves a batch to a device makes a new one of its entries alone
-        self.plans = [sample.plans for sample in samples]
-        self.num_frames = torch.tensor([len(plan) for plans in self.plans for plan in plans], dtype=torch.long)
-        self.warnings = [sample.all_warnings for sample in samples]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)  # a worker process hands over the plans, too
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
 
 class KeyeProcessor(ProcessorMixin):
     """Tokenizer + slow-fast encoder.
 
     Args:
-        tokenizer: any fast tokenizer that knows the stream's special tokens (`keye.processor.tokenizer`).
-        encoder: the arguments of `SlowFastEncoder`; its defaults when left out.
+        tokenizer: any fast tokenizer with the stream's special tokens (`keye.processor.tokenizer`).
+        encoder: the arguments of `SlowFastEncoder`; its defaults if None.
         image: the arguments of `SlowFastEncoder.image` (`min_tokens`, `max_tokens`).
-        urls: what may be downloaded, a right of this process and never saved; without it an http(s) URL is an error.
+        chat_template: the tokenizer's, or Keye's, if None.
+        urls: what this process may download; it is never saved. Without it an http(s) URL is an error.
     """
 
     def __init__(
@@ -117,7 +55,7 @@ class KeyeProcessor(ProcessorMixin):
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
         self._encoder = SlowFastEncoder(**(encoder or {}), urls=urls)
-        # All settings, also those left to their defaults: a saved model must not change with a later default.
+        # All settings, also the defaults: a saved model must not change with a later default.
         self.encoder, self.image = self._encoder.settings, dict(image or {})
         ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
         self._spelling = Spelling(tokenizer)
@@ -132,14 +70,14 @@ class KeyeProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """The entries of what a call returns; those of the media where there are media."""
+        """The entries that a call returns; those of images and videos only if there are any."""
         return ["input_ids", "attention_mask", *PIXELS]
 
     def to_dict(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "image": self.image, "processor_class": type(self).__name__}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
-        """Write tokenizer, template and settings; `preprocessor_config.json` lets the encoder be loaded alone."""
+        """Write tokenizer, template and settings; the encoder alone loads from `preprocessor_config.json`."""
         files = super().save_pretrained(str(save_directory), **kwargs)
         path = Path(save_directory) / "preprocessor_config.json"
         settings = {"encoder": self.encoder, "image": self.image}
@@ -169,21 +107,22 @@ class KeyeProcessor(ProcessorMixin):
         continue_final_message: bool = False,
         last_turn_only: bool = False,
     ) -> Sample:
-        """One conversation → `Sample`; what a message may hold says `keye.processor.messages`.
+        """One conversation → `Sample`; `keye.processor.messages` describes the format of messages.
 
         Args:
-            base_dir: what relative paths are relative to.
-            add_generation_prompt: open the assistant's turn behind the last message.
-            max_length: at most so many tokens: videos and then stills are made smaller until the chat fits.
-            thinking: True, False: `/think`, `/no_think` behind the last question where an answer is to follow, else
-                behind each question answered (where its message does not say it); "as_answered": as each answer does.
-            continue_final_message: the last message, the assistant's, stays open to be gone on with.
-            last_turn_only: labels for the last of the assistant's turns alone.
+            messages: the conversation.
+            base_dir: the folder of relative paths.
+            add_generation_prompt: start the assistant's turn after the last message.
+            max_length: the most tokens: videos and then images are made smaller until the chat fits.
+            thinking: True, False: append `/think`, `/no_think` to the last question if an answer follows, otherwise to
+                each answered question (unless its message sets it); "as_answered": as each answer does.
+            continue_final_message: leave the last message, the assistant's, open for continuation.
+            last_turn_only: labels only for the last of the assistant's turns.
 
         Raises:
             ManifestError: a message that is not in the chat format.
             VideoError: a clip or image that cannot be read.
-            KeyeError: settings that make no sense, or a chat that cannot be made to fit.
+            KeyeError: invalid settings, or a chat that cannot be made to fit.
         """
         text, visuals, _ = self._chat(messages, base_dir, add_generation_prompt, thinking, continue_final_message)
         return self._build(text, visuals, max_length, last_turn_only)
@@ -191,7 +130,7 @@ class KeyeProcessor(ProcessorMixin):
     def build(
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), max_length: int | None = None
     ) -> Sample:
-        """Rendered text with one placeholder per image and video, and these in order → `Sample`."""
+        """Rendered text with one placeholder per image and video, and the media in order → `Sample`."""
         stills = [Visual("image", located("image", image, Path())) for image in images]
         clips = [Visual("video", located("video", video, Path())) for video in videos]
         return self._build(text, [*stills, *clips], max_length)
@@ -207,16 +146,16 @@ class KeyeProcessor(ProcessorMixin):
         variables: Mapping[str, Any] | None = None,
         marked: bool = False,
     ) -> tuple[str, list[Visual], Spans | None]:
-        """A conversation as rendered text, the media of its placeholders, and where the assistant speaks.
+        """A conversation as rendered text, its media, and the spans of the assistant's words.
 
-        marked: ask the template for the last, which one without `{% generation %}` cannot say.
+        The spans are None unless `marked` is set and the template has `{% generation %}`.
         """
         generating = add_generation_prompt or continue_final_message
         chat = read_chat(messages, base_dir, self._spelling.guard, thinking, generating)
         if continue_final_message and (add_generation_prompt or chat.messages[-1]["role"] != "assistant"):
             raise ManifestError(
-                "continue_final_message goes on with the assistant's last message; let the chat end with one, and leave"
-                " add_generation_prompt out"
+                "continue_final_message needs a chat that ends with an assistant message; add one and omit"
+                " add_generation_prompt"
             )
         options = {
             "add_generation_prompt": add_generation_prompt,
@@ -248,7 +187,7 @@ class KeyeProcessor(ProcessorMixin):
         given = [sum(visual.kind == kind for visual in visuals) for kind in ("image", "video")]
         if placeholders != given:
             raise ManifestError(
-                f"the text holds placeholders of {placeholders[0]} images and {placeholders[1]} videos, and {given[0]}"
+                f"the text has placeholders for {placeholders[0]} images and {placeholders[1]} videos, but {given[0]}"
                 f" images and {given[1]} videos were given; write one {IMAGE_PAD} or {VIDEO_PAD} for each"
             )
         media = encode_media(visuals, self._encoder, self.image, self._stream, len(ids) - sum(given), max_length)
@@ -282,7 +221,7 @@ class KeyeProcessor(ProcessorMixin):
     ) -> dict[str, Tensor]:
         """Samples → one padded batch: input_ids, attention_mask, labels `[B, L]`, position_ids `[3, B, L]`, pixels.
 
-        Pixels are float32 in [-1, 1]. length: pad to so many tokens where the longest sample has fewer.
+        Pixels are float32 in [−1, 1]. length: the least length of the padded rows.
         """
         longest = max(len(s) for s in samples)
         length, rows = max(longest, length or 0), len(samples)
@@ -318,11 +257,14 @@ class KeyeProcessor(ProcessorMixin):
     ) -> Any:
         """Chat messages, or a list of such lists, → text (`tokenize=False`), ids or `KeyeInputs`.
 
-        thinking: see `sample`. return_assistant_tokens_mask: also `assistant_masks` `[B, L]`, 1 where the assistant
-        speaks: where the template says so by `{% generation %}`, else between `<|im_start|>assistant` and `<|im_end|>`.
-        The rest (`max_length`, `padding`, `return_tensors`, …) is as for a call of the processor; other names are
-        variables of the template where it has them (`enable_thinking` of Qwen3's, for instance), and refused where not.
-        Without return_dict and return_tensors, ids are lists.
+        Other arguments (`max_length`, `padding`, `return_tensors`, …) are those of a call of the processor, or
+        variables of the template (for example `enable_thinking` of Qwen3's); unknown names are errors. Without
+        return_dict and return_tensors, ids are lists.
+
+        Args:
+            thinking: see `sample`.
+            return_assistant_tokens_mask: also return `assistant_masks` `[B, L]`, 1 at the assistant's words: those that
+                the template marks with `{% generation %}`, or all between `<|im_start|>assistant` and `<|im_end|>`.
         """
         template = chat_template or self.chat_template
         variables = {name: kwargs.pop(name) for name in variables_of(template, kwargs)}
@@ -354,38 +296,38 @@ class KeyeProcessor(ProcessorMixin):
         videos: Any = None,
         **kwargs: Any,
     ) -> KeyeInputs:
-        """Rendered text(s) with placeholders, and the images and videos they name in order, → model inputs.
+        """Rendered text(s) with placeholders, and their images and videos in order → model inputs.
 
         Args:
             text: a text or a list of them. Special tokens in it are special: render chats with `apply_chat_template`.
-            images, videos: one, a list of all, or a list of lists, one for each text. A list of frames counts as one
-                video only inside a list.
+            images, videos: one, a list of all, or a list of lists, one for each text. A list of frames is one video
+                only inside a list.
             padding: True or "longest", "max_length" or False; padding_side: "left" (the default) or "right";
-                pad_to_multiple_of: rows as long as a multiple of so many tokens.
-            max_length: at most so many tokens a row, by smaller videos and stills; with truncation=False only the
-                length of `padding="max_length"`. truncation=True alone takes the tokenizer's limit.
+                pad_to_multiple_of: pad rows to a multiple of this number of tokens.
+            max_length: the most tokens of a row, reached by smaller videos and images; with truncation=False only the
+                length of `padding="max_length"`. truncation=True alone uses the tokenizer's limit.
             images_kwargs, videos_kwargs: options of every image and video, see `keye.processor.options`.
-            return_tensors: "pt" or "np". Rows that differ in length are lists where neither this nor a padding is
-                given, as in transformers; all else are tensors.
-            return_mm_token_type_ids: also `mm_token_type_ids` `[B, L]`, 1 for stills and 2 for frames.
-            do_sample_frames: False takes every frame of videos that are given as frames. video_metadata: what is known
-                of each video (`fps`, `frames_indices`).
+            return_tensors: "pt" or "np". Rows of different lengths are lists if neither this nor a padding is given, as
+                in transformers; otherwise the entries are tensors.
+            return_mm_token_type_ids: also `mm_token_type_ids` `[B, L]`, 1 for images and 2 for frames.
+            do_sample_frames: False uses every frame of videos that are given as frames.
+            video_metadata: of each video (`fps`, `frames_indices`).
 
         Raises:
-            ArgumentError: an unknown argument, or one of no use; a ValueError, too.
+            ArgumentError: an unknown or unsupported argument; it is also a ValueError.
             KeyeError: what `sample` raises.
         """
         if text is None:
             raise ArgumentError(f"the processor got no text; give one with {IMAGE_PAD} or {VIDEO_PAD} for each medium")
         settings = call_settings(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        dealt = [self._dealt(texts, kind, given) for kind, given in (("image", images), ("video", videos))]
-        visuals = settings.configured([[*stills, *clips] for stills, clips in zip(*dealt, strict=True)])
+        media = [self._media_of_texts(texts, kind, given) for kind, given in (("image", images), ("video", videos))]
+        visuals = settings.configured([[*stills, *clips] for stills, clips in zip(*media, strict=True)])
         rows = [(one, media, None) for one, media in zip(texts, visuals, strict=True)]
         return self._inputs(rows, settings, "left")
 
-    def _dealt(self, texts: Sequence[str], kind: str, given: Any) -> list[list[Visual]]:
-        """The media of one kind, dealt to the texts by their placeholders."""
+    def _media_of_texts(self, texts: Sequence[str], kind: str, given: Any) -> list[list[Visual]]:
+        """The media of one kind for each text, by its placeholders."""
         pad = IMAGE_PAD if kind == "image" else VIDEO_PAD
         counts = [text.count(pad) for text in texts]
         if given is None:
@@ -415,7 +357,7 @@ class KeyeProcessor(ProcessorMixin):
             raise ArgumentError("padding is False and the rows differ in length; give padding=True or one row")
         length = settings.padded(max(map(len, samples)))
         batch: dict[str, Any] = self.collate(samples, settings.padding_side or padding_side, length)
-        # The model computes positions as they are here; tools that change the length of a row would break them.
+        # The model computes the same positions; tools that change the length of a row would break these.
         labels, _ = batch.pop("labels"), batch.pop("position_ids")
         if masks:
             batch["assistant_masks"] = (labels != IGNORED).long()
@@ -424,7 +366,7 @@ class KeyeProcessor(ProcessorMixin):
             batch["mm_token_type_ids"] = still.long() + 2 * clip.long()
         for name in ("pixel_values", "pixel_values_videos"):
             if name in batch:
-                batch[name] = batch[name].flatten(1)  # a row a patch, as transformers has it
+                batch[name] = batch[name].flatten(1)  # a row per patch, as in transformers
         if uneven and settings.return_tensors is None and settings.as_lists:
             real = batch["attention_mask"].bool()
             for name in [name for name in batch if name not in PIXELS]:

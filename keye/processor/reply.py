@@ -1,7 +1,7 @@
-"""The three modes of answering (report §5): what is asked for behind a question, and what an answer consists of.
+"""The three modes of answering (report §5): the suffix of a question, and the parts of an answer.
 
-`/think` behind the last words of a user's turn asks for a thought before the answer, `/no_think` for none, and without
-either the model decides. An answer is `<think>…</think><answer>…</answer>`.
+`/think` at the end of a user's turn asks for a thought before the answer, `/no_think` for none, and without either the
+model decides. An answer is `<think>…</think><answer>…</answer>`.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Literal
 from keye.processor.stream import END_OF_TEXT, IM_END
 
 Thinking = bool | Literal["as_answered"] | None
-"""True, False: ask for a thought or for none. None: ask nothing. "as_answered": what each given answer does."""
+"""True, False: ask for a thought or for none. None: no suffix. "as_answered": as each given answer does."""
 
 SUFFIXES = {True: "/think", False: "/no_think"}
 _SUFFIX = re.compile(r"/(?:no_)?think\s*$")
@@ -21,18 +21,18 @@ _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said. thinking: its thought, None where there is none; answer: the rest, stripped."""
+    """A model's reply. thinking: its thought, None if there is none; answer: the rest, stripped."""
 
     thinking: str | None
     answer: str
 
 
 def parse_reply(text: str) -> Reply:
-    """A reply as thought and answer, whatever of the form is missing.
+    """A reply as thought and answer, also if tags are missing.
 
-    The answer is the last `<answer>…</answer>` behind the thought; without one all that follows the thought. A thought
-    that never ends leaves an empty answer, a `</think>` that was never opened closes the thought that began with the
-    reply (the opening may stand in the prompt), and an answer cut off by the limit of tokens goes to the end.
+    The answer is the last `<answer>…</answer>` after the thought; without one, all text after the thought. A thought
+    without an end gives an empty answer. A `</think>` without a start ends a thought that began with the reply (the
+    prompt may contain the start). An answer cut off by the limit of tokens reaches to the end.
     """
     text = _END.split(text, maxsplit=1)[0]
     before, closed, behind = text.partition("</think>")
@@ -49,11 +49,11 @@ def parse_reply(text: str) -> Reply:
 
 
 def write_reply(reply: Reply) -> str:
-    """The reply in its form, `<think>…</think><answer>…</answer>`; without the thought's part where there is none."""
+    """The reply as `<think>…</think><answer>…</answer>`; without the first part if there is no thought."""
     thought = "" if reply.thinking is None else f"<think>{reply.thinking}</think>"
     return f"{thought}<answer>{reply.answer}</answer>"
 
 
 def with_suffix(words: str, thinking: bool) -> str:
-    """The words of a question with `/think` or `/no_think` at their end, in the place of one that stands there."""
+    """A question with the suffix `/think` or `/no_think`, which replaces one that is there."""
     return _SUFFIX.sub("", words) + SUFFIXES[thinking]

@@ -1,4 +1,4 @@
-"""The keyword arguments of a processor's call as transformers passes them: flat or nested, and never swallowed."""
+"""The keyword arguments of a processor call as transformers passes them: flat or nested; unknown ones are errors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,17 +14,17 @@ from keye.processor.options import Options, read_options
 
 _NESTED = ("processor_kwargs", "common_kwargs", "text_kwargs")
 _UNSUPPORTED = ("tools", "documents", "audio", "load_audio_from_video", "sampling_rate", "add_special_tokens")
-_FAR = 10**12  # tokenizers without a limit name a larger number
+_NO_LIMIT = 10**12  # tokenizers without a limit have a larger model_max_length
 _PADDING = (True, False, "longest", "max_length", "do_not_pad")
 
 
 @dataclass(frozen=True)
 class CallSettings:
-    """padding: True, False or "max_length". truncation, max_length and the rest: None where nothing was said.
+    """The settings of one call; None for those that are not given.
 
-    do_sample_frames: False takes every frame that is given; video_metadata: for each video what is known of it
-    (`read_metadata`). return_mm_token_type_ids: also which tokens are of stills (1) and of frames (2). images_kwargs,
-    videos_kwargs: options of every image and video that does not say otherwise.
+    padding: True, False or "max_length". do_sample_frames: False uses every given frame. video_metadata: the known
+    options of each video (`read_metadata`). return_mm_token_type_ids: also return which tokens belong to images (1) and
+    to frames (2). images_kwargs, videos_kwargs: default options of every image and video.
     """
 
     padding: bool | str | None = None
@@ -41,44 +41,44 @@ class CallSettings:
 
     @property
     def as_lists(self) -> bool:
-        """Whether rows of different lengths are lists: nothing was said that makes one tensor of them."""
+        """Whether rows of different lengths are lists: no setting asks for one tensor."""
         return not self.padding and self.pad_to_multiple_of is None and self.padding_side is None
 
     def limit(self, longest: int) -> int | None:
-        """The most tokens of a row, None for no limit; `longest`: the tokenizer's own."""
+        """The most tokens of a row, None for no limit; `longest`: the tokenizer's limit."""
         if self.truncation is False:
             return None
         if self.truncation and self.max_length is None:
-            return longest if longest < _FAR else None
+            return longest if longest < _NO_LIMIT else None
         return self.max_length
 
     def padded(self, longest: int) -> int:
-        """How long the rows of a batch become whose longest has `longest` tokens."""
+        """The length of padded rows whose longest has `longest` tokens."""
         length = max(longest, self.max_length or 0) if self.padding == "max_length" else longest
         multiple = self.pad_to_multiple_of or 1
         return -(-length // multiple) * multiple
 
     def configured(self, rows: Sequence[Sequence[Visual]]) -> list[list[Visual]]:
-        """The media of each row with the call's options; what a message says about its own comes first.
+        """The media of each row with the call's options; options in a message take precedence.
 
         Raises:
             KeyeError: metadata of more or fewer videos than there are.
         """
         videos = sum(visual.kind == "video" for row in rows for visual in row)
         if self.video_metadata and len(self.video_metadata) != videos:
-            raise KeyeError(f"video_metadata is of {len(self.video_metadata)} videos, and {videos} were given")
-        told = iter(self.video_metadata)
-        return [[self._configured(visual, told) for visual in row] for row in rows]
+            raise KeyeError(f"video_metadata has {len(self.video_metadata)} entries for {videos} videos; give one each")
+        metadata = iter(self.video_metadata)
+        return [[self._configured(visual, metadata) for visual in row] for row in rows]
 
-    def _configured(self, visual: Visual, told: Iterator[Options]) -> Visual:
-        known = next(told, {}) if visual.kind == "video" else {}
+    def _configured(self, visual: Visual, metadata: Iterator[Options]) -> Visual:
+        known = next(metadata, {}) if visual.kind == "video" else {}
         if isinstance(visual.source, EncodedVideo):
             return visual
         common = self.images_kwargs if visual.kind == "image" else {**self.videos_kwargs, **known}
         options = {**common, **visual.options}
         given = isinstance(visual.source, list | tuple | np.ndarray | torch.Tensor)
         if given and self.do_sample_frames is False and "source_fps" in options:
-            options["fps"] = options["source_fps"]  # frames as far apart as they are to be: every one is taken
+            options["fps"] = options["source_fps"]  # sampling at the source's rate takes every frame
         return replace(visual, options=options)
 
 
@@ -86,19 +86,19 @@ def call_settings(given: Mapping[str, Any]) -> CallSettings:
     """The settings in the keyword arguments of a call.
 
     Raises:
-        ArgumentError: one that is not known, given twice or out of range; the message names it.
+        ArgumentError: one that is unknown, given twice or out of range; the message names it.
     """
     flat: dict[str, Any] = {}
     _flatten(given, flat)
     for name in _UNSUPPORTED:
         if flat.pop(name, None):
-            raise ArgumentError(f"{name} was given, which Keye's chat template and model do not take; leave it out")
+            raise ArgumentError(f"{name} is not supported by Keye's chat template and model; omit it")
     videos = flat.get("videos_kwargs") or {}
     for name in ("do_sample_frames", "video_metadata", "return_metadata"):
         if name in videos:
             flat.setdefault(name, videos[name])
             flat["videos_kwargs"] = {key: value for key, value in flat["videos_kwargs"].items() if key != name}
-    flat.pop("return_metadata", None)  # each plan says it anyway
+    flat.pop("return_metadata", None)  # the plans contain it
     if flat.get("video_metadata") is not None:
         flat["video_metadata"] = read_metadata(flat["video_metadata"])
     for name in ("num_frames", "fps"):
@@ -107,7 +107,7 @@ def call_settings(given: Mapping[str, Any]) -> CallSettings:
     known = list(CallSettings.__dataclass_fields__)
     unknown = [name for name in flat if name not in known]
     if unknown:
-        raise ArgumentError(f"the processor does not know {', '.join(unknown)}; use {', '.join(known)}")
+        raise ArgumentError(f"the processor has no argument {', '.join(unknown)}; use {', '.join(known)}")
     _check(flat)
     for kind in ("image", "video"):
         options = flat.get(f"{kind}s_kwargs")
@@ -119,12 +119,12 @@ def call_settings(given: Mapping[str, Any]) -> CallSettings:
 
 
 def read_metadata(given: Any) -> list[Options]:
-    """transformers' `VideoMetadata` (or dicts like it), one or a list, nested or flat → the options of each video.
+    """transformers' `VideoMetadata` (or such dicts), one or a list, nested or flat → the options of each video.
 
-    `fps` is the rate of the frames given; with `frames_indices` their times are index / fps.
+    `fps` is the rate of the given frames; with `frames_indices` their times are index / fps.
 
     Raises:
-        ArgumentError: something else.
+        ArgumentError: any other value.
     """
     entries = [given] if isinstance(given, Mapping) or hasattr(given, "total_num_frames") else list(given)
     flat = [one for entry in entries for one in (entry if isinstance(entry, list | tuple) else [entry])]
@@ -164,7 +164,7 @@ def _check(flat: Mapping[str, Any]) -> None:
     if flat.get("padding") not in (None, *_PADDING):
         refuse("padding", "True, False, 'longest' or 'max_length'")
     if flat.get("padding") == "max_length" and flat.get("max_length") is None:
-        raise ArgumentError("padding is 'max_length' and there is no max_length; give one")
+        raise ArgumentError("padding is 'max_length' without a max_length; give one")
     if flat.get("truncation") not in (None, True, False):
         refuse("truncation", "True or False")
     if flat.get("padding_side") not in (None, "left", "right"):

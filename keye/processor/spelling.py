@@ -1,9 +1,9 @@
-"""Words → ids, such that what people write can never become one of the stream's own tokens.
+"""Text → ids, such that the text of a message never becomes one of the stream's special tokens.
 
-A chat template joins the stream's tokens and people's words into one text, and a tokenizer cannot tell them apart: a
-question that holds `<|im_end|>` would end its turn, one that holds `<|video_pad|>` would ask for a video. So a special
-token inside words gets an invisible mark behind its first character (`guard`). Any tokenizer reads the marked text as
-plain characters; `ids` takes the mark out again and spells what stood there letter by letter.
+A chat template joins special tokens and the text of messages into one string, and a tokenizer cannot distinguish them:
+a question that contains `<|im_end|>` would end its turn, one with `<|video_pad|>` would ask for a video. Therefore
+`guard` puts an invisible mark after the first character of a special token in a message. A tokenizer reads the marked
+text as plain characters; `ids` removes the mark and tokenizes the characters without special tokens.
 """
 
 import re
@@ -16,7 +16,7 @@ MARK = "\u2060"  # word joiner: no width, breaks no line, is part of no special 
 
 
 class Spelling:
-    """Guards words and turns rendered text into ids, for one tokenizer."""
+    """Guards message texts and turns rendered text into ids, for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -27,18 +27,18 @@ class Spelling:
         self._guarded = re.compile("|".join(map(re.escape, guarded)))
         self._marked = re.compile("|".join(re.escape(token[0] + MARK + token[1:]) for token in guarded))
 
-    def guard(self, words: str) -> str:
-        """The words with a mark in every special token, but for those that are content: times and places."""
-        while self._guarded.search(words):  # again, in case two overlap
-            words = self._guarded.sub(lambda found: found[0][0] + MARK + found[0][1:], words)
-        return words
+    def guard(self, text: str) -> str:
+        """The text with a mark in every special token except `CONTENT_TOKENS` (times and places)."""
+        while self._guarded.search(text):  # repeated, in case two overlap
+            text = self._guarded.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+        return text
 
     def ids(self, text: str) -> list[int]:
-        """Ids of rendered text: special tokens are themselves, marked ones the characters they are written with."""
+        """Ids of rendered text: special tokens have their ids, marked ones the ids of their characters."""
         return self.located(text)[0]
 
     def located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`ids`, and for each of them where in the text its first and its last character stand."""
+        """`ids`, and for each the positions of its first and its last character in the text."""
         if not self._marked.search(text):
             return self._tokens(text, list(range(len(text))), False)
         ids: list[int] = []
@@ -49,7 +49,7 @@ class Spelling:
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
                 places.append((start, start + len(piece) - 1))
             elif piece:
-                marks = {found.start() + 1 for found in self._marked.finditer(piece)}  # behind the first character
+                marks = {found.start() + 1 for found in self._marked.finditer(piece)}  # after the first character
                 kept = [place for place in range(len(piece)) if place not in marks]
                 more = self._tokens("".join(piece[k] for k in kept), [start + k for k in kept], True)
                 ids, places = ids + more[0], places + more[1]

@@ -1,12 +1,12 @@
-"""Video plans and stills → the token stream; the one place that knows the special tokens.
+"""Video plans and images → the token stream; the special tokens are defined here.
 
 A video's placeholder expands to one group per frame, in time order (vLLM's Keye processor):
 
     slow   <|frame|>12.5 + n × <|video_pad|>
     fast   <|frame|>13.0<|fast_start|> + n × <|video_pad|> + <|fast_end|>
 
-with the timestamp in seconds to one decimal and n = (height / 28) · (width / 28). The groups stand between
-`<|vision_start|>` and `<|vision_end|>`, which the chat template writes.
+with the timestamp in seconds to one decimal and n = (height / 28) · (width / 28). The chat template writes
+`<|vision_start|>` and `<|vision_end|>` around the groups.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,8 +23,8 @@ SPECIAL_TOKENS = (
     END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD,
     FRAME, FAST_START, FAST_END, CLIP_TIME_START, CLIP_TIME_END,
 )  # fmt: skip
-# What words may hold, in questions and in answers: times (report §4) and the places of Qwen's tokenizers. They open
-# and close nothing of the stream itself.
+# Special tokens that questions and answers may contain: times (report §4) and the places of Qwen's tokenizers. They
+# do not structure the stream.
 CONTENT_TOKENS = (
     CLIP_TIME_START, CLIP_TIME_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
     "<|quad_start|>", "<|quad_end|>",
@@ -33,8 +33,8 @@ CONTENT_TOKENS = (
 SLOW, FAST = 0, 1
 IGNORED = -100
 
-# Line breaks are written as expressions: the template's own white space is trimmed. `generation` marks what the
-# assistant says, with the token that ends its turn: training tools read it, and rendering leaves it out.
+# Line breaks are expressions, because the template's white space is trimmed. `generation` marks the assistant's words
+# and the token that ends its turn for training tools; it renders as nothing.
 CHAT_TEMPLATE = """
 {%- macro words(content) -%}
 {%- if content is string -%}{{ content }}{%- else -%}
@@ -74,14 +74,14 @@ class Stream:
         self._times: dict[str, list[int]] = {}
 
     def time_tokens(self, seconds: float) -> int:
-        """The most tokens that the time of a frame takes, of all times up to `seconds`.
+        """The most tokens of a frame's time, for all times up to `seconds`.
 
-        A character is at most one token; what a tokenizer puts before a text of its own is counted, too.
+        A character is at most one token; tokens that the tokenizer puts before every text are counted.
         """
         return len(f"{seconds:.1f}") + len(self.tokenize("0")) - 1
 
     def video(self, frame_types: Sequence[int], tokens: Sequence[int], timestamps: Sequence[float] | None) -> list[int]:
-        """Ids of one video's groups; `frame_types` 0 slow, 1 fast; `tokens` per frame; `timestamps` in seconds."""
+        """Ids of one video's groups; frame_types: 0 slow, 1 fast; tokens: per frame; timestamps: in seconds."""
         ids: list[int] = []
         times = [None] * len(tokens) if timestamps is None else timestamps
         for kind, count, seconds in zip(frame_types, tokens, times, strict=True):
@@ -98,7 +98,7 @@ class Stream:
         return self._times[text]
 
     def expand(self, ids: Iterable[int], stills: Iterable[int], videos: Iterable[list[int]]) -> list[int]:
-        """Replace each `<|image_pad|>` by its still's token count and each `<|video_pad|>` by its video's groups.
+        """Replace each `<|image_pad|>` by its image's number of pads and each `<|video_pad|>` by its video's groups.
 
         Raises:
             ValueError: more or fewer placeholders than stills or videos.
@@ -114,16 +114,16 @@ class Stream:
                 else:
                     out.append(token)
         except StopIteration:
-            raise ValueError("the text holds more placeholders than images or videos were given") from None
+            raise ValueError("the text has more placeholders than there are images or videos") from None
         if next(stills, None) is not None or next(videos, None) is not None:
-            raise ValueError("more images or videos were given than the text holds placeholders")
+            raise ValueError("there are more images or videos than placeholders in the text")
         return out
 
     def labels(self, ids: Tensor, last_turn_only: bool = False) -> Tensor:
-        """`[L]` labels: the assistant's words and their `<|im_end|>`, or those of its last turn; everything else −100.
+        """`[L]` labels: the assistant's words and their `<|im_end|>`, or those of its last turn; −100 elsewhere.
 
-        A turn's words begin after `<|im_start|>assistant` and its line break. Its images and videos, from
-        `<|vision_start|>` to `<|vision_end|>`, are no words.
+        A turn's words start after `<|im_start|>assistant` and its line break. Its images and videos, from
+        `<|vision_start|>` to `<|vision_end|>`, have no labels.
         """
         opening = torch.tensor([self.id[IM_START], *self.tokenize("assistant\n")])
         labels = torch.full_like(ids, IGNORED)
@@ -144,17 +144,18 @@ class Stream:
     def spoken(
         self, ids: Tensor, bare: Sequence[int], places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """`[L]` labels of what a template marks as the assistant's words, −100 elsewhere and at images and videos.
+        """`[L]` labels of the assistant's words as a template marks them; −100 elsewhere and at images and videos.
 
         Args:
-            ids: `[L]`, expanded. bare: before placeholders were replaced; places: the first and the last character in
-                the text of each of these.
-            spans: first and last-plus-one characters that are the assistant's; a token with one of them is its word.
+            ids: `[L]`, expanded.
+            bare: ids before placeholders were expanded.
+            places: first and last character in the text of each id of `bare`.
+            spans: first and last-plus-one characters of the assistant's words; a token that overlaps one has a label.
         """
         pads, closing, rest = (self.id[IMAGE_PAD], self.id[VIDEO_PAD]), self.id[VISION_END], ids.tolist()
         flags: list[bool] = []
         for token, (first, last) in zip(bare, places, strict=True):
-            if token in pads:  # it became all that stands before the next `<|vision_end|>`
+            if token in pads:  # it expanded to all ids before the next `<|vision_end|>`
                 flags += [False] * (rest.index(closing, len(flags)) - len(flags))
             else:
                 flags.append(any(first < stop and last >= start for start, stop in spans))

@@ -1,4 +1,4 @@
-"""What a chat template says of itself: the variables that it reads, and whether it marks what the assistant says."""
+"""Properties of a chat template: the variables it reads, and whether it marks the assistant's words."""
 
 import re
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""A tokenizer from nothing: byte-level BPE over given texts, with the special tokens of the stream.
+"""Tokenizers: byte-level BPE trained on given texts, or pretrained ones, with the special tokens of the stream.
 
-Where a pretrained tokenizer can be had (Qwen3's), its directory or hub id takes this one's place; `with_special_tokens`
-adds what it lacks.
+A pretrained tokenizer (Qwen3's, for example) is named by its directory or hub id; `with_special_tokens` adds the tokens
+that it lacks.
 """
 
 from collections.abc import Iterable
@@ -32,19 +32,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def with_special_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Add the stream's special tokens where they are missing, and name the end and padding tokens.
+    """Add the missing special tokens of the stream, and set the end and padding tokens.
 
-    No token that is there changes its id. A turn ends with `<|im_end|>`, padding is `<|endoftext|>` (as in Qwen and
-    SmolLM2, which have both, and so that padding is never an end that is learnt). A tokenizer that begins every text
-    with a token of its own (Llama's `<s>` or `<|begin_of_text|>`) has it at the head of the chat template, too: its
-    decoder has seen no text without; Qwen's and SmolLM2's begin with none.
+    Existing tokens keep their ids. A turn ends with `<|im_end|>`; padding is `<|endoftext|>`, as in Qwen and SmolLM2,
+    so that padding is never learnt as an end. If a tokenizer starts every text with a token of its own (Llama's `<s>`
+    or `<|begin_of_text|>`), the chat template starts with it, because its decoder was trained that way; Qwen's and
+    SmolLM2's do not.
 
     Raises:
-        CheckpointError: a tokenizer that spells words after a special token differently than alone, so that turns
-            could not be told apart.
+        CheckpointError: the ids of a word after a special token differ from those of the word alone, so that turns
+            cannot be found by ids.
     """
     begin = _beginning(tokenizer)
-    # All at once: what is special already stays so, a plain entry becomes special under its id.
+    # In one call: special tokens stay special, and an ordinary token becomes special under its id.
     others = [token for token in tokenizer.all_special_tokens if token not in SPECIAL_TOKENS]
     tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL_TOKENS, *others]})
     tokenizer.eos_token, tokenizer.pad_token = IM_END, END_OF_TEXT
@@ -54,27 +54,27 @@ def with_special_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeniz
 
 
 def _beginning(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The token that this tokenizer puts before every text, None when it puts none."""
+    """The token that this tokenizer puts before every text, None if there is none."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else None
 
 
 def _check_turns(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Labels are found by the ids of "assistant" after `<|im_start|>`: they must be those of the word alone."""
+    """Labels are found by the ids of "assistant" after `<|im_start|>`: they must equal those of the word alone."""
     ids = tokenizer(f"{IM_START}assistant\nYes{IM_END}", add_special_tokens=False)["input_ids"]
     word = tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
     if ids[1 : 1 + len(word)] != word:
         raise CheckpointError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: it spells a word after {IM_START} differently than alone (a "
+            f"{tokenizer.name_or_path or 'tokenizer'}: the ids of a word after {IM_START} differ from its own (a "
             "SentencePiece tokenizer with a leading space?); use a byte-level one, such as Qwen's or SmolLM2's"
         )
 
 
 def open_tokenizer(path: str, gguf_file: str | None = None) -> PreTrainedTokenizerFast:
-    """A pretrained tokenizer as it is, from a directory, a hub id or a GGUF file in a directory.
+    """An unchanged pretrained tokenizer, from a directory, a hub id or a GGUF file in a directory.
 
     Raises:
-        CheckpointError: nothing loadable there, or GGUF without the package that reads it.
+        CheckpointError: no tokenizer there, or a GGUF file without the package that reads it.
     """
     try:
         return AutoTokenizer.from_pretrained(path, **({} if gguf_file is None else {"gguf_file": gguf_file}))

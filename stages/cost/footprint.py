@@ -8,7 +8,7 @@ moments in fp32. The memory of a step may peak at three times; `Footprint.peak` 
 from dataclasses import dataclass
 from typing import Any
 
-from keye.model.keye import LOSS_CHUNK
+from keye.model.heads import LOSS_CHUNK
 from keye.model.vision import FRAME_PATCHES
 from stages.distributed.engine import BUCKET
 

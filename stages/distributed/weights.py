@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from keye.checkpoint.convert import open_weights
-from keye.checkpoint.shards import MAX_SHARD, Computed, Stored, whole_directory, write_shards
+from keye.checkpoint.shards import MAX_SHARD, Computed, Stored, atomic_directory, write_shards
 from keye.errors import CheckpointError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
@@ -106,7 +106,7 @@ def write_model(
     values = _masters(trained)
     try:
         if dist.get_rank() == 0:
-            with whole_directory(out) as part:
+            with atomic_directory(out) as part:
                 write_shards(_tensors(start.stored, trained, values), part, max_shard)
                 model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
                 model.config.save_pretrained(part)

@@ -45,7 +45,7 @@ def test_examples_run(folder):
         check=False,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
-    assert "is cut down from" in result.stdout
+    assert "is reduced from" in result.stdout
     for made in ("model", "from-parts", "keye-8b", "smol", "adapter", "served", "for-vllm"):
         assert any((folder / made).iterdir()), made
 

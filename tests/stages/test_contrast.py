@@ -13,8 +13,9 @@ from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionP
 from keye.checkpoint.convert import initialise
 from keye.errors import CheckpointError, RecipeError
 from keye.model.config import KeyeConfig, KeyeVisionConfig
+from keye.model.heads import PoolingHead
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.model.vision import KeyeVisionModel, PoolingHead
+from keye.model.vision import KeyeVisionModel
 from stages.contrastive import Contrast, siglip_text_tower
 from stages.distributed import engine
 from stages.distributed.activation_memory import apply_memory_options

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-import keye.model.keye as keye
+import keye.model.heads as heads
 import keye.model.vision as tower
 from stages.alignment import Alignment
 from stages.data.collate import pack
@@ -110,7 +110,7 @@ def steps(case: Case, zero: int, folder: Path) -> dict[str, Any]:
 
 def spread(folder: Path) -> dict[str, dict[str, Any]]:
     # Several chunks of frames and of labels for one rank, one of each for the other; everything is partitioned.
-    tower.FRAME_PATCHES, keye.LOSS_CHUNK, deep.PERSISTENT = 8, 4, 0
+    tower.FRAME_PATCHES, heads.LOSS_CHUNK, deep.PERSISTENT = 8, 4, 0
     return {name: steps(case, 3, folder / name) for name, case in CASES.items()}
 
 

@@ -123,10 +123,10 @@ def test_stopped_within_the_prompt_leaves_no_trace(loaded, monkeypatch):
 def test_a_clip_too_long_for_the_context_is_thinned(folder, loaded):
     roomy, narrow = chat(loaded), chat(loaded, context=310)
     plans = [talk.add_video(folder / "b.mp4") for talk in (roomy, narrow)]
-    assert plans[1].tokens < plans[0].tokens and "cut down" in " ".join(plans[1].warnings)
+    assert plans[1].tokens < plans[0].tokens and "reduced from" in " ".join(plans[1].warnings)
     assert said(narrow.ask("How many?"))
     assert narrow.figures.prompt_tokens + narrow.figures.new_tokens <= 310
-    with pytest.raises(KeyeError, match="the chat takes"):
+    with pytest.raises(KeyeError, match="the chat needs at least"):
         for _ in range(30):
             narrow.add_video(folder / "b.mp4")
 
@@ -190,7 +190,7 @@ def test_thoughts_are_not_carried_along(loaded):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda f: load_model(f / "nothing"), "no model directory"),
+        (lambda f: load_model(f / "nothing"), "not a model directory"),
         (lambda f: load_model(f), "config.json"),
         (lambda f: load_model(f / "model", device="tpu9"), "'tpu9' cannot be used"),
         (lambda f: load_model(f / "model", dtype="int3"), "dtype 'int3'"),
@@ -206,7 +206,7 @@ def test_mistakes_are_sentences(folder, make, message):
 
 def test_a_torn_or_foreign_directory_is_named(folder, tmp_path):
     foreign, released = {"model_type": "qwen3"}, {"model_type": "KeyeVL1_5", "hidden_size": 8}
-    for name, config, message in (("foreign", foreign, "'qwen3'"), ("released", released, "convert it once")):
+    for name, config, message in (("foreign", foreign, "'qwen3'"), ("released", released, "with keye convert")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=message):
@@ -237,7 +237,7 @@ def test_commands_of_the_conversation(folder, loaded, capsys):
     assert shown.obey("/help") and "/reset" in out.getvalue()
     assert shown.obey("/reset") and shown.talk.messages == []
     assert not shown.obey("/quit")
-    wrong = {"/bogus": "no command", "/video": "needs a path", "/plan": "no clip", "/video x": "exist"}
+    wrong = {"/bogus": "is not a command", "/video": "needs a path", "/plan": "no clip", "/video x": "exist"}
     for line, error in wrong.items():
         with pytest.raises(KeyeError, match=error):
             shown.obey(line)
@@ -259,7 +259,7 @@ def test_an_interrupted_answer_leaves_the_conversation_going(loaded, monkeypatch
     shown.talk.sampling = Sampling(40)
     assert shown.converse() == 0
     assert len(shown.talk.messages) == 4
-    assert "/bogus is no command" in capsys.readouterr().err
+    assert "/bogus is not a command" in capsys.readouterr().err
 
 
 def test_a_thought_is_dim_and_nothing_moves_the_cursor(loaded, monkeypatch):
@@ -300,7 +300,7 @@ def test_the_command_answers_and_gives_json(folder, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nowhere"], "no model directory"),
+        (["nowhere"], "not a model directory"),
         (["MODEL", "missing.mp4"], "missing.mp4 does not exist"),
         (["MODEL", "https://example.org/a.mp4"], "--url"),
         (["MODEL", "--max-new-tokens", "0"], "max_new_tokens is 0"),

@@ -145,8 +145,8 @@ def test_thoughts_have_a_field_of_their_own(address, loaded, monkeypatch):
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "must be the user's"),
         ({"messages": ["x", {"role": "user", "content": "x"}]}, 400, "needs a role"),
         (user(words("?"), tools=[{}]), 400, "tools is not supported"),
-        (user(words("?"), n=2), 400, "n can only be 1"),
-        (user(words("?"), response_format={"type": "json_object"}), 400, "response_format can only be"),
+        (user(words("?"), n=2), 400, "n must be 1"),
+        (user(words("?"), response_format={"type": "json_object"}), 400, "response_format must be"),
         (user(words("?"), min_tokens=3), 400, "min_tokens is not supported"),
         (user(words("?"), logit_bias={"1": 2}), 400, "logit_bias is not supported"),
         (user(words("?"), top_k=-3), 400, "top_k is -3"),
@@ -154,7 +154,7 @@ def test_thoughts_have_a_field_of_their_own(address, loaded, monkeypatch):
         (user(words("?"), temperature="hot"), 400, "temperature is 'hot'"),
         (user(words("?"), max_tokens=0), 400, "max_new_tokens is 0"),
         (user(words("?"), seed=2**70), 400, "64 bits"),
-        (user(words("?"), stop=[1]), 400, "stop is neither"),
+        (user(words("?"), stop=[1]), 400, "stop must be a string"),
         (user({"type": "input_audio"}), 400, "must be text or one of"),
         (user(video("")), 400, "needs a URL"),
         (user(video("a.mp4", fps="x"), words("?")), 400, "fps is 'x'"),
@@ -320,7 +320,7 @@ def test_the_client_of_openai_is_served(address):
     whole = client.chat.completions.create(**asked, response_format={"type": "text"})
     parts = client.chat.completions.create(**asked, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
-    with pytest.raises(openai.BadRequestError, match="response_format can only be"):
+    with pytest.raises(openai.BadRequestError, match="response_format must be"):
         client.chat.completions.create(**asked, response_format={"type": "json_object"})
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
         client.chat.completions.create(**asked | {"model": "gpt"})
@@ -369,7 +369,11 @@ def test_the_command_names_its_mistakes(folder, capsys):
     model = str(folder / "model")
     taken = socket.create_server(("127.0.0.1", 0))
     port = str(taken.getsockname()[1])
-    wrong = {"--media-root nowhere": "is no folder", f"--port {port}": "cannot be listened at", "--port 99999": "none;"}
+    wrong = {
+        "--media-root nowhere": "is not a folder",
+        f"--port {port}": "cannot listen at",
+        "--port 99999": "is invalid;",
+    }
     for words_, message in wrong.items():
         assert main(["serve", model, *words_.split()]) == 2
         assert message in capsys.readouterr().err

@@ -266,11 +266,11 @@ def test_packed_rows_refuse_what_they_do_not_compute() -> None:
     assert torch.equal(call(), call(sliding_window=6))
     for options, words in (
         ({"sliding_window": 5}, "sliding_window = 5 is shorter than the longest packed document"),
-        ({"dropout": 0.1}, "attention_dropout = 0.1: packed attention knows no dropout"),
+        ({"dropout": 0.1}, "attention_dropout = 0.1: packed attention has no dropout"),
         ({"softcap": 50.0}, "asks for 'softcap'"),
         ({"query": rows[0][:, :, :3]}, "takes one row and no cache, got 1 rows of 3 queries on 10 keys"),
         ({"query": rows[0].expand(2, -1, -1, -1)}, "got 2 rows"),
-        ({"attention": "flash9"}, "attention = 'flash9' is no backend"),
+        ({"attention": "flash9"}, "attention = 'flash9' is not a backend"),
     ):
         with pytest.raises(KeyeError, match=words):
             call(**options)
@@ -294,7 +294,7 @@ def test_another_attention_of_transformers_cannot_be_packed() -> None:
 
 def test_the_config_names_the_backend_of_tower_and_decoder() -> None:
     ids, grid = torch.randint(0, 2000, (1, 12)), torch.tensor([[1, 4, 4], [1, 2, 2]])
-    with pytest.raises(KeyeError, match="attention = 'fast' is no backend of Keye.*sdpa, plain"):
+    with pytest.raises(KeyeError, match="attention = 'fast' is not a backend of Keye.*sdpa, plain"):
         KeyeForConditionalGeneration(KeyeConfig(**{**KeyeConfig.preset("tiny").to_dict(), "attention": "fast"}))
     config = KeyeConfig.preset("tiny")
     config.attention = "torch"

@@ -167,7 +167,7 @@ def test_positions_are_those_of_qwen2vl(qwen2vl: Qwen2VLModel, rows: list, head:
 
 
 def test_placeholders_out_of_their_blocks_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not stand in blocks"):
+    with pytest.raises(ValueError, match="are not in blocks"):
         batch_positions(torch.tensor([[VIDEO, 1, VIDEO]]), None, [(VIDEO, torch.tensor([[1, 2]]))])
 
 

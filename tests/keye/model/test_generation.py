@@ -114,7 +114,7 @@ def test_conversation_goes_on_from_its_cache(model: KeyeForConditionalGeneration
     assert held == first.sequences.shape[1] - 1 and encoded == [2]
     assert second == [recomputed(model, whole)]
     end = {"input_ids": CLIP["input_ids"], "attention_mask": torch.ones(1, whole["input_ids"].shape[1] + 6)}
-    with pytest.raises(ValueError, match="whole conversation"):
+    with pytest.raises(ValueError, match="complete conversation"):
         model.generate(**end, **visual([CLIP]), past_key_values=cache, **GREEDY)
 
 

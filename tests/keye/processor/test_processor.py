@@ -181,7 +181,7 @@ def test_assistant_masks_and_ids_alone(processor: KeyeProcessor) -> None:
         ({"tools": [{}]}, "tools was given"),
         ({"return_tensors": "tf"}, "return_tensors is 'tf'"),
         ({"padding": "most"}, "padding is 'most'"),
-        ({"padding": "max_length"}, "no max_length"),
+        ({"padding": "max_length"}, "without a max_length"),
         ({"padding_side": "top"}, "padding_side is 'top'"),
         ({"truncation": "longest_first"}, "truncation is 'longest_first'"),
         ({"max_length": 2.5}, "max_length is 2.5"),
@@ -232,7 +232,7 @@ def test_tool_calls_become_words(processor: KeyeProcessor) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     text = processor.apply_chat_template(messages)
     assert '<tool_call>\n{"name": "look", "arguments": {"at": "ball"}}\n</tool_call><|im_end|>' in text
-    with pytest.raises(ManifestError, match="only the assistant's call tools"):
+    with pytest.raises(ManifestError, match="only assistant messages may have them"):
         processor.apply_chat_template([{"role": "user", "content": "hi", "tool_calls": [call]}])
 
 
@@ -247,7 +247,7 @@ def test_metadata_and_sampling_of_frames(processor: KeyeProcessor) -> None:
     placed = {"fps": 10.0, "frames_indices": [0, 5, 10, 15, 20, 25, 30, 75]}
     told = processor(text=video, videos=frames, video_metadata=[placed])
     assert told.plans[0][0].timestamps.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 7.5]
-    with pytest.raises(KeyeError, match="video_metadata is of 2 videos"):
+    with pytest.raises(KeyeError, match="video_metadata has 2 entries"):
         processor(text=video, videos=frames, video_metadata=[known, known])
 
 

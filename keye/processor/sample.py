@@ -1,0 +1,73 @@
+"""What the processor returns: `Sample`, one conversation for training, and `KeyeInputs`, a batch for the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+
+from keye.slowfast.plan import VideoPlan
+
+PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@dataclass
+class Sample:
+    """One conversation, ready for the model.
+
+    input_ids, labels: LongTensor `[L]`; labels are not shifted, −100 outside the assistant's words. position_ids:
+    LongTensor `[3, L]`. pixel_values, pixel_values_videos: uint8 `[N, 3, 14, 14]` (or floats of a video given as
+    encoded that uint8 cannot represent), with grids `[F, 3]` of the images and of all videos' frames, in stream order.
+    plans: the plan of each video. warnings: messages about images made smaller to fit. thinned: visual tokens removed
+    to fit `max_length`.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    pixel_values_videos: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+    plans: list[VideoPlan] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    thinned: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def visual_tokens(self) -> int:
+        """The number of visual tokens."""
+        grids = [g for g in (self.image_grid_thw, self.video_grid_thw) if g is not None]
+        return sum(int(g.prod(1).sum()) // 4 for g in grids)
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """The warnings of its plans, then its own."""
+        return [*(warning for plan in self.plans for warning in plan.warnings), *self.warnings]
+
+
+class KeyeInputs(BatchFeature):
+    """Inputs for `model(**inputs)` and `generate(**inputs)`, and the plans of the videos.
+
+    plans: the `VideoPlan`s of each row's videos, in stream order. num_frames: LongTensor `[videos]`, how many rows of
+    `video_grid_thw` belong to each. warnings: of each row, of its plans and images. These are attributes, not entries,
+    because `generate` refuses unknown entries.
+    """
+
+    def __init__(
+        self, data: dict[str, Any] | None = None, tensor_type: str | None = None, samples: Sequence[Sample] = ()
+    ) -> None:
+        super().__init__(data, tensor_type)  # moving a batch to a device makes a new one of its entries only
+        self.plans = [sample.plans for sample in samples]
+        self.num_frames = torch.tensor([len(plan) for plans in self.plans for plan in plans], dtype=torch.long)
+        self.warnings = [sample.all_warnings for sample in samples]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)  # a worker process also sends the plans
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
