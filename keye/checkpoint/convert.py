@@ -22,7 +22,7 @@ from keye.checkpoint.shards import (
     Stored,
     Tensors,
     atomic_directory,
-    of,
+    in_memory,
     open_checkpoint,
     read_json,
     write_json,
@@ -37,7 +37,7 @@ __all__ = [
     "save_released",
 ]  # fmt: skip
 
-KEPT = "released"  # folder of a converted directory
+RELEASED_FOLDER = "released"  # folder of a converted directory
 SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 # All files of a tokenizer come from one directory.
 TOKENIZER = (
@@ -135,10 +135,10 @@ def convert_released(
             processor.save_pretrained(part)
         else:
             report.notes.append("the source has no tokenizer, so no processor files were written")
-        _copy(source, part / KEPT, without=TOKENIZER)
+        _copy(source, part / RELEASED_FOLDER, without=TOKENIZER)
         extra = _beyond(stored, expected)
         if extra:
-            write_shards(extra, part / KEPT)
+            write_shards(extra, part / RELEASED_FOLDER)
     return report
 
 
@@ -169,7 +169,7 @@ def export_released(
     if names.is_released(values):
         raise CheckpointError(f"{source}: is already in the released layout")
     config, stored = _config(values, source), open_checkpoint(source)
-    side = Path(like) if like is not None else source / KEPT
+    side = Path(like) if like is not None else source / RELEASED_FOLDER
     report = Report().compare(stored, expected_shapes(config))
     report.refuse(source)
     with atomic_directory(out) as part:
@@ -190,11 +190,11 @@ def save_released(
     """Write a model and its `KeyeProcessor` with released names; arguments and errors: see `export_released`."""
     expected = expected_shapes(model.config)
     state = model.state_dict()
-    report = Report().compare({name: of(state[name]) for name in expected}, expected)
+    report = Report().compare({name: in_memory(state[name]) for name in expected}, expected)
     with atomic_directory(out) as part:
         processor.save_pretrained(part)
         model.generation_config.save_pretrained(part)
-        tensors = {name: of(state[name]) for name in expected}
+        tensors = {name: in_memory(state[name]) for name in expected}
         side = Path(like) if like is not None else None
         _export(tensors, model.config, part, side, report, max_shard, progress)
     return report

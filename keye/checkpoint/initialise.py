@@ -17,7 +17,7 @@ from keye.checkpoint.shards import (
     Stored,
     Tensors,
     atomic_directory,
-    of,
+    in_memory,
     open_checkpoint,
     read_json,
     write_shards,
@@ -184,7 +184,7 @@ def _decoder(text: Path, gguf_file: str | None, dtype: torch.dtype | None) -> Te
     if gguf_file is None:
         return open_checkpoint(text)
     model = AutoModelForCausalLM.from_pretrained(text, gguf_file=gguf_file, dtype=dtype or torch.float32)
-    return {name: of(tensor) for name, tensor in model.state_dict().items()}
+    return {name: in_memory(tensor) for name, tensor in model.state_dict().items()}
 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Computed:

@@ -24,8 +24,8 @@ from torch import Tensor
 from keye.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-PIECE = 16 << 20  # bytes read and written at once
-MAX_SHARD = 5_000_000_000  # bytes of a shard, transformers' habit
+PIECE = 16 << 20  # bytes per read and write
+MAX_SHARD = 5_000_000_000  # bytes of a shard, as in transformers
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -131,7 +131,7 @@ class Computed:
 Tensors = Mapping[str, Stored | Computed]
 
 
-def of(tensor: Tensor) -> Computed:
+def in_memory(tensor: Tensor) -> Computed:
     """A tensor in memory as a `Computed`."""
     return Computed(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
@@ -353,5 +353,5 @@ def folded(names: list[str]) -> list[str]:
 def _span(numbers: list[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
-    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"{{{numbers[0]}..{numbers[-1]}}}" if whole else f"{{{','.join(map(str, numbers))}}}"
+    consecutive = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{{{numbers[0]}..{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"

@@ -63,12 +63,13 @@ class Answerer:
             if self._taken >= self.places:
                 raise RequestError(f"{self.places} requests are in progress; try again later", 429, "busy")
             self._taken += 1
-        held = [True]
+        freed = False
 
         def release() -> None:
+            nonlocal freed
             with self._lock:
-                self._taken -= len(held)
-                held.clear()
+                self._taken -= not freed
+                freed = True
 
         try:
             yield release

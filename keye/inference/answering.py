@@ -53,7 +53,7 @@ class Figures:
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else float("nan")
 
 
-class _Counted(Iterator[int]):
+class _CountingIterator(Iterator[int]):
     """An iterator that counts its items."""
 
     def __init__(self, items: Iterator[int]) -> None:
@@ -106,7 +106,7 @@ class Answering:
     def __iter__(self) -> Iterator[Piece]:
         wait = self._start()
         split, complete, cut = ThoughtSplit(), False, StopTexts(self.sampling.stop)
-        read = _Counted(iter(self._tokens.get, None))
+        read = _CountingIterator(iter(self._tokens.get, None))
         try:
             for text in cut(detokenize(self.tokenizer, read)):
                 self.text += text
@@ -171,7 +171,7 @@ class Answering:
                 **{name: value.to(self.model.device) for name, value in self.inputs.items()},
                 past_key_values=self.cache,
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_When(self._stop)]),
+                stopping_criteria=StoppingCriteriaList([_StopOnEvent(self._stop)]),
                 eos_token_id=self._ends(),
                 pad_token_id=self.tokenizer.pad_token_id,
                 **self.sampling.options(),
@@ -243,7 +243,7 @@ class _Streamer(BaseStreamer):
         pass
 
 
-class _When(StoppingCriteria):
+class _StopOnEvent(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 

@@ -37,7 +37,7 @@ from keye.video.images import load_image
 Progress = Callable[[float], None]
 """Called with the fraction of a clip that is read, from 0 to 1."""
 
-QUESTION = 256  # tokens reserved for a question when a clip is fitted into the context
+QUESTION_TOKENS = 256  # tokens reserved for a question when a clip is fitted into the context
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -89,7 +89,7 @@ def _check_directory(name: str) -> None:
         return
     values = read_json(path / "config.json")
     if values.get("model_type") != KeyeConfig.model_type:
-        raise CheckpointError(f"{name} holds a model of type {values.get('model_type')!r}, not Keye; {remedy}")
+        raise CheckpointError(f"{name} has a model of type {values.get('model_type')!r}, not Keye; {remedy}")
     if is_released(values):
         raise CheckpointError(
             f"{name} has the names of the released weights; convert it with keye convert (see keye convert --help)"
@@ -160,7 +160,7 @@ class Chat:
         """
         encoder = self.processor._encoder
         video = _encode(encoder, source, progress)
-        room = self.context - self.sampling.max_new_tokens - QUESTION
+        room = self.context - self.sampling.max_new_tokens - QUESTION_TOKENS
         if self._length(video) > room:
             video = self._fitted(source, room)
         self._media.append({"type": "video", "video": video})
@@ -257,7 +257,7 @@ def _reply_for_history(text: str) -> str:
     return "" if "<think>" in after else after.strip() or parse_reply(text).answer
 
 
-class _Counted:
+class _CountingMeasure:
     """A measure that reports how many frames it has processed."""
 
     def __init__(self, measure: Any, report: Callable[[int], None]) -> None:
@@ -279,5 +279,5 @@ def _encode(encoder: SlowFastEncoder, source: Any, progress: Progress | None) ->
     with open_clip(source, encoder.fps, encoder.most_frames, urls=encoder.urls) as clip:
         expected = max(clip.expected, 1)
     counted = encoder.with_settings()
-    counted.measure = _Counted(encoder.measure, lambda frames: progress(min(frames / expected, 1.0)))
+    counted.measure = _CountingMeasure(encoder.measure, lambda frames: progress(min(frames / expected, 1.0)))
     return counted(source)

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from keye.inference.openai_format import RequestError
 
-ENDING = "the server is shutting down; ask again later"
+SHUTTING_DOWN = "the server is shutting down; ask again later"
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Limits:
     """The limits for all clients together and for one request.
 
     connections: open at a time. head_seconds: until the head of a request is complete. body_seconds: time that a body
-    has in addition to its bytes at `body_rate` (bytes per second). whole_seconds: until a body is complete, at any
+    has in addition to its bytes at `body_rate` (bytes per second). total_seconds: until a body is complete, at any
     rate. bytes_in_flight: received bytes of all bodies together, as a multiple of the largest allowed body.
     grace_seconds: time for running requests to finish when the server stops.
     """
@@ -28,12 +28,12 @@ class Limits:
     head_seconds: float = 15.0
     body_seconds: float = 15.0
     body_rate: int = 1 << 17
-    whole_seconds: float = 600.0
+    total_seconds: float = 600.0
     bytes_in_flight: float = 2.0
     grace_seconds: float = 5.0
 
 
-class PatientProtocol(H11Protocol):
+class HeadTimeoutProtocol(H11Protocol):
     """uvicorn's HTTP/1.1; closes a connection whose request head is not complete in time."""
 
     def __init__(self, *args: Any, head_seconds: float, **kwargs: Any) -> None:
@@ -62,7 +62,7 @@ class PatientProtocol(H11Protocol):
             self.transport.close()
 
 
-class Bodies:
+class BodyReader:
     """Reads request bodies within limits of bytes and seconds. largest: most bytes of one body."""
 
     def __init__(self, largest: int, limits: Limits) -> None:
@@ -117,7 +117,7 @@ class Bodies:
                         limit.reschedule(self._deadline(began, len(body)))
         except TimeoutError:
             if self._closed:
-                raise RequestError(ENDING, 503, "shutdown") from None
+                raise RequestError(SHUTTING_DOWN, 503, "shutdown") from None
             raise RequestError("the body did not arrive in time; send it again", 408, "timeout") from None
         finally:
             self._reading.discard(limit)
@@ -125,7 +125,7 @@ class Bodies:
     def _deadline(self, began: float, received: int) -> float:
         """When more bytes are due. Received bytes extend the deadline; the declared length does not."""
         limits = self.limits
-        return began + min(limits.whole_seconds, limits.body_seconds + received / limits.body_rate)
+        return began + min(limits.total_seconds, limits.body_seconds + received / limits.body_rate)
 
     def close(self) -> None:
         """End all reading, current and future. Call it in the event loop."""

@@ -30,7 +30,7 @@ try:
     from starlette.responses import JSONResponse, Response
     from starlette.types import Receive, Scope, Send
 
-    from keye.inference.http_limits import ENDING, Bodies, Limits, PatientProtocol
+    from keye.inference.http_limits import SHUTTING_DOWN, BodyReader, HeadTimeoutProtocol, Limits
 except ImportError as error:
     raise KeyeError("keye serve needs fastapi and uvicorn; install them with pip install 'keye[serve]'") from error
 
@@ -41,7 +41,7 @@ class Server:
     """A listening server. address: (host, port). `run` serves until `stop` is called or the process is interrupted."""
 
     def __init__(
-        self, config: uvicorn.Config, listening: socket.socket, answerer: Answerer, running: "Running"
+        self, config: uvicorn.Config, listening: socket.socket, answerer: Answerer, running: "RunningRequests"
     ) -> None:
         self._server, self._socket, self._answerer = _Uvicorn(config, running), listening, answerer
 
@@ -65,10 +65,10 @@ class Server:
         self._answerer.close()
 
 
-class Running:
+class RunningRequests:
     """The requests that are being read or answered, so that a server that stops can end them."""
 
-    def __init__(self, bodies: Bodies) -> None:
+    def __init__(self, bodies: BodyReader) -> None:
         self.bodies, self.replies, self.closed = bodies, set(), False
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class Running:
 class _Uvicorn(uvicorn.Server):
     """uvicorn, which ends running requests with a reason before it cancels them at its own timeout."""
 
-    def __init__(self, config: uvicorn.Config, running: Running) -> None:
+    def __init__(self, config: uvicorn.Config, running: RunningRequests) -> None:
         super().__init__(config)
         self._running = running
 
@@ -128,12 +128,12 @@ def make_server(
         listening.listen(128)
     except OSError as error:
         raise KeyeError(f"cannot listen at {host}:{port} ({error}); give another --host or --port") from error
-    bodies = Bodies(access.max_bytes * 3 // 2 + (1 << 20), limits)  # a clip in base64, and text
-    running = Running(bodies)
+    bodies = BodyReader(access.max_bytes * 3 // 2 + (1 << 20), limits)  # a clip in base64, and text
+    running = RunningRequests(bodies)
     app = make_app(answerer, access, key, running, is_local(listening.getsockname()[0]))
     config = uvicorn.Config(
         app,
-        http=partial(PatientProtocol, head_seconds=limits.head_seconds),
+        http=partial(HeadTimeoutProtocol, head_seconds=limits.head_seconds),
         ws="none",
         log_level="error",
         access_log=False,
@@ -146,7 +146,7 @@ def make_server(
     return Server(config, listening, answerer, running)
 
 
-def make_app(answerer: Answerer, access: Access, key: str | None, running: Running, local: bool) -> FastAPI:
+def make_app(answerer: Answerer, access: Access, key: str | None, running: RunningRequests, local: bool) -> FastAPI:
     """The routes. key: for `Authorization: Bearer`; local: whether the server can be reached from this machine only."""
     app = FastAPI(title=answerer.name, docs_url=None, redoc_url=None, openapi_url=None)
     threads = CapacityLimiter(answerer.places + 4)
@@ -214,7 +214,7 @@ class Reply(Response):
     """
 
     def __init__(
-        self, answerer: Answerer, parse: Callable[[bytes], Request], running: Running, threads: CapacityLimiter
+        self, answerer: Answerer, parse: Callable[[bytes], Request], running: RunningRequests, threads: CapacityLimiter
     ) -> None:
         super().__init__()
         self.answerer, self.parse, self.running, self.threads = answerer, parse, running, threads
@@ -254,7 +254,7 @@ class Reply(Response):
 
     def _check_end(self) -> None:
         if self.running.closed:
-            raise RequestError(ENDING, 503, "shutdown")
+            raise RequestError(SHUTTING_DOWN, 503, "shutdown")
 
     async def _answer(
         self, http: HttpRequest, scope: Scope, receive: Receive, send: Send, release: Callable[[], None]
@@ -264,7 +264,7 @@ class Reply(Response):
             del body
             self._answering = answering = await self._in_thread(self.answerer.start, request)
         self._check_end()
-        watch = asyncio.create_task(_stop_when_left(receive, answering))
+        watch = asyncio.create_task(_stop_on_disconnect(receive, answering))
         pieces = iter(answering)
         try:
             if request.stream:
@@ -327,7 +327,7 @@ class Reply(Response):
         return {"id": name, "object": kind, "created": int(time.time()), "model": self.answerer.name}
 
 
-async def _stop_when_left(receive: Receive, answering: Answering) -> None:
+async def _stop_on_disconnect(receive: Receive, answering: Answering) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     answering.stop()

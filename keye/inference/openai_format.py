@@ -30,7 +30,7 @@ READ = (
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields without an effect on the answer; they are ignored."""
 ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
-MOST_NESTED = 32
+MAX_DEPTH = 32
 """Most levels of lists and objects in a body; a valid request has six."""
 KINDS = {"image_url": "image", "input_image": "image", "video_url": "video"}
 
@@ -150,8 +150,8 @@ def _check_values(given: dict[str, Any]) -> None:
     while waiting:
         path, value, depth = waiting.pop()
         field = re.split(r"[.\[]", path, maxsplit=1)[0] or None
-        if depth > MOST_NESTED:
-            raise RequestError(f"{path[:80]} is nested more than {MOST_NESTED} deep", param=field)
+        if depth > MAX_DEPTH:
+            raise RequestError(f"{path[:80]} is nested more than {MAX_DEPTH} deep", param=field)
         if isinstance(value, dict):
             for name in value:
                 if not _is_text(name):
@@ -183,24 +183,24 @@ def _typed(given: Mapping[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _number(given: Mapping[str, Any], name: str, whole: bool = False) -> Any:
+def _number(given: Mapping[str, Any], name: str, integer: bool = False) -> Any:
     value = given.get(name)
     if value is None:
         return None
     valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or whole and value != int(value):
-        raise RequestError(f"{name} is {str(value)[:40]!r}; give a {'whole ' if whole else ''}number", param=name)
-    return int(value) if whole else float(value)
+    if not valid or integer and value != int(value):
+        raise RequestError(f"{name} is {str(value)[:40]!r}; give a {'whole ' if integer else ''}number", param=name)
+    return int(value) if integer else float(value)
 
 
 def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
-    limits = [_number(given, name, whole=True) for name in ("max_completion_tokens", "max_tokens")]
+    limits = [_number(given, name, integer=True) for name in ("max_completion_tokens", "max_tokens")]
     limit = next((value for value in limits if value is not None), most_tokens)
     stop = given.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(text, str) for text in stop):
         raise RequestError("stop must be a string or a list of up to four strings", param="stop")
-    seed = _number(given, "seed", whole=True)
+    seed = _number(given, "seed", integer=True)
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise RequestError("seed has more than 64 bits", param="seed")
     try:
@@ -210,7 +210,7 @@ def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
             top_p=_number(given, "top_p"),
             seed=seed,
             stop=tuple(stop),
-            top_k=0 if given.get("top_k") == -1 else _number(given, "top_k", whole=True),  # vLLM's value for all
+            top_k=0 if given.get("top_k") == -1 else _number(given, "top_k", integer=True),  # vLLM's value for all
             min_p=_number(given, "min_p"),
         )
     except RequestError:

@@ -5,7 +5,7 @@ from typing import Any
 
 from keye.errors import KeyeError
 
-COLDEST = 1e-4
+MIN_TEMPERATURE = 1e-4
 """The lowest temperature above 0: logits divided by less overflow float32, and sampling is greedy long before."""
 
 
@@ -13,10 +13,10 @@ COLDEST = 1e-4
 class Sampling:
     """How the tokens of a reply are chosen.
 
-    max_new_tokens: limit of the reply. temperature: 0 is greedy; otherwise from `COLDEST` to 100. top_p: only the most
-    likely tokens that sum up to this probability. top_k: only this number of the most likely tokens; 0 is all. min_p:
-    only tokens whose probability is at least this fraction of the most likely one's. seed: for reproducible sampling.
-    stop: texts that end the reply and are not part of it.
+    max_new_tokens: limit of the reply. temperature: 0 is greedy; otherwise from `MIN_TEMPERATURE` to 100. top_p: only
+    the most likely tokens that sum up to this probability. top_k: only this number of the most likely tokens; 0 is all.
+    min_p: only tokens whose probability is at least this fraction of the most likely one's. seed: for reproducible
+    sampling. stop: texts that end the reply and are not part of it.
 
     Raises:
         KeyeError: a value outside its range; the message names it.
@@ -35,8 +35,10 @@ class Sampling:
             raise KeyeError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more")
         if not 0 <= self.temperature <= 100:
             raise KeyeError(f"temperature is {self.temperature}; give 0 for greedy decoding, or about 0.7")
-        if 0 < self.temperature < COLDEST:
-            raise KeyeError(f"temperature is {self.temperature}; give 0 for greedy decoding, or {COLDEST} or more")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise KeyeError(
+                f"temperature is {self.temperature}; give 0 for greedy decoding, or {MIN_TEMPERATURE} or more"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise KeyeError(f"top_p is {self.top_p}; give a number above 0 and at most 1")
         if self.top_k is not None and self.top_k < 0:

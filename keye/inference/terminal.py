@@ -29,7 +29,7 @@ HELP = (
     ("/help", "this list"),
     ("/quit", "leave; so does Ctrl-D. Ctrl-C stops an answer"),
 )
-PATIENCE = 5.0  # seconds before the remaining time is shown
+PROGRESS_DELAY = 5.0  # seconds before the remaining time is shown
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -40,8 +40,8 @@ def chat(arguments: argparse.Namespace) -> int:
         model, processor = load_model(
             arguments.model, arguments.device, arguments.dtype, UrlRules() if arguments.url else None
         )
-    talk = Chat(model, processor, system=arguments.system, thinking=arguments.thinking, sampling=sampling)
-    screen = Screen(talk, sys.stdout)
+    conversation = Chat(model, processor, system=arguments.system, thinking=arguments.thinking, sampling=sampling)
+    screen = Screen(conversation, sys.stdout)
     for path in arguments.media:
         screen.show(path, quiet=bool(arguments.ask))
     if arguments.ask:
@@ -62,8 +62,8 @@ def quiet() -> None:
 class Screen:
     """A `Chat` in a terminal: reads lines, writes answers to `out`."""
 
-    def __init__(self, talk: Chat, out: TextIO) -> None:
-        self.talk, self.out = talk, out
+    def __init__(self, chat: Chat, out: TextIO) -> None:
+        self.chat, self.out = chat, out
         self.styled = out.isatty()
 
     def converse(self) -> int:
@@ -82,15 +82,15 @@ class Screen:
                 self._dim("\n/quit leaves")
                 continue
             try:
-                if not self.obey(line.strip()):
+                if not self.execute(line.strip()):
                     return 0
             except KeyeError as error:
                 self._note(str(error).replace("urls=UrlRules()", "--url"))
             except KeyboardInterrupt:
                 self._dim("\nstopped")
 
-    def obey(self, line: str) -> bool:
-        """One line: a command or a question. Returns whether to go on."""
+    def execute(self, line: str) -> bool:
+        """One line: a command or a question. Returns whether to continue."""
         command, _, rest = line.partition(" ")
         modes = {"/think": True, "/no_think": False, "/auto": None}
         if command in ("/quit", "/exit"):
@@ -100,14 +100,14 @@ class Screen:
                 raise KeyeError(f"{command} needs a path; write {command} PATH")
             self.show(_path(rest), image=command == "/image")
         elif command in modes and not rest:
-            self.talk.thinking = modes[command]
+            self.chat.thinking = modes[command]
             self._dim(
                 {True: "thinks before each answer", False: "does not think", None: "the model decides"}[modes[command]]
             )
         elif command == "/plan":
             self.plans()
         elif command == "/reset":
-            self.talk.reset()
+            self.chat.reset()
             self._dim("cleared")
         elif command == "/help":
             for name, what in HELP:
@@ -124,12 +124,12 @@ class Screen:
         if image is None:
             image = Path(path).suffix.lower() in IMAGE_SUFFIXES
         if image:
-            self.talk.add_image(path)
+            self.chat.add_image(path)
             if not quiet:
                 self._dim(f"{name}: an image")
             return
         with busy(f"reading {name}") as progress:
-            plan = self.talk.add_video(path, progress)
+            plan = self.chat.add_video(path, progress)
         if not quiet:
             self._dim(f"{name}: {_brief(plan)}")
         for warning in plan.warnings:
@@ -137,7 +137,7 @@ class Screen:
 
     def ask(self, question: str) -> None:
         """Ask, and write the answer while it is generated: thoughts dimmed, then a line with its statistics."""
-        pieces = self.talk.ask(question)
+        pieces = self.chat.ask(question)
         mode = None
         with contextlib.closing(pieces):
             with busy("reading the question"):
@@ -152,25 +152,25 @@ class Screen:
             finally:
                 self.out.write(f"{self._style(0)}\n")
                 self.out.flush()
-        self._dim(_statistics(self.talk.figures), sys.stderr if not self.styled else self.out)
+        self._dim(_statistics(self.chat.figures), sys.stderr if not self.styled else self.out)
 
     def ask_as_json(self, question: str) -> None:
         """Ask, and write one line of JSON: question, thinking, answer, figures, plans."""
         with busy("answering"):
             texts = {True: "", False: ""}
-            for piece in self.talk.ask(question):
+            for piece in self.chat.ask(question):
                 texts[piece.thinking] += piece.text
-        figures = self.talk.figures
+        figures = self.chat.figures
         line: dict[str, Any] = {"question": question, "thinking": texts[True] or None, "answer": texts[False]}
         line["figures"] = {name: _rounded(value) for name, value in vars(figures).items()}
-        line["videos"] = [{"source": p.source, "frames": len(p), "tokens": p.tokens} for p in self.talk.plans]
+        line["videos"] = [{"source": p.source, "frames": len(p), "tokens": p.tokens} for p in self.chat.plans]
         print(json.dumps(line, ensure_ascii=False), file=self.out, flush=True)
 
     def plans(self) -> None:
         """The facts and the frames of every clip's plan."""
-        if not self.talk.plans:
+        if not self.chat.plans:
             raise KeyeError("there is no clip; /video PATH adds one")
-        for plan in self.talk.plans:
+        for plan in self.chat.plans:
             print_facts(plan.facts())
             print_table(("time", "frame", "type", "similarity", "size", "tokens"), plan.frame_rows(), left=(2,))
 
@@ -237,12 +237,12 @@ def busy(what: str) -> Iterator[Callable[[float], None]]:
 
     def left(fraction: float) -> str | None:
         passed = time.monotonic() - began
-        if passed <= PATIENCE or not fraction:
+        if passed <= PROGRESS_DELAY or not fraction:
             return None
         return f"{what}: {fraction:.0%}, {passed / fraction * (1 - fraction):.0f} s left"
 
     if not sys.stderr.isatty():
-        logged = began + PATIENCE - 10
+        logged = began + PROGRESS_DELAY - 10
 
         def log(fraction: float) -> None:
             nonlocal logged

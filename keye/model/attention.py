@@ -1,4 +1,4 @@
-"""One varlen attention call for the whole model: packed segments in, packed segments out.
+"""One varlen attention for the complete model: packed segments in, packed segments out.
 
 `varlen` is the only attention of the vision tower and of packed training. Its kernel is chosen once for a device, dtype
 and head size (`keye.model.backends`), or named by `KeyeConfig.attention`. Decoders of transformers call it under the

@@ -43,7 +43,7 @@ def tower_layers(vision: Any, patches: Iterable[int]) -> Flops:
 
 
 def tower(vision: Any, frames: Iterable[tuple[int, int]]) -> Flops:
-    """The whole tower over frames of (height, width) patches: patch embedding and layers."""
+    """The complete tower over frames of (height, width) patches: patch embedding and layers."""
     patches = [height * width for height, width in frames]
     embedding = 2 * sum(patches) * 3 * vision.patch_size**2 * vision.hidden_size
     return Flops(embedding) + tower_layers(vision, patches)
@@ -82,8 +82,8 @@ def forward(config: Any, frames: Iterable[tuple[int, int]], lengths: Iterable[in
     frames = list(frames)
     vision, text = config.vision_config, config.text_config
     patches = sum(height * width for height, width in frames)
-    seen = tower(vision, frames) + projector(vision.hidden_size, text.hidden_size, patches)
-    return seen + decoder(text, lengths) + head(text, rows)
+    visual = tower(vision, frames) + projector(vision.hidden_size, text.hidden_size, patches)
+    return visual + decoder(text, lengths) + head(text, rows)
 
 
 def training_step(
@@ -102,7 +102,7 @@ def training_step(
     frames, lengths = list(frames), list(lengths)
     vision, text = config.vision_config, config.text_config
     patches = sum(height * width for height, width in frames)
-    seen = tower(vision, frames).total * (TRAINING if tower_trains else 1)
+    visual = tower(vision, frames).total * (TRAINING if tower_trains else 1)
     merged = projector(vision.hidden_size, text.hidden_size, patches).total * (TRAINING if tower_trains else 2)
-    words = decoder(text, lengths) + head(text, rows)
-    return seen + merged + words.linear * (TRAINING if decoder_trains else 2) + words.quadratic * TRAINING
+    language = decoder(text, lengths) + head(text, rows)
+    return visual + merged + language.linear * (TRAINING if decoder_trains else 2) + language.quadratic * TRAINING

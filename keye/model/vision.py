@@ -125,15 +125,15 @@ class VisionEmbeddings(nn.Module):
 
         One call for frames of any number of sizes: the four neighbours of a patch are one weighted bag of rows.
         """
-        top, bottom, down = self._between(places.row, places.height)
-        left, right, along = self._between(places.column, places.width)
+        top, bottom, down = self._neighbours(places.row, places.height)
+        left, right, along = self._neighbours(places.column, places.width)
         above, below = top * self.grid, bottom * self.grid
         cells = torch.stack((above + left, above + right, below + left, below + right), dim=1)
         weights = torch.stack(((1 - down) * (1 - along), (1 - down) * along, down * (1 - along), down * along), dim=1)
         table = self.position_embedding.weight.float()
         return F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
 
-    def _between(self, cell: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _neighbours(self, cell: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The two table cells around the centre of cell `cell` of `count`, and the weight of the second."""
         # Integers up to the last division, so that a side of `grid` cells matches the table exactly.
         place = ((2 * cell + 1) * self.grid - count).clamp(min=0)

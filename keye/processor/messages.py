@@ -123,7 +123,7 @@ def _with_calls(role: str, content: str | list[Message], calls: Any) -> str | li
     for call in calls:
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ManifestError(f"tool_calls holds {call!r:.80}; write {{'function': {{'name', 'arguments'}}}}")
+            raise ManifestError(f"tool_calls has {call!r:.80}; write {{'function': {{'name', 'arguments'}}}}")
         arguments = function.get("arguments") or {}
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         lines.append(f'<tool_call>\n{{"name": {json.dumps(function["name"])}, "arguments": {written}}}\n</tool_call>')

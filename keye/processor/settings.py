@@ -132,7 +132,7 @@ def read_metadata(given: Any) -> list[Options]:
     for entry in flat:
         known = entry if isinstance(entry, Mapping) else getattr(entry, "__dict__", None)
         if known is None:
-            raise ArgumentError(f"video_metadata holds {entry!r:.80}; give a dict with 'fps'")
+            raise ArgumentError(f"video_metadata has {entry!r:.80}; give a dict with 'fps'")
         fps, indices = known.get("fps"), known.get("frames_indices")
         if fps is not None and indices is not None:
             options.append({"timestamps": [float(index) / fps for index in indices]})

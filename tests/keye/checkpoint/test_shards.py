@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from keye.checkpoint.shards import DTYPES, PIECE, Computed, atomic_directory, of, open_checkpoint, write_shards
+from keye.checkpoint.shards import DTYPES, PIECE, Computed, atomic_directory, in_memory, open_checkpoint, write_shards
 from keye.errors import CheckpointError
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -29,7 +29,7 @@ def test_any_tensors_come_back_through_safetensors(tmp_path_factory, told: list,
         f"t.{i}": torch.randint(0, 2, shape, generator=generator).to(DTYPES[code])
         for i, (shape, code) in enumerate(told)
     }
-    files = write_shards({name: of(t) for name, t in tensors.items()}, folder, limit)
+    files = write_shards({name: in_memory(t) for name, t in tensors.items()}, folder, limit)
     read = {}
     for file in files:
         part = load_file(folder / file)
@@ -69,9 +69,9 @@ def test_another_dtype_is_a_cast(tmp_path: Path) -> None:
 
 
 def test_progress_counts_bytes_and_a_broken_promise_is_told(tmp_path: Path) -> None:
-    seen = []
-    write_shards({f"{i}": of(torch.zeros(10)) for i in range(3)}, tmp_path, 50, lambda *told: seen.append(told))
-    assert seen == [(40, 120), (80, 120), (120, 120)]
+    calls = []
+    write_shards({f"{i}": in_memory(torch.zeros(10)) for i in range(3)}, tmp_path, 50, lambda *call: calls.append(call))
+    assert calls == [(40, 120), (80, 120), (120, 120)]
     with pytest.raises(ValueError, match="expected a tensor of shape"):
         write_shards({"a": Computed((2,), torch.float32, lambda: torch.zeros(3))}, tmp_path)
 

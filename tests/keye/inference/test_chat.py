@@ -225,22 +225,23 @@ def screen(loaded, tokens=5):
 
 def test_commands_of_the_conversation(folder, loaded, capsys):
     shown, out = screen(loaded)
-    assert shown.obey(f"/video '{folder / 'a.mp4'}'") and "slow and" in out.getvalue()
-    assert shown.obey(f"/image {folder / 'c.png'}") and shown.obey("")
-    assert shown.obey("/think") and shown.talk.thinking is True and shown.obey("/auto") and shown.talk.thinking is None
-    assert shown.obey("/no_think") and shown.talk.thinking is False
-    assert shown.obey("How many?") and len(shown.talk.messages) == 2
-    assert [part["type"] for part in shown.talk.messages[0]["content"]] == ["video", "image", "text"]
+    assert shown.execute(f"/video '{folder / 'a.mp4'}'") and "slow and" in out.getvalue()
+    assert shown.execute(f"/image {folder / 'c.png'}") and shown.execute("")
+    assert shown.execute("/think") and shown.chat.thinking is True
+    assert shown.execute("/auto") and shown.chat.thinking is None
+    assert shown.execute("/no_think") and shown.chat.thinking is False
+    assert shown.execute("How many?") and len(shown.chat.messages) == 2
+    assert [part["type"] for part in shown.chat.messages[0]["content"]] == ["video", "image", "text"]
     assert re.search(r"\d+ tokens read in .* written", capsys.readouterr().err)
-    shown.obey("/plan")
-    assert shown.talk.plans[0].frame_table().split()[6] in capsys.readouterr().out
-    assert shown.obey("/help") and "/reset" in out.getvalue()
-    assert shown.obey("/reset") and shown.talk.messages == []
-    assert not shown.obey("/quit")
+    shown.execute("/plan")
+    assert shown.chat.plans[0].frame_table().split()[6] in capsys.readouterr().out
+    assert shown.execute("/help") and "/reset" in out.getvalue()
+    assert shown.execute("/reset") and shown.chat.messages == []
+    assert not shown.execute("/quit")
     wrong = {"/bogus": "is not a command", "/video": "needs a path", "/plan": "no clip", "/video x": "exist"}
     for line, error in wrong.items():
         with pytest.raises(KeyeError, match=error):
-            shown.obey(line)
+            shown.execute(line)
 
 
 def test_an_interrupted_answer_leaves_the_conversation_going(loaded, monkeypatch, capsys):
@@ -256,9 +257,9 @@ def test_an_interrupted_answer_leaves_the_conversation_going(loaded, monkeypatch
         return text
 
     monkeypatch.setattr(keye.inference.terminal, "printable", impatient)
-    shown.talk.sampling = Sampling(40)
+    shown.chat.sampling = Sampling(40)
     assert shown.converse() == 0
-    assert len(shown.talk.messages) == 4
+    assert len(shown.chat.messages) == 4
     assert "/bogus is not a command" in capsys.readouterr().err
 
 
@@ -266,7 +267,7 @@ def test_a_thought_is_dim_and_nothing_moves_the_cursor(loaded, monkeypatch):
     shown, out = screen(loaded)
     shown.styled = True
     pieces = [Piece("why\x1b[2J", True), Piece("3", False)]
-    monkeypatch.setattr(shown.talk, "ask", lambda question: (piece for piece in pieces))
+    monkeypatch.setattr(shown.chat, "ask", lambda question: (piece for piece in pieces))
     shown.ask("How many?")
     assert out.getvalue().startswith("\x1b[0m\x1b[2mwhy[2J\x1b[0m\n\n\x1b[0m3\x1b[0m\n")
     assert printable("a\x1b[31m\r\u202eb\tc\n") == "a[31mb\tc\n"

@@ -23,7 +23,7 @@ from keye.errors import KeyeError
 from keye.inference.answerer import Answerer
 from keye.inference.answering import Answering
 from keye.inference.chat import load_model
-from keye.inference.http_limits import Bodies, Limits
+from keye.inference.http_limits import BodyReader, Limits
 from keye.inference.openai_format import READ, ROLES, Access, RequestError, read_request
 from keye.inference.sampling import Sampling
 from keye.inference.serve import api_key
@@ -63,8 +63,8 @@ def test_idle_connections_that_declare_much_block_nobody(loaded):
 
 def test_bytes_of_bodies_that_have_arrived_are_bounded(loaded, monkeypatch):
     """Two bodies lack a byte of the largest size: there is room for two bytes, and a third body is refused."""
-    made, init = [], Bodies.__init__
-    monkeypatch.setattr(Bodies, "__init__", lambda self, *args: made.append(self) or init(self, *args))
+    made, init = [], BodyReader.__init__
+    monkeypatch.setattr(BodyReader, "__init__", lambda self, *args: made.append(self) or init(self, *args))
     with serving(Answerer(*loaded, "tiny", most_tokens=8), Access(max_bytes=1000)) as address:
         with lines(address, 2) as held:
             for line in held:
@@ -95,7 +95,7 @@ def test_room_is_used_up_by_bytes_that_come_later(loaded):
 @pytest.mark.parametrize(("rate", "whole", "gap"), [(1 << 20, 60.0, 0.05), (1, 1.0, 0.05)])
 def test_a_body_comes_at_a_rate_and_in_time(loaded, rate, whole, gap):
     """A byte at a time: too slow for the first limits; fast enough for the second ones, whose whole time is short."""
-    limits = Limits(body_seconds=0.5, body_rate=rate, whole_seconds=whole)
+    limits = Limits(body_seconds=0.5, body_rate=rate, total_seconds=whole)
     with serving(Answerer(*loaded, "tiny", most_tokens=8), Access(), limits=limits) as address:
         with lines(address, 1) as (line,):
             began = time.monotonic()

@@ -253,7 +253,7 @@ def test_encoder_keeps_its_objects_where_it_can() -> None:
         (user({"type": "video", "video": "a.mp4", "timestamps": "0 1"}), "timestamps is '0 1'"),
         ([{"role": "user", "content": "a", "thinking": "yes"}], "thinking is true or false"),
         ([{"role": "user", "content": "a", "reasoning_content": "b"}], "role user has reasoning_content"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "tool_calls holds"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "tool_calls has"),
     ],
 )
 def test_what_is_out_of_form_is_named(processor: KeyeProcessor, messages: object, match: str) -> None:
