@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
     Image.new("RGB", (120, 80), "green").save(path / "picture.png")
     decoder(path / "Qwen3-8B", head_dim=16, max_position_embeddings=16_384)
     decoder(path / "SmolLM2", "llama", tie_word_embeddings=True, max_position_embeddings=2048)
-    siglip(path / "siglip-so400m-patch14-384", whole=True)
+    siglip(path / "siglip-so400m-patch14-384", complete=True)
     initialise(path / "Qwen3-8B", path / "siglip-so400m-patch14-384", out=path / "ours")
     export_released(path / "ours", path / "Keye-VL-1_5-8B")
     return path

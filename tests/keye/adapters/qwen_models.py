@@ -105,7 +105,7 @@ def scenes() -> torch.Tensor:
 
 
 def frames_in(pixels: torch.Tensor, grid: torch.Tensor, processor) -> list[torch.Tensor]:
-    """What the model gets, turned back into uint8 frames: every index of the layout written out, then un-normalised."""
+    """The model's pixels as uint8 frames: every index of the layout explicit, then without normalisation."""
     side, merge = processor.image_processor.patch_size, processor.image_processor.merge_size
     mean, std = (torch.tensor(getattr(processor.video_processor, f"image_{name}")) for name in ("mean", "std"))
     frames, row = [], 0
@@ -187,7 +187,7 @@ def test_without_a_fast_pathway_it_is_what_the_processor_makes_itself(family):
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(2.0, 1.0), (2.03, 1.0), (1.0, 2.0), (4.0, 0.5)])
-def test_qwen2_5_is_told_the_rate(rate, expected):
+def test_qwen2_5_gets_the_rate(rate, expected):
     times = [i / rate for i in range(8)]
     chosen = encoder("qwen2_5", policy="all_slow")
     video = chosen(noise(8), timestamps=times)
@@ -195,7 +195,7 @@ def test_qwen2_5_is_told_the_rate(rate, expected):
     assert inputs["second_per_grid_ts"].tolist() == [expected]
 
 
-def test_qwen3_is_told_the_true_times():
+def test_qwen3_gets_the_exact_times():
     chosen = encoder("qwen3", policy="all_slow")
     video = chosen(noise(5), timestamps=[0.0, 0.5, 3.3, 3.4, 61.0])
     ids = to_qwen(PROCESSORS["qwen3"], question(video), chosen)["input_ids"][0]
@@ -244,12 +244,12 @@ def test_an_encoded_video_and_the_default_encoder_serve_too():
     assert all(torch.equal(given[name], made[name]) for name in made)
 
 
-def test_words_alone_pass():
+def test_text_without_media_passes():
     inputs = to_qwen(PROCESSORS["qwen2_5"], [{"role": "user", "content": "Hello"}], add_generation_prompt=False)
     assert "pixel_values" not in inputs and "user\nHello" in TOKENIZER.decode(inputs["input_ids"][0])
 
 
-def test_what_does_not_fit_is_said():
+def test_a_mismatch_is_an_error():
     processor = PROCESSORS["qwen3"]
     with pytest.raises(KeyeError, match=r"multiples of 28 .* multiples of 32; build it with token_side=32"):
         to_qwen(processor, question(noise(2, 84, 112)), SlowFastEncoder())

@@ -221,12 +221,12 @@ def test_ranges_and_counts_work():
     assert len(videos[0]) == 7
 
 
-def test_one_picture_is_a_video():
+def test_one_image_is_a_video():
     _, videos, values = process_vision_info(video([flat("black")]))
     assert types(values) == ["0"] and len(videos[0]) == 1
 
 
-def test_the_budget_holds_where_the_release_exceeds_it():
+def test_the_budget_is_kept_where_the_release_exceeds_it():
     for tokens in (1000, 2500):
         _, _, values = process_vision_info(video(clip("bikes.mp4"), video_total_pixels=tokens * TOKEN))
         fast = int(values["frame_types"][0].sum())
@@ -236,7 +236,7 @@ def test_the_budget_holds_where_the_release_exceeds_it():
         assert 0.9 * tokens < cost <= tokens
 
 
-def test_the_limits_of_a_frame_hold():
+def test_the_limits_of_a_frame_are_kept():
     frames = [noise(1, 480, 640), noise(2, 480, 640), *[flat("red").resize((640, 480))] * 3]
     for fewest, most in ((48, 100), (100, 300), (200, 200)):
         limits = {"min_pixels": fewest * TOKEN, "max_pixels": most * TOKEN}
@@ -265,7 +265,7 @@ def test_an_encoder_brings_its_own_decisions():
     assert types(values) == ["01101"]
 
 
-def test_mistakes_are_said():
+def test_errors_name_the_cause():
     with pytest.raises(ManifestError, match="no messages"):
         process_vision_info()
     with pytest.raises(ManifestError, match="type 'video' names no source"):

@@ -1,4 +1,4 @@
-"""What `keye.adapters.qwen` decides by itself, and `qwen_models.py` in a process that has torchvision."""
+"""The decisions of `keye.adapters.qwen`, and `qwen_models.py` in a process that has torchvision."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ def test_frames_sizes_and_times_of_a_clip():
     assert all(map(torch.equal, again.frames, clip.frames))
 
 
-def test_frames_of_one_size_are_one_run_whatever_their_type():
+def test_frames_of_one_size_are_one_run_for_any_types():
     video = torch.zeros(4, 3, 56, 84, dtype=torch.uint8)
     clip = clip_frames(video, SlowFastEncoder(fast_ratio=1.0))
     assert clip.plan.frame_types.tolist() == [0, 1, 1, 1] and len(clip.runs) == 1
@@ -80,7 +80,7 @@ def test_the_rate_is_the_encoders_where_the_times_agree(times, rate):
     assert clip_frames(encoder(video, timestamps=times), encoder).rate == rate
 
 
-def test_an_unknown_mode_is_said():
+def test_an_unknown_mode_is_an_error():
     with pytest.raises(KeyeError, match="mode is 'frames'; use"):
         visual_tokens(plan_of([0]), "frames")
 

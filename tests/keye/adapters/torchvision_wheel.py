@@ -1,4 +1,4 @@
-"""torchvision for the Qwen-VL processors of transformers, apart from the environment, fetched once into .cache.
+"""torchvision for the Qwen-VL processors of transformers, outside the environment, downloaded once into .cache.
 
 Their video processors use its picture functions, which are plain Python over torch. The wheel of the package registry
 may be built for another torch (CUDA against CPU): then its compiled operators do not load and `import torchvision`
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).resolve().parents[3] / ".cache" / PACKAGE.replace("==", 
 
 
 def fetch_torchvision() -> str | None:
-    """A folder for PYTHONPATH that holds torchvision ("" where it is installed), or None where it cannot be had."""
+    """A folder for PYTHONPATH with torchvision ("" if it is installed), or None if it is not available."""
     if importlib.util.find_spec("torchvision"):
         return ""
     if not FOLDER.is_dir():
@@ -39,7 +39,7 @@ def fetch_torchvision() -> str | None:
 
 
 def import_torchvision() -> torch.library.Library | None:
-    """Import torchvision; returns what must be kept alive where its operators had to be declared."""
+    """Import torchvision; returns objects that must be kept if its operators had to be declared."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Directories in and out: the released names one by one, exact round trips, and Keyes made of pretrained parts."""
+"""Model directories: the released names one by one, exact round trips, and models made of pretrained parts."""
 
 import json
 import re
@@ -72,7 +72,7 @@ RELEASED = {
 
 
 def released(folder: Path, shards: int = 3, tokenizer: bool = True) -> dict[str, torch.Tensor]:
-    """A tiny directory as the release's: bf16, sharded, with what its forward pass never reads."""
+    """A tiny directory like the release's: bf16, sharded, with weights that its forward pass never reads."""
     config = KeyeConfig.from_dict(RELEASED)
     generator = torch.Generator().manual_seed(3)
     shapes = {names.to_released(name): shape for name, shape in expected_shapes(config).items()}
@@ -334,7 +334,7 @@ def test_missing_weights_are_an_error_unless_allowed(tmp_path: Path) -> None:
     assert report.missing == ["model.projector.linear_1.bias"] and "1 missing" in str(report)
 
 
-def test_other_shapes_and_unknown_names_are_told(tmp_path: Path) -> None:
+def test_other_shapes_and_unknown_names_are_reported(tmp_path: Path) -> None:
     released(tmp_path / "theirs")
     drop(tmp_path / "theirs", "mlp_AR.linear_2.bias", {"mlp_AR.linear_2.bias": torch.zeros(3), "fast.x": torch.ones(2)})
     report = check(tmp_path / "theirs")
@@ -381,7 +381,7 @@ def test_report_folds_layers() -> None:
 
 @pytest.mark.parametrize("family", parts.DECODERS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_made_of_a_decoder_it_says_what_the_decoder_says(family: str, tied: bool, tmp_path: Path) -> None:
+def test_made_of_a_decoder_it_generates_what_the_decoder_generates(family: str, tied: bool, tmp_path: Path) -> None:
     decoder = parts.decoder(tmp_path / "text", family, tie_word_embeddings=tied)
     report = initialise(tmp_path / "text", KeyeVisionConfig(**parts.TOWER), out=tmp_path / "keye", max_shard=60_000)
     assert report.clean and len(list((tmp_path / "keye").glob("model-*.safetensors"))) > 2
@@ -432,7 +432,7 @@ def test_padding_rows_are_enough_when_there_are_many(tmp_path: Path) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_siglip_is_taken_over_without_its_head(whole: bool, tmp_path: Path) -> None:
     parts.decoder(tmp_path / "text")
-    siglip = parts.siglip(tmp_path / "vision", whole=whole)
+    siglip = parts.siglip(tmp_path / "vision", complete=whole)
     report = initialise(tmp_path / "text", tmp_path / "vision", out=tmp_path / "keye")
     left = report.left_out["SigLIP's pooling head and text tower"]
     assert all("head." in name or name.startswith(("text_model.", "logit_")) for name in left) and len(left) >= 11
@@ -463,7 +463,7 @@ def test_a_siglip_of_larger_patches_takes_larger_tokens(tmp_path: Path) -> None:
     assert model(**inputs).logits.isfinite().all()
 
 
-def test_what_is_drawn_is_drawn_as_a_siglip(tmp_path: Path) -> None:
+def test_random_weights_are_initialised_like_a_siglip(tmp_path: Path) -> None:
     parts.decoder(tmp_path / "text")
     sizes = {**parts.TOWER, "hidden_size": 96, "intermediate_size": 192}
     initialise(tmp_path / "text", KeyeVisionConfig(**sizes, position_grid=4), out=tmp_path / "keye")
@@ -483,7 +483,7 @@ def test_what_is_drawn_is_drawn_as_a_siglip(tmp_path: Path) -> None:
     assert torch.equal(drawn["model.projector.pre_norm.weight"], torch.ones(384))
 
 
-def test_made_of_a_gguf_file_it_says_what_transformers_says(tmp_path: Path) -> None:
+def test_made_of_a_gguf_file_it_generates_what_transformers_generates(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     decoder = parts.decoder(tmp_path / "text", "llama", tie_word_embeddings=True)
     parts.gguf_of(decoder, tmp_path / "text" / "tiny.gguf")

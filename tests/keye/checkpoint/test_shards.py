@@ -1,4 +1,4 @@
-"""Streams of tensors: what is written is what safetensors reads, in files no larger than asked."""
+"""Streams of tensors: what is written is what safetensors reads, in files of the given size."""
 
 import json
 import weakref
@@ -68,7 +68,7 @@ def test_another_dtype_is_a_cast(tmp_path: Path) -> None:
     assert stored["w"].to(torch.float32) is stored["w"] and stored["i"].to(torch.bfloat16) is stored["i"]
 
 
-def test_progress_counts_bytes_and_a_broken_promise_is_told(tmp_path: Path) -> None:
+def test_progress_counts_bytes_and_a_wrong_shape_is_an_error(tmp_path: Path) -> None:
     calls = []
     write_shards({f"{i}": in_memory(torch.zeros(10)) for i in range(3)}, tmp_path, 50, lambda *call: calls.append(call))
     assert calls == [(40, 120), (80, 120), (120, 120)]
@@ -76,7 +76,7 @@ def test_progress_counts_bytes_and_a_broken_promise_is_told(tmp_path: Path) -> N
         write_shards({"a": Computed((2,), torch.float32, lambda: torch.zeros(3))}, tmp_path)
 
 
-def test_no_two_tensors_are_held_at_once(tmp_path: Path) -> None:
+def test_only_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     alive = 0
 
     def made() -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_no_two_tensors_are_held_at_once(tmp_path: Path) -> None:
     assert all(len(piece) <= PIECE for piece in stored.pieces()) and stored.size == 400
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_directory_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out") as part:
         (part / "file").touch()
         raise RuntimeError

@@ -1,4 +1,4 @@
-"""A running server and requests to it, written by hand."""
+"""A running server, and raw HTTP requests to it."""
 
 import contextlib
 import http.client
@@ -43,7 +43,7 @@ def ask(address, body, headers=None, method="POST", path=POST):
 
 
 def head_of(length):
-    """The head of a POST whose body has so many bytes."""
+    """The head of a POST whose body has this number of bytes."""
     head = f"POST {POST} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {length}\r\n\r\n".encode()
 

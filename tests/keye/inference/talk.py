@@ -1,4 +1,4 @@
-"""A tiny model directory that chats: drawn weights, a trained tokenizer, an encoder of few tokens."""
+"""A tiny model directory for chats: random weights, a trained tokenizer, an encoder of few tokens."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def tiny_directory(path: Path, **text: object) -> Path:
     """Write it; `text` changes the decoder's config."""
     processor = KeyeProcessor(train_tokenizer(WORDS, 400), encoder=ENCODER, image={"min_tokens": 1, "max_tokens": 16})
     torch.manual_seed(0)
-    # Drawn weights answer the same to everything unless they are large.
+    # Random weights give the same answer to every question unless they are large.
     config = processor.configure(KeyeConfig.preset("tiny", vocab_size=len(processor.tokenizer), **text))
     model = KeyeForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -42,7 +42,7 @@ def said(pieces):
     return "".join(piece.text for piece in pieces)
 
 
-def test_a_conversation_with_its_cache_says_what_a_fresh_one_says(folder, loaded):
+def test_a_conversation_with_its_cache_answers_like_a_new_one(folder, loaded):
     talk = chat(loaded, system="red or blue?", thinking=False)
     steps = [("video", "a.mp4", "How many?"), (None, "", "Which comes first?"), ("video", "b.mp4", "red or blue?")]
     steps += [("image", "c.png", "Which colour?"), (None, "", "How many?")]
@@ -91,7 +91,7 @@ def test_another_clip_of_the_same_size_is_not_taken_for_the_first(folder, loaded
     assert talk.figures.cached_tokens == 0 and first
 
 
-def test_closing_stops_the_model_and_keeps_what_was_said(loaded):
+def test_closing_stops_the_model_and_keeps_the_text(loaded):
     talk = chat(loaded, tokens=400)
     pieces = talk.ask("How many?")
     heard = "".join(piece.text for piece in itertools.islice(pieces, 3))
@@ -137,7 +137,7 @@ def test_progress_reaches_one(folder, loaded):
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 
-def test_thought_is_split_off_however_the_text_is_cut():
+def test_thought_is_split_off_for_any_chunks_of_text():
     text = "<think>\n a < b </think>\n\n<answer> 3 <thin </answer>"
     for size in range(1, len(text)):
         split = ThoughtSplit()
@@ -149,7 +149,7 @@ def test_thought_is_split_off_however_the_text_is_cut():
     assert [*split.feed("two  words"), *split.close()] == [Piece("two  words", False)]
 
 
-def test_stop_texts_are_cut_wherever_they_fall():
+def test_stop_texts_are_found_at_any_place():
     for size in range(1, 12):
         text = "one two STOP three"
         cut = StopTexts(("STOP", "zero"))
@@ -158,7 +158,7 @@ def test_stop_texts_are_cut_wherever_they_fall():
     assert "".join(StopTexts(("END",))(["no E", "N", "d"])) == "no ENd"
 
 
-def test_detokenized_pieces_are_the_whole_text(loaded):
+def test_detokenized_pieces_are_the_complete_text(loaded):
     tokenizer = loaded[1].tokenizer
     text = "red 🟥 or blaü?\n\nzwei\nRed"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -199,12 +199,12 @@ def test_thoughts_are_not_carried_along(loaded):
         (lambda f: Sampling(top_p=0), "top_p is 0"),
     ],
 )
-def test_mistakes_are_sentences(folder, make, message):
+def test_errors_have_clear_messages(folder, make, message):
     with pytest.raises(KeyeError, match=message):
         make(folder)
 
 
-def test_a_torn_or_foreign_directory_is_named(folder, tmp_path):
+def test_a_damaged_or_unrelated_directory_is_named(folder, tmp_path):
     foreign, released = {"model_type": "qwen3"}, {"model_type": "KeyeVL1_5", "hidden_size": 8}
     for name, config, message in (("foreign", foreign, "'qwen3'"), ("released", released, "with keye convert")):
         (tmp_path / name).mkdir()
@@ -273,7 +273,7 @@ def test_a_thought_is_dim_and_nothing_moves_the_cursor(loaded, monkeypatch):
     assert printable("a\x1b[31m\r\u202eb\tc\n") == "a[31mb\tc\n"
 
 
-def test_time_left_is_said_only_when_it_takes_long(monkeypatch, capsys):
+def test_remaining_time_is_shown_only_for_long_tasks(monkeypatch, capsys):
     now = itertools.count(100.0, 4.0)
     monkeypatch.setattr(keye.inference.terminal.time, "monotonic", lambda: next(now))
     with keye.inference.terminal.busy("reading") as progress:
@@ -308,7 +308,7 @@ def test_the_command_answers_and_gives_json(folder, capsys):
         (["MODEL", "--ask", " "], "question is empty"),
     ],
 )
-def test_mistakes_of_the_command_are_one_line(folder, capsys, arguments, message):
+def test_errors_of_the_command_are_one_line(folder, capsys, arguments, message):
     arguments = [str(folder / "model") if word == "MODEL" else word for word in arguments]
     assert main(["chat", *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -322,7 +322,7 @@ def test_without_transformers_it_is_one_line(folder):
     assert "Traceback" not in result.stderr
 
 
-def test_a_failing_model_is_a_sentence(folder, loaded, monkeypatch):
+def test_a_failing_model_gives_a_clear_message(folder, loaded, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("device-side assert\nlong story")
 

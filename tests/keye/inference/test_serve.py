@@ -100,7 +100,7 @@ def events(text):
     return [json.loads(part.removeprefix("data: ")) for part in parts]
 
 
-def test_a_stream_is_the_whole_answer_in_pieces(address, folder, loaded):
+def test_a_stream_is_the_complete_answer_in_pieces(address, folder, loaded):
     question = user(video("a.mp4"), words("How many?"), max_completion_tokens=8)
     whole = json.loads(ask(address, question)[2])
     status, headers, text = ask(address, {**question, "stream": True, "stream_options": {"include_usage": True}})
@@ -168,7 +168,7 @@ def test_thoughts_have_a_field_of_their_own(address, loaded, monkeypatch):
         (user(video("data:video/mp4;base64," + "A" * 300_000), words("?")), 413, "larger than 200,000"),
     ],
 )
-def test_mistakes_are_json_with_a_sentence(address, body, status, message, stream):
+def test_errors_are_json_with_a_message(address, body, status, message, stream):
     if isinstance(body, dict):
         body = {**body, "stream": stream}
     found, headers, text = ask(address, body)
@@ -194,7 +194,7 @@ def tokens_of(address, **more):
 
 
 def test_places_are_taken_before_a_body_is_read(folder, loaded):
-    """Two places, both held by requests whose bodies do not come: the third is refused at once, its body unread."""
+    """Two places, both taken by requests whose bodies do not arrive: the third is refused before its body is read."""
     answerer = Answerer(*loaded, "tiny", most_tokens=8, batch=1, waiting=1)
     with serving(answerer, Access()) as address:
         head = head_of(99)
@@ -251,7 +251,7 @@ def test_a_row_that_fails_ends_alone(address, monkeypatch):
     assert (found[1], found[2]) == (200, 200) and found[0] == 500
 
 
-def test_a_key_is_asked_for(loaded):
+def test_a_key_is_required(loaded):
     with serving(Answerer(*loaded, "tiny", most_tokens=2), Access(), key="secret") as address:
         for header, status in (({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": "secret"}, 401),
                                ({"Authorization": "Bearer secret"}, 200)):  # fmt: skip
@@ -285,7 +285,7 @@ def test_requests_are_answered_side_by_side_with_the_answers_they_get_alone(addr
     assert max(widths) > 1, "several rows in one forward call"
 
 
-def test_a_drawn_answer_depends_on_its_seed_alone(address):
+def test_a_sampled_answer_depends_only_on_its_seed(address):
     asked = {"temperature": 1.5, "top_k": 20, "min_p": 0.01, "max_tokens": 8}
     one, two, other = (tokens_of(address, seed=seed, **asked)["choices"][0]["message"] for seed in (1, 1, 2))
     assert one == two != other
@@ -294,7 +294,7 @@ def test_a_drawn_answer_depends_on_its_seed_alone(address):
     assert tokens_of(address, temperature=5.0, min_p=1.0, max_tokens=8)["choices"][0]["message"] == greedy
 
 
-def test_who_leaves_takes_the_request_along(address, answerer, monkeypatch, capfd):
+def test_a_disconnected_client_ends_its_request(address, answerer, monkeypatch, capfd):
     monkeypatch.setattr(Answering, "_ends", lambda self: [10**6])
     monkeypatch.setattr(answerer, "most_tokens", 100_000)
     for stream in (True, False):
@@ -344,7 +344,7 @@ def test_a_question_longer_than_the_context_is_refused(loaded):
     assert answering.figures.prompt_tokens + answering.sampling.max_new_tokens <= 24
 
 
-def test_what_a_request_says_is_understood():
+def test_the_fields_of_a_request_are_read():
     asked = {
         "messages": [
             {"role": "developer", "content": "be brief"},
@@ -365,7 +365,7 @@ def test_what_a_request_says_is_understood():
         Access(None).source("a.mp4")
 
 
-def test_the_command_names_its_mistakes(folder, capsys):
+def test_the_command_names_its_errors(folder, capsys):
     model = str(folder / "model")
     taken = socket.create_server(("127.0.0.1", 0))
     port = str(taken.getsockname()[1])
@@ -394,7 +394,7 @@ def test_transformers_finds_the_class_by_the_names_its_server_uses(folder):
     assert type(model).__name__ in sees.values()
 
 
-def test_what_the_server_of_transformers_says_beside_the_chat_is_understood(folder, loaded):
+def test_fields_of_transformers_server_are_understood(folder, loaded):
     messages = [{"role": "user", "content": [{"type": "video", "url": str(folder / "clips" / "a.mp4")}, words("?")]}]
     beside = {"tools": None, "load_audio_from_video": False, "return_tensors": "pt", "return_dict": True}
     inputs = loaded[1].apply_chat_template(messages, tokenize=True, num_frames=3, **beside)

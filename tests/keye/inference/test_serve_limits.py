@@ -1,4 +1,4 @@
-"""What strangers can hold of the server, over real sockets; how it ends; what it says to requests made of anything."""
+"""The limits for clients of the server, over real sockets; how it stops; its answers to arbitrary requests."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ def lines(address, number):
         yield [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(number)]
 
 
-def test_idle_connections_that_declare_much_block_nobody(loaded):
+def test_idle_connections_that_declare_large_bodies_block_no_client(loaded):
     with serving(Answerer(*loaded, "tiny", most_tokens=8), Access(max_bytes=1000)) as address:
         with lines(address, 3) as held:
             for line in held:
@@ -94,7 +94,7 @@ def test_room_is_used_up_by_bytes_that_come_later(loaded):
 
 @pytest.mark.parametrize(("rate", "whole", "gap"), [(1 << 20, 60.0, 0.05), (1, 1.0, 0.05)])
 def test_a_body_comes_at_a_rate_and_in_time(loaded, rate, whole, gap):
-    """A byte at a time: too slow for the first limits; fast enough for the second ones, whose whole time is short."""
+    """A byte at a time: too slow for the first limits; fast enough for the second ones, whose total time is short."""
     limits = Limits(body_seconds=0.5, body_rate=rate, total_seconds=whole)
     with serving(Answerer(*loaded, "tiny", most_tokens=8), Access(), limits=limits) as address:
         with lines(address, 1) as (line,):
@@ -112,7 +112,7 @@ def test_a_body_comes_at_a_rate_and_in_time(loaded, rate, whole, gap):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_request_after_another_is_never_refused(loaded, stream, monkeypatch):
-    """One place: it is free for whoever has read the answer before to its end, also where cleaning up takes long."""
+    """One place: it is free for a client that has read the previous answer, also if cleaning up takes long."""
     run = to_thread.run_sync
 
     async def slow(function, **more):
@@ -135,7 +135,7 @@ def test_one_request_after_another_is_never_refused(loaded, stream, monkeypatch)
         connection.close()
 
 
-def test_a_slow_reader_of_a_finished_answer_holds_no_place(loaded):
+def test_a_slow_reader_of_a_finished_answer_takes_no_place(loaded):
     answerer = Answerer(*loaded, "tiny", most_tokens=4, batch=1, waiting=0)
     with serving(answerer, Access()) as address, lines(address, 1) as (line,):
         body = json.dumps(user(words("?"), stream=True)).encode()
@@ -146,7 +146,7 @@ def test_a_slow_reader_of_a_finished_answer_holds_no_place(loaded):
 
 
 def test_tokens_are_counted_up_to_the_text_that_ends_the_answer(loaded, monkeypatch):
-    """By hand: the tokens of the greedy answer whose text first holds the stop text; streamed or not, every time."""
+    """Expected: the tokens of the greedy answer whose text first contains the stop text; streamed or not."""
     monkeypatch.setattr(Answering, "_ends", lambda self: [10**6])
     tokenizer = loaded[1].tokenizer
     answerer = Answerer(*loaded, "tiny", most_tokens=24)
@@ -219,7 +219,7 @@ SERVE = "import sys, keye.cli; sys.exit(keye.cli.main(sys.argv[1:]))"
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_ends_running_requests_with_a_reason(folder, sent, times):
-    """A stream and a whole answer run, a third body has not come: all three learn why; no traceback, exit code 0."""
+    """A stream and an answer run, a third body has not arrived: all get the reason; no traceback, exit code 0."""
     command = [sys.executable, "-c", ENDLESS + SERVE, "serve", str(folder / "model"), "--name", "tiny", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -314,7 +314,7 @@ LONE = "\ud800"
         (user(words("?"), repetition_penalty=math.inf), "repetition_penalty"),
     ],
 )
-def test_what_cannot_be_is_a_mistake_with_its_field(loaded, body, field):
+def test_an_invalid_value_is_an_error_with_its_field(loaded, body, field):
     with serving(Answerer(*loaded, "tiny", most_tokens=8), Access()) as address:
         status, _, text = ask(address, body)
     assert status == 400 and json.loads(text)["error"]["param"] == field
@@ -364,7 +364,7 @@ BODY = st.one_of(
 
 @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(BODY)
-def test_any_json_is_understood_or_refused_in_a_sentence(folder, body):
+def test_any_json_is_understood_or_refused_with_a_message(folder, body):
     raw = json.dumps(body).encode()
     for access in (Access(), Access(folder, UrlRules(), 1000)):
         try:

@@ -32,7 +32,7 @@ WORDS = ["the quick brown fox jumps over the lazy dog assistant user 0123456789\
 
 
 def plain_tokenizer(tokens: int = 300):
-    """A tokenizer without the stream's special tokens but the three of ChatML."""
+    """A tokenizer without the stream's special tokens except the three of ChatML."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,12 +60,12 @@ def decoder(
     return model
 
 
-def siglip(folder: Path, whole: bool = False, **more: Any) -> PreTrainedModel:
-    """Write a SigLIP's vision model alone, or the `whole` of it; returns it."""
+def siglip(folder: Path, complete: bool = False, **more: Any) -> PreTrainedModel:
+    """Write a SigLIP's vision model, or the `complete` SigLIP; returns it."""
     torch.manual_seed(2)
     config = SiglipVisionConfig(**{**TOWER, "image_size": 56, **more})
     text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if whole:
+    if complete:
         model = SiglipModel(SiglipConfig(vision_config=config.to_dict(), text_config={**text, "vocab_size": 64}))
     else:
         model = SiglipVisionModel(config)
@@ -74,7 +74,7 @@ def siglip(folder: Path, whole: bool = False, **more: Any) -> PreTrainedModel:
 
 
 def gguf_of(model: PreTrainedModel, path: Path) -> None:
-    """A Llama with a tied head as a GGUF file in float32; queries and keys lie pairwise there, not half-split."""
+    """A Llama with a tied head as a GGUF file in float32; queries and keys are stored in pairs, not half-split."""
     import gguf
 
     config, state = model.config, model.state_dict()

@@ -1,4 +1,4 @@
-"""Packed attention: every backend that runs here against a softmax written out, and what transformers' decoders get."""
+"""Packed attention: every backend that runs here against an explicit softmax, and transformers' decoders."""
 
 import math
 import random

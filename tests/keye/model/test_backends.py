@@ -1,4 +1,4 @@
-"""Which kernel is chosen, with availability and kernels made up; the real ones are compared where there is a GPU."""
+"""The choice of a kernel, with simulated packages and kernels; the real ones are compared where there is a GPU."""
 
 import math
 import random
@@ -22,7 +22,7 @@ FLASH = ("flash4", "flash3", "flash2")
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """Choices are kept for the life of a process; here each test makes its own."""
+    """Choices are cached for a process; here each test makes its own."""
     kept = (backends.choose, backends._say)
     for cache in kept:
         cache.cache_clear()
@@ -33,7 +33,7 @@ def forget() -> Iterator[None]:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine with these packages, a GPU of this capability, and kernels that fail their trial as said."""
+    """A machine with these packages, a GPU of this capability, and kernels that fail their trial as given."""
 
     def build(packages: tuple[str, ...], capability: tuple[int, int], failing: dict[str, str] | None = None) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -45,7 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def block_softmax(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, causal: bool, scale: float) -> Tensor:
-    """A kernel to stand for the packages': differentiable, segment by segment."""
+    """A kernel in place of the packages': differentiable, segment by segment."""
     assert bounds.dtype == torch.int32
     outputs, groups = [], q.shape[1] // k.shape[1]
     for start, stop in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
@@ -115,7 +115,7 @@ def absent(module: str) -> ModuleType:
     raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
-def test_the_choice_is_said_once_with_its_reasons(
+def test_the_choice_is_reported_once_with_its_reasons(
     machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(backends, "_functions", {"torch": torch_2_13})

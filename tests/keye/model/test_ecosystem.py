@@ -1,4 +1,4 @@
-"""The model among its tools: adapters, Trainer, torch.compile, checkpointing, tied weights, dtypes, device maps."""
+"""The model with other tools: adapters, Trainer, torch.compile, checkpointing, tied weights, dtypes, device maps."""
 
 import copy
 from pathlib import Path
@@ -216,7 +216,7 @@ def test_bfloat16_is_near_fp32(model: KeyeForConditionalGeneration) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_large_activations_stay_finite(model: KeyeForConditionalGeneration, dtype: torch.dtype) -> None:
-    """Embeddings, patches and residuals a thousand times larger than they ought to be."""
+    """Embeddings, patches and residuals a thousand times larger than normal."""
     model = model.to(dtype)
     with torch.no_grad():
         model.get_input_embeddings().weight *= 1e3
@@ -237,8 +237,8 @@ def test_no_label_is_a_loss_of_zero_that_reaches_everything(
     assert loss.item() == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_loss_counts_the_items_of_the_whole_batch(model: KeyeForConditionalGeneration) -> None:
-    """As the Trainer has it: each part's sum by the number of labels of all parts, a tensor."""
+def test_loss_counts_the_items_of_the_complete_batch(model: KeyeForConditionalGeneration) -> None:
+    """As in the Trainer: each part's sum divided by the number of labels of all parts, a tensor."""
     whole = padded([CLIP, MIXED], "right")
     marked = labels(whole["input_ids"]).masked_fill(whole["attention_mask"] == 0, -100)
     expected = model(**whole, labels=marked).loss

@@ -1,4 +1,4 @@
-"""The arithmetic of FLOPs against torch's own counter and against figures worked out by hand."""
+"""The arithmetic of FLOPs against torch's own counter and against values computed by hand."""
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -62,7 +62,7 @@ def test_one_layer_by_hand() -> None:
     assert flops.projector(8, 16, 8) == flops.Flops(2 * 2 * (32 * 32 + 32 * 16))
 
 
-def test_whole_pass_is_the_sum_of_its_parts() -> None:
+def test_forward_flops_are_the_sum_of_the_parts() -> None:
     config = KeyeConfig.preset("tiny", vocab_size=300)
     parts = [
         flops.tower(config.vision_config, [(2, 4)]),

@@ -1,4 +1,4 @@
-"""Generation: with a cache as without, a batch as its rows, beams and several answers, streaming, a conversation that
+"""Generation: with and without a cache, a batch and its rows, beams and several answers, streaming, a conversation that
 goes on from its cache, and how often the tower runs for it."""
 
 import threading
@@ -32,7 +32,7 @@ def model() -> KeyeForConditionalGeneration:
 
 
 def recomputed(model: KeyeForConditionalGeneration, inputs: dict[str, Tensor], steps: int = 6) -> list[int]:
-    """The likeliest next words, each from a pass over everything, without `generate`."""
+    """The most likely next words, each from a pass over all tokens, without `generate`."""
     ids, seen = inputs["input_ids"], visual([inputs])
     with torch.no_grad():
         for _ in range(steps):
@@ -103,8 +103,8 @@ def test_prompt_that_ends_with_a_frame(model: KeyeForConditionalGeneration) -> N
     assert answers(model, inputs) == [recomputed(model, inputs)]
 
 
-def test_conversation_goes_on_from_its_cache(model: KeyeForConditionalGeneration, encoded: list[int]) -> None:
-    """A second turn with a new video: only that is encoded, and the answer is that of reading everything again."""
+def test_conversation_continues_from_its_cache(model: KeyeForConditionalGeneration, encoded: list[int]) -> None:
+    """A second turn with a new video: only that is encoded, and the answer equals that without a cache."""
     first = model.generate(**MIXED, **GREEDY, return_dict_in_generate=True)
     cache = first.past_key_values
     held = cache.get_seq_length()
@@ -150,7 +150,7 @@ def test_placeholders_without_pixels_are_named(model: KeyeForConditionalGenerati
 
 
 class Letters:
-    """As much of a tokenizer as a streamer uses: one letter an id."""
+    """The part of a tokenizer that a streamer uses: one letter per id."""
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return "".join(chr(0x4E00 + int(i)) for i in ids)
@@ -165,7 +165,7 @@ def test_streamer_gets_the_answer_word_by_word(model: KeyeForConditionalGenerati
     assert "".join(pieces) == Letters().decode(recomputed(model, MIXED)) and len([p for p in pieces if p]) == 6
 
 
-def test_scores_hidden_states_and_logits_can_be_asked_for(model: KeyeForConditionalGeneration) -> None:
+def test_scores_hidden_states_and_logits_are_returned_on_request(model: KeyeForConditionalGeneration) -> None:
     out = model.generate(**CLIP, **GREEDY, return_dict_in_generate=True, output_scores=True, output_hidden_states=True)
     layers = model.config.text_config.num_hidden_layers
     assert len(out.scores) == 6 and len(out.hidden_states[0]) == layers + 1

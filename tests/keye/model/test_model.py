@@ -1,4 +1,4 @@
-"""The model as a whole: its presets, what fills which place, what is saved, and a stream from the real processor."""
+"""The complete model: presets, placeholders, saving, and a stream from the real processor."""
 
 from pathlib import Path
 
@@ -98,8 +98,8 @@ def clip(changes: int) -> np.ndarray:
     return pictures.repeat(28, 2).repeat(28, 3)[np.linspace(0, changes - 1, 6).round().astype(int)]
 
 
-def test_a_video_without_fast_frames_beside_one_with_many() -> None:
-    """Through the processor: the batch equals its rows, positions and words, with videos and a still interleaved."""
+def test_a_video_without_fast_frames_and_one_with_many_in_a_batch() -> None:
+    """Through the processor: the batch equals its rows, positions and words, with videos and an image interleaved."""
     limits = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 512}
     tokenizer = train_tokenizer(["user assistant Which colour? red or blue 0.5"] * 3, 400)
     processor = KeyeProcessor(tokenizer, encoder=limits, image={"min_tokens": 4, "max_tokens": 16})

@@ -46,13 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What one process gives on the same batches: the whole model, and adapters."""
+    """The result of one process on the same batches: of the complete model, and of adapters."""
     out = tmp_path_factory.mktemp("alone")
     return {mode: run(folder, f"{mode}-alone", out / f"{mode}.json", 1) for mode in ("ddp", "lora")}
 
 
 def run(folder: Path, mode: str, out: Path, processes: int) -> dict[str, Any]:
-    """One run, which must end well; what its first process wrote."""
+    """One run, which must succeed; returns what its first process wrote."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", PROGRAM, str(folder), mode, str(out)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -94,7 +94,7 @@ def test_steps_are_those_of_one_process(
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
-    """What a model's or adapter's directory holds."""
+    """The content of a model's or adapter's directory."""
     files = sorted(Path(folder).glob("*.safetensors"))
     assert files, f"nothing is saved in {folder}"
     return {name: weight.float() for path in files for name, weight in load_file(path).items()}

@@ -41,7 +41,7 @@ def model() -> KeyeForConditionalGeneration:
 
 
 def embedded(model: KeyeForConditionalGeneration, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs with the words' embeddings in the place of ids."""
+    """The same inputs with embeddings in place of ids."""
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
     return rest | {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
 
@@ -61,7 +61,7 @@ def test_embeddings_with_pixels_give_the_logits_of_ids(model: KeyeForConditional
         model(**blind)
 
 
-def test_pixels_beside_embeddings_reach_the_tower(model: KeyeForConditionalGeneration) -> None:
+def test_pixels_given_with_embeddings_reach_the_tower(model: KeyeForConditionalGeneration) -> None:
     model(**embedded(model, CLIP), labels=CLIP["input_ids"]).loss.backward()
     assert model.visual.embeddings.patch_embedding.weight.grad.abs().sum() > 0
 
@@ -75,7 +75,7 @@ def test_generation_from_embeddings(model: KeyeForConditionalGeneration, options
 
 
 @pytest.mark.parametrize("width", [64, 32])
-def test_assisted_decoding_keeps_what_the_assistant_sees(width: int) -> None:
+def test_assisted_decoding_gives_the_assistant_the_pixels(width: int) -> None:
     """An assistant of the same kind, of the same or another width, runs its own tower over the same pixels."""
     model = family_model()
     assistant = copy.deepcopy(model) if width == 64 else family_model(seed=1, hidden_size=width)
@@ -125,7 +125,7 @@ def test_prefill_in_chunks(model: KeyeForConditionalGeneration, size: int) -> No
     assert twice.tolist() == model.generate(**batch, **{**GREEDY, "num_beams": 2}).tolist()
 
 
-def test_prefill_in_chunks_goes_on_from_a_cache(model: KeyeForConditionalGeneration) -> None:
+def test_prefill_in_chunks_continues_from_a_cache(model: KeyeForConditionalGeneration) -> None:
     def cache() -> Any:
         return model.generate(**CLIP, **GREEDY, return_dict_in_generate=True)
 
@@ -146,7 +146,7 @@ def test_attention_of_the_text_config_is_kept() -> None:
     assert KeyeForConditionalGeneration(family_config()).language_model.config._attn_implementation == "keye"
 
 
-def test_the_backbone_stands_below_base_model(model: KeyeForConditionalGeneration, tmp_path: Path) -> None:
+def test_the_backbone_is_the_base_model(model: KeyeForConditionalGeneration, tmp_path: Path) -> None:
     assert isinstance(model.base_model, KeyeModel) and model.base_model is not model
     hidden = model.base_model(**MIXED).last_hidden_state
     torch.testing.assert_close(model.lm_head(hidden), model(**MIXED).logits)

@@ -40,12 +40,12 @@ STILL, CLIP = 6, 7  # neither drawn by a test (0 to 4) nor lost when one makes t
 
 
 def words(shape: tuple[int, ...], vocab_size: int, *_: Any, **__: Any) -> torch.Tensor:
-    """Ids that are no placeholders and no padding; it takes the place of transformers' `ids_tensor`."""
+    """Ids other than placeholders and padding; it replaces transformers' `ids_tensor`."""
     return torch.randint(CLIP + 1, vocab_size, tuple(shape))
 
 
 class KeyeTester:
-    """Three rows of text with a still of 4 × 4 patches each, as transformers' mixin asks for them."""
+    """Three rows of text with an image of 4 × 4 patches each, as transformers' mixin requires."""
 
     batch_size, seq_length, tokens, patches = 3, 11, 4, 16
     is_training = True
@@ -76,7 +76,7 @@ class KeyeTester:
 
 
 def case(mixin: type) -> type[unittest.TestCase]:
-    """transformers' mixin with Keye's classes, as a model of its own would write it down."""
+    """transformers' mixin with Keye's classes, as in the tests of a model of transformers."""
 
     class KeyeModelTest(mixin, unittest.TestCase):
         all_model_classes = (KeyeModel, KeyeForConditionalGeneration)

@@ -37,7 +37,7 @@ LIMITS = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 6
 
 
 class Declared(KeyeProcessor):
-    """Says that it has the parts which the mixin looks for."""
+    """Declares the parts which the mixin looks for."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -52,7 +52,7 @@ def ids_by_default(processor: KeyeProcessor) -> KeyeProcessor:
 
 
 def media(folder: Path) -> dict[str, list[str]]:
-    """Two stills and two clips in the place of those that transformers' tests download."""
+    """Two images and two clips in place of those that transformers' tests download."""
     stills = [folder / f"{name}.png" for name in "ab"]
     for path, colour in zip(stills, ((200, 40, 40), (40, 40, 200)), strict=True):
         Image.new("RGB", (64, 48), colour).save(path)
@@ -61,7 +61,7 @@ def media(folder: Path) -> dict[str, list[str]]:
 
 
 def case(common: ModuleType) -> type[unittest.TestCase]:
-    """transformers' mixin with Keye's processor, as a model of its own would write it down."""
+    """transformers' mixin with Keye's processor, as in the tests of a model of transformers."""
 
     class KeyeProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
         processor_class = KeyeProcessor

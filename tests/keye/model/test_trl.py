@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(kind: str, images: bool) -> Dataset:
-    """Rows of unlike lengths and picture sizes in one of TRL's formats."""
+    """Rows of different lengths and image sizes in one of TRL's formats."""
     random = np.random.default_rng(0)
     return Dataset.from_list([_row(kind, images, i, random) for i in range(ROWS)])
 
@@ -132,7 +132,7 @@ def test_sft_with_lora(folder: Path, tmp_path: Path) -> None:
 
 
 def test_first_sft_loss_is_the_models_own_on_the_same_rows(folder: Path, tmp_path: Path) -> None:
-    """Without shuffling TRL's first batch is rows 0 and 1; each row alone, weighed by its tokens, gives its loss."""
+    """Without shuffling TRL's first batch is rows 0 and 1; each row alone, weighted by its tokens, gives its loss."""
     data = rows("completion", True)
     options = {**WHOLE, "max_steps": 2, "train_sampling_strategy": "sequential"}
     losses = train(_sft(load(folder), folder, data, tmp_path, **options))

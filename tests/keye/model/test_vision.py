@@ -114,7 +114,7 @@ def test_rotary_depends_on_the_distance_of_rows_and_columns_alone() -> None:
     assert not torch.allclose(scores[0, 0, 1, 0], scores[0, 0, 0, 1])
 
 
-def test_a_frame_sees_no_other_frame(tower) -> None:
+def test_a_frame_attends_to_no_other_frame(tower) -> None:
     frames = [(3, 4), (2, 2), (5, 1)]
     patches = pixels(frames)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_a_backend_that_is_not_there_is_an_error_that_lists_those_that_are(tower
         KeyeVisionModel(tower.config, attention="flash9")(pixels([(2, 2)]), grids([(2, 2)]))
 
 
-def test_a_layer_compiles_whole_and_once_for_all_sizes() -> None:
+def test_a_layer_compiles_without_breaks_and_once_for_all_sizes() -> None:
     torch.manual_seed(0)
     layer = VisionLayer(KeyeVisionConfig(**SIZES))
     graphs = 0

@@ -48,7 +48,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Rows(torch.utils.data.Dataset):
-    """Clips, every third row a still; each is decoded when it is asked for."""
+    """Clips, every third row an image; each is decoded on access."""
 
     def __init__(self, folder: Path, processor: KeyeProcessor) -> None:
         self.folder, self.processor = folder, processor
@@ -66,7 +66,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def main(folder: Path, mode: str, out: Path) -> None:
-    """Train, write the losses from the first process, and leave with a decoder's thread that waits for its reader."""
+    """Train, write the losses from the first process, and exit with a decoder's thread that waits for its reader."""
     processor = KeyeProcessor.from_pretrained(folder)
     alone = mode.endswith("-alone")
     clip = LEFT_OPEN.enter_context(open_clip(folder / "0.mp4", fps=5, max_frames=64))

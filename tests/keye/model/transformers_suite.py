@@ -27,7 +27,7 @@ ABSENT = {
 
 
 def load(name: str) -> ModuleType:
-    """A module of transformers' tests; the test is skipped where the sdist cannot be had."""
+    """A module of transformers' tests; the test is skipped if the sdist is not available."""
     pytest.importorskip("parameterized", reason="transformers' tests need it; the extra dev brings it")
     folder = _folder()
     if PACKAGE not in sys.modules:

@@ -1,4 +1,4 @@
-"""A processor small enough to look at: frames of 4 to 16 tokens, a byte-level tokenizer of 400 entries."""
+"""A small processor: frames of 4 to 16 tokens, a byte-level tokenizer of 400 entries."""
 
 import pytest
 

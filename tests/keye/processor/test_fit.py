@@ -1,4 +1,4 @@
-"""Chats that must fit: never a token over, never part of a frame, and an error only where nothing smaller is left."""
+"""Chats that must fit: never a token too many, never part of a frame, and an error only if nothing smaller is left."""
 
 import io
 
@@ -17,7 +17,7 @@ POLICIES = ["adaptive", "all_slow", "uniform:3", "two_stream:slow=2,fast_tokens=
 
 
 def clip(frames: int, changes: int, seed: int = 0) -> np.ndarray:
-    """Still pictures one after the other: uint8 [T, 112, 140, 3] with about `changes` cuts."""
+    """Static scenes in sequence: uint8 [T, 112, 140, 3] with about `changes` cuts."""
     pictures = np.random.default_rng(seed).integers(0, 255, (changes + 1, 4, 5, 3), dtype=np.uint8)
     return pictures.repeat(28, 1).repeat(28, 2)[np.arange(frames) * (changes + 1) // frames]
 
@@ -30,8 +30,8 @@ def chat(videos: list[np.ndarray], images: list[np.ndarray], words: str = "Which
     ]
 
 
-def whole_groups(processor: KeyeProcessor, ids: list[int]) -> list[list[tuple[str, int]]]:
-    """Every video's frames as (time, pads), read from the ids alone; fails where one is not whole."""
+def complete_groups(processor: KeyeProcessor, ids: list[int]) -> list[list[tuple[str, int]]]:
+    """Every video's frames as (time, pads), read from the ids; fails if one is not complete."""
     frame, pad = processor.token_id("<|frame|>"), processor.token_id("<|video_pad|>")
     first, last = processor.token_id("<|fast_start|>"), processor.token_id("<|fast_end|>")
     ends = processor.token_id("<|vision_end|>")
@@ -58,7 +58,7 @@ def whole_groups(processor: KeyeProcessor, ids: list[int]) -> list[list[tuple[st
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Every video that an encoder was asked to encode from now on."""
+    """Records every video that an encoder encodes from now on."""
     seen: list[object] = []
     real = SlowFastEncoder.__call__
 
@@ -78,7 +78,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     words=st.text(st.sampled_from("abc <"), max_size=30),
     share=st.floats(0, 1.1),
 )
-def test_no_chat_is_longer_than_allowed_and_every_frame_is_whole(
+def test_no_chat_exceeds_max_length_and_every_frame_is_complete(
     processor: KeyeProcessor, decoded: list[object], videos, images, policy, words, share
 ) -> None:
     settings_ = {**processor.encoder, "policy": policy, "max_tokens": 200}
@@ -106,7 +106,7 @@ def test_no_chat_is_longer_than_allowed_and_every_frame_is_whole(
         return
     assert len(sample) <= max_length
     assert len(decoded) <= 2 * len(clips)
-    groups = whole_groups(own, sample.input_ids.tolist())
+    groups = complete_groups(own, sample.input_ids.tolist())
     assert [[pads for _, pads in group] for group in groups] == [p.tokens_per_frame.tolist() for p in sample.plans]
     assert [[time for time, _ in group] for group in groups] == [
         [f"{t:.1f}" for t in p.timestamps.tolist()] for p in sample.plans

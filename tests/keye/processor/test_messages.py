@@ -1,4 +1,4 @@
-"""Messages in every dialect come to one plain form; what is out of form is named."""
+"""Messages in every format become one plain form; invalid parts are named."""
 
 import base64
 import io
@@ -57,21 +57,21 @@ def test_rendered_text_of_several_turns(processor: KeyeProcessor) -> None:
 
 
 @pytest.mark.parametrize(("thinking", "suffix"), [(True, "/think"), (False, "/no_think"), (None, "")])
-def test_thinking_is_asked_for_behind_the_last_question(processor: KeyeProcessor, thinking, suffix: str) -> None:
+def test_thinking_suffix_follows_the_last_question(processor: KeyeProcessor, thinking, suffix: str) -> None:
     asked = processor.apply_chat_template(TURNS[:4], add_generation_prompt=True, thinking=thinking)
     assert asked == f"{HEAD}{MEDIA}Why?{FIRST}{suffix}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(("thinking", "suffix"), [(True, "/think"), (False, "/no_think"), (None, "")])
-def test_thinking_in_training_stands_behind_every_question_answered(
+def test_thinking_suffix_in_training_follows_every_answered_question(
     processor: KeyeProcessor, thinking, suffix: str
 ) -> None:
     rendered = processor.apply_chat_template(TURNS, thinking=thinking)
     assert rendered == f"{HEAD}{MEDIA}Why?{suffix}{FIRST}{suffix}{LAST}"
 
 
-def test_thinking_as_the_data_says(processor: KeyeProcessor) -> None:
-    """A message's own word goes first; "as_answered" looks at each answer; a turn of pixels alone gets a text."""
+def test_thinking_follows_the_data(processor: KeyeProcessor) -> None:
+    """A message's own setting wins; "as_answered" follows each answer; a turn with only pixels gets a text."""
     told = [{**TURNS[1], "thinking": True}, TURNS[2], TURNS[3], {**TURNS[4], "thinking": False}]
     for mode in (None, True, False):
         assert "Why?/think<|im_end|>" in processor.apply_chat_template(told, thinking=mode)
@@ -136,7 +136,7 @@ def test_every_way_to_name_an_image_gives_the_same_pixels(processor: KeyeProcess
 
 
 def test_an_encoded_video_is_read_in_the_models_own_normalisation(processor: KeyeProcessor) -> None:
-    """Whatever the format of the video that is given: 127.5 and 1 here are those of SigLIP (Keye's tower)."""
+    """For any format of the given video: 127.5 and 1 here are those of SigLIP (Keye's tower)."""
     frames = np.random.default_rng(0).integers(0, 255, (5, 56, 84, 3), dtype=np.uint8)
     encoder = SlowFastEncoder(**processor.encoder)
     raw = encoder(frames, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The processor end to end: messages → text, ids, labels, positions and pixels that fit one another."""
+"""The processor end to end: messages → text, consistent ids, labels, positions and pixels."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from keye.errors import KeyeError, ManifestError
 
 
 def clip(frames: int, changes_at: int, seed: int = 0) -> np.ndarray:
-    """Two still pictures, one after the other: uint8 [T, 3, 112, 112]."""
+    """Two static scenes: uint8 [T, 3, 112, 112]."""
     pictures = np.random.default_rng(seed).integers(0, 255, (2, 3, 4, 4), dtype=np.uint8).repeat(28, 2).repeat(28, 3)
     return pictures[(np.arange(frames) >= changes_at).astype(int)]
 
@@ -47,7 +47,7 @@ def test_stream_of_a_clip_with_one_cut(processor: KeyeProcessor) -> None:
     assert sample.pixel_values_videos.shape == (160, 3, 14, 14)
 
 
-def test_collated_left_and_right_hold_the_same_rows(processor: KeyeProcessor) -> None:
+def test_left_and_right_padding_have_the_same_rows(processor: KeyeProcessor) -> None:
     samples = [processor.sample(chat(clip(4, 2))), processor.sample(chat(clip(2, 1)))]
     for side in ("left", "right"):
         batch = processor.collate(samples, side)
@@ -88,7 +88,7 @@ def test_encoder_alone_gives_the_models_features(processor: KeyeProcessor, tmp_p
 
 
 def test_batch_of_rows_with_and_without_media(processor: KeyeProcessor) -> None:
-    """A row of text beside rows of videos; either side; each row is what it is alone, and its plans come along."""
+    """A row of text with rows of videos; either side; each row equals the row alone, and has its plans."""
     chats = [chat(clip(4, 2), None), [{"role": "user", "content": "Which?"}], chat(clip(3, 1), None)]
     alone = [processor.sample(one, add_generation_prompt=True) for one in chats]
     for side in ("left", "right"):
@@ -198,8 +198,8 @@ def test_unknown_arguments_are_refused_by_name(processor: KeyeProcessor, kwargs:
     processor(text="red", tools=None, load_audio_from_video=False, return_tensors=None)  # what servers pass along
 
 
-def test_a_template_says_what_the_assistant_says(processor: KeyeProcessor) -> None:
-    """`{% generation %}` marks the words, also where turns do not look like Keye's and words hold special tokens."""
+def test_a_template_marks_the_assistants_words(processor: KeyeProcessor) -> None:
+    """`{% generation %}` marks the words, also if turns do not look like Keye's and words contain special tokens."""
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}!{% endgeneration %}"
         "{% else %}Q: {% for part in m.content %}{% if part.type == 'video' %}<|vision_start|><|video_pad|>"
@@ -227,7 +227,7 @@ def test_variables_of_a_template_reach_it(processor: KeyeProcessor) -> None:
     assert processor.apply_chat_template(chats, template, enable_thinking=False) == "red"
 
 
-def test_tool_calls_become_words(processor: KeyeProcessor) -> None:
+def test_tool_calls_become_text(processor: KeyeProcessor) -> None:
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "ball"}}}
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     text = processor.apply_chat_template(messages)
@@ -252,7 +252,7 @@ def test_metadata_and_sampling_of_frames(processor: KeyeProcessor) -> None:
 
 
 def test_saved_settings_come_back_in_a_process_of_their_own(processor: KeyeProcessor, tmp_path) -> None:
-    """`import keye` is all that another process needs; no remote code, and not a setting is lost."""
+    """`import keye` is all that another process needs; without remote code, and no setting is lost."""
     settings = {**processor.encoder, "policy": "adaptive:max_gap=3", "threshold": 0.61, "fps": 1.5, "max_frames": 9}
     own = KeyeProcessor(processor.tokenizer, settings, {"max_tokens": 9}, chat_template="{{ 'own' }}")
     config = own.configure(KeyeConfig.preset("tiny", vocab_size=len(own.tokenizer)))

@@ -1,4 +1,4 @@
-"""Replies taken apart whatever is missing, and questions that ask for a thought."""
+"""Replies parsed with any tag missing, and questions that ask for a thought."""
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,7 @@ from keye.processor.reply import Reply, parse_reply, with_suffix, write_reply
         ("", None, ""),
     ],
 )
-def test_reply_is_read_whatever_is_missing(text: str, thinking: str | None, answer: str) -> None:
+def test_reply_is_parsed_with_any_tag_missing(text: str, thinking: str | None, answer: str) -> None:
     assert parse_reply(text) == Reply(thinking, answer)
 
 

@@ -1,4 +1,4 @@
-"""Special tokens added to the tokenizers of the families: nothing that was there moves, turns begin and end rightly."""
+"""Special tokens added to the tokenizers of the families: ids do not change, turns start and end correctly."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_token_moves_and_turns_begin_as_the_decoder_knows(family: str) -> None:
+def test_no_token_changes_its_id_and_turns_start_as_in_the_decoders_training(family: str) -> None:
     plain, made = byte_level(*FAMILIES[family]), with_special_tokens(byte_level(*FAMILIES[family]))
     before, after = plain.get_vocab(), made.get_vocab()
     assert before == {token: after[token] for token in before}
@@ -58,7 +58,7 @@ def test_no_token_moves_and_turns_begin_as_the_decoder_knows(family: str) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=40))
-def test_words_are_spelt_as_before(words: str) -> None:
+def test_words_keep_their_ids(words: str) -> None:
     if any(token in words for token in SPECIAL_TOKENS):
         return
     for plain, made in _pairs():

@@ -28,7 +28,7 @@ def test_slow_and_fast_frames_are_written_as_released(stream: Stream) -> None:
     )
 
 
-def test_without_timestamps_only_the_frame_token_stands(stream: Stream) -> None:
+def test_without_timestamps_there_is_only_the_frame_token(stream: Stream) -> None:
     assert readable(stream.video([0, 1], [1, 1], None)) == (
         "<|frame|><|video_pad|><|frame|><|fast_start|><|video_pad|><|fast_end|>"
     )
