@@ -1,4 +1,4 @@
-"""The server by real HTTP requests, in the wire format of OpenAI's clients, written by hand."""
+"""The server over real HTTP requests, in the wire format of OpenAI's clients."""
 
 import base64
 import json
@@ -369,11 +369,7 @@ def test_the_command_names_its_errors(folder, capsys):
     model = str(folder / "model")
     taken = socket.create_server(("127.0.0.1", 0))
     port = str(taken.getsockname()[1])
-    wrong = {
-        "--media-root nowhere": "is not a folder",
-        f"--port {port}": "cannot listen at",
-        "--port 99999": "is invalid;",
-    }
+    wrong = {"--media-root nowhere": "not a folder", f"--port {port}": "cannot listen at", "--port 99999": "invalid"}
     for words_, message in wrong.items():
         assert main(["serve", model, *words_.split()]) == 2
         assert message in capsys.readouterr().err
