@@ -267,7 +267,7 @@ def test_packed_rows_refuse_what_they_do_not_compute() -> None:
     for options, words in (
         ({"sliding_window": 5}, "sliding_window = 5 is shorter than the longest packed document"),
         ({"dropout": 0.1}, "attention_dropout = 0.1: packed attention has no dropout"),
-        ({"softcap": 50.0}, "asks for 'softcap'"),
+        ({"softcap": 50.0}, "uses 'softcap'"),
         ({"query": rows[0][:, :, :3]}, "takes one row and no cache, got 1 rows of 3 queries on 10 keys"),
         ({"query": rows[0].expand(2, -1, -1, -1)}, "got 2 rows"),
         ({"attention": "flash9"}, "attention = 'flash9' is not a backend"),

@@ -146,7 +146,7 @@ def test_what_a_kernel_does_not_compute_goes_to_sdpa(
     assert backends.choose(name, GPU, torch.float32, 128) == "sdpa"
     assert "supports bfloat16 and float16, not float32" in capsys.readouterr().err
     assert backends.choose(name, GPU, torch.bfloat16, 20) == "sdpa"
-    assert "knows no heads of 20" in capsys.readouterr().err
+    assert "does not support heads of 20" in capsys.readouterr().err
     assert backends.choose(name, GPU, torch.bfloat16, 72) == ("flash2" if name == "auto" else name)
 
 
@@ -157,7 +157,7 @@ def test_a_name_that_cannot_run_lists_those_that_can(
     monkeypatch.setattr(backends, "import_module", absent)
     with pytest.raises(KeyeError, match="'flash2' cannot run on cuda .not installed.: .* torch, sdpa, plain"):
         backends.choose("flash2", GPU, torch.bfloat16, 128)
-    with pytest.raises(KeyeError, match="not made for compute capability 8.0"):
+    with pytest.raises(KeyeError, match="not built for compute capability 8.0"):
         backends.choose("flash3", GPU, torch.bfloat16, 128)
     with pytest.raises(KeyeError, match="attention = 'fast' is not a backend of Keye.*torch, sdpa, plain"):
         backends.choose("fast", GPU, torch.bfloat16, 128)
