@@ -53,7 +53,7 @@ def test_a_conversation_with_its_cache_answers_like_a_new_one(folder, loaded):
         elif kind == "image":
             talk.add_image(folder / name)
         fresh = chat(loaded, system="red or blue?", thinking=False)
-        fresh.messages, fresh._shown = list(talk.messages), list(talk._shown)
+        fresh.messages, fresh._media = list(talk.messages), list(talk._media)
         answer = said(talk.ask(question))
         assert said(fresh.ask(question)) == answer and answer
         assert fresh.figures.cached_tokens == 0 and fresh.figures.new_tokens == talk.figures.new_tokens
@@ -183,8 +183,8 @@ def test_thoughts_are_not_carried_along(loaded):
     assert talk.messages[0]["thinking"] is True
     prompt = loaded[1].apply_chat_template(talk.messages)
     assert "How many?/think" in prompt
-    assert keye.inference.chat._said("<think>why</think><answer>3</answer>") == "<answer>3</answer>"
-    assert keye.inference.chat._said("<think>cut off") == ""
+    assert keye.inference.chat._reply_for_history("<think>why</think><answer>3</answer>") == "<answer>3</answer>"
+    assert keye.inference.chat._reply_for_history("<think>cut off") == ""
 
 
 @pytest.mark.parametrize(
