@@ -46,7 +46,7 @@ def test_there_and_back_on_the_command_line(command, tmp_path: Path) -> None:
     code, text = command("init", tmp_path / "text", "--vision", tmp_path / "vision", "--out", tmp_path / "keye")
     assert (
         code == 0
-        and "drawn at random: model.projector" in text
+        and "initialised at random: model.projector" in text
         and "68 tensors fit" in text
         and str(tmp_path / "keye") in text
     )

@@ -249,7 +249,7 @@ def test_encoder_keeps_its_objects_where_it_can() -> None:
         (user({"type": "video", "video": "a.mp4", "urls": {}}), "urls is not known"),
         (user({"type": "video", "video": "a.mp4", "fps": "2"}), "fps is '2'; give a number"),
         (user({"type": "video", "video": "a.mp4", "nframes": 2.5}), "nframes is 2.5; give a whole number"),
-        (user({"type": "video", "video": "a.mp4", "start": 1, "video_start": 2}), "start too"),
+        (user({"type": "video", "video": "a.mp4", "start": 1, "video_start": 2}), "also as start"),
         (user({"type": "video", "video": "a.mp4", "timestamps": "0 1"}), "timestamps is '0 1'"),
         ([{"role": "user", "content": "a", "thinking": "yes"}], "thinking is true or false"),
         ([{"role": "user", "content": "a", "reasoning_content": "b"}], "role user has reasoning_content"),
@@ -265,7 +265,7 @@ def test_what_is_out_of_form_is_named(processor: KeyeProcessor, messages: object
 def test_thinking_out_of_form_is_named() -> None:
     with pytest.raises(ManifestError, match="thinking is 'yes'"):
         read_chat(user(text("a")), thinking="yes")
-    with pytest.raises(ManifestError, match="there is none"):
+    with pytest.raises(ManifestError, match="needs a user message"):
         read_chat([{"role": "system", "content": "a"}], thinking=True, generating=True)
     with pytest.raises(ManifestError, match="use min_tokens"):
         read_options("image", {"tokens": 3})

@@ -175,9 +175,9 @@ def test_assistant_masks_and_ids_alone(processor: KeyeProcessor) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"do_rescale": True}, "does not know do_rescale"),
-        ({"processor_kwargs": {"sizes": 3}}, "does not know sizes"),
-        ({"enable_thinking": True}, "does not know enable_thinking"),
+        ({"do_rescale": True}, "has no argument do_rescale"),
+        ({"processor_kwargs": {"sizes": 3}}, "has no argument sizes"),
+        ({"enable_thinking": True}, "has no argument enable_thinking"),
         ({"tools": [{}]}, "tools is not supported"),
         ({"return_tensors": "tf"}, "return_tensors is 'tf'"),
         ({"padding": "most"}, "padding is 'most'"),
