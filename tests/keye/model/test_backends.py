@@ -23,7 +23,7 @@ FLASH = ("flash4", "flash3", "flash2")
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """Choices are cached for a process; here each test makes its own."""
-    kept = (backends.choose, backends._say)
+    kept = (backends.choose, backends._report_once)
     for cache in kept:
         cache.cache_clear()
     yield
