@@ -160,7 +160,8 @@ def test_parts_that_do_not_fit_are_named_and_leave_nothing(tmp_path: Path) -> No
 
 def test_a_recipe_starts_from_such_a_directory(tmp_path: Path) -> None:
     from stages import recipe as recipes
-    from stages.run import load_model, make_processor, prepare_tokenizer
+    from stages.distributed.weights import open_start
+    from stages.run import make_processor, prepare_tokenizer, start_of
 
     parts.decoder(tmp_path / "text", "llama", dtype=torch.bfloat16)
     parts.siglip(tmp_path / "vision")
@@ -170,7 +171,7 @@ def test_a_recipe_starts_from_such_a_directory(tmp_path: Path) -> None:
     prepare_tokenizer(recipe, tmp_path / "run")
     name = recipe.stages[0]
     processor = make_processor(recipe, getattr(recipe, name), tmp_path / "run")
-    model = load_model(name, recipe, tmp_path / "run")
+    model = open_start(start_of(name, recipe, tmp_path / "run")).build(torch.float32)
     assert model.dtype == torch.float32 and model.config.text_config.model_type == "llama"
     assert len(processor.tokenizer) <= model.config.text_config.vocab_size
     assert processor.token_id("<|video_pad|>") == model.config.video_token_id
