@@ -88,7 +88,10 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from torch.distributed.run import get_args_parser
 
         launch = get_args_parser().parse_args(words)
-        check_script([launch.training_script, *launch.training_script_args], monkeypatch)
+        if launch.module:
+            check_parsed(launch.training_script, launch.training_script_args, monkeypatch)
+        else:
+            check_script([launch.training_script, *launch.training_script_args], monkeypatch)
     elif program == "deepspeed":
         from deepspeed.launcher.runner import parse_args
 
