@@ -73,7 +73,7 @@ def test_kinds_keep_their_share_whatever_the_weights_inside():
     ]
     mixture, key = {"video": 0.8, "text": 0.2}, "data.sources"
     assert [share for _, share in _shares("alignment", mixture, sources, key)] == pytest.approx([0.6, 0.2, 0.2])
-    with pytest.raises(RecipeError, match="wants image"):
+    with pytest.raises(RecipeError, match="names image, but no data source of that kind"):
         _shares("alignment", {"image": 1.0}, sources, key)
     with pytest.raises(RecipeError, match="no data source is for the stage alignment"):
         _shares("alignment", mixture, [], key)
