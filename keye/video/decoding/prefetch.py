@@ -52,13 +52,14 @@ class Prefetcher(Iterator[Item]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread and wait for it; called again, it does nothing, even at interpreter shutdown."""
-        if self._closed:
+        """Stop the thread and wait for it, also when another thread is closing it; called again, it does nothing."""
+        if self._closed and not self._thread.is_alive():
             return
         self._closed = self._done = True
         self._halt.set()
         _open.discard(self)
-        while self._thread.is_alive():
+        # Every caller waits: what it frees next, such as the container, is in use until the thread has ended.
+        while self._thread.is_alive() and self._thread is not threading.current_thread():
             try:  # the thread may be waiting for space in the queue
                 self._queue.get_nowait()
             except queue.Empty:

@@ -508,6 +508,29 @@ print(next(kept))
     assert (ended.returncode, ended.stdout.split("\n")[:2]) == (0, ["1", "['MainThread']"]), ended.stderr
 
 
+def test_every_close_waits_until_the_thread_has_ended():
+    """The second caller frees what the generator uses: a container that is closed while it is read is a crash."""
+    inside, leave, halt = threading.Event(), threading.Event(), threading.Event()
+
+    def items():
+        yield 0
+        inside.set()
+        leave.wait()
+
+    ahead = Prefetcher(items(), 2, halt)
+    assert next(ahead) == 0 and inside.wait(30)
+    first, second = threading.Thread(target=ahead.close), threading.Thread(target=ahead.close)
+    first.start()
+    assert halt.wait(30)  # the first is closing it
+    second.start()
+    second.join(0.3)
+    early = not second.is_alive()
+    leave.set()
+    first.join(30)
+    second.join(30)
+    assert not early and not first.is_alive() and not second.is_alive()
+
+
 def test_the_end_of_the_program_waits_for_a_daemon_that_reads(tmp_path):
     """Ended inside PyAV or torch it would abort the process: "terminate called without an active exception"."""
     script = """
