@@ -327,7 +327,6 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         visual_features: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
@@ -338,12 +337,14 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
 
         Args:
             labels: `[B, L]`, −100 at tokens without a loss.
-            shift_labels: labels already shifted one to the left, as packing and sequence parallelism need; no logits
-                are returned with them.
             num_items_in_batch: divisor of the summed loss; by default the number of labels.
             logits_to_keep: number of last tokens that get logits, 0 for all; or the indices of tokens.
             mm_token_type_ids: accepted because tools pass it; not used, the ids contain the same information.
+            kwargs: `shift_labels` `[B, L]`, labels already shifted one to the left, as packing and sequence parallelism
+                need; no logits are returned with them. A Trainer would require each parameter whose name contains
+                "label" in every batch.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

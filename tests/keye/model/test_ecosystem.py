@@ -284,3 +284,22 @@ def test_transformers_trainer_trains_it(model: KeyeForConditionalGeneration, tmp
     trainer.save_model(str(tmp_path / "saved"))
     again = KeyeForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
     torch.testing.assert_close(logits(again), logits(trainer.model.eval()))
+
+
+def test_transformers_trainer_evaluates_and_loads_the_best_model(
+    model: KeyeForConditionalGeneration, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, per_device_eval_batch_size=8, report_to=[],
+        use_cpu=True, remove_unused_columns=False, disable_tqdm=True, eval_strategy="steps", eval_steps=1,
+        save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=Streams(), eval_dataset=Streams())
+    assert trainer.label_names == ["labels"]
+    with torch.no_grad():
+        expected = model.eval()(**collate([Streams()[index] for index in range(8)])).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    trainer.train()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert trainer.state.best_metric == min(losses[-2:]) == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
