@@ -1,11 +1,16 @@
 """Results of an encoder: patches for a model of this project, frames for any other, decisions of a stream."""
 
-from collections.abc import Iterable, Sequence
+import difflib
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
 import torch
 
+from keye.encoder_config import EncoderConfig
+from keye.errors import KeyeError, VideoError
 from keye.slowfast.budget import size_tokens
 from keye.slowfast.pixels import Output, PixelFormat, as_bytes
 from keye.slowfast.plan import VideoPlan
@@ -31,11 +36,21 @@ class EncodedVideo:
     features: torch.Tensor | None = None
     format: PixelFormat = PixelFormat()
 
-    def to(self, **output: Unpack[Output]) -> "EncodedVideo":
+    def to(self, *target: torch.dtype | torch.device | str, **output: Unpack[Output]) -> "EncodedVideo":
         """The same video with its pixels in another format.
 
-        output: dtype, device, mean and std, see `PixelFormat`; each that is not given takes its default.
+        Args:
+            target: a dtype, a device or both, as for a tensor's `to`: the same as by name.
+            output: dtype, device, mean and std, see `PixelFormat`; each that is not given takes its default.
+
+        Raises:
+            KeyeError: an option is unknown, impossible or given twice.
         """
+        for value in target:
+            name = "dtype" if isinstance(value, torch.dtype) else "device"
+            if name in output:
+                raise KeyeError(f"{name} is given twice; give it once")
+            output[name] = value
         wanted = PixelFormat.of(output)
         if wanted == self.format:
             return self
@@ -121,10 +136,56 @@ class Options(Sampling, Output, total=False):
     """Options of a call: for reading the source, and for the pixel format."""
 
 
+def check_options(given: Mapping[str, object], pixels: bool, more: Iterable[str] = ()) -> None:
+    """Refuse options that a call does not have, before any work.
+
+    Args:
+        given: the options by name.
+        pixels: whether the call makes pixels, so that it has the options of `Output`.
+        more: the call's other arguments, for the suggestion.
+
+    Raises:
+        KeyeError: a name is unknown; the message says where a setting belongs, or suggests the nearest name.
+    """
+    known = (*Sampling.__annotations__, *(Output.__annotations__ if pixels else ()))
+    for name in given:
+        if name in known:
+            continue
+        if name in EncoderConfig.names():
+            raise KeyeError(f"{name} is a setting of the encoder; use encoder.with_settings({name}=...)")
+        if name in Output.__annotations__:
+            raise KeyeError(f"{name} is an option of pixels, and a plan has none; call the encoder, or omit {name}")
+        near = difflib.get_close_matches(name, (*known, *more), n=1, cutoff=0.0)[0]
+        raise KeyeError(f"{name} is not an option; did you mean {near}?")
+
+
+def refuse_one_path(given: object, message: str) -> None:
+    """Raise VideoError with `message` for a path or bytes where a sequence is expected."""
+    if isinstance(given, str | bytes | bytearray | os.PathLike):
+        raise VideoError(message)
+
+
 def split_options(options: Options) -> tuple[Output, Sampling]:
-    """(options for the pixel format, options for reading the source) of the options of a call."""
+    """(options for the pixel format, options for reading the source) of the options of a call.
+
+    Raises:
+        KeyeError: an option is unknown.
+    """
+    check_options(options, pixels=True)
     output: Output = {name: options[name] for name in Output.__annotations__ if name in options}
     return output, {name: value for name, value in options.items() if name not in output}
+
+
+def time_after(before: float | None, time: object, index: int) -> float:
+    """The time of a stream's frame as a float, if it is finite and after the one before."""
+    try:
+        seconds = float(time)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not math.isfinite(seconds) or (before is not None and seconds <= before):
+        after = "" if before is None else f" above {before:g}, the time of the frame before"
+        raise VideoError(f"the time of frame {index} is {time!r}; give finite seconds{after}")
+    return seconds
 
 
 def encode_patches(

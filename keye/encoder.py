@@ -18,8 +18,11 @@ from keye.encoded import (
     FrameDecision,
     Options,
     Sampling,
+    check_options,
     encode_patches,
+    refuse_one_path,
     split_options,
+    time_after,
 )
 from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError, VideoError
@@ -167,7 +170,9 @@ class SlowFastEncoder:
 
         Raises:
             VideoError: the source cannot be read.
+            KeyeError: an option is unknown.
         """
+        check_options(sampling, pixels=False)
         with self._open(source, sampling) as clip:
             return self._walk(clip, None)[0]
 
@@ -187,7 +192,7 @@ class SlowFastEncoder:
 
         Raises:
             VideoError: the source cannot be read.
-            KeyeError: the pixel format is impossible.
+            KeyeError: an option is unknown, or the pixel format is impossible.
         """
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output)
@@ -219,7 +224,7 @@ class SlowFastEncoder:
 
         Raises:
             VideoError: the source cannot be read.
-            KeyeError: a size or the pixel format is impossible.
+            KeyeError: an option is unknown, or a size or the pixel format is impossible.
         """
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output, torch.uint8)
@@ -261,17 +266,18 @@ class SlowFastEncoder:
 
         Raises:
             KeyeError: the policy needs all frames to decide.
-            VideoError: a frame has another size than the first.
+            VideoError: a frame has another size than the first, or a time that is not after the one before.
         """
+        refuse_one_path(frames, "a stream takes frames, not a file; use encoder.plan for a file")
         return self._stream(FrameClassifier(self.measure, self.policy, remember=False), frames)
 
     def _stream(
         self, classifier: FrameClassifier, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]
     ) -> Iterator[FrameDecision]:
-        sizes = first = None
+        sizes = first = before = None
         for index, item in enumerate(frames):
             time, frame = item if isinstance(item, tuple) else (index / self.fps, item)
-            frame = load_image(frame)
+            before, frame = time_after(before, time, index), load_image(frame)
             if sizes is None:
                 first = tuple(frame.shape[1:])
                 ample = 2 * self.max_tokens_per_frame
@@ -283,7 +289,7 @@ class SlowFastEncoder:
                     " give frames of one size"
                 )
             (kind,), (score,) = classifier.step(frame[None])
-            yield FrameDecision(index, float(time), kind, score, sizes[kind], index >= self.most_frames)
+            yield FrameDecision(index, before, kind, score, sizes[kind], index >= self.most_frames)
 
     def encode_many(self, sources: Sequence[Source], **options: object) -> "Results":
         """Plan or encode many videos in worker processes; options: see `keye.batch.workers.encode_many`."""

@@ -21,7 +21,7 @@ from keye.batch.protocol import Encoder
 from keye.batch.results import Done, Failure, Results, sentence
 from keye.batch.worker import Limits, Work, Worker
 from keye.checks import integer
-from keye.encoded import split_options
+from keye.encoded import check_options, refuse_one_path, split_options
 from keye.errors import KeyeError
 from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
@@ -77,6 +77,7 @@ def encode_many(
     """
     if on_error not in ("collect", "raise"):
         raise KeyeError(f'on_error={on_error!r} is not known; use "collect" or "raise"')
+    check_options(options, pixels, encode_many.__kwdefaults__)
     total = len(sources) if hasattr(sources, "__len__") else None
     shown = sys.stderr.isatty() if progress is None else progress
     found: dict[int, Done] = {}
@@ -108,6 +109,8 @@ def iter_many(
     At most two sources per worker are in progress, so memory does not grow with their number. Features of an encoder
     with a vision tower are computed in this process.
     """
+    check_options(options, pixels, iter_many.__kwdefaults__)
+    refuse_one_path(sources, "the videos are one path or bytes; give a list of videos: [path]")
     workers = None if workers is None else integer("workers", workers, 0)
     limits = Limits.of(max_seconds, max_memory)
     cache = cache if cache is None or isinstance(cache, Cache) else Cache(cache)

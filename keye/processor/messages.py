@@ -187,6 +187,8 @@ def located(kind: str, source: Any, base: Path) -> Any:
         ManifestError: a source that cannot be an image or video.
     """
     if isinstance(source, str | os.PathLike):
+        if not os.fspath(source):  # the path would be the base folder itself
+            raise ManifestError(f"a {kind} element names no file: write {{'type': '{kind}', '{kind}': PATH}}")
         return source if scheme_of(source) else base / source
     if isinstance(source, _ONE) or hasattr(source, "read"):
         return source

@@ -110,6 +110,12 @@ class PixelFormat:
             raise KeyeError(f"dtype is {self.dtype}; give torch.uint8, float32, float16 or bfloat16")
         if self.dtype == torch.uint8 and (self.mean, self.std) != (HALF, HALF):
             raise KeyeError("bytes are not normalised; give mean and std with a float dtype, or leave them out")
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch is built without it
+                reason = str(error).splitlines()[0]
+                raise KeyeError(f"device {self.device} cannot be used ({reason:.120}); give another") from error
         if not all(value > 0 for value in self.std):
             raise KeyeError(f"std is {self.std}; give numbers above 0")
 

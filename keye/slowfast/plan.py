@@ -198,6 +198,8 @@ class VideoPlan:
             raise VideoError(f"{path} does not exist; check the path")
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except VideoError as error:
+            raise VideoError(f"{path}: {error}") from error
         except UnicodeDecodeError as error:
             raise VideoError(f"{path} is a binary file, not a video plan; make the plan again") from error
 

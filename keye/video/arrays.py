@@ -4,6 +4,7 @@ Channels may be first or last: three are RGB, one is grey, four are RGB and opac
 be 0 to 255, floats 0 to 1 (as in torchvision and scikit-image).
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ _CHANNELS = (1, 3, 4)
 _TO_BYTES = {
     "signed": "((values + 1) * 127.5).round().to(torch.uint8) if they are in [-1, 1]",
     "large": "values.round().to(torch.uint8) if they are in [0, 255]",
-    "other": "undo their normalisation and give uint8",
+    "other": "uint8; undo their normalisation first",
 }
 
 
@@ -113,7 +114,9 @@ def _as_bytes(values: Values, name: str) -> torch.Tensor:
         if least < 0 or most > 255:
             raise VideoError(f"{name} has integers from {least} to {most}; give uint8 in [0, 255]")
         return values.to(torch.uint8)
-    if not (least >= 0 and most <= 1):  # also where one of them is NaN
+    if math.isnan(least):  # aminmax is NaN where one of the values is
+        raise VideoError(f"{name} has values that are not numbers (NaN); find what computed them, or give uint8")
+    if not (least >= 0 and most <= 1):
         kind = "signed" if -1 <= least < 0 and most <= 1 else "large" if least >= 0 and most <= 255 else "other"
         raise VideoError(
             f"{name} has floats from {least:.4g} to {most:.4g}, but floats must be 0 to 1; give {_TO_BYTES[kind]}"

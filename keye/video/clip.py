@@ -219,6 +219,8 @@ def _resolve(
     if scheme not in (None, "file"):
         return url_name(source), stack.enter_context(download(source, urls))
     if isinstance(source, str | os.PathLike):
+        if not os.fspath(source):  # Path("") is the working directory, and its pictures would be a video
+            raise VideoError("a video names no file; give a path, a URL or bytes")
         return _resolve_path(path_name(source), file_path(source) if scheme else Path(source))
     if isinstance(source, bytes | bytearray | memoryview):
         return f"{memoryview(source).nbytes} bytes", io.BytesIO(source)

@@ -91,6 +91,8 @@ def file_path(url: str) -> Path:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
         raise VideoError(f"{url} names the machine {parts.netloc!r}; give a local path, as in file:///videos/a.mp4")
+    if not parts.path:
+        raise VideoError(f"{url} names no file; write it as file:///videos/a.mp4")
     return Path(url2pathname(parts.path))
 
 

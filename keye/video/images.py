@@ -86,6 +86,8 @@ def _open(source: ImageSource, urls: UrlRules | None, stack: ExitStack) -> tuple
         return url_name(source), stack.enter_context(download(source, urls))
     if not isinstance(source, str | os.PathLike):
         raise VideoError(f"the image is a {type(source).__name__}; give a path, bytes or uint8 values")
+    if not os.fspath(source):
+        raise VideoError("an image names no file; give a path, a URL or bytes")
     path = file_path(source) if scheme else Path(source)
     if not os.path.isfile(path):
         raise VideoError(f"{path_name(source)} does not exist; check the path")

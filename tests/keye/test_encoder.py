@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +353,69 @@ def test_policies_and_frames_that_cannot_be_streamed():
         SlowFastEncoder(policy="two_stream").stream([])
     with pytest.raises(VideoError, match="frame 1 is 30x30 pixels and the first 40x40"):
         list(SlowFastEncoder().stream([noise(3, 40, 40), noise(3, 30, 30)]))
+    for path in ("clip.mp4", Path("clip.mp4"), b"clip"):
+        with pytest.raises(VideoError, match="a stream takes frames, not a file"):
+            SlowFastEncoder().stream(path)
+
+
+@pytest.mark.parametrize("times", [(math.nan,), (math.inf,), ("a",), (None,), (1.0, 0.5), (1.0, 1.0)])
+def test_times_of_a_stream_are_finite_and_ascend(times):
+    stream = SlowFastEncoder().stream([(time, noise(3, 40, 40)) for time in times])
+    with pytest.raises(VideoError, match=f"the time of frame {len(times) - 1} is .*; give finite seconds"):
+        list(stream)
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    encoder = SlowFastEncoder()
+    assert len(encoder.plan(".")) == 1
+    for source in ("", {"path": "", "bytes": None}):
+        with pytest.raises(VideoError, match="a video names no file"):
+            encoder.plan(source)
+        with pytest.raises(VideoError, match="an image names no file"):
+            encoder.image(source)
+    with pytest.raises(VideoError, match="names no file"):
+        encoder.plan("file://")
+    with pytest.raises(VideoError, match="an image names no file"):
+        encoder.plan([tmp_path / "a.png", ""], source_fps=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"fps": 1}, "fps is a setting of the encoder; use encoder.with_settings\\(fps="),
+        ({"max_frames": 1}, "max_frames is a setting of the encoder"),
+        ({"strat": 1}, "strat is not an option; did you mean start"),
+        ({"urls": None}, "urls is not an option"),
+    ],
+)
+def test_unknown_options_are_refused_before_any_work(wrong, match):
+    encoder = SlowFastEncoder()
+    for call in (encoder, encoder.plan, encoder.frames):
+        with pytest.raises(KeyeError, match=match):
+            call("missing.mp4", **wrong)
+    with pytest.raises(KeyeError, match="dtpye is not an option; did you mean dtype"):
+        encoder("missing.mp4", dtpye=torch.uint8)
+    with pytest.raises(KeyeError, match="dtype is an option of pixels"):
+        encoder.plan("missing.mp4", dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("device", ["fast", "cuda:99"])
+def test_a_device_that_torch_lacks_is_refused_before_planning(device):
+    with pytest.raises(KeyeError, match=f"device {device} cannot be used") as error:
+        SlowFastEncoder()("missing.mp4", device=device)
+    assert "\n" not in str(error.value)
+
+
+def test_formats_by_position():
+    video = SlowFastEncoder(**TINY)(noise(2, 3, 56, 56), source_fps=1, dtype=torch.uint8)
+    expected = video.to(dtype=torch.bfloat16, device="cpu")
+    for target in ((torch.bfloat16,), ("cpu", torch.bfloat16), (torch.device("cpu"), torch.bfloat16)):
+        assert torch.equal(video.to(*target).pixel_values, expected.pixel_values)
+    assert video.to("cpu").format == video.to(device="cpu").format
+    with pytest.raises(KeyeError, match="dtype is given twice"):
+        video.to(torch.bfloat16, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("policy", ["adaptive_budget:share=0.2", "two_stream:slow=3,fast_tokens=4"])

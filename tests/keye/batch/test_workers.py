@@ -207,6 +207,18 @@ def test_impossible_settings_are_reported_first(videos):
         encode_many(encoder, videos, workers=-1)
     with pytest.raises(KeyeError, match="on_error"):
         encode_many(encoder, videos, on_error="ignore")
+    for one in (str(videos[0]), videos[0], b"video"):
+        with pytest.raises(VideoError, match=r"give a list of videos: \[path\]"):
+            encode_many(encoder, one)
+    for wrong, match in (
+        ({"fps": 1}, r"fps is a setting of the encoder; use encoder.with_settings\(fps="),
+        ({"worker": 2}, "worker is not an option; did you mean workers"),
+        ({"on_eror": "raise"}, "did you mean on_error"),
+        ({"dtype": torch.uint8}, "dtype is an option of pixels, and a plan has none"),
+        ({"pixels": True, "dtpye": torch.uint8}, "did you mean dtype"),
+    ):
+        with pytest.raises(KeyeError, match=match):
+            encoder.encode_many(videos, **wrong)
     encoder.measure = type("Local", (Fatal,), {"__module__": "__main__"})()
     with pytest.raises(KeyeError, match="defined in the script itself"):
         encode_many(encoder, videos, workers=2)

@@ -114,7 +114,7 @@ def test_wrong_files_are_one_sentence(tmp_path):
     (tmp_path / "other.json").write_text('{"source": "x"}')
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     for name in ("none", "list", "torn", "other", "binary"):
-        with pytest.raises(VideoError, match="make the plan again|does not exist"):
+        with pytest.raises(VideoError, match=rf"/{name}\.json.*(make the plan again|does not exist)"):
             VideoPlan.load(tmp_path / f"{name}.json")
 
 

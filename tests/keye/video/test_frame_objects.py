@@ -214,7 +214,7 @@ def test_opacity_is_blended_as_pillow_does_it():
     [
         (torch.full((2, 3, 4, 5), -0.5), r"floats from -0.5 to -0.5.*give \(\(values \+ 1\) \* 127.5\)"),
         (torch.full((2, 3, 4, 5), 200.0), r"give values.round\(\).to\(torch.uint8\)"),
-        (torch.full((2, 3, 4, 5), float("nan")), "floats from nan to nan"),
+        (torch.full((2, 3, 4, 5), float("nan")), "not numbers \\(NaN\\)"),
         (torch.full((2, 3, 4, 5), 300), "integers from 300 to 300; give uint8"),
         (np.full((2, 3, 4, 5), -1, np.int8), "integers from -1 to -1"),
         (np.zeros((2, 3, 4, 5), np.uint16), "uint16; give .values >> 8."),
