@@ -28,7 +28,7 @@ from keye.checkpoint.shards import (
     write_json,
     write_shards,
 )
-from keye.errors import CheckpointError
+from keye.errors import CheckpointError, KeyeError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 
@@ -307,8 +307,17 @@ def _processor(source: Path, config: KeyeConfig) -> Any | None:
         raise CheckpointError(f"{source}: {len(tokenizer)} tokens with the special ones, but {rows} embeddings")
     given, area = _settings(source, "preprocessor_config.json"), names.TOKEN_SIDE**2
     limits = {"min_tokens": given.get("min_pixels", 0) // area, "max_tokens": given.get("max_pixels", 0) // area}
-    encoder = SlowFastEncoder.released().settings
-    processor = KeyeProcessor(tokenizer, encoder, {key: value for key, value in limits.items() if value})
+    # The two tables are in a directory that `export_released` wrote, with the settings the model was trained with.
+    encoder = given.get("encoder", SlowFastEncoder.released().settings)
+    image = given.get("image", {key: value for key, value in limits.items() if value})
+    where = f"{source / 'preprocessor_config.json'}: "
+    for key, value in (("encoder", encoder), ("image", image)):
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{where}{key} is {value!r:.80}; write a table, or remove it for the released one")
+    try:
+        processor = KeyeProcessor(tokenizer, encoder, image)
+    except KeyeError as error:
+        raise CheckpointError(f"{where}encoder: {error}") from error
     processor.configure(config)
     return processor
 

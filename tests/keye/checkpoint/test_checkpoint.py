@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor
+from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor, SlowFastEncoder
 from keye.checkpoint import released_layout as names
 from keye.checkpoint.convert import (
     Report,
@@ -267,6 +267,32 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     kept = {"auto_map": {"AutoProcessor": "x.Y"}, "min_pixels": 3200, "max_pixels": 28 * 28 * 1280, "extra": 1}
     assert preprocessor.items() >= kept.items()
     assert check(tmp_path / "back").clean
+
+
+def test_an_exported_directory_comes_back_with_its_own_encoder(tmp_path: Path) -> None:
+    released(tmp_path / "theirs")
+    convert_released(tmp_path / "theirs", tmp_path / "ours")
+    tokenizer = KeyeProcessor.from_pretrained(tmp_path / "ours").tokenizer
+    encoder = SlowFastEncoder(0.4, measure="patch_l1", fps=1, max_tokens=900).settings
+    for image in ({}, {"max_tokens": 77}):
+        KeyeProcessor(tokenizer, encoder, image).save_pretrained(tmp_path / "ours")
+        back = tmp_path / f"back{len(image)}"
+        export_released(tmp_path / "ours", back)
+        convert_released(back, tmp_path / f"again{len(image)}")
+        again = KeyeProcessor.from_pretrained(tmp_path / f"again{len(image)}")
+        assert again.encoder == encoder and again.image == image
+
+    path = back / "preprocessor_config.json"
+    values = json.loads(path.read_text())
+    for key, wrong, match in (
+        ("encoder", [1], "encoder is"),
+        ("encoder", {**encoder, "fps": 0}, "encoder: fps is 0"),
+        ("encoder", {"treshold": 1}, "did you mean threshold"),
+        ("image", 3, "image is 3"),
+    ):
+        path.write_text(json.dumps(values | {key: wrong}))
+        with pytest.raises(CheckpointError, match=f"preprocessor_config.json: .*{match}"):
+            convert_released(back, tmp_path / "wrong")
 
 
 def test_released_directory_loads_directly_and_is_saved_with_our_names(tmp_path: Path) -> None:
