@@ -258,17 +258,21 @@ class KeyeProcessor(ProcessorMixin):
         """Chat messages, or a list of such lists, → text (`tokenize=False`), ids or `KeyeInputs`.
 
         Other arguments (`max_length`, `padding`, `return_tensors`, …) are those of a call of the processor, or
-        variables of the template (for example `enable_thinking` of Qwen3's); unknown names are errors. Without
+        variables of the template; unknown names are errors. Without
         return_dict and return_tensors, ids are lists.
 
         Args:
-            thinking: see `sample`.
+            thinking: see `sample`; `enable_thinking` is the same, unless it is a variable of the template.
             return_assistant_tokens_mask: also return `assistant_masks` `[B, L]`, 1 at the assistant's words: those that
                 the template marks with `{% generation %}`, or all between `<|im_start|>assistant` and `<|im_end|>`.
         """
         template = chat_template or self.chat_template
         variables = {name: kwargs.pop(name) for name in variables_of(template, kwargs)}
-        settings = call_settings(kwargs)
+        alias = kwargs.pop("enable_thinking", None)  # a variable where the template has it
+        if alias is not None and thinking is not None and alias != thinking:
+            raise ArgumentError(f"thinking is given twice, as {thinking!r} and {alias!r}; give it once")
+        thinking = alias if thinking is None else thinking
+        settings = call_settings(kwargs, ("thinking",))
         batched = not isinstance(conversation, str) and bool(conversation) and not hasattr(conversation[0], "keys")
         chats = [
             self._chat(

@@ -82,8 +82,8 @@ class CallSettings:
         return replace(visual, options=options)
 
 
-def call_settings(given: Mapping[str, Any]) -> CallSettings:
-    """The settings in the keyword arguments of a call.
+def call_settings(given: Mapping[str, Any], more: Sequence[str] = ()) -> CallSettings:
+    """The settings in the keyword arguments of a call; more: the call's other arguments, for messages.
 
     Raises:
         ArgumentError: one that is unknown, given twice or out of range; the message names it.
@@ -107,7 +107,8 @@ def call_settings(given: Mapping[str, Any]) -> CallSettings:
     known = list(CallSettings.__dataclass_fields__)
     unknown = [name for name in flat if name not in known]
     if unknown:
-        raise ArgumentError(f"the processor has no argument {', '.join(unknown)}; use {', '.join(known)}")
+        names = dict.fromkeys((*known, "fps", "num_frames", *more))
+        raise ArgumentError(f"the processor has no argument {', '.join(unknown)}; use {', '.join(names)}")
     _check(flat)
     for kind in ("image", "video"):
         options = flat.get(f"{kind}s_kwargs")

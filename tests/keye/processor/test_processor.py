@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor, pipeline
 
 from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor, SlowFastEncoder
-from keye.errors import KeyeError, ManifestError
+from keye.errors import ArgumentError, KeyeError, ManifestError
 
 
 def clip(frames: int, changes_at: int, seed: int = 0) -> np.ndarray:
@@ -177,7 +177,7 @@ def test_assistant_masks_and_ids_alone(processor: KeyeProcessor) -> None:
     [
         ({"do_rescale": True}, "has no argument do_rescale"),
         ({"processor_kwargs": {"sizes": 3}}, "has no argument sizes"),
-        ({"enable_thinking": True}, "has no argument enable_thinking"),
+        ({"num_frame": 3}, "has no argument num_frame; use .*, fps, num_frames"),
         ({"tools": [{}]}, "tools is not supported"),
         ({"return_tensors": "tf"}, "return_tensors is 'tf'"),
         ({"padding": "most"}, "padding is 'most'"),
@@ -218,6 +218,22 @@ def test_a_template_marks_the_assistants_words(processor: KeyeProcessor) -> None
         for name in own:
             assert torch.equal(own[name], plain[name]), name
         assert processor.decode(own["input_ids"][own["assistant_masks"].bool()]) == answer + "<|im_end|>"
+
+
+def test_enable_thinking_is_another_name_of_thinking(processor: KeyeProcessor) -> None:
+    chats = [{"role": "user", "content": "red"}]
+    options = {"add_generation_prompt": True}
+    for mode in (True, False):
+        expected = processor.apply_chat_template(chats, thinking=mode, **options)
+        assert expected != processor.apply_chat_template(chats, **options)
+        assert processor.apply_chat_template(chats, enable_thinking=mode, **options) == expected
+        assert processor.apply_chat_template(chats, enable_thinking=mode, thinking=mode, **options) == expected
+    with pytest.raises(ArgumentError, match="thinking is given twice"):
+        processor.apply_chat_template(chats, enable_thinking=True, thinking=False)
+    with pytest.raises(ArgumentError, match="has no argument thinkin; use .*, thinking$"):
+        processor.apply_chat_template(chats, thinkin=True)
+    with pytest.raises(ArgumentError, match="has no argument enable_thinking"):
+        processor(text="red", enable_thinking=True)
 
 
 def test_variables_of_a_template_reach_it(processor: KeyeProcessor) -> None:
