@@ -126,7 +126,7 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
         if name in NEUTRAL and value not in (None, NEUTRAL[name]):
             raise RequestError(f"{name} must be {json.dumps(NEUTRAL[name])}", param=name)
         # Ignoring an unknown field would return answers that were sampled differently than requested.
-        if name not in (*NEUTRAL, *READ, *LABELS) and value not in (None, [], False):
+        if name not in (*NEUTRAL, *READ, *LABELS) and value not in (None, [], {}, False):
             raise RequestError(f"{name[:40]} is not supported; omit it", param=name)
     messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -194,8 +194,10 @@ def _number(given: Mapping[str, Any], name: str, integer: bool = False) -> Any:
 
 
 def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
-    limits = [_number(given, name, integer=True) for name in ("max_completion_tokens", "max_tokens")]
-    limit = next((value for value in limits if value is not None), most_tokens)
+    limits = {name: _number(given, name, integer=True) for name in ("max_completion_tokens", "max_tokens")}
+    limit_name, limit = next(((k, v) for k, v in limits.items() if v is not None), ("max_tokens", most_tokens))
+    if limit < 1:
+        raise RequestError(f"{limit_name} is {limit}; give 1 or more", param=limit_name)
     stop = given.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(text, str) for text in stop):
@@ -216,8 +218,7 @@ def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
     except RequestError:
         raise
     except KeyeError as error:
-        name = str(error).split()[0]
-        raise RequestError(str(error), param="max_tokens" if name == "max_new_tokens" else name) from error
+        raise RequestError(str(error), param=str(error).split()[0]) from error
 
 
 def _thinking(given: Mapping[str, Any]) -> bool | None:

@@ -152,7 +152,7 @@ def test_thoughts_have_a_field_of_their_own(address, loaded, monkeypatch):
         (user(words("?"), top_k=-3), 400, "top_k is -3"),
         (user(words("?"), min_p=2), 400, "min_p is 2"),
         (user(words("?"), temperature="hot"), 400, "temperature is 'hot'"),
-        (user(words("?"), max_tokens=0), 400, "max_new_tokens is 0"),
+        (user(words("?"), max_tokens=0), 400, "max_tokens is 0; give 1 or more"),
         (user(words("?"), seed=2**70), 400, "64 bits"),
         (user(words("?"), stop=[1]), 400, "stop must be a string"),
         (user({"type": "input_audio"}), 400, "must be text or one of"),
@@ -353,7 +353,7 @@ def test_the_fields_of_a_request_are_read():
             {"role": "user", "content": [video("https://example.org/a.mp4", fps=1, start=2)]},
         ],
         **{"max_tokens": 50, "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": "\n", "user": "x", "n": 1},
-        **{"top_k": 40, "min_p": 0.1, "response_format": {"type": "text"}},
+        **{"logit_bias": {}, "top_k": 40, "min_p": 0.1, "response_format": {"type": "text"}},
         "chat_template_kwargs": {"enable_thinking": False},
     }
     got = read_request(json.dumps(asked).encode(), Access(urls=UrlRules()), 20)
