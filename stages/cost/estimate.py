@@ -219,9 +219,11 @@ def _estimate(
     else:
         packs, ranks = settings.global_batch_size, gpus // settings.sequence_parallel
         if gpus % settings.sequence_parallel or packs % ranks:
+            sequence, stage = settings.sequence_parallel, stage_of(name)
             raise RecipeError(
-                f"{name}: {packs} packs, each on {settings.sequence_parallel} ranks, cannot be divided by {gpus} GPUs; "
-                f"give a number of GPUs that divides {packs * settings.sequence_parallel}"
+                f"{name}: {packs} packs, each on {sequence} ranks, cannot be divided by {gpus} GPUs; give --gpus a "
+                f"multiple of {sequence} that divides {packs * sequence}, or change {stage}.sequence_parallel or "
+                f"{stage}.global_batch_size"
             )
         total = sum(counts.values())
         frozen = stage_of(name) == "alignment"

@@ -309,6 +309,12 @@ def test_intermediate_contexts_cost_the_same_memory(keye_8b: Recipe):
 def test_gpus_that_cannot_share_the_packs_are_named(keye_8b: Recipe):
     with pytest.raises(RecipeError, match="alignment: 256 packs, each on 1 ranks, cannot be divided by 48 GPUs"):
         estimate(replace(keye_8b, vision=None), GPU, 48)
+    sequence = replace(keye_8b, vision=None, alignment=replace(keye_8b.alignment, sequence_parallel=2))
+    advice = "give --gpus a multiple of 2 that divides 512, or change alignment.sequence_parallel or alignment.global_"
+    with pytest.raises(RecipeError, match=advice):
+        estimate(sequence, GPU, 1)
+    for gpus in (2, 512):
+        estimate(replace(sequence, multitask=None, annealing=None), GPU, gpus)
     with pytest.raises(RecipeError, match="vision: 8192 pairs cannot be shared by 48 ranks evenly"):
         estimate(keye_8b, GPU, 48)
     with pytest.raises(KeyeError, match="--gpu h300 is not known; use one of "):

@@ -243,12 +243,26 @@ def test_remote_files_are_read_as_local_ones(folder, processor, address, streami
         ("rows.jsonl", {"format": "json"}, "not JSON"),
         ("rows.jsonl", {"format": "webdataset"}, "not a plain tar"),
         ("rows.jsonl", {"kind": "video"}, "no video samples"),
-        ("parquet", {"columns": {"image": "photo"}}, "no image samples"),
+        ("parquet", {"columns": {"image": "photo"}}, "no image samples.*no column photo; the columns are asked"),
+        (
+            "parquet",
+            {"columns": {}},
+            r"columns are asked, picture, said; map them in .*columns, as columns = \{question",
+        ),
     ],
 )
 def test_errors_of_reading_name_the_reason(folder, processor, path, more, said):
     with pytest.raises(ManifestError, match=said):
         opened(folder, path, processor, **more)
+
+
+def test_files_without_rows_and_of_other_formats_are_named(processor, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ManifestError, match="empty.jsonl: has no rows"):
+        opened(tmp_path, "empty.jsonl", processor)
+    with pytest.raises(ManifestError, match="table.csv: tables of text are not supported; write Parquet or JSONL"):
+        opened(tmp_path, "table.csv", processor)
 
 
 def test_a_folder_without_data_is_named(processor, tmp_path):

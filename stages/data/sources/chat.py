@@ -73,7 +73,8 @@ def _chat(row: Row) -> Any:
     if row.get("text") is not None:
         return [{"role": "assistant", "content": row["text"]}]
     has = ", ".join(sorted(map(str, row))) or "nothing"
-    raise ManifestError(f"no 'messages' list; the columns are {has}; map them in data.sources.columns")
+    example = "columns = {question = 'NAME', answer = 'NAME'}"
+    raise ManifestError(f"no 'messages' list; the columns are {has}; map them in data.sources.columns, as {example}")
 
 
 def _renamed(raw: Row, columns: dict[str, str]) -> Row:

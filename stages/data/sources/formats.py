@@ -216,6 +216,8 @@ def format_of(recipe: SourceRecipe, path: str) -> str:
         return recipe.format
     if re.fullmatch(r"hf://(?!datasets/)[\w.-]+/[\w.-]+", path):
         return "hub"
+    if path.endswith((".csv", ".tsv")):
+        raise ManifestError(f"{path}: tables of text are not supported; write Parquet or JSONL: {', '.join(SUFFIXES)}")
     if Path(path).is_dir():
         found = [SUFFIXES[s] for s in SUFFIXES if any(Path(path).rglob(f"*{s}"))]
         if not found:
@@ -289,6 +291,9 @@ def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:
         return [Lines(file, _loaded("text", [str(_as_lines(file))])[0]) for file in files]
     if kind == "parquet":
         return [_parquet(file) for file in files]
+    for file in files:
+        if os.path.isfile(file) and not os.path.getsize(file):
+            raise ManifestError(f"{file}: has no rows; write it again, or remove it from data.sources")
     return [Lines(file, rows) for file, rows in zip(files, _loaded("text", files), strict=True)]
 
 

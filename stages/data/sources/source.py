@@ -77,7 +77,7 @@ class Shuffled:
         if not len(self.indices):
             of = " that are held out" if part[0] and part[1] else ""
             of += f" of the families {', '.join(recipe.families)}" if recipe.families else ""
-            raise ManifestError(f"{path}: no {recipe.kind} samples{of}; correct data.sources")
+            raise ManifestError(f"{path}: no {recipe.kind} samples{of}; {self._reason()}")
         self.epoch, self.position, self.patience = 0, 0, 2 * len(self.indices) - 1
         self._order: np.ndarray | None = None  # of this epoch, on the rank that draws
 
@@ -91,6 +91,16 @@ class Shuffled:
         if share:
             wanted &= held_out(len(wanted), share) == held
         return np.flatnonzero(wanted)
+
+    def _reason(self) -> str:
+        """Why no row is wanted: what is wrong with the first one, if no row can be read."""
+        bad = self.table.bad()
+        if bad and len(bad) == len(self.table):
+            try:
+                self.table.find(bad[0])
+            except ManifestError as error:
+                return f"no row is in a known form: {error}"
+        return "correct data.sources"
 
     def _report(self, bad: list[int], quarantine: Quarantine) -> None:
         for index in bad:
