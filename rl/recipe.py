@@ -120,7 +120,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRec
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
-    recipe = typed_toml.load(RlRecipe, path, overrides, "rl/recipes")
+    recipe = typed_toml.load(RlRecipe, path, overrides, str(Path(__file__).parent / "recipes"))
     _check(recipe, str(path))
     return recipe
 

@@ -381,7 +381,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
-    recipe = typed_toml.load(Recipe, path, overrides, "stages/recipes")
+    recipe = typed_toml.load(Recipe, path, overrides, str(Path(__file__).parent / "recipes"))
     check(recipe, str(path))
     located = {
         key: tuple(dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in sources)

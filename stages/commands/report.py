@@ -15,6 +15,12 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.run).is_dir():
         raise CheckpointError(f"{args.run}: no such run; name the directory that pre-training writes to")
+    made = ("recipe.toml", "*/metrics.jsonl", "plans", "evaluation", "gspo", "ablation")
+    if not any(found for name in made for found in Path(args.run).glob(name)):
+        raise CheckpointError(
+            f"{args.run} is not a run: it has neither recipe.toml nor a stage's metrics.jsonl; name the directory that "
+            "pre-training writes to"
+        )
     from stages.report import page as report
 
     print(f"wrote {report.write(args.run)}")

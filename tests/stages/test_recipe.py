@@ -248,8 +248,10 @@ def test_file_that_is_not_toml_is_named(tmp_path, content):
 
 
 def test_missing_file_and_directory_are_named(tmp_path):
-    with pytest.raises(RecipeError, match="nowhere.toml: no such recipe"):
+    with pytest.raises(RecipeError, match="nowhere.toml: no such recipe; .* are in ") as error:
         load(tmp_path / "nowhere.toml")
+    named = Path(str(error.value).rpartition(" are in ")[2])
+    assert named.is_absolute() and (named / "tiny.toml").is_file()  # also where the package is installed
     with pytest.raises(RecipeError, match="cannot be read"):
         load(tmp_path)
 

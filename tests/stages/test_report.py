@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from keye.errors import CheckpointError
 from keye.evaluation import Score
+from stages.commands import report as command
 from stages.report import findings
 from stages.report import page as report
 from stages.report.charts import Series, line_chart, smooth, ticks
@@ -74,6 +76,17 @@ def test_a_training_run_shows_shares_speed_and_skipped_steps(tmp_path):
     assert "2 TFLOP/s over 2 processes, a measured &lt;product&gt;." in page
     assert "<td>2</td><td>loss 9 is 4.5 times its running median</td>" in page
     assert "<td>2</td><td>…: no such file</td>" in page or "<td>2</td><td>… no such file</td>" in page
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["keye report", str(tmp_path)])
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(CheckpointError, match="is not a run: it has neither recipe.toml nor"):
+        command.main()
+    assert not (tmp_path / "report.html").exists()
+    (tmp_path / "recipe.toml").write_text("seed = 3\n")
+    command.main()
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_the_page_is_self_contained(tmp_path):
