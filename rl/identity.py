@@ -19,7 +19,10 @@ MAY_CHANGE = (
     "gspo.steps", "gspo.checkpoint_every", "gspo.keep_checkpoints", "gspo.decode_batch_size", "gspo.cache_mb",
     "trackers",
 )  # fmt: skip
-"""Keys that a resumed run may change: neither the learning rate nor what a step computes depends on them."""
+"""Keys that a resumed run may change: neither the learning rate nor what a step computes depends on them.
+
+The learning rate of another schedule than "constant" depends on `gspo.steps`, which may not change then.
+"""
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """Suffixes of a model's files: weights, configs, tokenizer, chat template and processor."""
 
@@ -120,6 +123,12 @@ def _present(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(out: Path, run: Path, now: Identity, before: Identity) -> None:
+    steps, schedule = (before.recipe.get("gspo.steps"), now.recipe["gspo.steps"]), now.recipe["gspo.schedule"]
+    if schedule != "constant" and steps[0] != steps[1]:
+        raise CheckpointError(
+            f"{out} was trained with gspo.steps = {steps[0]}, but the recipe says {steps[1]}; gspo.schedule = "
+            f"{schedule!r} depends on the number of steps, so put it back, {_remedy(out)}"
+        )
     for key in _differing(before.recipe, now.recipe):
         if key not in MAY_CHANGE:
             old, new = before.recipe.get(key), now.recipe.get(key)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from keye.errors import KeyeError, RecipeError
+from keye.errors import CheckpointError, KeyeError, RecipeError
+from rl.identity import claim, identity
 from rl.recipe import load
 from rl.rewards import Judgement, register
 from rl.trainer import GspoTrainer
@@ -224,3 +225,17 @@ def test_a_line_that_is_left_out_is_counted_once_on_any_number_of_processes(tmp_
     rejected = json.loads((run / "gspo/eval.json").read_text())["rejected"]
     assert set(rejected) == {f"{run}/world/train.jsonl:10", f"{run}/world/heldout.jsonl:6"}
     assert "answer" in next(iter(rejected.values()))
+
+
+@pytest.mark.parametrize("schedule, refused", [("constant", False), ("cosine", True)])
+def test_the_number_of_steps_may_change_only_with_a_constant_learning_rate(tmp_path, schedule, refused):
+    run = make_run(tmp_path)
+    before, now = (identity(run, recipe_of(steps, schedule=schedule), {}) for steps in (2, 3))
+    out = run / "gspo"
+    claim(out, run, before)
+    (out / "checkpoints/step-2").mkdir(parents=True)
+    if refused:
+        with pytest.raises(CheckpointError, match="gspo.steps = 2, but the recipe says 3; gspo.schedule = 'cosine'"):
+            claim(out, run, now)
+    else:
+        claim(out, run, now)
