@@ -19,7 +19,7 @@ from torch import Tensor
 from keye.errors import KeyeError, ManifestError
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.slowfast.pixels import normalised
-from stages.data.sources.formats import Table, kept
+from stages.data.sources.formats import Table, arrays_of, kept_array
 from stages.recipe import SourceRecipe
 
 SIDE, BITS = 32, 64
@@ -146,8 +146,8 @@ def _manifest_hashes(path: str, processor: KeyeProcessor) -> tuple[np.ndarray, l
     table = Table(SourceRecipe(path, "image"), path)
     settings = [processor.encoder, processor.image]
     mark = json.dumps([path, [part.mark for part in table.parts], settings, SIDE, BITS], sort_keys=True)
-    with np.load(kept("hashes", mark, ".npz", partial(_write, table, processor))) as saved:
-        found, names = saved["hashes"], saved["names"].tolist()
+    saved = kept_array("hashes", mark, ".npz", partial(_write, table, processor), arrays_of)
+    found, names = saved["hashes"], saved["names"].tolist()
     if not len(found):
         raise ManifestError(
             f"{path}: it has no picture to compare with training pictures; correct data.decontaminate_against"

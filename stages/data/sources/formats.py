@@ -10,20 +10,22 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 
 from keye.errors import ManifestError
 from stages.data.sources.chat import EmptyRow, Row, as_chat, kind_of
-from stages.data.sources.parquet import GROUP, Parquet, outlines
+from stages.data.sources.parquet import GROUP, GROUP_ROWS, SCANNED, Parquet, outlines
 from stages.data.sources.tars import Tar
 from stages.recipe import SourceRecipe
 from stages.recipe_checks import KINDS
 
+T = TypeVar("T")
 BAD, EMPTY = 254, 255  # codes of rows; others are places in KINDS
-SCANNED = 2048  # rows scanned at a time
 CHECKED = 4096  # bytes at the start and at the end of a file that are compared between machines
 SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".json": "json",
@@ -88,7 +90,7 @@ class Columns:
     def read(self, index: int) -> Row:
         return self.rows[index : index + 1].to_pylist()[0]
 
-    def outlines(self) -> Iterator[Row]:
+    def outlines(self) -> Iterator[Row | ManifestError]:
         for at in range(0, len(self.rows), SCANNED):
             yield from outlines(self.rows[at : at + SCANNED])
 
@@ -138,13 +140,12 @@ class Table:
 
         Computed once per data set and stored next to the cache of `datasets`; other processes wait for the first.
         """
-        with np.load(self._scanned()) as saved:
-            return saved["kinds"], saved["families"], saved["names"].tolist()
+        saved = self._scanned()
+        return saved["kinds"], saved["families"], saved["names"].tolist()
 
     def bad(self) -> list[int]:
         """The rows that cannot be read."""
-        with np.load(self._scanned()) as saved:
-            return np.flatnonzero(saved["kinds"] == BAD).tolist()
+        return np.flatnonzero(self._scanned()["kinds"] == BAD).tolist()
 
     def choose(self, settings: Any, choose: Callable[[], np.ndarray]) -> np.ndarray:
         """Numbers of rows, int64 ascending, as a mapped file whose pages the processes of a machine share.
@@ -159,27 +160,27 @@ class Table:
             with open(path, "wb") as out:
                 np.save(out, chosen.astype(np.int64))
 
-        return np.load(kept("rows", json.dumps([self._mark, settings]), ".npy", write), mmap_mode="r")
+        read = partial(np.load, mmap_mode="r")
+        return kept_array("rows", json.dumps([self._mark, settings]), ".npy", write, read)
 
     @property
     def _mark(self) -> str:
         return json.dumps([[part.mark for part in self.parts], self.columns], sort_keys=True)
 
-    def _scanned(self) -> Path:
-        """The file with the result of `scan`."""
+    def _scanned(self) -> dict[str, np.ndarray]:
+        """The stored result of `scan`."""
 
         def write(path: str) -> None:
             kinds, families, names = self._scan()
             with open(path, "wb") as out:
                 np.savez(out, kinds=kinds, families=families, names=np.array(names, dtype=str))
 
-        return kept("kinds", self._mark, ".npz", write)
+        return kept_array("kinds", self._mark, ".npz", write, arrays_of)
 
     def _scan(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         kinds, families = np.full(len(self), BAD, np.uint8), np.zeros(len(self), np.int32)
         names: dict[str, int] = {"": 0}
-        outlines = (row for part in self.parts for row in part.outlines())
-        for at, row in enumerate(outlines):
+        for at, row in enumerate(row for part in self.parts for row in part.outlines()):
             if isinstance(row, EmptyRow):
                 kinds[at] = EMPTY
             if isinstance(row, ManifestError):
@@ -194,20 +195,48 @@ class Table:
 
 
 def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Path:
-    """A file that `write` makes once per `mark`, next to the cache of `datasets`; other processes wait for it."""
+    """A file that `write` makes once per `mark`, next to the cache of `datasets`; other processes wait for it.
+
+    Raises:
+        ManifestError: it cannot be written.
+    """
     import datasets
     from filelock import FileLock
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "keye"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{what}-{datasets.fingerprint.Hasher.hash([what, mark])}{suffix}"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            write(f"{path}.part")
-            with open(f"{path}.part", "rb") as file:
-                os.fsync(file.fileno())  # after a crash of the machine no file of zeros has the final name
-            os.replace(f"{path}.part", path)
+    name = f"{what}-{datasets.fingerprint.Hasher.hash([what, mark])}{suffix}"
+    path = Path(datasets.config.HF_DATASETS_CACHE, "keye", name)
+    try:
+        if path.exists():  # without the lock: the cache may be read-only
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                write(f"{path}.part")
+                with open(f"{path}.part", "rb") as file:
+                    os.fsync(file.fileno())  # after a crash of the machine no file of zeros has the final name
+                os.replace(f"{path}.part", path)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be written ({error}); free space, or set another HF_HOME") from None
     return path
+
+
+def kept_array(what: str, mark: str, suffix: str, write: Callable[[str], None], read: Callable[[Path], T]) -> T:
+    """What `read` returns of a file of `kept`; a damaged file is written again. ManifestError if that fails."""
+    try:
+        return read(path := kept(what, mark, suffix, write))
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        logging.getLogger("stages").warning("%s: damaged (%s); it is written again", path, error)
+    try:
+        path.unlink(missing_ok=True)
+        return read(kept(what, mark, suffix, write))
+    except OSError as error:
+        raise ManifestError(f"{path}: damaged, but cannot be removed ({error}); remove it") from None
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file."""
+    with np.load(path) as saved:
+        return dict(saved)
 
 
 def format_of(recipe: SourceRecipe, path: str) -> str:
@@ -303,9 +332,9 @@ def _parquet(file: str) -> Part:
     if part.fits:
         return part
     logging.getLogger("stages").warning(
-        "%s: its largest row group has %d MB, and reading a row decodes a row group, so the file is converted into "
-        "the cache of datasets; write row groups of %d MB at most, or set streaming = true, to avoid the copy",
-        file, part.largest >> 20, GROUP >> 20,
+        "%s: its row groups have up to %d rows and %d MB, and reading a row decodes its group, so it is converted "
+        "into the cache of datasets; write row groups of at most %d rows and %d MB, or set streaming = true",
+        file, max(part.rows), part.largest >> 20, GROUP_ROWS, GROUP >> 20,
     )  # fmt: skip
     return Columns(file, _loaded("parquet", [part.local])[0])
 
