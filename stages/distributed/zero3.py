@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye.checkpoint.shards import Stored
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import KeyeVisionModel, Projector
+from stages.distributed.ranks import agree, waiting_group
 
 
 def units(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -63,6 +65,9 @@ def read_partitioned(
         sources: the file of each parameter.
         config: DeepSpeed's, of ZeRO-3.
         device: of the training.
+
+    Raises:
+        KeyeError: on all ranks, if a rank cannot map a file.
     """
     from deepspeed import zero
     from deepspeed.utils import groups
@@ -70,6 +75,7 @@ def read_partitioned(
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
+    agree(_unmapped(module, sources), waiting_group(dist.group.WORLD))
     first: nn.Parameter | None = None
     for parameter in module.parameters():
         if not parameter.is_meta:
@@ -86,3 +92,14 @@ def read_partitioned(
             first = parameter
         else:
             first.convert_to_zero_parameters([parameter])
+
+
+def _unmapped(module: nn.Module, sources: Mapping[nn.Parameter, Stored]) -> Exception | None:
+    """The error of the first stored tensor that this rank cannot map; the others would wait for this rank."""
+    try:
+        for parameter in module.parameters():
+            if parameter.is_meta:
+                sources[parameter].mapped()
+    except Exception as error:
+        return error
+    return None

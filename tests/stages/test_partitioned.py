@@ -1,6 +1,8 @@
 """ZeRO-3 reads a model's weights one parameter at a time; what is trained, resumed and saved is the same to the bit."""
 
 import gc
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SiglipTextConfig, SiglipTextModel
 
+from keye.errors import KeyeError
 from stages.contrastive import Contrast
 from stages.data.collate import pack
 from stages.distributed import engine
 from stages.distributed.checkpoints import load_checkpoint, save_checkpoint
 from stages.distributed.parallel import build_parallel_dims, shard
 from stages.distributed.weights import open_start, write_model
+from stages.distributed.zero3 import read_partitioned
 from stages.optimizer import OptimizerConfig
 from tests.distributed import run_distributed
 from tests.stages import small
@@ -159,3 +163,25 @@ def test_parts_that_are_drawn_keep_their_values_next_to_parts_that_are_read(star
     ):
         assert places == before and weights.keys() == wanted.keys()
         assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def without_a_file(start: Path, folder: Path) -> str:
+    """Rank 1 has a copy of the start model whose weights end too early."""
+    rank = torch.distributed.get_rank()
+    own = folder / str(rank)
+    shutil.copytree(start, own)
+    found = open_start(own)
+    if rank == 1:
+        for path in own.glob("*.safetensors"):
+            os.truncate(path, path.stat().st_size // 2)
+    engine.start(threads=1)
+    module = found.build(torch.float32, "meta")
+    config = {"bf16": {"enabled": False}}
+    with pytest.raises(KeyeError) as refused:
+        read_partitioned(module, found.sources(module), config, torch.device("cpu"))
+    return str(refused.value)
+
+
+def test_a_file_that_one_rank_cannot_map_is_an_error_of_all(start, tmp_path):
+    one, two = run_distributed(without_a_file, 2, 60, start, tmp_path)
+    assert one == two and "rank 1" in one
