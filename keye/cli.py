@@ -78,7 +78,7 @@ def add_chat(commands: argparse._SubParsersAction) -> None:
     mode.add_argument("--no-think", dest="thinking", action="store_const", const=False, help="answer without thinking")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=1024, metavar="N", help="most tokens of an answer (default: %(default)s)"
+        "--max-new-tokens", type=int, default=1024, metavar="N", help="maximum tokens per answer (default: %(default)s)"
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
     parser.add_argument("--ask", action="append", metavar="QUESTION", help="answer this and exit; may be repeated")
@@ -110,7 +110,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         "--max-bytes", type=int, default=1 << 26, metavar="N", help="largest clip or image (default: 64 MiB)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=4096, metavar="N", help="most tokens of an answer (default: %(default)s)"
+        "--max-new-tokens", type=int, default=4096, metavar="N", help="maximum tokens per answer (default: %(default)s)"
     )
     parser.add_argument(
         "--batch", type=int, default=8, metavar="N", help="requests answered in one batch (default: %(default)s)"
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still buffered
         return 141
     except errors.KeyeError as error:
-        print(f"error: {str(error).replace('urls=UrlRules()', '--url')}", file=sys.stderr)
+        print(f"error: {encode.in_options(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: interrupted by the user", file=sys.stderr)

@@ -120,7 +120,11 @@ def convert_released(
     source = Path(source)
     values = read_json(source / "config.json")
     if not names.is_released(values):
-        raise CheckpointError(f"{source}: config.json is not in the released layout (it has text_config)")
+        if "text_config" in values:
+            raise CheckpointError(f"{source}: config.json is not in the released layout (it has text_config)")
+        raise CheckpointError(
+            f"{source} is not a released Keye-VL-1.5 directory; name the directory of the downloaded release"
+        )
     config, report, stored = _config(values, source), Report(), open_checkpoint(source)
     ours = _needed(stored, report)
     expected = expected_shapes(config)

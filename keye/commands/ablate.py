@@ -107,10 +107,10 @@ def main() -> None:
         type=int,
         default=768,
         metavar="N",
-        help="most tokens of a frame (default: %(default)s)",
+        help="maximum tokens per frame (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-frames", type=int, default=120, metavar="N", help="most frames of a clip (default: %(default)s)"
+        "--max-frames", type=int, default=120, metavar="N", help="maximum frames per clip (default: %(default)s)"
     )
     parser.add_argument("--model", metavar="DIR", help="also measure the accuracy of this model")
     parser.add_argument("--manifest", metavar="FILE", help="held-out questions for --model")

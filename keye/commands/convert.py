@@ -77,13 +77,26 @@ def peak_of_conversion(source: Path, out: Path, direction: str = "from-released"
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with size, speed and remaining time; yields a function of (bytes written, bytes in total)."""
+    """A bar with size, speed and remaining time; yields a function of (bytes written, bytes in total).
+
+    The first call shows it, so that a command that refuses its arguments prints the reason only.
+    """
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True))
+
+    def update(done: int, total: int) -> None:
+        if not bar.tasks:
+            bar.add_task(title, total=None)
+            bar.start()
+        bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.tasks:
+            bar.stop()
 
 
 def init(args: argparse.Namespace, progress: Callable[[int, int], None]) -> object:
@@ -159,7 +172,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help)
+        examples = [line for line in __doc__.splitlines() if line.startswith(f"  keye convert {name} ")]
+        return commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog="\n".join(["examples:", *examples]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     make = command("init", "make a Keye model of a decoder and a vision tower")
     make.add_argument("text", type=Path, metavar="DECODER", help="directory of a Qwen3, Qwen2 or Llama model")
@@ -179,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gguf", metavar="FILE", help="a GGUF file in the decoder's directory (pip install 'keye[gguf]')"
     )
     make.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: the decoder's)")
-    make.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
+    make.add_argument("--seed", type=int, default=0, help="seed of random weights (default: %(default)s)")
 
     read = command("from-released", "convert the released model to Keye")
     read.add_argument("source", type=Path, metavar="RELEASED", help="directory of Keye-VL-1.5-8B")

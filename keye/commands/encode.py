@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from keye.encoder import SlowFastEncoder
     from keye.slowfast.plan import VideoPlan
 
+OPTIONS = {
+    "urls=UrlRules()": "--url",
+    "give SlowFastEncoder a tower=, or attach() one": "use --model DIR, a model with a tower",
+    "contains no images; give a folder of": "has neither videos nor images; give a folder of videos (.mp4, …) or of",
+}
+"""Parts of messages of errors → what they say on the command line."""
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts"}
 
 EXAMPLES = """examples:
@@ -173,11 +179,18 @@ def encode(arguments: argparse.Namespace) -> int:
             result.print_frames()
     else:
         _print_all(results, names, took)
-    for index, reason in sorted(failures):
+    for index, reason in sorted((index, in_options(reason)) for index, reason in failures):
         print(f"error: {reason if videos[index] in reason else f'{videos[index]}: {reason}'}", file=sys.stderr)
     if failures and len(videos) > 1:
         print(f"{len(failures)} of {len(videos)} videos could not be planned", file=sys.stderr)
     return 2 if failures else 0
+
+
+def in_options(message: str) -> str:
+    """An error's message with options of the command line instead of Python arguments."""
+    for argument, option in OPTIONS.items():
+        message = message.replace(argument, option)
+    return message
 
 
 def _videos(path: str) -> list[str]:

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from keye.errors import CheckpointError, run
+from keye.errors import run
 from keye.evaluation import evaluate, gather
 
 _EXAMPLES = """examples:
@@ -37,12 +37,12 @@ def main() -> None:
     parser.add_argument("--blind", dest="control", action="store_const", const="blind", help="same as --control blind")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="questions of a batch (default: %(default)s)"
+        "--batch-size", type=int, default=16, metavar="N", help="questions per batch (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=32, metavar="N", help="most tokens of an answer (default: %(default)s)"
+        "--max-new-tokens", type=int, default=32, metavar="N", help="maximum tokens per answer (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled answers (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
     parser.add_argument("--out", help="write the report as JSON")
     args = parser.parse_args()
     model, processor = load(args.model)
@@ -76,20 +76,14 @@ def main() -> None:
 
 
 def load(path: str):
-    """Model (on the GPU if there is one) and processor of a directory.
+    """Model (on this process's GPU if there is one) and processor of a directory.
 
     Raises:
-        CheckpointError: the directory is not a model directory.
+        CheckpointError: the directory is not a model directory, or its model cannot be loaded.
     """
-    from keye import KeyeForConditionalGeneration, KeyeProcessor
+    from keye.inference.chat import load_model
 
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        raise CheckpointError(
-            f"{path} is not a model directory (it has no config.json); give one such as runs/demo/annealing/model"
-        )
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model = KeyeForConditionalGeneration.from_pretrained(path).to(device)
-    return model, KeyeProcessor.from_pretrained(path)
+    return load_model(path, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

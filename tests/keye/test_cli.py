@@ -172,3 +172,14 @@ def test_limits_of_one_video_on_the_command_line(capsys):
     assert main(["encode", str(clip("bikes.mp4")), "--max-memory", "8G", "--max-seconds", "500"]) == 0
     with pytest.raises(SystemExit):
         main(["encode", "a.mp4", "--max-memory", "much"])
+
+
+def test_a_remedy_names_options_of_the_command_line(tmp_path, capsys):
+    clip = write_video(tmp_path / "a.mp4", numbered(9))
+    assert main(["encode", str(clip), "--measure", "features"]) == 2
+    error = capsys.readouterr().err
+    assert "use --model DIR" in error and "tower=" not in error and len(error.splitlines()) == 1
+    (tmp_path / "bare").mkdir()
+    assert main(["encode", str(tmp_path / "bare")]) == 2
+    error = capsys.readouterr().err
+    assert "give a folder of videos (.mp4, …) or of .apng" in error and len(error.splitlines()) == 1

@@ -20,7 +20,8 @@ from keye.checkpoint.convert import (
 )
 from keye.checkpoint.initialise import expected_shapes
 from keye.checkpoint.shards import folded, open_checkpoint
-from keye.errors import CheckpointError
+from keye.commands.convert import main
+from keye.errors import CheckpointError, run
 from tests.keye.model import parts
 
 # config.json as the release has it (vLLM's keye_vl1_5.py and Qwen3 read these), at a small size.
@@ -409,3 +410,12 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert_released(tmp_path / "theirs", tmp_path / "ours", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_directory_that_is_no_release_is_named_before_a_progress_bar(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["keye convert", "from-released", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        run(main)
+    wanted = "is not a released Keye-VL-1.5 directory; name the directory of the downloaded release"
+    assert capsys.readouterr().err == f"error: {tmp_path} {wanted}\n"

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import keye.cli
 from keye.errors import KeyeError, ManifestError
 from keye.evaluation import ManifestBenchmark, Outcome, Report, evaluate, merge
 from keye.evaluation.benchmark import Question
@@ -172,3 +173,18 @@ def test_settings_out_of_range_are_reported(world, pair, setting, complaint):
 def test_a_report_without_replies_has_no_score():
     with pytest.raises(KeyeError, match="no replies to score.*questions"):
         _ = Report("x", []).overall
+
+
+@pytest.mark.parametrize("command", ["evaluate", "ablate"])
+def test_a_directory_that_is_no_model_is_one_line(command, tmp_path, world, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    given = [str(tmp_path), str(world)]
+    if command == "ablate":
+        given = ["--videos", str(tmp_path / "a.mp4"), "--model", str(tmp_path), "--manifest", str(world)]
+        given += ["--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["keye", command, *given])
+    with pytest.raises(SystemExit) as ended:
+        keye.cli.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and len(error.splitlines()) == 1
+    assert error.startswith("error: ") and str(tmp_path) in error and "not Keye; give one that a stage" in error
