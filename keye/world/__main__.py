@@ -37,7 +37,7 @@ def main() -> None:
     """Parse the command line and draw one split."""
     parser = argparse.ArgumentParser(
         prog="python -m keye.world",
-        description="Draw SlowFastWorld: H.264 clips, stills and a JSONL manifest of questions with known answers.",
+        description="Generate SlowFastWorld: H.264 clips, stills and a JSONL manifest of questions with known answers.",
         epilog=f"families: {', '.join(FAMILIES)}\n\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,5 +1,6 @@
 """Tune a pre-trained run with GSPO on questions whose answers can be checked.
 
+examples:
 torchrun --nproc_per_node 2 -- scripts/posttrain.py rl/recipes/tiny.toml --run runs/demo
 deepspeed --num_gpus 8 scripts/posttrain.py rl/recipes/keye_8b.toml --run runs/mine --set gspo.steps=200
 """

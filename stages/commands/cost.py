@@ -22,14 +22,14 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="a TOML file, such as stages/recipes/keye_8b.toml")
-    parser.add_argument("--gpus", type=int, default=1, help="how many (default 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (default 1)")
     parser.add_argument("--gpu", default="h200", metavar="NAME", help="one of stages/cost/gpus.py (default h200)")
     parser.add_argument(
         "--mfu", type=float, default=0.4, help="share of the peak rate, recomputed layers included (default 0.4)"
     )
     parser.add_argument("--price", type=float, help="US dollars an hour and GPU, instead of the assumed price")
     parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
-    parser.add_argument("--host-gb", type=float, metavar="GB", help="memory of a node: say which stages need more")
+    parser.add_argument("--host-gb", type=float, metavar="GB", help="memory of a node: report stages that need more")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. annealing.steps=20")
     parser.add_argument("--json", action="store_true", help="everything as JSON, memory by component")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="also draw it")

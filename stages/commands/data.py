@@ -29,18 +29,22 @@ def main() -> int:
     )
     parser.add_argument("data", help="a recipe (.toml), or a manifest or data set as data.sources names them")
     parser.add_argument("--stage", help="the recipe's stage that reads the data (default its last)")
-    parser.add_argument("--run", help="what {run} in a recipe stands for (default runs/<name of the recipe>)")
+    parser.add_argument("--run", help="directory that replaces {run} in the recipe (default runs/<name of the recipe>)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
-    parser.add_argument("--tokenizer", default="", help="of a manifest; default a small one, which makes texts longer")
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        help="tokenizer for a manifest (default: a small one, which overestimates lengths)",
+    )
     parser.add_argument("--context", type=int, default=8192, help="tokens of a sample at most, for a manifest")
     parser.add_argument(
         "--decontaminate-against", action="append", default=[], metavar="MANIFEST", help="an evaluation's manifest"
     )
-    parser.add_argument("--samples", type=int, default=100, help="looked at of each source (default 100)")
+    parser.add_argument("--samples", type=int, default=100, help="samples to check per source (default 100)")
     parser.add_argument(
         "--max-bad-fraction", type=float, default=0.05, help="share of bad samples allowed (default 0.05)"
     )
-    parser.add_argument("--out", help="write a picture (PNG)")
+    parser.add_argument("--out", help="write a chart (PNG)")
     parser.add_argument("--json", help="write all figures as JSON")
     args = parser.parse_args([_present(argument) for argument in sys.argv[1:]])
 

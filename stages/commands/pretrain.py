@@ -1,5 +1,6 @@
 """Train the four pre-training stages of a recipe; the same command again resumes where it stopped.
 
+examples:
 torchrun --nproc_per_node 2 scripts/pretrain.py stages/recipes/tiny.toml --out runs/mine
 torchrun --nproc_per_node 2 scripts/pretrain.py stages/recipes/tiny.toml --stage annealing --set annealing.steps=20
 deepspeed --num_gpus 8 scripts/pretrain.py stages/recipes/keye_8b.toml --out runs/keye
@@ -7,7 +8,7 @@ deepspeed --hostfile hosts scripts/pretrain.py stages/recipes/keye_8b.toml --out
 
 keye pretrain stages/recipes/tiny.toml --set annealing.steps=20 --print          the resolved recipe
 
---run is the same as --out; torchrun takes it for an option of its own unless a lone -- stands before the script.
+--run is the same as --out; torchrun parses --run itself unless -- precedes the script.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Write a run's report.html from its files, also while the run goes on. Pre-training writes it after each stage.
 
+examples:
 keye report runs/mine
 """
 
