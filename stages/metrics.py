@@ -1,8 +1,8 @@
 """What is logged of a run while it trains: metrics, progress, and its speed as a share of the device's (MFU).
 
 MFU is the share of the device's peak that the step's own operations make up (`keye.model.flops`; what is recomputed
-does not count). A GPU's peak is the data-sheet value (`stages.cost.gpus`); of a GPU that is not in that table, and of a CPU, the
-peak is what a large matrix product reaches here, which is measured when the run starts.
+does not count). A GPU's peak is the data-sheet value (`stages.cost.gpus`). The peak of a CPU, or of a GPU that is not
+in that table, is what a large matrix product reaches here, which is measured when the run starts.
 """
 
 import importlib

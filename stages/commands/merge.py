@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="directory to write; must not exist")
     parser.add_argument("--weights", metavar="W,W,…", help="weight of each model (default: all the same)")
     parser.add_argument("--base", metavar="MODEL", help="what they were trained from: add their changes to it")
-    parser.add_argument("--sweep", metavar="A:B:STEP", help="try all weights from A to B in steps of STEP; needs --eval")
+    parser.add_argument(
+        "--sweep", metavar="A:B:STEP", help="try all weights from A to B in steps of STEP; needs --eval"
+    )
     parser.add_argument("--eval", metavar="MANIFEST", help="questions that choose the best of a sweep")
     parser.add_argument("--limit", type=int, metavar="N", help="with --eval: at most N questions of each family")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="largest output file, in GiB (default 4)")
