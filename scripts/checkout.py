@@ -12,6 +12,7 @@ def run_command(module: str) -> None:
         SystemExit: always; the code is 2 where a dependency of the project is not installed.
     """
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.argv[0] = f"keye {module.rpartition('.')[2]}"  # the name in the usage, as keye.cli sets it
     try:
         from keye.errors import run
 

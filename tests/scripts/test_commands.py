@@ -53,3 +53,8 @@ def test_the_encoder_alone_imports_no_command():
     code = "import sys, keye.cli; print(sorted(m for m in sys.modules if m.split('.')[0] in ('stages', 'rl')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_script_shows_the_usage_of_its_command():
+    done = subprocess.run([sys.executable, ROOT / "scripts/ablate.py", "--help"], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: keye ablate ")
