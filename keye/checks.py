@@ -3,7 +3,9 @@
 Each returns the value as a plain Python number, or raises an error that names the argument and says what to give.
 """
 
+import difflib
 import math
+from collections.abc import Iterable
 from numbers import Real
 
 from keye.errors import KeyeError
@@ -43,6 +45,13 @@ def height_width(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     if len(sides) != 2:
         raise KeyeError(f"{name} is {value!r}; give (height, width), or one number for both")
     return integer(name, sides[0]), integer(name, sides[1])
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The remedy for an unknown name: the known one that is spelled like it, else all known ones, after `prefix`."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {prefix}{near[0]}?" if near else f"use one of {', '.join(prefix + one for one in known)}"
 
 
 def _finite(value: object) -> bool:

@@ -1,11 +1,10 @@
 """The settings of a `SlowFastEncoder`: declared, documented and checked in one place."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from keye.checks import fraction, integer, rate
+from keye.checks import fraction, integer, rate, suggestion
 from keye.errors import KeyeError
 from keye.slowfast.budget import SIDE
 
@@ -85,12 +84,11 @@ class EncoderConfig:
         """Refuse unknown names.
 
         Raises:
-            KeyeError: a name is not a setting; the message suggests the nearest one.
+            KeyeError: a name is not a setting; the message suggests a similar one, or lists all.
         """
         for name in given:
             if name not in cls.names():
-                near = difflib.get_close_matches(name, cls.names(), n=1, cutoff=0.0)[0]
-                raise KeyeError(f"{name} is not a setting of the encoder; did you mean {near}?")
+                raise KeyeError(f"{name} is not a setting of the encoder; {suggestion(name, cls.names())}")
 
     def to_dict(self) -> dict:
         """Plain values by name."""

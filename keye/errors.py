@@ -2,9 +2,11 @@
 
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class KeyeError(Exception):
@@ -31,6 +33,10 @@ class CheckpointError(KeyeError):
     """A model or checkpoint directory that is missing, incomplete or of another model."""
 
 
+class FormerNameWarning(FutureWarning):
+    """A key or option by its former name. Commands print it as one line, without a place in the code."""
+
+
 @contextmanager
 def writing(path: str | os.PathLike, what: str = "the file", kind: type[KeyeError] = KeyeError) -> Iterator[None]:
     """Raise an OSError of the block as a `kind` that names `what` and `path`."""
@@ -46,6 +52,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     An error that all processes of a launch raise is printed by one of them.
     """
+    warnings.formatwarning = _format_warning
     try:
         sys.exit(main() or 0)
     except KeyeError as error:
@@ -56,6 +63,14 @@ def run(main: Callable[[], int | None]) -> None:
         if _first_to_report("interrupted"):
             print("stopped: interrupted by the user; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+
+
+_FORMAT = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """A warning's text on stderr."""
+    return f"warning: {message}\n" if issubclass(category, FormerNameWarning) else _FORMAT(message, category, *place)
 
 
 def _first_to_report(text: str) -> bool:

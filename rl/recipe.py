@@ -10,8 +10,10 @@ from keye.errors import RecipeError
 from rl.gspo import EPSILON_HIGH, EPSILON_LOW
 from stages import typed_toml
 from stages.optimizer import OptimizerConfig
-from stages.recipe_checks import TRACKERS
+from stages.recipe_checks import STAGES, TRACKERS
 from stages.typed_toml import requirement
+
+FOREIGN = dict.fromkeys(("data", *STAGES), "a pre-training recipe; use keye pretrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRec
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
-    recipe = typed_toml.load(RlRecipe, path, overrides, str(Path(__file__).parent / "recipes"))
+    recipe = typed_toml.load(RlRecipe, path, overrides, str(Path(__file__).parent / "recipes"), FOREIGN)
     _check(recipe, str(path))
     return recipe
 

@@ -264,7 +264,7 @@ class VisionRecipe(StageRecipe):
         """
         own, rest = divmod(self.pairs, ranks)
         if rest:
-            raise RecipeError(f"vision: {self.pairs} pairs cannot be shared by {ranks} ranks evenly; give a divisor")
+            raise RecipeError(f"vision.pairs = {self.pairs} cannot be shared by {ranks} ranks evenly; give a multiple")
         if not self.micro_pairs or self.micro_pairs >= own:
             return 1
         if own % self.micro_pairs:
@@ -381,7 +381,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
-    recipe = typed_toml.load(Recipe, path, overrides, str(Path(__file__).parent / "recipes"))
+    foreign = {"gspo": "a GSPO recipe; use keye posttrain"}
+    recipe = typed_toml.load(Recipe, path, overrides, str(Path(__file__).parent / "recipes"), foreign)
     check(recipe, str(path))
     located = {
         key: tuple(dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in sources)

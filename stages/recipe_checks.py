@@ -3,10 +3,14 @@
 The dataclasses are those of `stages.recipe`, which imports this module.
 """
 
+from pathlib import Path
 from typing import Any
 
+from keye.checks import suggestion
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError
+from keye.slowfast.measures import get_measure
+from keye.slowfast.policies import as_policy
 from stages.data.sources.transforms import checked
 from stages.optimizer import PARTS
 from stages.typed_toml import Need, requirement
@@ -28,7 +32,9 @@ def check(recipe: Any, file: str) -> None:
     need(recipe.start in ("", *recipe.stages), f"start must be one of {', '.join(recipe.stages)}, or empty")
     need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
     need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
+    _check_model(recipe.model, need)
     _check_data(recipe.data, need)
+    _check_world(recipe.data.world, need)
     _check_encoder("processor.encoder", recipe.processor.encoder, need)
     for name in recipe.stages:
         stage = getattr(recipe, name)
@@ -41,6 +47,40 @@ def check(recipe: Any, file: str) -> None:
     if recipe.annealing is not None:
         need(recipe.annealing.rope_scale > 0, "annealing.rope_scale must be above 0")
         _check_context_schedule(recipe.annealing, need)
+
+
+def is_model(path: str) -> bool:
+    """Whether `path` is a directory with the config of a model."""
+    return (Path(path) / "config.json").is_file()
+
+
+def _check_model(model: Any, need: Need) -> None:
+    from keye.model.config import PRESETS  # loads transformers
+
+    need(
+        model.preset in PRESETS,
+        f"model.preset = {model.preset!r} is not a preset; {suggestion(model.preset, PRESETS)}",
+    )
+    # A relative path may be made before the run, which looks again.
+    absent = not Path(model.path).is_absolute() and not Path(model.path).exists()
+    need(not model.path or absent or is_model(model.path), not_a_model(model.path))
+
+
+def not_a_model(path: str) -> str:
+    """The message about a `model.path` that `is_model` refuses."""
+    return f'model.path = "{path}" is not a model directory; create one with keye convert init'
+
+
+def _check_world(world: Any, need: Need) -> None:
+    if world is None:
+        return
+    from keye.world import FAMILIES
+
+    for key in ("counts", "heldout"):
+        for family, count in getattr(world, key).items():
+            name = f"data.world.{key}.{family}"
+            need(family in FAMILIES, f"{name}: there is no such family; {suggestion(family, FAMILIES)}")
+            need(count >= 0, f"{name} = {count} is negative; give 0 or more")
 
 
 def _check_data(data: Any, need: Need) -> None:
@@ -68,7 +108,8 @@ def _check_data(data: Any, need: Need) -> None:
 def _check_encoder(key: str, settings: dict[str, object], need: Need) -> None:
     """Refuse impossible settings of the encoder; names and types are known to be right."""
     try:
-        EncoderConfig(**settings)
+        config = EncoderConfig(**settings)
+        as_policy(config.policy, config.threshold, get_measure(config.measure))
     except KeyeError as error:
         need(False, f"{key}: {error}")
 

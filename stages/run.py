@@ -20,11 +20,11 @@ from torch import nn
 
 from keye.checkpoint.convert import atomic_directory
 from keye.encoder import SlowFastEncoder
-from keye.errors import CheckpointError, KeyeError, RecipeError
+from keye.errors import CheckpointError, KeyeError, RecipeError, writing
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
-from keye.processor.tokenizer import load_tokenizer, train_tokenizer
+from keye.processor.tokenizer import load_tokenizer
 from stages.alignment import Alignment
 from stages.annealing import Annealing
 from stages.contrastive import text_config
@@ -40,7 +40,9 @@ from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start, open_start, replace_model
 from stages.metrics import open_tracker
 from stages.multitask import Multitask
+from stages.preparation import prepare_tokenizer, prepare_world
 from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
+from stages.recipe_checks import is_model, not_a_model
 from stages.report import page as report
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
@@ -54,7 +56,6 @@ NOT_TRAINED = (
     "checkpoint_every", "keep_checkpoints", "keep_finished", "async_checkpoints", "heldout_every", "heldout_steps",
 )  # fmt: skip
 START = "start"  # folder of the model that a run draws for itself
-WORLD = "world.json"  # the part of the recipe that a run's world was drawn with
 
 
 def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
@@ -73,10 +74,7 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     engine.start()
     seed(recipe.seed)
     first_rank(lambda: check(recipe, run, only))
-    if dist.get_rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-        (run / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=2) + "\n")
+    first_rank(lambda: begin(recipe, run))
     first_rank(lambda: prepare_world(recipe, run))
     first_rank(lambda: prepare_tokenizer(recipe, run))
     cache = Cache(recipe.data.cache_mb << 20)
@@ -88,6 +86,18 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
                 if dist.get_rank() == 0:
                     report.write(run)
     engine.stop()
+
+
+def begin(recipe: Recipe, run: Path) -> None:
+    """Make the directory of the run, with its recipe and environment.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with writing(run, "the run", CheckpointError):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+        (run / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=2) + "\n")
 
 
 def check(recipe: Recipe, run: Path, only: str | None) -> None:
@@ -114,6 +124,9 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
             f"recipe's model by --set start={stage_of(only)}"
         )
     check_finished(recipe, run, only)
+    first, path = next(iter(recipe.chain)), recipe.model.path
+    if path and wanted(first, only) and not (run / first / DONE).exists() and not is_model(path):
+        raise RecipeError(not_a_model(path))
     world = dist.get_world_size()
     for name, stage in recipe.chain.items():
         if wanted(name, only) and not (run / name / DONE).exists():
@@ -121,7 +134,7 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
             choose_sources(name, recipe)
             if stage.heldout_every:
                 choose_sources(name, recipe, heldout=True)
-            check_sequence(stage.sequence_parallel, world)
+            check_sequence(stage_of(name), stage.sequence_parallel, world)
             check_hpz(name, stage.hpz, local_ranks(devices=torch.cuda.device_count()))
             batches_of(name, stage, ParallelDims(0, world, stage.sequence_parallel, None))
             if isinstance(stage, VisionRecipe) and stage.text_model:
@@ -158,19 +171,19 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
             if changed:
                 raise CheckpointError(
                     f"{name} was finished with {changed[0]} = {trained[changed[0]]!r}, but the recipe says "
-                    f"{wanted_now[changed[0]]!r}; remove {run / name} to train it again, or take another --run"
+                    f"{wanted_now[changed[0]]!r}; remove {run / name} to train it again, or take another --out"
                 )
             earlier = before(recipe, name)
             if earlier and done.get("start") is None and not (run / earlier / DONE).exists():
                 raise CheckpointError(
                     f"{name} was trained without {earlier}; give --set start={stage_of(name)} as before, or take "
-                    "another --run"
+                    "another --out"
                 )
             if done.get("start") != made(recipe, run, name):
                 weights = f"{run / earlier} has now" if earlier else "the recipe's model"
                 raise CheckpointError(
                     f"{name} was trained from other weights than {weights}; remove {run / name} to train it again, or "
-                    "take another --run"
+                    "take another --out"
                 )
 
 
@@ -333,46 +346,6 @@ def make_processor(recipe: Recipe, stage: StageRecipe, run: Path) -> KeyeProcess
     """The processor with the stage's own encoder settings."""
     settings = {**recipe.processor.encoder, **stage.encoder}
     return KeyeProcessor(load_tokenizer(str(run / "tokenizer")), encoder=settings, image=recipe.processor.image)
-
-
-def prepare_world(recipe: Recipe, run: Path) -> None:
-    """Draw the recipe's SlowFastWorld unless it exists.
-
-    Raises:
-        CheckpointError: the run has another one.
-    """
-    world = recipe.data.world
-    if world is None:
-        return
-    from keye.world import generate
-
-    settings, record = json.loads(json.dumps(dataclasses.asdict(world))), run / "world" / WORLD
-    found = json.loads(record.read_text()) if record.exists() else settings
-    changed = [key for key in settings if found.get(key) != settings[key]]
-    if changed:
-        raise CheckpointError(
-            f"{run / 'world'} was drawn with {changed[0]} = {found.get(changed[0])!r}, but data.world says "
-            f"{settings[changed[0]]!r}; take another --run, or remove {run} to start again"
-        )
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings) + "\n")
-    for split, counts in (("train", world.counts), ("heldout", world.heldout)):
-        if counts and not (run / "world" / f"{split}.jsonl").exists():
-            generate(run / "world", split, counts=counts, seed=world.seed, **world.settings)
-
-
-def prepare_tokenizer(recipe: Recipe, run: Path) -> None:
-    """`run/tokenizer`: the recipe's, or one trained on the world's text and the manifests' words."""
-    if (run / "tokenizer").exists():
-        return
-    named = recipe.model.tokenizer or recipe.model.path
-    if named:
-        tokenizer = load_tokenizer(named)
-    else:
-        from keye.world import texts
-
-        tokenizer = train_tokenizer(texts(recipe.seed), recipe.model.vocab_size)
-    tokenizer.save_pretrained(run / "tokenizer")
 
 
 def seed(value: int) -> None:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keye.errors import CheckpointError
+from keye.errors import CheckpointError, writing
 from keye.evaluation import Report
+from keye.visualize.figures import save_figure
 from stages.merge import Weights, check_compatible, combine
 
 MAX_MIXTURES = 1000  # of one sweep
@@ -129,8 +130,9 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
         before = json.loads(record.read_text())
         key = next(key for key in about if before.get(key) != about[key])
         raise CheckpointError(f"{folder} has a sweep with other {key}; remove it, or name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(about, indent=1) + "\n")
+    with writing(folder, "the sweep", CheckpointError):
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _mark(directory: str | Path) -> list[Any]:
@@ -194,4 +196,4 @@ def draw(path: Path, found: Sequence[Mixture], experts: Sequence[Path]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=140)
+    save_figure(figure, path, dpi=140)

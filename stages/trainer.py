@@ -254,7 +254,11 @@ def micro_batches(name: str, count: int, grid: ParallelDims) -> int:
         RecipeError: they do not divide.
     """
     if count % grid.data_size:
-        raise RecipeError(f"{name}: {count} packs (or pairs) a step cannot be shared by {grid.data_size} ranks evenly")
+        ranks = grid.data_size
+        raise RecipeError(
+            f"{name}: the {count} packs of global_batch_size cannot be shared by {ranks} ranks evenly; give a multiple "
+            f"of {ranks}"
+        )
     return count // grid.data_size
 
 

@@ -6,7 +6,6 @@ keys; both are checked like dataclasses.
 """
 
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -18,17 +17,25 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from keye.errors import RecipeError
+from keye.checks import suggestion
+from keye.errors import FormerNameWarning, RecipeError
 
 Config = TypeVar("Config")
 Need = Callable[[bool, str], None]
 
 
-def load(cls: type[Config], path: Path, overrides: list[str] | tuple[str, ...], ready_made: str) -> Config:
+def load(
+    cls: type[Config],
+    path: Path,
+    overrides: list[str] | tuple[str, ...],
+    ready_made: str,
+    foreign: Mapping[str, str] = types.MappingProxyType({}),
+) -> Config:
     """Read a TOML file, apply the overrides and build the frozen dataclass `cls`.
 
     Args:
         overrides: "table.key=value" each. ready_made: folder of the shipped recipes, for the error message.
+        foreign: top-level key of another kind of recipe → what a file with it is, and its command.
 
     Raises:
         RecipeError: no such file, not TOML, an unknown key, a wrong type, or an override that is not KEY=VALUE.
@@ -41,10 +48,26 @@ def load(cls: type[Config], path: Path, overrides: list[str] | tuple[str, ...], 
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML ({error}); correct that line") from None
+    for key in table:
+        if key in foreign:
+            raise RecipeError(f"{path}: this is {foreign[key]}")
     table = current_names(cls, table, str(path))
-    for text in overrides:
-        _override(cls, table, text)
-    return build(cls, table, str(path))
+    written = [(_override(cls, table, text), text) for text in overrides]
+    try:
+        return build(cls, table, str(path))
+    except RecipeError as error:
+        at, what = getattr(error, "at", ""), getattr(error, "what", "")
+        for key, text in reversed(written):
+            if at == key or at.startswith((f"{key}.", f"{key}[")):
+                raise RecipeError(f"--set {text}: {what}") from None
+        raise
+
+
+def _fault(file: str, key: str, what: str) -> RecipeError:
+    """The error about a key, which it keeps as `at`, so that `load` can name the override that wrote the key."""
+    error = RecipeError(f"{file}: {what}")
+    error.at, error.what = key, what
+    return error
 
 
 def requirement(file: str) -> Need:
@@ -76,7 +99,7 @@ def current_names(cls: type, table: Mapping[str, Any], file: str = "", prefix: s
                 raise RecipeError(f"{file}: {prefix}{key} is the former name of {prefix}{name}; give only the latter")
             if file and os.environ.get("RANK", "0") == "0":
                 text = f"{file}: the key {prefix}{key} is now called {prefix}{name}; rename it"
-                warnings.warn_explicit(text, FutureWarning, file, 0)
+                warnings.warn_explicit(text, FormerNameWarning, file, 0)
         inner = next((c for c in (hints.get(name), *get_args(hints.get(name))) if dataclasses.is_dataclass(c)), None)
         if inner is not None and isinstance(value, dict):
             value = current_names(inner, value, file, f"{prefix}{name}.")
@@ -94,19 +117,20 @@ def build(cls: type[Config], table: Any, file: str, prefix: str = "") -> Config:
     typed = _typed_fields(cls, table, file, prefix)
     for spec in dataclasses.fields(cls):
         if spec.name not in typed and spec.default is MISSING and spec.default_factory is MISSING:
-            raise RecipeError(f"{file}: {prefix}{spec.name} is missing; write it into the recipe")
+            name = prefix + spec.name
+            raise _fault(file, name, f"{name} is missing; write it into the recipe")
     return cls(**typed)
 
 
 def _typed_fields(cls: type, table: Any, file: str, prefix: str) -> dict[str, Any]:
     """The values of a table that holds some fields of `cls` (a dataclass or TypedDict), each of its field's type."""
     if not isinstance(table, dict):
-        raise RecipeError(f"{file}: {prefix.rstrip('.')} is not a table; write [{prefix.rstrip('.')}]")
+        name = prefix.rstrip(".")
+        raise _fault(file, name, f"{name} is not a table; write [{name}]")
     hints = get_type_hints(cls, include_extras=True)
     for key in table:
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-            raise RecipeError(f"{file}: unknown key {prefix}{key}; did you mean {prefix}{near}?")
+            raise _fault(file, prefix + key, f"unknown key {prefix}{key}; {suggestion(key, hints, prefix)}")
     return {key: _typed(hints[key], value, file, prefix + key) for key, value in table.items()}
 
 
@@ -133,12 +157,14 @@ def _typed(hint: Any, value: Any, file: str, key: str) -> Any:
     if not isinstance(hint, type) or not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         names = {tuple: "a list", dict: "a table"}
         wanted = names.get(origin) or f"of type {getattr(hint, '__name__', hint)}"
-        raise RecipeError(f"{file}: {key} is {value!r}, but must be {wanted}")
+        raise _fault(file, key, f"{key} is {value!r}, but must be {wanted}")
     return value
 
 
-def _override(cls: type, table: dict[str, Any], text: str) -> None:
-    """Write "table.key=value" into a recipe's table, in place; a value that is not TOML is taken as a string.
+def _override(cls: type, table: dict[str, Any], text: str) -> str:
+    """Write "table.key=value" into a recipe's table, in place, and return the key by its present name.
+
+    A value that is not TOML is taken as a string.
 
     Raises:
         RecipeError: no "=", or a path through a key that is not a table.
@@ -154,12 +180,15 @@ def _override(cls: type, table: dict[str, Any], text: str) -> None:
     for part in reversed(path):
         given = {part: given}
     given = current_names(cls, given, f"--set {text}")
+    names = []
     for _ in path[:-1]:
         [(part, given)] = given.items()
+        names.append(part)
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise RecipeError(f"--set {text}: {part} is not a table")
     table |= given
+    return ".".join([*names, *given])
 
 
 def to_toml(recipe: Any) -> str:

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from keye.errors import CheckpointError
+from keye.errors import CheckpointError, writing
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20  # bytes per read and write
@@ -245,14 +245,14 @@ def atomic_directory(out: str | Path) -> Iterator[Path]:
     """A directory that appears under its name only when it is complete, and is removed after an error.
 
     Raises:
-        CheckpointError: `out` exists and is not empty.
+        CheckpointError: `out` exists and is not empty, or cannot be made.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; name a new directory or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    part.mkdir()
+    with writing(out, "the directory", CheckpointError):
+        part.mkdir(parents=True)
     try:
         yield part
         if out.exists():

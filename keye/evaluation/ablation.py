@@ -26,6 +26,7 @@ from keye.slowfast.budget import SIDE, fit_size
 from keye.slowfast.frame_buffer import FULL_SIZE_BYTES
 from keye.slowfast.resizing import resize
 from keye.video.clip import open_clip
+from keye.visualize.figures import save_figure
 
 REFERENCE_TOKENS = 768
 """Original frames of more tokens (28 × 28 pixels each) are compared at this size, to bound memory."""
@@ -296,7 +297,7 @@ def draw(path: Path, rows: Sequence[AblationRow], details: Sequence[dict]) -> No
     figure.axes[0].legend(frameon=False, fontsize=8)
     if "accuracy" in panels:
         figure.axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=140)
+    save_figure(figure, path, dpi=140)
 
 
 @contextmanager

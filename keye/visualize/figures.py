@@ -5,15 +5,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from keye.errors import VideoError
+from keye.errors import KeyeError, VideoError
 from keye.slowfast.policies import FAST, SLOW
 from keye.video.clip import read_frames_at
 from keye.visualize.drawable import Drawable
 from keye.visualize.tables import seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Pictures = Sequence[torch.Tensor] | torch.Tensor
 
@@ -56,12 +60,24 @@ def draw_plan(plan: Drawable, path: str | os.PathLike, frames: Pictures | None =
     _draw_tokens(axes[-3], plan, lanes)
     _draw_rate(axes[-2], plan, lanes)
     _draw_similarity(axes[-1], plan)
+    save_figure(figure, path, VideoError)
+
+
+def save_figure(
+    figure: "Figure", path: str | os.PathLike, kind: type[KeyeError] = KeyeError, dpi: float | None = None
+) -> None:
+    """Write `figure` to `path`, whose suffix gives the format.
+
+    Args:
+        kind: class of the error. dpi: pixels per inch; None: the figure's own.
+
+    Raises:
+        KeyeError: of `kind`; the file cannot be written, or the format is unknown.
+    """
     try:
-        figure.savefig(path)
+        figure.savefig(path, dpi=dpi or "figure")
     except (OSError, ValueError) as error:
-        raise VideoError(
-            f"the figure cannot be written to {path} ({error}); give a .png in a folder that exists"
-        ) from error
+        raise kind(f"the figure cannot be written to {path} ({error}); give a .png in a folder that exists") from error
 
 
 @dataclass(frozen=True)

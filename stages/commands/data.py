@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from keye.errors import RecipeError, run, writing
+from keye.errors import FormerNameWarning, RecipeError, run, writing
 
 FORMER = {"--not-like": "--decontaminate-against", "--most-bad": "--max-bad-fraction"}
 _EXAMPLES = """examples:
@@ -93,7 +93,7 @@ def _present(argument: str) -> str:
     option, equals, value = argument.partition("=")
     if option not in FORMER:
         return argument
-    warnings.warn(f"the option {option} is now called {FORMER[option]}", FutureWarning, stacklevel=2)
+    warnings.warn(f"the option {option} is now called {FORMER[option]}", FormerNameWarning, stacklevel=2)
     return FORMER[option] + equals + value
 
 

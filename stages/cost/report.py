@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from keye.errors import writing
+from keye.visualize.figures import save_figure
 from stages.cost.estimate import Assumptions, StageCost
 from stages.cost.footprint import Footprint
 from stages.cost.gpus import PRICES_OF, Gpu
@@ -134,8 +136,9 @@ def draw(path: Path, gpu: Gpu, costs: Sequence[StageCost], title: str) -> None:
     right.set_xlim(0, 1.3 * max(hours))
     right.set_xlabel("hours")
     figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with writing(path, "the figure"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path, dpi=120)
 
 
 _COLOURS = ("#35507a", "#6f9bd1", "#8fb7c9", "#a9c8e8", "#d98b3a", "#ecc48f", "#8a6fb0", "#b8a6d1", "#9a9a9a")

@@ -17,6 +17,7 @@ import numpy as np
 
 from keye.processor.processor import KeyeProcessor
 from keye.processor.tokenizer import load_tokenizer, train_tokenizer
+from keye.visualize.figures import save_figure
 from stages.data.items import Cache, Item
 from stages.data.loader import encoding_threads
 from stages.data.quarantine import Quarantine
@@ -245,5 +246,5 @@ def picture(found: list[SourceReport], context: int | None, path: str | Path) ->
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)

@@ -7,6 +7,7 @@ their number. ZeRO therefore partitions over all ranks, those of a sequence grou
 """
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,7 @@ def build_parallel_dims(sequence: int = 1) -> ParallelDims:
         RecipeError: `sequence` does not divide the number of processes.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    check_sequence(sequence, world)
+    check_sequence("STAGE", sequence, world)
     group = None
     if sequence > 1:
         for first in range(0, world, sequence):
@@ -63,12 +64,14 @@ def build_parallel_dims(sequence: int = 1) -> ParallelDims:
     return ParallelDims(rank, world, sequence, group)
 
 
-def check_sequence(sequence: int, world: int) -> None:
-    """Raise RecipeError if `world` processes cannot be divided into groups of `sequence`."""
+def check_sequence(stage: str, sequence: int, world: int) -> None:
+    """Raise RecipeError if `world` processes cannot be divided into a stage's groups of `sequence`."""
     if world % sequence:
+        enough = -(-world // sequence) * sequence
         raise RecipeError(
-            f"sequence_parallel = {sequence} does not divide the {world} processes; "
-            f"start a multiple of {sequence} processes, or lower it with --set STAGE.sequence_parallel=…"
+            f"{stage}.sequence_parallel = {sequence} needs a multiple of {sequence} processes, and {world} "
+            f"{'was' if world == 1 else 'were'} started; use torchrun --nproc_per_node {enough}"
+            f", or --set {stage}.sequence_parallel={math.gcd(sequence, world)}"
         )
 
 

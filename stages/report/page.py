@@ -18,6 +18,7 @@ import tomllib
 from html import escape
 from pathlib import Path
 
+from keye.errors import writing
 from keye.evaluation import Score
 from stages.report import findings
 from stages.report import training_sections as training
@@ -50,7 +51,8 @@ def write(run: str | Path) -> Path:
         f"{body}</main></body></html>"
     )
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    with writing(path, "the report"):
+        path.write_text(page, encoding="utf-8")
     return path
 
 

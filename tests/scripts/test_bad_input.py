@@ -1,5 +1,6 @@
 """An invalid input gives one sentence with the remedy, exit code 2 and no traceback."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from keye.checkpoint.shards import atomic_directory
+from keye.errors import CheckpointError, KeyeError
+from keye.evaluation import ablation
 from scripts.clips import clip
+from stages.report import page
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "stages/recipes/tiny.toml"
@@ -88,3 +93,24 @@ def test_model_directory_that_is_not_there_is_named(tmp_path):
     manifest.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     result = script("ablate.py", "--videos", "x.mp4", "--model", tmp_path / "nowhere", "--manifest", manifest)
     assert_one_sentence(result, "nowhere")
+
+
+@pytest.mark.parametrize("name", ["costs.bmp", "nowhere/below/null"])
+def test_a_figure_of_costs_that_cannot_be_written_is_named(tmp_path, name):
+    (tmp_path / "nowhere").write_text("a file")
+    assert_one_sentence(script("cost.py", TINY, "--gpus", 2, "--out", tmp_path / name), name, "cannot be written")
+
+
+def test_an_ablation_figure_that_cannot_be_written_is_named(tmp_path):
+    row = ablation.AblationRow(
+        **{field.name: 0.5 for field in dataclasses.fields(ablation.AblationRow)} | {"families": {}}
+    )
+    with pytest.raises(KeyeError, match="the figure cannot be written to .*nowhere"):
+        ablation.draw(tmp_path / "nowhere" / "ablation.png", [row], [{"clip": "a", **dataclasses.asdict(row)}])
+
+
+def test_a_merged_model_and_a_report_that_cannot_be_written_are_named():
+    with pytest.raises(CheckpointError, match="cannot be written to /dev/null/x "), atomic_directory("/dev/null/x"):
+        pass
+    with pytest.raises(KeyeError, match="the report cannot be written to /dev/null/report.html "):
+        page.write("/dev/null")

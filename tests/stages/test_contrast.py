@@ -343,7 +343,7 @@ def test_micro_batches_of_a_stage_divide():
     assert VisionRecipe(steps=1, learning_rate=1.0, pairs=48).micro_batches(2) == 1
     with pytest.raises(RecipeError, match="micro_pairs = 4 does not divide the 6 pairs of each of 8 ranks"):
         recipe.micro_batches(8)
-    with pytest.raises(RecipeError, match="48 pairs cannot be shared by 5 ranks"):
+    with pytest.raises(RecipeError, match="vision.pairs = 48 cannot be shared by 5 ranks"):
         recipe.micro_batches(5)
 
 

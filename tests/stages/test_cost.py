@@ -315,7 +315,7 @@ def test_gpus_that_cannot_share_the_packs_are_named(keye_8b: Recipe):
         estimate(sequence, GPU, 1)
     for gpus in (2, 512):
         estimate(replace(sequence, multitask=None, annealing=None), GPU, gpus)
-    with pytest.raises(RecipeError, match="vision: 8192 pairs cannot be shared by 48 ranks evenly"):
+    with pytest.raises(RecipeError, match="vision.pairs = 8192 cannot be shared by 48 ranks evenly"):
         estimate(keye_8b, GPU, 48)
     with pytest.raises(KeyeError, match="--gpu h300 is not known; use one of "):
         gpu_named("h300")

@@ -318,7 +318,7 @@ def test_grid_of_four_has_two_sequence_groups():
 
 
 def test_sequence_parallel_that_does_not_divide_the_processes_is_named():
-    with pytest.raises(RecipeError, match="sequence_parallel = 2 does not divide the 1 processes"):
+    with pytest.raises(RecipeError, match="sequence_parallel = 2 needs a multiple of 2 processes, and 1 was started"):
         build_parallel_dims(2)
     assert build_parallel_dims(1).sequence_group is None
 

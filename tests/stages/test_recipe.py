@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rl.recipe
 from keye.encoder_config import EncoderConfig
 from keye.errors import RecipeError
 from keye.field_docs import field_docs
@@ -62,6 +63,18 @@ def test_sources_are_looked_for_beside_the_recipe(small):
         ("alignment.stpes=3", "unknown key alignment.stpes; did you mean alignment.steps?"),
         ("alignmint.steps=3", "unknown key alignmint; did you mean alignment?"),
         ("alignment.rope_scale=8.0", "unknown key alignment.rope_scale"),
+        ("zzz=1", "unknown key zzz; use one of name, data, model,"),
+        ("model.path=/nowhere", 'mine.toml: model.path = "/nowhere" is not a model directory; create one with keye'),
+        ("model.preset=8b", "mine.toml: model.preset = '8b' is not a preset; use one of tiny, small, keye_8b"),
+        ("model.preset=smal", "did you mean small?"),
+        ("data.world={counts={cout=1}}", "data.world.counts.cout: there is no such family; did you mean count?"),
+        (
+            "data.world={counts={count=1},heldout={zzz=1}}",
+            "heldout.zzz: there is no such family; use one of",
+        ),
+        ("data.world={counts={count=-1}}", "data.world.counts.count = -1 is negative"),
+        ("processor.encoder.measure=ssmi", "mine.toml: processor.encoder: similarity measure 'ssmi' is not known"),
+        ("alignment.encoder.policy=unifrom:4", "alignment.encoder: policy 'unifrom:4' is not known"),
         ("annealing.steps=3", "annealing.learning_rate is missing"),
         ("alignment.steps=three", "alignment.steps is 'three', but must be of type int"),
         ("alignment.steps=2.5", "alignment.steps is 2.5, but must be of type int"),
@@ -97,7 +110,7 @@ def test_sources_are_looked_for_beside_the_recipe(small):
         ("alignment.encoder.fps=[1]", "alignment.encoder.fps is [1], but must be of type float"),
         ("alignment.encoder.fast_ration=0.1", "did you mean alignment.encoder.fast_ratio?"),
         ("alignment.encoder.min_tokens_per_frame=4096", "alignment.encoder: min_tokens_per_frame"),
-        ("processor.image.maximum=3", "unknown key processor.image.maximum; did you mean processor.image.max_tokens?"),
+        ("processor.image.maximum=3", "unknown key processor.image.maximum; use one of processor.image.min_tokens, "),
         ("processor.image.max_tokens=x", "processor.image.max_tokens is 'x', but must be of type int"),
         ("data.world={counts={read=1},settings={duratoin=1}}", "did you mean data.world.settings.duration?"),
         ("data.world={counts={read=1},settings={fps=1.5}}", "data.world.settings.fps is 1.5, but must be of type int"),
@@ -109,6 +122,42 @@ def test_mistake_is_named_with_its_key(small, override, said):
     with pytest.raises(RecipeError) as caught:
         load(small, [override])
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("alignment.steps=abc", "alignment.steps is 'abc', but must be of type int"),
+        ("alignment.lr=abc", "alignment.learning_rate is 'abc', but must be of type float"),
+        ('alignment={steps = "abc"}', "alignment.steps is 'abc', but must be of type int"),
+        ("alignment.betas=['a']", "alignment.betas[0] is 'a', but must be of type float"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_wrong_type_names_the_override_that_gave_it(small, override, message):
+    with pytest.raises(RecipeError) as caught:
+        load(small, ["alignment.warmup=1", override, "vision.steps=1"])
+    assert str(caught.value) == f"--set {override}: {message}"
+
+
+def test_a_wrong_type_in_the_file_names_the_file(small):
+    small.write_text(SMALL.replace("steps = 3", 'steps = "abc"'))
+    with pytest.raises(RecipeError, match="mine.toml: alignment.steps is 'abc'"):
+        load(small, ["alignment.warmup=1"])
+
+
+def test_a_recipe_of_the_other_command_is_named(small):
+    with pytest.raises(RecipeError, match="this is a GSPO recipe; use keye posttrain"):
+        load("rl/recipes/tiny.toml")
+    with pytest.raises(RecipeError, match="mine.toml: this is a pre-training recipe; use keye pretrain"):
+        rl.recipe.load(small)
+
+
+def test_a_former_key_is_one_plain_line_of_a_command():
+    command = [sys.executable, "scripts/pretrain.py", "stages/recipes/tiny.toml", "--set", "multitask.lr=1e-3"]
+    result = subprocess.run([*command, "--print"], capture_output=True, text=True, check=True, timeout=300)
+    message = "the key multitask.lr is now called multitask.learning_rate; rename it"
+    assert result.stderr == f"warning: --set multitask.lr=1e-3: {message}\n"
 
 
 def test_override_writes_nested_keys_and_new_tables(small):

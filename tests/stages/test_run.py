@@ -150,7 +150,7 @@ def test_finished_stage_with_another_recipe_is_named_with_the_mend(run, recipe):
         run_distributed(go, 1, 300, recipe, run, ["alignment.steps=3"], None)
     said = str(caught.value)
     assert said.startswith("alignment was finished with steps = 2, but the recipe says 3; remove ")
-    assert str(run / "alignment") in said and "another --run" in said
+    assert str(run / "alignment") in said and "another --out" in said
     assert written(run) == before and (run / "recipe.toml").read_text() == text
 
 
@@ -174,9 +174,28 @@ def test_stage_that_was_finished_with_former_keys_is_of_the_same_recipe(alone, r
 
 def test_another_world_than_the_one_that_was_drawn_is_named(run, recipe):
     before = written(run)
-    with pytest.raises(KeyeError, match=r"world was drawn with seed = 0, but data\.world says 1; take another --run"):
+    with pytest.raises(KeyeError, match=r"world was drawn with seed = 0, but data\.world says 1; take another --out"):
         run_distributed(go, 1, 300, recipe, run, ["data.world.seed=1"], None)
     assert written(run) == before
+
+
+def test_only_the_families_that_differ_of_another_world_are_named(run, recipe):
+    with pytest.raises(KeyeError) as caught:
+        prepare_world(load(recipe, ["data.world.counts.count=5"]), run)
+    assert "was drawn with counts = {'count': 4}, but data.world says {'count': 5}; take another --out" in str(
+        caught.value
+    )
+    assert f"or remove {run}, with its trained stages, to start again" in str(caught.value)
+
+
+def test_a_model_path_that_is_missing_is_named_before_the_world_is_drawn(alone, recipe, tmp_path):
+    with pytest.raises(KeyeError, match='model.path = "models/missing" is not a model directory'):
+        check(load(recipe, ["model.path=models/missing"]), tmp_path / "run", None)
+
+
+def test_a_run_that_cannot_be_written_is_named(recipe):
+    with pytest.raises(KeyeError, match="the run cannot be written to /dev/null/x "):
+        run_distributed(go, 1, 300, recipe, Path("/dev/null/x"), [], None)
 
 
 def test_stage_after_one_that_was_trained_again_is_named(alone, run, recipe, tmp_path):
@@ -230,6 +249,8 @@ def test_command_of_the_8b_recipes_header_begins_without_stage_0(alone, tmp_path
     words = line.partition("keye_8b.toml")[2].split()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
+    (tmp_path / "models/keye-8b-start").mkdir(parents=True)
+    (tmp_path / "models/keye-8b-start/config.json").write_text("{}")
     for name in ("caption", "ocr_vqa", "grounding_counting", "interleaved", "video"):
         (tmp_path / "data" / f"{name}.jsonl").write_text("{}\n")
     loaded = load(path, [word for flag, word in zip(words, words[1:], strict=False) if flag == "--set"])
@@ -245,9 +266,15 @@ def test_command_of_the_8b_recipes_header_begins_without_stage_0(alone, tmp_path
     ("override", "said"),
     [
         ("annealing.encoder.max_tokens_per_frame=0", "max_tokens_per_frame is 0"),
-        ("annealing.encoder.maximum=3", "unknown key annealing.encoder.maximum; did you mean annealing.encoder.max"),
+        (
+            "annealing.encoder.maximum=3",
+            "unknown key annealing.encoder.maximum; use one of annealing.encoder.threshold",
+        ),
         ("processor.image.maximum=3", "unknown key processor.image.maximum"),
-        ("annealing.sequence_parallel=2", "sequence_parallel = 2 does not divide the 1 processes"),
+        (
+            "annealing.sequence_parallel=2",
+            "annealing.sequence_parallel = 2 needs a multiple of 2 processes, and 1 was started; use torchrun",
+        ),
         ("annealing.mixture={image = 0.5, text = 0.5}", "annealing.mixture names image"),
         ('data.sources=[{path = "gone.jsonl", kind = "text"}]', "gone.jsonl: no such manifest"),
     ],

@@ -317,6 +317,6 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_packs_that_the_ranks_cannot_share_are_named():
-    with pytest.raises(KeyeError, match=r"multitask: 3 packs \(or pairs\) a step cannot be shared by 2 ranks"):
+    with pytest.raises(KeyeError, match=r"multitask: the 3 packs of global_batch_size cannot be shared by 2 ranks"):
         micro_batches("multitask", 3, ParallelDims(0, 2, 1, None))
     assert micro_batches("multitask", 6, ParallelDims(0, 4, 2, None)) == 3
