@@ -49,11 +49,13 @@ On the world of seed 0:
 - GSPO at 4e-4 with 32 questions a step and four families gained +0.044 ± 0.028 and lost `read` (98 → 70). Larger
   rollout batches at half the rate, and families that are kept so that they are not forgotten, solved both.
 
-On the world of seed 1, the one reported here:
+On the world of seed 1, which was reported before:
 
 - With cards of random size (80–100 %) at any place of the frame, `read` reached 41.7 and `image_read` 55.0 after
   stage 3 (one run). Now the cards of `read` shrink about their centre, and those of `image_read` have one size again.
-  This is the only choice that was made after a result on this seed was seen.
+  With this choice, and no other change, the world of seed 1 gave six learnt families, and GSPO raised the held-out
+  reward from 0.858 to 0.935. Because the choice was made after a result on seed 1, seed 2 is reported here: nothing was
+  chosen on it, and this is its first run.
 
 ## Withdrawn
 
@@ -65,10 +67,11 @@ plan, its similarities and the bytes of the files.
 
 ## In a clean clone
 
-The run above was made by `bash scripts/demo` in a clean clone with an empty home and no environment, beside light other
-work; with the installation it took 16 minutes. The same commands at commit 973f0a7, before names, wording and the data
-plane changed, gave every figure of this page but the times, to the last digit. Before the world was drawn as now
-(commit `e7c27de`), five of ten families were learnt and the held-out reward rose from 0.773 to 0.926."""
+`bash scripts/demo` in a clean clone with an empty home and no environment (commit bcaba25, world of seed 1): 10.7
+minutes after the installation, 16 with it, beside light other work. It gave the figures of the same world at commit
+973f0a7, before names, wording and the data plane changed, to the last printed digit. The run above is of a working copy
+with the environment installed, beside the tests of this project. Before the world was drawn as now (commit e7c27de,
+seed 1), five of ten families were learnt and the held-out reward rose from 0.773 to 0.926."""
 
 
 def main() -> None:
@@ -111,8 +114,8 @@ def _head(folder: Path, commit: str) -> list[str]:
         "",
         f"- Machine: {here['cores']} cores of {here['cpu']} (shared), {here['ram_gb']} GB, no GPU; Python "
         f"{environment['python']}, {versions}.",
-        f"- Seeds: recipes {environment['seed']}, world 1. The settings were chosen on the world of seed 0, with "
-        "one exception (section \"Tried while choosing\").",
+        f"- Seeds: recipes {environment['seed']}, world 2. The settings were chosen on the worlds of seeds 0 and "
+        '1 (section "Tried while choosing").',
         f"- Time after the installation: **{sum(seconds.values()) / 60:.1f} minutes** ({parts}).",
     ]
 
