@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from keye.checkpoint.convert import atomic_directory
+from keye.checkpoint.shards import atomic_directory
 from keye.encoder import SlowFastEncoder
 from keye.errors import CheckpointError, KeyeError, RecipeError, writing
 from keye.model.config import KeyeConfig
@@ -75,8 +75,8 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
     seed(recipe.seed)
     first_rank(lambda: check(recipe, run, only))
     first_rank(lambda: begin(recipe, run))
-    first_rank(lambda: prepare_world(recipe, run))
-    first_rank(lambda: prepare_tokenizer(recipe, run))
+    first_rank(lambda: prepare_world(recipe, run), OSError)
+    first_rank(lambda: prepare_tokenizer(recipe, run), OSError)
     cache = Cache(recipe.data.cache_mb << 20)
     for name in recipe.chain:
         if wanted(name, only):
@@ -234,7 +234,7 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     seed(recipe.seed + 1 + STAGES.index(stage_of(name)))
     grid = build_parallel_dims(config.sequence_parallel)
     processor = make_processor(recipe, config, run)
-    first_rank(lambda: prepare_start(name, recipe, run))
+    first_rank(lambda: prepare_start(name, recipe, run), OSError)
     stage = KINDS[stage_of(name)](config, processor)
     start = open_start(start_of(name, recipe, run))
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32

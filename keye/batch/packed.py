@@ -45,10 +45,15 @@ def unpack(path: str | os.PathLike) -> EncodedVideo:
     """
     from safetensors import safe_open
 
-    os.stat(path)  # raises FileNotFoundError, unlike safetensors
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in ("patches", "grid_thw")}
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in ("patches", "grid_thw")}
+    except Exception:
+        # safetensors opens the file twice, and the second error of a file that another process has removed meanwhile
+        # looks like damage.
+        os.stat(path)
+        raise
     if _checksum(tensors, about["plan"] + about["pixels"]) != about["checksum"]:
         raise ValueError(f"{path} is damaged")
     pixels = tensors["patches"]

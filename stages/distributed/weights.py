@@ -20,11 +20,11 @@ from transformers import GenerationConfig
 
 from keye.checkpoint.convert import open_weights
 from keye.checkpoint.shards import MAX_SHARD, Computed, Stored, atomic_directory, write_shards
-from keye.errors import CheckpointError
+from keye.errors import CheckpointError, KeyeError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.distributed import engine
-from stages.distributed.ranks import first_rank
+from stages.distributed.ranks import agree, waiting_group
 
 PARTS = ("visual", "projector", "language_model", "lm_head")
 
@@ -98,7 +98,7 @@ def write_model(
         max_shard: bytes of a file at most.
 
     Raises:
-        OSError: on rank 0 only, after all ranks have gathered all tensors.
+        OSError, CheckpointError: on rank 0 only, after all ranks have gathered all tensors.
     """
     training = {id(p) for p in module.parameters() if p.requires_grad}
     parameters = dict(model.named_parameters())
@@ -125,19 +125,17 @@ def replace_model(
     Raises:
         CheckpointError: on all ranks, if rank 0 cannot write it.
     """
-    errors: list[str] = []
+    error: KeyeError | None = None
     if dist.get_rank() == 0:
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it recorded the stage as finished
     try:
         write_model(model, module, start, out, write_extras)
-    except OSError as error:
-        errors.append(f"{out} could not be written ({error.strerror or error}); make room and repeat the command")
-
-    def report() -> None:
-        if errors:
-            raise CheckpointError(errors[0])
-
-    first_rank(report)
+    except KeyeError as caught:
+        error = caught
+    except OSError as caught:
+        reason = caught.strerror or caught
+        error = CheckpointError(f"{out} cannot be written ({reason}); make room and repeat the command")
+    agree(error, waiting_group(dist.group.WORLD))
 
 
 def _masters(trained: Mapping[str, nn.Parameter]) -> Iterator[Tensor | None]:

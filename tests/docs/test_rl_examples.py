@@ -42,7 +42,7 @@ def test_examples_run(folder):
         check=False,
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
-    assert "on 5 questions" in result.stdout and "of 2 steps taught nothing" in result.stdout
+    assert "on 5 questions" in result.stdout and "of 2 steps had no gradient" in result.stdout
     assert "1.1 {'accuracy': 1.0, 'brief': 1.0}" in result.stdout
     rows = [json.loads(line) for line in (folder / "runs/mine/gspo/metrics.jsonl").read_text().splitlines()]
     named = set(re.findall(r"`(\w+)`", GUIDE.read_text(encoding="utf-8").partition("| in `metrics.jsonl`")[2]))

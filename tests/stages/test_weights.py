@@ -1,6 +1,8 @@
 """Weights go from file to device and back a tensor at a time: nothing is held twice, and what comes out is exact."""
 
+import errno
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keye.checkpoint.shards import open_checkpoint
-from keye.errors import KeyeError
+from keye.errors import CheckpointError
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.data.items import Cache
 from stages.distributed import engine
+from stages.distributed.weights import replace_model
 from stages.recipe import load
-from stages.run import open_stage, prepare_tokenizer, prepare_world, run_stage, save_model
+from stages.run import open_stage, prepare_tokenizer, prepare_world, run_stage
 from tests.distributed import run_distributed
 from tests.stages import small
 from tests.stages.test_run import RECIPE
@@ -115,20 +118,30 @@ def align(recipe: Path, run: Path, overrides: list[str]) -> None:
     run_stage("alignment", settings, run, Cache(1 << 24))
 
 
-def fail_to_write(recipe: Path, run: Path) -> str:
+def fail_to_write(recipe: Path, run: Path) -> list[str]:
+    """The errors of a folder that cannot be made, and of a disk that is full after the first file."""
     found = opened("vision", recipe, run, [])
     found.trainer.loader.close()
     (run / "full").write_text("a file where a folder should be made")
-    try:
-        save_model(found, run / "full" / "model")
-    except KeyeError as error:
-        return str(error)
-    return ""
+
+    def no_space(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    messages = []
+    for out, extras in ((run / "full/model", found.processor.save_pretrained), (run / "vision/model", no_space)):
+        try:
+            replace_model(found.model, found.module, found.start, out, extras)
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
 
 
 def test_model_that_cannot_be_written_is_said_on_every_rank(recipe, tmp_path):
-    said = run_distributed(fail_to_write, 2, 200, recipe, tmp_path / "run")
-    assert said[0] == said[1] and "full/model could not be written" in said[0]
+    messages = run_distributed(fail_to_write, 2, 200, recipe, tmp_path / "run")
+    assert messages[0] == messages[1] and len(messages[0]) == 2
+    assert "full/model" in messages[0][0] and "Not a directory" in messages[0][0]
+    assert "vision/model cannot be written (No space left on device); make room" in messages[0][1]
+    assert not (tmp_path / "run/vision/model").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from PIL import Image
 
@@ -211,6 +212,19 @@ def test_a_missing_file_is_the_encoders_error(tmp_path, cache):
     (tmp_path / "file").touch()
     with pytest.raises(KeyeError, match="give a folder that you may write to"):
         Cache(tmp_path / "file")
+
+
+def test_an_entry_that_another_process_removes_while_it_is_opened_is_not_damaged(video, cache, monkeypatch):
+    encoder = SlowFastEncoder(**TINY)
+    first = cache.encode(encoder, video)
+
+    def evicted(path, framework):
+        Path(path).unlink()
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr(safetensors, "safe_open", evicted)
+    again = cache.encode(encoder, video)
+    assert torch.equal(again.pixel_values, first.pixel_values) and cache.counts == (0, 2, 0)
 
 
 def test_damaged_entries_are_made_again(video, cache):

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import av
+import psutil
 import pytest
 import torch
 
@@ -56,8 +57,12 @@ def videos(tmp_path_factory) -> list[Path]:
 
 def children() -> set[int]:
     """Running worker processes of this process."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "keye.batch.worker import serve" in line}
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile, or a zombie
+            if any("keye.batch.worker import serve" in argument for argument in child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 @pytest.mark.parametrize("workers", [0, 2])
