@@ -89,19 +89,20 @@ def with_share(item: Item, share: Share) -> Item:
     return replace(item, sample=replace(item.sample, **changed))
 
 
-def send(outgoing: list[list[tuple[Any, Item]]], group: dist.ProcessGroup) -> list[tuple[Any, Item]]:
-    """Send the (key, item)s of `outgoing[rank]` to each rank; returns those that all ranks sent here. Collective."""
-    blobs = [_to_bytes(items) if items else torch.empty(0, dtype=torch.uint8) for items in outgoing]
+def send(blobs: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Send `blobs[rank]` (uint8 `[n]`) to each rank; returns those that the ranks sent here, by rank. Collective."""
     sent = torch.tensor([len(blob) for blob in blobs])
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=group)
     received = torch.empty(int(got.sum()), dtype=torch.uint8)
     dist.all_to_all_single(received, torch.cat(blobs), got.tolist(), sent.tolist(), group=group)
-    return [pair for blob in received.split(got.tolist()) if len(blob) for pair in _from_bytes(blob)]
+    return list(received.split(got.tolist()))
 
 
-def _to_bytes(items: list[tuple[Any, Item]]) -> Tensor:
-    """Items → uint8 `[n]`: tensors and plain values only, so reading them executes nothing."""
+def to_bytes(items: list[tuple[Any, Item]]) -> Tensor:
+    """(key, item)s → uint8 `[n]`: tensors and plain values only, so reading them executes nothing; none → `[0]`."""
+    if not items:
+        return torch.empty(0, dtype=torch.uint8)
     rows = []
     for key, item in items:
         tensors = {name: getattr(item.sample, name) for name in TENSORS}
@@ -113,7 +114,10 @@ def _to_bytes(items: list[tuple[Any, Item]]) -> Tensor:
     return torch.frombuffer(out.getbuffer(), dtype=torch.uint8)
 
 
-def _from_bytes(blob: Tensor) -> list[tuple[Any, Item]]:
+def from_bytes(blob: Tensor) -> list[tuple[Any, Item]]:
+    """The (key, item)s of `to_bytes`."""
+    if not len(blob):
+        return []
     rows = torch.load(io.BytesIO(blob.numpy()), weights_only=True)
     return [
         (key, Item(Sample(**tensors, warnings=warnings, thinned=thinned), *rest))

@@ -16,7 +16,7 @@ import numpy as np
 
 from keye.errors import KeyeError
 from keye.video.decoding.prefetch import stop_at_exit
-from stages.data.collate import pixel_shares, send, with_share
+from stages.data.collate import from_bytes, pixel_shares, send, to_bytes, with_share
 from stages.data.items import Item
 from stages.data.packing.balance import Cost, TowerCost
 from stages.data.packing.planner import Planner
@@ -316,18 +316,21 @@ class BatchStream:
 
     def _batch(self, round_: list[list[int]]) -> dict[str, Any]:
         """Send the samples of a round to the ranks that train on them; make this rank's batch of those received."""
-        batch, error = None, None
-        outgoing: list[list[tuple[int, Item]]] = [[] for _ in range(self.grid.world)]
+        batch, error, items = None, None, []
+        blobs = [to_bytes([]) for _ in range(self.grid.world)]
         try:
+            outgoing: list[list[tuple[int, Item]]] = [[] for _ in range(self.grid.world)]
             for data_rank, packs in enumerate(round_):
                 self._send_to(data_rank, packs, outgoing)
+            items, outgoing[self.grid.rank] = outgoing[self.grid.rank], []
+            blobs = [to_bytes(sent) for sent in outgoing]
         except Exception as found:
-            error, outgoing = found, [[] for _ in range(self.grid.world)]
-        own, outgoing[self.grid.rank] = outgoing[self.grid.rank], []
-        received = own if self.group is None else own + send(outgoing, self.group)  # also after an error here
+            error = found
+        received = [] if self.group is None else send(blobs, self.group)  # also after an error here
         try:
             if error is None:
-                batch = self.assemble(self._checked(round_[self.grid.data_rank], received))
+                items = items + [pair for blob in received for pair in from_bytes(blob)]
+                batch = self.assemble(self._checked(round_[self.grid.data_rank], items))
         except Exception as found:
             error = found
         agree(error, self.group)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import keye.errors
-from keye.errors import KeyeError
+from keye.errors import CheckpointError, KeyeError
 
 PATIENCE = timedelta(days=7)
 
@@ -23,9 +23,10 @@ class Failure(NamedTuple):
     @classmethod
     def of(cls, error: Exception, rank: int) -> "Failure":
         """The failure for an error of this rank; an error that is no KeyeError is named in the message."""
-        name, text = type(error).__name__, str(error)
-        known = getattr(keye.errors, name, None) is not None
-        return cls(name, text) if known else cls("KeyeError", f"the data of rank {rank}: {name}: {text}")
+        for kind in type(error).__mro__:
+            if getattr(keye.errors, kind.__name__, None) is kind:
+                return cls(kind.__name__, str(error))
+        return cls("KeyeError", f"rank {rank}: {type(error).__name__}: {error}")
 
     @property
     def error(self) -> KeyeError:
@@ -87,23 +88,20 @@ def first_rank(action: Callable[[], Any], *kinds: type[Exception]) -> None:
     """Call `action` on rank 0 while the others wait; its error (a KeyeError or one of `kinds`) is raised on all ranks.
 
     The others wait in a group of their own without a time limit. The group of the training gives up a collective after
-    half an hour. If rank 0 dies, the others fail immediately, because its connections close.
+    half an hour.
 
     Raises:
         KeyeError: on all ranks, with rank 0's class and message; CheckpointError for the `kinds`.
     """
-    box: list[tuple[str, str] | None] = [None]
+    error: Exception | None = None
     if dist.get_rank() == 0:
         try:
             action()
-        except KeyeError as error:
-            box[0] = type(error).__name__, str(error)
-        except kinds as error:
-            box[0] = "CheckpointError", str(error)
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0, group=waiting_group(dist.group.WORLD))
-    if box[0] is not None:
-        raise getattr(keye.errors, box[0][0], KeyeError)(box[0][1])
+        except kinds as caught:
+            error = CheckpointError(str(caught))
+        except Exception as caught:
+            error = caught
+    agree(error, waiting_group(dist.group.WORLD) if dist.get_world_size() > 1 else None)
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from keye.checkpoint.convert import open_weights
 from keye.checkpoint.shards import MAX_SHARD, Computed, Stored, atomic_directory, write_shards
-from keye.errors import CheckpointError, KeyeError
+from keye.errors import CheckpointError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.distributed import engine
@@ -123,18 +123,18 @@ def replace_model(
     """`write_model` after removing the contents of `out`; collective.
 
     Raises:
-        CheckpointError: on all ranks, if rank 0 cannot write it.
+        KeyeError: on all ranks, if rank 0 cannot write it.
     """
-    error: KeyeError | None = None
+    error: Exception | None = None
     if dist.get_rank() == 0:
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it recorded the stage as finished
     try:
         write_model(model, module, start, out, write_extras)
-    except KeyeError as caught:
-        error = caught
     except OSError as caught:
         reason = caught.strerror or caught
         error = CheckpointError(f"{out} cannot be written ({reason}); make room and repeat the command")
+    except Exception as caught:
+        error = caught
     agree(error, waiting_group(dist.group.WORLD))
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye.checkpoint.shards import Stored
+from keye.errors import CheckpointError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import KeyeVisionModel, Projector
 from stages.distributed.ranks import agree, waiting_group
@@ -96,10 +97,13 @@ def read_partitioned(
 
 def _unmapped(module: nn.Module, sources: Mapping[nn.Parameter, Stored]) -> Exception | None:
     """The error of the first stored tensor that this rank cannot map; the others would wait for this rank."""
-    try:
-        for parameter in module.parameters():
-            if parameter.is_meta:
+    for parameter in module.parameters():
+        if parameter.is_meta:
+            try:
                 sources[parameter].mapped()
-    except Exception as error:
-        return error
+            except (OSError, ValueError) as error:
+                where = f"{sources[parameter].path} cannot be read on rank {dist.get_rank()}"
+                return CheckpointError(f"{where} ({error}); copy the model again")
+            except Exception as error:
+                return error
     return None

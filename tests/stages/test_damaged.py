@@ -1,5 +1,6 @@
 """Damaged or replaced files: Parquet whose pages cannot be read, and index files that are damaged or not writable."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 from keye.errors import ManifestError
 from stages.data.quarantine import Quarantine
 from stages.data.sources import parquet
-from stages.data.sources.formats import Table, kept
+from stages.data.sources.decontaminate import open_decontamination
+from stages.data.sources.formats import Table, kept, kept_array
 from stages.data.sources.source import Shuffled
 from stages.recipe import SourceRecipe
+from tests.stages import small
 
 COUNT, GROUP = 400, 50
 
@@ -80,6 +83,55 @@ def test_text_that_is_not_unicode_makes_one_bad_row(tmp_path):
         table.find(7)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), pa.ArrowMemoryError("malloc failed")])
+def test_an_error_of_the_system_does_not_make_rows_bad(tmp_path, cache, monkeypatch, error):
+    path = tmp_path / "rows.parquet"
+    write(path)
+    reader, calls = parquet.Parquet._reader, []
+
+    def failing(part, **options):
+        calls.append(part)
+        if len(calls) == 4:
+            raise error
+        return reader(part, **options)
+
+    monkeypatch.setattr(parquet.Parquet, "_reader", failing)
+    with pytest.raises(parquet.NotReadableNow, match="cannot be read now .*; repeat the command"):
+        opened(path)
+    assert not list(cache.rglob("*.np[yz]"))
+    assert len(opened(path).indices) == COUNT
+
+
+def test_an_error_of_the_system_does_not_leave_an_evaluation_incomplete(tmp_path, cache, monkeypatch):
+    path = tmp_path / "rows.parquet"
+    write(path)
+
+    def failing(part: parquet.Parquet, index: int) -> None:
+        raise parquet.NotReadableNow("later")
+
+    monkeypatch.setattr(parquet.Parquet, "read", failing)
+    with pytest.raises(parquet.NotReadableNow):
+        open_decontamination((str(path),), 6, small.processor())
+    assert not list(cache.rglob("*.npz"))
+
+
+def test_a_row_group_with_fewer_rows_than_the_footer_states_is_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "rows.parquet"
+    write(path)
+    part = parquet.Parquet(str(path), str(path))
+    part.rows[2] += 1
+    with pytest.raises(ManifestError, match="row group 3 of 8 cannot be read .*50 rows, but the footer states 51"):
+        part.group(2)
+    assert [isinstance(row, ManifestError) for row in part.outlines()].count(True) == 51
+
+
+def test_columns_of_the_same_name_are_an_error(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), path)
+    with pytest.raises(ManifestError, match="rows.parquet: .*more than one column 'text'; rename"):
+        opened(path)
+
+
 @pytest.mark.parametrize("change", ["other", "shorter", "removed"])
 def test_a_file_that_changes_during_a_run_is_an_error(tmp_path, change):
     path = tmp_path / "rows.parquet"
@@ -124,6 +176,15 @@ def test_a_damaged_index_is_written_again(tmp_path, cache):
         for file in (cache / "keye").glob("*.np[yz]"):
             os.truncate(file, size)
         assert opened(path).draw_many(COUNT).tolist() == drawn
+
+
+def test_an_error_while_an_index_is_written_is_not_damage(cache, caplog):
+    def failing(path: str) -> None:
+        raise ValueError("of the rows")
+
+    with pytest.raises(ValueError, match="of the rows"):
+        kept_array("rows", "mark", ".npy", failing, np.load)
+    assert "damaged" not in caplog.text
 
 
 def test_an_index_that_cannot_be_written_is_named(cache):

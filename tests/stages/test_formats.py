@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import os
 import tarfile
 import threading
 from collections import Counter
@@ -19,7 +20,7 @@ from keye.slowfast.pixels import normalised
 from stages.data.items import Cache
 from stages.data.quarantine import Quarantine
 from stages.data.sources.chat import as_chat
-from stages.data.sources.formats import Table
+from stages.data.sources.formats import Table, kept_array
 from stages.data.sources.source import Source
 from stages.data.sources.tars import Tar, split_name, stream_tars
 from stages.recipe import SourceRecipe
@@ -387,23 +388,22 @@ def test_files_of_a_tar_keep_the_case_of_their_names(processor, tmp_path):
     assert source.item(0).sample.pixel_values is not None and not len(source.quarantine)
 
 
-def test_index_of_a_tar_is_mapped_and_gives_its_contents(tmp_path):
+def test_index_of_a_tar_is_mapped_gives_its_contents_and_is_written_again_when_damaged(tmp_path, monkeypatch):
     parts = ("txt", "json", "0.PNG")
     content = {f"{i}.{name}": f"{i}{name}".encode() * (i + 1) for i in range(5) for name in parts[i % 3 :]}
-    path, made = tmp_path / "a.tar", []
+    path = tmp_path / "a.tar"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with tarfile.open(path, "w") as tar:
         for name, data in content.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
 
-    def kept(kind, mark, suffix, write):
-        made.append(tmp_path / f"{kind}{suffix}")
-        write(str(made[-1]))
-        return made[-1]
-
-    tar = Tar("a.tar", str(path), kept)
-    assert isinstance(tar.places.base, np.memmap) and len(tar) == 5
-    for i in range(5):
-        found = tar._members(i, ("txt", "json", "png"))
-        assert found == {split_name(name)[1]: data for name, data in content.items() if name.startswith(f"{i}.")}
+    for size in (None, 0, 40):  # of the stored index: not yet written, empty, cut
+        for index in (tmp_path / "cache/keye").glob("tar-*.index"):
+            os.truncate(index, size)
+        tar = Tar("a.tar", str(path), kept_array)
+        assert isinstance(tar.places.base, np.memmap) and len(tar) == 5
+        for i in range(5):
+            found = tar._members(i, ("txt", "json", "png"))
+            assert found == {split_name(name)[1]: data for name, data in content.items() if name.startswith(f"{i}.")}

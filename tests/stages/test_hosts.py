@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from keye.errors import ManifestError
+from keye.errors import KeyeError, ManifestError
+from stages.data.sources.parquet import NotReadableNow
 from stages.distributed import engine
 from stages.distributed.hosts import POOLS, local_ranks, threads_each
 from stages.distributed.ranks import first_rank
@@ -63,7 +65,7 @@ def test_pools_of_libraries_are_limited_before_they_are_loaded():
         assert result.stdout.split() == [wanted, str(max(1, cores // 2)), str(max(1, cores // 2))]
 
 
-def wait_long() -> tuple[float, str]:
+def wait_long() -> tuple[float, list[tuple[str, str]]]:
     # The time limit of the training's group is short, as half an hour is for a conversion of 100 GB.
     dist.destroy_process_group()
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
@@ -71,16 +73,30 @@ def wait_long() -> tuple[float, str]:
     first_rank(lambda: time.sleep(8))
     waited = time.monotonic() - began
 
-    def fail() -> None:
-        raise ManifestError("line 3 is torn")
+    messages = []
+    for error in (
+        ManifestError("line 3 is torn"),
+        NotReadableNow("later"),
+        IndexError("3"),
+        PermissionError("of root"),
+    ):
+        try:
+            first_rank(partial(fail, error), PermissionError)
+        except KeyeError as raised:
+            messages.append((type(raised).__name__, str(raised)))
+    return waited, messages
 
-    try:
-        first_rank(fail)
-    except ManifestError as error:
-        return waited, str(error)
-    return waited, ""
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def test_others_wait_for_the_first_rank_beyond_the_time_out_of_collectives():
-    for waited, result in run_distributed(wait_long, 2, 60):
-        assert waited >= 7.5 and result == "line 3 is torn"
+    for waited, messages in run_distributed(wait_long, 2, 60):
+        assert waited >= 7.5
+        assert messages == [
+            ("ManifestError", "line 3 is torn"),
+            ("ManifestError", "later"),
+            ("KeyeError", "rank 0: IndexError: 3"),
+            ("CheckpointError", "of root"),
+        ]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -284,8 +286,16 @@ def numbers(source: small.Lengths, grid: ParallelDims, packs: int = 2, context: 
     return Loader(BatchStream(planner, cost, assign_rounds, assemble, grid), grid)
 
 
-def meets_an_error() -> tuple[str, str]:
-    loader = numbers(Faulty("f", "text", [10, 7, 3]), build_parallel_dims(1))
+class Unsendable(small.Lengths):
+    """The items of rank 1 have a caption that tensors and plain values cannot express."""
+
+    def items(self, index: int) -> list[Item]:
+        items = super().items(index)
+        return [replace(item, caption=Fraction(1, 2)) for item in items] if index % 2 else items
+
+
+def meets_an_error(kind: type[small.Lengths]) -> tuple[str, str]:
+    loader = numbers(kind("f", "text", [10, 7, 3]), build_parallel_dims(1))
     try:
         for _ in range(20):
             loader.next()
@@ -296,7 +306,12 @@ def meets_an_error() -> tuple[str, str]:
 
 
 def test_error_on_one_rank_is_the_same_on_all():
-    assert run_distributed(meets_an_error, 2, 360) == [("VideoError", "clip 7 is gone")] * 2
+    assert run_distributed(meets_an_error, 2, 360, Faulty) == [("VideoError", "clip 7 is gone")] * 2
+
+
+def test_an_item_that_cannot_be_sent_is_an_error_of_all_ranks():
+    one, two = run_distributed(meets_an_error, 2, 360, Unsendable)
+    assert one == two and one[0] == "KeyeError" and "Fraction" in one[1]
 
 
 def reads_other_data(copies: list[list[int]]) -> tuple[str, str]:

@@ -80,6 +80,7 @@ def test_bad_clips_are_quarantined_and_the_others_served(manifest, processor, tm
 @pytest.mark.parametrize(
     "line",
     [
+        chat("which colour").replace("{", '{"caption": 3, ', 1),
         "[]",
         "3",
         '"messages"',
@@ -335,3 +336,13 @@ def test_long_clip_is_thinned_to_the_context(manifest, processor):
     tight = small.source(manifest, "video", processor, limit=60)
     assert max(item.tokens for item in served(whole, 4)) > 60
     assert max(item.tokens for item in served(tight, 4)) <= 60 and len(tight.quarantine) == 0
+
+
+def test_rows_of_a_manifest_that_is_now_shorter_are_quarantined(manifest, processor, tmp_path):
+    paths = [beside(manifest, name, [chat("which colour")] * 2) for name in ("a_short.jsonl", "b_short.jsonl")]
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    source = small.source(manifest.with_name("?_short.jsonl"), "text", processor, quarantine)
+    assert source.item(3) is not None and source.item(9) is None
+    (row,) = quarantine.rows()
+    assert row["line"] == 10 and "row 10 no longer exists; the data set has 4 rows" in row["reason"]
+    assert paths[0].exists()

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from scipy.fft import dctn
 from torch import Tensor
 
-from keye.errors import KeyeError, ManifestError
+from keye.errors import ManifestError
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.slowfast.pixels import normalised
 from stages.data.sources.formats import Table, arrays_of, kept_array
+from stages.data.sources.parquet import NotReadableNow
 from stages.recipe import SourceRecipe
 
 SIDE, BITS = 32, 64
@@ -162,7 +163,9 @@ def _write(table: Table, processor: KeyeProcessor, path: str) -> None:
         try:
             row, file, line, base = table.find(index)
             shown = sample_hashes(processor.sample(row["messages"], base))
-        except KeyeError as error:
+        except NotReadableNow:  # the stored hashes would be incomplete
+            raise
+        except Exception as error:  # templates, decoders and image libraries may raise any class
             file, line = table.place(index)
             logging.getLogger("stages").warning("not compared with %s line %d: %s", file, line, error)
             continue

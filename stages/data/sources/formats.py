@@ -222,8 +222,9 @@ def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Pat
 
 def kept_array(what: str, mark: str, suffix: str, write: Callable[[str], None], read: Callable[[Path], T]) -> T:
     """What `read` returns of a file of `kept`; a damaged file is written again. ManifestError if that fails."""
+    path = kept(what, mark, suffix, write)
     try:
-        return read(path := kept(what, mark, suffix, write))
+        return read(path)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         logging.getLogger("stages").warning("%s: damaged (%s); it is written again", path, error)
     try:
@@ -315,7 +316,7 @@ def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:
         return [Columns(f"{name}:{recipe.config}:{recipe.split}", rows)]
     files = files_of(kind, path)
     if kind == "webdataset":
-        return [Tar(file, _local(file), kept) for file in files]
+        return [Tar(file, _local(file), kept_array) for file in files]
     if kind == "json":
         return [Lines(file, _loaded("text", [str(_as_lines(file))])[0]) for file in files]
     if kind == "parquet":

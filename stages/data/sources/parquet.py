@@ -25,6 +25,10 @@ PROBED = 8  # rows from which the decoded size of a row group is estimated
 UNREADABLE = (OSError, ValueError, OverflowError, pa.ArrowException)  # of pyarrow, for damaged files and bad UTF-8
 
 
+class NotReadableNow(ManifestError):
+    """The operating system cannot read a row now; its content may be undamaged."""
+
+
 class Parquet:
     """The rows of one Parquet file, without a copy.
 
@@ -38,12 +42,17 @@ class Parquet:
     Raises:
         OSError: there is no such file.
         pyarrow.ArrowException: it is not a Parquet file.
+        ValueError: two of its columns have the same name.
     """
 
     def __init__(self, file: str, local: str) -> None:
         self.file, self.local = file, local
         self.mark = _mark(local)
         metadata = _metadata(local, self.mark)
+        names = metadata.schema.to_arrow_schema().names
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"it has more than one column {repeated!r}; rename them")
         groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
         self.rows, self.sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
         self.starts = [0, *accumulate(self.rows)]
@@ -85,17 +94,20 @@ class Parquet:
         try:
             return table.slice(index - self.starts[place], 1).to_pylist()[0]
         except UNREADABLE as error:
-            raise ManifestError(self._unreadable(place, error)) from None
+            raise ManifestError(self._unreadable(place, _reason(error))) from None
 
     def outlines(self) -> Iterator[Row | ManifestError]:
         """All rows with placeholders for media; an error for each row that cannot be read.
 
         Raises:
+            NotReadableNow: the operating system cannot read a row group.
             ManifestError: the file has changed since it was opened.
         """
         for place, rows in enumerate(self.rows):
             try:
                 table = self.group(place)
+            except NotReadableNow:  # must not make rows bad in the stored index
+                raise
             except ManifestError as error:
                 self._check()
                 yield from [error] * rows
@@ -117,12 +129,20 @@ class Parquet:
                 table = reader.read_row_group(place, use_threads=False)
         except UNREADABLE as error:
             self._check()
-            reason = self._unreadable(place, error)
-            if getattr(error, "errno", None) is None:  # not of the operating system: the content is damaged
-                self.damaged[place] = reason
-            raise ManifestError(reason) from None
+            if getattr(error, "errno", None) is not None or isinstance(error, MemoryError):
+                where = f"row group {place + 1} of {len(self.rows)}"
+                reason = f"{self.file}: {where} cannot be read now ({_reason(error)}); repeat the command"
+                raise NotReadableNow(reason) from None
+            raise self._is_damaged(place, _reason(error)) from None
         self._check()
+        if len(table) != self.rows[place]:
+            raise self._is_damaged(place, f"{len(table)} rows, but the footer states {self.rows[place]}")
         return table
+
+    def _is_damaged(self, place: int, reason: str) -> ManifestError:
+        """Record that the content of a row group is damaged; the error to raise."""
+        self.damaged[place] = self._unreadable(place, reason)
+        return ManifestError(self.damaged[place])
 
     def _reader(self, **options: Any) -> Any:
         # Not mapped: reading a mapped file that becomes shorter ends the process.
@@ -136,9 +156,9 @@ class Parquet:
         if not same:
             raise ManifestError(f"{self.file}: has changed since it was opened; start again with the new file")
 
-    def _unreadable(self, place: int, error: Exception) -> str:
+    def _unreadable(self, place: int, reason: str) -> str:
         where = f"row group {place + 1} of {len(self.rows)} cannot be read"
-        return f"{self.file}: {where} ({_reason(error)}); write the file again, or remove it"
+        return f"{self.file}: {where} ({reason}); write the file again, or remove it"
 
 
 def _reason(error: Exception) -> str:

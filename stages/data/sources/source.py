@@ -146,6 +146,10 @@ class Shuffled:
     def find(self, index: int) -> LocatedRow:
         return self.table.find(index)
 
+    def place(self, index: int) -> tuple[str, int]:
+        """The file of a row and its line; the data set's path for a row that no longer exists."""
+        return self.table.place(index) if index < len(self.table) else (self.recipe.path, index + 1)
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position}
 
@@ -272,7 +276,7 @@ class Source:
         try:
             found = self.rows.find(index)
         except ManifestError as error:  # the file has changed since it was opened, or since the checkpoint
-            return self._bad(index, self.path, index + 1, str(error))
+            return self._bad(index, *self.rows.place(index), str(error))
         if found is None:
             return []
         try:
@@ -299,6 +303,8 @@ class Source:
         if match is not None:
             raise ManifestError(match)
         caption = row.get("caption") or caption_of(messages)
+        if not isinstance(caption, str):
+            raise ManifestError(f"its 'caption' is of type {type(caption).__name__}; write text")
         parts = split(sample, self.limit) if long else [sample]
         return [Item(part, self.name, index, self.recipe.kind, caption, number) for number, part in enumerate(parts)]
 

@@ -85,6 +85,10 @@ class StreamLanes:
         found = lane.row(index // len(self.lanes))
         return None if found is None else LocatedRow(found[1], lane.name, found[0], self.base)
 
+    def place(self, index: int) -> tuple[str, int]:
+        """The name of the lane of sample `index`, and its number in it, from 1."""
+        return self.lanes[index % len(self.lanes)].name, index // len(self.lanes) + 1
+
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn}
 

@@ -25,7 +25,8 @@ STILLS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 CLIPS = ("mp4", "mkv", "webm", "mov", "avi", "m4v")
 WORDS = ("txt", "caption")
 
-Kept = Callable[[str, str, str, Callable[[str], None]], Path]
+Index = tuple[list[str], np.ndarray, np.ndarray, np.ndarray]
+Kept = Callable[[str, str, str, Callable[[str], None], Callable[[Path], Index]], Index]
 
 
 class Tar:
@@ -34,14 +35,14 @@ class Tar:
     Args:
         file: its name in messages.
         local: its path on this machine.
-        kept: `stages.data.sources.formats.kept`.
+        kept: `stages.data.sources.formats.kept_array`.
     """
 
     def __init__(self, file: str, local: str, kept: Kept) -> None:
         self.file, self.local = file, local
         state = os.stat(local)
         self.mark = json.dumps([local, state.st_size, state.st_mtime_ns])
-        self.names, self.places, self.starts, self.codes = open_index(kept("tar", self.mark, ".index", self._list))
+        self.names, self.places, self.starts, self.codes = kept("tar", self.mark, ".index", self._list, open_index)
 
     def _list(self, path: str) -> None:
         """Write the index: (offset, size) `[M, 2]` of the members, their names, and the first member of each sample."""
@@ -125,7 +126,7 @@ def ending(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def open_index(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+def open_index(path: Path) -> Index:
     """The distinct names, and views of the mapped file: places `[M, 2]`, starts `[N + 1]`, name of each member `[M]`.
 
     The processes of a machine share the pages of the file: 28 bytes for a sample of one member, without copies.

@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from scripts.bench.encoder.media.mutations import kept_scheduling
+
 
 def write_video(
     path: Path,
@@ -20,7 +22,7 @@ def write_video(
     pixel_format: str = "yuv420p",
 ) -> Path:
     """Write frames [T, H, W, 3] uint8 at `rate`, or at the given times in milliseconds (variable frame rate)."""
-    with av.open(str(path), "w") as container:
+    with kept_scheduling(), av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = pixel_format

@@ -1,7 +1,9 @@
 """Small videos of many codecs and containers, and reproducible damage to them by seed and index."""
 
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -75,8 +77,24 @@ def _pictures() -> np.ndarray:
     return frames.astype(np.uint8)
 
 
+@contextmanager
+def kept_scheduling() -> Iterator[None]:
+    """Give this thread back its scheduling: SVT-AV1 makes the thread that encodes a real-time one for a root user.
+
+    Its later threads and processes would inherit that, and those of gloo that wait actively would starve all others.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # not Linux
+        yield
+        return
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameter)
+
+
 def _encode(path: Path, codec: str, pix_fmt: str, options: dict[str, str], muxing: dict[str, str]) -> None:
-    with av.open(str(path), "w", container_options=muxing) as container:
+    with kept_scheduling(), av.open(str(path), "w", container_options=muxing) as container:
         stream = container.add_stream(codec, rate=_RATE)
         stream.width, stream.height, stream.pix_fmt = 96, 72, pix_fmt
         stream.options = {"threads": "1", **options}

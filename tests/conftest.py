@@ -1,0 +1,17 @@
+"""What holds for every test."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def unchanged_scheduling():
+    """A test that leaves its process at real-time priority starves all processes that start later."""
+    before = _policy()
+    yield
+    assert _policy() == before, "the test changes the scheduling policy of its process (see kept_scheduling)"
+
+
+def _policy() -> int | None:
+    return os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
