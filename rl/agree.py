@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from keye.errors import KeyeError
 from stages.distributed import ranks
 from stages.distributed.ranks import first_rank, waiting_group
 
@@ -20,23 +19,8 @@ def gather(value: Any) -> list[Any]:
 
 
 def agree(action: Callable[[], Result]) -> Result:
-    """Run this rank's `action`; when it fails on any rank, all ranks raise the first error. Collective.
-
-    Without this, a rank that raises leaves the others waiting in their next collective until its time limit. `action`
-    must not call a collective.
-
-    Raises:
-        KeyeError: what the action raised, on this or another rank. Other exceptions are not shared; they end the
-            process.
-    """
-    error: KeyeError | None = None
-    result: Any = None
-    try:
-        result = action()
-    except KeyeError as caught:
-        error = caught
-    ranks.agree(error, waiting_group(dist.group.WORLD))
-    return result
+    """`on_every_rank` of all ranks, without a time limit. Collective."""
+    return ranks.on_every_rank(action, waiting_group(dist.group.WORLD))
 
 
 def from_first(action: Callable[[], Result]) -> Result:

@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from stages.distributed import engine
 from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.hosts import local_ranks
 from stages.distributed.parallel import ParallelDims, build_parallel_dims, check_sequence
-from stages.distributed.ranks import first_rank
+from stages.distributed.ranks import first_rank, on_every_rank, waiting_group
 from stages.distributed.weights import Start, open_start, replace_model
 from stages.metrics import open_tracker
 from stages.multitask import Multitask
@@ -233,13 +234,15 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     folder, config = run / name, recipe.chain[name]
     seed(recipe.seed + 1 + STAGES.index(stage_of(name)))
     grid = build_parallel_dims(config.sequence_parallel)
-    processor = make_processor(recipe, config, run)
+    each = partial(on_every_rank, group=waiting_group(dist.group.WORLD))
+    processor = each(lambda: make_processor(recipe, config, run))
     first_rank(lambda: prepare_start(name, recipe, run), OSError)
     stage = KINDS[stage_of(name)](config, processor)
-    start = open_start(start_of(name, recipe, run))
+    start = each(lambda: open_start(start_of(name, recipe, run)))
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
     # With ZeRO-3 the engine reads the weights, so that no rank keeps more of them than its share.
-    model = start.build(dtype, "meta" if config.zero == 3 else engine.device(), stage.parts)
+    device = "meta" if config.zero == 3 else engine.device()
+    model = each(lambda: start.build(dtype, device, stage.parts))
     apply_memory_options(model, config.checkpointing, config.offload, config.mlp_tiles, config.compile)
     if config.compile:
         _say(f"{name}: layers are compiled in the first steps, which takes a minute or more")
@@ -247,12 +250,14 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     quarantine = Quarantine(folder / "quarantine.jsonl", grid.rank)
     workers = encoding_threads(recipe.data.workers)
     given, batches = (name, recipe, processor, grid, cache, quarantine, str(run)), batches_of(name, config, grid)
+    mixture = each(lambda: open_mixture(*given))
     heldout: list[list[dict[str, Any]]] = []
     if config.heldout_every:  # the same batches each time, kept in host memory
-        held = stage.loader(open_mixture(*given, heldout=True), grid, model, workers)
+        held_out = each(lambda: open_mixture(*given, heldout=True))
+        held = stage.loader(held_out, grid, model, workers)
         heldout = [[held.next() for _ in range(batches)] for _ in range(config.heldout_steps)]
         held.close()
-    loader = stage.loader(open_mixture(*given), grid, model, workers)
+    loader = stage.loader(mixture, grid, model, workers)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     _say(f"{name}: {trained / 1e6:.2f} M parameters, {config.steps} steps, {grid.data_size} × {grid.sequence} ranks")
     trainer = Trainer(

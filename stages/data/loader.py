@@ -23,7 +23,7 @@ from stages.data.packing.planner import Planner
 from stages.data.packing.samples import Block, Encoded, Meta, Samples, Step
 from stages.data.sources.source import different_data
 from stages.distributed.parallel import ParallelDims
-from stages.distributed.ranks import Failure, agree, broadcast, gather_to_first, gloo_group
+from stages.distributed.ranks import Failure, agree, broadcast, gather_to_first, gloo_group, on_every_rank
 
 MAX_WORKERS = 16  # encoding threads; more of them only wait for Python's lock
 Ref = tuple[int, int, int]  # source, index, part
@@ -237,7 +237,8 @@ class BatchStream:
 
     def _compare(self) -> None:
         """Check that all ranks read the same data, because a plan consists of row numbers. Collective."""
-        marks = gather_to_first((socket.gethostname(), [source.mark for source in self.sources]), self.group)
+        own = on_every_rank(lambda: [source.mark for source in self.sources], self.group)
+        marks = gather_to_first((socket.gethostname(), own), self.group)
         agree(None if marks is None else different_data(self.planner.mixture.names, marks), self.group)
         self._compared = True
 

@@ -1,15 +1,18 @@
 """Plain values and errors between ranks: gather, broadcast, agree on an error, let rank 0 act for all."""
 
 import functools
+import logging
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 import keye.errors
 from keye.errors import CheckpointError, KeyeError
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 
@@ -76,12 +79,32 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
         if error is not None:
             raise error
         return
+    if error is not None and not isinstance(error, KeyeError):  # a defect: the message alone does not show the place
+        logging.getLogger("stages").error("rank %d failed", dist.get_rank(), exc_info=error)
     failed = torch.tensor([error is not None], dtype=torch.int32)
     dist.all_reduce(failed, group=group)
     if not failed:
         return
     failures = gather(None if error is None else Failure.of(error, dist.get_rank()), group)
     raise next(failure for failure in failures if failure is not None).error from error
+
+
+def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What this rank's `action` returns; when it fails on any rank, all ranks raise the first error. Collective.
+
+    Without this, a rank that raises leaves the others waiting in their next collective until its time limit. `action`
+    must not call a collective. `group` None: a single process.
+
+    Raises:
+        KeyeError: on all ranks, of the original class, or with rank and class in the message if it was no KeyeError.
+    """
+    error, result = None, []
+    try:
+        result.append(action())
+    except Exception as caught:
+        error = caught
+    agree(error, group)
+    return result[0]
 
 
 def first_rank(action: Callable[[], Any], *kinds: type[Exception]) -> None:
