@@ -3,7 +3,6 @@
 The dataclasses are those of `stages.recipe`, which imports this module.
 """
 
-from pathlib import Path
 from typing import Any
 
 from keye.checks import suggestion
@@ -49,11 +48,6 @@ def check(recipe: Any, file: str) -> None:
         _check_context_schedule(recipe.annealing, need)
 
 
-def is_model(path: str) -> bool:
-    """Whether `path` is a directory with the config of a model."""
-    return (Path(path) / "config.json").is_file()
-
-
 def _check_model(model: Any, need: Need) -> None:
     from keye.model.config import PRESETS  # loads transformers
 
@@ -61,14 +55,6 @@ def _check_model(model: Any, need: Need) -> None:
         model.preset in PRESETS,
         f"model.preset = {model.preset!r} is not a preset; {suggestion(model.preset, PRESETS)}",
     )
-    # A relative path may be made before the run, which looks again.
-    absent = not Path(model.path).is_absolute() and not Path(model.path).exists()
-    need(not model.path or absent or is_model(model.path), not_a_model(model.path))
-
-
-def not_a_model(path: str) -> str:
-    """The message about a `model.path` that `is_model` refuses."""
-    return f'model.path = "{path}" is not a model directory; create one with keye convert init'
 
 
 def _check_world(world: Any, need: Need) -> None:

@@ -43,7 +43,6 @@ from stages.metrics import open_tracker
 from stages.multitask import Multitask
 from stages.preparation import prepare_tokenizer, prepare_world
 from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
-from stages.recipe_checks import is_model, not_a_model
 from stages.report import page as report
 from stages.stage import choose_sources, open_mixture
 from stages.trainer import Trainer, micro_batches
@@ -126,8 +125,9 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
         )
     check_finished(recipe, run, only)
     first, path = next(iter(recipe.chain)), recipe.model.path
-    if path and wanted(first, only) and not (run / first / DONE).exists() and not is_model(path):
-        raise RecipeError(not_a_model(path))
+    begins = wanted(first, only) and not (run / first / DONE).exists()
+    if path and begins and not (Path(path) / "config.json").is_file():
+        raise RecipeError(f'model.path = "{path}" is not a model directory; create one with keye convert init')
     world = dist.get_world_size()
     for name, stage in recipe.chain.items():
         if wanted(name, only) and not (run / name / DONE).exists():

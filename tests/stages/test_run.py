@@ -188,9 +188,10 @@ def test_only_the_families_that_differ_of_another_world_are_named(run, recipe):
     assert f"or remove {run}, with its trained stages, to start again" in str(caught.value)
 
 
-def test_a_model_path_that_is_missing_is_named_before_the_world_is_drawn(alone, recipe, tmp_path):
-    with pytest.raises(KeyeError, match='model.path = "models/missing" is not a model directory'):
-        check(load(recipe, ["model.path=models/missing"]), tmp_path / "run", None)
+@pytest.mark.parametrize("path", ["models/missing", "/nowhere"])
+def test_a_model_path_that_is_missing_is_named_before_the_world_is_drawn(alone, recipe, tmp_path, path):
+    with pytest.raises(KeyeError, match=f'model.path = "{path}" is not a model directory; create one with'):
+        check(load(recipe, [f"model.path={path}"]), tmp_path / "run", None)
 
 
 def test_a_run_that_cannot_be_written_is_named(recipe):
