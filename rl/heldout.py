@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from keye.errors import CheckpointError, KeyeError
+from keye.files import write_atomically
 from keye.processor.processor import Sample
 from rl.prompts import Prompt
 from rl.rewards import Earned, Judgement, RewardSum
@@ -99,9 +100,7 @@ def _answered(prompt: Prompt, earned: list[Earned], best: Earned, text: str) -> 
 
 def write_answers(path: Path, answered: list[Answered]) -> None:
     """Write outcomes as JSON lines; the file appears only when it is complete."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(asdict(one)) + "\n" for one in answered), encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, "".join(json.dumps(asdict(one)) + "\n" for one in answered))
 
 
 def read_answers(path: Path, questions: list[Prompt]) -> list[Answered] | None:

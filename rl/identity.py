@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from keye.errors import CheckpointError
+from keye.files import write_atomically
 from rl.agree import gather
 from rl.recipe import Gspo, RlRecipe
 from stages.distributed.checkpoints import checkpoints, checksum
@@ -83,17 +83,11 @@ def claim(out: Path, run: Path, now: Identity) -> None:
     if checkpoints(out / "checkpoints"):
         _check(out, run, now, _read(out))
     out.mkdir(parents=True, exist_ok=True)
-    record = out / FILE
-    part = record.with_name(record.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(now), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(record)
+    write_atomically(out / FILE, json.dumps(dataclasses.asdict(now), indent=1) + "\n")
 
 
 def _remedy(out: Path) -> str:
-    return f"remove {out} to train again, or use another --run"
+    return f"remove {out} to train again, or use another --out"
 
 
 def _read(out: Path) -> Identity:

@@ -216,12 +216,12 @@ class PromptStream:
         if count != len(self.prompts):
             raise CheckpointError(
                 f"the checkpoint was written with {count} questions, but now there are {len(self.prompts)}; put "
-                "the manifest back as it was, or train again with another --run"
+                "the manifest back as it was, or train again with another --out"
             )
         if not 0 <= state["position"] < count:
             raise CheckpointError(
                 f"the checkpoint is at position {state['position']} of an epoch, but there are only {count} "
-                "questions; put the manifest back as it was, or train again with another --run"
+                "questions; put the manifest back as it was, or train again with another --out"
             )
         self.epoch, self.position = state["epoch"], state["position"]
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from keye.errors import CheckpointError, ManifestError, RecipeError, writing
+from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, writing
+from keye.files import write_atomically
 from keye.processor.processor import KeyeProcessor, Sample
 from rl.agree import agree, from_first, gather
 from rl.gspo import group_advantages, gspo_loss
@@ -37,6 +38,7 @@ from stages.distributed.engine import build, device, resolve_precision
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start, open_start, replace_model
 from stages.metrics import MetricsLogger, open_tracker, read_metrics
+from stages.signals import SignalRequests
 from stages.typed_toml import to_toml
 
 
@@ -95,6 +97,8 @@ class GspoTrainer:
         self.stream = PromptStream(prompts, self.processor, recipe.seed, recipe.gspo.cache_mb << 20)
         self.step = 0
         self.warned: set[str] = set()
+        self.requests = SignalRequests()  # of this rank
+        self.agreed: set[str] = set()  # requests of any rank after a step, the same on all
         first_rank(lambda: self._write(self.out / "recipe.toml", to_toml(recipe)))
 
     def _open_start(self) -> Start:
@@ -104,7 +108,7 @@ class GspoTrainer:
         if (folder / "config.json").is_file():
             return open_start(folder)
         if (self.run / "model" / "config.json").is_file():
-            raise CheckpointError(f"{self.run} is the folder of a stage: give the run's, --run {self.run.parent}")
+            raise CheckpointError(f"{self.run} is the folder of a stage: give the run's, --out {self.run.parent}")
         found = sorted(
             path.parents[1].name for path in self.run.glob("*/model/config.json") if path.parts[-3] != "gspo"
         )
@@ -130,19 +134,27 @@ class GspoTrainer:
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Evaluate, train (from the newest checkpoint, if there is one), evaluate again; the content of `eval.json`."""
+        """Evaluate, train (from the newest checkpoint, if there is one), evaluate again; the content of `eval.json`.
+
+        While it trains, SIGUSR1 requests a checkpoint, SIGTERM a checkpoint and the end.
+
+        Raises:
+            KeyeError: after SIGTERM; the step was finished and saved, and the same command resumes from it.
+        """
         g = self.recipe.gspo
         before = self._before()
         self._load()
         trackers, config = self.recipe.trackers, asdict(self.recipe)
-        with MetricsLogger(
-            "gspo", g.steps, self.out, self.step, self.rank == 0, step_summary, trackers, config
-        ) as logger:
+        logger = MetricsLogger("gspo", g.steps, self.out, self.step, self.rank == 0, step_summary, trackers, config)
+        with self.requests, logger:
             while self.step < g.steps:
                 self._log(logger, self.train_step())
-                if self.step % g.checkpoint_every == 0 or self.step == g.steps:
+                if self.step % g.checkpoint_every == 0 or self.step == g.steps or self.agreed:
                     folder, state = self.out / "checkpoints", self.stream.state_dict()
                     save_checkpoint(self.engine, folder, self.step, state, g.keep_checkpoints, shared=True)
+                if "stop" in self.agreed and self.step < g.steps:
+                    raise KeyeError(f"gspo: stopped at step {self.step}; the same command resumes from it")
+                self.requests.pending -= self.agreed
         after = self._measure("after")
         result = compare(before, after) | {"seed": self.recipe.seed} | self._summary()
         replace_model(self.model, self.model, self.start, self.out / "model", self.processor.save_pretrained)
@@ -171,8 +183,11 @@ class GspoTrainer:
             "prompt_tokens": sum(len(group.sample) for group in experience.groups),
             "updates": [asdict(update) for update in updates],
             "rejected": len(self.rejected | self.stream.rejected),
+            "requests": set(self.requests.pending),
         }
-        metrics = step_metrics(self.step, gather(local), seconds)
+        ranks = gather(local)
+        self.agreed = set().union(*(rank["requests"] for rank in ranks))
+        metrics = step_metrics(self.step, ranks, seconds)
         return metrics | {"lr": self.engine.get_lr()[0], "epoch": self.stream.epoch}
 
     @property
@@ -302,7 +317,7 @@ class GspoTrainer:
         if self.step > self.recipe.gspo.steps:
             raise CheckpointError(
                 f"{self.out} has {self.step} steps already, but gspo.steps = {self.recipe.gspo.steps}; "
-                f"give at least as many, remove {self.out} to train again, or use another --run"
+                f"give at least as many, remove {self.out} to train again, or use another --out"
             )
 
     def _summary(self) -> dict[str, Any]:
@@ -328,10 +343,8 @@ class GspoTrainer:
 
     @staticmethod
     def _write(path: Path, text: str) -> None:
-        part = path.with_name(path.name + ".part")
         with writing(path, kind=CheckpointError):
-            part.write_text(text + "\n", encoding="utf-8")
-            part.replace(path)
+            write_atomically(path, text + "\n")
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

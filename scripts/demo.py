@@ -94,14 +94,13 @@ class Demo:
 
     def torchrun(self, name: str, *command: str) -> None:
         """Run a script on two processes (CPU), or on every GPU when there are several."""
-        # Behind "--", or torchrun takes --run for one of its own options.
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes()), "--"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes())]
         self.call(name, *launch, *command)
 
     def train(self, name: str, script: str, recipe: str, short: tuple[str, ...]) -> None:
         """Run a training script on this run, with the overrides `short` in the short form."""
         sets = [word for override in (short if self.short else ()) for word in ("--set", override)]
-        self.torchrun(name, script, recipe, "--run", str(self.run), *sets)
+        self.torchrun(name, script, recipe, "--out", str(self.run), *sets)
 
 
 def processes() -> int:

@@ -20,12 +20,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 
-from keye.errors import RecipeError
+from keye.errors import CheckpointError, RecipeError, writing
+from keye.files import write_atomically
 from keye.model import flops
 from stages.cost.gpus import GPUS
 from stages.data.packing.balance import rank_operations
 from stages.distributed.engine import device, resolve_precision
 from stages.distributed.parallel import ParallelDims, sum_over_ranks, vision_shares
+from stages.distributed.ranks import first_rank
 
 RECENT = 50  # steps that the remaining time is estimated from
 
@@ -124,7 +126,8 @@ def open_tracker(name: str) -> ModuleType:
 class MetricsLogger:
     """Writes the metrics of one stage of training: metrics.jsonl, TensorBoard, trackers, and the progress on screen.
 
-    Only the first rank's writes; those of other ranks compute `eta_seconds` and do nothing else. Used as a context.
+    Only the first rank's writes; those of other ranks compute `eta_seconds` and do nothing else. Used as a context
+    that all ranks enter together.
 
     Args:
         name: of the stage. steps: that it has. folder: `runs/<name>/<stage>`. step: the last one that is done.
@@ -132,7 +135,9 @@ class MetricsLogger:
         trackers: "wandb", "trackio". config: the recipe as plain values, for the trackers.
 
     Raises:
-        OSError: metrics.jsonl cannot be written; on the first rank only.
+        CheckpointError: on all ranks that enter the context, when the first cannot write the files.
+        RecipeError: on all ranks, when a tracker does not start.
+        OSError: a later line cannot be written to metrics.jsonl; on the first rank only.
     """
 
     def __init__(
@@ -149,31 +154,40 @@ class MetricsLogger:
         self.bar = Progress(texts[0], BarColumn(), MofNCompleteColumn(), texts[1], disable=not self.live)
 
     def __enter__(self) -> "MetricsLogger":
-        if self.main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._cut()
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-            self.closing.append(self.board.close)
-            self.trackers = [self._start(open_tracker(name)) for name in self.tracker_names]
+        first_rank(self._open)
         self.bar.start()
         self.task = self.bar.add_task(self.name, total=self.steps, completed=self.step, state="")
         return self
 
+    def _open(self) -> None:
+        """Open all that is written to."""
+        if not self.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        with writing(self.folder, "the metrics", CheckpointError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._cut()
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+        self.closing.append(self.board.close)
+        self.trackers = [self._start(open_tracker(name)) for name in self.tracker_names]
+
     def _cut(self) -> None:
         """Drop the lines of later steps, which a resumed run takes again, and a line that was not finished."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
-            part = self.file.with_name(self.file.name + ".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(self.file, self.step)))
-            part.replace(self.file)
+            rows = read_metrics(self.file, self.step)
+            write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _start(self, tracker: ModuleType) -> Any:
         """One run of the tracker a stage, grouped by the run's folder; a resumed stage continues it."""
         run = f"{self.folder.parent.name}-{self.name}"
         more = {"dir": str(self.folder), "id": run} if tracker.__name__ == "wandb" else {}
         group = self.folder.parent.name
-        tracker.init(project="keye", name=run, group=group, config=self.config, resume="allow", **more)
+        try:
+            tracker.init(project="keye", name=run, group=group, config=self.config, resume="allow", **more)
+        except Exception as error:  # noqa: BLE001 - trackers raise errors of their own, such as for a missing login
+            name = tracker.__name__
+            raise RecipeError(f"trackers: {name} does not start ({error}); set it up, or remove it") from error
         self.closing.append(tracker.finish)
         return tracker
 

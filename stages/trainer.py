@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,21 +12,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keye.checkpoint.shards import Stored
-from keye.errors import KeyeError, RecipeError
+from keye.errors import CheckpointError, KeyeError, RecipeError, writing
+from keye.files import write_atomically
 from stages.data.items import COUNTS
 from stages.data.loader import Loader
 from stages.distributed import engine as deep
 from stages.distributed.checkpoints import PendingCheckpoint, load_checkpoint, start_checkpoint
 from stages.distributed.parallel import ParallelDims, sum_over_ranks
+from stages.distributed.ranks import first_rank
 from stages.metrics import MetricsLogger, find_peak, operations, own_operations, step_summary
 from stages.recipe import StageRecipe
 from stages.recipe_checks import KINDS
 from stages.report.findings import thinned
+from stages.signals import REQUESTS, SignalRequests
 from stages.skip_step import StepGuard
 from stages.stage import Stage
 
 PEAK = "peak.json"  # the peak that the MFU in metrics.jsonl is a share of
-REQUESTS = ("save", "stop")  # requests by signals
 LOADER_TIMEOUT = 30.0  # seconds that a rank which failed alone waits for its loader, which may wait for others
 
 
@@ -49,8 +50,8 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.stage, self.module, self.loader, self.grid, self.recipe = stage, module, loader, grid, recipe
         self.folder, self.micro_batches, self.heldout = folder, micro_batches, heldout
-        self.requested: set[str] = set()  # on this rank, by signals: "save", "stop"
-        self.agreed: set[str] = set()  # of any rank, the same on all; "written": of all ranks
+        self.requests = SignalRequests()  # of this rank
+        self.agreed: set[str] = set()  # requests of any rank, the same on all; "written": of all ranks
         self.begun: PendingCheckpoint | None = None  # a checkpoint that is being written in the background
         self.engine = deep.build(
             module, recipe, recipe.steps, zero=recipe.zero, accumulation=micro_batches, precision=precision,
@@ -123,12 +124,11 @@ class Trainer:
         mine |= {name: sum(b["thinned"][name] for b in batches if "thinned" in b) if counts else 0 for name in COUNTS}
         mine["flops"] = sum(operations(self.module, batch) for batch in batches) if counts else 0
         mine["stalled"] = stalled
-        # Signals reach the ranks at different times; agreed on here, all save or stop after the same step.
-        mine |= {name: name in self.requested for name in REQUESTS}
+        mine |= {name: name in self.requests.pending for name in REQUESTS.values()}
         mine["written"] = self.begun is not None and self.begun.written
         sums = sum_over_ranks(torch.tensor(list(mine.values()), dtype=torch.float64, device=deep.device())).tolist()
         every = dict(zip(mine, sums, strict=True))
-        self.agreed = {name for name in REQUESTS if every[name]}
+        self.agreed = {name for name in REQUESTS.values() if every[name]}
         self.agreed |= {"written"} if every["written"] == self.grid.world else set()
         kinds = {kind: int(every[kind]) for kind in KINDS if every[kind]}
         imbalance = self._imbalance([own_operations(self.module, batch, self.grid) for batch in batches])
@@ -180,26 +180,21 @@ class Trainer:
 
         Raises:
             KeyeError: after SIGTERM; the step was finished and saved, and the same command resumes from it.
+            CheckpointError: on all ranks, when rank 0 cannot write the metrics.
         """
-        requests = {signal.SIGTERM: "stop", signal.SIGUSR1: "save"}
-        before = {number: signal.signal(number, lambda n, _: self.requested.add(requests[n])) for number in requests}
         patience: float | None = LOADER_TIMEOUT
         try:
-            with self.metrics_logger:
+            with self.requests, self.metrics_logger:
                 self._run()
             patience = None
         except KeyeError:  # all ranks agree on these
             patience = None
             raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             self.loader.close(patience)
 
     def _run(self) -> None:
-        if self.grid.rank == 0:
-            peak = {"peak_flops": self.peak.flops, "peak_source": self.peak.source, "processes": self.grid.world}
-            (self.folder / PEAK).write_text(json.dumps(peak) + "\n")
+        first_rank(self._write_peak)
         while self.step < self.recipe.steps:
             values, every = self.train_step(), self.recipe.heldout_every
             if every and (self.step % every == 0 or self.step == self.recipe.steps):
@@ -208,13 +203,18 @@ class Trainer:
             if "written" in self.agreed:
                 self.finish_saving()
             last = self.step == self.recipe.steps
-            if self.step % self.recipe.checkpoint_every == 0 or last or self.agreed & {*REQUESTS}:
+            if self.step % self.recipe.checkpoint_every == 0 or last or self.agreed & {*REQUESTS.values()}:
                 self.save()
             if last or "stop" in self.agreed:
                 self.finish_saving()
             if "stop" in self.agreed and self.step < self.recipe.steps:
                 raise KeyeError(f"{self.stage.name}: stopped at step {self.step}; the same command resumes from it")
-            self.requested -= self.agreed
+            self.requests.pending -= self.agreed
+
+    def _write_peak(self) -> None:
+        peak = {"peak_flops": self.peak.flops, "peak_source": self.peak.source, "processes": self.grid.world}
+        with writing(self.folder / PEAK, kind=CheckpointError):
+            write_atomically(self.folder / PEAK, json.dumps(peak) + "\n")
 
     def _log(self, values: dict[str, Any]) -> None:
         self.metrics_logger.log(values)

@@ -1,8 +1,10 @@
 """Tune a pre-trained run with GSPO on questions whose answers can be checked.
 
 examples:
-torchrun --nproc_per_node 2 -- scripts/posttrain.py rl/recipes/tiny.toml --run runs/demo
-deepspeed --num_gpus 8 scripts/posttrain.py rl/recipes/keye_8b.toml --run runs/mine --set gspo.steps=200
+torchrun --nproc_per_node 2 scripts/posttrain.py rl/recipes/tiny.toml --out runs/demo
+deepspeed --num_gpus 8 scripts/posttrain.py rl/recipes/keye_8b.toml --out runs/mine --set gspo.steps=200
+
+--run is the same as --out; torchrun parses --run itself unless -- precedes the script.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from stages.distributed.hosts import limit_threads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a TOML file; the ready-made ones are in rl/recipes")
-    parser.add_argument("--run", required=True, help="the run's folder, with the model and the world of pre-training")
+    parser.add_argument("--out", "--run", dest="run", required=True, help="directory of the pre-training run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()

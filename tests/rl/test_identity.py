@@ -201,7 +201,7 @@ def wrong_places(run: Path) -> list[str]:
 
 def test_wrong_folders_and_fewer_steps_are_said_plainly(tmp_path):
     [(stage, fewer, missing)] = run_distributed(wrong_places, 1, 120, make_run(tmp_path / "run"))
-    assert f"--run {tmp_path / 'run'}" in stage
+    assert f"--out {tmp_path / 'run'}" in stage
     assert "2 steps" in fewer and "gspo.steps = 1" in fewer
     assert "annealing" in missing and "gspo.start" in missing
     with pytest.raises(RecipeError, match="gspo.start"):

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from keye.errors import CheckpointError, ManifestError
+from keye.errors import CheckpointError, KeyeError, ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
@@ -62,6 +64,55 @@ def test_a_run_is_resumed_on_another_number_of_processes(tmp_path):
     rows = [json.loads(line) for line in (run / "gspo/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert done[0]["stream"] == {"epoch": 3, "position": 3, "questions": 9}
+
+
+class Signalled(GspoTrainer):
+    """Rank 1 gets SIGTERM while the second of four steps is computed."""
+
+    def _update(self, *args):
+        if self.step == 1 and self.rank == self.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super()._update(*args)
+
+
+def stopped_and_resumed(run: Path, whole: Path) -> dict:
+    engine.start(threads=1)
+    recipe = dataclasses.replace(RECIPE, gspo=dataclasses.replace(GSPO, steps=4, checkpoint_every=3))
+    before = signal.getsignal(signal.SIGTERM)
+    begun = Signalled(recipe, run)
+    with pytest.raises(KeyeError) as caught:
+        begun.train()
+    found = {"error": str(caught.value), "step": begun.step, "model": (run / "gspo/model").exists()}
+    found["handler"] = signal.getsignal(signal.SIGTERM) is before
+    resumed, uninterrupted = GspoTrainer(recipe, run), GspoTrainer(recipe, whole)
+    resumed.train(), uninterrupted.train()
+    pairs = zip(resumed.model.parameters(), uninterrupted.model.parameters(), strict=True)
+    return found | {"equal": all(torch.equal(one, other) for one, other in pairs), "last": resumed.step}
+
+
+def test_sigterm_of_one_rank_saves_and_stops_all_and_the_run_resumes(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("begun", "whole")]
+    for found in run_distributed(stopped_and_resumed, 2, 240, *runs):
+        assert found == {
+            "error": "gspo: stopped at step 2; the same command resumes from it", "step": 2, "model": False,
+            "handler": True, "equal": True, "last": 4,
+        }  # fmt: skip
+    steps = [json.loads(line)["step"] for line in (runs[0] / "gspo/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def metrics_that_are_a_folder(run: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        train(run)
+    return str(caught.value)
+
+
+def test_metrics_that_cannot_be_opened_end_all_ranks(tmp_path):
+    run = make_run(tmp_path)
+    (run / "gspo/tensorboard").parent.mkdir()
+    (run / "gspo/tensorboard").write_text("a file")
+    first, second = run_distributed(metrics_that_are_a_folder, 2, 120, run)
+    assert first == second and "the metrics cannot be written to" in first
 
 
 def refused(run: Path, other: Path) -> list[str]:

@@ -1,13 +1,17 @@
 """MFU's operations against torch's counter of what a step runs; what is logged, and where."""
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from keye.errors import RecipeError
+from keye.errors import CheckpointError, RecipeError
 from stages import metrics as watch
 from stages.alignment import Alignment
 from stages.data.collate import pack
@@ -16,9 +20,18 @@ from stages.metrics import MetricsLogger, duration, find_peak, open_tracker, ope
 from stages.multitask import Multitask
 from stages.recipe import StageRecipe, VisionRecipe
 from stages.vision import Vision
+from tests.distributed import run_distributed
 from tests.stages import small
 
 ALONE = ParallelDims(0, 1, 1, None)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +83,7 @@ def values(step: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def test_steps_are_told_once_and_a_resume_takes_them_up(tmp_path, capsys):
+def test_steps_are_told_once_and_a_resume_takes_them_up(group, tmp_path, capsys):
     def lines() -> list[dict[str, object]]:
         return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
@@ -103,7 +116,7 @@ def test_durations_read_well():
     ]  # fmt: skip
 
 
-def test_only_numbers_go_to_trackers(tmp_path, monkeypatch):
+def test_only_numbers_go_to_trackers(group, tmp_path, monkeypatch):
     heard = []
 
     class Heard:
@@ -125,3 +138,32 @@ def test_only_numbers_go_to_trackers(tmp_path, monkeypatch):
         metrics_logger.log(values(1))
     numbers = sorted(["step", "loss", "tokens_per_second", "mfu", "stall_share", "seconds", "eta_seconds"])
     assert heard == ["run-stage", (1, numbers), "finished"]
+
+
+def logger_that_fails(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        with MetricsLogger("stage", 6, folder, 0, dist.get_rank() == 0, step_summary):
+            dist.barrier()  # where the other rank would wait
+    return str(caught.value)
+
+
+def test_metrics_that_cannot_be_opened_end_all_ranks(tmp_path):
+    (tmp_path / "run").write_text("a file where the folder of the run should be")
+    first, second = run_distributed(logger_that_fails, 2, 60, tmp_path / "run" / "stage")
+    assert first == second and f"the metrics cannot be written to {tmp_path / 'run' / 'stage'} (" in first
+
+
+def tracker_without_login(folder: Path) -> str:
+    def init(**settings: object) -> None:
+        raise ValueError("no API key")
+
+    sys.modules["trackio"] = SimpleNamespace(__name__="trackio", init=init)
+    with pytest.raises(RecipeError) as caught:
+        with MetricsLogger("stage", 6, folder, 0, dist.get_rank() == 0, step_summary, ("trackio",)):
+            dist.barrier()
+    return str(caught.value)
+
+
+def test_a_tracker_that_does_not_start_ends_all_ranks(tmp_path):
+    first, second = run_distributed(tracker_without_login, 2, 60, tmp_path)
+    assert first == second and "trackers: trackio does not start (no API key)" in first

@@ -132,7 +132,7 @@ def train(recipe: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".toml")
     path.write_text(recipe, encoding="utf-8")
-    torchrun(["scripts/pretrain.py", str(path), "--run", str(folder)], folder.with_suffix(".log"), 2, LIMIT)
+    torchrun(["scripts/pretrain.py", str(path), "--out", str(folder)], folder.with_suffix(".log"), 2, LIMIT)
 
 
 def models(folder: Path) -> dict[str, tuple[Path, float]]:

@@ -110,7 +110,7 @@ def launch(recipe: Path, folder: Path, log: Path) -> subprocess.Popen:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--"),
-        *(str(ROOT / "scripts" / "pretrain.py"), str(recipe), "--run", str(folder)),
+        *(str(ROOT / "scripts" / "pretrain.py"), str(recipe), "--out", str(folder)),
     ]
     with log.open("a") as out:
         return subprocess.Popen(
