@@ -54,7 +54,10 @@ class HostFootprint:
 
 @dataclass(frozen=True)
 class Node:
-    """Assumptions on a node. ranks: processes, one per GPU. process: bytes of one without model and data."""
+    """Assumptions on a node.
+
+    ranks: processes, one per GPU. process: bytes of one without model and samples; 128 MB are row groups of Parquet.
+    """
 
     ranks: int = 8
     process: float = 3e9

@@ -15,8 +15,9 @@ from keye.errors import ManifestError
 from stages.data.quarantine import Quarantine
 from stages.data.sources import parquet
 from stages.data.sources.decontaminate import open_decontamination
-from stages.data.sources.formats import Table, kept, kept_array
+from stages.data.sources.formats import Table
 from stages.data.sources.source import Shuffled
+from stages.data.sources.stored import kept, kept_array
 from stages.recipe import SourceRecipe
 from tests.stages import small
 

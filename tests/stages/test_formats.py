@@ -20,7 +20,7 @@ from keye.slowfast.pixels import normalised
 from stages.data.items import Cache
 from stages.data.quarantine import Quarantine
 from stages.data.sources.chat import as_chat
-from stages.data.sources.formats import Table, kept_array
+from stages.data.sources.formats import Table
 from stages.data.sources.source import Source
 from stages.data.sources.tars import Tar, split_name, stream_tars
 from stages.recipe import SourceRecipe
@@ -402,7 +402,7 @@ def test_index_of_a_tar_is_mapped_gives_its_contents_and_is_written_again_when_d
     for size in (None, 0, 40):  # of the stored index: not yet written, empty, cut
         for index in (tmp_path / "cache/keye").glob("tar-*.index"):
             os.truncate(index, size)
-        tar = Tar("a.tar", str(path), kept_array)
+        tar = Tar("a.tar", str(path))
         assert isinstance(tar.places.base, np.memmap) and len(tar) == 5
         for i in range(5):
             found = tar._members(i, ("txt", "json", "png"))

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.data.sources import parquet
-from stages.data.sources.formats import Table, kept
+from stages.data.sources.formats import Table
 from stages.data.sources.source import Shuffled, held_out
+from stages.data.sources.stored import kept
 from stages.recipe import SourceRecipe
 from tests.distributed import run_distributed
 
@@ -75,7 +76,7 @@ def test_processes_share_the_pages_of_an_index(manifest, cache, part):
 KILLED = """
 import datasets, os, signal, sys
 from pathlib import Path
-from stages.data.sources.formats import kept
+from stages.data.sources.stored import kept
 datasets.config.HF_DATASETS_CACHE = Path(sys.argv[1])
 def write(path):
     Path(path).write_bytes(b"half")

@@ -12,19 +12,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
-from zipfile import BadZipFile
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from keye.errors import ManifestError
 from stages.data.sources.chat import EmptyRow, Row, as_chat, kind_of
 from stages.data.sources.parquet import GROUP, GROUP_ROWS, SCANNED, Parquet, outlines
+from stages.data.sources.stored import arrays_of, kept, kept_array
 from stages.data.sources.tars import Tar
 from stages.recipe import SourceRecipe
 from stages.recipe_checks import KINDS
 
-T = TypeVar("T")
 BAD, EMPTY = 254, 255  # codes of rows; others are places in KINDS
 CHECKED = 4096  # bytes at the start and at the end of a file that are compared between machines
 SUFFIXES = {
@@ -194,52 +193,6 @@ class Table:
         return kinds, families, list(names)
 
 
-def kept(what: str, mark: str, suffix: str, write: Callable[[str], None]) -> Path:
-    """A file that `write` makes once per `mark`, next to the cache of `datasets`; other processes wait for it.
-
-    Raises:
-        ManifestError: it cannot be written.
-    """
-    import datasets
-    from filelock import FileLock
-
-    name = f"{what}-{datasets.fingerprint.Hasher.hash([what, mark])}{suffix}"
-    path = Path(datasets.config.HF_DATASETS_CACHE, "keye", name)
-    try:
-        if path.exists():  # without the lock: the cache may be read-only
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                write(f"{path}.part")
-                with open(f"{path}.part", "rb") as file:
-                    os.fsync(file.fileno())  # after a crash of the machine no file of zeros has the final name
-                os.replace(f"{path}.part", path)
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be written ({error}); free space, or set another HF_HOME") from None
-    return path
-
-
-def kept_array(what: str, mark: str, suffix: str, write: Callable[[str], None], read: Callable[[Path], T]) -> T:
-    """What `read` returns of a file of `kept`; a damaged file is written again. ManifestError if that fails."""
-    path = kept(what, mark, suffix, write)
-    try:
-        return read(path)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        logging.getLogger("stages").warning("%s: damaged (%s); it is written again", path, error)
-    try:
-        path.unlink(missing_ok=True)
-        return read(kept(what, mark, suffix, write))
-    except OSError as error:
-        raise ManifestError(f"{path}: damaged, but cannot be removed ({error}); remove it") from None
-
-
-def arrays_of(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file."""
-    with np.load(path) as saved:
-        return dict(saved)
-
-
 def format_of(recipe: SourceRecipe, path: str) -> str:
     """ "jsonl", "json", "parquet", "webdataset" or "hub": from the recipe, else from the name."""
     if recipe.format:
@@ -316,7 +269,7 @@ def open_parts(recipe: SourceRecipe, path: str) -> list[Part]:
         return [Columns(f"{name}:{recipe.config}:{recipe.split}", rows)]
     files = files_of(kind, path)
     if kind == "webdataset":
-        return [Tar(file, _local(file), kept_array) for file in files]
+        return [Tar(file, _local(file)) for file in files]
     if kind == "json":
         return [Lines(file, _loaded("text", [str(_as_lines(file))])[0]) for file in files]
     if kind == "parquet":

@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ import numpy as np
 
 from keye.errors import ManifestError
 from stages.data.sources.chat import Row, each_part
+from stages.data.sources.stored import kept_array
 
 STILLS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 CLIPS = ("mp4", "mkv", "webm", "mov", "avi", "m4v")
 WORDS = ("txt", "caption")
 
 Index = tuple[list[str], np.ndarray, np.ndarray, np.ndarray]
-Kept = Callable[[str, str, str, Callable[[str], None], Callable[[Path], Index]], Index]
 
 
 class Tar:
@@ -35,14 +35,15 @@ class Tar:
     Args:
         file: its name in messages.
         local: its path on this machine.
-        kept: `stages.data.sources.formats.kept_array`.
     """
 
-    def __init__(self, file: str, local: str, kept: Kept) -> None:
+    def __init__(self, file: str, local: str) -> None:
         self.file, self.local = file, local
         state = os.stat(local)
         self.mark = json.dumps([local, state.st_size, state.st_mtime_ns])
-        self.names, self.places, self.starts, self.codes = kept("tar", self.mark, ".index", self._list, open_index)
+        self.names, self.places, self.starts, self.codes = kept_array(
+            "tar", self.mark, ".index", self._list, open_index
+        )
 
     def _list(self, path: str) -> None:
         """Write the index: (offset, size) `[M, 2]` of the members, their names, and the first member of each sample."""
