@@ -1,11 +1,6 @@
-"""Any number of ranks makes the same packs in the same steps; errors and the end of a run reach all ranks."""
+"""Any number of ranks makes the same packs in the same steps; errors reach all ranks."""
 
-import os
 import random
-import subprocess
-import sys
-import threading
-import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,8 +16,8 @@ from keye.processor.processor import Sample
 from keye.slowfast.pixels import normalised
 from stages.data.collate import pack, with_share
 from stages.data.items import Cache, Item
-from stages.data.loader import BatchStream, Loader, encoding_threads
-from stages.data.packing.balance import Cost, TowerCost, assign_parts, assign_rounds, assign_sums
+from stages.data.loader import BatchStream, Loader
+from stages.data.packing.balance import Cost, assign_rounds
 from stages.data.packing.mixture import Mixture
 from stages.data.packing.packer import BalancedPacker
 from stages.data.packing.planner import Planner
@@ -36,81 +31,6 @@ from tests.stages import small
 
 RECIPE = StageRecipe(steps=4, learning_rate=1e-3, context=256, global_batch_size=4)
 ALONE = ParallelDims(0, 1, 1, None)
-
-
-# --- the loader: credits, errors, ends
-
-
-class Numbers:
-    """A stream 0, 1, 2, …; fails at `bad` and counts its calls."""
-
-    def __init__(self, bad: int = -1, seconds: float = 0.0) -> None:
-        self.at, self.bad, self.seconds, self.closed = 0, bad, seconds, False
-
-    def next(self) -> int:
-        time.sleep(self.seconds)
-        if self.at == self.bad:
-            raise KeyeError("the reason")
-        self.at += 1
-        return self.at - 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def test_loader_raises_the_error_of_its_thread():
-    loader = Loader(Numbers(bad=2), ALONE)
-    assert [loader.next(), loader.next()] == [0, 1] and loader.state_dict() == {"at": 2}
-    for _ in range(2):
-        with pytest.raises(KeyeError, match="the reason"):
-            loader.next()
-    loader.close()
-
-
-def test_closed_loader_has_no_thread():
-    """A thread in the decoder at the end of the interpreter aborts the process."""
-    before = set(threading.enumerate())
-    loader = Loader(Numbers(seconds=0.3), ALONE)
-    loader.next()
-    assert set(threading.enumerate()) - before
-    loader.close()
-    assert not set(threading.enumerate()) - before and loader.stream.closed
-
-
-def test_every_credit_is_used_if_other_ranks_wait_for_it():
-    loader = Loader(Numbers(), ParallelDims(0, 2, 1, None), ahead=3)
-    loader.next(), loader.next()
-    loader.close()
-    assert loader.stream.at == 5
-
-
-def test_state_is_that_of_the_last_returned_batch():
-    loader = Loader(Numbers(), ALONE, ahead=3)
-    loader.next()
-    state, second = loader.state_dict(), loader.next()
-    loader.close()
-    resumed = Loader(Numbers(), ALONE)
-    resumed.load_state_dict(state)
-    assert resumed.next() == second == 1
-    resumed.close()
-
-
-@pytest.mark.parametrize(
-    ("cores", "processes", "threads"), [(96, 8, 11), (224, 8, 16), (2, 1, 2), (2, 2, 2), (8, 1, 7)]
-)
-def test_encoding_threads_share_the_cores_among_the_processes_of_a_machine(cores, processes, threads, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert encoding_threads(0) == threads and encoding_threads(3) == 3
-
-
-# --- the stream, on one process and on several
 
 
 def loader_of(manifest: Path, grid: ParallelDims, workers: int = 2) -> Loader:
@@ -401,58 +321,3 @@ def owners() -> tuple[list[int], list[int]]:
     dist.barrier()
     loader.close()
     return source.seen, indices
-
-
-# --- assigning packs to ranks
-
-
-def test_rounds_are_of_packs_that_cost_the_same():
-    # 9 and 5 make a round, 2 and 1 the next, where the rank that had 9 gets 1.
-    assert assign_rounds([5, 1, 9, 2], 2) == [[[2], [1]], [[0], [3]]]
-
-
-def test_sums_are_similar_with_equally_many_samples():
-    # 9 | 5 · 5, 4 → 9 | 9 · 4 → the first · 3 has to go to the second, 1 to the first: 9 + 4 + 1 | 5 + 4 + 3.
-    assert assign_sums([9, 5, 4, 4, 3, 1], 2) == [[0, 3, 5], [1, 2, 4]]
-
-
-def test_parts_of_a_round_cost_the_same():
-    # Four groups of two: 9 + 1, 8 + 2, 7 + 3, 6 + 4; 1,000 and 900 share a round.
-    assert assign_parts([9, 8, 7, 6, 4, 3, 2, 1], 2, 2) == [[[0, 7], [2, 5]], [[1, 6], [3, 4]]]
-    first, second = assign_parts([1000, 900, 8, 7, 1, 1, 1, 1], 2, 2)
-    assert {first[0][0], second[0][0]} == {0, 1} and len(first) == len(second) == 2
-    assert sorted(i for share in (first, second) for part in share for i in part) == list(range(8))
-
-
-def test_cost_of_a_tower_alone_is_the_frames():
-    vision = small.model().config.vision_config
-    cost = TowerCost(vision)
-    assert cost.per_token == 0 and cost.excess(9, 5, []) == 0
-    assert cost.excess(9, 5, [(2, 4)] * 2) == 2 * cost.excess(100, 1, [(2, 4)])
-
-
-LEFT_OPEN = """
-import torch
-from types import SimpleNamespace
-from stages.data.loader import Loader
-
-class Busy:
-    def next(self):
-        square = torch.ones(300, 300)
-        for _ in range(60):
-            square = (square @ square).clamp(0, 1)
-        return 1
-    state_dict = lambda self: {}
-    close = lambda self: None
-
-loader = Loader(Busy(), SimpleNamespace(world=2), ahead=50)
-loader.next()
-"""
-
-
-def test_a_loader_left_open_ends_with_the_program():
-    """Its thread is inside torch when the interpreter ends; it owes other ranks more batches."""
-    for _ in range(3):
-        command = [sys.executable, "-c", LEFT_OPEN]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
