@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from keye.checkpoint.shards import read_json
 from keye.errors import CheckpointError, writing
+from keye.files import write_atomically
 from keye.processor.tokenizer import load_tokenizer, train_tokenizer
 from stages.recipe import Recipe
 
@@ -24,7 +26,8 @@ def prepare_world(recipe: Recipe, run: Path) -> None:
     from keye.world import generate
 
     settings, record = json.loads(json.dumps(dataclasses.asdict(world))), run / "world" / WORLD
-    found = json.loads(record.read_text()) if record.exists() else settings
+    remedy = f"remove {run / 'world'} to draw the world again"
+    found = read_json(record, remedy) if record.exists() else settings
     changed = [key for key in settings if found.get(key) != settings[key]]
     if changed:
         drawn, now = differing(found.get(changed[0]), settings[changed[0]])
@@ -34,7 +37,7 @@ def prepare_world(recipe: Recipe, run: Path) -> None:
         )
     with writing(record.parent, "the world", CheckpointError):
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(settings) + "\n")
+        write_atomically(record, json.dumps(settings) + "\n")
     for split, counts in (("train", world.counts), ("heldout", world.heldout)):
         if counts and not (run / "world" / f"{split}.jsonl").exists():
             generate(run / "world", split, counts=counts, seed=world.seed, **world.settings)

@@ -19,9 +19,10 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from keye.checkpoint.shards import atomic_directory
+from keye.checkpoint.shards import atomic_directory, read_json
 from keye.encoder import SlowFastEncoder
 from keye.errors import CheckpointError, KeyeError, RecipeError, writing
+from keye.files import write_atomically
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
@@ -84,8 +85,16 @@ def pretrain(recipe: Recipe, run: str | Path, only: str | None = None) -> None:
                 run_stage(name, recipe, run, cache)
             finally:
                 if dist.get_rank() == 0:
-                    report.write(run)
+                    write_report(run)
     engine.stop()
+
+
+def write_report(run: Path) -> None:
+    """Write the report of a run; one that cannot be written is a message, because the training can go on."""
+    try:
+        report.write(run)
+    except (KeyeError, OSError, ValueError) as error:
+        print(f"the report was not written: {error}", flush=True)
 
 
 def begin(recipe: Recipe, run: Path) -> None:
@@ -96,8 +105,8 @@ def begin(recipe: Recipe, run: Path) -> None:
     """
     with writing(run, "the run", CheckpointError):
         run.mkdir(parents=True, exist_ok=True)
-        (run / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-        (run / "environment.json").write_text(json.dumps(environment(recipe.seed), indent=2) + "\n")
+        write_atomically(run / "recipe.toml", to_toml(recipe))
+        write_atomically(run / "environment.json", json.dumps(environment(recipe.seed), indent=2) + "\n")
 
 
 def check(recipe: Recipe, run: Path, only: str | None) -> None:
@@ -163,7 +172,7 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
     """
     for name, phase in recipe.chain.items():
         if wanted(name, only) and (run / name / DONE).exists():
-            done = json.loads((run / name / DONE).read_text())
+            done = finished(run / name)
             wanted_now = stage_table(phase)
             trained = current_names(type(phase), done.get("recipe") or wanted_now)
             # A key that recipes did not have when the stage was trained had its default.
@@ -209,7 +218,16 @@ def wanted(name: str, only: str | None) -> bool:
 def made(recipe: Recipe, run: Path, name: str) -> str | None:
     """The mark of the weights that stage `name` begins with, which the stage before left; None without one."""
     record = run / (before(recipe, name) or "") / DONE
-    return json.loads(record.read_text()).get("made") if record.exists() else None
+    return finished(record.parent).get("made") if record.exists() else None
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """The record of a finished stage in `folder`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return read_json(folder / DONE, f"remove {folder} to train the stage again")
 
 
 def stage_table(stage: StageRecipe) -> dict[str, object]:
@@ -269,26 +287,38 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
 
 def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     """Train one stage from the model of the one before, and write `run/name/model`."""
-    folder, stage = run / name, recipe.chain[name]
+    folder = run / name
     if (folder / DONE).exists():
         _say(f"{name}: finished before, skipped; remove {folder} to train it again")
         return
     opened = open_stage(name, recipe, run, cache)
     opened.trainer.run()
     save_model(opened, folder / "model")
-    if dist.get_rank() == 0:
-        done = {
-            "steps": stage.steps,
-            "skipped": len(opened.quarantine.rows()),
-            "recipe": stage_table(stage),
-            "made": uuid.uuid4().hex,
-            "start": made(recipe, run, name),
-        }
-        (folder / DONE).write_text(json.dumps(done) + "\n")
-        shutil.rmtree(run / START, ignore_errors=True)
-        if not stage.keep_finished:  # twelve bytes a parameter that nothing resumes from
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    dist.barrier()
+    first_rank(lambda: finish(name, recipe, run, len(opened.quarantine.rows())), OSError)
+
+
+def finish(name: str, recipe: Recipe, run: Path, skipped: int) -> None:
+    """Record that a stage is finished, and remove what nothing resumes from.
+
+    Args:
+        skipped: number of samples in quarantine.
+
+    Raises:
+        CheckpointError: the record cannot be written.
+    """
+    folder, stage = run / name, recipe.chain[name]
+    done = {
+        "steps": stage.steps,
+        "skipped": skipped,
+        "recipe": stage_table(stage),
+        "made": uuid.uuid4().hex,
+        "start": made(recipe, run, name),
+    }
+    with writing(folder / DONE, kind=CheckpointError):
+        write_atomically(folder / DONE, json.dumps(done) + "\n")
+    shutil.rmtree(run / START, ignore_errors=True)
+    if not stage.keep_finished:  # twelve bytes a parameter that nothing resumes from
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def save_model(opened: Opened, out: Path) -> None:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keye.checkpoint.shards import read_json
 from keye.errors import CheckpointError, writing
 from keye.evaluation import Report
+from keye.files import write_atomically
 from keye.visualize.figures import save_figure
 from stages.merge import Weights, check_compatible, combine
 
@@ -126,13 +128,13 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
         CheckpointError: the folder has another sweep.
     """
     about, record = json.loads(json.dumps(about)), folder / "sweep.json"
-    if record.exists() and json.loads(record.read_text()) != about:
-        before = json.loads(record.read_text())
+    before = read_json(record, f"remove {folder} to sweep again") if record.exists() else about
+    if before != about:
         key = next(key for key in about if before.get(key) != about[key])
         raise CheckpointError(f"{folder} has a sweep with other {key}; remove it, or name another --out")
     with writing(folder, "the sweep", CheckpointError):
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(about, indent=1) + "\n")
+        write_atomically(record, json.dumps(about, indent=1) + "\n")
 
 
 def _mark(directory: str | Path) -> list[Any]:

@@ -262,14 +262,21 @@ def atomic_directory(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def read_json(path: Path) -> dict:
-    """The content of a JSON file; CheckpointError if it is missing or invalid."""
+def read_json(path: Path, remedy: str = "download or save it again") -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, or does not hold a JSON object; the message ends with `remedy`.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; name a directory that a model was saved to") from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); download or save it again") from error
+        raise CheckpointError(f"{path}: not JSON ({error}); {remedy}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object but of type {type(values).__name__}; {remedy}")
+    return values
 
 
 def write_json(path: Path, values: object) -> None:

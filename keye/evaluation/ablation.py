@@ -22,6 +22,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from keye.encoder import SlowFastEncoder
 from keye.evaluation.report import Report
+from keye.files import write_atomically
 from keye.slowfast.budget import SIDE, fit_size
 from keye.slowfast.frame_buffer import FULL_SIZE_BYTES
 from keye.slowfast.resizing import resize
@@ -201,7 +202,7 @@ class Store:
             self.answers = _read_answers(self.out / ANSWERS)
         (self.out / CSV).unlink(missing_ok=True)
         (self.out / ANSWERS).unlink(missing_ok=True)
-        _replace(self.out / STATE, json.dumps(state, indent=1) + "\n")
+        write_atomically(self.out / STATE, json.dumps(state, indent=1) + "\n")
         for (path, size, _), entry in self.clips.items():
             self._append_clip(path, size, entry)
         for threshold, answers in self.answers.items():
@@ -260,7 +261,7 @@ def save(out: str | Path, rows: Sequence[AblationRow], details: Sequence[dict], 
             writer.writerows(details)
     plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()} for row in rows]
     report = {"settings": settings, "rows": plain, "clips": list(details)}
-    _replace(out / "ablation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_atomically(out / "ablation.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     draw(out / "ablation.png", rows, details)
 
 
@@ -354,10 +355,3 @@ def _read_answers(path: Path) -> dict[float, dict]:
             continue
         answers[entry.pop("threshold")] = entry
     return answers
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)

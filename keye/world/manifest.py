@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from keye.errors import ManifestError
+from keye.files import atomic_file
 
 
 def write_manifest(path: str | Path, samples: Iterable[dict[str, Any]]) -> None:
     """Write samples in order, atomically. The same samples give the same bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as part, part.open("w", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps(sample, ensure_ascii=False, sort_keys=True) + "\n")
-    part.replace(path)
 
 
 def parse_line(line: str, where: str) -> dict[str, Any]:

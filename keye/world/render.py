@@ -12,6 +12,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from keye.files import atomic_file
+
 STEP = 1024
 """Bytes; the size of a padded packet is a multiple."""
 _UNIFORM = {"sc_threshold": "0", "bf": "0"}
@@ -30,8 +32,7 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 18,
         uniform: pad all packets to one size, with key frames at fixed positions and no reordering. All packets are kept
             in memory until the end.
     """
-    part = path.with_suffix(".part")
-    with av.open(str(part), "w", format="mp4") as container:
+    with atomic_file(path) as part, av.open(str(part), "w", format="mp4") as container:
         options = {"preset": "superfast", "crf": str(crf)} | (_UNIFORM if uniform else {})
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.codec_context.thread_count = 1
@@ -39,7 +40,6 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 18,
         packets = _encode(stream, frames)
         for packet in _padded(list(packets)) if uniform else packets:
             container.mux(packet)
-    part.replace(path)
 
 
 def _encode(stream: av.VideoStream, frames: Iterable[np.ndarray]) -> Iterator[av.Packet]:

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import stages.recipe
-from keye.errors import KeyeError
+from keye.errors import CheckpointError, KeyeError
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.recipe import load
-from stages.run import check, prepare_start, prepare_tokenizer, prepare_world, pretrain, start_of
+from stages.run import check, prepare_start, prepare_tokenizer, prepare_world, pretrain, start_of, write_report
 from tests.distributed import run_distributed
 from tests.stages import small
 
@@ -211,6 +211,24 @@ def test_stage_after_one_that_was_trained_again_is_named(alone, run, recipe, tmp
     shutil.rmtree(again / "alignment")  # to be trained again, which the annealing would not follow
     with pytest.raises(KeyeError, match="annealing was trained from other weights than"):
         check(load(recipe), again, None)
+
+
+@pytest.mark.parametrize("content", ['{"steps": 2, "rec', "[]", ""])
+def test_a_damaged_record_of_a_stage_or_a_world_is_named(alone, run, recipe, tmp_path, content):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    (again / "alignment" / "stage.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"alignment/stage\.json: not .*; remove .*alignment to train"):
+        check(load(recipe), again, None)
+    (again / "world" / "world.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"world\.json: not .*; remove .*world to draw the world again"):
+        prepare_world(load(recipe), again)
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "report.html").mkdir()
+    write_report(tmp_path)
+    assert "the report was not written: the report cannot be written to" in capsys.readouterr().out
 
 
 def test_a_stage_that_followed_another_is_not_the_first_of_a_run(alone, run, recipe):

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from keye.files import write_atomically
+
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "docs" / "results"
 OUT = RESULTS / "encoder"
@@ -124,9 +126,7 @@ def save(
     }
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{part}.json"
-    scratch = path.with_name(f".{os.getpid()}.{path.name}")
-    scratch.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     for claim in claims:
         print(f"{_mark(claim.met):8} {claim.claim}: {claim.figure} (goal: {claim.goal})", flush=True)
     return path

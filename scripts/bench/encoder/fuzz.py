@@ -29,6 +29,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from keye.files import write_atomically
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, out_of, save
 from scripts.bench.encoder.media.mutations import mutate, seed_files
 
@@ -113,9 +114,7 @@ def run(files: int, seed: int, minutes: float, *, resume: bool, workers: int) ->
                 with lock:
                     _note(state, batch, found)
                     state.seconds = time.monotonic() - began
-                    part = path.with_suffix(".part")
-                    part.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-                    part.replace(path)
+                    write_atomically(path, json.dumps(asdict(state), indent=1))
             if worker is not None:
                 worker.close()
 

@@ -27,6 +27,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from keye.errors import run
+from keye.files import atomic_file
 from keye.model.config import KeyeConfig
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save
 from scripts.bench.stages import balance
@@ -121,9 +122,8 @@ def simulate(
     """Simulate one rank in this process and leave its result in the file `kept`."""
     rank.join(number, ranks)
     found = rank.step(phase.name, phase.settings, config, drawn.processor(), partial(batches, phase, shares))
-    partly = kept.with_suffix(f".{os.getpid()}")
-    partly.write_bytes(pickle.dumps(found))
-    os.replace(partly, kept)
+    with atomic_file(kept) as part:
+        part.write_bytes(pickle.dumps(found))
     return kept
 
 
