@@ -6,6 +6,7 @@ deepspeed.
 
 import importlib
 
+from keye.errors import missing_package
 from keye.registration import register
 
 __version__ = "0.1.0"
@@ -28,9 +29,10 @@ def __getattr__(name: str) -> object:
         try:
             return getattr(importlib.import_module(_WHERE[name]), name)
         except ModuleNotFoundError as error:
-            if error.name != "transformers":
+            missing = missing_package(error)
+            if missing is None:
                 raise
-            raise ImportError(f"{name} needs transformers, which is not installed: pip install 'keye[model]'") from None
+            raise ModuleNotFoundError(f"keye.{name} needs a package: {missing}", name=error.name) from None
     raise AttributeError(f"module 'keye' has no attribute {name!r}")
 
 

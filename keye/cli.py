@@ -131,18 +131,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _with_model(module: str, name: str) -> Callable[[argparse.Namespace], int]:
     """A command that needs transformers, which is loaded only when it is called."""
-
-    def call(arguments: argparse.Namespace) -> int:
-        try:
-            command = getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError as error:
-            if error.name != "transformers":
-                raise
-            reason = "a model needs transformers, which is not installed: pip install 'keye[model]'"
-            raise errors.KeyeError(reason) from error
-        return command(arguments)
-
-    return call
+    return lambda arguments: getattr(importlib.import_module(module), name)(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     further = further_commands() if arguments else {}
     if arguments and arguments[0] in further:
         sys.argv = [f"keye {arguments[0]}", *arguments[1:]]
-        errors.run(further[arguments[0]].load())
+        errors.run(lambda: further[arguments[0]].load()())
     known = ("encode", "chat", "serve", *sorted(further))
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
         print(
@@ -168,6 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still buffered
         return 141
+    except ModuleNotFoundError as error:
+        missing = errors.missing_package(error)
+        if missing is None:
+            raise
+        print(f"error: {missing}", file=sys.stderr)
+        return 2
     except errors.KeyeError as error:
         print(f"error: {encode.in_options(str(error))}", file=sys.stderr)
         return 2

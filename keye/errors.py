@@ -47,14 +47,40 @@ def writing(path: str | os.PathLike, what: str = "the file", kind: type[KeyeErro
         raise kind(f"{what} cannot be written to {path} ({why}); give a path that you may write to") from error
 
 
-def run(main: Callable[[], int | None]) -> None:
+_EXTRAS = dict.fromkeys(("torch", "av", "skimage", "numpy", "PIL", "matplotlib", "rich", "safetensors"), "")
+_EXTRAS |= {"transformers": "model", "gguf": "gguf", "peft": "lora", "trl": "trl", "fastapi": "serve"}
+_EXTRAS |= {"uvicorn": "serve"}
+_EXTRAS |= dict.fromkeys(("deepspeed", "datasets", "aiohttp", "accelerate", "tensorboard", "sentencepiece"), "train")
+"""Module of a dependency → the extra of this package that brings it; "" for one that is always installed."""
+
+
+def missing_package(error: ModuleNotFoundError, install: str = "pip install 'keye[{}]'") -> KeyeError | None:
+    """What to tell a user about a module that is not installed; None if it is no dependency of this package.
+
+    Args:
+        install: the command that installs an extra.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS or "." in (error.name or ""):  # a submodule is missing from an installed package
+        return None
+    return KeyeError(f"{package} is not installed; run: {install.format(_EXTRAS[package] or 'train')}")
+
+
+def run(main: Callable[[], int | None], install: str = "pip install 'keye[{}]'") -> None:
     """Call `main` and exit with its code; a `KeyeError` becomes one line on stderr and exit code 2.
 
-    An error that all processes of a launch raise is printed by one of them.
+    So does a dependency that is not installed, with the command `install` of its extra. An error that all processes of
+    a launch raise is printed by one of them.
     """
     warnings.formatwarning = _format_warning
     try:
-        sys.exit(main() or 0)
+        try:
+            sys.exit(main() or 0)
+        except ModuleNotFoundError as error:
+            missing = missing_package(error, install)
+            if missing is None:
+                raise
+            raise missing from error
     except KeyeError as error:
         if _first_to_report(str(error)):
             print(f"error: {error}", file=sys.stderr)

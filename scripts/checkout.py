@@ -13,12 +13,6 @@ def run_command(module: str) -> None:
     """
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.argv[0] = f"keye {module.rpartition('.')[2]}"  # the name in the usage, as keye.cli sets it
-    try:
-        from keye.errors import run
+    from keye.errors import run
 
-        run(importlib.import_module(module).main)
-    except ModuleNotFoundError as error:
-        if error.name.split(".")[0] in ("keye", "stages", "rl"):
-            raise
-        print(f"error: {error.name} is not installed; run: pip install -e '.[train]'", file=sys.stderr)
-        sys.exit(2)
+    run(lambda: importlib.import_module(module).main(), "pip install -e '.[{}]'")

@@ -1,9 +1,16 @@
-"""What a run makes before its first stage: the world and the tokenizer that its recipe asks for."""
+"""What a run makes before its first stage: the world and the tokenizer of its recipe, the record of its environment."""
 
 import dataclasses
+import importlib.metadata
 import json
+import os
+import platform
+import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from keye.checkpoint.shards import read_json
 from keye.errors import CheckpointError, writing
@@ -63,3 +70,17 @@ def prepare_tokenizer(recipe: Recipe, run: Path) -> None:
 
         tokenizer = train_tokenizer(texts(recipe.seed), recipe.model.vocab_size)
     tokenizer.save_pretrained(run / "tokenizer")
+
+
+def environment(value: int) -> dict[str, object]:
+    """Versions, machine and seed of a run."""
+    names = ("torch", "transformers", "deepspeed", "datasets", "av", "numpy")
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in names},
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "seed": value,
+    }

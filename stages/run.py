@@ -1,13 +1,9 @@
 """A complete pre-training run in one launch: world, tokenizer, model, then the stages one after the other."""
 
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import shutil
-import sys
 import uuid
 from functools import partial
 from pathlib import Path
@@ -42,7 +38,7 @@ from stages.distributed.ranks import first_rank, on_every_rank, waiting_group
 from stages.distributed.weights import Start, open_start, replace_model
 from stages.metrics import open_tracker
 from stages.multitask import Multitask
-from stages.preparation import prepare_tokenizer, prepare_world
+from stages.preparation import environment, prepare_tokenizer, prepare_world
 from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
 from stages.report import page as report
 from stages.stage import choose_sources, open_mixture
@@ -388,20 +384,6 @@ def seed(value: int) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
-
-
-def environment(value: int) -> dict[str, object]:
-    """Versions, machine and seed of a run."""
-    names = ("torch", "transformers", "deepspeed", "datasets", "av", "numpy")
-    return {
-        "python": sys.version.split()[0],
-        "packages": {name: importlib.metadata.version(name) for name in names},
-        "machine": platform.platform(),
-        "cores": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
-        "seed": value,
-    }
 
 
 def _say(text: str) -> None:
