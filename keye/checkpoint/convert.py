@@ -14,11 +14,11 @@ import torch
 
 from keye.checkpoint import released_layout as names
 from keye.checkpoint.initialise import expected_shapes, initialise
+from keye.checkpoint.report import Report
 from keye.checkpoint.shards import (
     MAX_SHARD,
     Computed,
     Progress,
-    Report,
     Stored,
     Tensors,
     atomic_directory,

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from keye.checkpoint import released_layout as names
+from keye.checkpoint.report import Report
 from keye.checkpoint.shards import (
     MAX_SHARD,
     Computed,
     Progress,
-    Report,
     Stored,
     Tensors,
     atomic_directory,

@@ -9,21 +9,21 @@ keeps its bytes. safetensors' own writer needs all tensors of a file in memory (
 import json
 import mmap
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from keye.errors import CheckpointError, writing
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIECE = 16 << 20  # bytes per read and write
 MAX_SHARD = 5_000_000_000  # bytes of a shard, as in transformers
 DTYPES = {
@@ -55,7 +55,9 @@ class Stored:
     def known_dtype(self) -> torch.dtype:
         """`dtype`; CheckpointError for one that can only be copied."""
         if self.dtype is None:
-            raise CheckpointError(f"{self.path}: a tensor of dtype {self.code} can be copied but not changed")
+            raise CheckpointError(
+                f"{self.path}: a tensor of dtype {self.code} can be copied but not changed; save the model in bfloat16"
+            )
         return self.dtype
 
     def pieces(self) -> Iterator[bytes]:
@@ -65,6 +67,8 @@ class Stored:
             left = self.size
             while left:
                 piece = file.read(min(left, PIECE))
+                if not piece:
+                    raise self._changed()
                 left -= len(piece)
                 yield piece
 
@@ -74,7 +78,8 @@ class Stored:
         raw = torch.empty(self.size, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(self.start)
-            file.readinto(raw.numpy())
+            if file.readinto(raw.numpy()) != self.size:
+                raise self._changed()
         return raw.view(dtype).reshape(self.shape)
 
     def mapped(self) -> Tensor:
@@ -89,8 +94,13 @@ class Stored:
         first = self.start - self.start % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
             size = self.start - first + self.size
+            if os.fstat(file.fileno()).st_size < self.start + self.size:
+                raise self._changed()
             pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=first)
         return torch.frombuffer(pages, dtype=dtype, count=count, offset=self.start - first).reshape(self.shape)
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(f"{self.path}: truncated, it changed while it was read; save or download it again")
 
     def to(self, dtype: torch.dtype | None) -> "Stored | Computed":
         """The same tensor in another floating dtype; itself if it has that dtype or is not floating."""
@@ -109,6 +119,9 @@ class Computed:
 
     @property
     def code(self) -> str:
+        """The dtype in a safetensors file; CheckpointError for one that is not written."""
+        if self.dtype not in CODES:
+            raise CheckpointError(f"a tensor of dtype {self.dtype} cannot be written; save the model in bfloat16")
         return CODES[self.dtype]
 
     @property
@@ -139,30 +152,48 @@ def in_memory(tensor: Tensor) -> Computed:
 def open_checkpoint(directory: str | Path) -> dict[str, Stored]:
     """All tensors of a directory's safetensors files, by name; only headers are read.
 
+    The files are those that transformers loads: `model.safetensors`, else the shards of the index. Without either they
+    are all safetensors files.
+
     Raises:
-        CheckpointError: no such directory, no safetensors in it, a missing shard of the index, or a truncated file.
+        CheckpointError: no such directory, no safetensors in it, a missing shard of the index, or a file that is
+            truncated, damaged or cannot be read.
     """
     directory = Path(directory)
+    with _reading(directory):
+        files = _files(directory)
+    found: dict[str, Stored] = {}
+    for path in files:
+        with _reading(path):
+            found |= _header(path)
+    return found
+
+
+def _files(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; name one with config.json and safetensors files")
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
     index = directory / INDEX
     if index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+            raise CheckpointError(
+                f"{index}: weight_map is {places!r:.80}, not a file name for each tensor; download or save it again"
+            )
+        files = [directory / name for name in sorted(set(places.values()))]
     else:
-        files = sorted(path.name for path in directory.glob("*.safetensors"))
+        files = sorted(directory.glob("*.safetensors"))
     if not files:
         if any(directory.glob("*.bin")):
             raise CheckpointError(f"{directory}: only pickled weights (*.bin); save the model as safetensors first")
         raise CheckpointError(f"{directory}: no safetensors files; name a directory that a model was saved to")
-    missing = [name for name in files if not (directory / name).is_file()]
+    missing = [path.name for path in files if not path.exists()]
     if missing:
         raise CheckpointError(
             f"{directory}: {missing[0]} is missing ({len(missing)} of {len(files)} shards); download it again"
         )
-    found: dict[str, Stored] = {}
-    for name in files:
-        found |= _header(directory / name)
-    return found
+    return files
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -182,21 +213,38 @@ def _header(path: Path) -> dict[str, Stored]:
             )
             for name, entry in header.items()
         }  # fmt: skip
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file or damaged; download or save it again") from error
     end = max((t.start + t.size for t in found.values()), default=begin)
     if end > size:
         raise CheckpointError(f"{path}: truncated, {size:,} bytes of {end:,}; download it again")
-    return found
+    try:
+        with safe_open(path, "np"):  # checks dtypes, shapes and offsets against each other, and reads no tensor
+            return found
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); download or save it again") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block as a CheckpointError that names `path`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; name a directory that a model was saved to") from None
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise CheckpointError(f"{path}: cannot be read ({why}); check its type and permissions") from error
 
 
 def write_shards(
     tensors: Tensors, out: Path, max_shard: int = MAX_SHARD, progress: Progress | None = None
 ) -> list[str]:
-    """Write tensors in the given order as `model.safetensors`, or as numbered shards with an index.
+    """Write tensors as `model.safetensors`, or as numbered shards with an index.
 
     Args:
-        tensors: name → tensor, one or more.
+        tensors: name → tensor, one or more. A file has its tensors in this order. A tensor larger than `max_shard` is
+            computed and written before smaller ones that precede it and do not fill a shard.
         out: an existing directory.
         max_shard: bytes of a shard; only a tensor that is larger than this gives a larger shard, of its own.
         progress: called with (bytes written, total bytes) after every piece.
@@ -266,13 +314,13 @@ def read_json(path: Path, remedy: str = "download or save it again") -> dict:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, or does not hold a JSON object; the message ends with `remedy`.
+        CheckpointError: the file is missing, cannot be read, or does not hold a JSON object (the message ends with
+            `remedy`).
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; name a directory that a model was saved to") from None
-    except ValueError as error:
+        with _reading(path):
+            values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); {remedy}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object but of type {type(values).__name__}; {remedy}")
@@ -282,83 +330,3 @@ def read_json(path: Path, remedy: str = "download or save it again") -> dict:
 def write_json(path: Path, values: object) -> None:
     """Write a JSON file, indented as transformers does."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@dataclass
-class Report:
-    """How the tensors of a source fit a model; as text it has one line for each kind of difference.
-
-    missing: only in the model. unexpected: only in the source. mismatched: (name, shape in the source, shape in the
-    model). left_out: known and not needed, by reason. made: tensors without a source that were initialised at random or
-    extended, by reason. notes: further messages. loaded: number of tensors that fit.
-    """
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-    made: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    loaded: int = 0
-
-    @property
-    def clean(self) -> bool:
-        """Whether nothing is missing, unexpected or of another shape."""
-        return not (self.missing or self.unexpected or self.mismatched)
-
-    def compare(self, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> "Report":
-        """Record the differences between tensors and the names and shapes of a model."""
-        self.missing = [name for name in expected if name not in tensors]
-        self.unexpected = [name for name in tensors if name not in expected]
-        both = [name for name in expected if name in tensors]
-        self.mismatched = [
-            (name, tuple(tensors[name].shape), tuple(expected[name]))
-            for name in both
-            if tuple(tensors[name].shape) != tuple(expected[name])
-        ]
-        self.loaded = len(both) - len(self.mismatched)
-        return self
-
-    def refuse(self, where: object, allow_missing: bool = False) -> None:
-        """Raise CheckpointError unless all tensors fit; `allow_missing` accepts missing ones."""
-        if self.mismatched:
-            name, there, here = self.mismatched[0]
-            raise CheckpointError(
-                f"{where}: {name} has shape {list(there)}, the model's is {list(here)} ({len(self.mismatched)} such); "
-                "config.json and the weights belong to different models"
-            )
-        if self.missing and not allow_missing:
-            raise CheckpointError(
-                f"{where}: {len(self.missing)} weights are missing ({', '.join(folded(self.missing)[:3])}); "
-                "complete the directory or allow missing weights"
-            )
-
-    def __str__(self) -> str:
-        lines = [f"{self.loaded} tensors fit"]
-        for reason, names in self.made.items():
-            lines.append(f"{len(names)} created, {reason}: {', '.join(folded(names)[:4])}")
-        for reason, names in self.left_out.items():
-            lines.append(f"{len(names)} left out, {reason}: {', '.join(folded(names)[:4])}")
-        for title, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            if names:
-                lines.append(f"{len(names)} {title}: {', '.join(folded(names))}")
-        for name, there, here in self.mismatched:
-            lines.append(f"another shape: {name} is {list(there)}, the model's is {list(here)}")
-        return "\n".join(lines + self.notes)
-
-
-def folded(names: list[str]) -> list[str]:
-    """Names of numbered layers as one: `layers.{0..26}.mlp.fc1.weight`."""
-    groups: dict[str, list[int]] = {}
-    for name in names:
-        number = re.search(r"\.(\d+)\.", name)
-        key = name if number is None else f"{name[: number.start(1)]}#{name[number.end(1) :]}"
-        groups.setdefault(key, []).append(-1 if number is None else int(number[1]))
-    return [key if numbers == [-1] else key.replace("#", _span(sorted(numbers)), 1) for key, numbers in groups.items()]
-
-
-def _span(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    consecutive = numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"{{{numbers[0]}..{numbers[-1]}}}" if consecutive else f"{{{','.join(map(str, numbers))}}}"
