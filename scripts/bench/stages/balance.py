@@ -311,13 +311,14 @@ def main() -> int:
                "best-fit, as drawn", "full", "emptiest", "points off share", "video in a step", "ms to plan a step",
                "kB sent and saved")  # fmt: skip
     notes = [
-        "Slowest ÷ mean: over all rounds of one pack a rank or sequence group, the sum of the operations of the most "
-        "expensive ranks over the sum of the means over all ranks; that is how much longer the ranks take together "
-        "than if all cost the same. In a sequence group a rank has its part of the decoder, what it encodes of the "
-        "frames, and the logits of its own labels. The plan does not know the number of ranks, only how many packs "
-        "must be balanced: samples that are too expensive are deferred until there are as many of similar cost, and "
-        "come in one step, so the share of video varies from step to step. Lengths are drawn, a tenth of the tokens "
-        "at 131,072 in stills of 8,192 to 20,480; costs are computed for the 8B model.",
+        "Slowest ÷ mean: the packs of a step are trained on in rounds, in which each rank (or sequence group) takes "
+        "one pack. The figure is the sum over all rounds of the operations of the slowest rank, divided by the sum "
+        "over all rounds of the mean of the ranks: 1.05 means that the ranks need 5 % more time than if all had the "
+        "same work. In a sequence group, the operations of a rank are its part of the decoder, the frames that it "
+        "encodes, and the logits of its own labels. The plan does not depend on the number of ranks, only on how many "
+        "packs must be balanced: samples that are too expensive are deferred until there are as many of similar cost, "
+        "and come in one step, so the share of video varies from step to step. Lengths are drawn, a tenth of the "
+        "tokens at 131,072 in stills of 8,192 to 20,480; costs are computed for the 8B model.",
         "Milliseconds are processor time, median over the steps after the first: one process of a run plans for all "
         "ranks; drawing, planning, dealing to the ranks and writing plan and state are counted, encoding is not.",
     ]

@@ -311,7 +311,7 @@ def report(rows: list[Row], out: Path, seconds: float, quick: bool) -> None:
     notes = [
         "Memory is the highest resident memory of the largest process during the step, its pack's loading included, "
         "above what it held when it was ready to take it; KiB a token is over all processes. Seconds are of the one "
-        "step, forward, backward and AdamW. The tiny model, fp32, ZeRO-1, layers recomputed but for their attention."
+        "step, forward, backward and AdamW. The tiny model, fp32, ZeRO-1, layers recomputed except their attention."
     ]
     table = Table("One step on a pack", columns, cells)
     seeds = {"world and model": SEED}
