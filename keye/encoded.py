@@ -1,6 +1,5 @@
 """Results of an encoder: patches for a model of this project, frames for any other, decisions of a stream."""
 
-import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import TypedDict, Unpack
 
 import torch
 
+from keye.checks import suggestion
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError, VideoError
 from keye.slowfast.budget import size_tokens
@@ -155,8 +155,7 @@ def check_options(given: Mapping[str, object], pixels: bool, more: Iterable[str]
             raise KeyeError(f"{name} is a setting of the encoder; use encoder.with_settings({name}=...)")
         if name in Output.__annotations__:
             raise KeyeError(f"{name} is an option of pixels, and a plan has none; call the encoder, or omit {name}")
-        near = difflib.get_close_matches(name, (*known, *more), n=1, cutoff=0.0)[0]
-        raise KeyeError(f"{name} is not an option; did you mean {near}?")
+        raise KeyeError(f"{name} is not an option; {suggestion(name, (*known, *more))}")
 
 
 def refuse_one_path(given: object, message: str) -> None:

@@ -13,6 +13,7 @@ from rl.agree import gather
 from rl.recipe import Gspo, RlRecipe
 from stages.distributed.checkpoints import checkpoints, checksum
 from stages.distributed.engine import resolve_precision
+from stages.typed_toml import former_names
 
 FILE = "run.json"
 MAY_CHANGE = (
@@ -111,7 +112,7 @@ def _read(out: Path) -> Identity:
 
 def _present(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recorded recipe with the present names of its keys; keys that it does not have yet are at their defaults."""
-    former = {f"gspo.{f.metadata['former']}": f"gspo.{f.name}" for f in dataclasses.fields(Gspo) if f.metadata}
+    former = {f"gspo.{old}": f"gspo.{new}" for old, new in former_names(Gspo).items()}
     defaults = {"trackers": []} | _flat({"gspo": dataclasses.asdict(Gspo(steps=1, learning_rate=1.0))})
     return defaults | {former.get(key, key): value for key, value in recipe.items()}
 

@@ -10,7 +10,7 @@ from keye.errors import RecipeError
 from rl.gspo import EPSILON_HIGH, EPSILON_LOW
 from stages import typed_toml
 from stages.optimizer import OptimizerConfig
-from stages.recipe_checks import STAGES, TRACKERS
+from stages.recipe_checks import STAGES, check_launch
 from stages.typed_toml import requirement
 
 FOREIGN = dict.fromkeys(("data", *STAGES), "a pre-training recipe; use keye pretrain")
@@ -142,13 +142,12 @@ def _check(recipe: RlRecipe, file: str) -> None:
     need(g.temperature > 0, "gspo.temperature must be above 0, because equal answers have no advantage")
     need(0 < g.epsilon_low < 1 and g.epsilon_high > 0, "gspo.epsilon_low and epsilon_high must be small and above 0")
     need(g.zero in (0, 1, 2), "gspo.zero must be 0, 1 or 2")
-    need(g.precision in ("auto", "fp32", "bf16"), 'gspo.precision must be "auto", "fp32" or "bf16"')
+    check_launch("gspo.precision", g.precision, recipe.trackers, need)
     need(
         g.prompts % g.mini_batches == 0,
         f"gspo.prompts = {g.prompts} must be a multiple of gspo.mini_batches = {g.mini_batches}",
     )
     need(all(map(math.isfinite, recipe.rewards.values())), "every weight of [rewards] must be a finite number")
-    need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
     need(heldout.limit >= 1, "heldout.limit must be at least 1")
     need(heldout.samples >= 1 and heldout.temperature > 0, "heldout.samples and temperature must be above 0")
 

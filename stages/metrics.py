@@ -7,6 +7,7 @@ in that table, is what a large matrix product reaches here, which is measured wh
 
 import importlib
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -225,8 +226,11 @@ class MetricsLogger:
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def read_metrics(path: Path, until: int) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl up to step `until`; lines that a killed process left unfinished are skipped."""
+def read_metrics(path: Path, until: float = math.inf) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl up to step `until`; empty without the file.
+
+    Lines that a killed process left unfinished are skipped.
+    """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:

@@ -3,6 +3,7 @@
 The dataclasses are those of `stages.recipe`, which imports this module.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from keye.checks import suggestion
@@ -29,8 +30,7 @@ def check(recipe: Any, file: str) -> None:
     need = requirement(file)
     need(bool(recipe.stages), f"no stage; add one of the tables {', '.join(STAGES)}")
     need(recipe.start in ("", *recipe.stages), f"start must be one of {', '.join(recipe.stages)}, or empty")
-    need(recipe.precision in ("auto", "fp32", "bf16"), 'precision must be "auto", "fp32" or "bf16"')
-    need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
+    check_launch("precision", recipe.precision, recipe.trackers, need)
     _check_model(recipe.model, need)
     _check_data(recipe.data, need)
     _check_world(recipe.data.world, need)
@@ -46,6 +46,16 @@ def check(recipe: Any, file: str) -> None:
     if recipe.annealing is not None:
         need(recipe.annealing.rope_scale > 0, "annealing.rope_scale must be above 0")
         _check_context_schedule(recipe.annealing, need)
+
+
+def check_launch(key: str, precision: str, trackers: Collection[str], need: Need) -> None:
+    """Refuse an unknown precision, which is the value of `key`, and unknown trackers.
+
+    Raises:
+        RecipeError: by `need`.
+    """
+    need(precision in ("auto", "fp32", "bf16"), f'{key} must be "auto", "fp32" or "bf16"')
+    need(set(trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
 
 
 def _check_model(model: Any, need: Need) -> None:

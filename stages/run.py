@@ -46,7 +46,7 @@ from stages.trainer import Trainer, micro_batches
 from stages.typed_toml import current_names, to_toml
 from stages.vision import Vision
 
-KINDS = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
+STAGE_CLASSES = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
 DONE = "stage.json"
 # Keys of a stage that do not change what is trained.
 NOT_TRAINED = (
@@ -251,7 +251,7 @@ def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     each = partial(on_every_rank, group=waiting_group(dist.group.WORLD))
     processor = each(lambda: make_processor(recipe, config, run))
     first_rank(lambda: prepare_start(name, recipe, run), OSError)
-    stage = KINDS[stage_of(name)](config, processor)
+    stage = STAGE_CLASSES[stage_of(name)](config, processor)
     start = each(lambda: open_start(start_of(name, recipe, run)))
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
     # With ZeRO-3 the engine reads the weights, so that no rank keeps more of them than its share.

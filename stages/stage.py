@@ -21,7 +21,7 @@ from stages.data.quarantine import Quarantine
 from stages.data.sources.decontaminate import open_decontamination
 from stages.data.sources.source import Source
 from stages.distributed.parallel import ParallelDims, shard
-from stages.distributed.weights import PARTS
+from stages.distributed.weights import MODULES
 from stages.recipe import Recipe, SourceRecipe, StageRecipe, stage_of
 
 
@@ -58,7 +58,7 @@ class LanguageStage:
     """Next-token training on packs; stages 1 to 3 differ only in `prepare`."""
 
     name: str
-    parts = PARTS
+    parts = MODULES
 
     def __init__(self, recipe: StageRecipe, processor: KeyeProcessor) -> None:
         self.recipe, self.processor = recipe, processor

@@ -80,6 +80,11 @@ def requirement(file: str) -> Need:
     return need
 
 
+def former_names(cls: type) -> dict[str, str]:
+    """Former name → present name of the fields of a dataclass that were renamed."""
+    return {f.metadata["former"]: f.name for f in dataclasses.fields(cls) if "former" in f.metadata}
+
+
 def current_names(cls: type, table: Mapping[str, Any], file: str = "", prefix: str = "") -> dict[str, Any]:
     """A table with former names of keys replaced by the present ones, in nested tables as well.
 
@@ -90,7 +95,7 @@ def current_names(cls: type, table: Mapping[str, Any], file: str = "", prefix: s
         RecipeError: a key is given by both names.
     """
     hints = get_type_hints(cls)
-    former = {f.metadata["former"]: f.name for f in dataclasses.fields(cls) if "former" in f.metadata}
+    former = former_names(cls)
     renamed: dict[str, Any] = {}
     for key, value in table.items():
         name = former.get(key, key)

@@ -11,6 +11,7 @@ import math
 import shutil
 import statistics
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ FAMILIES = {
 }
 STAGES = ("vision", "alignment", "multitask", "annealing")
 COLUMNS = ("clip", "threshold", "frames", "tokens", "tokens_share", "slow_share", "psnr", "ssim")
+CHOSEN_ON = (0, 1)  # seeds of the worlds that the settings were chosen on
 TRIED = """## Tried while choosing
 
 On the world of seed 0:
@@ -114,10 +116,21 @@ def _head(folder: Path, commit: str) -> list[str]:
         "",
         f"- Machine: {here['cores']} cores of {here['cpu']} (shared), {here['ram_gb']} GB, no GPU; Python "
         f"{environment['python']}, {versions}.",
-        f"- Seeds: recipes {environment['seed']}, world 2. The settings were chosen on the worlds of seeds 0 and "
-        '1 (section "Tried while choosing").',
+        seeds_of(folder),
         f"- Time after the installation: **{sum(seconds.values()) / 60:.1f} minutes** ({parts}).",
     ]
+
+
+def seeds_of(folder: Path) -> str:
+    """The seeds of the run's recipe, and whether its settings were chosen on the same world."""
+    recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    world = recipe["data"]["world"]["seed"]
+    chosen = " and ".join(map(str, CHOSEN_ON))
+    same = ", this one among them" if world in CHOSEN_ON else ""
+    return (
+        f"- Seeds: recipes {recipe['seed']}, world {world}. The settings were chosen on the worlds of seeds "
+        f'{chosen}{same} (section "Tried while choosing").'
+    )
 
 
 def _learnt(folder: Path) -> list[str]:

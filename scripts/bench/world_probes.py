@@ -36,7 +36,8 @@ EXAMPLES = """examples:
 """
 HEAD = """# The drawn world, probed
 
-Can a question of SlowFastWorld be answered without a pixel? All of it again: `python -m scripts.bench.world_probes`.
+Can a question of SlowFastWorld be answered without a pixel? To repeat all measurements: `python -m
+scripts.bench.world_probes`.
 The best of four probes (a look-up of the exact plan, 25 nearest neighbours, a logistic regression, an MLP with 128
 units) is compared with the best constant guess."""
 CLIPS = ("read", "count", "order", "when", "motion", "find")

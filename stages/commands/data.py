@@ -59,7 +59,7 @@ def main() -> int:
         others = (*recipe.data.decontaminate_against, *args.decontaminate_against)
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, decontaminate_against=others))
         if recipe.data.world is not None:
-            from stages.run import prepare_world
+            from stages.preparation import prepare_world
 
             prepare_world(recipe, Path(args.run or f"runs/{recipe.name}"))  # as the run itself does first
     else:

@@ -14,7 +14,7 @@ from stages.cost.host_memory import HostFootprint
 from stages.recipe import Recipe
 
 HOST = ("processes", "cache", "samples", "offload", "drawn", "written")
-PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "pixels", "one layer", "logits", "step")
+MEMORY_PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "pixels", "one layer", "logits", "step")
 GB = 1e9
 
 
@@ -54,7 +54,7 @@ COLUMNS = (
 def table(costs: Sequence[StageCost]) -> str:
     """The costs as aligned text, followed by the memory by component."""
     memory = [
-        [cost.name, *(f"{cost.memory.parts.get(part, 0.0) / GB:.1f}" for part in PARTS), _moment(cost.memory)]
+        [cost.name, *(f"{cost.memory.parts.get(part, 0.0) / GB:.1f}" for part in MEMORY_PARTS), _moment(cost.memory)]
         for cost in costs
     ]
     host = [
@@ -64,7 +64,7 @@ def table(costs: Sequence[StageCost]) -> str:
     ]  # fmt: skip
     tables = [
         [COLUMNS, *lines(costs)],
-        [("GB a GPU", *PARTS, "at the peak,"), *memory],
+        [("GB a GPU", *MEMORY_PARTS, "at the peak,"), *memory],
         [("GB a node", *HOST, "peak", ""), *host],
     ]
     return "\n\n".join("\n".join(_aligned(rows)) for rows in tables)
@@ -117,9 +117,9 @@ def draw(path: Path, gpu: Gpu, costs: Sequence[StageCost], title: str) -> None:
 
     figure = Figure(figsize=(10, 0.55 * len(costs) + 2.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
-    names, colours = [cost.name for cost in costs], dict(zip(PARTS, _COLOURS, strict=True))
+    names, colours = [cost.name for cost in costs], dict(zip(MEMORY_PARTS, _COLOURS, strict=True))
     starts = [0.0] * len(costs)
-    for part in PARTS:
+    for part in MEMORY_PARTS:
         sizes = [cost.memory.parts.get(part, 0.0) / GB for cost in costs]
         if any(sizes):
             left.barh(names, sizes, left=starts, color=colours[part], label=part, height=0.6)

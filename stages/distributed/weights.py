@@ -26,7 +26,7 @@ from keye.model.keye import KeyeForConditionalGeneration
 from stages.distributed import engine
 from stages.distributed.ranks import agree, waiting_group
 
-PARTS = ("visual", "projector", "language_model", "lm_head")
+MODULES = ("visual", "projector", "language_model", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Start:
     stored: dict[str, Stored]
 
     def build(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", parts: tuple[str, ...] = PARTS
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", parts: tuple[str, ...] = MODULES
     ) -> KeyeForConditionalGeneration:
         """The model with the weights of `parts` in `dtype` on `device`; its other parts stay on the meta device.
 

@@ -1,12 +1,13 @@
 """Results of a finished run, read from its files, with standard errors that separate them from chance."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from keye.checkpoint import shards
 from keye.evaluation import Score
 from stages.data.items import COUNTS
+from stages.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def reward(run: Path) -> RewardFinding | None:
 def thinned(metrics: Path) -> str:
     """A sentence on the samples of a stage that were made smaller to fit, from `metrics`; "" if none were."""
     sums = dict.fromkeys(COUNTS, 0)
-    for row in read_jsonl(metrics):
+    for row in read_metrics(metrics):
         sums = {name: count + row.get(name, 0) for name, count in sums.items()}
     if not any(sums.values()):
         return ""
@@ -111,16 +112,9 @@ def thinned(metrics: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in `path`; empty if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The JSON object in `path`; empty if there is no such file.
 
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects in a JSONL file up to an incomplete line; empty if there is no such file."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return shards.read_json(path, "remove it, and run the step that writes it again") if path.exists() else {}

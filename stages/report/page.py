@@ -20,6 +20,7 @@ from pathlib import Path
 
 from keye.errors import writing
 from keye.evaluation import Score
+from stages.metrics import read_metrics
 from stages.report import findings
 from stages.report import training_sections as training
 from stages.report.charts import NOT_RUN, Series, legend, line_chart, percent, row_chart, smooth, table
@@ -156,7 +157,7 @@ def _accuracy(run: Path) -> str:
 
 
 def _gspo(run: Path) -> str:
-    log = [row for row in findings.read_jsonl(run / "gspo" / "metrics.jsonl") if "reward_mean" in row]
+    log = [row for row in read_metrics(run / "gspo" / "metrics.jsonl") if "reward_mean" in row]
     if not log:
         return NOT_RUN
     steps, means = [row["step"] for row in log], [row["reward_mean"] for row in log]

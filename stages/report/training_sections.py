@@ -18,7 +18,7 @@ from keye.errors import RecipeError
 from stages import recipe as recipes
 from stages.data.quarantine import Quarantine
 from stages.distributed.checkpoints import checkpoints
-from stages.metrics import duration
+from stages.metrics import duration, read_metrics
 from stages.report import findings
 from stages.report.charts import NOT_RUN, Series, legend, line_chart, percent, smooth, table
 
@@ -28,7 +28,7 @@ STAGES = {
     "multitask": ("Stage 2 · multi-task", "everything"),
     "annealing": ("Stage 3 · annealing", "everything, a longer context, a larger RoPE base"),
 }
-KINDS = {"video": "c0", "image": "c1", "text": "c2"}
+KIND_COLOURS = {"video": "c0", "image": "c1", "text": "c2"}
 REASONS = 12  # shown for skipped samples, the most frequent first
 WIDTH, HEIGHT = 420, 210
 
@@ -37,7 +37,7 @@ def sections(run: Path) -> list[tuple[str, str]]:
     """(title, HTML) of each section; the HTML is `NOT_RUN` without data."""
     chain, logs = _chain(run), {}
     for name in chain:
-        rows = [row for row in findings.read_jsonl(run / name / "metrics.jsonl") if "loss" in row]
+        rows = [row for row in read_metrics(run / name / "metrics.jsonl") if "loss" in row]
         logs |= {name: rows} if rows else {}
     return [
         ("The stages", _stages(run, chain, logs)),
@@ -50,7 +50,7 @@ def sections(run: Path) -> list[tuple[str, str]]:
 def tiles(run: Path) -> list[tuple[str, str]]:
     """(figure, caption) for the top of the page."""
     chain = _chain(run)
-    logs = {name: findings.read_jsonl(run / name / "metrics.jsonl") for name in chain}
+    logs = {name: read_metrics(run / name / "metrics.jsonl") for name in chain}
     rows = [row for log in logs.values() for row in log if "loss" in row]
     if not rows:
         return []
@@ -111,21 +111,21 @@ def _stages(run: Path, chain: dict[str, Any], logs: dict[str, list[dict[str, Any
 def _data(run: Path, chain: dict[str, Any], logs: dict[str, list[dict[str, Any]]]) -> str:
     panels, rows = [], []
     for name, log in logs.items():
-        sums = dict.fromkeys(KINDS, 0)
-        shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        sums = dict.fromkeys(KIND_COLOURS, 0)
+        shares: dict[str, list[float]] = {kind: [] for kind in KIND_COLOURS}
         for row in log:
-            sums = {kind: sums[kind] + row.get(f"tokens_{kind}", 0) for kind in KINDS}
+            sums = {kind: sums[kind] + row.get(f"tokens_{kind}", 0) for kind in KIND_COLOURS}
             total = sum(sums.values()) or 1
-            for kind in KINDS:
+            for kind in KIND_COLOURS:
                 shares[kind].append(sums[kind] / total)
         if not any(sums.values()):
             continue
         steps, targets = [row["step"] for row in log], getattr(chain[name], "mixture", {})
-        drawn = [kind for kind in KINDS if sums[kind] or targets.get(kind)]
-        series = [Series(kind, steps, shares[kind], KINDS[kind]) for kind in drawn]
+        drawn = [kind for kind in KIND_COLOURS if sums[kind] or targets.get(kind)]
+        series = [Series(kind, steps, shares[kind], KIND_COLOURS[kind]) for kind in drawn]
         ends = [steps[0], steps[-1]]
         series += [
-            Series(f"{kind}, target", ends, [targets[kind]] * 2, KINDS[kind], style="dashed")
+            Series(f"{kind}, target", ends, [targets[kind]] * 2, KIND_COLOURS[kind], style="dashed")
             for kind in drawn
             if kind in targets
         ]

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from keye.errors import KeyeError
+from scripts.bench.demo import seeds_of
+from stages.recipe import load
+from stages.typed_toml import to_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,3 +90,11 @@ def test_closing_table_shows_which_families_were_learnt(demo, tmp_path):
     assert table[1].split()[0] == "count" and table[1].endswith("yes")
     assert table[2].split()[0] == "motion" and table[2].endswith("no")
     assert "1 of 2 families" in table[4]
+
+
+@pytest.mark.parametrize(("seed", "chosen"), [(7, False), (1, True)])
+def test_the_document_states_the_seeds_of_the_runs_recipe(tmp_path, seed, chosen):
+    recipe = load(ROOT / "stages/recipes/tiny.toml", [f"data.world.seed={seed}", "seed=5"])
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    line = seeds_of(tmp_path)
+    assert line.startswith(f"- Seeds: recipes 5, world {seed}. ") and ("this one among them" in line) == chosen

@@ -9,6 +9,7 @@ import pytest
 from keye.errors import CheckpointError
 from keye.evaluation import Score
 from stages.commands import report as command
+from stages.metrics import read_metrics
 from stages.report import findings
 from stages.report import page as report
 from stages.report.charts import Series, line_chart, smooth, ticks
@@ -150,7 +151,7 @@ def test_reward_rose_only_if_by_more_than_two_standard_errors(tmp_path):
 def test_an_incomplete_last_line_of_the_metrics_is_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert findings.read_jsonl(path) == [{"step": 1, "loss": 2.0}]
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
 
 
 def test_chart_leaves_a_gap_at_nan_and_draws_one_point():
@@ -169,3 +170,9 @@ def test_smoothing_neither_lags_nor_changes_a_straight_line():
     line = [3.0 * i for i in range(100)]
     assert smooth(line) == pytest.approx(line)
     assert smooth([0.0, 3.0, 0.0]) == pytest.approx([0.0, 1.0, 0.0])
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "environment.json").write_text('{"python": "3.1')
+    with pytest.raises(CheckpointError, match=r"environment\.json: not JSON .*; remove it"):
+        report.write(tmp_path)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 import stages.recipe
 from keye.errors import CheckpointError, KeyeError
 from keye.model.keye import KeyeForConditionalGeneration
+from stages.preparation import prepare_tokenizer, prepare_world
 from stages.recipe import load
-from stages.run import check, prepare_start, prepare_tokenizer, prepare_world, pretrain, start_of, write_report
+from stages.run import check, prepare_start, pretrain, start_of, write_report
 from tests.distributed import run_distributed
 from tests.stages import small
 

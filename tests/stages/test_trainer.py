@@ -107,12 +107,12 @@ def imbalances(rows: list[dict[str, Any]], grid: ParallelDims, config: Any) -> l
             costs.append([whole])
             continue
         text, half = config.text_config, len(labels) // 2
-        words, dealt = flops.decoder(text, lengths), share_frames([h * w + (h * w) ** 2 / 6800 for h, w in frames], 2)
+        words, shares = flops.decoder(text, lengths), share_frames([h * w + (h * w) ** 2 / 6800 for h, w in frames], 2)
         costs.append(
             [
                 3 * (words.total / 2 + flops.head(text, int(part.sum())).total)
                 + sum(flops.training_step(config, [frames[i]], [], 0) for i in mine)
-                for part, mine in zip(labels.split(half), dealt, strict=True)
+                for part, mine in zip(labels.split(half), shares, strict=True)
             ]
         )
     rounds = costs if grid.sequence == 2 else [[*a, *b] for a, b in zip(costs[::2], costs[1::2], strict=True)]

@@ -17,8 +17,9 @@ from keye.model.keye import KeyeForConditionalGeneration
 from stages.data.items import Cache
 from stages.distributed import engine
 from stages.distributed.weights import replace_model
+from stages.preparation import prepare_tokenizer, prepare_world
 from stages.recipe import load
-from stages.run import open_stage, prepare_tokenizer, prepare_world, run_stage
+from stages.run import open_stage, run_stage
 from tests.distributed import run_distributed
 from tests.stages import small
 from tests.stages.test_run import RECIPE

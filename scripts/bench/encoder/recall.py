@@ -35,7 +35,7 @@ from scripts.bench.encoder.media.continuity import SEED, continuity_film, cuts
 from scripts.bench.encoder.media.corpus import real_clips
 from scripts.bench.encoder.media.films import film, film_cuts, film_times
 from scripts.bench.encoder.media.reel import reel
-from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, KINDS, TUNING_SEEDS, Scene, Span, scene
+from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, SCENE_KINDS, TUNING_SEEDS, Scene, Span, scene
 from scripts.bench.encoder.recall_claims import CONTINUITY, FILM, claims, tables
 
 FPS = 2.0
@@ -117,7 +117,7 @@ def clips(split: str, long: bool = True) -> dict[str, Callable[[], Sampled]]:
     paths = real_clips()
     found: dict[str, Callable[[], Scene]] = {}
     for seed in TUNING_SEEDS if split == "tuning" else HELD_OUT_SEEDS:
-        found |= {f"{kind}-{seed}": partial(scene, kind, seed) for kind in KINDS}
+        found |= {f"{kind}-{seed}": partial(scene, kind, seed) for kind in SCENE_KINDS}
     found |= {name: partial(Scene, name, paths[name], events) for name, events in REAL[split].items() if name in paths}
     still = [Span("still", 0, 1e9)]
     found |= {name: partial(Scene, name, paths[name], [], still) for name in STILL[split] if name in paths}
@@ -333,14 +333,14 @@ NOTES = [
     "A clip of 20 frames with five changes has two slow frames at 10 %, the first among them: no measure can see more"
     " than one change there.",
     "The reel and the film set shots side by side that have little to do with each other, so that most colours change"
-    " at their cuts: the release sees about three quarters of them there, and twice its recall cannot be had.",
+    " at their cuts: the release sees about three quarters of them there, so twice its recall is impossible.",
     "The film with continuity is cut as films are, most cuts within one place and its palette"
     " (scripts/bench/encoder/media/continuity.py). Its design was fixed before any measure had run on it, and no"
     " measure was tuned on it. By a decision made then, it does not count among all clips, whose figures stay"
     " comparable with earlier ones.",
-    "On that film, too, the release sees more than half of the cuts at either setting, so that twice its recall cannot"
-    " be had. Of the 134 cuts of a true ten-minute animated film, which was not to be had here, it is known to see 24 %"
-    " with 113 slow frames: the film made here is still easier on it.",
+    "On that film, too, the release sees more than half of the cuts at either setting, so twice its recall is"
+    " impossible. A real ten-minute animated film is not available here; of its 134 cuts the release is known to see"
+    " 24 % with 113 slow frames, so the film made here is easier for it.",
 ]
 
 

@@ -215,8 +215,8 @@ def rank_costs(pack: list[Meta], cost: Cost, ranks: int, cut: bool) -> list[floa
         shares = vision_shares(grids, ranks)
     else:
         sizes = grids.prod(1).tolist()
-        dealt = share_frames([size + size**2 / 6800 for size in sizes], ranks)
-        shares = [[Piece(i, 0, sizes[i] // 4) for i in share] for share in dealt]
+        frames_of = share_frames([size + size**2 / 6800 for size in sizes], ranks)
+        shares = [[Piece(i, 0, sizes[i] // 4) for i in share] for share in frames_of]
     lengths = [meta.tokens for meta in pack]
     own = -(-sum(lengths) // ranks)
     labels, end = [0] * ranks, 0
@@ -235,8 +235,8 @@ def slowest(
 ) -> float:
     """How much longer the slowest ranks of all rounds take than the mean: Σ largest ÷ Σ mean, over all ranks.
 
-    operations: of every rank of the group of each pack (`rank_costs`). planned: packs are dealt in rounds as the loader
-    does; otherwise as they come.
+    operations: of every rank of the group of each pack (`rank_costs`). planned: packs are assigned in rounds as the
+    loader does; otherwise as they come.
     """
     largest = mean = 0.0
     for step, costs in zip(steps, operations, strict=True):
@@ -280,11 +280,11 @@ def main() -> int:
             slow = max(slow, *seconds[1:])
         # A pack costs its group the same however many groups there are.
         cut = [[rank_costs(pack, cost, sequence, True) for pack in step] for step in found]
-        dealt = [[rank_costs(pack, cost, sequence, False) for pack in step] for step in found] if sequence > 1 else []
+        uncut = [[rank_costs(pack, cost, sequence, False) for pack in step] for step in found] if sequence > 1 else []
         plainly = [[rank_costs(pack, cost, sequence, False) for pack in step] for step in usual]
         for at_once in sizes:
             ours = slowest(found, cut, at_once, cost, True)
-            whole = slowest(found, dealt, at_once, cost, True) if sequence > 1 else 0.0
+            whole = slowest(found, uncut, at_once, cost, True) if sequence > 1 else 0.0
             theirs = slowest(usual, plainly, at_once, cost, False)
             worst = max(worst, ours)
             rows.append(
@@ -307,7 +307,7 @@ def main() -> int:
               f"{100 * apart:.2f} points off", met=apart <= 0.01 if not args.quick else None),
     ]  # fmt: skip
     columns = ("data", "context", "median tokens", "samples a step", "packs a step", "balanced packs",
-               "ranks (packs at once × ranks a pack)", "slowest ÷ mean", "the same, frames dealt whole",
+               "ranks (packs at once × ranks a pack)", "slowest ÷ mean", "the same, frames not cut",
                "best-fit, as drawn", "full", "emptiest", "points off share", "video in a step", "ms to plan a step",
                "kB sent and saved")  # fmt: skip
     notes = [
@@ -320,7 +320,7 @@ def main() -> int:
         "and come in one step, so the share of video varies from step to step. Lengths are drawn, a tenth of the "
         "tokens at 131,072 in stills of 8,192 to 20,480; costs are computed for the 8B model.",
         "Milliseconds are processor time, median over the steps after the first: one process of a run plans for all "
-        "ranks; drawing, planning, dealing to the ranks and writing plan and state are counted, encoding is not.",
+        "ranks; drawing, planning, sending to the ranks and writing plan and state are counted, encoding is not.",
     ]
     table, seconds = Table("Steps of the planner", columns, rows), time.monotonic() - began
     save(out_of(args), "balance", claims, [table], seconds=seconds, quick=args.quick, seeds={"lengths": SEED},

@@ -24,8 +24,8 @@ from typing import Any
 
 from keye.errors import KeyeError, run
 from keye.model.config import KeyeConfig
+from scripts.bench.common.process import resident
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save
-from scripts.bench.model.memory import resident
 from stages.cost.estimate import parameters_of
 from stages.cost.footprint import Plan, Share
 from stages.cost.host_memory import Node, host_footprint
@@ -141,8 +141,8 @@ def one(case: Case, folder: Path) -> dict[str, Any]:
     from scripts.bench.stages.cost import Training
     from stages.distributed import engine
     from stages.distributed.ranks import first_rank
+    from stages.preparation import prepare_tokenizer, prepare_world
     from stages.recipe import load
-    from stages.run import prepare_tokenizer, prepare_world
 
     engine.start(threads=1)
     # Libraries that are loaded once count as the process.

@@ -186,7 +186,8 @@ def worker(recipe_path: Path, folder: Path, rounds: int) -> None:
     from stages.data.items import Cache
     from stages.distributed import engine
     from stages.distributed.weights import open_start
-    from stages.run import open_stage, prepare_tokenizer, start_of
+    from stages.preparation import prepare_tokenizer
+    from stages.run import open_stage, start_of
     from stages.trainer import Trainer
 
     recipe = recipes.load(recipe_path)

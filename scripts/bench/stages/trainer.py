@@ -137,7 +137,8 @@ def open_ours(size: str, folder: Path, context: int, packs: int) -> Any:
     """The stage 2 of a Keye of these widths, opened on the mixed data."""
     from stages import recipe as recipes
     from stages.data.items import Cache
-    from stages.run import open_stage, prepare_tokenizer
+    from stages.preparation import prepare_tokenizer
+    from stages.run import open_stage
 
     recipe_path = write_recipe(folder / f"{size}.toml", folder.parent / "world", context, packs)
     recipe = recipes.load(recipe_path)
@@ -229,7 +230,7 @@ def main() -> None:
     engine.stop()
     notes = [
         "float32, sdpa in both, one process, AdamW (fused in theirs), gradients clipped; the data of "
-        "`stages_data.py`, encoded, collated or packed before, and the optimizer's moments made before, on both sides; "
+        "`documents.py`, encoded, collated or packed before, and the optimizer's moments made before, on both sides; "
         f"processor seconds, threads: {torch.get_num_threads()}. "
         'Theirs: `train_sampling_strategy="group_by_length"`, positions given. '
         "Widths are those of the model's bench; ours computes logits where there are labels alone.",

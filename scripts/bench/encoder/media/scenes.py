@@ -345,7 +345,7 @@ def _pans(draw: Drawing) -> Frames:
         yield shots[shot][:, left : left + WIDTH]
 
 
-KINDS: dict[str, Callable[[Drawing], Frames]] = {
+SCENE_KINDS: dict[str, Callable[[Drawing], Frames]] = {
     "cuts": _cuts,
     "dissolves": _dissolves,
     "slides": _slides,
@@ -371,7 +371,7 @@ def scene(kind: str, seed: int) -> Scene:
     with locked(str(path)):
         if not (path.is_file() and record.is_file()):
             draw = Drawing(kind, seed)
-            frames = [np.rint(picture.clip(0, 255)).astype(np.uint8) for picture in KINDS[kind](draw)]
+            frames = [np.rint(picture.clip(0, 255)).astype(np.uint8) for picture in SCENE_KINDS[kind](draw)]
             write_mp4(path, frames, FPS, draw.crf)
             truth = {key: [asdict(span) for span in getattr(draw, key)] for key in ("events", "nuisances")}
             record.write_text(json.dumps(truth, indent=1) + "\n")
@@ -379,7 +379,7 @@ def scene(kind: str, seed: int) -> Scene:
     return Scene(path.stem, path, *([Span(**span) for span in truth[key]] for key in ("events", "nuisances")))
 
 
-def scenes(seeds: Sequence[int], kinds: Sequence[str] = tuple(KINDS)) -> list[Scene]:
+def scenes(seeds: Sequence[int], kinds: Sequence[str] = tuple(SCENE_KINDS)) -> list[Scene]:
     """The clips of all kinds and of the given seeds."""
     return [scene(kind, seed) for seed in seeds for kind in kinds]
 

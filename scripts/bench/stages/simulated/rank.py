@@ -30,7 +30,7 @@ from stages.distributed.collectives import Collective, recorded
 from stages.distributed.parallel import ParallelDims, build_parallel_dims, vision_shares
 from stages.metrics import Peak
 from stages.recipe import StageRecipe, stage_of
-from stages.run import KINDS
+from stages.run import STAGE_CLASSES
 from stages.trainer import Trainer
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -163,7 +163,7 @@ def step(
     """Take one optimizer step of phase `name` on this rank; `make_batches(grid)` gives its micro-batches."""
     grid = build_parallel_dims(settings.sequence_parallel)
     batches = make_batches(grid)
-    stage = KINDS[stage_of(name)](settings, processor)
+    stage = STAGE_CLASSES[stage_of(name)](settings, processor)
     shapes, found = Shapes(), Measured()
     with recorded() as calls, as_on_a_gpu(), shapes, tempfile.TemporaryDirectory() as folder:
         model = build(config, torch.bfloat16)
