@@ -28,6 +28,7 @@ from keye.checkpoint.shards import (
     write_json,
     write_shards,
 )
+from keye.checks import integer
 from keye.errors import CheckpointError, KeyeError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
@@ -38,6 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 RELEASED_FOLDER = "released"  # folder of a converted directory
+PIXELS = ("min_pixels", "max_pixels")  # of an image, in preprocessor_config.json
 SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 # All files of a tokenizer come from one directory.
 TOKENIZER = (
@@ -121,7 +123,10 @@ def convert_released(
     values = read_json(source / "config.json")
     if not names.is_released(values):
         if "text_config" in values:
-            raise CheckpointError(f"{source}: config.json is not in the released layout (it has text_config)")
+            raise CheckpointError(
+                f"{source}: config.json is in Keye's own layout (it has text_config); load the directory as it is, or "
+                "name the downloaded release"
+            )
         raise CheckpointError(
             f"{source} is not a released Keye-VL-1.5 directory; name the directory of the downloaded release"
         )
@@ -171,7 +176,10 @@ def export_released(
     source = Path(source)
     values = read_json(source / "config.json")
     if names.is_released(values):
-        raise CheckpointError(f"{source}: is already in the released layout")
+        raise CheckpointError(
+            f"{source}: config.json is in the released layout already; use the directory as it is, or name one in "
+            "Keye's own layout"
+        )
     config, stored = _config(values, source), open_checkpoint(source)
     side = Path(like) if like is not None else source / RELEASED_FOLDER
     report = Report().compare(stored, expected_shapes(config))
@@ -235,8 +243,8 @@ def _export(
     ours = {**_settings(part, "preprocessor_config.json"), **_settings(part, "processor_config.json")}
     mine = {key: ours[key] for key in ("encoder", "image") if key in ours}
     image = names.preprocessor(ours.get("image"))
-    for key in ("min_pixels", "max_pixels"):
-        before = given["preprocessor_config.json"].get(key, 0)
+    for key in PIXELS:
+        before = _pixels(given["preprocessor_config.json"], key, Path(side or part) / "preprocessor_config.json")
         if not ours.get("image") and before or before // names.TOKEN_SIDE**2 == image[key] // names.TOKEN_SIDE**2:
             image[key] = image["size"][key] = before  # the release's own number, if it means the same
     code = given["preprocessor_config.json"].get("auto_map") or given["processor_config.json"].get("auto_map")
@@ -308,20 +316,19 @@ def _processor(source: Path, config: KeyeConfig) -> Any | None:
     tokenizer = load_tokenizer(str(source))
     rows = config.text_config.vocab_size
     if max(tokenizer.get_vocab().values()) >= rows:
-        raise CheckpointError(f"{source}: {len(tokenizer)} tokens with the special ones, but {rows} embeddings")
-    given, area = _settings(source, "preprocessor_config.json"), names.TOKEN_SIDE**2
-    limits = {"min_tokens": given.get("min_pixels", 0) // area, "max_tokens": given.get("max_pixels", 0) // area}
+        raise CheckpointError(
+            f"{source}: {len(tokenizer)} tokens with the special ones, but {rows} embeddings; the tokenizer and the "
+            "weights belong to different models: download both again"
+        )
+    path, given = source / "preprocessor_config.json", _settings(source, "preprocessor_config.json")
+    limits = {name.replace("pixels", "tokens"): _pixels(given, name, path) // names.TOKEN_SIDE**2 for name in PIXELS}
     # The two tables are in a directory that `export_released` wrote, with the settings the model was trained with.
     encoder = given.get("encoder", SlowFastEncoder.released().settings)
     image = given.get("image", {key: value for key, value in limits.items() if value})
-    where = f"{source / 'preprocessor_config.json'}: "
-    for key, value in (("encoder", encoder), ("image", image)):
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{where}{key} is {value!r:.80}; write a table, or remove it for the released one")
     try:
         processor = KeyeProcessor(tokenizer, encoder, image)
     except KeyeError as error:
-        raise CheckpointError(f"{where}encoder: {error}") from error
+        raise CheckpointError(f"{path}: {error}; or remove the key for the released settings") from error
     processor.configure(config)
     return processor
 
@@ -337,6 +344,11 @@ def _copy(
             continue
         if path.stat().st_size <= LARGEST_SIDE_FILE and (over or not (out / path.name).exists()):
             shutil.copyfile(path, out / path.name)
+
+
+def _pixels(values: dict[str, Any], key: str, path: Path) -> int:
+    """A limit of an image in pixels in the release's preprocessor_config.json at `path`; 0 for none."""
+    return integer(f"{path}: {key}", values.get(key) or 0, 0, error=CheckpointError)
 
 
 def _settings(folder: Path | None, name: str) -> dict[str, Any]:

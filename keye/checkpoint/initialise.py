@@ -153,7 +153,10 @@ def _text_config(text: Path, gguf_file: str | None) -> PreTrainedConfig:
     except ImportError as error:
         raise CheckpointError(f"{text}: a GGUF file needs the package gguf; pip install 'keye[gguf]'") from error
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{text}: no decoder's config.json ({str(error).splitlines()[0]})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{text}: no decoder's config.json ({reason}); name the directory of a Qwen3, Qwen2 or Llama"
+        ) from error
     if config.get_text_config() is not config:
         raise CheckpointError(f"{text}: a {config.model_type} is not only a decoder; name a Qwen3, Qwen2 or Llama")
     config._name_or_path, config.architectures = "", None  # of the source directory
@@ -170,7 +173,10 @@ def _vision_config(vision: str | Path | KeyeVisionConfig | None) -> KeyeVisionCo
     if "siglip" not in str(values.get("model_type", "")) or "image_size" not in values:
         raise CheckpointError(f"{path}: not a SigLIP with a fixed image size; name a SigLIP such as so400m-patch14-384")
     if values.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh" or values.get("num_channels", 3) != 3:
-        raise CheckpointError(f"{path}: the tower needs three channels and gelu_pytorch_tanh")
+        raise CheckpointError(
+            f"{path}: the tower needs num_channels 3 and hidden_act gelu_pytorch_tanh; name a SigLIP such as "
+            "so400m-patch14-384"
+        )
     patch = values.get("patch_size", 16)
     sizes = {name: values[name] for name in names.VISION_FIELDS if name in values}
     return KeyeVisionConfig(**sizes | {"patch_size": patch, "position_grid": values["image_size"] // patch})

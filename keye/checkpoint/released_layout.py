@@ -133,7 +133,10 @@ def config_from_released(config: Mapping[str, Any]) -> dict[str, Any]:
     vision = config.get("vision_config") or {}
     patch = vision.get("patch_size", 14)
     if vision.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise CheckpointError(f"vision_config.hidden_act is {vision['hidden_act']!r}; the tower has gelu_pytorch_tanh")
+        raise CheckpointError(
+            f"vision_config.hidden_act is {vision['hidden_act']!r}, the tower has gelu_pytorch_tanh; name the "
+            "directory of a Keye-VL-1.5"
+        )
     text = {name: config[name] for name in TEXT_FIELDS if config.get(name) is not None}
     text["model_type"] = "qwen3"
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]

@@ -6,13 +6,16 @@ well (qwen-vl-utils, keye-vl-utils 1.5.2). Any other name is an error. A message
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from keye.checks import integer, suggestion
 from keye.encoder import Sampling, SlowFastEncoder
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError, ManifestError
 from keye.field_docs import field_types
+from keye.video.fetch import UrlRules
 
 Options = dict[str, Any]
 
@@ -33,6 +36,45 @@ ALIASES = {
 KNOWN = {"image": (*LIMITS, *PIXELS), "video": (*SAMPLING, *SETTINGS, *PIXELS, TOTAL)}
 _WORDS = tuple(name for name in SETTINGS if field_types(EncoderConfig)[name] is str)
 _WHOLE = (*LIMITS, "num_frames", *(name for name in SETTINGS if field_types(EncoderConfig)[name] is int))
+
+
+def make_encoder(settings: Mapping[str, Any], urls: UrlRules | None = None) -> SlowFastEncoder:
+    """The encoder of a processor's settings, the fields of `EncoderConfig`; urls: what it may download.
+
+    Raises:
+        KeyeError: a setting is unknown or impossible; the message begins with the key `encoder`.
+    """
+    with _table("encoder", settings):
+        EncoderConfig.check_names(settings)  # the other arguments of an encoder, `urls` and `tower`, are not settings
+        return SlowFastEncoder(**settings, urls=urls)
+
+
+def image_limits(settings: Mapping[str, Any]) -> dict[str, int]:
+    """A processor's settings of images, checked: `min_tokens` and `max_tokens` of an image, either may be missing.
+
+    Raises:
+        KeyeError: a setting is unknown or impossible; the message begins with the key `image`.
+    """
+    with _table("image", settings):
+        for name in settings:
+            if name not in LIMITS:
+                raise KeyeError(f"{name} is not a setting of images; {suggestion(name, LIMITS)}")
+        limits = {name: integer(name, value) for name, value in settings.items()}
+        least, most = limits.get("min_tokens", 1), limits.get("max_tokens", math.inf)
+        if least > most:
+            raise KeyeError(f"min_tokens={least} is above max_tokens={most}; give min_tokens <= max_tokens")
+        return limits
+
+
+@contextmanager
+def _table(key: str, settings: object) -> Iterator[None]:
+    """Check that settings are a table, and name its key in the errors of the block."""
+    if not isinstance(settings, Mapping):
+        raise KeyeError(f"{key} is {settings!r:.80}; give a table of settings")
+    try:
+        yield
+    except KeyeError as error:
+        raise KeyeError(f"{key}: {error}") from error
 
 
 def read_options(kind: str, given: Mapping[str, Any]) -> Options:

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils import PROCESSOR_NAME
 
-from keye.encoder import SlowFastEncoder
-from keye.errors import ArgumentError, ManifestError
+from keye.errors import ArgumentError, CheckpointError, KeyeError, ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
 from keye.processor.fit import encode_media
 from keye.processor.messages import Message, Visual, located, read_chat
+from keye.processor.options import image_limits, make_encoder
 from keye.processor.reply import Thinking
 from keye.processor.sample import PIXELS, KeyeInputs, Sample
 from keye.processor.settings import CallSettings, call_settings
@@ -43,6 +44,9 @@ class KeyeProcessor(ProcessorMixin):
         image: the arguments of `SlowFastEncoder.image` (`min_tokens`, `max_tokens`).
         chat_template: the tokenizer's, or Keye's, if None.
         urls: what this process may download; it is never saved. Without it an http(s) URL is an error.
+
+    Raises:
+        KeyeError: a setting in `encoder` or `image` is unknown or impossible.
     """
 
     def __init__(
@@ -54,15 +58,28 @@ class KeyeProcessor(ProcessorMixin):
         urls: UrlRules | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template or CHAT_TEMPLATE)
-        self._encoder = SlowFastEncoder(**(encoder or {}), urls=urls)
+        self._encoder = make_encoder({} if encoder is None else encoder, urls)
         # All settings, also the defaults: a saved model must not change with a later default.
-        self.encoder, self.image = self._encoder.settings, dict(image or {})
+        self.encoder, self.image = self._encoder.settings, image_limits({} if image is None else image)
         ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
         self._spelling = Spelling(tokenizer)
         self._stream = Stream(self._spelling.ids, ids)
-
         self.image_token, self.video_token = IMAGE_PAD, VIDEO_PAD
         self.image_token_id, self.video_token_id = ids[IMAGE_PAD], ids[VIDEO_PAD]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Self:
+        """The processor of a directory or hub id, as in transformers; `kwargs` replace saved settings.
+
+        Raises:
+            CheckpointError: a saved setting of the encoder or of images is unknown or impossible.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except KeyeError as error:
+            if isinstance(error, CheckpointError) or kwargs.keys() & {"encoder", "image"}:
+                raise
+            raise CheckpointError(f"{Path(pretrained_model_name_or_path) / PROCESSOR_NAME}: {error}") from error
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -258,8 +275,7 @@ class KeyeProcessor(ProcessorMixin):
         """Chat messages, or a list of such lists, → text (`tokenize=False`), ids or `KeyeInputs`.
 
         Other arguments (`max_length`, `padding`, `return_tensors`, …) are those of a call of the processor, or
-        variables of the template; unknown names are errors. Without
-        return_dict and return_tensors, ids are lists.
+        variables of the template; unknown names are errors. Without return_dict and return_tensors, ids are lists.
 
         Args:
             thinking: see `sample`; `enable_thinking` is the same, unless it is a variable of the template.

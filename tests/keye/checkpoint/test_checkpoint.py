@@ -60,7 +60,12 @@ def test_an_exported_directory_comes_back_with_its_own_encoder(tmp_path: Path) -
         ("encoder", [1], "encoder is"),
         ("encoder", {**encoder, "fps": 0}, "encoder: fps is 0"),
         ("encoder", {"treshold": 1}, "did you mean threshold"),
+        ("encoder", {"urls": {}}, "encoder: urls is not a setting"),
+        ("encoder", {"tower": 1}, "encoder: tower is not a setting"),
         ("image", 3, "image is 3"),
+        ("image", {"max_token": 9}, "image: max_token is not .*did you mean max_tokens"),
+        ("image", {"max_tokens": "9"}, "image: max_tokens is '9'; give"),
+        ("min_pixels", "many", "min_pixels is 'many'; give"),
     ):
         path.write_text(json.dumps(values | {key: wrong}))
         with pytest.raises(CheckpointError, match=f"preprocessor_config.json: .*{match}"):

@@ -14,18 +14,16 @@ from keye.processor.tokenizer import train_tokenizer
 from tests.keye.model.transformers_suite import load, outcome
 from tests.keye.video.make import numbered, write_video
 
-# Messages with which the mixin skips a test by itself, and why that is right here.
+# Messages with which the mixin skips a test, and why that is correct for Keye.
 REASONS = {
-    "attribute not present": "the slow-fast encoder reads stills and clips, and is no image or video processor",
+    "attribute not present": "the slow-fast encoder reads images and videos; it is not an image or video processor",
     "test requires librosa": "no sound",
-    "test requires Torchcodec": "clips are decoded with PyAV; test_chat_with_videos does the same without",
+    "test requires Torchcodec": "clips are decoded with PyAV; test_chat_with_videos below checks the same",
     "does not support tools": "no tools in Keye's chat template",
     "_get_num_multimodal_tokens": "a hook of vLLM; Keye's tokens depend on what a clip shows, not on its size alone",
     "doesn't accept videos at input": "frame rates and counts are in test_processor.py and test_messages.py",
 }
-# Tests whose premise does not hold for Keye, and why.
-LEFT_OUT: dict[str, str] = {}
-# Tests of the whole processor that the mixin runs only where the processor is made of transformers' parts.
+# Tests of the complete processor that the mixin runs only for a processor that consists of transformers' parts.
 WHOLE = (
     "test_apply_chat_template_image",
     "test_chat_with_",
@@ -37,7 +35,7 @@ LIMITS = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 6
 
 
 class Declared(KeyeProcessor):
-    """Declares the parts which the mixin looks for."""
+    """Declares the parts that the mixin looks for."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -45,7 +43,7 @@ class Declared(KeyeProcessor):
 
 
 def ids_by_default(processor: KeyeProcessor) -> KeyeProcessor:
-    """With transformers' default of `return_dict`; Keye's is True, as that of transformers' tokenizers."""
+    """The processor with transformers' default of `return_dict`; Keye's is True, as in transformers' tokenizers."""
     plain = processor.apply_chat_template
     processor.apply_chat_template = lambda *args, **options: plain(*args, **{"return_dict": False, **options})
     return processor
@@ -75,8 +73,8 @@ def case(common: ModuleType) -> type[unittest.TestCase]:
             return {"encoder": SlowFastEncoder(**LIMITS).settings, "image": {"min_tokens": 4, "max_tokens": 16}}
 
         def setUp(self) -> None:
-            # Keye's encoder is no image or video processor of transformers; tests that ask for one before they look at
-            # what the whole processor does find the names, and the processor itself is made without them.
+            # Some tests of the complete processor require the names of an image and a video processor. Keye's encoder
+            # is neither, so the class declares the names and the processor is made without these parts.
             name = self._testMethodName
             self.processor_class = Declared if name.startswith(WHOLE) else KeyeProcessor
 
@@ -86,7 +84,7 @@ def case(common: ModuleType) -> type[unittest.TestCase]:
                 processor.image_processor = processor.video_processor = None
             return ids_by_default(processor)
 
-        # As the mixin has them, for a machine without torchcodec: Keye decodes with PyAV.
+        # Overridden because the mixin's versions need torchcodec; Keye decodes with PyAV.
         def test_chat_with_decoded_video(self) -> None:
             data = [np.array(self.prepare_videos_inputs())]
             self._test_apply_chat_template("video", 1, "pt", "videos_input_name", "video_processor", data)
@@ -96,8 +94,6 @@ def case(common: ModuleType) -> type[unittest.TestCase]:
                 data = common.MODALITY_INPUT_DATA["videos"]
                 self._test_apply_chat_template("video", rows, "pt", "videos_input_name", "video_processor", data)
 
-    for name, reason in LEFT_OUT.items():
-        setattr(KeyeProcessorTest, name, unittest.skip(reason)(getattr(KeyeProcessorTest, name)))
     return KeyeProcessorTest
 
 
@@ -106,4 +102,4 @@ def test_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = load("test_processing_common")
     monkeypatch.setattr(common, "MODALITY_INPUT_DATA", media(tmp_path))
     monkeypatch.setattr(common, "url_to_local_path", lambda url: common.MODALITY_INPUT_DATA["images"][0])
-    outcome(case(common), {**REASONS, **{reason: "" for reason in LEFT_OUT.values()}})
+    outcome(case(common), REASONS)

@@ -1,6 +1,8 @@
-"""A training run of Hugging Face's Trainer, a program: `trainer_run.py FOLDER MODE LOSSES`, also under torchrun.
+"""A program that trains with Hugging Face's Trainer, also under torchrun: `trainer_run.py FOLDER MODE OUT`.
 
-FOLDER holds a model with its processor and the clips that test_trainer_parallel.py wrote; MODE is a key of `MODES`.
+FOLDER has a model, its processor and the clips of test_trainer_parallel.py. MODE is a key of `MODES`; with the suffix
+`-alone` one process trains without splitting. OUT is the JSON file of losses and gradient norms; the model is saved next
+to it.
 """
 
 import json
@@ -21,11 +23,11 @@ from keye.processor.processor import Sample
 from keye.video.clip import open_clip
 
 STEPS, GLOBAL_BATCH, ROWS = 3, 4, 8
-LEFT_OPEN, WAITING = ExitStack(), []  # a clip in the middle of which the program ends
+LEFT_OPEN, WAITING = ExitStack(), []  # a clip that is still being decoded when the program ends
 
 
 def zero(stage: int) -> dict[str, Any]:
-    """Arguments for DeepSpeed: torch's optimizer and fp32, so that nothing but the splitting differs."""
+    """Arguments for DeepSpeed, with torch's optimizer and fp32, so that only the splitting differs."""
     return {
         "deepspeed": {
             "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
@@ -66,7 +68,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def main(folder: Path, mode: str, out: Path) -> None:
-    """Train, write the losses from the first process, and exit with a decoder's thread that waits for its reader."""
+    """Train and write the losses from the first process. A decoder's thread still waits for its reader at exit."""
     processor = KeyeProcessor.from_pretrained(folder)
     alone = mode.endswith("-alone")
     clip = LEFT_OPEN.enter_context(open_clip(folder / "0.mp4", fps=5, max_frames=64))
@@ -82,7 +84,7 @@ def main(folder: Path, mode: str, out: Path) -> None:
         per_device_train_batch_size=GLOBAL_BATCH // (1 if alone else 2), logging_steps=1, seed=1,
         report_to=[], use_cpu=True, save_strategy="no", remove_unused_columns=False, disable_tqdm=True, **split,
     )  # fmt: skip
-    if "fsdp" in split:  # accelerate heeds it on GPUs alone, and on a CPU makes DDP of it without a word
+    if "fsdp" in split:  # accelerate supports FSDP on GPUs only, and silently uses DDP on a CPU
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model: Any = KeyeForConditionalGeneration.from_pretrained(folder)
     if mode.startswith("lora"):
