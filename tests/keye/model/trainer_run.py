@@ -1,8 +1,8 @@
 """A program that trains with Hugging Face's Trainer, also under torchrun: `trainer_run.py FOLDER MODE OUT`.
 
 FOLDER has a model, its processor and the clips of test_trainer_parallel.py. MODE is a key of `MODES`; with the suffix
-`-alone` one process trains without splitting. OUT is the JSON file of losses and gradient norms; the model is saved next
-to it.
+`-alone` one process trains without splitting. OUT is the JSON file of losses and gradient norms, and without its suffix
+the folder of the trained model.
 """
 
 import json
