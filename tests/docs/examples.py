@@ -6,9 +6,11 @@ Blocks marked python, and the lines of blocks marked bash that call `keye` or a 
 python -m tests.docs.examples docs/encoder.md ["heading" ...]      # in the folder; all headings by default
 """
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -83,6 +85,32 @@ def run(guide: Path, titles: list[str]) -> list[str]:
             traceback.print_exc(file=sys.stdout)
             failed.append(title)
     return failed
+
+
+def run_in(folder: Path, guide: Path, titles: list[str] | None = None, **environment: str) -> str:
+    """Run the sections with these titles (default: all) in another process, in the folder; what they print.
+
+    Raises:
+        AssertionError: an example fails; the message ends with its output.
+    """
+    command = [sys.executable, "-m", "tests.docs.examples", str(guide), *(titles or [])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", **environment}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def check_contents(guide: Path) -> None:
+    """Check that the links at the top of a guide lead to its second-level headings, in their order.
+
+    Raises:
+        AssertionError: a link or a heading has no counterpart.
+    """
+    text = guide.read_text(encoding="utf-8")
+    links = re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", text)
+    assert [title for title, _ in links] == re.findall(r"^## (.+)$", text, re.MULTILINE)
+    for title, anchor in links:
+        assert anchor == re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 if __name__ == "__main__":

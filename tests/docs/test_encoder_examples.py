@@ -1,16 +1,13 @@
 """Every example of the guide to the encoder runs, and its tables name every measure and policy."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from keye.slowfast.measures import get_measure, known_measures
 from keye.slowfast.policies import known_policies
-from tests.docs.examples import lay_out, sections
+from tests.docs.examples import check_contents, lay_out, run_in, sections
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "docs" / "encoder.md"
@@ -18,24 +15,12 @@ ELSEWHERE = {"In Qwen-VL models"}  # needs torchvision: run by tests/keye/adapte
 WITH_DATASETS = "In datasets.map"
 
 
-def run(folder: Path, titles: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "tests.docs.examples", str(GUIDE), *titles],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_examples_run_and_need_neither_transformers_nor_datasets(tmp_path):
     lay_out(tmp_path)
     titles = [title for title in sections(GUIDE) if title not in {*ELSEWHERE, WITH_DATASETS}]
     assert len(titles) >= 10
-    result = run(tmp_path, titles)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
-    assert result.stdout.splitlines()[-1].strip() == "== loaded:"
+    printed = run_in(tmp_path, GUIDE, titles)
+    assert printed.splitlines()[-1].strip() == "== loaded:"
     for made in ("plan.png", "clip.html", "plans"):
         assert (tmp_path / made).exists(), made
 
@@ -43,8 +28,7 @@ def test_examples_run_and_need_neither_transformers_nor_datasets(tmp_path):
 @pytest.mark.slow
 def test_the_example_with_datasets_runs(tmp_path):
     lay_out(tmp_path)
-    result = run(tmp_path, [WITH_DATASETS])
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
+    run_in(tmp_path, GUIDE, [WITH_DATASETS], HF_DATASETS_CACHE=str(tmp_path / "cache"))
 
 
 def test_the_tables_name_every_measure_and_policy():
@@ -55,9 +39,4 @@ def test_the_tables_name_every_measure_and_policy():
 
 
 def test_the_contents_lead_to_the_headings():
-    text = GUIDE.read_text(encoding="utf-8")
-    links = re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", text)
-    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    assert [title for title, _ in links] == headings
-    for title, anchor in links:
-        assert anchor == re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    check_contents(GUIDE)

@@ -1,10 +1,7 @@
 """Every example of the guide to the model runs, with directories laid out like real models and tiny weights."""
 
-import os
-import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import pytest
 from keye.checkpoint.convert import export_released, initialise
 from keye.cli import build_parser
 from scripts.clips import clip
-from tests.docs.examples import elsewhere, sections
+from tests.docs.examples import check_contents, elsewhere, run_in, sections
 from tests.keye.model.parts import decoder, siglip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,16 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_examples_run(folder):
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.docs.examples", str(GUIDE)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
-    assert "is reduced from" in result.stdout
+    assert "is reduced from" in run_in(folder, GUIDE)
     for made in ("model", "from-parts", "keye-8b", "smol", "adapter", "served", "for-vllm"):
         assert any((folder / made).iterdir()), made
 
@@ -66,9 +54,4 @@ def test_what_is_not_run_is_written_right():
 
 
 def test_the_contents_lead_to_the_headings():
-    text = GUIDE.read_text(encoding="utf-8")
-    links = re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", text)
-    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    assert [title for title, _ in links] == headings
-    for title, anchor in links:
-        assert anchor == re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+    check_contents(GUIDE)

@@ -1,14 +1,11 @@
 """Every example of the README and of the package's page runs, in a folder with clips and a model of a few weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.clips import clip
-from tests.docs.examples import sections
+from tests.docs.examples import run_in, sections
 from tests.rl.test_trainer import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,15 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("document", ["README.md", "docs/package.md"])
 def test_examples_run(folder, document):
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.docs.examples", str(ROOT / document)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
+    run_in(folder, ROOT / document)
     if document == "README.md":
         for made in ("plan.png", "plan.html", "plans", "runs/ablation"):
             assert (folder / made).exists(), made
