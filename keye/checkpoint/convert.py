@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from keye.checkpoint import released_layout as names
 from keye.checkpoint.initialise import expected_shapes, initialise
@@ -302,7 +303,15 @@ def _config(values: dict[str, Any], directory: Path) -> KeyeConfig:
             f"{directory}: config.json has model_type {values.get('model_type')!r}, a Keye-VL-1.5 has "
             f"{names.MODEL_TYPE!r}; make one from a decoder and a SigLIP with keye convert init"
         )
-    return KeyeConfig.from_dict(values)
+    try:
+        return KeyeConfig.from_dict(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{directory / 'config.json'}: not the config of a Keye-VL-1.5 ({reason}); download or save it again"
+        ) from error
 
 
 def _processor(source: Path, config: KeyeConfig) -> Any | None:

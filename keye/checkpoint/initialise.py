@@ -244,7 +244,8 @@ def _cast(tensors: Mapping[str, Stored | Computed], dtype: torch.dtype) -> Tenso
     cast: dict[str, Stored | Computed] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Stored):
-            cast[name] = tensor.to(dtype)
+            # known_dtype refuses 8-bit floats: they need scales, which the model does not have.
+            cast[name] = tensor if tensor.known_dtype == dtype else tensor.to(dtype)
         else:
             cast[name] = Computed(tensor.shape, dtype, _casting(tensor, dtype))
     return cast

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor
@@ -135,6 +136,18 @@ def test_made_of_a_gguf_file_it_generates_what_transformers_generates(tmp_path: 
     torch.testing.assert_close(logits[..., :known], expected[..., :known], rtol=1e-5, atol=1e-5)
     with torch.no_grad():  # the file holds the decoder's own weights
         torch.testing.assert_close(expected, decoder(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_cannot_be_cast_are_refused(tmp_path: Path) -> None:
+    parts.decoder(tmp_path / "text")
+    name = "model.layers.0.mlp.up_proj.weight"
+    path = open_checkpoint(tmp_path / "text")[name].path
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path, metadata={"format": "pt"})
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(CheckpointError, match=r"\.safetensors: .*F8_E4M3.*; save the model in bfloat16"):
+            initialise(tmp_path / "text", KeyeVisionConfig(**parts.TOWER), out=tmp_path / "keye", dtype=dtype)
+    assert not (tmp_path / "keye").exists()
 
 
 def test_parts_that_do_not_fit_are_named_and_leave_nothing(tmp_path: Path) -> None:

@@ -70,6 +70,26 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
         check(tmp_path / "pickled")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": None, "head_dim": None},
+        {"hidden_size": "wide"},
+        {"rope_scaling": [1]},
+        {"vision_config": 3},
+        {"vision_config": {"patch_size": 0}},
+        {"vision_config": {"hidden_act": "relu"}},
+    ],
+    ids=str,
+)
+def test_a_config_with_wrong_values_is_named(tmp_path: Path, changes: dict) -> None:
+    released(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps(RELEASED | changes))
+    with pytest.raises(CheckpointError, match=r"^.*theirs/config\.json: .*; "):
+        check(tmp_path / "theirs")
+
+
 def test_report_folds_layers() -> None:
     layers = [f"visual.encoder.layers.{i}.mlp.fc1.bias" for i in (0, 1, 2)] + ["lm_head.weight"]
     assert folded(layers) == ["visual.encoder.layers.{0..2}.mlp.fc1.bias", "lm_head.weight"]
