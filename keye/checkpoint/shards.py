@@ -62,7 +62,7 @@ class Stored:
 
     def pieces(self) -> Iterator[bytes]:
         """The tensor's bytes, unchanged."""
-        with self.path.open("rb") as file:
+        with _reading(self.path), self.path.open("rb") as file:
             file.seek(self.start)
             left = self.size
             while left:
@@ -76,7 +76,7 @@ class Stored:
         """The tensor, in its own memory."""
         dtype = self.known_dtype
         raw = torch.empty(self.size, dtype=torch.uint8)
-        with self.path.open("rb") as file:
+        with _reading(self.path), self.path.open("rb") as file:
             file.seek(self.start)
             if file.readinto(raw.numpy()) != self.size:
                 raise self._changed()
@@ -92,7 +92,7 @@ class Stored:
         if not count:
             return torch.empty(self.shape, dtype=dtype)
         first = self.start - self.start % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
+        with _reading(self.path), self.path.open("rb") as file:
             size = self.start - first + self.size
             if os.fstat(file.fileno()).st_size < self.start + self.size:
                 raise self._changed()
@@ -280,7 +280,7 @@ def _write(tensors: Tensors, path: Path) -> Iterator[int]:
         at += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data start at a multiple of eight
-    with path.open("wb") as file:
+    with writing(path, "the weights", CheckpointError), path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
             for piece in tensor.pieces():

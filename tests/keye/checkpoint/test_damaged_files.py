@@ -113,6 +113,23 @@ def test_a_file_that_shrinks_after_opening_is_an_error(tmp_path: Path) -> None:
             read()
 
 
+def test_a_file_that_is_removed_after_opening_is_an_error(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(10)}, tmp_path / "model.safetensors")
+    stored = open_checkpoint(tmp_path)["a"]
+    (tmp_path / "model.safetensors").unlink()
+    for read in (stored.read, stored.mapped, lambda: list(stored.pieces())):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file; "):
+            read()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full, on Linux")
+@pytest.mark.parametrize("count", [10, 1 << 20])
+def test_a_full_disk_is_an_error(tmp_path: Path, count: int) -> None:
+    (tmp_path / "model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors \(No space left on device\); give"):
+        write_shards({"a": in_memory(torch.ones(count))}, tmp_path)
+
+
 def test_only_the_file_that_transformers_reads_is_opened(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
