@@ -81,12 +81,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
     parser.add_argument("run", nargs="?", type=Path, default=ROOT / "runs" / "demo", help="default runs/demo")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default docs/results")
+    parser.add_argument("--note", default="", help="a sentence about the run, written after its time")
     parser.add_argument("--commit", help="the commit the run was made at (default: this one)")
     args = parser.parse_args()
     if not (args.run / "evaluation" / "gspo.json").is_file():
         raise KeyeError(f"{args.run} is not a finished run of the demo; run `bash scripts/demo` or give another folder")
     commit = args.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT)
-    lines = [*_head(args.run, commit.strip()), *_learnt(args.run), *_gspo(args.run), *_stages(args.run)]
+    lines = [*_head(args.run, commit.strip(), args.note), *_learnt(args.run), *_gspo(args.run), *_stages(args.run)]
     lines += [*_ablation(args.run), "", *TRIED.splitlines()]
     kept = args.out / "demo"
     kept.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def main() -> None:
     print(f"written: {args.out / 'demo.md'}")
 
 
-def _head(folder: Path, commit: str) -> list[str]:
+def _head(folder: Path, commit: str, note: str) -> list[str]:
     here, environment = machine(), _json(folder / "environment.json")
     steps = {path.stem: _json(path) for path in (folder / "steps").glob("*.json")}
     order = sorted(steps, key=lambda name: steps[name]["finished"])
@@ -117,7 +118,7 @@ def _head(folder: Path, commit: str) -> list[str]:
         f"- Machine: {here['cores']} cores of {here['cpu']} (shared), {here['ram_gb']} GB, no GPU; Python "
         f"{environment['python']}, {versions}.",
         seeds_of(folder),
-        f"- Time after the installation: **{sum(seconds.values()) / 60:.1f} minutes** ({parts}).",
+        f"- Time after the installation: **{sum(seconds.values()) / 60:.1f} minutes** ({parts}). {note}".rstrip(),
     ]
 
 
