@@ -76,7 +76,7 @@ def _verdict(run: Path) -> str:
 
 
 def _plans(run: Path) -> str:
-    plans = {p.stem: json.loads(p.read_text()) for p in sorted((run / "plans").glob("*.json"))}
+    plans = {p.stem: findings.read_json(p) for p in sorted((run / "plans").glob("*.json"))}
     if not plans:
         return NOT_RUN
     # All frames of one clip are shown: the one with the most even mix of slow and fast frames.
@@ -235,5 +235,5 @@ def _seeds(recipe: dict, where: str = "the recipe") -> list[tuple[str, int]]:
 
 
 def _steps(run: Path) -> dict[str, dict]:
-    steps = {p.stem: json.loads(p.read_text()) for p in (run / "steps").glob("*.json")}
+    steps = {p.stem: findings.read_json(p) for p in (run / "steps").glob("*.json")}
     return dict(sorted(steps.items(), key=lambda item: item[1].get("finished", 0)))

@@ -172,7 +172,9 @@ def test_smoothing_neither_lags_nor_changes_a_straight_line():
     assert smooth([0.0, 3.0, 0.0]) == pytest.approx([0.0, 1.0, 0.0])
 
 
-def test_a_damaged_result_is_named(tmp_path):
-    (tmp_path / "environment.json").write_text('{"python": "3.1')
-    with pytest.raises(CheckpointError, match=r"environment\.json: not JSON .*; remove it"):
+@pytest.mark.parametrize("name", ["environment.json", "steps/plan.json", "plans/clip.json"])
+def test_a_damaged_result_is_named(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"python": "3.1')
+    with pytest.raises(CheckpointError, match=rf"{name}: not JSON .*; remove it"):
         report.write(tmp_path)
