@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keye.checkpoint.shards import Stored
-from keye.errors import CheckpointError
+from keye.errors import CheckpointError, KeyeError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.vision import KeyeVisionModel, Projector
 from stages.distributed.ranks import agree, waiting_group
@@ -104,6 +104,8 @@ def _unmapped(module: nn.Module, sources: Mapping[nn.Parameter, Stored]) -> Exce
             except (OSError, ValueError) as error:
                 where = f"{sources[parameter].path} cannot be read on rank {dist.get_rank()}"
                 return CheckpointError(f"{where} ({error}); copy the model again")
+            except KeyeError as error:
+                return CheckpointError(f"rank {dist.get_rank()}: {error}")
             except Exception as error:
                 return error
     return None
