@@ -90,20 +90,24 @@ class Decoder:
         self.warnings: list[str] = []
         self._ahead: Prefetcher[Frame] | None = None
         self._use(container)
-        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0) or 25.0
-        self._index = read_index(container, self.stream, self.rate)
-        self._moved = True  # whether the container has been read from
-        if self._index is not None and self._index.uncertain:
-            self._index = self._index.beginning_with(self._first_pts())
-        self._read_clock()
-        self._painter = FrameConverter(name, 1 if self._small else None, self.stream.sample_aspect_ratio, as_coded)
-        begin = self._sample(fps, max_frames, start, end, num_frames)
-        self._begun = self._begin(self.times)
-        if self._begun is None:
-            reason = f" ({self._reason})" if self._reason else ""
-            place = f" after {begin:.2f} s" if begin > self._first else ""
-            raise VideoError(f"no frame of {name}{place} can be decoded{reason}; replace it or encode it again")
-        self.size = self._painter.size
+        try:
+            self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0) or 25.0
+            self._index = read_index(container, self.stream, self.rate)
+            self._moved = True  # whether the container has been read from
+            if self._index is not None and self._index.uncertain:
+                self._index = self._index.beginning_with(self._first_pts())
+            self._read_clock()
+            self._painter = FrameConverter(name, 1 if self._small else None, self.stream.sample_aspect_ratio, as_coded)
+            begin = self._sample(fps, max_frames, start, end, num_frames)
+            self._begun = self._begin(self.times)
+            if self._begun is None:
+                reason = f" ({self._reason})" if self._reason else ""
+                place = f" after {begin:.2f} s" if begin > self._first else ""
+                raise VideoError(f"no frame of {name}{place} can be decoded{reason}; replace it or encode it again")
+            self.size = self._painter.size
+        except BaseException:
+            self.close()  # a reference cycle would keep the file open until the next garbage collection
+            raise
 
     @property
     def appear(self) -> list[float]:

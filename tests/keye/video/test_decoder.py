@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -577,6 +578,28 @@ def test_a_decoded_frame_is_freed_once_it_is_converted(tmp_path):
     finally:
         gc.enable()
     assert most <= 8  # those in the decoder's hands and ahead of the reader
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_a_file_that_cannot_be_sampled_is_closed_right_away(encoded, tmp_path):
+    """A data loader meets many such files between two garbage collections."""
+    path = encoded("no_b.mp4")[0]
+    content = bytearray(path.read_bytes())
+    start = content.find(b"mdat") + 4
+    length = int.from_bytes(content[start - 8 : start - 4], "big") - 8
+    content[start : start + length] = bytes(length)
+    empty = tmp_path / "empty.mp4"
+    empty.write_bytes(content)
+    gc.collect()
+    gc.disable()
+    try:
+        for source, options in ((path, {"start": 50.0}), (empty, {"end": 0.04})):
+            with pytest.raises(VideoError):
+                opened(source, **options)
+            names = [os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()]
+            assert str(source) not in names
+    finally:
+        gc.enable()
 
 
 def _live_frames() -> int:
