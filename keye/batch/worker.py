@@ -125,10 +125,15 @@ class Worker(threading.Thread):
 
     def _ask(self, source: object) -> Answer:
         """The answer of the process, which is started if none is running."""
+        try:
+            question = pickle.dumps(source, protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception as error:  # noqa: BLE001 - objects raise any exception when they are pickled
+            why = f"it cannot be sent to another process ({sentence(error)}); give a path or bytes, or workers=0"
+            return "VideoError", why, ()
         if self.process is None or self.process.poll() is not None:
             self._start()
         try:
-            _send(self.process.stdin, source)
+            _write(self.process.stdin, question)
             if excess := self._excess():
                 self.process.kill()
                 self.process.wait()
@@ -173,7 +178,10 @@ class Worker(threading.Thread):
 
 
 def _send(pipe: BinaryIO, value: object) -> None:
-    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    _write(pipe, pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def _write(pipe: BinaryIO, data: bytes) -> None:
     pipe.write(len(data).to_bytes(8, "little"))
     pipe.write(data)
     pipe.flush()

@@ -31,7 +31,7 @@ __all__ = ["Done", "Failure", "Results", "encode_many", "iter_many", "progress_b
 MOST_WORKERS = 8
 """The most workers by default; each decodes with threads of its own."""
 
-_SENDABLE = str | os.PathLike | bytes | dict | np.ndarray | torch.Tensor
+_SENDABLE = str | os.PathLike | bytes | np.ndarray | torch.Tensor
 _OPEN = (
     "max_seconds and max_memory apply to worker processes, to which an open source cannot be sent; give a path or bytes"
 )
@@ -210,6 +210,8 @@ def _sendable(source: object) -> bool:
     """Whether a source can be sent to another process; open files, decoders' frames and generators cannot."""
     if isinstance(source, list | tuple):
         return all(isinstance(part, _SENDABLE | Image.Image | int | float) or _sendable(part) for part in source)
+    if isinstance(source, dict):
+        return all(part is None or _sendable(part) for part in source.values())
     return isinstance(source, _SENDABLE)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import av
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -113,6 +114,19 @@ def test_lists_of_open_objects_are_processed_here(videos):
     assert [failure.index for failure in results.failures] == [1]
     assert results[0].frame_types.tolist() == results[3].frame_types.tolist()
     assert len(results[2]) == len(encoder.plan(videos[1]))
+
+
+def test_a_source_that_cannot_be_pickled_fails_alone(videos):
+    """An open file in a row of `datasets` is read here; other objects fail, and the batch continues."""
+    with videos[0].open("rb") as file:
+        odd = np.array([threading.Lock()], dtype=object)
+        results = encode_many(
+            SlowFastEncoder(**TINY), [videos[0], {"path": None, "bytes": file}, odd, videos[1]], workers=2
+        )
+    assert [failure.index for failure in results.failures] == [2]
+    assert "cannot be sent to another process" in results.failures[0].reason
+    assert results[1].frame_types.tolist() == results[0].frame_types.tolist() and len(results[3])
+    assert not children()
 
 
 def test_raise_stops_at_the_first(videos):
