@@ -5,7 +5,7 @@ Each returns the value as a plain Python number, or raises an error that names t
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 from keye.errors import KeyeError
@@ -39,10 +39,11 @@ def seconds(name: str, value: object, *, error: type[KeyeError] = KeyeError) -> 
     return float(value)
 
 
-def height_width(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """`value` as (height, width) of 1 or more each; one number stands for both."""
-    sides = (value, value) if isinstance(value, int | float) else tuple(value)
-    if len(sides) != 2:
+def height_width(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """`value` as (height, width) of 1 or more each; one number stands for both. Arrays and tensors are accepted."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    sides = (plain, plain) if isinstance(plain, Real) else plain
+    if not isinstance(sides, Sequence) or len(sides) != 2:
         raise KeyeError(f"{name} is {value!r}; give (height, width), or one number for both")
     return integer(name, sides[0]), integer(name, sides[1])
 

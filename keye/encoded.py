@@ -16,6 +16,7 @@ from keye.slowfast.pixels import Output, PixelFormat, as_bytes
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import FAST, SLOW
 from keye.slowfast.resizing import patches, resize
+from keye.video.images import load_image
 from keye.visualize.figures import strip_frames
 from keye.visualize.notebook import PLACES, one_line, plan_html
 
@@ -175,8 +176,26 @@ def split_options(options: Options) -> tuple[Output, Sampling]:
     return output, {name: value for name, value in options.items() if name not in output}
 
 
-def time_after(before: float | None, time: object, index: int) -> float:
-    """The time of a stream's frame as a float, if it is finite and after the one before."""
+def stream_frame(
+    item: object, index: int, time: float, before: float | None, size: tuple[int, int] | None
+) -> tuple[float, torch.Tensor]:
+    """(seconds, frame uint8 [3, H, W]) of an item of a stream, which is a frame or a pair (seconds, frame).
+
+    Args:
+        index: position of the item.
+        time: seconds of a frame without a time.
+        before: seconds of the frame before, None for the first.
+        size: (height, width) of the frames before, None for the first.
+
+    Raises:
+        VideoError: the item is neither, its time is not finite or not after the one before, or its size is another.
+    """
+    if isinstance(item, tuple):
+        if len(item) != 2:
+            raise VideoError(
+                f"item {index} of the stream has {len(item)} values; give frames, or pairs (seconds, frame)"
+            )
+        time, item = item
     try:
         seconds = float(time)
     except (TypeError, ValueError):
@@ -184,7 +203,13 @@ def time_after(before: float | None, time: object, index: int) -> float:
     if not math.isfinite(seconds) or (before is not None and seconds <= before):
         after = "" if before is None else f" above {before:g}, the time of the frame before"
         raise VideoError(f"the time of frame {index} is {time!r}; give finite seconds{after}")
-    return seconds
+    frame = load_image(item)
+    height, width = frame.shape[1:]
+    if size not in (None, (height, width)):
+        raise VideoError(
+            f"frame {index} is {width}x{height} pixels and the first {size[1]}x{size[0]}; give frames of one size"
+        )
+    return seconds, frame
 
 
 def encode_patches(

@@ -1,6 +1,5 @@
 """SlowFastEncoder: video → plan → patches, and features where the encoder has a vision tower."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,10 +21,10 @@ from keye.encoded import (
     encode_patches,
     refuse_one_path,
     split_options,
-    time_after,
+    stream_frame,
 )
 from keye.encoder_config import EncoderConfig
-from keye.errors import CheckpointError, KeyeError, VideoError
+from keye.errors import CheckpointError, KeyeError, loading
 from keye.slowfast.budget import fit_size
 from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.frame_classifier import FrameClassifier
@@ -117,19 +116,23 @@ class SlowFastEncoder:
         Raises:
             CheckpointError: the directory has no valid settings or no readable weights.
         """
+        from keye.checkpoint.shards import read_json
+        from keye.model.keye import KeyeForConditionalGeneration
+
         path = Path(directory) / "preprocessor_config.json"
         if not path.is_file():
             raise CheckpointError(f"{directory} has no preprocessor_config.json; give a directory that a stage wrote")
-        settings = json.loads(path.read_text(encoding="utf-8")).get("encoder")
+        settings = read_json(path, "save the processor again").get("encoder")
         if not isinstance(settings, dict):
             raise CheckpointError(f'{path} has no key "encoder"; save the processor again')
-        from keye.model.keye import KeyeForConditionalGeneration
-
-        model = KeyeForConditionalGeneration.from_pretrained(directory).eval()
-        try:
-            return cls(**settings, tower=model.encode_vision)
+        try:  # before the weights are loaded
+            EncoderConfig.check_names(settings)
+            cls(**settings)
         except KeyeError as error:
             raise CheckpointError(f'{path}, key "encoder": {error}; save the processor again') from error
+        with loading(directory):
+            model = KeyeForConditionalGeneration.from_pretrained(directory).eval()
+        return cls(**settings, tower=model.encode_vision)
 
     @property
     def settings(self) -> dict:
@@ -228,10 +231,10 @@ class SlowFastEncoder:
         """
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output, torch.uint8)
+        given = None if size is None else height_width("size", size)
+        given_fast = given if fast_size is None else height_width("fast_size", fast_size)
         with self._chosen(source, sampling) as (plan, frames):
-            slow = plan.slow_size if size is None else height_width("size", size)
-            fast = plan.fast_size if size is None else slow
-            fast = fast if fast_size is None else height_width("fast_size", fast_size)
+            slow, fast = given or plan.slow_size, given_fast or plan.fast_size
             counts = plan.counts
             outputs = [pixel_format.empty(counts[kind], 3, *(slow, fast)[kind]) for kind in (SLOW, FAST)]
             rows = [iter(output) for output in outputs]
@@ -276,18 +279,12 @@ class SlowFastEncoder:
     ) -> Iterator[FrameDecision]:
         sizes = first = before = None
         for index, item in enumerate(frames):
-            time, frame = item if isinstance(item, tuple) else (index / self.fps, item)
-            before, frame = time_after(before, time, index), load_image(frame)
+            before, frame = stream_frame(item, index, index / self.fps, before, first)
             if sizes is None:
                 first = tuple(frame.shape[1:])
                 ample = 2 * self.max_tokens_per_frame
                 allocation = self._limits(first).allocate(1, 1, fast_tokens=self.policy.fast_tokens, max_tokens=ample)
                 sizes = (allocation.slow_size, allocation.fast_size)
-            elif tuple(frame.shape[1:]) != first:
-                raise VideoError(
-                    f"frame {index} is {frame.shape[2]}x{frame.shape[1]} pixels and the first {first[1]}x{first[0]};"
-                    " give frames of one size"
-                )
             (kind,), (score,) = classifier.step(frame[None])
             yield FrameDecision(index, before, kind, score, sizes[kind], index >= self.most_frames)
 

@@ -47,6 +47,20 @@ def writing(path: str | os.PathLike, what: str = "the file", kind: type[KeyeErro
         raise kind(f"{what} cannot be written to {path} ({why}); give a path that you may write to") from error
 
 
+@contextmanager
+def loading(name: str | os.PathLike) -> Iterator[None]:
+    """Raise the errors of transformers and safetensors about the model directory `name` as a CheckpointError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{name} cannot be loaded ({reason}); give a directory that a stage or keye convert wrote"
+        ) from error
+
+
 _EXTRAS = dict.fromkeys(("torch", "av", "skimage", "numpy", "PIL", "matplotlib", "rich", "safetensors"), "")
 _EXTRAS |= {"transformers": "model", "gguf": "gguf", "peft": "lora", "trl": "trl", "fastapi": "serve"}
 _EXTRAS |= {"uvicorn": "serve"}

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import DynamicCache
 
 from keye.checkpoint.released_layout import is_released
 from keye.checkpoint.shards import read_json
 from keye.encoder import EncodedVideo, SlowFastEncoder
-from keye.errors import CheckpointError, KeyeError
+from keye.errors import CheckpointError, KeyeError, loading
 from keye.inference.answering import Answering, Figures, Piece, Sampling
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
@@ -60,14 +59,9 @@ def load_model(
     if dtype not in DTYPES:
         raise KeyeError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     place = _device(device)
-    try:
+    with loading(name):
         processor = KeyeProcessor.from_pretrained(name)
         model = KeyeForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{name} cannot be loaded ({reason}); give a directory that a stage or keye convert wrote"
-        ) from error
     if urls is not None:
         processor = KeyeProcessor(
             processor.tokenizer, processor.encoder, processor.image, processor.chat_template, urls=urls

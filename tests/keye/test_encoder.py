@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -312,6 +313,24 @@ def test_a_directory_that_is_not_a_model(tmp_path):
         SlowFastEncoder.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'"text"'])
+def test_damaged_settings_of_a_model_name_their_file(tmp_path, content):
+    (tmp_path / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="preprocessor_config.json.*; save the processor again"):
+        SlowFastEncoder.from_pretrained(tmp_path)
+
+
+def test_settings_of_a_model_are_checked_before_its_weights_are_loaded(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    for saved, match in (({"threshold": 7}, "threshold is 7"), ({"tower": None}, "tower is not a setting")):
+        path.write_text(json.dumps({"encoder": saved}))
+        with pytest.raises(CheckpointError, match=f'key "encoder": {match}.*; save the processor again'):
+            SlowFastEncoder.from_pretrained(tmp_path)
+    path.write_text(json.dumps({"encoder": SlowFastEncoder().settings}))
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(tmp_path))} .*; give"):  # there is no model
+        SlowFastEncoder.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("policy", ["adaptive", "adaptive:max_gap=2", "all_slow", "uniform:3", "strided:2"])
 def test_a_stream_decides_as_the_plan_does(policy):
     encoder = SlowFastEncoder(policy=policy, fps=4)
@@ -363,6 +382,26 @@ def test_times_of_a_stream_are_finite_and_ascend(times):
     stream = SlowFastEncoder().stream([(time, noise(3, 40, 40)) for time in times])
     with pytest.raises(VideoError, match=f"the time of frame {len(times) - 1} is .*; give finite seconds"):
         list(stream)
+
+
+@pytest.mark.parametrize("item", [(0.0, noise(3, 40, 40), 1), (noise(3, 40, 40),), ()])
+def test_items_of_a_stream_are_frames_or_pairs(item):
+    with pytest.raises(
+        VideoError, match=r"item 0 of the stream has \d values; give frames, or pairs \(seconds, frame\)"
+    ):
+        list(SlowFastEncoder().stream([item]))
+
+
+@pytest.mark.parametrize("size", [np.int64(56), np.float32(56), torch.tensor([56, 56]), (56, np.int64(56))])
+def test_sizes_of_frames_may_be_numbers_of_other_kinds(size):
+    assert SlowFastEncoder(**TINY).frames(noise(2, 3, 60, 60), size=size, source_fps=1).slow.shape[2:] == (56, 56)
+
+
+@pytest.mark.parametrize("size", ["56", object(), 0, -1, 5.5, math.nan, (1, 2, 3), (), (56, "56"), True])
+def test_impossible_sizes_of_frames_are_refused_before_any_work(size):
+    for name in ("size", "fast_size"):
+        with pytest.raises(KeyeError, match=f"^{name} is .*; give "):
+            SlowFastEncoder().frames("missing.mp4", **{name: size})
 
 
 def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
