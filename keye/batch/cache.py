@@ -28,6 +28,7 @@ from PIL import Image
 from keye.batch.fingerprint import array_content, code_hash, hash_of, lasting_name, marks, plain_value, samples, stamp
 from keye.batch.packed import blake, pack, unpack
 from keye.batch.protocol import Encoder
+from keye.checks import integer
 from keye.encoded import EncodedVideo, split_options
 from keye.errors import KeyeError
 from keye.slowfast.plan import VideoPlan
@@ -68,9 +69,8 @@ class Cache:
         if verify not in ("quick", "full"):
             raise KeyeError(f'verify={verify!r} is not known; use "quick" or "full"')
         self.verify = verify
-        if max_bytes < _BLOCK:
-            raise KeyeError(f"max_bytes={max_bytes} is too small for an entry; give {_BLOCK} or more")
-        self.directory, self.max_bytes = Path(directory).expanduser().resolve(), max_bytes
+        self.directory = Path(directory).expanduser().resolve()
+        self.max_bytes = integer("max_bytes", max_bytes, _BLOCK)  # at least one entry
         self.hits = self.misses = self.rebuilt = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,5 +84,9 @@ def code_hash(*modules: str) -> str:
 
 
 def plain_value(value: object) -> object:
-    """Options as JSON values: tensors and arrays as lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    """Options as JSON values: tensors, arrays and sequences as lists, other numbers as floats."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain_value(part) for part in value]
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value

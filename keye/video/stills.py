@@ -110,7 +110,7 @@ def clock_of(
     """
     count, own = len(pictures), getattr(pictures, "times", None)
     if timestamps is not None:
-        times = _ascending(name, [float(time) for time in timestamps], count)
+        times = _ascending(name, _numbers(name, timestamps), count)
         return Clock(times, times[-1] - times[-2] if count > 1 else 1 / (source_fps or fps))
     if source_fps is not None and not isinstance(pictures, Spool):  # a Spool applies source_fps itself
         times = [index / source_fps for index in range(count)]
@@ -124,6 +124,16 @@ def clock_of(
     assumed = f"{name} has no clock: its frames are assumed {1 / fps:.4g} s apart (fps={fps:g}); give source_fps"
     times = [index / fps for index in range(count)]
     return Clock(times, 1 / fps, None, f"{assumed} or timestamps" if count > 1 else None)
+
+
+def _numbers(name: str, timestamps: Sequence[float] | torch.Tensor) -> list[float]:
+    try:
+        return [float(time) for time in timestamps]
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(timestamps).__name__}: {error}"
+        raise VideoError(
+            f"the timestamps of {name} are not numbers ({reason}); give the seconds of each frame"
+        ) from error
 
 
 def _ascending(name: str, times: Sequence[float], count: int) -> list[float]:
@@ -217,9 +227,11 @@ class Spool(Sequence):
         if time is None:
             self._keep_all(chain([] if frame is None else [(None, frame)], timed))
             return None, None
+        if not math.isfinite(time):
+            raise VideoError(f"the time of frame 0 of {self.name} is {time}; give finite seconds")
         times, gap, begin, index = [], 1 / fps, time if begin is None else begin, 0
         for index, (until, following) in enumerate(timed, start=1):
-            if until is None or until <= time:
+            if until is None or not time < until < math.inf:  # also where it is NaN
                 raise VideoError(f"frame {index} of {self.name} has no time or an earlier one; sort the frames by time")
             gap = until - time
             if shown([time, until], begin, 1 / fps, _ENDLESS)[0] == 0:

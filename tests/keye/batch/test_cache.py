@@ -9,6 +9,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -281,7 +282,7 @@ def test_an_old_cache_and_large_entries_stay_within_the_bound(tmp_path):
     large = noise(6, 3, 112, 112)
     assert same(smaller.encode(encoder, large), encoder(large))
     assert not list(smaller.directory.glob("frames/*/*"))
-    with pytest.raises(KeyeError, match="max_bytes=10 is too small for an entry"):
+    with pytest.raises(KeyeError, match="max_bytes is 10; give a whole number of 4096 or more"):
         Cache(tmp_path / "cache", max_bytes=10)
 
 
@@ -364,6 +365,25 @@ for step in range(120):
     right += cache.plan(encoder, frames) == video.plan
 print(right, cache.hits, cache.rebuilt)
 """
+
+
+@pytest.mark.parametrize(
+    "times",
+    [range(3), (0, 1, 2), [0, 1.0, 2], torch.arange(3), np.arange(3.0), [np.float32(0), np.int64(1), Fraction(2)]]
+    + [list(torch.arange(3))],
+)
+def test_times_of_any_kind_are_options(tmp_path, times):
+    cache, encoder = Cache(tmp_path / "cache"), SlowFastEncoder(**TINY)
+    frames = torch.from_numpy(numbered(3)).permute(0, 3, 1, 2)
+    plan = cache.plan(encoder, frames, timestamps=times, start=Fraction(1, 2))
+    assert plan == encoder.plan(frames, timestamps=[0.0, 1.0, 2.0], start=0.5)
+    assert cache.plan(encoder, frames, timestamps=times, start=Fraction(1, 2)) == plan and cache.hits == 1
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), "1G", None, 4096.5])
+def test_the_size_of_a_cache_is_a_number(tmp_path, wrong):
+    with pytest.raises(KeyeError, match="max_bytes is .*; give a whole number"):
+        Cache(tmp_path / "cache", max_bytes=wrong)
 
 
 def test_two_processes_share_a_cache(tmp_path):

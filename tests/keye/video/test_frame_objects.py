@@ -146,6 +146,23 @@ def test_frames_that_were_sampled_before_are_all_used():
     assert len(seen(pictures, source_fps=1.0)) == 5
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("given", [list, iter])
+def test_times_that_are_not_finite_are_refused(wrong, place, given):
+    times = [0.0, 1.0, 2.0]
+    times[place] = wrong
+    frames = [(time, torch.zeros(3, 40, 40, dtype=torch.uint8)) for time in times]
+    with pytest.raises(VideoError, match="sort the frames by time|give finite seconds"):
+        SlowFastEncoder().plan(given(frames))
+
+
+@pytest.mark.parametrize("wrong", [5, ["a", "b"], [None, 1], torch.zeros(2, 2), [[0], [1]]])
+def test_timestamps_that_are_not_numbers_are_refused(wrong):
+    with pytest.raises(VideoError, match="the timestamps of .* are not numbers .*; give the seconds of each frame"):
+        SlowFastEncoder().plan(torch.zeros(2, 3, 40, 40, dtype=torch.uint8), timestamps=wrong)
+
+
 def test_an_assumed_clock_is_a_warning():
     plan = SlowFastEncoder(fps=4).plan(tensor()[:6])
     assert plan.timestamps.tolist() == [0, 0.25, 0.5, 0.75, 1, 1.25]
