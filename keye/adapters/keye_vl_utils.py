@@ -105,14 +105,19 @@ def extract_vision_info(conversations: Sequence[Element] | Sequence[Sequence[Ele
     """The image and video elements, in order, of one or several conversations."""
     chats = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
     keys, kinds = {"image", "image_url", "video"}, ("image", "image_url", "video")
-    return [
-        element
-        for chat in chats
-        for message in chat
-        if isinstance(message["content"], list)
-        for element in message["content"]
-        if keys & set(element) or element.get("type") in kinds
-    ]
+    elements = [element for chat in chats for message in chat for element in _elements(message)]
+    return [element for element in elements if keys & set(element) or element.get("type") in kinds]
+
+
+def _elements(message: Any) -> list[Element]:
+    """The elements of a message, none of a plain text; ManifestError for anything else."""
+    if not isinstance(message, dict) or "content" not in message:
+        raise ManifestError(f"{message!r:.80} is not a message; give dicts with role and content")
+    content = message["content"] if isinstance(message["content"], list) else []
+    for element in content:
+        if not isinstance(element, dict):
+            raise ManifestError(f"{element!r:.80} is not an element of a message; give dicts with type and content")
+    return content
 
 
 def smart_resize(

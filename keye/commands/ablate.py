@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from keye.checks import fraction
 from keye.commands.encode import VIDEO_SUFFIXES
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, run
@@ -20,6 +21,8 @@ EXAMPLES = """examples:
   keye ablate --videos clips --measure patch_cosine --threshold 0.5,0.8:0.98:0.02
   keye ablate --videos clips --model runs/demo/annealing/model --manifest runs/demo/world/heldout.jsonl
 """
+DIGITS = 6  # of thresholds, to which they are rounded
+STEP = 10**-DIGITS
 
 
 def thresholds(text: str) -> list[float]:
@@ -33,9 +36,10 @@ def thresholds(text: str) -> list[float]:
             raise KeyeError(
                 f"--threshold {text} is not first:last:step (0.1:0.9:0.1) or a list (0.5,0.6); write one"
             ) from None
-        if not (step > 0 and last >= first):
-            raise KeyeError(f"--threshold {text} is empty; give first <= last and a step above 0")
-        found |= {round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)}
+        first, last = fraction("--threshold", first), fraction("--threshold", last)
+        if not (step >= STEP and last >= first):
+            raise KeyeError(f"--threshold {text} is empty; give first <= last and a step of {STEP} or more")
+        found |= {round(first + i * step, DIGITS) for i in range(int((last - first) / step + 1e-6) + 1)}
     return sorted(found)
 
 

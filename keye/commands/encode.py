@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import re
 import sys
 import time
@@ -145,6 +146,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
     videos = [video for path in arguments.videos for video in _videos(path)]
     names = _names(videos)
+    stems = _stems(videos, names)
     cache = Cache(arguments.cache) if arguments.cache else None
     began = time.perf_counter()
     running = iter_many(
@@ -165,7 +167,9 @@ def encode(arguments: argparse.Namespace) -> int:
             try:
                 if done.failure:
                     done.failure.raise_()
-                results[done.index] = _Result(names[done.index], done.result, arguments, len(videos) > 1)
+                results[done.index] = _Result(
+                    names[done.index], stems[done.index], done.result, arguments, len(videos) > 1
+                )
             except errors.VideoError as error:
                 failures.append((done.index, str(error).replace("urls=UrlRules()", "--url")))
             advance(done)
@@ -209,11 +213,22 @@ def _names(videos: Sequence[str]) -> list[str]:
     return [path_name(name) for name in names]
 
 
+def _stems(videos: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The name of each video's output files without their suffix; another one for every other video."""
+    stems: dict[str, str] = {}
+    for video, name in zip(videos, names, strict=True):
+        plain = re.sub(r"[^\w.\- ()+,]+", "_", name).strip("_")[-150:] or "video"
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        taken = set(stems.values()) - {stems.get(video)}
+        stems[video] = next(stem for stem in itertools.chain([plain], numbered) if stem not in taken)
+    return [stems[video] for video in videos]
+
+
 class _Result:
     """What is printed about an encoded video when all are done; its files are written here, right away."""
 
     def __init__(
-        self, name: str, result: "VideoPlan | EncodedVideo", arguments: argparse.Namespace, several: bool
+        self, name: str, stem: str, result: "VideoPlan | EncodedVideo", arguments: argparse.Namespace, several: bool
     ) -> None:
         plan = getattr(result, "plan", result)
         slow, fast = plan.counts
@@ -231,7 +246,7 @@ class _Result:
         }
         for option, (label, suffix, write) in writers.items():
             if target := getattr(arguments, option):
-                path = _output(target, name, suffix, several)
+                path = _output(target, stem, suffix, several)
                 _write(path, write)
                 self.facts.append((label, str(path)))
 
@@ -287,11 +302,11 @@ def _save_pixels(encoded: "EncodedVideo", path: Path) -> None:
             raise OSError(str(error)) from error
 
 
-def _output(target: str, name: str, suffix: str, several: bool) -> Path:
-    """The output path: `target`, or a file named after the video in the folder `target`; creates folders."""
+def _output(target: str, stem: str, suffix: str, several: bool) -> Path:
+    """The output path: `target`, or the file `stem` + `suffix` in the folder `target`; creates folders."""
     path = Path(target)
     if several or path.is_dir():
-        path = path / (re.sub(r"[^\w.\- ()+,]+", "_", name).strip("_")[-150:] + suffix)
+        path = path / (stem + suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

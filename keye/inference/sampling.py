@@ -1,6 +1,7 @@
 """How the tokens of a reply are chosen."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from keye.errors import KeyeError
@@ -31,9 +32,15 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "seed", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and (value is not None or name == "max_new_tokens"):
+                raise KeyeError(f"{name} is {value!r}; give a whole number")
+        if isinstance(self.stop, str):
+            raise KeyeError(f"stop is {self.stop!r}; give a tuple of texts")
         if self.max_new_tokens < 1:
             raise KeyeError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more")
-        if not 0 <= self.temperature <= 100:
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature <= 100:
             raise KeyeError(f"temperature is {self.temperature}; give 0 for greedy decoding, or about 0.7")
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise KeyeError(

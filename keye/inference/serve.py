@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from keye.checks import integer
 from keye.errors import KeyeError
 from keye.inference.answerer import Answerer, is_local
 from keye.inference.chat import load_model
@@ -31,6 +32,8 @@ def serve(arguments: argparse.Namespace) -> int:
     from keye.inference.terminal import busy, quiet
 
     quiet()
+    for name, least in (("batch", 1), ("queue", 0), ("max_bytes", 1), ("max_new_tokens", 1)):
+        integer(f"--{name.replace('_', '-')}", getattr(arguments, name), least)
     root = Path(arguments.media_root) if arguments.media_root else None
     if root is not None and not root.is_dir():
         raise KeyeError(f"--media-root {root} is not a folder; give the folder of the clips")

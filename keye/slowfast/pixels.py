@@ -137,7 +137,10 @@ class PixelFormat:
 
 
 def _three(name: str, value: float | Sequence[float]) -> tuple[float, float, float]:
-    values = (value,) * 3 if isinstance(value, int | float) else tuple(float(one) for one in value)
+    try:
+        values = (value,) * 3 if isinstance(value, int | float) else tuple(float(one) for one in value)
+    except (TypeError, ValueError):
+        values = ()
     if len(values) != 3 or not all(abs(one) < 1e6 for one in values):
         raise KeyeError(f"{name} is {value!r}; give one number, or one for each of the three channels")
     return values

@@ -51,7 +51,11 @@ class UrlRules:
     max_redirects: int = 5
 
     def __post_init__(self) -> None:
-        if not (self.max_bytes >= 1 and self.timeout > 0 and self.max_redirects >= 0):
+        try:
+            allowed = self.max_bytes >= 1 and self.timeout > 0 and self.max_redirects >= 0
+        except TypeError:  # not a number
+            allowed = False
+        if not allowed:
             raise KeyeError(
                 f"UrlRules with max_bytes={self.max_bytes}, timeout={self.timeout}, max_redirects={self.max_redirects}"
                 " allow no download; give max_bytes >= 1, timeout > 0 and max_redirects >= 0"

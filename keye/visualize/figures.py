@@ -112,7 +112,8 @@ class TimelineEntries:
         last = np.append(np.diff(self.starts) > 0, True)  # the last entry of each time
         corners = np.append(self.starts[:1], self.ends[last])
         spent = np.append(0.0, np.cumsum(self.tokens)[last])
-        return edges, np.diff(np.interp(edges, corners, spent)) / np.diff(edges)
+        widths = np.diff(edges)  # zero where float32 does not separate the times
+        return edges, np.diff(np.interp(edges, corners, spent)) / np.maximum(widths, np.finfo(np.float32).tiny)
 
     def bins(self) -> int:
         """Number of windows, of at least four frames each, so that a single slow frame does not look like a peak."""

@@ -84,6 +84,19 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_every_video_has_an_output_of_its_own(tmp_path, monkeypatch):
+    """Names differ after characters that a file name should not contain are replaced, and long names are cut off."""
+    monkeypatch.chdir(tmp_path)
+    long = ["a" * 60 + "b" * 160, "c" * 60 + "b" * 160]
+    names = ["one/a.mp4", "two/a.mp4", "one_a.mp4", "d?.mp4", "d!.mp4", *(f"{name}.mp4" for name in long), "?.mp4"]
+    for count, name in enumerate(names, start=1):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_video(Path("clip.mp4"), numbered(count)).rename(name)
+    assert main(["encode", *names, names[0], "--fps", "25", "--workers", "0", "--json", "plans"]) == 0
+    plans = [VideoPlan.load(path) for path in Path("plans").iterdir()]
+    assert {plan.source: len(plan) for plan in plans} == {name: count for count, name in enumerate(names, start=1)}
+
+
 def test_a_terminal_gets_colours_and_brackets_are_printed(tmp_path, monkeypatch):
     write_video(tmp_path / "[red]clip[!].mp4", numbered(30))
     (tmp_path / "bad.mp4").write_text("text")
@@ -172,6 +185,12 @@ def test_limits_of_one_video_on_the_command_line(capsys):
     assert main(["encode", str(clip("bikes.mp4")), "--max-memory", "8G", "--max-seconds", "500"]) == 0
     with pytest.raises(SystemExit):
         main(["encode", "a.mp4", "--max-memory", "much"])
+
+
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--batch", "--queue", "--max-bytes"])
+def test_limits_of_a_server_are_checked_before_its_model_is_loaded(option, capsys):
+    assert main(["serve", "no model", option, "-1"]) == 2
+    assert f"error: {option} is -1; give a whole number of" in capsys.readouterr().err
 
 
 def test_a_remedy_names_options_of_the_command_line(tmp_path, capsys):

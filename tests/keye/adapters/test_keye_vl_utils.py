@@ -270,6 +270,9 @@ def test_errors_name_the_cause():
         process_vision_info()
     with pytest.raises(ManifestError, match="type 'video' names no source"):
         process_vision_info(ask({"type": "video"}))
+    for message in ({}, {"role": "user"}, 5, {"role": "user", "content": ["text"]}):
+        with pytest.raises(ManifestError, match="; give "):
+            process_vision_info([message] if isinstance(message, dict) else [[message]])
     with pytest.raises(VideoError, match="a list of 0 images"):
         process_vision_info(video([]))
     with pytest.raises(VideoError, match="2 sizes"):

@@ -168,6 +168,19 @@ def test_thresholds_are_ranges_and_lists():
     assert ablate.thresholds("0.1:0.5:0.2") == [0.1, 0.3, 0.5]
     assert ablate.thresholds("0.9,0.2") == [0.2, 0.9]
     assert ablate.thresholds("0.5,0.8:0.9:0.05") == [0.5, 0.8, 0.85, 0.9]
-    for wrong in ("0.9:0.1:0.1", "high", "0.1:0.9", "0.1,", "0:1:0"):
+    for wrong in (
+        "0.9:0.1:0.1",
+        "high",
+        "0.1:0.9",
+        "0.1,",
+        "0:1:0",
+        "inf",
+        "nan",
+        "0:inf:0.1",
+        "0:1:nan",
+        "1.5",
+        "-1",
+        "0:1:1e-12",
+    ):
         with pytest.raises(KeyeError, match="threshold"):
             ablate.thresholds(wrong)

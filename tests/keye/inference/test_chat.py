@@ -197,6 +197,11 @@ def test_thoughts_are_not_carried_along(loaded):
         (lambda f: Sampling(0), "max_new_tokens is 0"),
         (lambda f: Sampling(temperature=-1), "temperature is -1"),
         (lambda f: Sampling(top_p=0), "top_p is 0"),
+        (lambda f: Sampling(None), "max_new_tokens is None; give a whole number"),
+        (lambda f: Sampling(top_k=1.5), "top_k is 1.5; give a whole number"),
+        (lambda f: Sampling(seed=1.5), "seed is 1.5; give a whole number"),
+        (lambda f: Sampling(temperature=None), "temperature is None"),
+        (lambda f: Sampling(stop="end"), "stop is 'end'; give a tuple of texts"),
     ],
 )
 def test_errors_have_clear_messages(folder, make, message):

@@ -127,6 +127,8 @@ def test_filling_is_converting(count, dtype):
         ({"std": 0}, "std is .*give numbers above 0"),
         ({"mean": (0.5, 0.5)}, "one number, or one for each"),
         ({"std": float("nan")}, "std is nan"),
+        ({"mean": "a"}, "mean is 'a'; give one number"),
+        ({"mean": (None, 1, 2)}, "mean is .None, 1, 2.; give one number"),
     ],
 )
 def test_impossible_formats(encoder, options, says):

@@ -340,6 +340,6 @@ def test_names_of_urls_contain_no_secrets():
 
 
 def test_rules_that_allow_no_download_are_errors():
-    for wrong in ({"max_bytes": 0}, {"timeout": 0}, {"max_redirects": -1}):
+    for wrong in ({"max_bytes": 0}, {"timeout": 0}, {"max_redirects": -1}, {"timeout": None}, {"max_bytes": "1G"}):
         with pytest.raises(KeyeError, match="allow no download"):
             UrlRules(**wrong)

@@ -22,9 +22,18 @@ def odd_plans():
     one = a_plan((0,), (math.nan,), duration=0.0)
     many = a_plan([0, 1, 1, 1, 1] * 273, [math.nan, *[0.5] * 1364])
     slow = a_plan((0, 0, 0), (math.nan, math.nan, 0.1), settings={"policy": "all_slow"})
+    epoch = a_plan(timestamps=torch.full((4,), 1.7e9), duration=1.7e9 + 4)  # one time in float32
     late = a_plan(timestamps=torch.tensor([100.0, 101.0, 102.0, 103.0]), duration=500.0)
     wide = a_plan(settings={"policy": "adaptive_budget:share=0.2", "threshold": 0.41, "token_side": 28, "fps": 3.0})
-    return {"one": one, "many": many, "slow": slow, "late": late, "wide": wide, "two": two_stream_plan()}
+    return {
+        "one": one,
+        "many": many,
+        "slow": slow,
+        "late": late,
+        "epoch": epoch,
+        "wide": wide,
+        "two": two_stream_plan(),
+    }
 
 
 class Page(HTMLParser):
