@@ -3,32 +3,24 @@
 import gc
 import io
 import os
-import subprocess
-import sys
 import threading
 import weakref
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-import torch
-from av.video.frame import VideoFrame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keye.errors import VideoError
-from keye.video.clip import open_clip
 from keye.video.decoding import decoder as decode
 from keye.video.decoding.bitstream import CLEAN, FLUSH, packet_reader
 from keye.video.decoding.containers import open_container
 from keye.video.decoding.decoder import Decoder
 from keye.video.decoding.packet_index import read_index
-from keye.video.decoding.prefetch import Prefetcher
-from keye.video.decoding.timeline import packets_of
 from scripts.clips import clip
-from tests.keye.video.make import numbered, write_video
+from tests.keye.video.make import write_video
 
 X264 = {"preset": "veryfast", "g": "12", "threads": "1"}
 X265 = {"preset": "ultrafast"}
@@ -288,21 +280,6 @@ def test_missing_and_broken_packets_equal_decoding_everything(encoded, tmp_path,
     decoder.close()
 
 
-def test_packets_of_streams_that_appear_later_are_skipped():
-    class Stumbling:
-        """Reads on behind a packet that PyAV does not know the stream of, as a container does."""
-
-        left = iter([1, 2, None, 3, None, 4])
-
-        def demux(self, stream):
-            for packet in self.left:
-                if packet is None:
-                    raise IndexError("list index out of range")
-                yield packet
-
-    assert list(packets_of(Stumbling(), None)) == [1, 2, 3, 4]
-
-
 def test_nothing_decodable_says_why(encoded):
     content = bytearray(encoded("no_b.mp4")[0].read_bytes())
     start = content.find(b"mdat") + 4
@@ -359,114 +336,6 @@ def keep(made, pixels):
     return pixels
 
 
-def test_an_exception_in_the_thread_is_raised_in_the_reader():
-    def items():
-        yield 1
-        raise VideoError("the second is broken")
-
-    ahead = Prefetcher(items(), 2, threading.Event())
-    assert next(ahead) == 1
-    with pytest.raises(VideoError, match="the second is broken"):
-        next(ahead)
-    assert next(ahead, None) is None
-
-
-def write_planes(planes: list[np.ndarray], form: str, *, size=(64, 64), codec="ffv1", count=3, **tags) -> io.BytesIO:
-    """A lossless film of the same planes over and over."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as container:
-        stream = container.add_stream(codec, rate=5)
-        stream.width, stream.height, stream.pix_fmt = *size, form
-        for key, value in tags.items():
-            setattr(stream.codec_context, key, value)
-        for index in range(count):
-            frame = av.VideoFrame(*size, form)
-            for plane, values in zip(frame.planes, planes, strict=True):
-                rows = np.zeros((plane.height, plane.line_size), dtype=np.uint8)
-                raw = np.ascontiguousarray(values).view(np.uint8)
-                rows[:, : raw.shape[1]] = raw
-                plane.update(rows.tobytes())
-            frame.pts, frame.time_base = index, Fraction(1, 5)
-            for key, value in tags.items():
-                setattr(frame, key, value)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return io.BytesIO(file.getvalue())
-
-
-# ITU-T H.273: (Kr, Kb) and the number of the matrix
-MATRICES = {6: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
-
-
-@pytest.mark.parametrize("matrix", MATRICES)
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("bits", [8, 10])
-def test_colours_follow_the_tags(matrix, full, bits):
-    red, green, blue = (
-        np.linspace(low, high, 64)[None].repeat(64, 0) / 255 for low, high in ((30, 220), (200, 40), (90, 160))
-    )
-    kr, kb = MATRICES[matrix]
-    luma = kr * red + (1 - kr - kb) * green + kb * blue
-    chroma = [(blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)]
-    scale = 1 << (bits - 8)
-    most = (1 << bits) - 1
-    planes = [luma * most] if full else [(16 + 219 * luma) * scale]
-    planes += [128 * scale + part * (most if full else 224 * scale) for part in chroma]
-    planes = [plane.round().astype("u1" if bits == 8 else "<u2") for plane in planes]
-    form = "yuv444p" if bits == 8 else "yuv444p10le"
-    film = write_planes(planes, form, colorspace=matrix, color_range=2 if full else 1)
-    decoder = opened(film, 5.0)
-    pixels = next(iter(decoder.frames())).pixels.float()
-    decoder.close()
-    expected = torch.from_numpy(np.stack([red, green, blue]) * 255).float()
-    assert (pixels - expected).abs().max() <= 3
-
-
-def test_lossy_conversions_are_warnings():
-    grey = np.full((64, 64), 512, dtype="<u2")
-    hdr = opened(write_planes([grey] * 3, "yuv444p10le", colorspace=9, color_range=1, color_trc=16, color_primaries=9))
-    assert len(list(hdr.frames())) == 2
-    assert any("is HDR (PQ)" in warning for warning in hdr.warnings)
-    hdr.close()
-    strange = opened(write_planes([np.full((64, 64), 128, np.uint8)] * 3, "yuv444p", colorspace=14))
-    pixels = next(iter(strange.frames())).pixels
-    assert pixels.unique().numel() == 1 and list(strange.frames())
-    assert any("an unsupported colour matrix (14); BT.709 is used" in warning for warning in strange.warnings)
-    strange.close()
-
-
-def test_grey_and_transparent_pixels():
-    ramp = np.arange(64, dtype=np.uint8)[None].repeat(64, 0) * 4
-    decoder = opened(write_planes([ramp], "gray", color_range=2))
-    assert torch.equal(next(iter(decoder.frames())).pixels, torch.from_numpy(ramp).expand(3, 64, 64))
-    decoder.close()
-    black, clear = np.zeros((64, 64), np.uint8), ramp
-    decoder = opened(write_planes([np.stack([black, black, black, clear], 2).reshape(64, 256)], "bgra"))
-    blended = next(iter(decoder.frames())).pixels  # black of decreasing transparency on white
-    assert torch.equal(blended, torch.from_numpy(255 - ramp).expand(3, 64, 64))
-    decoder.close()
-
-
-def test_a_size_that_changes_is_resized_to_the_first(tmp_path):
-    parts = [numbered(10, 64, 96), numbered(10, 96, 160)]
-    paths = [write_video(tmp_path / f"{n}.webm", part, codec="libvpx", rate=10) for n, part in enumerate(parts)]
-    with av.open(str(tmp_path / "both.webm"), "w") as both:
-        stream = None
-        for part, path in enumerate(paths):
-            with av.open(str(path)) as source:
-                stream = stream or both.add_stream_from_template(source.streams.video[0])
-                for packet in source.demux(video=0):
-                    if packet.size:
-                        packet.pts, packet.dts = packet.pts + 1000 * part, None
-                        packet.stream = stream
-                        both.mux(packet)
-    decoder = opened(tmp_path / "both.webm", 10.0)
-    frames = list(decoder.frames())
-    assert len(frames) == 20 and {tuple(frame.pixels.shape) for frame in frames} == {(3, 64, 96)}
-    assert any("changes from 96x64 to 160x96 at 1.00 s" in warning for warning in decoder.warnings)
-    decoder.close()
-
-
 def test_interlaced_frames_are_used_with_a_warning(encoded):
     decoder = opened(encoded("interlaced.mp4")[0])
     assert len(list(decoder.frames())) == 4
@@ -492,94 +361,6 @@ def test_truncated_and_damaged_files_never_hang(encoded):
             decoder.close()
 
 
-def test_threads_have_ended_when_the_interpreter_does():
-    """Handlers run last in, first out: the one of this script sees what those of the package have left."""
-    script = """
-import atexit, threading, time
-atexit.register(lambda: print([t.name for t in threading.enumerate()]))
-from keye.video.decoding.prefetch import Prefetcher
-def items():
-    while True:
-        time.sleep(0.1)
-        yield 1
-kept = Prefetcher(items(), 2, threading.Event())
-print(next(kept))
-"""
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stdout.split("\n")[:2]) == (0, ["1", "['MainThread']"]), ended.stderr
-
-
-def test_every_close_waits_until_the_thread_has_ended():
-    """The second caller frees what the generator uses: a container that is closed while it is read is a crash."""
-    inside, leave, halt = threading.Event(), threading.Event(), threading.Event()
-
-    def items():
-        yield 0
-        inside.set()
-        leave.wait()
-
-    ahead = Prefetcher(items(), 2, halt)
-    assert next(ahead) == 0 and inside.wait(30)
-    first, second = threading.Thread(target=ahead.close), threading.Thread(target=ahead.close)
-    first.start()
-    assert halt.wait(30)  # the first is closing it
-    second.start()
-    second.join(0.3)
-    early = not second.is_alive()
-    leave.set()
-    first.join(30)
-    second.join(30)
-    assert not early and not first.is_alive() and not second.is_alive()
-
-
-def test_the_end_of_the_program_waits_for_a_daemon_that_reads(tmp_path):
-    """Ended inside PyAV or torch it would abort the process: "terminate called without an active exception"."""
-    script = """
-import sys, threading, time
-from keye import SlowFastEncoder
-def work():
-    encoder = SlowFastEncoder(fps=25.0)
-    while True:
-        encoder.plan(sys.argv[1])
-        read.set()
-read = threading.Event()
-threading.Thread(target=work, daemon=True).start()
-read.wait()
-time.sleep(float(sys.argv[2]))
-"""
-    for wait in (0.0, 0.1, 0.23, 0.4):
-        arguments = [sys.executable, "-c", script, str(clip("bigbuckbunny.mp4")), str(wait)]
-        ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-        assert (ended.returncode, ended.stderr) == (0, "")
-
-
-def test_a_clip_left_open_ends_with_the_program(tmp_path):
-    script = """
-import sys
-from keye.video.clip import open_clip
-clip = open_clip(sys.argv[1], 25.0, 1000)
-frames = iter(clip.__enter__())
-next(frames)
-sys.modules["kept"] = (clip, frames)
-"""
-    arguments = [sys.executable, "-c", script, str(clip("bikes.mp4"))]
-    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stderr) == (0, "")
-
-
-def test_a_decoded_frame_is_freed_once_it_is_converted(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", numbered(60))
-    gc.collect()
-    before = _live_frames()  # fixtures of other tests may keep frames
-    gc.disable()  # what is left then is part of a reference cycle, and keeps its picture until a collection
-    try:
-        with open_clip(path, 25.0, 60) as clip:
-            most = max(_live_frames() for _ in clip) - before
-    finally:
-        gc.enable()
-    assert most <= 8  # those in the decoder's hands and ahead of the reader
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_a_file_that_cannot_be_sampled_is_closed_right_away(encoded, tmp_path):
     """A data loader meets many such files between two garbage collections."""
@@ -600,7 +381,3 @@ def test_a_file_that_cannot_be_sampled_is_closed_right_away(encoded, tmp_path):
             assert str(source) not in names
     finally:
         gc.enable()
-
-
-def _live_frames() -> int:
-    return sum(type(one) is VideoFrame for one in gc.get_objects())

@@ -1,14 +1,21 @@
+import gc
+import io
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+import torch
+from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from PIL import Image
 
 from keye.video.clip import open_clip
+from keye.video.decoding.containers import open_container
+from keye.video.decoding.decoder import Decoder
 from keye.video.decoding.picture import FrameConverter
 from scripts.clips import clip
+from tests.keye.video.make import numbered, write_video
 
 
 @pytest.mark.parametrize("form", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p"])
@@ -169,3 +176,120 @@ def test_the_real_hd_clip_against_opencv():
     blue, red = (theirs[..., 2] - y) / 1.772, (theirs[..., 0] - y) / 1.402
     expected = np.stack([y + 1.5748 * red, y - 0.18732 * blue - 0.46812 * red, y + 1.8556 * blue], 2).clip(0, 255)
     assert np.abs(first(clip("bigbuckbunny.mp4")) - expected).mean() < 2.5 < np.abs(theirs - expected).mean() + 2.5
+
+
+def opened(source, fps=2.0):
+    return Decoder(open_container(source, str(source)), str(source), fps, 1000)
+
+
+def write_planes(planes: list[np.ndarray], form: str, *, size=(64, 64), codec="ffv1", count=3, **tags) -> io.BytesIO:
+    """A lossless film of the same planes over and over."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream(codec, rate=5)
+        stream.width, stream.height, stream.pix_fmt = *size, form
+        for key, value in tags.items():
+            setattr(stream.codec_context, key, value)
+        for index in range(count):
+            frame = av.VideoFrame(*size, form)
+            for plane, values in zip(frame.planes, planes, strict=True):
+                rows = np.zeros((plane.height, plane.line_size), dtype=np.uint8)
+                raw = np.ascontiguousarray(values).view(np.uint8)
+                rows[:, : raw.shape[1]] = raw
+                plane.update(rows.tobytes())
+            frame.pts, frame.time_base = index, Fraction(1, 5)
+            for key, value in tags.items():
+                setattr(frame, key, value)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return io.BytesIO(file.getvalue())
+
+
+# ITU-T H.273: (Kr, Kb) and the number of the matrix
+MATRICES = {6: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("bits", [8, 10])
+def test_colours_follow_the_tags(matrix, full, bits):
+    red, green, blue = (
+        np.linspace(low, high, 64)[None].repeat(64, 0) / 255 for low, high in ((30, 220), (200, 40), (90, 160))
+    )
+    kr, kb = MATRICES[matrix]
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    chroma = [(blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)]
+    scale = 1 << (bits - 8)
+    most = (1 << bits) - 1
+    planes = [luma * most] if full else [(16 + 219 * luma) * scale]
+    planes += [128 * scale + part * (most if full else 224 * scale) for part in chroma]
+    planes = [plane.round().astype("u1" if bits == 8 else "<u2") for plane in planes]
+    form = "yuv444p" if bits == 8 else "yuv444p10le"
+    film = write_planes(planes, form, colorspace=matrix, color_range=2 if full else 1)
+    decoder = opened(film, 5.0)
+    pixels = next(iter(decoder.frames())).pixels.float()
+    decoder.close()
+    expected = torch.from_numpy(np.stack([red, green, blue]) * 255).float()
+    assert (pixels - expected).abs().max() <= 3
+
+
+def test_lossy_conversions_are_warnings():
+    grey = np.full((64, 64), 512, dtype="<u2")
+    hdr = opened(write_planes([grey] * 3, "yuv444p10le", colorspace=9, color_range=1, color_trc=16, color_primaries=9))
+    assert len(list(hdr.frames())) == 2
+    assert any("is HDR (PQ)" in warning for warning in hdr.warnings)
+    hdr.close()
+    strange = opened(write_planes([np.full((64, 64), 128, np.uint8)] * 3, "yuv444p", colorspace=14))
+    pixels = next(iter(strange.frames())).pixels
+    assert pixels.unique().numel() == 1 and list(strange.frames())
+    assert any("an unsupported colour matrix (14); BT.709 is used" in warning for warning in strange.warnings)
+    strange.close()
+
+
+def test_grey_and_transparent_pixels():
+    ramp = np.arange(64, dtype=np.uint8)[None].repeat(64, 0) * 4
+    decoder = opened(write_planes([ramp], "gray", color_range=2))
+    assert torch.equal(next(iter(decoder.frames())).pixels, torch.from_numpy(ramp).expand(3, 64, 64))
+    decoder.close()
+    black, clear = np.zeros((64, 64), np.uint8), ramp
+    decoder = opened(write_planes([np.stack([black, black, black, clear], 2).reshape(64, 256)], "bgra"))
+    blended = next(iter(decoder.frames())).pixels  # black of decreasing transparency on white
+    assert torch.equal(blended, torch.from_numpy(255 - ramp).expand(3, 64, 64))
+    decoder.close()
+
+
+def test_a_size_that_changes_is_resized_to_the_first(tmp_path):
+    parts = [numbered(10, 64, 96), numbered(10, 96, 160)]
+    paths = [write_video(tmp_path / f"{n}.webm", part, codec="libvpx", rate=10) for n, part in enumerate(parts)]
+    with av.open(str(tmp_path / "both.webm"), "w") as both:
+        stream = None
+        for part, path in enumerate(paths):
+            with av.open(str(path)) as source:
+                stream = stream or both.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(video=0):
+                    if packet.size:
+                        packet.pts, packet.dts = packet.pts + 1000 * part, None
+                        packet.stream = stream
+                        both.mux(packet)
+    decoder = opened(tmp_path / "both.webm", 10.0)
+    frames = list(decoder.frames())
+    assert len(frames) == 20 and {tuple(frame.pixels.shape) for frame in frames} == {(3, 64, 96)}
+    assert any("changes from 96x64 to 160x96 at 1.00 s" in warning for warning in decoder.warnings)
+    decoder.close()
+
+
+def test_a_decoded_frame_is_freed_once_it_is_converted(tmp_path):
+    path = write_video(tmp_path / "clip.mp4", numbered(60))
+    gc.collect()
+    before = _live_frames()  # fixtures of other tests may keep frames
+    gc.disable()  # what is left then is part of a reference cycle, and keeps its picture until a collection
+    try:
+        with open_clip(path, 25.0, 60) as clip:
+            most = max(_live_frames() for _ in clip) - before
+    finally:
+        gc.enable()
+    assert most <= 8  # those in the decoder's hands and ahead of the reader
+
+
+def _live_frames() -> int:
+    return sum(type(one) is VideoFrame for one in gc.get_objects())

@@ -12,6 +12,7 @@ from keye.errors import VideoError
 from keye.video.clip import open_clip
 from keye.video.decoding.containers import open_container
 from keye.video.decoding.decoder import Decoder
+from keye.video.decoding.timeline import packets_of
 from tests.keye.video.make import number_of, numbered, write_video
 
 # What a transport stream is joined of: (suffix, codec, its options, pixel format, whether an index is to be had)
@@ -246,3 +247,18 @@ def test_an_index_and_decoding_everything_have_one_clock(tmp_path, kind, index, 
             assert [frame.time for frame in got] == pytest.approx([n / RATE for n in range(0, 60, step)], abs=1e-3)
         assert decoder.selective == index and decoder.duration == pytest.approx(6.0, abs=1e-3)
         decoder.close()
+
+
+def test_packets_of_streams_that_appear_later_are_skipped():
+    class Stumbling:
+        """Reads on behind a packet that PyAV does not know the stream of, as a container does."""
+
+        left = iter([1, 2, None, 3, None, 4])
+
+        def demux(self, stream):
+            for packet in self.left:
+                if packet is None:
+                    raise IndexError("list index out of range")
+                yield packet
+
+    assert list(packets_of(Stumbling(), None)) == [1, 2, 3, 4]

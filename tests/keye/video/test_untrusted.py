@@ -1,6 +1,7 @@
 """Files of strangers: formats that are not read, sizes that are refused before a pixel is decoded, names, covers."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -18,6 +19,7 @@ from keye.video.decoding import containers
 from keye.video.decoding import decoder as decode
 from keye.video.images import MAX_PIXELS, load_image
 from tests.keye.video.make import number_of, numbered, write_video
+from tests.keye.video.test_fetch import server  # noqa: F401
 
 
 def read(source, fps=2.0, **options):
@@ -204,3 +206,53 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     str(caught.value).encode()
     assert main(["encode", str(path), "--json", str(tmp_path / "plans"), "--workers", "1"]) == 0
     assert "caf" in capsys.readouterr().out.encode().decode()
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """Four seconds at 10 frames per second."""
+    return write_video(tmp_path_factory.mktemp("video") / "a b.mp4", numbered(40), rate=10)
+
+
+# ffmpeg's ways to name another source in a file, all of which it follows by default.
+PLAYLISTS = {
+    "hls": "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:10\n#EXTINF:9,\n{0}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile '{0}'\n",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=a\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    "a=rtpmap:96 H264/90000\n",
+    "dash": '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"'
+    ' mediaPresentationDuration="PT4S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011">'
+    '<Period><AdaptationSet mimeType="video/mp4">'
+    '<Representation id="1" bandwidth="1"><BaseURL>{0}</BaseURL></Representation></AdaptationSet></Period></MPD>',
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+@pytest.mark.parametrize("suffix", [".mp4", ".m3u8"])
+def test_only_the_file_itself_is_opened(kind, suffix, tmp_path, video, server):  # noqa: F811
+    segment = tmp_path / "segment.ts"
+    segment.write_bytes(video.read_bytes())
+    os.utime(segment, (0, 1))  # the next reading sets the time of the last one
+    for place in (server.url("whole"), segment.name, str(segment), segment.as_uri()):
+        path = tmp_path / f"list{suffix}"
+        path.write_text(PLAYLISTS[kind].format(place))
+        for source in (path, path.read_bytes(), path.open("rb")):
+            with pytest.raises(VideoError, match="is a playlist, which contains no video; give the video itself"):
+                read(source)
+    assert not server.requests and segment.stat().st_atime == 0
+
+
+def test_the_playlists_would_be_followed_without_the_guard(tmp_path, video):
+    # Without the guard FFmpeg plays the other file, so the test above is meaningful.
+    (tmp_path / "segment.mp4").write_bytes(video.read_bytes())
+    (tmp_path / "list.mp4").write_text(PLAYLISTS["concat"].format("segment.mp4"))
+    with av.open(str(tmp_path / "list.mp4")) as container:
+        assert container.format.name == "concat" and next(container.decode(video=0)).width == 96
+
+
+def test_names_that_ffmpeg_reads_as_protocols_and_patterns_are_names(tmp_path, video, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("concat:a|b.mp4", "subfile,,start,0,end,9,,:a.mp4", "pipe:0", "%03d.mp4", "-i", "a b?#%41.mp4"):
+        Path(name).write_bytes(video.read_bytes())
+        with open_clip(name, 1.0, 10) as opened:
+            assert len(list(opened)) == len(list(opened)) == 4
