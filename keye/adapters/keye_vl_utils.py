@@ -20,7 +20,7 @@ An `encoder` gives another measure, policy or budget.
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -111,11 +111,11 @@ def extract_vision_info(conversations: Sequence[Element] | Sequence[Sequence[Ele
 
 def _elements(message: Any) -> list[Element]:
     """The elements of a message, none of a plain text; ManifestError for anything else."""
-    if not isinstance(message, dict) or "content" not in message:
+    if not isinstance(message, Mapping) or "content" not in message:
         raise ManifestError(f"{message!r:.80} is not a message; give dicts with role and content")
     content = message["content"] if isinstance(message["content"], list) else []
     for element in content:
-        if not isinstance(element, dict):
+        if not isinstance(element, Mapping):
             raise ManifestError(f"{element!r:.80} is not an element of a message; give dicts with type and content")
     return content
 

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,11 +216,14 @@ def _names(videos: Sequence[str]) -> list[str]:
 def _stems(videos: Sequence[str], names: Sequence[str]) -> list[str]:
     """The name of each video's output files without their suffix; another one for every other video."""
     stems: dict[str, str] = {}
-    for video, name in zip(videos, names, strict=True):
-        plain = re.sub(r"[^\w.\- ()+,]+", "_", name).strip("_")[-150:] or "video"
-        numbered = (f"{plain}-{number}" for number in itertools.count(2))
-        taken = set(stems.values()) - {stems.get(video)}
-        stems[video] = next(stem for stem in itertools.chain([plain], numbered) if stem not in taken)
+    taken: set[str] = set()
+    numbers: dict[str, Iterator[int]] = {}
+    for video, name in dict(zip(videos, names, strict=True)).items():
+        stem = plain = re.sub(r"[^\w.\- ()+,]+", "_", name).strip("_")[-150:] or "video"
+        while stem in taken:
+            stem = f"{plain}-{next(numbers.setdefault(plain, itertools.count(2)))}"
+        taken.add(stem)
+        stems[video] = stem
     return [stems[video] for video in videos]
 
 

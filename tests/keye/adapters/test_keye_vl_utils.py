@@ -2,6 +2,7 @@
 
 import base64
 import io
+from types import MappingProxyType
 
 import av
 import numpy as np
@@ -270,6 +271,8 @@ def test_errors_name_the_cause():
         process_vision_info()
     with pytest.raises(ManifestError, match="type 'video' names no source"):
         process_vision_info(ask({"type": "video"}))
+    message = MappingProxyType({"content": [MappingProxyType({"type": "image", "image": noise(1)})]})
+    assert len(process_vision_info([[message]])[0]) == 1  # rows of other libraries are mappings, not dicts
     for message in ({}, {"role": "user"}, 5, {"role": "user", "content": ["text"]}):
         with pytest.raises(ManifestError, match="; give "):
             process_vision_info([message] if isinstance(message, dict) else [[message]])
