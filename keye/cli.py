@@ -1,4 +1,4 @@
-"""The `keye` command: encode, chat and serve, and the commands of the entry points `keye.commands`."""
+"""The `keye` command: encode, chat, serve and bench, and the commands of the entry points `keye.commands`."""
 
 import argparse
 import importlib
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 from keye import errors
-from keye.commands import encode
+from keye.commands import bench, encode
 
 CHAT_EXAMPLES = """examples:
   keye chat runs/demo/gspo/model clip.mp4                      a conversation about a clip
@@ -42,7 +42,7 @@ SUMMARIES = {
 
 
 def further_commands() -> dict[str, EntryPoint]:
-    """Name → `main` of every installed command other than encode, chat and serve."""
+    """Name → `main` of every installed command other than encode, chat, serve and bench."""
     return {point.name: point for point in entry_points(group=COMMANDS)}
 
 
@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_parser(commands)
     add_chat(commands)
     add_serve(commands)
+    bench.add_parser(commands)
     return parser
 
 
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in further:
         sys.argv = [f"keye {arguments[0]}", *arguments[1:]]
         errors.run(lambda: further[arguments[0]].load()())
-    known = ("encode", "chat", "serve", *sorted(further))
+    known = ("encode", "chat", "serve", "bench", *sorted(further))
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
         print(
             f"error: {arguments[0]} is not a command; use one of {', '.join(known)}. If a command of the guides is "

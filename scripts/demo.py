@@ -23,7 +23,6 @@ PRETRAIN, POSTTRAIN = "stages/recipes/tiny.toml", "rl/recipes/tiny.toml"
 SHORT_PRETRAIN = ("vision.steps=6", "alignment.steps=4", "multitask.steps=12", "annealing.steps=4")
 SHORT_POSTTRAIN = ("gspo.steps=2", "gspo.prompts=8", "heldout.limit=4", "heldout.samples=1")
 PLAN_FRAMES = 60
-CONTROLS = {"none": "", "blind": ", without the video", "zeroed": ", the same tokens with every pixel zero"}
 
 
 class Demo:
@@ -162,15 +161,17 @@ def plan_clips(demo: Demo) -> None:
         print("      " + encoded.plan.summary().replace("\n", "\n      "))
 
 
-def evaluate_model(demo: Demo, stage: str, controls: tuple[str, ...]) -> None:
-    """Ask a stage's model the held-out questions under each control; `evaluation/<stage>[_<control>].json`."""
+def evaluate_model(demo: Demo, stage: str, controls: bool) -> None:
+    """Ask a stage's model the held-out questions, and under every control: `evaluation/<stage>[_<control>].json`."""
+    from keye.evaluation import CONTROLS
+
     world = demo.run / "world"
     # The majority answer comes from the training questions, because held-out answers are unknown in advance.
     asked = [str(demo.run / stage / "model"), str(world / "heldout.jsonl"), "--train", str(world / "train.jsonl")]
-    for control in controls:
+    for control, what in {"none": "", **(CONTROLS if controls else {})}.items():
         name = stage if control == "none" else f"{stage}_{control}"
         how = ["--control", control, *(["--limit", "4"] if demo.short else [])]
-        print(f"      {stage}{CONTROLS[control]}", flush=True)
+        print(f"      {name}{what and f' ({what})'}", flush=True)
         out = str(demo.run / "evaluation" / f"{name}.json")
         demo.torchrun(f"evaluate-{name}", "scripts/evaluate.py", *asked, *how, "--out", out)
 
@@ -183,15 +184,16 @@ def closing_table(run_dir: Path) -> str:
     def share(score: Score | None) -> str:
         return f"{'–' if score is None else f'{score.accuracy:.1%} ± {score.stderr:.1%}':>17}"
 
-    head = ("family", "n", "chance", "majority", "blind", "zeroed", "after stage 3", "after GSPO", "> controls by 2 se")
-    lines = ["{:<12}{:>4}{:>8}{:>9}{:>17}{:>17}{:>17}{:>17}  {}".format(*head)]
     families = findings.families(run_dir)
+    controls = findings.measured_controls(families)
+    head = "".join(f"{name:>17}" for name in (*controls, "after stage 3", "after GSPO"))
+    lines = [f"{'family':<12}{'n':>4}{'chance':>8}{'majority':>9}{head}  > controls by 2 se"]
     for f in families:
         baselines = f"{f.before.n:>4}{f.before.chance:>8.1%}{f.before.majority:>9.1%}"
-        shares = "".join(map(share, (f.blind, f.zeroed, f.before, f.after)))
+        shares = "".join(map(share, (*map(f.controls.get, controls), f.before, f.after)))
         lines.append(f"{f.family:<12}{baselines}{shares}  {'yes' if f.learnt else 'no'}")
     learnt = sum(f.learnt for f in families)
-    claim = "above chance, blind and zeroed pixels by more than two standard errors"
+    claim = "above chance and the controls by more than two standard errors"
     lines.append(f"\n{learnt} of {len(families)} families are {claim}")
     reward = findings.reward(run_dir)
     if reward:
@@ -253,8 +255,8 @@ def follow(demo: Demo) -> None:
     )
     demo.step(
         "evaluate-before",
-        "Held-out questions to the trained model, and to the same model without the video and without pixels",
-        lambda: evaluate_model(demo, "annealing", tuple(CONTROLS)),
+        "Held-out questions to the trained model, and to the same model under every control",
+        lambda: evaluate_model(demo, "annealing", controls=True),
         after=("pretrain",),
     )
     demo.step(
@@ -268,7 +270,7 @@ def follow(demo: Demo) -> None:
     demo.step(
         "evaluate-after",
         "The same held-out questions after GSPO",
-        lambda: evaluate_model(demo, "gspo", ("none",)),
+        lambda: evaluate_model(demo, "gspo", controls=False),
         after=("gspo",),
     )
     demo.step("ablate", "The threshold from low to high", lambda: ablate(demo), after=("plan", "gspo"))

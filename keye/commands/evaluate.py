@@ -6,7 +6,7 @@ import os
 import torch
 
 from keye.errors import run
-from keye.evaluation import evaluate, gather
+from keye.evaluation import CONTROLS, evaluate, gather
 
 _EXAMPLES = """examples:
   keye evaluate runs/demo/annealing/model runs/demo/world/heldout.jsonl
@@ -30,9 +30,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each family")
     parser.add_argument(
         "--control",
-        choices=("none", "blind", "zeroed"),
+        choices=("none", *CONTROLS),
         default="none",
-        help="blind: without images and videos; zeroed: with their tokens, frame types and seconds, but zero pixels",
+        help="; ".join(f"{name}: {what}" for name, what in CONTROLS.items()),
     )
     parser.add_argument("--blind", dest="control", action="store_const", const="blind", help="same as --control blind")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")

@@ -1,7 +1,7 @@
 """Benchmarks: named, ordered collections of questions with known answers."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ class Question:
         options: the texts to choose from, if there are any.
         tolerance: largest accepted distance of a number from the answer.
         base_dir: folder of the media.
+        slices: slice → value, such as {"length": "16s"}, for tables by slice; from the key "slices" of "meta".
+        group: questions with the same name depend on one another; from the key "group" of "meta".
     """
 
     id: str
@@ -30,6 +32,23 @@ class Question:
     options: list[str] | None = None
     tolerance: float | None = None
     base_dir: Path = Path(".")
+    slices: dict[str, str] = field(default_factory=dict)
+    group: str | None = None
+
+    @property
+    def media(self) -> list[str]:
+        """"image" or "video" for each part of the messages that is one."""
+        return [part["type"] for part in self._media()]
+
+    @property
+    def files(self) -> list[Any]:
+        """The images and videos of the messages."""
+        return [part.get(part["type"]) for part in self._media()]
+
+    def _media(self) -> list[dict[str, Any]]:
+        contents = (message["content"] for message in self.messages)
+        parts = (part for content in contents if not isinstance(content, str) for part in content)
+        return [part for part in parts if part.get("type") in ("image", "video")]
 
     def blind(self) -> list[dict[str, Any]]:
         """The messages without their images and videos."""
@@ -90,6 +109,7 @@ class ManifestBenchmark:
                 answer = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
         if answer is None or not messages:
             raise ManifestError(f"{self.path}: sample {number} has no question or no answer; give both or delete it")
+        meta = sample["meta"] if isinstance(sample.get("meta"), dict) else {}
         return Question(
             id=str(sample.get("id", number)),
             family=family,
@@ -98,6 +118,8 @@ class ManifestBenchmark:
             options=sample.get("options"),
             tolerance=sample.get("tolerance"),
             base_dir=self.path.parent,
+            slices=dict(meta.get("slices") or {}),
+            group=meta.get("group"),
         )
 
     def __len__(self) -> int:

@@ -4,23 +4,20 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import Progress
 
 from keye.errors import KeyeError, VideoError
 from keye.evaluation.benchmark import Benchmark, ManifestBenchmark, Question
+from keye.evaluation.controls import CONTROLS, Control, apply, asked, partners
 from keye.evaluation.match import match
 from keye.evaluation.report import Baselines, Outcome, Report, merge
 
 if TYPE_CHECKING:
     from keye.model.keye import KeyeForConditionalGeneration
     from keye.processor.processor import KeyeProcessor, Sample
-
-Control = Literal["none", "blind", "zeroed"]
-"""What the model does not get: "none" of the inputs; images and videos with their tokens ("blind"); only the pixels
-("zeroed": token stream, frame types and seconds are unchanged)."""
 
 
 def evaluate(
@@ -47,7 +44,8 @@ def evaluate(
         benchmark: a benchmark, or the path of a manifest.
         families: ask only these families (manifests only).
         limit: ask at most this many questions of each family (manifests only).
-        control: "blind" removes images and videos, "zeroed" sets every pixel to 0; both skip questions without media.
+        control: "none", or what the model does not get (`keye.evaluation.controls.CONTROLS`); questions without the
+            media that a control changes are skipped.
         temperature: 0 decodes greedily; otherwise replies are sampled.
         train: the training manifest that gives the majority answers (default: the benchmark itself).
         batch_size: questions per batch.
@@ -64,15 +62,15 @@ def evaluate(
         ManifestError: the manifest is malformed or does not contain a family.
         KeyeError: a setting is out of range.
     """
-    _check(limit, batch_size, max_new_tokens, temperature)
+    _check(control, limit, batch_size, max_new_tokens, temperature)
     began = time.monotonic()
     if isinstance(benchmark, str | Path):
         benchmark = ManifestBenchmark(benchmark, families, limit)
     questions = list(benchmark)
     baselines = Baselines(ManifestBenchmark(train) if train else questions)
-    if control != "none":
-        questions = [question for question in questions if question.blind() != question.messages]
-    mine = list(enumerate(questions))[rank::world_size]
+    questions = [question for question in questions if asked(control, question)]
+    others: Sequence[Question | None] = partners(questions) if control == "other" else [None] * len(questions)
+    mine = list(enumerate(zip(questions, others, strict=True)))[rank::world_size]
     outcomes: list[Outcome] = []
     was_training = model.training
     model.eval()
@@ -82,8 +80,8 @@ def evaluate(
         task = bar.add_task(f"{benchmark.name}{'' if control == 'none' else f' ({control})'}", total=len(mine))
         for start in range(0, len(mine), batch_size):
             chunk = mine[start : start + batch_size]
-            replies = _replies(model, processor, [q for _, q in chunk], control, temperature, max_new_tokens)
-            for (index, question), (reply, error) in zip(chunk, replies, strict=True):
+            replies = _replies(model, processor, [pair for _, pair in chunk], control, temperature, max_new_tokens)
+            for (index, (question, _)), (reply, error) in zip(chunk, replies, strict=True):
                 outcomes.append(_grade(index, question, reply, error, baselines))
             bar.advance(task, len(chunk))
     model.train(was_training)
@@ -91,7 +89,11 @@ def evaluate(
     return Report(benchmark.name, outcomes, settings, time.monotonic() - began)
 
 
-def _check(limit: int | None, batch_size: int, max_new_tokens: int, temperature: float) -> None:
+def _check(
+    control: str, limit: int | None, batch_size: int, max_new_tokens: int, temperature: float
+) -> None:
+    if control not in ("none", *CONTROLS):
+        raise KeyeError(f"there is no control {control!r}; choose among none, {', '.join(CONTROLS)}")
     for name, value in (("limit", limit), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise KeyeError(f"{name} {value} is too small; give at least 1")
@@ -112,6 +114,8 @@ def _grade(index: int, question: Question, reply: "Reply", error: str | None, ba
         majority=baselines.majority(question),
         error=error,
         finished=reply.finished,
+        slices=question.slices,
+        group=question.group,
     )
 
 
@@ -131,35 +135,29 @@ class Reply:
 def _replies(
     model: "KeyeForConditionalGeneration",
     processor: "KeyeProcessor",
-    questions: Sequence[Question],
+    questions: Sequence[tuple[Question, Question | None]],
     control: Control,
     temperature: float,
     max_new_tokens: int,
 ) -> Iterator[tuple[Reply, str | None]]:
-    """(reply, None) or (empty reply, error of the media) for each question, generated as one batch."""
+    """(reply, None) or (empty reply, error of the media) for each question, generated as one batch.
+
+    questions: each with the one that lends its pixels, under the control "other".
+    """
     samples: list[Sample] = []
     errors: list[str | None] = []
-    for question in questions:
+    for question, partner in questions:
         try:
             messages = question.blind() if control == "blind" else question.messages
             sample = processor.sample(messages, base_dir=question.base_dir, add_generation_prompt=True)
-            samples.append(zeroed(sample) if control == "zeroed" else sample)
+            source = partner and processor.sample(partner.messages, base_dir=partner.base_dir)
+            samples.append(apply(control, sample, question, source))
             errors.append(None)
         except VideoError as error:
             errors.append(str(error))
     replies = iter(generate_replies(model, processor, samples, temperature, max_new_tokens) if samples else ())
     for error in errors:
         yield (Reply(""), error) if error else (next(replies), None)
-
-
-def zeroed(sample: "Sample") -> "Sample":
-    """The same token stream, positions and grids with every pixel value 0, the middle of [-1, 1]."""
-    pixels = {
-        name: torch.zeros(values.shape)
-        for name in ("pixel_values", "pixel_values_videos")
-        if (values := getattr(sample, name)) is not None
-    }
-    return dataclasses.replace(sample, **pixels)
 
 
 def generate_replies(

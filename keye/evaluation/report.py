@@ -31,6 +31,8 @@ class Outcome:
         majority: whether the most frequent answer of the family is correct.
         error: why the clip could not be read, if so.
         finished: False if the token limit cut the reply off, which makes it wrong.
+        slices: slice → value of the question, such as {"length": "16s"}.
+        group: questions with the same name depend on one another, such as those of a minimal pair.
     """
 
     index: int
@@ -43,6 +45,8 @@ class Outcome:
     majority: bool
     error: str | None = None
     finished: bool = True
+    slices: dict[str, str] = field(default_factory=dict)
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,15 @@ class Report:
         return {family: score(group) for family, group in groups.items()}
 
     @property
+    def slices(self) -> dict[str, dict[str, Score]]:
+        """Slice → value → score, such as {"length": {"16s": …}}; empty for questions without slices."""
+        groups: dict[str, dict[str, list[Outcome]]] = {}
+        for outcome in self.outcomes:
+            for name, value in outcome.slices.items():
+                groups.setdefault(name, {}).setdefault(value, []).append(outcome)
+        return {name: {value: score(group) for value, group in values.items()} for name, values in groups.items()}
+
+    @property
     def overall(self) -> Score:
         """Score over all questions; KeyeError if there are none."""
         return score(self.outcomes)
@@ -131,7 +144,8 @@ class Report:
     def table(self) -> str:
         """Plain-text table, one line a family, in per cent."""
         lines = [f"{'family':<14}{'n':>6}{'accuracy':>16}{'chance':>9}{'majority':>10}"]
-        rows = {**self.families, "all": self.overall} if self.outcomes else {}
+        by_slice = {f"{name} {value}": row for name, rows in self.slices.items() for value, row in rows.items()}
+        rows = {**self.families, **by_slice, "all": self.overall} if self.outcomes else {}
         for family, row in rows.items():
             accuracy = f"{100 * row.accuracy:.1f} ± {100 * row.stderr:.1f}"
             lines.append(f"{family:<14}{row.n:>6}{accuracy:>16}{100 * row.chance:>9.1f}{100 * row.majority:>10.1f}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from keye.errors import KeyeError, run
+from keye.evaluation import CONTROLS
 from scripts.bench.common.record import RESULTS, ROOT, Table, machine, markdown
 from stages.report import findings
 
@@ -136,21 +137,22 @@ def seeds_of(folder: Path) -> str:
 
 def _learnt(folder: Path) -> list[str]:
     families, rows = findings.families(folder), []
+    controls = findings.measured_controls(families)
     for found in families:
         cells = [f"{found.family} ({FAMILIES[found.family]})", _percent(found.before.chance),
                  _percent(found.before.majority)]  # fmt: skip
-        scores = (found.blind, found.zeroed, found.before, found.after)
+        scores = (*map(found.controls.get, controls), found.before, found.after)
         cells += ["–" if score is None else _accuracy(score.accuracy, score.stderr) for score in scores]
         rows.append([*cells, _verdict(found)])
-    columns = ["family", "chance", "majority", "blind", "zeroed", "after stage 3", "after GSPO", "learnt"]
+    columns = ["family", "chance", "majority", *controls, "after stage 3", "after GSPO", "learnt"]
     return [
         "",
         "## What the model learnt",
         "",
         f"{sum(found.before.n for found in families)} held-out questions, greedy answers, per cent ± one standard "
-        "error. *Blind* is the same model without the video or image; *zeroed* the same model with the same token "
-        "stream, frame types and seconds, and every pixel zero. *Learnt*: after stage 3 above chance and above both "
-        "by more than 2 standard errors (of the difference): "
+        f"error. The same model under controls: {'; '.join(f'*{name}*: {CONTROLS[name]}' for name in controls)}. "
+        "*Learnt*: after stage 3 above chance and above blind, zeroed and (if measured) another clip by more than 2 "
+        "standard errors (of the difference): "
         f"{sum(found.learnt for found in families)} of {len(rows)} families. A blind model may answer in another form: "
         "where the majority is higher than blind, compare with the majority.",
         "",
@@ -159,7 +161,7 @@ def _learnt(folder: Path) -> list[str]:
 
 
 def _verdict(found: findings.FamilyFinding) -> str:
-    score, controls = found.before, [control for control in (found.blind, found.zeroed) if control]
+    score, controls = found.before, [control for control in found.compared if control]
     errors = [(score.accuracy - score.chance) / score.stderr]
     errors += [(score.accuracy - control.accuracy) / math.hypot(score.stderr, control.stderr) for control in controls]
     answer = ("yes" if controls else "yes, against chance alone") if found.learnt else "**no**"

@@ -1,11 +1,12 @@
 """Results of a finished run, read from its files, with standard errors that separate them from chance."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from keye.checkpoint import shards
-from keye.evaluation import Score
+from keye.evaluation import CONTROLS, Score
 from stages.data.items import COUNTS
 from stages.metrics import read_metrics
 
@@ -16,7 +17,7 @@ class FamilyFinding:
 
     before: the annealed model, with its chance and majority baselines. blind: the same model without the video. zeroed:
     the same model with the same tokens and all pixels zero. after: the model after GSPO. pictures: whether the
-    questions have pictures.
+    questions have pictures. further: the other measured controls of `keye.evaluation.CONTROLS`.
     """
 
     family: str
@@ -25,12 +26,25 @@ class FamilyFinding:
     zeroed: Score | None
     after: Score | None
     pictures: bool = True
+    further: dict[str, Score] = field(default_factory=dict)
+
+    @property
+    def controls(self) -> dict[str, Score | None]:
+        """Control → score, in the order of `keye.evaluation.CONTROLS`, blind and zeroed always."""
+        found = {"blind": self.blind, "zeroed": self.zeroed, **self.further}
+        return {name: found[name] for name in CONTROLS if name in found}
+
+    @property
+    def compared(self) -> list[Score | None]:
+        """The controls that a learnt family must exceed: one frame, or frames in any order, may be enough for some."""
+        return [score for name, score in self.controls.items() if name in ("blind", "zeroed", "other")]
 
     @property
     def learnt(self) -> bool:
-        """Whether the annealed model is above chance and above both controls by more than two standard errors.
+        """Whether the annealed model is above chance and above the controls by more than two standard errors.
 
-        Questions without pictures are compared with chance alone.
+        The controls are blind, zeroed and, if measured, another clip's pixels. Questions without pictures are compared
+        with chance alone.
         """
         if self.before.accuracy - self.before.chance <= 2 * self.before.stderr:
             return False
@@ -39,7 +53,7 @@ class FamilyFinding:
         return all(
             control is not None
             and self.before.accuracy - control.accuracy > 2 * math.hypot(self.before.stderr, control.stderr)
-            for control in (self.blind, self.zeroed)
+            for control in self.compared
         )
 
 
@@ -64,23 +78,27 @@ class RewardFinding:
 
 
 def families(run: Path) -> list[FamilyFinding]:
-    """Findings per family from `evaluation/{annealing,annealing_blind,annealing_zeroed,gspo}.json`.
+    """Findings per family from `evaluation/{annealing,annealing_<control>,gspo}.json`; empty before the first."""
 
-    Empty before the first of them.
-    """
-    before, blind, zeroed, after = (
-        {
-            family: Score(**scores)
-            for family, scores in read_json(run / "evaluation" / f"{name}.json").get("families", {}).items()
-        }
-        for name in ("annealing", "annealing_blind", "annealing_zeroed", "gspo")
-    )
+    def scores(name: str) -> dict[str, Score]:
+        report = read_json(run / "evaluation" / f"{name}.json")
+        return {family: Score(**values) for family, values in report.get("families", {}).items()}
+
+    before, after = scores("annealing"), scores("gspo")
+    controls = {name: scores(f"annealing_{name}") for name in CONTROLS}
+    blind, zeroed = controls.pop("blind"), controls.pop("zeroed")
     return [
         FamilyFinding(
-            family, score, blind.get(family), zeroed.get(family), after.get(family), not blind or family in blind
+            family, score, blind.get(family), zeroed.get(family), after.get(family), not blind or family in blind,
+            {name: found[family] for name, found in controls.items() if family in found},
         )
         for family, score in before.items()
-    ]
+    ]  # fmt: skip
+
+
+def measured_controls(found: Sequence[FamilyFinding]) -> list[str]:
+    """The controls that were measured for some family, blind and zeroed always, in the order of all tables."""
+    return [name for name in CONTROLS if name in ("blind", "zeroed") or any(name in row.controls for row in found)]
 
 
 def reward(run: Path) -> RewardFinding | None:

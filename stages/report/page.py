@@ -5,7 +5,7 @@
 then say that they have not run yet:
 
     plans/<clip>.json, plans/<clip>/*.jpg     a VideoPlan and its frames at the size the model sees them
-    evaluation/{annealing,annealing_blind,annealing_zeroed,gspo}.json
+    evaluation/{annealing,annealing_<control>,gspo}.json
     gspo/metrics.jsonl, gspo/eval.json        reward_mean, reward_stderr; held-out reward before and after
     ablation/ablation.json                    rows of threshold, tokens, slow share, PSNR, SSIM, accuracy
     environment.json, recipe.toml, steps/*.json
@@ -19,7 +19,7 @@ from html import escape
 from pathlib import Path
 
 from keye.errors import writing
-from keye.evaluation import Score
+from keye.evaluation import CONTROLS, Score
 from stages.metrics import read_metrics
 from stages.report import findings
 from stages.report import training_sections as training
@@ -62,7 +62,7 @@ def _verdict(run: Path) -> str:
     families = findings.families(run)
     if families:
         learnt = [f.family for f in families if f.learnt]
-        text = "families above chance, blind and zeroed pixels by more than 2 standard errors"
+        text = "families above chance and the controls by more than 2 standard errors"
         tiles.append((f"{len(learnt)} of {len(families)}", text + (f": {', '.join(learnt)}" if learnt else "")))
     gained = findings.reward(run)
     if gained:
@@ -133,26 +133,29 @@ def _accuracy(run: Path) -> str:
         shares = [math.nan if score is None else score.accuracy for score in scores]
         return Series(name, index, shares, colour, [score.stderr if score else 0.0 for score in scores], "marks")
 
+    controls = findings.measured_controls(rows)
+    colours = dict(zip(controls, ("c2", "c3", "c4", "c5", "c6"), strict=False))
     series = [
         Series("chance", index, [r.before.chance for r in rows], "muted", style="line"),
         Series("majority answer", index, [r.before.majority for r in rows], "muted", style="dashed"),
-        measured("blind (no video)", [r.blind for r in rows], "c2"),
-        measured("pixels zeroed, same tokens", [r.zeroed for r in rows], "c3"),
+        *(measured(name, [r.controls.get(name) for r in rows], colour) for name, colour in colours.items()),
         measured("after stage 3", [r.before for r in rows], "c0"),
         measured("after GSPO", [r.after for r in rows], "c1"),
     ]
     learnt, not_learnt = [r.family for r in rows if r.learnt], [r.family for r in rows if not r.learnt]
-    text = "<p>Above chance, the blind model and zeroed pixels by more than two standard errors after stage 3: "
+    text = "<p>Above chance and the controls by more than two standard errors after stage 3: "
     text += f"<b>{', '.join(learnt) or 'none'}</b>. "
     text += f"Not learnt in this run: <b>{', '.join(not_learnt)}</b>.</p>" if not_learnt else "All were learnt.</p>"
-    figures = [
-        [escape(r.family), str(r.before.n), percent(r.before.chance), percent(r.before.majority)]
-        + ["–" if s is None else percent(s.accuracy, s.stderr) for s in (r.blind, r.zeroed, r.before, r.after)]
-        + ["yes" if r.learnt else "no"]
-        for r in rows
-    ]
-    head = ["family", "questions", "chance", "majority", "blind", "zeroed", "after stage 3", "after GSPO", "learnt"]
-    note = '<p class="note">Held-out clips of other seeds than the training clips; bars: one standard error.</p>'
+    figures = []
+    for r in rows:
+        scores = (*map(r.controls.get, controls), r.before, r.after)
+        cells = [escape(r.family), str(r.before.n), percent(r.before.chance), percent(r.before.majority)]
+        cells += ["–" if score is None else percent(score.accuracy, score.stderr) for score in scores]
+        figures.append([*cells, "yes" if r.learnt else "no"])
+    head = ["family", "questions", "chance", "majority", *controls, "after stage 3", "after GSPO", "learnt"]
+    note = "Held-out clips of other seeds than the training clips; bars: one standard error. "
+    note += "; ".join(f"{name}: {CONTROLS[name]}" for name in controls)
+    note = f'<p class="note">{escape(note)}.</p>'
     return text + legend(series) + row_chart([r.family for r in rows], series) + table(head, figures) + note
 
 
