@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,10 @@ def draw(family: str, split: str, index: int, length: int | None = None, height:
     cells = round(length / CELL)
     motion = row.motions[int(rng.integers(len(row.motions)))]
     tags = tuple(str(name) for name in rng.permutation(TAG_COLOURS)[: row.places]) if row.tags else ()
+    offered = [tags[place] for place in rng.permutation(len(tags))]
     if row.group == "tags":
         tags = tuple(np.roll(tags, member).tolist())
     phrase = row.asks[int(rng.integers(len(row.asks)))]
-    mixed = rng.permutation(row.places).tolist()
     number = int(rng.permutation(row.members)[member]) if row.group == "asks" else 0
     cuts = int(rng.integers(row.cuts + 1)) if motion != "real" else 0
     side, strength = float(rng.uniform(*row.side)), int(rng.integers(row.strength[0], row.strength[1] + 1))
@@ -103,7 +103,7 @@ def draw(family: str, split: str, index: int, length: int | None = None, height:
         texts=schedule.texts, cuts=_cuts(rng, cells, cuts, schedule), mirrored=schedule.names == "box",
         source=REAL_CLIPS[int(rng.integers(len(REAL_CLIPS)))] if row.real else None,
     )  # fmt: skip
-    words, answer, options = _ask(schedule, film, tags, number, mixed)
+    words, answer, options = _ask(schedule, film, number, offered)
     question = phrase.format(*words)
     if options:
         question += f" Options: {', '.join(options)}."
@@ -135,18 +135,18 @@ def _cuts(rng: np.random.Generator, cells: int, number: int, schedule: Schedule)
 
 
 def _ask(
-    schedule: Schedule, film: Film, tags: tuple[str, ...], number: int, mixed: list[int]
+    schedule: Schedule, film: Film, number: int, offered: Sequence[str]
 ) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
-    """(words of the question, answer, options) of question `number` of a schedule."""
+    """(words of the question, answer, options) of question `number` of a schedule; `offered` are the tags to choose."""
     word, answer = schedule.asks[number]
+    tags = [str(tag) for tag in film.tags]
     words = word if isinstance(word, tuple) else (word,)
     if schedule.names == "box":
         return words, box_text(film, int(answer)), ()
     if schedule.names in ("value", "tags"):
         words = (tags[int(word)],)
     if schedule.names in ("tag", "tags"):
-        options = tuple(tags[place] for place in mixed if schedule.names == "tag" or place != word)
-        return words, tags[int(answer)], options
+        return words, tags[int(answer)], tuple(tag for tag in offered if tag not in words)
     return words, str(answer), tuple(sorted(schedule.options, key=_number))
 
 
@@ -198,6 +198,13 @@ def checksum(family: str, split: str, number: int = EACH) -> str:
 def frozen() -> dict[str, Any]:
     """The committed checksums: split → family → SHA-256."""
     return json.loads(FROZEN.read_text(encoding="utf-8"))
+
+
+def freeze() -> None:
+    """Write the checksums of all families into `FROZEN`; a new benchmark needs a new `VERSION`."""
+    sums = {split: {family: checksum(family, split) for family in FAMILIES} for split in ("dev", "heldout")}
+    values = {"benchmark": "SlowFastBench", "version": VERSION, "questions": EACH, "checksums": sums}
+    FROZEN.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def check_frozen(family: str, split: str) -> None:
