@@ -12,7 +12,7 @@ from keye.checks import fraction
 from keye.commands.encode import VIDEO_SUFFIXES
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, run
-from keye.evaluation import Report, ablation
+from keye.evaluation import CONTROLS, Control, Report, ablation
 from keye.slowfast.measures import get_measure
 
 EXAMPLES = """examples:
@@ -58,8 +58,8 @@ def clips(places: list[str]) -> list[Path]:
 
 def accuracy_of(
     model_dir: str, manifest: str, families: list[str] | None, limit: int | None, measure: str | None
-) -> tuple[Callable[[float], Report], str]:
-    """(threshold → the model's report on the manifest's questions about videos, the measure's name).
+) -> tuple[Callable[..., Report], str]:
+    """(threshold, control → the model's report on the manifest's questions about videos; the measure's name).
 
     measure: how frames are compared; None takes the model's own.
     """
@@ -76,9 +76,9 @@ def accuracy_of(
     model, own = load(model_dir)
     encoder = {**own.encoder, "measure": measure or own.encoder["measure"]}
 
-    def ask(threshold: float) -> Report:
+    def ask(threshold: float, control: Control = "none") -> Report:
         processor = KeyeProcessor(own.tokenizer, {**encoder, "threshold": threshold}, own.image, own.chat_template)
-        return evaluate(model, processor, manifest, families, limit)
+        return evaluate(model, processor, manifest, families, limit, control)
 
     return ask, encoder["measure"]
 
@@ -119,10 +119,20 @@ def main() -> None:
     parser.add_argument("--model", metavar="DIR", help="also measure the accuracy of this model")
     parser.add_argument("--manifest", metavar="FILE", help="held-out questions for --model")
     parser.add_argument("--families", help="only these families, separated by commas")
+    parser.add_argument(
+        "--controls",
+        nargs="*",
+        choices=tuple(CONTROLS),
+        metavar="NAME",
+        help=f"also ask under these controls at every threshold; without a name, all: {', '.join(CONTROLS)}",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each family")
     args = parser.parse_args()
     if bool(args.model) != bool(args.manifest):
         raise KeyeError("--model and --manifest go together; give both or neither")
+    controls = tuple(CONTROLS) if args.controls == [] else tuple(args.controls or ())
+    if controls and not args.model:
+        raise KeyeError("--controls needs --model and --manifest; give them, or leave it out")
     wanted, videos = thresholds(args.threshold), clips(args.videos)
     if args.measure:
         get_measure(args.measure)
@@ -132,6 +142,7 @@ def main() -> None:
         ask, name = accuracy_of(args.model, args.manifest, families, args.limit, args.measure)
         asked = {"model": stamp(args.model), "manifest": stamp(args.manifest), "families": families}
         asked |= {"limit": args.limit, "measure": name}
+        asked |= {"controls": list(controls)} if controls else {}
     settings = {
         "measure": name,
         "max_tokens": args.max_tokens,
@@ -139,7 +150,7 @@ def main() -> None:
         "max_frames": args.max_frames,
     }
     default = SlowFastEncoder(**settings).threshold
-    rows, details = ablation.sweep(videos, wanted, settings, ask, args.out, asked)
+    rows, details = ablation.sweep(videos, wanted, settings, ask, args.out, asked, controls=controls)
     ablation.save(args.out, rows, details, {**settings, "default_threshold": default})
     for row in rows:
         print(ablation.line(row))

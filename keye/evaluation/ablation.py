@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ class AblationRow:
         accuracy_stderr: its standard error.
         questions: number of questions.
         families: family of questions → n, accuracy, stderr, chance, majority.
+        controls: control → accuracy on the questions to which it applies (`keye.evaluation.CONTROLS`).
     """
 
     threshold: float
@@ -64,16 +65,18 @@ class AblationRow:
     accuracy_stderr: float = math.nan
     questions: int = 0
     families: dict[str, dict[str, float]] = field(default_factory=dict)
+    controls: dict[str, float] = field(default_factory=dict)
 
 
 def sweep(
     clips: Sequence[str | Path],
     thresholds: Sequence[float],
     settings: dict | None = None,
-    accuracy: Callable[[float], Report] | None = None,
+    accuracy: Callable[..., Report] | None = None,
     out: str | Path | None = None,
     asked: dict | None = None,
     progress: bool = True,
+    controls: Sequence[str] = (),
 ) -> tuple[list[AblationRow], list[dict]]:
     """Encode every clip at every threshold, and ask a model its questions at every threshold.
 
@@ -81,11 +84,12 @@ def sweep(
         clips: paths of the clips.
         thresholds: similarity thresholds, 0 to 1.
         settings: further arguments of `SlowFastEncoder`; `threshold` and `policy` are ignored.
-        accuracy: threshold → report of a model's answers.
+        accuracy: threshold → report of a model's answers; with a control as its second argument, under that control.
         out: directory for partial results; results of the same settings that are there are not measured again.
         asked: JSON values that identify the model and the questions of `accuracy`; answers in `out` are reused only if
             these values are the same.
         progress: show a bar, or lines if the output is not a terminal.
+        controls: names in `keye.evaluation.CONTROLS`, measured at every threshold as well.
 
     Returns:
         One row per threshold, and one dict per clip and threshold.
@@ -104,7 +108,8 @@ def sweep(
             show("clips", done + 1, len(clips), Path(clip).name)
         for done, threshold in enumerate(thresholds if accuracy else ()):
             if threshold not in store.answers:
-                store.add_answers(threshold, accuracy(threshold))
+                missing_input = {control: accuracy(threshold, control) for control in controls}
+                store.add_answers(threshold, accuracy(threshold), missing_input)
             score = store.answers[threshold]["accuracy"]
             show("questions", done + 1, len(thresholds), f"threshold {threshold:g}: accuracy {score:.1%}")
     details = [store.clips[store.key(clip, threshold)] for threshold in thresholds for clip in clips]
@@ -221,11 +226,12 @@ class Store:
         if self.out is not None:
             self._append_clip(path, size, entry)
 
-    def add_answers(self, threshold: float, report: Report) -> None:
-        """Store the scores of a model's answers at one threshold."""
+    def add_answers(self, threshold: float, report: Report, controls: Mapping[str, Report]) -> None:
+        """Store the scores of a model's answers at one threshold, and of its answers under controls."""
         overall, families = report.overall, {name: asdict(score) for name, score in report.families.items()}
         scores = {"accuracy": overall.accuracy, "accuracy_stderr": overall.stderr, "questions": overall.n}
-        self.answers[threshold] = {**scores, "families": families}
+        means = {name: control.overall.accuracy for name, control in controls.items()}
+        self.answers[threshold] = {**scores, "families": families, "controls": means}
         if self.out is not None:
             self._append_answers(threshold, self.answers[threshold])
 
@@ -247,7 +253,9 @@ def line(row: AblationRow) -> str:
     """A row as one line of text."""
     text = f"threshold {row.threshold:.2f}: {row.tokens:8.0f} tokens a clip ({row.tokens_share:4.0%} of all-slow), "
     text += f"{row.slow_share:4.0%} slow, detail {row.psnr:.1f} dB, SSIM {row.ssim:.3f}"
-    return text if math.isnan(row.accuracy) else f"{text}, accuracy {row.accuracy:.1%} ± {row.accuracy_stderr:.1%}"
+    if not math.isnan(row.accuracy):
+        text += f", accuracy {row.accuracy:.1%} ± {row.accuracy_stderr:.1%}"
+    return text + "".join(f", {name} {share:.1%}" for name, share in row.controls.items())
 
 
 def save(out: str | Path, rows: Sequence[AblationRow], details: Sequence[dict], settings: dict) -> None:

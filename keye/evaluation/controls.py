@@ -7,6 +7,7 @@ something missing from the video. A question that a control answers tests someth
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -46,11 +47,15 @@ def partners(questions: Sequence[Question]) -> list[Question]:
     Raises:
         KeyeError: all questions of a family with media have the same media.
     """
-    found = []
-    for index, question in enumerate(questions):
-        later = (*questions[index + 1 :], *questions[:index])
-        same = (other for other in later if other.family == question.family and other.media == question.media)
-        partner = next((other for other in same if other.files != question.files), None)
+    similar: dict[tuple, list[Question]] = {}
+    for question in questions:
+        similar.setdefault((question.family, *question.media), []).append(question)
+    places, found = dict.fromkeys(similar, 0), []
+    for question in questions:
+        key = (question.family, *question.media)
+        places[key] += 1
+        later = islice(cycle(similar[key]), places[key], places[key] + len(similar[key]))
+        partner = next((other for other in later if other.files != question.files), None)
         if partner is None:
             raise KeyeError(f"the control 'other' needs two clips of the family {question.family}; ask more questions")
         found.append(partner)

@@ -10,7 +10,8 @@ import keye.cli
 from keye.errors import KeyeError, ManifestError
 from keye.evaluation import ManifestBenchmark, Outcome, Report, evaluate, merge
 from keye.evaluation.benchmark import Question
-from keye.evaluation.evaluate import Reply, zeroed
+from keye.evaluation.controls import zeroed
+from keye.evaluation.evaluate import Reply
 from keye.evaluation.report import Baselines, score
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
