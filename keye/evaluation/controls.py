@@ -7,7 +7,6 @@ something missing from the video. A question that a control answers tests someth
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -53,8 +52,9 @@ def partners(questions: Sequence[Question]) -> list[Question]:
     places, found = dict.fromkeys(similar, 0), []
     for question in questions:
         key = (question.family, *question.media)
+        group, place = similar[key], places[key]
         places[key] += 1
-        later = islice(cycle(similar[key]), places[key], places[key] + len(similar[key]))
+        later = (group[(place + step) % len(group)] for step in range(1, len(group)))
         partner = next((other for other in later if other.files != question.files), None)
         if partner is None:
             raise KeyeError(f"the control 'other' needs two clips of the family {question.family}; ask more questions")

@@ -27,6 +27,7 @@ from keye.evaluation.match import parse_box
 from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import Measure
 from keye.world.render import write_mp4
+from keye.world.slowfastbench import family as families
 from keye.world.slowfastbench import film, questions, schedules, table
 from keye.world.slowfastbench.questions import Item, draw
 from keye.world.slowfastbench.table import FAMILIES
@@ -39,13 +40,17 @@ EXAMPLES = """examples:
 """
 HEAD = """# SlowFastBench v1: what can be answered without a pixel
 
-All of it again: `python -m scripts.bench.adversary`. How the benchmark is made: [docs/world.md](../world.md)."""
+All of it again: `python -m scripts.bench.adversary`. How the benchmark is made:
+[docs/slowfastbench.md](../slowfastbench.md)."""
+CHANGES = "One minus the lowest similarity of a clip, mean ± half the largest difference between two answers"
 MEASURES = ("change", "mse", "patch_cosine", "lab", "patch_l1")
 HEIGHT = 144
 CHUNK = 200
 """Groups in one file of the cache."""
 EVENTS = 12
 """Lowest similarities that are given in the order of time, with their times."""
+LOWEST = 0
+"""Place of the lowest similarity in the inputs."""
 POINT = 0.01
 """Largest accepted advantage over chance."""
 
@@ -59,12 +64,14 @@ class Drawn:
         answers: int [N], the number of the right choice.
         allowed: bool [N, C], the choices that the question offers.
         groups: int [N].
+        drops: float32 [N, M], one minus the lowest similarity under each measure.
     """
 
     inputs: dict[str, np.ndarray]
     answers: np.ndarray
     allowed: np.ndarray
     groups: np.ndarray
+    drops: np.ndarray
 
 
 def main() -> None:
@@ -80,13 +87,14 @@ def main() -> None:
     numbers = {"train": args.train or (80 if args.quick else 4000), "test": args.test or (80 if args.quick else 10_000)}
     splits = {"train": "train", "test": "dev" if args.dev else "heldout"}
     files = 80 if args.quick else args.files
-    began, rows, claims, out = time.monotonic(), [], [], out_of(args)
+    began, rows, changes, claims, out = time.monotonic(), [], [], [], out_of(args)
     for family in args.families:
         drawn = {part: load(family, splits[part], numbers[part], files) for part in numbers}
         if args.draw_only:
             continue
         found = judge(family, drawn["train"], drawn["test"])
         rows += found
+        changes.append([family, *map(change, *spread(drawn["test"]))])
         chance, best = found[0][2], max(found, key=lambda row: float(row[5]))
         claims.append(
             Claim(f"{family}: best input", f"≤ 1 point above {chance} %", f"{best[4]} % ({best[1]})",
@@ -94,10 +102,22 @@ def main() -> None:
         )  # fmt: skip
         columns = ["family", "input", "chance", "questions", "accuracy, 95 % interval", "above", "within 1 point"]
         title = f"Accuracy of the adversary in per cent, learnt from {numbers['train']} other questions"
-        save(out, "adversary", claims, [Table(title, columns, rows)], seconds=time.monotonic() - began,
+        by_measure = Table(CHANGES, ["family", *MEASURES], changes)
+        save(out, "adversary", claims, [Table(title, columns, rows), by_measure], seconds=time.monotonic() - began,
              quick=args.quick, seeds=splits)  # fmt: skip
         path = (out if args.quick or args.out else out.parent) / "bench_v1.md"
         path.write_text(document(out, ["adversary"], HEAD), encoding="utf-8")
+
+
+def spread(drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the largest change under each measure, and the largest difference between the means of two answers."""
+    means = np.stack([drawn.drops[drawn.answers == answer].mean(0) for answer in np.unique(drawn.answers)])
+    return drawn.drops.mean(0), np.ptp(means, axis=0)
+
+
+def change(mean: float, difference: float) -> str:
+    """A cell of the table of changes."""
+    return f"{mean:.3f} ± {difference / 2:.4f}"
 
 
 def load(family: str, split: str, number: int, files: int) -> Drawn:
@@ -130,7 +150,7 @@ def load(family: str, split: str, number: int, files: int) -> Drawn:
 def _code() -> str:
     """A checksum of the code that draws, so that other drawings are not mixed."""
     digest = hashlib.sha256()
-    for module in (film, questions, schedules, table, sys.modules[__name__]):
+    for module in (families, film, questions, schedules, table, sys.modules[__name__]):
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()[:12]
 
@@ -151,7 +171,8 @@ def _chunk(family: str, split: str, groups: range, files: int) -> dict[str, np.n
                 if group - groups[0] < files:
                     seen[item.clip]["input packets"] = _packets(painter)
             answer, allowed = choice(item)
-            facts = {"words": _words(item), "answers": answer, "allowed": allowed, "groups": group}
+            drops = np.array([1 - seen[item.clip][f"input {name}"][LOWEST] for name in MEASURES], np.float32)
+            facts = {"drops": drops, "words": _words(item), "answers": answer, "allowed": allowed, "groups": group}
             for name, value in (facts | seen[item.clip]).items():
                 rows.setdefault(name, []).append(value)
     return {name: np.stack(values) for name, values in rows.items()}
@@ -168,7 +189,8 @@ def _plans(painter: film.Painter, encoders: dict[str, SlowFastEncoder]) -> Itera
         types, scores = FrameClassifier(_Remembered(encoder.measure, pixels), encoder.policy).step(shown)
         similarity = np.nan_to_num(np.array(scores), nan=1.0)
         lowest = np.sort(np.argsort(similarity, kind="stable")[:EVENTS])
-        yield name, np.concatenate([types, similarity, similarity[lowest], lowest, np.sort(similarity), [sum(types)]])
+        found = [[similarity.min()], types, similarity, similarity[lowest], lowest, np.sort(similarity), [sum(types)]]
+        yield name, np.concatenate(found)
 
 
 class _Remembered:

@@ -1,8 +1,9 @@
 """SlowFastBench v1: drawn clips whose questions cannot be answered from the plan, the file or the text."""
 
+from keye.world.slowfastbench.family import Family
 from keye.world.slowfastbench.film import Film, Painter
 from keye.world.slowfastbench.questions import EACH, SPLITS, VERSION, Item, check_frozen, checksum, draw
-from keye.world.slowfastbench.table import FAMILIES, Family
+from keye.world.slowfastbench.table import FAMILIES
 from keye.world.slowfastbench.write import painter_of, write
 
 __all__ = [

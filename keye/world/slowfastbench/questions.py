@@ -13,10 +13,11 @@ import numpy as np
 
 from keye.errors import ManifestError
 from keye.world.scene import CELL, COLOURS
+from keye.world.slowfastbench.family import Family
 from keye.world.slowfastbench.film import Film, Painter
 from keye.world.slowfastbench.real import REAL_CLIPS
 from keye.world.slowfastbench.schedules import Schedule, scale
-from keye.world.slowfastbench.table import FAMILIES, Family
+from keye.world.slowfastbench.table import FAMILIES
 
 VERSION = 1
 SPLITS = ("dev", "heldout", "train")
@@ -88,6 +89,8 @@ def draw(family: str, split: str, index: int, length: int | None = None, height:
     length, height = length or drawn, height or drawn_height
     cells = round(length / CELL)
     motion = row.motions[int(rng.integers(len(row.motions)))]
+    if length >= 3600 and height > 240:
+        motion = "still"
     tags = tuple(str(name) for name in rng.permutation(TAG_COLOURS)[: row.places]) if row.tags else ()
     offered = [tags[place] for place in rng.permutation(len(tags))]
     if row.group == "tags":

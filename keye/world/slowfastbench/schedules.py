@@ -7,12 +7,10 @@ number of the clip in its group: the random state is the same for all clips of a
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from keye.world.slowfastbench.table import Family
+from keye.world.slowfastbench.family import Family
 
 NTH = ("first", "second", "third", "fourth")
 RATES = {
@@ -71,13 +69,13 @@ def slots(rng: np.random.Generator, cells: int, holds: list[int]) -> list[int]:
     return [1 + place - i + before[i] + gap * i for i, place in enumerate(places)]
 
 
-def hold(rng: np.random.Generator, row: "Family", cells: int) -> int:
+def hold(rng: np.random.Generator, row: Family, cells: int) -> int:
     """Cells of one event of the clip; equal for all of its events."""
     low, high = row.hold
     return int(rng.integers(low, high + 1)) * scale(cells)
 
 
-def _each_once(rng: np.random.Generator, row: "Family", cells: int, shift: int = 0) -> tuple[np.ndarray, list, list]:
+def _each_once(rng: np.random.Generator, row: Family, cells: int, shift: int = 0) -> tuple[np.ndarray, list, list]:
     """Every place has one event: states, places in the order of time, starts in the order of time."""
     length = hold(rng, row, cells)
     starts = slots(rng, cells, [length] * row.places)
@@ -88,7 +86,7 @@ def _each_once(rng: np.random.Generator, row: "Family", cells: int, shift: int =
     return states, places, starts
 
 
-def one(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def one(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """One tagged place has an event, and each decoy has one."""
     length, total = hold(rng, row, cells), row.places + row.decoys
     who = [0, *range(row.places, total)]
@@ -98,27 +96,27 @@ def one(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Sch
     return Schedule(states, [(None, 0)])
 
 
-def order(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def order(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """Every place has one event; the clips of a group have the same frames in another order."""
     asked = int(rng.integers(row.places))
     states, places, _ = _each_once(rng, row, cells, shift=member)
     return Schedule(states, [(NTH[asked], places[asked])])
 
 
-def when(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def when(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """Every place has one event; the options are the seconds of all events."""
     states, places, starts = _each_once(rng, row, cells)
     seconds = [f"{start / 2:g}" for start in starts]
     return Schedule(states, list(zip(places, seconds, strict=True)), "value", options=tuple(seconds))
 
 
-def ground(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def ground(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """Every place has one event; the answer is the box of one of them."""
     states, places, _ = _each_once(rng, row, cells)
     return Schedule(states, list(zip(NTH, places, strict=True)), "box")
 
 
-def count(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def count(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """The places have 1, 2, 3 and 4 events; the total is the same in every clip."""
     length, numbers = hold(rng, row, cells), list(range(1, row.places + 1))
     who = rng.permutation(np.repeat(np.arange(row.places), numbers))
@@ -129,7 +127,7 @@ def count(rng: np.random.Generator, row: "Family", cells: int, member: int) -> S
                     options=tuple(map(str, numbers)))  # fmt: skip
 
 
-def duration(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def duration(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """The events last one, two, four and eight units, in random order."""
     unit, lengths = hold(rng, row, cells), list(HOLDS.values())
     places = rng.permutation(row.places).tolist()
@@ -139,7 +137,7 @@ def duration(rng: np.random.Generator, row: "Family", cells: int, member: int) -
     return Schedule(states, list(zip(HOLDS, range(row.places), strict=True)))
 
 
-def together(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def together(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """Two pairs of places have an event each; the question names one place and asks for the other of its pair."""
     length = hold(rng, row, cells)
     states = np.zeros((row.places, cells), int)
@@ -148,14 +146,14 @@ def together(rng: np.random.Generator, row: "Family", cells: int, member: int) -
     return Schedule(states, [(place, place ^ 1) for place in range(row.places)], "tags")
 
 
-def compare(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def compare(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """Two lamps are lit before the cut and two after it; one of each is the same."""
     cut = int(rng.integers(cells // 4, cells - cells // 4 + 1))
     states = np.array([[before] * cut + [after] * (cells - cut) for before, after in ACROSS.values()])
     return Schedule(states, list(zip(ACROSS, range(row.places), strict=True)), cut=cut)
 
 
-def blink(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def blink(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """For 8 to 12 seconds all lamps blink, each with another period."""
     length = min(int(rng.integers(16, 25)), cells - 1)
     start = int(rng.integers(1, cells - length + 1))
@@ -166,7 +164,7 @@ def blink(rng: np.random.Generator, row: "Family", cells: int, member: int) -> S
     return Schedule(states, list(zip(PERIODS, range(row.places), strict=True)))
 
 
-def spin(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def spin(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """For 4 to 8 seconds all dials turn, each at another rate or in another direction."""
     length = min(int(rng.integers(8, 17)), cells - 1)
     start = int(rng.integers(1, cells - length + 1))
@@ -176,7 +174,7 @@ def spin(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Sc
     return Schedule(states, list(zip(RATES, range(row.places), strict=True)))
 
 
-def turn(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def turn(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """A disc goes round once, clockwise or, with the same frames in reverse order, counter-clockwise."""
     length = hold(rng, row, cells)
     start = int(rng.integers(1, cells - RING * length + 2))
@@ -185,7 +183,7 @@ def turn(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Sc
     return Schedule(states, [(None, WAYS[member])], "word", options=WAYS)
 
 
-def cards(rng: np.random.Generator, row: "Family", cells: int, member: int) -> Schedule:
+def cards(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
     """Cards with the same four digits in different orders; which digit is at a place?"""
     digits, length = rng.permutation(10)[:4], hold(rng, row, cells)
     orders = [rng.permutation(digits).tolist() for _ in range(row.places)]

@@ -127,7 +127,7 @@ def render(film: tuple[Path, Film], folder: Path | None) -> Film:
     """Encode one film to its path; returns the film."""
     path, what = film
     painter = painter_of(what, folder)
-    write_mp4(path, map(painter.frame, range(what.frames)), what.fps)
+    write_mp4(path, map(painter.frame, range(what.frames)), what.fps, crf=18 if what.cells <= 120 else 23)
     return what
 
 
