@@ -3,9 +3,10 @@
 It learns from questions of the split "train" and is scored on others, of the split "heldout". Its inputs are the words
 of the question and, one after the other: the plan under each measure (types, times, tokens, similarities), the packets
 of the file, and nothing else ("text"). A family counts where no input gives more than chance. Clips are drawn at 144p
-and 8 to 32 seconds, their frames stay in memory (2 a second) for the plans and are encoded for the packets. Needs
-scikit-learn (the extra "adversary"). Drawn features are cached in .cache/bench/adversary; an interrupted run continues.
-Results: docs/results/bench_v1.md.
+and 8 to 32 seconds, their frames stay in memory (2 a second) for the plans and are encoded for the packets. Two parts:
+"still" has still backgrounds, where noise and camera motion do not hide a change, and "drawn" the benchmark's own mix,
+with fewer questions. Needs scikit-learn (the extra "adversary"). Drawn features are cached in .cache/bench/adversary;
+an interrupted run continues. Results: docs/results/bench_v1.md.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ from keye.world.slowfastbench.table import FAMILIES
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, document, out_of, save
 
 EXAMPLES = """examples:
-  python -m scripts.bench.adversary                          all families; an hour on two quiet cores
+  python -m scripts.bench.adversary                          all families; 40 minutes on one quiet core
+  python -m scripts.bench.adversary --motion drawn           the mix of backgrounds of the benchmark
   python -m scripts.bench.adversary --families find --quick  shows that it runs
   python -m scripts.bench.adversary --draw-only --families find order      fills the cache, for several processes
 """
@@ -43,7 +45,10 @@ HEAD = """# SlowFastBench v1: what can be answered without a pixel
 All of it again: `python -m scripts.bench.adversary`. How the benchmark is made:
 [docs/slowfastbench.md](../slowfastbench.md)."""
 CHANGES = "One minus the lowest similarity of a clip, mean ± half the largest difference between two answers"
-MEASURES = ("change", "mse", "patch_cosine", "lab", "patch_l1")
+FAST_MEASURES = ("change", "mse", "patch_cosine", "patch_l1")
+MEASURES = (*FAST_MEASURES, "lab")
+NUMBERS = {"still": (4000, 10_000), "drawn": (1000, 2000)}
+"""Motion of the backgrounds → questions to learn from and others to answer."""
 HEIGHT = 144
 CHUNK = 200
 """Groups in one file of the cache."""
@@ -60,7 +65,7 @@ class Drawn:
     """Questions of one family.
 
     Attributes:
-        inputs: name → float32 [N, F]; the packets have fewer rows, the first ones.
+        inputs: name → float32 [N, F]; lab and the packets have fewer rows, the first ones.
         answers: int [N], the number of the right choice.
         allowed: bool [N, C], the choices that the question offers.
         groups: int [N].
@@ -78,18 +83,19 @@ def main() -> None:
     parser = arguments(__doc__, EXAMPLES, results="bench_v1")
     names = [name for name, row in FAMILIES.items() if not row.real]
     parser.add_argument("--families", nargs="+", default=names, choices=names, metavar="NAME")
-    parser.add_argument("--train", type=int, metavar="N", help="questions to learn from (4000; 80 with --quick)")
-    parser.add_argument("--test", type=int, metavar="N", help="other questions (10000; 80 with --quick)")
-    parser.add_argument("--files", type=int, default=2000, metavar="N", help="of each, at most N also as files (2000)")
+    parser.add_argument("--motion", choices=("still", "drawn"), default="still", help="of the backgrounds (still)")
+    parser.add_argument("--train", type=int, metavar="N", help="questions to learn from (4000; drawn 1000; quick 80)")
+    parser.add_argument("--test", type=int, metavar="N", help="other questions (10000; drawn 2000; quick 80)")
+    parser.add_argument("--some", type=int, default=1000, metavar="N", help="of each for packets and lab (1000)")
     parser.add_argument("--dev", action="store_true", help="score on the split dev, while the drawing is being changed")
     parser.add_argument("--draw-only", action="store_true", help="fill the cache and stop")
     args = parser.parse_args()
-    numbers = {"train": args.train or (80 if args.quick else 4000), "test": args.test or (80 if args.quick else 10_000)}
+    train, test = (80, 80) if args.quick else NUMBERS[args.motion]
+    numbers = {"train": args.train or train, "test": args.test or test}
     splits = {"train": "train", "test": "dev" if args.dev else "heldout"}
-    files = 80 if args.quick else args.files
     began, rows, changes, claims, out = time.monotonic(), [], [], [], out_of(args)
     for family in args.families:
-        drawn = {part: load(family, splits[part], numbers[part], files) for part in numbers}
+        drawn = {part: load(family, splits[part], numbers[part], args.some, args.motion) for part in numbers}
         if args.draw_only:
             continue
         found = judge(family, drawn["train"], drawn["test"])
@@ -102,11 +108,11 @@ def main() -> None:
         )  # fmt: skip
         columns = ["family", "input", "chance", "questions", "accuracy, 95 % interval", "above", "within 1 point"]
         title = f"Accuracy of the adversary in per cent, learnt from {numbers['train']} other questions"
-        by_measure = Table(CHANGES, ["family", *MEASURES], changes)
-        save(out, "adversary", claims, [Table(title, columns, rows), by_measure], seconds=time.monotonic() - began,
+        by_measure = Table(CHANGES, ["family", *FAST_MEASURES], changes)
+        save(out, args.motion, claims, [Table(title, columns, rows), by_measure], seconds=time.monotonic() - began,
              quick=args.quick, seeds=splits)  # fmt: skip
         path = (out if args.quick or args.out else out.parent) / "bench_v1.md"
-        path.write_text(document(out, ["adversary"], HEAD), encoding="utf-8")
+        path.write_text(document(out, ["still", "drawn"], HEAD), encoding="utf-8")
 
 
 def spread(drawn: Drawn) -> tuple[np.ndarray, np.ndarray]:
@@ -120,19 +126,19 @@ def change(mean: float, difference: float) -> str:
     return f"{mean:.3f} ± {difference / 2:.4f}"
 
 
-def load(family: str, split: str, number: int, files: int) -> Drawn:
-    """The first `number` questions of a family, from the cache or drawn into it."""
+def load(family: str, split: str, number: int, some: int, motion: str) -> Drawn:
+    """The first `number` questions of a family, from the cache or drawn into it; `some` of them with all inputs."""
     members = FAMILIES[family].members
-    groups, file_groups = math.ceil(number / members), math.ceil(min(number, files) / members)
+    groups, full_groups = math.ceil(number / members), math.ceil(min(number, some) / members)
     folder = ROOT / ".cache/bench/adversary" / _code()
     folder.mkdir(parents=True, exist_ok=True)
     began, parts = time.monotonic(), []
     for first in range(0, groups, CHUNK):
         last = min(first + CHUNK, groups)
-        here = min(max(file_groups - first, 0), last - first)
-        path = folder / f"{family}-{split}-{first}-{last}-{here}.npz"
+        here = min(max(full_groups - first, 0), last - first)
+        path = folder / f"{family}-{motion}-{split}-{first}-{last}-{here}.npz"
         if not path.exists():
-            part = _chunk(family, split, range(first, last), here)
+            part = _chunk(family, split, range(first, last), here, motion)
             scratch = path.with_suffix(".part.npz")
             np.savez_compressed(scratch, **part)
             scratch.replace(path)
@@ -155,8 +161,8 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
-def _chunk(family: str, split: str, groups: range, files: int) -> dict[str, np.ndarray]:
-    """Words, inputs, answers and choices of some groups of questions; the first `files` groups also as files."""
+def _chunk(family: str, split: str, groups: range, full: int, motion: str) -> dict[str, np.ndarray]:
+    """Words, inputs, answers and choices of some groups of questions; the first `full` groups with all inputs."""
     torch.set_num_threads(1)
     encoders = {name: SlowFastEncoder(measure=name) for name in MEASURES}
     row, rows = FAMILIES[family], {}
@@ -164,14 +170,16 @@ def _chunk(family: str, split: str, groups: range, files: int) -> dict[str, np.n
     for group in groups:
         seen: dict[str, dict[str, np.ndarray]] = {}
         for member in range(row.members):
-            item = draw(family, split, group * row.members + member, length=length, height=HEIGHT)
+            index = group * row.members + member
+            item = draw(family, split, index, length, HEIGHT, None if motion == "drawn" else motion)
             if item.clip not in seen:
                 painter = film.Painter(item.film)
-                seen[item.clip] = {f"input {name}": values for name, values in _plans(painter, encoders)}
-                if group - groups[0] < files:
+                used = encoders if group - groups[0] < full else {name: encoders[name] for name in FAST_MEASURES}
+                seen[item.clip] = {f"input {name}": values for name, values in _plans(painter, used)}
+                if used is encoders:
                     seen[item.clip]["input packets"] = _packets(painter)
             answer, allowed = choice(item)
-            drops = np.array([1 - seen[item.clip][f"input {name}"][LOWEST] for name in MEASURES], np.float32)
+            drops = np.array([1 - seen[item.clip][f"input {name}"][LOWEST] for name in FAST_MEASURES], np.float32)
             facts = {"drops": drops, "words": _words(item), "answers": answer, "allowed": allowed, "groups": group}
             for name, value in (facts | seen[item.clip]).items():
                 rows.setdefault(name, []).append(value)

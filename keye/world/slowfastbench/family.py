@@ -8,7 +8,9 @@ LENGTHS = (4, 8, 16, 32, 60, 240, 600, 3600)
 """Seconds of a clip."""
 WEIGHTS = (4, 4, 4, 3, 3, 3, 2, 1)
 """How often each length occurs."""
-HEIGHTS = {4: (144, 240, 360, 480, 720, 1080), 32: (144, 240, 360, 480, 720), 240: (144, 240, 360, 480), 3600: (144, 240)}
+HEIGHTS = {
+    4: (144, 240, 360, 480, 720, 1080), 32: (144, 240, 360, 480, 720), 240: (144, 240, 360, 480), 3600: (144, 240)
+}  # fmt: skip
 """Length in seconds → pixel heights of clips from this length on; frames are 16:9."""
 MOTIONS = ("still", "still", "grain", "pan")
 """Half of the backgrounds are still. Hours of noise above 240p take hundreds of megabytes and are still as well."""

@@ -63,14 +63,21 @@ class Item:
         return {"id": self.name, **values, "film": film, "slices": self.slices}
 
 
-def draw(family: str, split: str, index: int, length: int | None = None, height: int | None = None) -> Item:
+def draw(
+    family: str,
+    split: str,
+    index: int,
+    length: int | None = None,
+    height: int | None = None,
+    motion: str | None = None,
+) -> Item:
     """Question `index` of a family; the same arguments give the same question.
 
     Args:
         family: a name in `FAMILIES`.
         split: "dev", "heldout" or "train".
         index: 0 or more.
-        length, height: seconds and pixels of the clip instead of the drawn ones, for tests and for the adversary.
+        length, height, motion: of the clip instead of the drawn ones, for tests and for the adversary.
 
     Raises:
         ManifestError: the family or the split is unknown.
@@ -88,9 +95,8 @@ def draw(family: str, split: str, index: int, length: int | None = None, height:
     drawn_height = heights[int(rng.integers(len(heights)))]
     length, height = length or drawn, height or drawn_height
     cells = round(length / CELL)
-    motion = row.motions[int(rng.integers(len(row.motions)))]
-    if length >= 3600 and height > 240:
-        motion = "still"
+    moves = row.motions[int(rng.integers(len(row.motions)))]
+    motion = motion or ("still" if length >= 3600 and height > 240 else moves)
     tags = tuple(str(name) for name in rng.permutation(TAG_COLOURS)[: row.places]) if row.tags else ()
     offered = [tags[place] for place in rng.permutation(len(tags))]
     if row.group == "tags":
