@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,21 @@ class Report:
             return cls(data["name"], outcomes, data["settings"], data["seconds"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ManifestError(f"{path} is not an evaluation report; write one with keye evaluate --out") from error
+
+
+def control_table(reports: Mapping[str, Report]) -> str:
+    """Plain-text table of the same questions under several controls, one line a family, in per cent.
+
+    Args:
+        reports: control → report, "none" among them. A control that does not apply to a family shows a dash.
+    """
+    lines = ["".join(f"{name:>14}" for name in ("family", "chance", "majority", *reports))]
+    for family, row in reports["none"].families.items():
+        scores = [report.families.get(family) for report in reports.values()]
+        cells = [f"{100 * row.chance:.1f}", f"{100 * row.majority:.1f}"]
+        cells += ["–" if s is None else f"{100 * s.accuracy:.1f} ± {100 * s.stderr:.1f}" for s in scores]
+        lines.append("".join(f"{cell:>14}" for cell in (family, *cells)))
+    return "\n".join(lines)
 
 
 def merge(reports: Iterable[Report]) -> Report:

@@ -39,7 +39,8 @@ HEAD = """# The drawn world, probed
 Can a question of SlowFastWorld be answered without a pixel? To repeat all measurements: `python -m
 scripts.bench.world_probes`.
 The best of four probes (a look-up of the exact plan, 25 nearest neighbours, a logistic regression, an MLP with 128
-units) is compared with the best constant guess."""
+units) is compared with the best constant guess. Families that leak stay as they are, because the
+demo's records depend on them; comparisons use SlowFastBench ([bench_v1.md](bench_v1.md))."""
 CLIPS = ("read", "count", "order", "when", "motion", "find")
 STILLS = ("image_read", "image_ground", "image_place")
 MEASURES = ("patch_l1", "change")

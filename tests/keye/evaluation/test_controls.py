@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from keye.errors import KeyeError
-from keye.evaluation import CONTROLS, ManifestBenchmark, ablation, evaluate
+from keye.evaluation import CONTROLS, ManifestBenchmark, ablation, control_table, evaluate
 from keye.evaluation.controls import cut, frames_of, partners
 from keye.evaluation.evaluate import Reply
 from keye.processor.processor import KeyeProcessor
@@ -167,3 +167,16 @@ def test_the_ablation_measures_controls_and_keeps_them(asking, tmp_path, manifes
         assert rows[0].controls == {"blind": 0.0, "shuffled": 0.0} and rows[0].accuracy == 1.0
         assert "blind 0.0%, shuffled 0.0%" in ablation.line(rows[0])
     assert sorted(asked) == [(0.5, "blind"), (0.5, "none"), (0.5, "shuffled")], "the second sweep reads the first"
+
+
+def test_one_table_has_every_control_and_a_dash_where_it_does_not_apply(asking):
+    reports = {control: asking("shade", control) for control in ("none", *CONTROLS)}
+    words = {control: asking("words", control) for control in reports}
+    for control, report in words.items():
+        reports[control].outcomes.extend(report.outcomes)
+    head, shade, other = control_table(reports).splitlines()
+    assert head.split() == ["family", "chance", "majority", "none", *CONTROLS]
+    assert shade.split()[:3] == ["shade", "50.0", "50.0"] and shade.split()[3::3] == [
+        "100.0", "0.0", "50.0", "0.0", "100.0", "100.0"
+    ]  # fmt: skip
+    assert other.split().count("–") == len(CONTROLS)
