@@ -31,7 +31,9 @@ from keye.world.render import write_mp4
 from keye.world.slowfastbench import family as families
 from keye.world.slowfastbench import film, questions, schedules, table
 from keye.world.slowfastbench.questions import Item, draw
+from keye.world.slowfastbench.real import REAL_CLIPS
 from keye.world.slowfastbench.table import FAMILIES
+from keye.world.slowfastbench.write import painter_of
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, document, out_of, save
 
 EXAMPLES = """examples:
@@ -50,6 +52,7 @@ MEASURES = (*FAST_MEASURES, "lab")
 NUMBERS = {"still": (4000, 10_000), "drawn": (1000, 2000)}
 """Motion of the backgrounds → questions to learn from and others to answer."""
 HEIGHT = 144
+CLIPS = ROOT / ".cache/clips"
 CHUNK = 200
 """Groups in one file of the cache."""
 EVENTS = 12
@@ -81,8 +84,8 @@ class Drawn:
 
 def main() -> None:
     parser = arguments(__doc__, EXAMPLES, results="bench_v1")
-    names = [name for name, row in FAMILIES.items() if not row.real]
-    parser.add_argument("--families", nargs="+", default=names, choices=names, metavar="NAME")
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), metavar="NAME",
+                        help="only these (all; those on real clips for --motion drawn if .cache/clips has the clips)")  # fmt: skip
     parser.add_argument("--motion", choices=("still", "drawn"), default="still", help="of the backgrounds (still)")
     parser.add_argument("--train", type=int, metavar="N", help="questions to learn from (4000; drawn 1000; quick 80)")
     parser.add_argument("--test", type=int, metavar="N", help="other questions (10000; drawn 2000; quick 80)")
@@ -94,7 +97,8 @@ def main() -> None:
     numbers = {"train": args.train or train, "test": args.test or test}
     splits = {"train": "train", "test": "dev" if args.dev else "heldout"}
     began, rows, changes, claims, out = time.monotonic(), [], [], [], out_of(args)
-    for family in args.families:
+    real = args.motion == "drawn" and all((CLIPS / name).is_file() for name in REAL_CLIPS)
+    for family in args.families or [name for name, row in FAMILIES.items() if real or not row.real]:
         drawn = {part: load(family, splits[part], numbers[part], args.some, args.motion) for part in numbers}
         if args.draw_only:
             continue
@@ -173,7 +177,7 @@ def _chunk(family: str, split: str, groups: range, full: int, motion: str) -> di
             index = group * row.members + member
             item = draw(family, split, index, length, HEIGHT, None if motion == "drawn" else motion)
             if item.clip not in seen:
-                painter = film.Painter(item.film)
+                painter = painter_of(item.film, CLIPS)
                 used = encoders if group - groups[0] < full else {name: encoders[name] for name in FAST_MEASURES}
                 seen[item.clip] = {f"input {name}": values for name, values in _plans(painter, used)}
                 if used is encoders:
