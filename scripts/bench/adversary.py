@@ -85,7 +85,7 @@ class Drawn:
 def main() -> None:
     parser = arguments(__doc__, EXAMPLES, results="bench_v1")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), metavar="NAME",
-                        help="only these (all; those on real clips for --motion drawn if .cache/clips has the clips)")  # fmt: skip
+                        help="only these (all; real_… with --motion drawn and .cache/clips)")  # fmt: skip
     parser.add_argument("--motion", choices=("still", "drawn"), default="still", help="of the backgrounds (still)")
     parser.add_argument("--train", type=int, metavar="N", help="questions to learn from (4000; drawn 1000; quick 80)")
     parser.add_argument("--test", type=int, metavar="N", help="other questions (10000; drawn 2000; quick 80)")
