@@ -1,6 +1,6 @@
 """The families of SlowFastBench v1 in one table: what changes, when, for how long, by how much, and what is asked.
 
-Answers come from the *binding* of equal events, never from the events: coloured tags that do not change are dealt to
+Answers come from the *binding* of equal events, never from the events: coloured tags that do not change are assigned to
 the places at random, and the places are far from the tags. So all answers of a family have the same distribution of
 plans, similarities and packets.
 """
