@@ -32,7 +32,7 @@ from keye.inference.batching import BatchEngine
 from keye.inference.chat import load_model
 from keye.inference.sampling import Sampling
 from keye.processor.messages import Message
-from keye.processor.processor import KeyeProcessor
+from keye.processor.reply import parse_reply
 from keye.slowfast.plan import VideoPlan
 
 ARGUMENTS = ("pretrained", "device", "dtype", "batch_size", "max_batch_size", "system_prompt", "thinking")
@@ -89,7 +89,7 @@ class Keye(lmms):
                 raise KeyeError(f"model_args: thinking is {thinking!r}; give True or False, or leave it out")
             model, processor = load_model(pretrained, device or _own_device(), dtype)
             _check_template(pretrained)
-            self.model, self.processor = model, _with_settings(processor, encoder)
+            self.model, self.processor = model, processor.with_encoder(**encoder) if encoder else processor
         self.system_prompt = self._resolve_system_prompt(system_prompt) if system_prompt else None
         self.thinking, self.device = thinking, model.device
         self.context = model.config.text_config.max_position_embeddings
@@ -142,7 +142,9 @@ class Keye(lmms):
         answering = BatchedAnswering(self.model, self.processor.tokenizer, inputs, sampling, engine=engine)
         for _ in answering:
             pass
-        text, figures = answering.text.strip(), answering.figures
+        figures, reply = answering.figures, parse_reply(answering.text)
+        # lmms-eval removes a thought by its tags, and knows no tags of an answer.
+        text = reply.answer if reply.thinking is None else f"<think>{reply.thinking}</think>{reply.answer}"
         self.cache_hook.add_partial("generate_until", (context, settings), text)
         counts = TokenCounts(input_tokens=figures.prompt_tokens, output_tokens=figures.new_tokens)
         return GenerationResult(text, counts), sample.plans
@@ -179,17 +181,6 @@ def _check_template(directory: str) -> None:
         raise CheckpointError(
             f"{directory} has no chat template; copy the chat_template.jinja that the model was tuned with into it"
         )
-
-
-def _with_settings(processor: KeyeProcessor, given: Mapping[str, Any]) -> KeyeProcessor:
-    """The processor with some settings of its encoder replaced."""
-    if not given:
-        return processor
-    try:
-        settings = processor._encoder.with_settings(**given).settings
-    except KeyeError as error:
-        raise KeyeError(f"model_args: {error}") from error
-    return KeyeProcessor(processor.tokenizer, settings, processor.image, processor.chat_template)
 
 
 def sampling_of(settings: Mapping[str, Any], context: int) -> Sampling:

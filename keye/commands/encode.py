@@ -74,9 +74,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     preset.add_argument("--released", action="store_true", help="the settings of keye-vl-utils 1.5.2")
     preset.add_argument("--report", action="store_true", help="the settings of the technical report")
     preset.add_argument("--model", metavar="DIR", help="the settings and the vision tower of a trained model")
-    _add_settings(encoder, [name for name in EncoderConfig.names() if name not in SAMPLING_SETTINGS])
+    add_settings(encoder, [name for name in EncoderConfig.names() if name not in SAMPLING_SETTINGS])
     sampling = parser.add_argument_group("sampling")
-    _add_settings(sampling, SAMPLING_SETTINGS)
+    add_settings(sampling, SAMPLING_SETTINGS)
     sampling.add_argument(
         "--num-frames", type=int, metavar="N", help="sample N frames, spread evenly, instead of --fps"
     )
@@ -97,7 +97,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(call=encode)
 
 
-def _add_settings(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
+def add_settings(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
     """Add an option for each of these fields of `EncoderConfig`, with its type and docstring."""
     metavars = {int: "N", float: "X", str: "NAME"}
     for name in names:

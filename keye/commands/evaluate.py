@@ -1,13 +1,24 @@
-"""Evaluate a trained model on a manifest."""
+"""Evaluate a trained model on a manifest or on a public benchmark."""
 
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from keye.errors import run
-from keye.evaluation import CONTROLS, control_table, evaluate, gather
+from keye.commands.encode import add_settings
+from keye.encoder_config import EncoderConfig
+from keye.errors import KeyeError, run
+from keye.evaluation import CONTROLS, Control, control_table, evaluate, gather
+from keye.evaluation.public import BENCHMARKS, open_benchmark
+from keye.evaluation.public.frames import FrameChoice
+from keye.evaluation.public.run import evaluate_public
+from keye.evaluation.public.scores import save_scores, summary
+
+if TYPE_CHECKING:
+    from keye.model.keye import KeyeForConditionalGeneration
+    from keye.processor.processor import KeyeProcessor
 
 _EXAMPLES = """examples:
   keye evaluate runs/demo/annealing/model runs/demo/world/heldout.jsonl
@@ -15,18 +26,33 @@ _EXAMPLES = """examples:
   keye evaluate MODEL heldout.jsonl --control zeroed                     the same tokens with zero pixels
   keye evaluate MODEL heldout.jsonl --control all --out answers.json     every control, in one table
   keye evaluate MODEL heldout.jsonl --families count,order --limit 50
+  keye evaluate MODEL --benchmark video_mme --data Video-MME --out runs/mme        the same command continues
+  keye evaluate MODEL --benchmark video_mme --data Video-MME --subtitles --control all
+  keye evaluate MODEL --benchmark mvbench --data MVBench --frames official --families action_count
   torchrun --nproc_per_node 2 -m keye.commands.evaluate MODEL heldout.jsonl     divide the questions among two processes
 """
 
 
 def main() -> None:
+    args = _parser().parse_args()
+    if (args.manifest is None) == (args.benchmark is None):
+        raise KeyeError("evaluate needs a manifest or --benchmark with --data; give one of them")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo")
+    (_on_manifest if args.benchmark is None else _on_benchmark)(args, rank, world_size)
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure accuracy per task family, with the chance and majority baselines.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="a model directory")
-    parser.add_argument("manifest", help="JSONL manifest of questions")
+    parser.add_argument("manifest", nargs="?", help="JSONL manifest of questions")
     parser.add_argument("--train", help="training manifest for the majority answers")
     parser.add_argument("--families", help="only these families, separated by commas")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each family")
@@ -40,20 +66,45 @@ def main() -> None:
     parser.add_argument("--blind", dest="control", action="store_const", const="blind", help="same as --control blind")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="questions per batch (default: %(default)s)"
+        "--batch-size", type=int, metavar="N", help="questions per batch (default: 16; 1 of a benchmark)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=32, metavar="N", help="maximum tokens per answer (default: %(default)s)"
+        "--max-new-tokens", type=int, metavar="N", help="maximum tokens per answer (default: 32, or the benchmark's)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
-    parser.add_argument("--out", help="write the report as JSON")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--out", metavar="PATH", help="write the report as JSON; of a benchmark, the folder of its predictions"
+    )
+    public = parser.add_argument_group("public benchmarks")
+    public.add_argument("--benchmark", choices=tuple(BENCHMARKS), help="a public benchmark instead of a manifest")
+    public.add_argument("--data", metavar="DIR", help="the official directory of the benchmark")
+    public.add_argument("--subtitles", action="store_true", help="show the subtitles of the clips")
+    public.add_argument(
+        "--frames",
+        choices=("plan", "official"),
+        default="plan",
+        help="plan, the default: sampled as the encoder does; official: the frames that the authors take",
+    )
+    public.add_argument("--num-frames", type=int, metavar="N", help="this number of frames, spread evenly")
+    mode = public.add_mutually_exclusive_group()
+    mode.add_argument("--think", dest="thinking", action="store_const", const=True, help="think before the answer")
+    mode.add_argument("--no-think", dest="thinking", action="store_const", const=False, help="answer without thinking")
+    public.add_argument("--skip-missing", action="store_true", help="leave out questions whose clip does not exist")
+    add_settings(parser.add_argument_group("encoder of a benchmark (default: as saved)"), EncoderConfig.names())
+    return parser
+
+
+def _on_manifest(args: argparse.Namespace, rank: int, world_size: int) -> None:
+    public = ("data", "subtitles", "num_frames", "skip_missing")
+    given = [f"--{name.replace('_', '-')}" for name in public if getattr(args, name)]
+    given += [f"--{name.replace('_', '-')}" for name in EncoderConfig.names() if getattr(args, name) is not None]
+    given += ["--frames official"] if args.frames != "plan" else []
+    given += ["--think" if args.thinking else "--no-think"] if args.thinking is not None else []
+    if given:
+        raise KeyeError(f"{given[0]} is for public benchmarks; leave it out, or give --benchmark instead of a manifest")
     model, processor = load(args.model)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        torch.distributed.init_process_group("gloo")
     reports = {}
-    for control in ("none", *CONTROLS) if args.control == "all" else (args.control,):
+    for control in _controls(args):
         report = evaluate(
             model,
             processor,
@@ -63,8 +114,8 @@ def main() -> None:
             control=control,
             temperature=args.temperature,
             train=args.train,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
+            batch_size=16 if args.batch_size is None else args.batch_size,
+            max_new_tokens=32 if args.max_new_tokens is None else args.max_new_tokens,
             seed=args.seed,
             rank=rank,
             world_size=world_size,
@@ -78,11 +129,50 @@ def main() -> None:
             print(f"wrote {path}")
     if rank == 0:
         print(control_table(reports) if args.control == "all" else reports[args.control].table())
-    if world_size > 1:
-        torch.distributed.destroy_process_group()
 
 
-def load(path: str):
+def _controls(args: argparse.Namespace) -> tuple[Control, ...]:
+    return ("none", *CONTROLS) if args.control == "all" else (args.control,)
+
+
+def _on_benchmark(args: argparse.Namespace, rank: int, world_size: int) -> None:
+    if args.data is None:
+        raise KeyeError(f"--benchmark {args.benchmark} needs --data; give its official directory")
+    families = args.families.split(",") if args.families else None
+    benchmark = open_benchmark(
+        args.benchmark, args.data, families=families, limit=args.limit, subtitles=args.subtitles,
+        skip_missing=args.skip_missing,
+    )  # fmt: skip
+    model, processor = load(args.model)
+    given = {name: getattr(args, name) for name in EncoderConfig.names() if getattr(args, name) is not None}
+    processor = processor.with_encoder(**given) if given else processor
+    out = Path(args.out or Path("runs") / benchmark.name)
+    runs = {}
+    for control in _controls(args):
+        folder = out if control == "none" else out / control
+        runs[control] = evaluate_public(
+            model,
+            processor,
+            benchmark,
+            folder,
+            FrameChoice(args.frames, args.num_frames),
+            control=control,
+            batch_size=1 if args.batch_size is None else args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            thinking=args.thinking,
+            seed=args.seed,
+            rank=rank,
+            world_size=world_size,
+            identity={"model": str(Path(args.model).absolute())},
+            progress=rank == 0,
+        )
+    if rank == 0:
+        print(summary(benchmark, runs))
+        print(f"wrote {save_scores(out, benchmark, runs)}")
+
+
+def load(path: str) -> "tuple[KeyeForConditionalGeneration, KeyeProcessor]":
     """Model (on this process's GPU if there is one) and processor of a directory.
 
     Raises:

@@ -81,6 +81,11 @@ class KeyeProcessor(ProcessorMixin):
                 raise
             raise CheckpointError(f"{Path(pretrained_model_name_or_path) / PROCESSOR_NAME}: {error}") from error
 
+    def with_encoder(self, **changes: Any) -> Self:
+        """The same processor with some settings of its encoder changed; KeyeError for an unknown or impossible one."""
+        settings = self._encoder.with_settings(**changes).settings
+        return type(self)(self.tokenizer, settings, self.image, self.chat_template, self._encoder.urls)
+
     @classmethod
     def get_attributes(cls) -> list[str]:
         return ["tokenizer"]

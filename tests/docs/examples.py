@@ -31,7 +31,7 @@ def sections(guide: Path) -> dict[str, str]:
             language = line[3:] if language is None else None
         elif language == "bash" and line.startswith("keye "):
             command = shlex.split(line, comments=True)[1:]
-            _add(found, title, number, f"import keye.cli; assert keye.cli.main({command!r}) == 0")
+            _add(found, title, number, f"from tests.docs import examples; examples.keye({command!r})")
         elif language == "bash" and line.startswith("python scripts/"):
             script, *command = shlex.split(line, comments=True)[1:]
             _add(found, title, number, f"from tests.docs import examples; examples.script({script!r}, {command!r})")
@@ -43,6 +43,20 @@ def sections(guide: Path) -> dict[str, str]:
 def elsewhere(guide: Path) -> list[tuple[str, str]]:
     """(language, text) of the blocks that are not run."""
     return re.findall(r"^```(\w+) elsewhere\n(.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def keye(arguments: list[str]) -> None:
+    """Run a `keye` command in this process."""
+    import keye.cli
+
+    before = sys.argv
+    try:
+        code = keye.cli.main(arguments)
+    except SystemExit as ended:  # commands of entry points
+        code = ended.code
+    finally:
+        sys.argv = before
+    assert not code, f"keye {arguments} ended with {code}"
 
 
 def script(path: str, arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from keye import cli
+from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError
 from stages import recipe_checks
 from stages.recipe import Recipe
@@ -112,8 +113,18 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "pip":
         extras = [extra for word in words for extra in re.findall(r"^\.?\[(.+)\]$", word)]
         assert set(extras) <= PROJECT["optional-dependencies"].keys(), line
+    elif program == "lmms-eval":
+        check_lmms_eval(words)
     else:
-        assert program in ("curl", "python"), f"{line}: a kind of command that this test does not know"
+        assert program in ("curl", "python", "uv"), f"{line}: a kind of command that this test does not know"
+
+
+def check_lmms_eval(words: list[str]) -> None:
+    """The options of lmms-eval that name this project: its model and the model's arguments."""
+    options = dict(zip(words[::1], words[1:], strict=False))
+    given = {argument.partition("=")[0] for argument in options["--model_args"].split(",")}
+    known = {"pretrained", "dtype", "device", "system_prompt", "thinking", *EncoderConfig.names()}
+    assert options["--model"] in PROJECT["entry-points"]["lmms_eval.models"] and given <= known
 
 
 def check_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +193,7 @@ def test_commands_of_the_results_are_accepted(monkeypatch):
         "deepspeed --num_gpus 8 scripts/pretrain.py stages/recipes/keye_8b.toml --set annealing.stpes=3",
         "python -m scripts.bench.encoder.nothing",
         "pip install '.[nothing]'",
+        "lmms-eval --model keye --model_args pretrained=model,max_token=9 --tasks videomme",
         "make all",
     ],
 )

@@ -132,7 +132,7 @@ def test_messages_keep_parts_of_clips_and_pictures():
     [
         ({"max_token": 8}, "error: model_args: max_token is not known; did you mean max_tokens?"),
         ({"pretrained": ""}, "error: model_args: pretrained is missing; give a model directory"),
-        ({"policy": "nearest"}, "error: model_args: .*nearest"),
+        ({"policy": "nearest"}, "error: .*nearest"),
         ({"batch_size": "auto"}, "error: batch_size is 'auto'; give a whole number of 1 or more"),
         ({"thinking": "yes"}, "error: model_args: thinking is 'yes'; give True or False"),
         ({"pretrained": "nowhere"}, "error: nowhere is not a model directory; give one that a stage"),
