@@ -1,9 +1,10 @@
 """Properties of coded packets, read from their headers without decoding: whether decoding can begin at a packet,
-whether other pictures are predicted from it, whether it is displayed.
+whether other pictures are predicted from it, whether it is displayed, and which of its pictures are displayed later.
 
 Only certain properties are reported. A codec that is not listed, and a packet that deviates from its standard, has no
 `PictureType`, and all of the file is decoded. Sources: ITU-T H.264 §7.3 and annex D, H.265 §7.3 and §7.4.2.2, ISO/IEC
-13818-2 §6.2 and 14496-2 §6.2, RFC 6386 §9.1, the VP9 bitstream specification §6.2 and annex B.
+13818-2 §6.2 and 14496-2 §6.2, RFC 6386 §9.1, the VP9 bitstream specification §6.2 and annex B, the AV1 bitstream
+specification §5.3 and §5.9.2.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ class PictureType(NamedTuple):
 
     restart: NO, CLEAN or FLUSH. reference: whether pictures of its layer may be predicted from it. layer: temporal
     layer; packets of the highest layer that are no reference can be skipped. shown: whether it produces a frame. sets:
-    its parameter sets, which must be the same in all of the file.
+    its parameter sets, which must be the same in all of the file. later: bytes of each of its pictures that later
+    packets display (alternate references). repeats: whether it displays a picture of an earlier packet.
     """
 
     restart: int
@@ -28,6 +30,8 @@ class PictureType(NamedTuple):
     layer: int = 0
     shown: bool = True
     sets: bytes = b""
+    later: tuple[int, ...] = ()
+    repeats: bool = False
 
 
 Reader = Callable[[av.Packet], PictureType | None]
@@ -127,6 +131,7 @@ def _vp8(packet: av.Packet) -> PictureType | None:
 def _vp9(packet: av.Packet) -> PictureType | None:
     data = bytes(packet)
     starts = [0]
+    later, repeats = [], False
     if data[-1] & 0xE0 == 0xC0:  # a superframe: its index at the end has the sizes of the frames
         count, width = (data[-1] & 7) + 1, (data[-1] >> 3 & 3) + 1
         index = data[-2 - count * width : -1]
@@ -134,13 +139,52 @@ def _vp9(packet: av.Packet) -> PictureType | None:
             for frame in range(count - 1):
                 starts.append(starts[-1] + int.from_bytes(index[1 + frame * width :][:width], "little"))
     shown = 0
-    for start in starts:
+    for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
         if start >= len(data) or data[start] >> 6 != 2:
             return None
         bits = data[start] << (data[start] & 0x30 == 0x30)  # profile 3 has one bit more
         shown += bool(bits & 8) or bool(bits & 2)
+        repeats = repeats or bool(bits & 8)
+        later += [] if bits & 10 else [end - start]
     first = data[0] << (data[0] & 0x30 == 0x30)
-    return PictureType(CLEAN if first & 12 == 0 else NO, shown=shown == 1) if shown < 2 else None
+    if shown > 1:
+        return None
+    return PictureType(CLEAN if first & 12 == 0 else NO, shown=shown == 1, later=tuple(later), repeats=repeats)
+
+
+def _av1(packet: av.Packet) -> PictureType:
+    """A temporal unit: pictures of frame OBUs, or of frame headers and the tile groups after them."""
+    data, at = memoryview(packet), 0
+    sizes: list[int] = []
+    hidden: list[bool] = []
+    repeats = False
+    while at < len(data):
+        start, kind = at, data[at] >> 3 & 15
+        sized, at = data[at] & 2, at + 1 + (data[at] >> 2 & 1)
+        length, at = _leb128(data, at) if sized else (len(data) - at, at)
+        end = at + length
+        if kind in (3, 6) and at < min(end, len(data)):
+            if data[at] & 0x80:
+                repeats = True
+            else:
+                sizes.append(end - start)
+                hidden.append(not data[at] & 0x10)
+        elif kind == 4 and sizes:
+            sizes[-1] += end - start
+        at = end
+    later = tuple(size for size, unseen in zip(sizes, hidden, strict=True) if unseen)
+    return PictureType(CLEAN if packet.is_keyframe else NO, later=later, repeats=repeats)
+
+
+def _leb128(data: memoryview, at: int) -> tuple[int, int]:
+    """The number that begins at a byte, seven bits a byte from the lowest, and the position after it."""
+    value = shift = 0
+    while at < len(data) and shift < 56:
+        value |= (data[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+        if not data[at - 1] & 128:
+            break
+    return value, at
 
 
 def _mpeg2(packet: av.Packet) -> PictureType | None:
@@ -182,6 +226,6 @@ _READERS: dict[str, Reader] = {
     "mpeg1video": _mpeg2,
     "mpeg2video": _mpeg2,
     "mpeg4": _mpeg4,
-    "av1": _by_flag,
+    "av1": _av1,
     "ffv1": _by_flag,
 }
