@@ -2,9 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -26,6 +25,7 @@ from keye.encoded import (
 from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError, loading
 from keye.slowfast.budget import fit_size
+from keye.slowfast.clip_walk import pixel_rule, reads_packets, walk
 from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import as_measure
@@ -34,16 +34,13 @@ from keye.slowfast.pixels import Output, PixelFormat
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import FAST, SLOW, Limits, as_policy
 from keye.slowfast.resizing import resize
-from keye.slowfast.threads import one_thread
-from keye.video.clip import Clip, Frame, Source, open_clip
+from keye.video.clip import Clip, Source, open_clip
 from keye.video.fetch import UrlRules
 from keye.video.images import ImageSource, load_image
 from keye.visualize.notebook import table_html
 
 if TYPE_CHECKING:
     from keye.batch.workers import Results
-
-BATCH_BYTES = 64 << 20  # full-size frames that are scored and resized together
 
 
 class SlowFastEncoder:
@@ -167,6 +164,8 @@ class SlowFastEncoder:
     def plan(self, source: Source, **sampling: Unpack[Sampling]) -> VideoPlan:
         """Plan a video without encoding it; no frame is kept.
 
+        With measure packets no frame is decoded where the packets suffice.
+
         Args:
             source: a video or pictures, see `open_clip`.
             sampling: which frames are used, see `open_clip`.
@@ -199,9 +198,10 @@ class SlowFastEncoder:
         """
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output)
-        with self._chosen(source, sampling) as (plan, frames):
+        with self._chosen(source, sampling) as (clip, plan, frames):
             sizes = plan.frame_sizes
             pixel_values, grid_thw = encode_patches(frames(sizes), sizes, self.token_side, pixel_format)
+            plan = plan.with_warnings(clip.warnings)
         features = None
         if self.tower is not None:
             with torch.inference_mode():
@@ -233,7 +233,7 @@ class SlowFastEncoder:
         pixel_format = PixelFormat.of(output, torch.uint8)
         given = None if size is None else height_width("size", size)
         given_fast = given if fast_size is None else height_width("fast_size", fast_size)
-        with self._chosen(source, sampling) as (plan, frames):
+        with self._chosen(source, sampling) as (clip, plan, frames):
             slow, fast = given or plan.slow_size, given_fast or plan.fast_size
             counts = plan.counts
             outputs = [pixel_format.empty(counts[kind], 3, *(slow, fast)[kind]) for kind in (SLOW, FAST)]
@@ -243,20 +243,21 @@ class SlowFastEncoder:
             for kind, frame in zip(kinds, frames, strict=True):
                 resized = resize(frame[None], (slow, fast)[kind], "bicubic")[0]
                 pixel_format.fill(next(rows[kind]), resized)
+            plan = plan.with_warnings(clip.warnings)
         return ChosenFrames(*outputs, plan)
 
     @contextmanager
     def _chosen(
         self, source: Source, sampling: Sampling
-    ) -> Iterator[tuple[VideoPlan, Callable[[Sequence[tuple[int, int]]], Iterator[torch.Tensor]]]]:
-        """The plan of a video, and a function: sizes → frames uint8 [3, h, w], each at least as large as its size.
+    ) -> Iterator[tuple[Clip, VideoPlan, Callable[[Sequence[tuple[int, int]]], Iterator[torch.Tensor]]]]:
+        """A video, its plan, and a function: sizes → frames uint8 [3, h, w], each at least as large as its size.
 
         A frame is released once it has been yielded, so that frames and results do not fill memory together.
         """
         with self._open(source, sampling) as clip:
             buffer = FrameBuffer(self._limits(clip.size), clip.expected, self.policy)
             plan, positions = self._walk(clip, buffer)
-            yield plan, lambda sizes: buffer.entries(positions, sizes, (frame.pixels for frame in clip))
+            yield clip, plan, lambda sizes: buffer.entries(positions, sizes, (frame.pixels for frame in clip))
 
     def stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator[FrameDecision]:
         """Decide about live video as each frame arrives, in the memory of one slow frame.
@@ -272,7 +273,7 @@ class SlowFastEncoder:
             VideoError: a frame has another size than the first, or a time that is not after the one before.
         """
         refuse_one_path(frames, "a stream takes frames, not a file; use encoder.plan for a file")
-        return self._stream(FrameClassifier(self.measure, self.policy, remember=False), frames)
+        return self._stream(FrameClassifier(*pixel_rule(self.measure, self.policy), remember=False), frames)
 
     def _stream(
         self, classifier: FrameClassifier, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]
@@ -331,7 +332,8 @@ class SlowFastEncoder:
         return limit if self.max_frames is None else min(limit, self.max_frames)
 
     def _open(self, source: Source, sampling: Sampling) -> AbstractContextManager[Clip]:
-        return open_clip(source, self.fps, self.most_frames, urls=self.urls, **sampling)
+        lazy = reads_packets(self.measure)
+        return open_clip(source, self.fps, self.most_frames, urls=self.urls, lazy=lazy, **sampling)
 
     def _limits(self, size: tuple[int, int]) -> Limits:
         return Limits(
@@ -344,21 +346,10 @@ class SlowFastEncoder:
         )
 
     def _walk(self, clip: Clip, buffer: FrameBuffer | None) -> tuple[VideoPlan, list[int]]:
-        """Classify the clip's frames; returns the plan, and which sampled frame each of its entries shows."""
+        """Classify the clip's frames; returns the plan, and which frame of the clip each of its entries shows."""
         limits = self._limits(clip.size)
-        classifier = FrameClassifier(self.measure, self.policy, limits)
-        indices, times = [], []
-        with nullcontext() if hasattr(self.measure, "attach") else one_thread():  # a tower takes all threads
-            for batch in _batches(clip):
-                pixels = torch.stack([frame.pixels for frame in batch])
-                indices += [frame.index for frame in batch]
-                times += [frame.time for frame in batch]
-                batch.clear()  # one copy of the frames is enough while they are compared
-                types, _ = classifier.step(pixels)
-                if buffer is not None:
-                    buffer.add(pixels, types)
-                del pixels  # before the next ones are decoded
-            decided = classifier.finish()
+        walked = walk(clip, self.measure, self.policy, limits, buffer)
+        indices, times, decided = walked.indices, walked.times, walked.decisions
         slow = decided.types.count(SLOW)
         allocation = limits.allocate(
             slow, len(decided.types) - slow, fast_tokens=self.policy.fast_tokens, max_tokens=decided.max_tokens
@@ -377,7 +368,11 @@ class SlowFastEncoder:
             settings=self.settings if decided.threshold is None else {**self.settings, "threshold": decided.threshold},
             warnings=(*clip.warnings, *self._thinned(clip), *decided.warnings),
         )
-        return plan, decided.positions
+        if walked.decoded:
+            return plan, decided.positions
+        kept = sorted(set(decided.positions))
+        clip.keep(kept)  # the others are never decoded
+        return plan, [kept.index(position) for position in decided.positions]
 
     def _thinned(self, clip: Clip) -> list[str]:
         if not clip.wanted > clip.expected == self.most_frames:
@@ -387,11 +382,3 @@ class SlowFastEncoder:
         if self.most_frames < budget:
             why = f"max_frames={self.max_frames}"
         return [f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: {why}"]
-
-
-def _batches(clip: Clip) -> Iterator[list[Frame]]:
-    """The clip's frames in batches of at most 8 and at most `BATCH_BYTES`, or of one."""
-    size = max(1, min(8, BATCH_BYTES // (3 * clip.size[0] * clip.size[1])))
-    frames = iter(clip)
-    while batch := list(islice(frames, size)):
-        yield batch

@@ -56,9 +56,10 @@ class FrameClassifier:
             T types (0 slow, 1 fast) and T similarities (NaN for the first frame); both empty where the policy is not
             `online`.
         """
-        if not len(frames):
-            return [], []
-        features = self.measure.prepare(frames)
+        return self.step_features(self.measure.prepare(frames)) if len(frames) else ([], [])
+
+    def step_features(self, features: torch.Tensor) -> tuple[list[int], list[float]]:
+        """Classify the next frames by their features [T, ...]; see `step`."""
         if not self.policy.online:
             self._blocks.append(features.clone())  # not a view: the caller may reuse the frames' memory
             return [], []

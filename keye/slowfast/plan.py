@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -138,6 +138,11 @@ class VideoPlan:
     def slow_share(self) -> float:
         """Fraction of the entries that are slow."""
         return float((self.frame_types == SLOW).float().mean())
+
+    def with_warnings(self, warnings: Sequence[str]) -> "VideoPlan":
+        """The plan with those of the warnings that it does not have yet."""
+        new = [text for text in warnings if text not in self.warnings]
+        return replace(self, warnings=(*self.warnings, *new)) if new else self
 
     def to_dict(self) -> dict:
         """Plain JSON values; float32 values as floats that read back the same, NaN as None."""

@@ -23,7 +23,9 @@ from keye.errors import VideoError
 from keye.video.arrays import FrameArray, is_clip
 from keye.video.decoding.containers import open_container
 from keye.video.decoding.decoder import Decoder, Frame
+from keye.video.decoding.packet_facts import PacketFacts
 from keye.video.decoding.prefetch import check_ending, reading
+from keye.video.decoding.timeline import TOLERANCE
 from keye.video.fetch import UrlRules, data_bytes, download, file_path, path_name, scheme_of, url_name
 from keye.video.frame_objects import captured, is_batch, is_capture, time_of, unwrapped
 from keye.video.images import load_image, open_image, reason
@@ -62,10 +64,27 @@ class Clip:
 
     def __init__(self, name: str, reader: Reader):
         self.name, self._reader = name, reader
+        self._kept: list[float] | None = None
+
+    def packets(self) -> tuple[PacketFacts, np.ndarray] | None:
+        """What a file's packets say about its frames, and int64 [T], which of them are sampled; nothing is decoded.
+
+        None where the source has no packets, or they do not determine its frames.
+        """
+        return self._reader.packets() if isinstance(self._reader, Decoder) else None
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Use only the sampled frames at ascending `places` from now on; for clips with `packets`.
+
+        An iteration then yields exactly these frames. Instead of one that is damaged it yields the frame that is
+        displayed at its time.
+        """
+        self._kept = self._reader.keep(places)
 
     def __iter__(self) -> Iterator[Frame]:
         frame = None
-        for frame in self._reader.frames():
+        frames = self._reader.frames()
+        for frame in frames if self._kept is None else _displayed(frames, self._kept):
             check_ending()
             yield frame
         if frame is None:  # the file is damaged from its beginning, or before the requested range
@@ -93,6 +112,19 @@ class Clip:
         return self._reader.warnings
 
 
+def _displayed(frames: Iterator[Frame], times: Sequence[float]) -> Iterator[Frame]:
+    """The one of ascending frames that is displayed at each of the ascending times, or else the first one."""
+    current, following = None, next(frames, None)
+    for time in times:
+        while following is not None and (current is None or following.time <= time + TOLERANCE):
+            current, following = following, next(frames, None)
+        if current is None:
+            return
+        yield current
+    for _ in frames:  # the end of a pass completes the warnings
+        pass
+
+
 @contextmanager
 def open_clip(
     source: Source,
@@ -105,6 +137,7 @@ def open_clip(
     end: float | None = None,
     num_frames: int | None = None,
     urls: UrlRules | None = None,
+    lazy: bool = False,
 ) -> Iterator[Clip]:
     """Open a source for sampling at `fps` frames per second, at most `max_frames` frames spread evenly.
 
@@ -130,6 +163,8 @@ def open_clip(
         start, end: use only [start, end) in seconds, beginning with the frame displayed at `start`.
         num_frames: sample this many frames, spread evenly over that range, instead of `fps` or every frame.
         urls: what may be downloaded; None refuses `http(s):` URLs.
+        lazy: decode nothing before the first iteration where the packets allow that, so that it raises the error of a
+            file without a frame that can be decoded.
 
     Raises:
         VideoError: the source cannot be read, or an argument is impossible.
@@ -137,7 +172,7 @@ def open_clip(
     _check_request(fps, max_frames, source_fps, start, end, num_frames)
     with reading(), ExitStack() as stack:
         sampling = (fps, max_frames, start, end, num_frames)
-        yield _open(source, sampling, timestamps, source_fps, urls, stack)
+        yield _open(source, sampling, timestamps, source_fps, urls, stack, lazy)
 
 
 def read_frames_at(source: Source, times: Sequence[float], *, urls: UrlRules | None = None) -> list[Frame]:
@@ -175,6 +210,7 @@ def _open(
     source_fps: float | None,
     urls: UrlRules | None,
     stack: ExitStack,
+    lazy: bool = False,
 ) -> Clip:
     """The clip of a source; `stack` closes and deletes what was opened for it.
 
@@ -196,7 +232,7 @@ def _open(
             reused = nullcontext(picture) if picture is opened else None
             return Clip(name, Moving(name, lambda: reused or _picture(name, opened), *sampling))
         else:
-            decoder = Decoder(open_container(opened, name), name, *sampling)
+            decoder = Decoder(open_container(opened, name), name, *sampling, lazy=lazy)
             stack.callback(decoder.close)
             return Clip(name, decoder)
     return Clip(name, Stills(name, opened, clock_of(name, opened, fps, timestamps, source_fps), *sampling[1:]))

@@ -1,13 +1,13 @@
 """Similarity measures between frames; every score is in [0, 1] and never NaN.
 
 A measure turns frames into features (`prepare`, batched, once per frame) and compares many frames with one reference
-(`compare`). The package's measures are in `change` (the default) and `pixelwise`. `register` adds your own under a name
-for recipes and the command line.
+(`compare`). The package's measures are in `change` (the default), `pixelwise` and `packets`, which reads the packets of
+a file instead of its frames. `register` adds your own under a name for recipes and the command line.
 """
 
 from keye.checks import fraction
 from keye.errors import KeyeError
-from keye.slowfast.measures import change, pixelwise  # noqa: F401  (they register their measures)
+from keye.slowfast.measures import change, packets, pixelwise  # noqa: F401  (they register their measures)
 from keye.slowfast.measures.base import REGISTRY, Measure, register
 
 __all__ = ["Measure", "as_measure", "get_measure", "known_measures", "register"]

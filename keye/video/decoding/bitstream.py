@@ -22,7 +22,8 @@ class PictureType(NamedTuple):
     restart: NO, CLEAN or FLUSH. reference: whether pictures of its layer may be predicted from it. layer: temporal
     layer; packets of the highest layer that are no reference can be skipped. shown: whether it produces a frame. sets:
     its parameter sets, which must be the same in all of the file. later: bytes of each of its pictures that later
-    packets display (alternate references). repeats: whether it displays a picture of an earlier packet.
+    packets display (alternate references). repeats: whether it displays a picture of an earlier packet. filler: bytes
+    without content, as in streams of a constant bit rate.
     """
 
     restart: int
@@ -32,6 +33,7 @@ class PictureType(NamedTuple):
     sets: bytes = b""
     later: tuple[int, ...] = ()
     repeats: bool = False
+    filler: int = 0
 
 
 Reader = Callable[[av.Packet], PictureType | None]
@@ -71,7 +73,7 @@ def _nal_units(data: bytes | memoryview, size: int) -> Iterator[tuple[int, int]]
 
 def _h264(packet: av.Packet, size: int) -> PictureType | None:
     data = memoryview(packet) if size else bytes(packet)
-    pictures, reference, restart, sets = 0, False, NO, b""
+    pictures, filler, reference, restart, sets = 0, 0, False, NO, b""
     for start, end in _nal_units(data, size):
         if end > len(data) or start >= end:
             return None
@@ -82,9 +84,11 @@ def _h264(packet: av.Packet, size: int) -> PictureType | None:
             restart = CLEAN if kind == 5 else restart
         elif kind == 6 and packet.is_keyframe and restart == NO and _recovers_here(bytes(data[start + 1 : end])):
             restart = FLUSH
+        elif kind == 12:
+            filler += end - start
         elif kind in (7, 8, 13, 15):
             sets += bytes(data[start:end]).rstrip(b"\0")
-    return PictureType(restart, reference, sets=sets) if pictures else None
+    return PictureType(restart, reference, sets=sets, filler=filler) if pictures else None
 
 
 def _recovers_here(message: bytes) -> bool:
@@ -108,7 +112,7 @@ def _recovers_here(message: bytes) -> bool:
 def _hevc(packet: av.Packet, size: int) -> PictureType | None:
     data = memoryview(packet) if size else bytes(packet)
     found: PictureType | None = None
-    sets = b""
+    filler, sets = 0, b""
     for start, end in _nal_units(data, size):
         if end > len(data) or start + 1 >= end:
             return None
@@ -120,7 +124,9 @@ def _hevc(packet: av.Packet, size: int) -> PictureType | None:
             found = PictureType(restart, kind > 14 or kind % 2 == 1, (data[start + 1] & 7) - 1)
         elif kind in (32, 33, 34):
             sets += bytes(data[start:end]).rstrip(b"\0")
-    return found and found._replace(sets=sets)
+        elif kind == 38:
+            filler += end - start
+    return found and found._replace(sets=sets, filler=filler)
 
 
 def _vp8(packet: av.Packet) -> PictureType | None:
@@ -157,7 +163,7 @@ def _av1(packet: av.Packet) -> PictureType:
     data, at = memoryview(packet), 0
     sizes: list[int] = []
     hidden: list[bool] = []
-    repeats = False
+    repeats, filler = False, 0
     while at < len(data):
         start, kind = at, data[at] >> 3 & 15
         sized, at = data[at] & 2, at + 1 + (data[at] >> 2 & 1)
@@ -171,9 +177,11 @@ def _av1(packet: av.Packet) -> PictureType:
                 hidden.append(not data[at] & 0x10)
         elif kind == 4 and sizes:
             sizes[-1] += end - start
+        elif kind == 15:
+            filler += end - start
         at = end
     later = tuple(size for size, unseen in zip(sizes, hidden, strict=True) if unseen)
-    return PictureType(CLEAN if packet.is_keyframe else NO, later=later, repeats=repeats)
+    return PictureType(CLEAN if packet.is_keyframe else NO, later=later, repeats=repeats, filler=filler)
 
 
 def _leb128(data: memoryview, at: int) -> tuple[int, int]:

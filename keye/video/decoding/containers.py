@@ -5,7 +5,9 @@ as `concat:a|b` or `http://…` is opened as a protocol. The files of a data set
 self-contained formats and the `file` protocol are allowed, and paths are always passed as paths.
 """
 
+import io
 import os
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -84,6 +86,25 @@ def shown_size(coded: av.VideoCodecContext | VideoFrame, aspect: Fraction | None
     if aspect > 1:
         return coded.height, round(coded.width * aspect)
     return round(coded.height / aspect), coded.width
+
+
+def display_matrix(stream: av.VideoStream) -> list[int] | None:
+    """The first five values of the display matrix that a stream's container declares; None where it declares none.
+
+    PyAV shows the matrix of decoded frames only. Here the stream's parameters are copied into the header of an MP4,
+    whose track header contains the matrix (ISO/IEC 14496-12 §8.3.2).
+    """
+    header = io.BytesIO()
+    try:
+        with av.open(header, "w", format="mp4", options={"movflags": "empty_moov+frag_keyframe"}) as copy:
+            copy.add_stream_from_template(stream)
+            copy.start_encoding()
+    except (av.error.FFmpegError, ValueError):  # a codec that MP4 does not have
+        return None
+    track = header.getvalue().partition(b"tkhd")[2]
+    wide = 12 * (len(track) > 0 and track[0] == 1)  # version 1 has times and durations of 64 bits
+    values = struct.unpack(">5i", track[40 + wide : 60 + wide])
+    return None if values == (1 << 16, 0, 0, 0, 1 << 16) else list(values)
 
 
 def _decoder_limits() -> dict[str, str]:

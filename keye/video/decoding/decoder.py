@@ -21,10 +21,11 @@ from av.video.frame import VideoFrame
 from keye.errors import VideoError
 from keye.video.decoding.bitstream import FLUSH
 from keye.video.decoding.containers import reopen, video_stream
+from keye.video.decoding.packet_facts import PacketFacts
 from keye.video.decoding.packet_index import Index, Plan, read_index
 from keye.video.decoding.picture import FrameConverter
 from keye.video.decoding.prefetch import Prefetcher
-from keye.video.decoding.timeline import TOLERANCE, first_samples, origin_of, packets_of, scan
+from keye.video.decoding.timeline import TOLERANCE, claimed_end, packets_of, sample_times, scan
 
 _SMALL = 320 * 240  # pixels
 _AHEAD, _AHEAD_BYTES = 3, 64 << 20  # frames that are prefetched, and their bytes; at least one frame
@@ -70,6 +71,7 @@ class Decoder:
         start, end: use only [start, end) in seconds of the container's clock.
         num_frames: take this many samples, spread evenly over that range, instead of `fps`.
         as_coded: do not correct the pixels' aspect, see `FrameConverter`.
+        lazy: decode nothing before the first pass where the packets allow that; `size` is then the container's.
 
     Raises:
         VideoError: no frame can be decoded, or the range is empty.
@@ -85,10 +87,13 @@ class Decoder:
         end: float | None = None,
         num_frames: int | None = None,
         as_coded: bool = False,
+        lazy: bool = False,
     ):
         self.name = name
         self.warnings: list[str] = []
         self._ahead: Prefetcher[Frame] | None = None
+        self._begun: Iterator[Decoded] | None = None
+        self._broken, self._end = 0, None
         self._use(container)
         try:
             self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0) or 25.0
@@ -99,8 +104,11 @@ class Decoder:
             self._read_clock()
             self._painter = FrameConverter(name, 1 if self._small else None, self.stream.sample_aspect_ratio, as_coded)
             begin = self._sample(fps, max_frames, start, end, num_frames)
-            self._begun = self._begin(self.times)
-            if self._begun is None:
+            if lazy and self._index is not None and self.stream.codec_context.width:
+                self._painter.size = self._painter.declared(self.stream)
+            else:
+                self._begun = self._begin(self.times)
+            if self._painter.size is None:
                 reason = f" ({self._reason})" if self._reason else ""
                 place = f" after {begin:.2f} s" if begin > self._first else ""
                 raise VideoError(f"no frame of {name}{place} can be decoded{reason}; replace it or encode it again")
@@ -118,6 +126,22 @@ class Decoder:
     def selective(self) -> bool:
         """Whether only packets that the sampled frames need are decoded; False after a fall-back."""
         return self._index is not None
+
+    def packets(self) -> tuple[PacketFacts, np.ndarray] | None:
+        """What the packets say about the stream's frames, and int64 [T], the frames displayed at `times`.
+
+        Nothing is decoded, and `warnings` are those without decoding. None where packets do not determine the frames.
+        """
+        frames = [] if self._index is None else self._index.showing(self.times)
+        if len(frames) != len(self.times):
+            return None
+        self._finish()
+        return self._index.facts(), frames
+
+    def keep(self, places: Sequence[int]) -> list[float]:
+        """Use only the sample times at these ascending places from now on, and return them."""
+        self.times = [self.times[place] for place in places]
+        return self.times
 
     def frames(self) -> Iterator[Frame]:
         """The sampled frames. Each call is a new pass over the file and ends the one before.
@@ -178,7 +202,7 @@ class Decoder:
         else:
             self._rewind()
             self._timeline, self._appear = scan(self.container, self.stream, self.rate, _MOST_BROKEN)
-        claimed = self._claim()
+        claimed = claimed_end(self.container, self.stream, self._timeline)
         torn = self._index is None or (
             len(self._index.pts) < self.stream.frames and claimed > self._index.end + 1 / self.rate
         )
@@ -190,17 +214,6 @@ class Decoder:
         self._first = self._first if self._appear is None else float(self._appear[0])
         joined = self._timeline is not None and len(self._timeline.parts) > 1  # the claim is that of one part
         self._claimed = claimed if torn and not joined else self.duration
-
-    def _claim(self) -> float:
-        """The end of the stream in seconds that the file declares; 0 if none."""
-        stream, origin = self.stream, origin_of(self.container, self.stream)
-        if stream.duration and stream.duration > 0:
-            return float((stream.duration + (stream.start_time or origin) - origin) * stream.time_base)
-        # The duration of the file is that of its video only where it has no other stream.
-        alone = self._timeline is None or len(self.container.streams) == 1
-        if self.container.duration and alone and self.container.format.name != "gif":
-            return max(self.container.duration, 0) / av.time_base
-        return 0.0
 
     def _sample(
         self, fps: float, max_frames: int, start: float | None, end: float | None, num_frames: int | None
@@ -214,15 +227,8 @@ class Decoder:
             raise VideoError(f"{self.name} lasts {self.duration:.2f} s; give a start and an end within it")
         if self._appear is None:  # frames without times are assumed 1 / rate apart
             fps = min(fps, self.rate)
-        count = max(1, math.ceil(length * fps - TOLERANCE)) if num_frames is None else num_frames
-        step = 1 / fps if num_frames is None or length <= 0 else length / count
-        samples = first_samples(self._appear, begin, step, count)
-        self.wanted = len(samples)
-        if self.wanted > max_frames:
-            step = length / max_frames
-            samples = first_samples(self._appear, begin, step, max_frames)
-        self.expected = len(samples)
-        self.times = (begin + step * samples).tolist()
+        self.times, self.wanted = sample_times(self._appear, begin, length, fps, max_frames, num_frames)
+        self.expected = len(self.times)
         return begin
 
     def _begin(self, times: Sequence[float]) -> Iterator[Decoded] | None:

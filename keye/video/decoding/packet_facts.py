@@ -14,10 +14,10 @@ class PacketFacts:
     """The F displayed frames of a stream in presentation order.
 
     times: float64 [F], seconds. sizes: int64 [F], bytes of each frame's packet. keys: bool [F], whether the container
-    marks the packet as a key frame. coded: int64 [F], bytes of the coded picture that is displayed, which may come from
-    an earlier packet (alternate references of VP9, the pyramids of AV1). spans: int64 [F], frames from the displayed
-    frame before it that was coded earlier. between: bool [F], whether a frame displayed later was coded earlier, as for
-    B-frames.
+    marks the packet as a key frame. coded: int64 [F], bytes of the coded picture that is displayed, without filler; it
+    may come from an earlier packet (alternate references of VP9, the pyramids of AV1). spans: int64 [F], distance in
+    frames to the nearest frame before it that was coded earlier. between: bool [F], whether a frame displayed later was
+    coded earlier, as for B-frames.
     """
 
     times: np.ndarray
@@ -51,7 +51,7 @@ class Pictures:
             if self._hidden:
                 self._packets[self._hidden.pop()] = packet
         else:
-            self._append(packet, size - sum(picture.later))
+            self._append(packet, size - picture.filler - sum(picture.later))
 
     def displayed(self) -> np.ndarray:
         """int64 [pictures, 2]: (packet that displays it, bytes) of each picture in coding order."""

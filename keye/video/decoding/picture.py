@@ -1,5 +1,6 @@
 """Decoded frames in RGB as a player shows them: colours by the file's tags, square pixels, upright, of one size."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 
 from keye.errors import VideoError
-from keye.video.decoding.containers import shown_size
+from keye.video.decoding.containers import display_matrix, shown_size
 
 _HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
 _BT709, _UNSPECIFIED, _BT2020 = 1, 2, 9  # matrices and primaries of the same
@@ -52,6 +53,11 @@ class FrameConverter:
         """A frame's (height, width) as displayed."""
         height, width = shown_size(frame, self.aspect)
         return (width, height) if orientation(frame).transposed else (height, width)
+
+    def declared(self, stream: av.VideoStream) -> tuple[int, int]:
+        """The (height, width) of a stream as displayed, by its container."""
+        height, width = shown_size(stream.codec_context, self.aspect)
+        return (width, height) if _orientation(display_matrix(stream)).transposed else (height, width)
 
     def paint(self, frame: VideoFrame, time: float) -> torch.Tensor:
         """The frame at `time` seconds as uint8 [3, H, W], with (H, W) = `size`.
@@ -137,10 +143,15 @@ def orientation(frame: VideoFrame) -> Orientation:
     # Not `frame.side_data`: that container and the frame would reference each other, and the picture would stay in
     # memory until Python's next garbage collection.
     matrix = SideDataContainer(frame).get(Type.DISPLAYMATRIX)
+    return _orientation(None if matrix is None else np.frombuffer(matrix, np.int32)[:5].tolist())
+
+
+def _orientation(matrix: Sequence[int] | None) -> Orientation:
+    """The orientation of the first five values of a display matrix."""
     if matrix is None:
         return Orientation(False, False, False)
     # A point (x, y) of the picture is displayed at (a x + c y, b x + d y), apart from a shift.
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    a, b, _, c, d = matrix
     if abs(b) + abs(c) > abs(a) + abs(d):
         return Orientation(True, c < 0, b < 0)
     return Orientation(False, a < 0, d < 0)

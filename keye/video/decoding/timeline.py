@@ -180,6 +180,38 @@ def scan(
     return timeline, np.unique(times) if complete else None
 
 
+def claimed_end(container: av.container.InputContainer, stream: av.VideoStream, timeline: Timeline | None) -> float:
+    """The end of the stream in seconds that the file declares; 0 if none."""
+    if stream.duration and stream.duration > 0:
+        origin = origin_of(container, stream)
+        return float((stream.duration + (stream.start_time or origin) - origin) * stream.time_base)
+    # The duration of the file is that of its video only where it has no other stream.
+    alone = timeline is None or len(container.streams) == 1
+    if container.duration and alone and container.format.name != "gif":
+        return max(container.duration, 0) / av.time_base
+    return 0.0
+
+
+def sample_times(
+    times: np.ndarray | None, begin: float, length: float, fps: float, max_frames: int, num_frames: int | None
+) -> tuple[list[float], int]:
+    """Sample times in seconds, each in another frame, at most `max_frames`, and their number before that limit.
+
+    Args:
+        times: seconds at which frames appear, where they are known.
+        begin, length: of the sampled range, in seconds.
+        fps: samples per second. num_frames: take this many samples instead.
+    """
+    count = max(1, math.ceil(length * fps - TOLERANCE)) if num_frames is None else num_frames
+    step = 1 / fps if num_frames is None or length <= 0 else length / count
+    samples = first_samples(times, begin, step, count)
+    wanted = len(samples)
+    if wanted > max_frames:
+        step = length / max_frames
+        samples = first_samples(times, begin, step, max_frames)
+    return (begin + step * samples).tolist(), wanted
+
+
 def first_samples(times: np.ndarray | None, begin: float, step: float, count: int) -> np.ndarray:
     """The i < count for which begin + i * step is the first such time in a frame; all i without `times`.
 

@@ -1,0 +1,101 @@
+"""A measure that reads the packets of a video file instead of its pixels.
+
+An encoder spends bytes on what it cannot predict from other pictures, so a picture that needs far more bytes than its
+neighbours shows something new. Only comparisons between pictures of the same kind are meaningful: a key frame repeats
+what is known already, and a picture that is predicted over a larger distance needs more bytes.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from keye.slowfast.measures.base import register
+from keye.slowfast.measures.change import Change
+
+if TYPE_CHECKING:
+    from keye.video.decoding.packet_facts import PacketFacts
+
+
+@register
+class Packets:
+    """The usual bytes over the bytes of the most unusual picture since the reference: 0.5 where one has twice as many.
+
+    `surprise` gives the logarithm of each picture's bytes over its usual bytes. A sampled frame has the largest value
+    of the pictures since the sampled frame before. Over several sampled frames the `ORDER`-norm of their values counts,
+    which is near the largest one: a cut adds to the score and continuous motion, whose bytes are usual, hardly does.
+    The constants were chosen on the tuning clips of scripts/bench/encoder/packets.py.
+
+    The measure reads packets where a stream has them (`read`). Frames without packets are compared by `pixels`.
+
+    Known weaknesses: a cut at a periodic key frame is seen only if the sizes of the two key frames differ. Encoders
+    that code pyramids without regard to cuts (AV1 in SVT-AV1) hide a cut within the motion of 16 frames. Changes that
+    are smaller than noise, camera shake or changes of light need fewer bytes than those.
+    """
+
+    name = "packets"
+    threshold = 0.4
+
+    HEADER = 32  # bytes of a picture without content; the sizes of static pictures differ by less
+    WINDOW = 1.0  # seconds: the usual bytes are those of the pictures this near, before and after
+    FEWEST = 5  # pictures that the usual bytes are the median of, where fewer are this near
+    CUT = 4.0  # excess of a key frame where none was due: above that of any other picture
+    ORDER = 8  # of the norm
+
+    def __init__(self) -> None:
+        self.pixels = Change()
+
+    def prepare(self, frames: torch.Tensor) -> torch.Tensor:
+        """Features of frames without packets, see `pixels`."""
+        return self.pixels.prepare(frames)
+
+    def compare(self, reference: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        if features.ndim > 2:
+            return self.pixels.compare(reference, features)
+        return (-(features - reference).abs()[:, 0].pow(1 / self.ORDER)).exp().float()
+
+    def lacks(self, facts: "PacketFacts") -> str | None:
+        """Why the packets say nothing about changes; None where they do."""
+        if len(facts.keys) > 1 and facts.keys.all():
+            return "all packets are key frames"
+        inter = facts.coded[~facts.keys]
+        if len(inter) > self.FEWEST and np.ptp(inter) <= self.HEADER and inter.min() > self.HEADER:
+            return "all packets have one size"
+        return None
+
+    def read(self, facts: "PacketFacts", frames: np.ndarray) -> torch.Tensor:
+        """Features float64 [T, 1] of the frames at ascending positions int64 [T] of a stream."""
+        excess = np.maximum.reduceat(self.surprise(facts)[: frames[-1] + 1], np.append(0, frames[:-1] + 1))
+        excess[0] = 0.0  # nothing comes before the first frame
+        return torch.from_numpy(np.cumsum(excess**self.ORDER))[:, None]
+
+    def surprise(self, facts: "PacketFacts") -> np.ndarray:
+        """The excess of each frame over its usual bytes, float64 [F], 0 or more: ln(bytes / usual bytes)."""
+        spans = np.log2(np.maximum(facts.spans, 1)).round()
+        kinds = np.where(facts.keys, -1, 2 * spans + facts.between)
+        excess = np.zeros(len(kinds))
+        for kind in np.unique(kinds[~facts.keys]):
+            here = np.flatnonzero(kinds == kind)
+            coded = facts.coded[here] + float(self.HEADER)
+            excess[here] = np.log(coded / self._usual(coded, facts.times[here])).clip(min=0)
+        keys = np.flatnonzero(facts.keys)
+        excess[keys[1:]] = self._key_frames(keys, facts.coded[keys])
+        return excess
+
+    def _usual(self, coded: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """The median of the values within `WINDOW`, or of the `FEWEST` nearest ones."""
+        numbers = np.arange(len(coded))
+        first = np.minimum(np.searchsorted(times, times - self.WINDOW), numbers - self.FEWEST // 2).clip(min=0)
+        last = np.searchsorted(times, times + self.WINDOW, side="right")
+        last = np.maximum(last, numbers + self.FEWEST // 2 + 1).clip(max=len(coded))
+        return np.array([np.median(coded[one:other]) for one, other in zip(first, last, strict=True)])
+
+    def _key_frames(self, keys: np.ndarray, coded: np.ndarray) -> np.ndarray:
+        """The excess of the key frames at positions `keys`, without the first.
+
+        Encoders insert a key frame at a cut, and otherwise at a fixed distance. At that distance from another one, a
+        key frame says only by its bytes whether it shows another picture than the one before.
+        """
+        changes = np.abs(np.diff(np.log(coded + float(self.HEADER)))).clip(max=self.CUT)
+        distance = np.diff(keys).max(initial=0)
+        return np.where(np.isin(keys[1:] - distance, keys), changes, self.CUT)
