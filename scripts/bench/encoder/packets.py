@@ -1,0 +1,344 @@
+"""Planning from packets: its time, its recall over seven encodes, and the time of plan and pixels if half is dropped.
+
+Recall: as in `recall`, at an equal number of slow frames, of measure `packets` and of pixel measures on the same
+encode. The encodes and clips of the report were not used for tuning the measure; those of `--split tuning` were.
+
+Time: every measurement runs in its own process, contenders alternate, and ratios are medians over the rounds. The first
+round is not counted; it selects the fastest threading of bare decoding. Half of the sampled frames is dropped in three
+ways: every second one; the half that is most similar to the frame before, by the packets; the second half of every run
+of frames between two cuts.
+
+    python -m scripts.bench.encoder.packets               # writes docs/results/encoder/packets.json
+    python -m scripts.bench.encoder.packets --split tuning --skip-time
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from keye.errors import run
+from keye.slowfast.measures import get_measure
+from keye.slowfast.policies import FAST, SLOW, Decisions, Limits, Policy
+from keye.slowfast.policies.base import ClipFeatures
+from keye.video.clip import open_clip
+from scripts.bench.common.process import in_process
+from scripts.bench.common.record import QUICK_OUT, Claim, Table, arguments, out_of, save
+from scripts.bench.encoder.media.continuity import SEED
+from scripts.bench.encoder.media.corpus import FOLDER, locked, real_clips
+from scripts.bench.encoder.media.encodes import RECIPES, encode
+from scripts.bench.encoder.media.films import film, render
+from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, KINDS, TUNING_SEEDS, Scene, Span, scene
+from scripts.bench.encoder.plan import BARE
+from scripts.bench.encoder.recall import (
+    FPS,
+    HALF,
+    PEOPLE,
+    REAL,
+    Scores,
+    Tally,
+    continuity_scene,
+    evenly,
+    film_scene,
+    reel_scene,
+    sample,
+    seen,
+)
+
+MEASURE = "packets"
+PIXELS = ("change", "mse", "lab", "patch_l1")
+SETTINGS = ("10%", "20%", "30%", "as changes")
+GOAL = 5  # points of recall below the best pixel measure
+SECONDS = 240.0  # of a film
+RESAMPLES = 2000
+DROPS = ("even", "similar", "tails")
+
+
+def clips(split: str) -> Iterator[tuple[Scene, float, float]]:
+    """(clip, beginning, seconds) of all clips of a split."""
+    paths = real_clips()
+    first, last = (0.0, HALF) if split == "tuning" else (HALF, 90.0 - HALF)
+    people = [Span("enter", time, time + 0.5) for time in PEOPLE[split]]
+    yield Scene("vtest", paths["vtest.avi"], people), first, last
+    for name, events in REAL[split].items():
+        yield Scene(name, paths[name], events), 0.0, SECONDS
+    for seed in TUNING_SEEDS if split == "tuning" else HELD_OUT_SEEDS:
+        for kind in KINDS:
+            yield scene(kind, seed), 0.0, SECONDS
+    yield reel_scene(split, paths), 0.0, 600.0
+    yield from ((made, 0.0, SECONDS) for made in ([_bikes(paths)] if split == "tuning" else _films()))
+
+
+def _films() -> list[Scene]:
+    return [film_scene(), continuity_scene()]
+
+
+def _bikes(paths: dict[str, Path]) -> Scene:
+    """A film cut from a real clip of the tuning split."""
+    path = FOLDER / "films" / "160s-240p-bikes.mp4"
+    with locked(path.name):
+        if not path.is_file():
+            render(paths["bikes.mp4"], path, 160, False, (240, 426), coloured=False, longest=4.5)
+    pieces = json.loads(path.with_suffix(".json").read_text())["pieces"]
+    return Scene("film of bikes", path, [Span("cut", piece["time"], piece["time"]) for piece in pieces[1:]])
+
+
+class PacketScores(Scores):
+    """The scores of measure `packets` for a coded clip."""
+
+    def __init__(self, path: Path):
+        self.measure, self.rows = get_measure(MEASURE), defaultdict(list)
+        with open_clip(path, FPS, 1 << 20, lazy=True) as clip:
+            facts, frames = clip.packets()
+        self.features, self.times = self.measure.read(facts, frames), facts.times[frames].tolist()
+
+
+def judge(split: str, name: str, few: bool) -> dict:
+    """Recall of every measure on one encode of all clips of a split.
+
+    Returns:
+        {setting: {measure: {"slow", "frames", "changes": …, "hits": [for each change whether it was seen]}}}
+    """
+    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
+    hits: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for number, (made, start, seconds) in enumerate(clips(split)):
+        if few and number % 16:
+            continue
+        path = encode(made.path, split, name, start, seconds)
+        read = PacketScores(path)
+        clip = sample(path, made.name)
+        if clip.times != read.times:
+            raise ValueError(f"{path} has other frames than its packets say")
+        events = (replace(event, start=event.start - start, end=event.end - start) for event in made.events)
+        clip.events = [event for event in events if event.end < clip.times[-1]]
+        total = len(clip.times)
+        targets = {share: max(2, round(int(share[:-1]) / 100 * total)) for share in SETTINGS[:-1]}
+        targets["as changes"] = 1 + len(clip.events)
+        for setting, target in targets.items():
+            tallies[setting, "uniform"].add(clip, evenly(target, total))
+            hits[setting, "uniform"] += seen(clip, evenly(target, total))
+        for measure in (MEASURE, *PIXELS):
+            scores = read if measure == MEASURE else Scores(get_measure(measure), clip.frames)
+            for setting, target in targets.items():
+                slow = scores.spend(target)
+                tallies[setting, measure].add(clip, slow)
+                hits[setting, measure] += seen(clip, slow)
+    found: dict = {setting: {} for setting in SETTINGS}
+    for (setting, measure), tally in tallies.items():
+        found[setting][measure] = {**tally.result(), "hits": hits[setting, measure]}
+    return found
+
+
+def interval(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float]:
+    """95 % interval of the difference of two recalls in points, by bootstrap over the changes (paired)."""
+    difference = np.subtract(one, other, dtype=float)
+    picks = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
+    low, high = np.percentile(100 * difference[picks].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def recall_claims(found: dict[str, dict]) -> tuple[list[Claim], list[Table]]:
+    claims, rows = [], []
+    for name, settings in found.items():
+        for setting, measures in settings.items():
+            recalls = {measure: result["changes"]["all"]["recall"] for measure, result in measures.items()}
+            best = max(PIXELS, key=lambda measure: recalls[measure])
+            points = 100 * (recalls[MEASURE] - recalls[best])
+            low, high = interval(measures[MEASURE]["hits"], measures[best]["hits"])
+            share = " / ".join(f"{measures[measure]['share']:.1%}" for measure in (MEASURE, best))
+            shown = [f"{recalls[measure]:.0%}" for measure in (MEASURE, *PIXELS, "uniform")]
+            groups = [f"{_of(measures[MEASURE], kind)} / {_of(measures[best], kind)}" for kind in KINDS_SHOWN]
+            rows.append((name, setting, share, *shown, f"{points:+.0f} ({low:+.0f} to {high:+.0f})", *groups))
+            if setting in ("20%", "as changes"):
+                slow = "20 % of the frames slow" if setting == "20%" else "as many slow frames as changes"
+                figure = f"packets {recalls[MEASURE]:.0%}, {best} {recalls[best]:.0%}"
+                claims.append(
+                    Claim(
+                        f"recall of changes from packets, {name}, {slow}",
+                        f"at most {GOAL} points below the best pixel measure",
+                        f"{figure}; {points:+.1f} points ({low:+.1f} to {high:+.1f})",
+                        "",
+                        points >= -GOAL,
+                    )
+                )
+    columns = ("encode", "setting", "slow, packets / best", MEASURE, *PIXELS, "uniform", "points to the best (95 %)")
+    return claims, [Table("Recall of changes", (*columns, *(f"{kind}, packets / best" for kind in KINDS_SHOWN)), rows)]
+
+
+KINDS_SHOWN = ("cuts", "gradual", "text", "small")
+
+
+def _of(result: dict, kind: str) -> str:
+    return f"{result['changes'][kind]['recall']:.0%}" if kind in result["changes"] else "–"
+
+
+@dataclass(frozen=True)
+class Half(Policy):
+    """Shows half of the sampled frames; slow and fast by the rule of `adaptive`. way: one of `DROPS`."""
+
+    name = "half"
+    online = False
+
+    threshold: float
+    way: str = DROPS[0]
+
+    def decide(self, clip: ClipFeatures, limits: Limits) -> Decisions:
+        count = len(clip)
+        nearby = [1.0, *(clip.score(index - 1, index) for index in range(1, count))]
+        starts = [0, *(index for index in range(1, count) if nearby[index] < self.threshold), count]
+        if self.way == "even":
+            shown = list(range(0, count, 2))
+        elif self.way == "similar":
+            shown = sorted([0, *sorted(range(1, count), key=lambda index: nearby[index])[: count // 2 - 1]])
+        else:
+            runs = zip(starts, starts[1:], strict=False)
+            shown = [index for start, stop in runs for index in range(start, start + (stop - start + 1) // 2)]
+        new = set(starts)
+        types = [SLOW if index in new else FAST for index in shown]
+        return Decisions(types, [float("nan"), *(nearby[index] for index in shown[1:])], shown)
+
+
+def contender(name: str, path: Path) -> Callable[[], dict]:
+    """The timed function of a worker process; imports are not timed."""
+    if name in BARE:
+        import av
+
+        def bare() -> dict:
+            with av.open(str(path)) as container:
+                container.streams.video[0].thread_type = name.removeprefix("bare ")
+                return {"frames": sum(1 for _ in container.decode(video=0))}
+
+        return bare
+    from keye import SlowFastEncoder
+
+    if name == "plan":
+        encoder = SlowFastEncoder(measure=MEASURE)
+        return lambda: {"frames": len(encoder.plan(path))}
+    encoder = SlowFastEncoder(measure=MEASURE, policy=Half(0.4, name))
+    return lambda: {"frames": len(encoder(path, dtype=torch.uint8).plan)}
+
+
+def measure_time(path: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every contender in every counted round; "bare" is the fastest way of bare decoding."""
+
+    def once(name: str) -> float:
+        found = in_process(__spec__.name, ["--worker", name, "--film", str(path)], f"{name} on {path.name}")
+        print(f"  {path.name:24} {name:12} {found['seconds']:7.2f} s, {found['frames']} frames", flush=True)
+        return found["seconds"]
+
+    warm = {name: once(name) for name in (*BARE, "plan", *DROPS)}
+    fastest = min(BARE, key=warm.__getitem__)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for turn in range(rounds):
+        order = [fastest, "plan", *DROPS]
+        for name in order if turn % 2 == 0 else order[::-1]:
+            seconds["bare" if name in BARE else name].append(once(name))
+    return seconds
+
+
+def time_claims(films: dict[str, dict[str, list[float]]]) -> tuple[list[Claim], list[Table]]:
+    claims, rows = [], []
+    for about, seconds in films.items():
+        for name, values in seconds.items():
+            ratio = statistics.median(a / b for a, b in zip(values, seconds["bare"], strict=True))
+            spread = f"{min(values):.2f}–{max(values):.2f}"
+            rows.append((about, NAMES[name], len(values), f"{statistics.median(values):.2f}", spread, f"{ratio:.3f}"))
+            if name == "bare":
+                continue
+            most, goal = (0.1, "≤ 10 % of bare decoding") if name == "plan" else (0.5, "≤ 0.5 × bare decoding")
+            times = [f"{statistics.median(seconds[key]):.2f} s" for key in (name, "bare")]
+            claims.append(
+                Claim(f"{NAMES[name]}, {about}", goal, " against ".join(times), f"{ratio:.3f} ×", ratio <= most)
+            )
+    columns = ("film", "what", "rounds", "median s", "range", "over bare decoding")
+    return claims, [Table("Time of planning from packets", columns, rows)]
+
+
+NAMES = {
+    "bare": "bare decoding, PyAV, its fastest threading",
+    "plan": "plan from packets",
+    "even": "plan and pixels, every second frame dropped",
+    "similar": "plan and pixels, the more similar half dropped",
+    "tails": "plan and pixels, the second half of each run dropped",
+}
+
+
+def bench(args: argparse.Namespace) -> None:
+    began, claims, tables = time.monotonic(), [], []
+    kept = FOLDER / "packets" / args.split
+    kept.mkdir(parents=True, exist_ok=True)
+    if not args.skip_time:
+        length, size = (12, (180, 320)) if args.quick else (600, (720, 1280))
+        films = {}
+        for bframes in (False, True):
+            about = f"{length}-second {size[0]}p film {'with' if bframes else 'without'} B-frames"
+            path = film(length, bframes, size)
+            known = kept / f"{path.stem}-time.json"
+            if not (args.resume and known.is_file()):
+                known.write_text(json.dumps(measure_time(path, 1 if args.quick else args.rounds)))
+            films[about] = json.loads(known.read_text())
+        timed = time_claims(films)
+        claims, tables = claims + timed[0], tables + timed[1]
+    found = {}
+    for name in list(RECIPES[args.split])[: 1 if args.quick else None]:
+        known = kept / f"{name.replace(' ', '-')}.json"
+        if args.quick or not (args.resume and known.is_file()):
+            options = ["--judge", name, "--split", args.split, *(["--quick"] if args.quick else [])]
+            known.write_text(json.dumps(in_process(__spec__.name, options, f"recall on {name}")))
+        found[name] = json.loads(known.read_text())
+        print(f"  {name}", flush=True)
+    judged = recall_claims(found)
+    claims, tables = claims + judged[0], tables + judged[1]
+    tuning = args.split == "tuning"
+    save(
+        QUICK_OUT if tuning and args.out is None else out_of(args),
+        "packets-tuning" if tuning else "packets",
+        claims,
+        tables,
+        seconds=time.monotonic() - began,
+        quick=args.quick,
+        seeds={"films": 3, "drawn clips": ", ".join(map(str, HELD_OUT_SEEDS)), "reel": 7, "continuity": SEED},
+        notes=NOTES,
+    )
+
+
+NOTES = [
+    f"Encodes have at most 240 rows; of the two films the first {SECONDS:.0f} s are coded. VP9 is coded in two passes"
+    " with alternate references, AV1 by SVT-AV1 with its default pyramids of 16 frames.",
+    "The best pixel measure is selected on the reported clips themselves, for each encode and setting. Intervals:"
+    f" paired bootstrap over the changes, {RESAMPLES} resamples.",
+]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--split", choices=list(RECIPES), default="held-out", help="which clips and encodes")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds of the times (default 3)")
+    parser.add_argument("--skip-time", action="store_true", help="recall only")
+    parser.add_argument("--resume", action="store_true", help="take what an interrupted bench has measured")
+    parser.add_argument("--worker", choices=("plan", *BARE, *DROPS), help=argparse.SUPPRESS)
+    parser.add_argument("--film", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--judge", choices=list(RECIPES["tuning"]), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        action = contender(args.worker, args.film)
+        began = time.perf_counter()
+        figures = action()
+        print(json.dumps({"seconds": time.perf_counter() - began, **figures}))
+    elif args.judge:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            print(json.dumps(judge(args.split, args.judge, args.quick)))
+    else:
+        bench(args)
+
+
+if __name__ == "__main__":
+    run(main)
