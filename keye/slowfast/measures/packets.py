@@ -93,9 +93,12 @@ class Packets:
     def _key_frames(self, keys: np.ndarray, coded: np.ndarray) -> np.ndarray:
         """The excess of the key frames at positions `keys`, without the first.
 
-        Encoders insert a key frame at a cut, and otherwise at a fixed distance. At that distance from another one, a
-        key frame says only by its bytes whether it shows another picture than the one before.
+        Encoders insert a key frame at a cut, and otherwise at a fixed distance: the largest one, if it recurs. At that
+        distance from another one, a key frame says only by its bytes whether it shows another picture.
         """
         changes = np.abs(np.diff(np.log(coded + float(self.HEADER)))).clip(max=self.CUT)
-        distance = np.diff(keys).max(initial=0)
-        return np.where(np.isin(keys[1:] - distance, keys), changes, self.CUT)
+        distances = np.diff(keys)
+        largest = distances.max(initial=0)
+        if np.count_nonzero(distances == largest) < 2:
+            return np.full(len(distances), self.CUT)
+        return np.where(np.isin(keys[1:] - largest, keys), changes, self.CUT)
