@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
 from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.frame_classifier import FrameClassifier
-from keye.slowfast.measures import Measure
+from keye.slowfast.measures.base import Measure, PacketMeasure
 from keye.slowfast.policies import Decisions, Limits, Policy
 from keye.slowfast.threads import one_thread
 
@@ -33,7 +33,7 @@ class Walk:
     decoded: bool = True
 
 
-def reads_packets(measure: Measure) -> bool:
+def reads_packets(measure: Measure) -> TypeGuard[PacketMeasure]:
     """Whether a measure compares the packets of a file where it can."""
     return hasattr(measure, "read")
 

@@ -35,7 +35,7 @@ from scripts.bench.encoder.media.continuity import SEED
 from scripts.bench.encoder.media.corpus import FOLDER, locked, real_clips
 from scripts.bench.encoder.media.encodes import RECIPES, encode
 from scripts.bench.encoder.media.films import film, render
-from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, KINDS, TUNING_SEEDS, Scene, Span, scene
+from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, SCENE_KINDS, TUNING_SEEDS, Scene, Span, scene
 from scripts.bench.encoder.plan import BARE
 from scripts.bench.encoder.recall import (
     FPS,
@@ -70,7 +70,7 @@ def clips(split: str) -> Iterator[tuple[Scene, float, float]]:
     for name, events in REAL[split].items():
         yield Scene(name, paths[name], events), 0.0, SECONDS
     for seed in TUNING_SEEDS if split == "tuning" else HELD_OUT_SEEDS:
-        for kind in KINDS:
+        for kind in SCENE_KINDS:
             yield scene(kind, seed), 0.0, SECONDS
     yield reel_scene(split, paths), 0.0, 600.0
     yield from ((made, 0.0, SECONDS) for made in ([_bikes(paths)] if split == "tuning" else _films()))
@@ -199,7 +199,7 @@ class Half(Policy):
             shown = sorted([0, *sorted(range(1, count), key=lambda index: nearby[index])[: count // 2 - 1]])
         else:
             runs = zip(starts, starts[1:], strict=False)
-            shown = [index for start, stop in runs for index in range(start, start + (stop - start + 1) // 2)]
+            shown = [index for start, stop in runs for index in range(start, start + max(1, (stop - start) // 2))]
         new = set(starts)
         types = [SLOW if index in new else FAST for index in shown]
         return Decisions(types, [float("nan"), *(nearby[index] for index in shown[1:])], shown)
