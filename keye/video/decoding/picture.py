@@ -55,7 +55,8 @@ class FrameConverter:
         return (width, height) if orientation(frame).transposed else (height, width)
 
     def declared(self, stream: av.VideoStream) -> tuple[int, int]:
-        """The (height, width) of a stream as displayed, by its container."""
+        """The (height, width) of a stream as displayed, by its container, which also fills `notes`."""
+        self._note_format(stream.codec_context.color_trc, stream.codec_context.field_order > 1)
         height, width = shown_size(stream.codec_context, self.aspect)
         return (width, height) if _orientation(display_matrix(stream)).transposed else (height, width)
 
@@ -128,11 +129,14 @@ class FrameConverter:
                 f"{self.name} changes from {self.size[1]}x{self.size[0]} to {found[1]}x{found[0]} at {time:.2f} s"
                 "; later frames are resized to the first size"
             )
-        if frame.color_trc in _HDR and "hdr" not in self.notes:
+        self._note_format(frame.color_trc, frame.interlaced_frame)
+
+    def _note_format(self, transfer: int, interlaced: bool) -> None:
+        if transfer in _HDR and "hdr" not in self.notes:
             self.notes["hdr"] = (
-                f"{self.name} is HDR ({_HDR[frame.color_trc]}); it is converted without tone mapping and looks pale"
+                f"{self.name} is HDR ({_HDR[transfer]}); it is converted without tone mapping and looks pale"
             )
-        if frame.interlaced_frame and "interlaced" not in self.notes:
+        if interlaced and "interlaced" not in self.notes:
             self.notes["interlaced"] = (
                 f"{self.name} is interlaced; its frames are not deinterlaced, so moving edges have comb artefacts"
             )

@@ -294,3 +294,15 @@ def test_key_frames_at_their_distance_count_by_their_sizes():
     assert other[20] == pytest.approx(np.log(4)) and other[10] == 0
     early = measure.surprise(facts(plain.tolist(), [0, 10, 14, 24, 34]))
     assert early[14] == Packets.CUT and early[24] < Packets.CUT
+
+
+def test_the_warnings_of_the_container_are_those_of_a_call(folder):
+    """HDR and interlaced files."""
+    files = {
+        "hdr.mp4": ("libx265", {"x265-params": "log-level=none:pools=1:transfer=smpte2084"}),
+        "interlaced.mp4": ("libx264", {"flags": "+ildct+ilme", "x264-params": "tff=1"}),
+    }
+    for name, (codec, options) in files.items():
+        path = write_video(folder / name, drawn()[:30], codec=codec, options=options)
+        plan = encoder().plan(path)
+        assert encoder()(path).plan == plan and len(plan.warnings) == 1, plan.warnings
