@@ -43,14 +43,13 @@ class Pictures:
             # VP9 and libaom may display a filtered alternate reference by a frame of a few bytes that repeats it.
             # Nothing marks this frame; it is the last one before the next alternate reference.
             self._show(packet - 1)
+        if picture.repeats and self._hidden:
+            # Pyramids are coded depth first: the picture that is displayed next is the latest of earlier packets.
+            self._packets[self._hidden.pop()] = packet
         for coded in picture.later:
             self._hidden.append(len(self._packets))
             self._append(packet, coded)
-        if picture.repeats:
-            # Pyramids are coded depth first: the picture that is displayed next is the latest one.
-            if self._hidden:
-                self._packets[self._hidden.pop()] = packet
-        else:
+        if not picture.repeats:
             self._append(packet, size - picture.filler - sum(picture.later))
 
     def displayed(self) -> np.ndarray:
