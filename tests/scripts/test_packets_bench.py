@@ -21,7 +21,7 @@ def test_half_of_the_frames_is_shown(way, shown):
             return nearby[before]
 
     if way == "tails":
-        nearby[0] = 0.9  # runs of four frames
+        nearby[3] = 0.02  # two runs of four frames
     found = packets.Half(0.35, way).decide(Clip(), None)
     assert found.positions == shown and len(found.types) == len(found.scores) == 4
     assert found.types[found.positions.index(4)] == 0 and found.types[0] == 0

@@ -6,7 +6,7 @@ encode. The encodes and clips of the report were not used for tuning the measure
 Time: every measurement runs in its own process, contenders alternate, and ratios are medians over the rounds. The first
 round is not counted; it selects the fastest threading of bare decoding. Half of the sampled frames is dropped in three
 ways: every second one; the half that is most similar to the frame before, by the packets; the second half of every run
-of frames between two cuts.
+of frames between two cuts that the encoder found.
 
     python -m scripts.bench.encoder.packets               # writes docs/results/encoder/packets.json
     python -m scripts.bench.encoder.packets --split tuning --skip-time
@@ -59,6 +59,7 @@ GOAL = 5  # points of recall below the best pixel measure
 SECONDS = 240.0  # of a film
 RESAMPLES = 2000
 DROPS = ("even", "similar", "tails")
+CUT = 0.05  # similarity below which the run of frames that "tails" halves ends: key frames where none was due
 
 
 def clips(split: str) -> Iterator[tuple[Scene, float, float]]:
@@ -192,15 +193,15 @@ class Half(Policy):
     def decide(self, clip: ClipFeatures, limits: Limits) -> Decisions:
         count = len(clip)
         nearby = [1.0, *(clip.score(index - 1, index) for index in range(1, count))]
-        starts = [0, *(index for index in range(1, count) if nearby[index] < self.threshold), count]
+        new = {0, *(index for index in range(1, count) if nearby[index] < self.threshold)}
         if self.way == "even":
             shown = list(range(0, count, 2))
         elif self.way == "similar":
             shown = sorted([0, *sorted(range(1, count), key=lambda index: nearby[index])[: count // 2 - 1]])
         else:
+            starts = [0, *(index for index in range(1, count) if nearby[index] < CUT), count]
             runs = zip(starts, starts[1:], strict=False)
             shown = [index for start, stop in runs for index in range(start, start + max(1, (stop - start) // 2))]
-        new = set(starts)
         types = [SLOW if index in new else FAST for index in shown]
         return Decisions(types, [float("nan"), *(nearby[index] for index in shown[1:])], shown)
 
@@ -266,7 +267,7 @@ NAMES = {
     "plan": "plan from packets",
     "even": "plan and pixels, every second frame dropped",
     "similar": "plan and pixels, the more similar half dropped",
-    "tails": "plan and pixels, the second half of each run dropped",
+    "tails": "plan and pixels, the second half of each shot dropped",
 }
 
 
