@@ -92,8 +92,7 @@ class Decoder:
         self.name = name
         self.warnings: list[str] = []
         self._ahead: Prefetcher[Frame] | None = None
-        self._begun: Iterator[Decoded] | None = None
-        self._broken, self._end = 0, None
+        self._begun, self._broken, self._end = None, 0, None
         self._use(container)
         try:
             self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 0) or 25.0
@@ -128,10 +127,7 @@ class Decoder:
         return self._index is not None
 
     def packets(self) -> tuple[PacketFacts, np.ndarray] | None:
-        """What the packets say about the stream's frames, and int64 [T], the frames displayed at `times`.
-
-        Nothing is decoded, and `warnings` are those without decoding. None where packets do not determine the frames.
-        """
+        """What the packets say about the frames, and int64 [T], those displayed at `times`; None where they do not."""
         frames = [] if self._index is None else self._index.showing(self.times)
         if len(frames) != len(self.times):
             return None
