@@ -32,6 +32,13 @@ def rate(name: str, value: object, *, error: type[KeyeError] = KeyeError) -> flo
     return float(value)
 
 
+def multiple(name: str, value: object, *, error: type[KeyeError] = KeyeError) -> float:
+    """`value` as a float, if it is finite and 1 or more, or 0."""
+    if not _finite(value) or (value != 0 and value < 1):
+        raise error(f"{name} is {value!r}; give a number of 1 or more, or 0 for none")
+    return float(value)
+
+
 def seconds(name: str, value: object, *, error: type[KeyeError] = KeyeError) -> float:
     """`value` as a float, if it is finite and 0 or more."""
     if not _finite(value) or value < 0:

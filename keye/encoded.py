@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
@@ -19,6 +19,8 @@ from keye.slowfast.resizing import patches, resize
 from keye.video.images import load_image
 from keye.visualize.figures import strip_frames
 from keye.visualize.notebook import PLACES, one_line, plan_html
+
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,12 +88,13 @@ class EncodedVideo:
 class ChosenFrames:
     """The frames that an encoder chose, uncut, for other models.
 
-    slow: [S, 3, h, w] and fast: [F, 3, h, w], each in time order. plan: the VideoPlan; its `frame_types` give the order
-    of slow and fast frames, and its tokens are counted at the plan's own sizes, whatever size was requested.
+    slow: [S, 3, h, w] and fast: [F, 3, h, w], each in time order; lists of [3, h, w] where frames of one type differ in
+    size. plan: the VideoPlan; its `frame_types` give the order of slow and fast frames, and its tokens are counted at
+    the plan's own sizes, whatever size was requested.
     """
 
-    slow: torch.Tensor
-    fast: torch.Tensor
+    slow: torch.Tensor | list[torch.Tensor]
+    fast: torch.Tensor | list[torch.Tensor]
     plan: VideoPlan
 
     def in_order(self) -> list[torch.Tensor]:
@@ -100,6 +103,8 @@ class ChosenFrames:
         return [next(rows[kind]) for kind in self.plan.frame_types.tolist()]
 
     def __repr__(self) -> str:
+        if isinstance(self.slow, list):
+            return f"ChosenFrames({one_line(self.plan)}, {len(self.slow)} slow and {len(self.fast)} fast of many sizes)"
         kind = str(self.slow.dtype).removeprefix("torch.")
         sizes = f"slow {list(self.slow.shape)}, fast {list(self.fast.shape)} {kind}"
         return f"ChosenFrames({one_line(self.plan)}, {sizes})"
@@ -111,8 +116,9 @@ class FrameDecision:
 
     index: position in the stream, from 0. time: seconds. frame_type: 0 slow, 1 fast. similarity: in [0, 1], with the
     latest slow frame before this one; NaN for the first. size: (height, width) in pixels, where the budget does not
-    limit it. beyond_budget: whether the stream has more frames than `most_frames`, so that a plan of all of them would
-    leave some out and could decide otherwise.
+    limit it; under the policy ladder within the budget. beyond_budget: whether the stream has more frames than
+    `most_frames`, so that a plan of all of them would leave some out and could decide otherwise. shown: False for a
+    frame that the policy ladder leaves out; its size is (0, 0).
     """
 
     index: int
@@ -121,6 +127,7 @@ class FrameDecision:
     similarity: float
     size: tuple[int, int]
     beyond_budget: bool = False
+    shown: bool = True
 
 
 class Sampling(TypedDict, total=False):
@@ -229,3 +236,32 @@ def encode_patches(
         pixel_format.fill(pixel_values[start:end], cut)
         start = end
     return pixel_values, torch.tensor([(1, height // patch, width // patch) for height, width in sizes])
+
+
+def chosen_frames(
+    frames: Callable[[Sequence[Size]], Iterable[torch.Tensor]],
+    plan: VideoPlan,
+    sizes: tuple[Size | None, Size | None],
+    pixel_format: PixelFormat,
+) -> ChosenFrames:
+    """The frames of a plan's entries.
+
+    Args:
+        frames: sizes → the frame uint8 [3, h, w] of each entry.
+        plan: the plan.
+        sizes: of slow and of fast frames; None for the plan's.
+        pixel_format: of the result.
+    """
+    kinds = plan.frame_types.tolist()
+    wanted = [sizes[kind] or own for kind, own in zip(kinds, plan.frame_sizes, strict=True)]
+    outputs: list[torch.Tensor | list[torch.Tensor]] = []
+    for kind, own in ((SLOW, plan.slow_size), (FAST, plan.fast_size)):
+        of_kind = [size for size, found in zip(wanted, kinds, strict=True) if found == kind]
+        if sizes[kind] is None and plan.levels is not None:
+            outputs.append([pixel_format.empty(3, *size) for size in of_kind])
+        else:
+            outputs.append(pixel_format.empty(len(of_kind), 3, *(sizes[kind] or own)))
+    rows = [iter(output) for output in outputs]
+    for kind, frame, size in zip(kinds, frames(wanted), wanted, strict=True):
+        pixel_format.fill(next(rows[kind]), resize(frame[None], size, "bicubic")[0])
+    return ChosenFrames(*outputs, plan)

@@ -17,6 +17,7 @@ from keye.encoded import (
     Options,
     Sampling,
     check_options,
+    chosen_frames,
     encode_patches,
     refuse_one_path,
     split_options,
@@ -24,16 +25,16 @@ from keye.encoded import (
 )
 from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError, loading
-from keye.slowfast.budget import fit_size
+from keye.slowfast.budget import LEAST_FAST, fit_size
 from keye.slowfast.clip_walk import pixel_rule, reads_packets, walk
+from keye.slowfast.concessions import concede
 from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import as_measure
 from keye.slowfast.measures.base import Tower
 from keye.slowfast.pixels import Output, PixelFormat
-from keye.slowfast.plan import VideoPlan
-from keye.slowfast.policies import FAST, SLOW, Limits, as_policy
-from keye.slowfast.resizing import resize
+from keye.slowfast.plan import VideoPlan, span_of
+from keye.slowfast.policies import Limits, as_policy
 from keye.video.clip import Clip, Source, open_clip
 from keye.video.fetch import UrlRules
 from keye.video.images import ImageSource, load_image
@@ -95,15 +96,16 @@ class SlowFastEncoder:
     def released(cls, **overrides: object) -> "SlowFastEncoder":
         """An encoder that decides as keye-vl-utils 1.5.2 does.
 
-        patch_cosine with threshold 0.9, fast_ratio 0.3, 48–768 tokens a frame, 65,536 tokens a video, 2 fps.
+        patch_cosine with threshold 0.9, fast_ratio 0.3, 48–768 tokens a frame, 65,536 tokens a video, 2 fps, and no
+        least multiple of slow frames.
         """
-        settings = {"measure": "patch_cosine", "threshold": 0.9, "max_tokens": 65_536}
+        settings = {"measure": "patch_cosine", "threshold": 0.9, "max_tokens": 65_536, "slow_multiple": 0.0}
         return cls(**{**settings, **overrides})
 
     @classmethod
     def report(cls, **overrides: object) -> "SlowFastEncoder":
         """An encoder with the report's threshold of 0.95 and budget of 75,000; the other settings are as released."""
-        settings = {"measure": "patch_cosine", "threshold": 0.95, "max_tokens": 75_000}
+        settings = {"measure": "patch_cosine", "threshold": 0.95, "max_tokens": 75_000, "slow_multiple": 0.0}
         return cls(**{**settings, **overrides})
 
     @classmethod
@@ -122,6 +124,7 @@ class SlowFastEncoder:
         settings = read_json(path, "save the processor again").get("encoder")
         if not isinstance(settings, dict):
             raise CheckpointError(f'{path} has no key "encoder"; save the processor again')
+        settings = EncoderConfig.saved(settings)
         try:  # before the weights are loaded
             EncoderConfig.check_names(settings)
             cls(**settings)
@@ -231,20 +234,11 @@ class SlowFastEncoder:
         """
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output, torch.uint8)
-        given = None if size is None else height_width("size", size)
-        given_fast = given if fast_size is None else height_width("fast_size", fast_size)
+        slow = None if size is None else height_width("size", size)
+        fast = slow if fast_size is None else height_width("fast_size", fast_size)
         with self._chosen(source, sampling) as (clip, plan, frames):
-            slow, fast = given or plan.slow_size, given_fast or plan.fast_size
-            counts = plan.counts
-            outputs = [pixel_format.empty(counts[kind], 3, *(slow, fast)[kind]) for kind in (SLOW, FAST)]
-            rows = [iter(output) for output in outputs]
-            kinds = plan.frame_types.tolist()
-            frames = frames([(slow, fast)[kind] for kind in kinds])
-            for kind, frame in zip(kinds, frames, strict=True):
-                resized = resize(frame[None], (slow, fast)[kind], "bicubic")[0]
-                pixel_format.fill(next(rows[kind]), resized)
-            plan = plan.with_warnings(clip.warnings)
-        return ChosenFrames(*outputs, plan)
+            chosen = chosen_frames(frames, plan, (slow, fast), pixel_format)
+            return replace(chosen, plan=plan.with_warnings(clip.warnings))
 
     @contextmanager
     def _chosen(
@@ -262,8 +256,8 @@ class SlowFastEncoder:
     def stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator[FrameDecision]:
         """Decide about live video as each frame arrives, in the memory of one slow frame.
 
-        Types and similarities equal those of a `plan` of the same frames. Every frame is used: where a plan would leave
-        frames out because there are more than `most_frames`, the stream marks the later ones `beyond_budget`.
+        Types and similarities equal those of a `plan` of the same frames whose budget does not bind. Every frame is
+        used: where there are more than `most_frames`, the stream marks the later ones `beyond_budget`.
 
         Args:
             frames: uint8 [3, H, W] each, or (seconds, frame); without seconds, frames are 1 / fps apart.
@@ -273,7 +267,9 @@ class SlowFastEncoder:
             VideoError: a frame has another size than the first, or a time that is not after the one before.
         """
         refuse_one_path(frames, "a stream takes frames, not a file; use encoder.plan for a file")
-        return self._stream(FrameClassifier(*pixel_rule(self.measure, self.policy), remember=False), frames)
+        most = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
+        count, rule = min(most, self.max_frames or most), pixel_rule(self.measure, self.policy)
+        return self._stream(FrameClassifier(*rule, frames=count, remember=False), frames)
 
     def _stream(
         self, classifier: FrameClassifier, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]
@@ -284,10 +280,13 @@ class SlowFastEncoder:
             if sizes is None:
                 first = tuple(frame.shape[1:])
                 ample = 2 * self.max_tokens_per_frame
-                allocation = self._limits(first).allocate(1, 1, fast_tokens=self.policy.fast_tokens, max_tokens=ample)
+                classifier.limits = limits = self._limits(first)
+                allocation = limits.allocate(1, 1, fast_tokens=self.policy.fast_tokens, max_tokens=ample)
                 sizes = (allocation.slow_size, allocation.fast_size)
             (kind,), (score,) = classifier.step(frame[None])
-            yield FrameDecision(index, before, kind, score, sizes[kind], index >= self.most_frames)
+            (size,) = classifier.sizes or (sizes[kind],)
+            shown, beyond = size is not None, index >= self.most_frames
+            yield FrameDecision(index, before, kind, score, size or (0, 0), beyond, shown)
 
     def encode_many(self, sources: Sequence[Source], **options: object) -> "Results":
         """Plan or encode many videos in worker processes; options: see `keye.batch.workers.encode_many`."""
@@ -327,9 +326,19 @@ class SlowFastEncoder:
 
     @property
     def most_frames(self) -> int:
-        """Most frames sampled from a video: as many of the smallest size as the budget holds, or `max_frames`."""
-        limit = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
-        return limit if self.max_frames is None else min(limit, self.max_frames)
+        """Most frames sampled from a video: as many of the smallest size as the budget holds, or `max_frames`.
+
+        With `slow_multiple` more frames are compared than can be shown, of which the least similar are shown. Policies
+        that need all frames to decide, or that do not rank frames, sample no more than can be shown.
+        """
+        most = self.policy.most_frames(self.max_tokens, self._least_tokens)
+        return min(most, self.max_frames or most)
+
+    @property
+    def _least_tokens(self) -> int:
+        """Tokens of the smallest frame by which the number of sampled frames is limited."""
+        chooses = self.slow_multiple and (self.policy.online or self.policy.walks) and self.policy.ranks
+        return min(LEAST_FAST, self.min_tokens_per_frame) if chooses else self.min_tokens_per_frame
 
     def _open(self, source: Source, sampling: Sampling) -> AbstractContextManager[Clip]:
         lazy = reads_packets(self.measure)
@@ -343,17 +352,15 @@ class SlowFastEncoder:
             max_tokens_per_frame=self.max_tokens_per_frame,
             max_tokens=self.max_tokens,
             side=self.token_side,
+            multiple=self.slow_multiple,
         )
 
     def _walk(self, clip: Clip, buffer: FrameBuffer | None) -> tuple[VideoPlan, list[int]]:
         """Classify the clip's frames; returns the plan, and which frame of the clip each of its entries shows."""
         limits = self._limits(clip.size)
         walked = walk(clip, self.measure, self.policy, limits, buffer)
-        indices, times, decided = walked.indices, walked.times, walked.decisions
-        slow = decided.types.count(SLOW)
-        allocation = limits.allocate(
-            slow, len(decided.types) - slow, fast_tokens=self.policy.fast_tokens, max_tokens=decided.max_tokens
-        )
+        indices, times = walked.indices, walked.times
+        decided, allocation = concede(walked.decisions, limits, self.policy)
         plan = VideoPlan(
             source=clip.name,
             frame_types=torch.tensor(decided.types, dtype=torch.long),
@@ -367,6 +374,9 @@ class SlowFastEncoder:
             duration=clip.duration,
             settings=self.settings if decided.threshold is None else {**self.settings, "threshold": decided.threshold},
             warnings=(*clip.warnings, *self._thinned(clip), *decided.warnings),
+            sizes=decided.sizes,
+            levels=None if decided.levels is None else torch.tensor(decided.levels, dtype=torch.long),
+            end=None if len({*decided.positions}) == len(times) else span_of(times, clip.duration, self.fps)[1],
         )
         if walked.decoded:
             return plan, decided.positions
@@ -377,8 +387,7 @@ class SlowFastEncoder:
     def _thinned(self, clip: Clip) -> list[str]:
         if not clip.wanted > clip.expected == self.most_frames:
             return []
-        budget = self.policy.most_frames(self.max_tokens, self.min_tokens_per_frame)
-        why = f"max_tokens={self.max_tokens} holds no more of min_tokens_per_frame={self.min_tokens_per_frame}"
-        if self.most_frames < budget:
+        why = f"max_tokens={self.max_tokens} holds no more frames of {self._least_tokens} tokens"
+        if self.most_frames < self.policy.most_frames(self.max_tokens, self._least_tokens):
             why = f"max_frames={self.max_frames}"
         return [f"{clip.expected} of {clip.wanted} frames of {clip.name} are used, spread evenly: {why}"]

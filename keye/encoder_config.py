@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from keye.checks import fraction, integer, rate, suggestion
+from keye.checks import fraction, integer, multiple, rate, suggestion
 from keye.errors import KeyeError
 from keye.slowfast.budget import SIDE
 
@@ -47,6 +47,9 @@ class EncoderConfig:
     max_frames: int | None = None
     """Most frames of a video, spread evenly (default: as many as the budget can hold)."""
 
+    slow_multiple: float = 4.0
+    """Where the budget binds, a slow frame keeps this multiple of a fast frame's tokens; 0: no such rule (released)."""
+
     token_side: int = SIDE
     """Pixels along one side of a token, which is two patches: 28 for Keye-VL and Qwen2.5-VL, 32 for Qwen3-VL."""
 
@@ -56,6 +59,7 @@ class EncoderConfig:
             "fast_ratio": fraction("fast_ratio", self.fast_ratio, zero=False),
             "fps": rate("fps", self.fps),
             "max_frames": None if self.max_frames is None else integer("max_frames", self.max_frames),
+            "slow_multiple": multiple("slow_multiple", self.slow_multiple),
         }
         for name in ("max_tokens", "min_tokens_per_frame", "max_tokens_per_frame", "token_side"):
             checked[name] = integer(name, getattr(self, name))
@@ -89,6 +93,15 @@ class EncoderConfig:
         for name in given:
             if name not in cls.names():
                 raise KeyeError(f"{name} is not a setting of the encoder; {suggestion(name, cls.names())}")
+
+    @staticmethod
+    def saved(values: Any) -> Any:
+        """The settings of a file that another version may have written, so that they give the plans that they gave.
+
+        Settings that were saved before `slow_multiple` existed do not have it; without the rule their plans are equal.
+        What is not a mapping is returned unchanged.
+        """
+        return {"slow_multiple": 0.0, **values} if isinstance(values, Mapping) else values
 
     def to_dict(self) -> dict:
         """Plain values by name."""

@@ -170,6 +170,11 @@ def fetch_video(
     else:
         frames, times = _by_time(ele, encoder, urls)
     plan = encoder.plan(frames, timestamps=times.tolist())
+    if plan.levels is not None:
+        raise KeyeError(
+            f"the policy {encoder.policy.spec} gives frames more than two sizes, which keye-vl-utils cannot describe;"
+            " use another policy, or call the encoder"
+        )
     shown = plan.frame_indices
     frames = frames if torch.equal(shown, torch.arange(len(frames))) else frames[shown]
     (height, width), (fast_height, fast_width) = plan.slow_size, plan.fast_size
@@ -204,7 +209,7 @@ def _configured(encoder: SlowFastEncoder | None, ele: Element, side: int) -> Slo
 def _by_time(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames `[T, 3, H, W]` and times `[T]` of the frames shown at i / fps seconds."""
     wanted = {"start": ele.get("video_start"), "end": ele.get("video_end"), "num_frames": ele.get("nframes")}
-    with open_clip(_plain(ele["video"]), encoder.fps, encoder.most_frames, urls=urls, **wanted) as clip:
+    with open_clip(_plain(ele["video"]), encoder.fps, _most_frames(encoder), urls=urls, **wanted) as clip:
         frames = torch.empty(clip.expected, 3, *clip.size, dtype=torch.uint8)
         times = []
         for frame in clip:
@@ -228,12 +233,12 @@ def _by_index(ele: Element, encoder: SlowFastEncoder, urls: UrlRules | None) -> 
             raise VideoError(f"{source} is not a file; check the path")
         # Pixels as decord returns them: neither made square nor with the colour matrix that their size suggests.
         opened = open_container(io.BytesIO(local) if isinstance(local, bytes) else local, name)
-        decoder = Decoder(opened, name, encoder.fps, encoder.most_frames, as_coded=True)
+        decoder = Decoder(opened, name, encoder.fps, _most_frames(encoder), as_coded=True)
         stack.callback(decoder.close)
         rate, shown = decoder.rate, decoder.appear
         if not shown:
             raise VideoError(f'the frames of {name} have no times; encode it again, or use sampling="time"')
-        count = max(1, min(int(len(shown) / rate * min(encoder.fps, rate)), encoder.most_frames))
+        count = max(1, min(int(len(shown) / rate * min(encoder.fps, rate)), _most_frames(encoder)))
         indices = torch.linspace(0, len(shown) - 1, count).round().long()
         frames = list(decoder.frames_at([shown[index] for index in indices.tolist()]))
     if not frames:
@@ -250,7 +255,7 @@ def _listed(
     sources = list(ele["video"])
     if not sources:
         raise VideoError("a video is a list of 0 images; give one or more")
-    kept = torch.linspace(0, len(sources) - 1, min(len(sources), encoder.most_frames)).round().long().tolist()
+    kept = torch.linspace(0, len(sources) - 1, min(len(sources), _most_frames(encoder))).round().long().tolist()
     pictures = []
     for index in kept:
         source = sources[index]
@@ -260,6 +265,11 @@ def _listed(
     if len(sizes) > 1:
         raise VideoError(f"the images of a video come out at {len(sizes)} sizes; give resized_height and resized_width")
     return torch.stack(pictures), torch.tensor([index / encoder.fps for index in kept])
+
+
+def _most_frames(encoder: SlowFastEncoder) -> int:
+    """Most frames that are in memory: those that can be shown."""
+    return max(1, min(encoder.most_frames, encoder.max_tokens // encoder.min_tokens_per_frame))
 
 
 def _plain(source: Any) -> Any:

@@ -30,6 +30,7 @@ from keye.checkpoint.shards import (
     write_shards,
 )
 from keye.checks import integer
+from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
@@ -335,7 +336,7 @@ def _processor(source: Path, config: KeyeConfig) -> Any | None:
     encoder = given.get("encoder", SlowFastEncoder.released().settings)
     image = given.get("image", {key: value for key, value in limits.items() if value})
     try:
-        processor = KeyeProcessor(tokenizer, encoder, image)
+        processor = KeyeProcessor(tokenizer, EncoderConfig.saved(encoder), image)
     except KeyeError as error:
         raise CheckpointError(f"{path}: {error}; or remove the key for the released settings") from error
     processor.configure(config)

@@ -128,11 +128,12 @@ def measure_clip(clip: str | Path, thresholds: Sequence[float], settings: dict) 
     originals, source, times = sampled(clip, base)
     clock = {} if times is None else {"timestamps": times}
     all_slow = base.plan(source, **clock).tokens
+    settings = {**settings, "max_frames": base.most_frames}  # the same frames are sampled at every threshold
     seen: dict[tuple, tuple[float, float]] = {}
     for threshold in thresholds:
         encoded = SlowFastEncoder(**settings, threshold=threshold)(source, **clock)
         scores = []
-        for i, picture in enumerate(encoded.pictures()):
+        for i, picture in zip(encoded.plan.frame_indices.tolist(), encoded.pictures(), strict=True):
             # The detail of a frame depends on its size only.
             key = (i, tuple(picture.shape))
             if key not in seen:
@@ -153,8 +154,9 @@ def measure_clip(clip: str | Path, thresholds: Sequence[float], settings: dict) 
 
 def sampled(
     clip: str | Path, encoder: SlowFastEncoder
-) -> tuple[list[torch.Tensor], str | Path | torch.Tensor, list[float] | None]:
-    """The frames that `encoder` samples, uint8 [3, H, W] at their source size, or at `REFERENCE_TOKENS` if larger.
+) -> tuple[dict[int, torch.Tensor], str | Path | torch.Tensor, list[float] | None]:
+    """The frames that `encoder` samples by their index in a plan, uint8 [3, H, W] at their source size, or at
+    `REFERENCE_TOKENS` if larger.
 
     Also returns what to encode at every threshold: the frames [T, 3, H, W] and their times if they fit into memory, so
     that the clip is decoded once; otherwise, and for a measure that reads packets, the path of the clip and None.
@@ -164,9 +166,10 @@ def sampled(
         large = height * width > REFERENCE_TOKENS * SIDE * SIDE
         size = fit_size(height, width, 1, REFERENCE_TOKENS) if large else opened.size
         in_memory = not reads_packets(encoder.measure) and 3 * height * width * opened.expected <= FULL_SIZE_BYTES
-        originals, frames, times = [], [], []
+        originals, frames, times = {}, [], []
         for frame in opened:
-            originals.append(resize(frame.pixels[None], size, "bicubic")[0])
+            index = len(frames) if in_memory else frame.index
+            originals[index] = resize(frame.pixels[None], size, "bicubic")[0]
             if in_memory:
                 frames.append(frame.pixels)
                 times.append(frame.time)

@@ -37,7 +37,7 @@ class Question:
 
     @property
     def media(self) -> list[str]:
-        """"image" or "video" for each part of the messages that is one."""
+        """ "image" or "video" for each part of the messages that is one."""
         return [part["type"] for part in self._media()]
 
     @property

@@ -89,9 +89,7 @@ def evaluate(
     return Report(benchmark.name, outcomes, settings, time.monotonic() - began)
 
 
-def _check(
-    control: str, limit: int | None, batch_size: int, max_new_tokens: int, temperature: float
-) -> None:
+def _check(control: str, limit: int | None, batch_size: int, max_new_tokens: int, temperature: float) -> None:
     if control not in ("none", *CONTROLS):
         raise KeyeError(f"there is no control {control!r}; choose among none, {', '.join(CONTROLS)}")
     for name, value in (("limit", limit), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
+from keye.encoder_config import EncoderConfig
 from keye.errors import ArgumentError, CheckpointError, KeyeError, ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
@@ -85,6 +86,13 @@ class KeyeProcessor(ProcessorMixin):
         """The same processor with some settings of its encoder changed; KeyeError for an unknown or impossible one."""
         settings = self._encoder.with_settings(**changes).settings
         return type(self)(self.tokenizer, settings, self.image, self.chat_template, self._encoder.urls)
+
+    @classmethod
+    def from_args_and_dict(cls, args: Sequence[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The processor of a saved directory; kwargs replace what was saved."""
+        if "encoder" in processor_dict:
+            processor_dict = {**processor_dict, "encoder": EncoderConfig.saved(processor_dict["encoder"])}
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     @classmethod
     def get_attributes(cls) -> list[str]:

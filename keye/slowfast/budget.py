@@ -9,12 +9,15 @@ actual total fits is taken.
 
 import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
 PATCH = 14
 SIDE = 28  # pixels along one side of a token
+LEAST_FAST = 4
+"""Tokens of the smallest fast frames; up to twice as many where the aspect ratio needs them (6 for 16:9)."""
 
 Grid = tuple[int, int, int]
 """(tokens, rows, columns)"""
@@ -135,7 +138,7 @@ def allocate(
     """
     if slow + fast < 1 or min(slow, fast) < 0:
         raise ValueError(f"{slow} slow and {fast} fast frames are no video; give at least one frame")
-    fixed = None if fast_tokens is None else _pooled_size(height, width, fast_tokens, side)
+    fixed = None if fast_tokens is None else pooled_size(height, width, fast_tokens, side)
     least = slow * min_tokens + fast * (size_tokens(fixed, side) if fixed else min_tokens)
     if least > max_tokens:
         raise ValueError(f"{slow + fast} frames take {least} tokens at least, which exceeds the budget of {max_tokens}")
@@ -166,13 +169,14 @@ def bounds(
     # Where a fast frame is above the minimum, slow frames have at least 1 / ratio times its tokens.
     all_as_fast = slow / ratio + frames - slow
     fast_tokens = min(fast_limit(slow_tokens, ratio, min_tokens), max(min_tokens, int(max_tokens / all_as_fast + 1e-6)))
+    return tuple(box(height, width, tokens, min_tokens, side) for tokens in (slow_tokens, fast_tokens))
 
-    def box(tokens: int) -> tuple[int, int]:
-        odd = _odd_sizes(height, width, min_tokens, side)[min(tokens, 4 * min_tokens) - min_tokens]
-        sides = _longest(height, width, tokens) * side, _longest(width, height, tokens) * side
-        return max(odd[0], sides[0]), max(odd[1], sides[1])
 
-    return box(slow_tokens), box(fast_tokens)
+def box(height: int, width: int, tokens: int, min_tokens: int, side: int = SIDE) -> tuple[int, int]:
+    """The longest sides (height, width) of the sizes of `min_tokens` to `tokens` tokens that are used for a clip."""
+    odd = _odd_sizes(height, width, min_tokens, side)[min(tokens, 4 * min_tokens) - min_tokens]
+    sides = _longest(height, width, tokens) * side, _longest(width, height, tokens) * side
+    return max(odd[0], sides[0]), max(odd[1], sides[1])
 
 
 def _longest(one: int, other: int, tokens: int) -> int:
@@ -199,15 +203,33 @@ def _odd_sizes(height: int, width: int, min_tokens: int, side: int) -> list[tupl
     return list(accumulate(longest, lambda one, other: (max(one[0], other[0]), max(one[1], other[1]))))
 
 
-def _pooled_size(height: int, width: int, tokens: int, side: int) -> tuple[int, int]:
+def pooled_size(height: int, width: int, tokens: int, side: int) -> tuple[int, int]:
     """The size of at most `tokens` tokens with the least loss of tokens and aspect, of 98 % of them if possible."""
-    plain = fit_size(height, width, 1, tokens, side)
+    return _size_of_least(
+        height, width, 1, tokens, side, lambda found, error: (found * 50 < tokens * 49, error * (tokens / found))
+    )
 
-    def loss(grid: Grid) -> tuple:
-        return grid[0] * 50 < tokens * 49, aspect_error(height, width, grid) * (tokens / grid[0]), grid
 
-    grid = min([_grid(plain, side), *near_grids(height, width, 1, tokens)], key=loss)
-    return grid[1] * side, grid[2] * side
+def best_size(height: int, width: int, least: int, most: int, side: int) -> tuple[int, int]:
+    """The size of `least` to `most` tokens that loses least of tokens (squared) and aspect, of 98 % if possible."""
+    return _size_of_least(
+        height, width, least, most, side, lambda found, error: (found * 50 < most * 49, error * (most / found) ** 2)
+    )
+
+
+def smallest_size(height: int, width: int, least: int, most: int, side: int) -> tuple[int, int]:
+    """The size of `least` to `most` tokens with the least product of tokens and error of the aspect."""
+    return _size_of_least(height, width, least, most, side, lambda found, error: (error * found, found))
+
+
+def _size_of_least(
+    height: int, width: int, least: int, most: int, side: int, loss: Callable[[int, float], tuple[float, ...]]
+) -> tuple[int, int]:
+    """The size of `least` to `most` tokens with the least loss, a function of its tokens and its aspect error."""
+    plain = _grid(fit_size(height, width, least, most, side), side)
+    grids = [plain, *near_grids(height, width, least, most)]
+    _, rows, columns = min(grids, key=lambda grid: (*loss(grid[0], aspect_error(height, width, grid)), grid))
+    return rows * side, columns * side
 
 
 def _grid(size: tuple[int, int], side: int) -> Grid:

@@ -52,13 +52,14 @@ def walk(clip: "Clip", measure: Measure, policy: Policy, limits: Limits, buffer:
     if reads_packets(measure):
         found = clip.packets()
         reason = "no packets say when each is displayed" if found is None else measure.lacks(found[0])
+        reason = f"the policy {policy.name} measures detail" if policy.walks else reason
         if reason is None:
             facts, frames = found
             classifier = FrameClassifier(measure, policy, limits)
             classifier.step_features(measure.read(facts, frames))
             return Walk(classifier.finish(), frames.tolist(), facts.times[frames].tolist(), decoded=False)
     compared, policy = pixel_rule(measure, policy)
-    done = _walk_pixels(clip, FrameClassifier(compared, policy, limits), buffer)
+    done = _walk_pixels(clip, FrameClassifier(compared, policy, limits, frames=clip.expected), buffer)
     if reason is not None:
         text = (
             f"measure {measure.name} cannot compare the frames of {clip.name} ({reason});"

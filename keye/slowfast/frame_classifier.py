@@ -18,6 +18,7 @@ import torch
 from keye.errors import KeyeError
 from keye.slowfast.measures.base import Measure
 from keye.slowfast.policies.base import FAST, SLOW, ClipFeatures, Decisions, Limits, Policy, WalkState
+from keye.slowfast.policies.ladder import LadderWalk
 
 
 class FrameClassifier:
@@ -27,20 +28,36 @@ class FrameClassifier:
     `looks_back`), under other policies those of all frames until `finish`.
 
     Args:
-        limits: sizes and budget of the clip; needed by policies that are not `online`.
+        limits: sizes and budget of the clip; needed by policies that are not `online`. It may be set later, before the
+            first frame.
+        frames: about how many frames there are; needed by policies with a pass of their own.
         remember: keep types and scores for `finish`. False keeps nothing, for a stream of any length.
 
+    Attributes:
+        sizes: (height, width) of each frame of the latest step, None for a frame that is not shown; empty where the
+            policy does not set sizes.
+
     Raises:
-        KeyeError: `remember` is false and the policy is not `online`.
+        KeyeError: `remember` is false, and the policy is not `online` and has no pass of its own.
     """
 
-    def __init__(self, measure: Measure, policy: Policy, limits: Limits | None = None, *, remember: bool = True):
-        if not policy.online and not remember:
+    def __init__(
+        self,
+        measure: Measure,
+        policy: Policy,
+        limits: Limits | None = None,
+        *,
+        frames: int = 1,
+        remember: bool = True,
+    ):
+        if not policy.online and not policy.walks and not remember:
             raise KeyeError(
-                f"policy {policy.spec} needs all frames of a clip to decide; stream with adaptive, all_slow, uniform or"
-                " strided"
+                f"policy {policy.spec} needs all frames of a clip to decide; stream with adaptive, all_slow, uniform,"
+                " strided or ladder"
             )
-        self.measure, self.policy, self.limits = measure, policy, limits
+        self.measure, self.policy, self.limits, self.frames = measure, policy, limits, frames
+        self.sizes: list[tuple[int, int] | None] = []
+        self._walk: LadderWalk | None = None
         self._remember = remember
         self._types: list[int] = []
         self._scores: list[float] = []
@@ -54,8 +71,10 @@ class FrameClassifier:
 
         Returns:
             T types (0 slow, 1 fast) and T similarities (NaN for the first frame); both empty where the policy is not
-            `online`.
+            `online`, unless it has a pass of its own and `remember` is false.
         """
+        if self.policy.walks:
+            return self._step_of_walk(frames) if len(frames) else ([], [])
         return self.step_features(self.measure.prepare(frames)) if len(frames) else ([], [])
 
     def step_features(self, features: torch.Tensor) -> tuple[list[int], list[float]]:
@@ -79,11 +98,21 @@ class FrameClassifier:
             raise ValueError("finish() needs FrameClassifier(..., remember=True)")
         if self.policy.online:
             return Decisions(self._types, self._scores, list(range(len(self._types))))
+        if self._walk is not None:
+            return self._walk.finish()
         if not self._blocks:
             return Decisions([], [], [])
         if self.limits is None:
             raise ValueError(f"policy {self.policy.spec} needs the limits of the clip")
         return self.policy.decide(ClipFeatures(self.measure, self._blocks), self.limits)
+
+    def _step_of_walk(self, frames: torch.Tensor) -> tuple[list[int], list[float]]:
+        if self._walk is None:
+            if self.limits is None:
+                raise ValueError(f"policy {self.policy.spec} needs the limits of the clip")
+            self._walk = self.policy.walk(self.measure, self.limits, self.frames, remember=self._remember)
+        types, scores, self.sizes = self._walk.step(frames)
+        return ([], []) if self._remember else (types, scores)
 
     def _judge(self, features: torch.Tensor) -> tuple[list[int], list[float]]:
         types: list[int] = []

@@ -12,7 +12,7 @@ import torch
 from keye.errors import VideoError, writing
 from keye.slowfast.budget import SIDE, size_tokens
 from keye.slowfast.plan_checks import check_values
-from keye.slowfast.policies import SLOW
+from keye.slowfast.policies import FAST, SLOW
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -20,15 +20,18 @@ class VideoPlan:
     """Type, time, size and tokens of a clip's T sampled frames. Two plans are equal when their JSON is.
 
     Entries are in the order in which the model reads them. Under the policy two_stream a frame may have two entries,
-    slow and then fast, with the same time and index.
+    slow and then fast, with the same time and index. Frames that the model does not read have no entry.
 
     source: the clip's name (its path, if it has one).
     frame_types: LongTensor [T], 0 slow, 1 fast. timestamps: FloatTensor [T], seconds on the container's clock.
     frame_indices: LongTensor [T], position among the source's frames in presentation order.
-    similarity: FloatTensor [T] in [0, 1], with the latest slow frame before; NaN for the first.
+    similarity: FloatTensor [T] in [0, 1], with the latest frame before that the policy made slow; NaN for the first.
     source_size: (height, width) in pixels as displayed. slow_size, fast_size: (height, width), multiples of `side`.
     max_tokens: the budget. duration: end of the last frame in seconds. settings: the encoder's.
     warnings: sentences about what differs from the request.
+    levels: LongTensor [T], each entry's place in `sizes`, where frames of one type differ in size (policy ladder);
+    `slow_size` and `fast_size` are then the largest. None under other policies.
+    end: the end of `span` in seconds, where sampled frames have no entry. Else None.
     """
 
     source: str
@@ -43,6 +46,9 @@ class VideoPlan:
     duration: float
     settings: dict
     warnings: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    levels: torch.Tensor | None = None
+    end: float | None = None
 
     def __len__(self) -> int:
         return len(self.frame_types)
@@ -71,12 +77,12 @@ class VideoPlan:
 
     @property
     def slow_tokens(self) -> int:
-        """Tokens of one slow frame."""
+        """Tokens of one slow frame, the largest."""
         return size_tokens(self.slow_size, self.side)
 
     @property
     def fast_tokens(self) -> int:
-        """Tokens of one fast frame."""
+        """Tokens of one fast frame, the largest."""
         return size_tokens(self.fast_size, self.side)
 
     @property
@@ -88,12 +94,13 @@ class VideoPlan:
     @property
     def tokens(self) -> int:
         """Visual tokens of the video; never above `max_tokens`."""
-        slow, fast = self.counts
-        return slow * self.slow_tokens + fast * self.fast_tokens
+        return int(self.tokens_per_frame.sum())
 
     @property
     def tokens_per_frame(self) -> torch.Tensor:
         """LongTensor [T]: tokens of each entry."""
+        if self.levels is not None:
+            return torch.tensor([size_tokens(size, self.side) for size in self.sizes])[self.levels]
         return torch.where(self.frame_types == SLOW, self.slow_tokens, self.fast_tokens)
 
     @property
@@ -115,13 +122,8 @@ class VideoPlan:
     @property
     def span(self) -> tuple[float, float]:
         """(start, end) in seconds of the clip, or of the part of it that was sampled."""
-        times = self.timestamps.unique().tolist()
-        if len(times) < 2:
-            last = times[0] + 1 / self.settings.get("fps", 1.0)
-            return 0.0 if self.duration > times[0] else times[0], max(self.duration, last)
-        gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
-        first, last = times[0] if times[0] > gap else 0.0, times[-1] + gap
-        return first, self.duration if times[-1] < self.duration <= last + gap else last
+        first, last = span_of(self.timestamps.unique().tolist(), self.duration, self.settings.get("fps", 1.0))
+        return first, last if self.end is None else self.end
 
     @property
     def tokens_per_second(self) -> float:
@@ -132,6 +134,8 @@ class VideoPlan:
     @property
     def frame_sizes(self) -> list[tuple[int, int]]:
         """(height, width) in pixels of every entry."""
+        if self.levels is not None:
+            return [self.sizes[level] for level in self.levels.tolist()]
         return [self.slow_size if kind == SLOW else self.fast_size for kind in self.frame_types.tolist()]
 
     @property
@@ -159,12 +163,14 @@ class VideoPlan:
             "duration": self.duration,
             "settings": self.settings,
             "warnings": list(self.warnings),
+            **({} if self.end is None else {"end": self.end}),
+            **({} if self.levels is None else {"sizes": list(map(list, self.sizes)), "levels": self.levels.tolist()}),
         }
 
     @classmethod
     def from_dict(cls, values: dict) -> "VideoPlan":
         """The plan of `to_dict`; VideoError names the key that is missing, unknown or impossible."""
-        check_values(values, set(cls.__dataclass_fields__))
+        check_values(values, set(cls.__dataclass_fields__), optional=(("sizes", "levels"), ("end",)))
         similarity = [math.nan if score is None else score for score in values["similarity"]]
         return cls(
             **{
@@ -177,6 +183,8 @@ class VideoPlan:
                 "slow_size": tuple(values["slow_size"]),
                 "fast_size": tuple(values["fast_size"]),
                 "warnings": tuple(values["warnings"]),
+                "sizes": tuple(map(tuple, values.get("sizes", ()))),
+                "levels": torch.tensor(values["levels"], dtype=torch.long) if "levels" in values else None,
             }
         )
 
@@ -255,12 +263,12 @@ class VideoPlan:
         def size(pixels: tuple[int, int]) -> str:
             return f"{pixels[1]}x{pixels[0]}"
 
-        kinds = [("slow", slow, self.slow_size, self.slow_tokens), ("fast", fast, self.fast_size, self.fast_tokens)]
+        kinds = (("slow", SLOW, slow, self.slow_size), ("fast", FAST, fast, self.fast_size))
         return [
             ("source", f"{self.source}  {size(self.source_size)}, {self.duration:.2f} s"),
             *(
-                (name, f"{count} frame{'s' * (count != 1)} of {size(pixels)}, {tokens} tokens each")
-                for name, count, pixels, tokens in kinds
+                (name, f"{count} frame{'s' * (count != 1)} of {self._sized(size(pixels))}, {self.tokens_each(kind)}")
+                for name, kind, count, pixels in kinds
                 if count
             ),
             (
@@ -270,6 +278,16 @@ class VideoPlan:
             ),
             *(("warning", text) for text in self.warnings),
         ]
+
+    def _sized(self, largest: str) -> str:
+        return largest if self.levels is None else f"up to {largest}"
+
+    def tokens_each(self, kind: int) -> str:
+        """The tokens of the frames of a type (0 slow, 1 fast) as text: "85 tokens each", or "48 to 720 tokens"."""
+        tokens = self.slow_tokens if kind == SLOW else self.fast_tokens
+        of_kind = self.tokens_per_frame[self.frame_types == kind]
+        least = int(of_kind.min()) if len(of_kind) else tokens
+        return f"{tokens} tokens each" if least == tokens else f"{least} to {tokens} tokens"
 
     def frame_rows(self) -> list[tuple[str, str, str, str, str, str]]:
         """(time, index, type, similarity, size, tokens) of every entry as text."""
@@ -294,3 +312,13 @@ class VideoPlan:
         for time, index, kind, score, size, tokens in self.frame_rows():
             lines.append(f"{time:>7}  {index:>5}  {kind}  {score:>10}  {size:>9}  {tokens:>6}")
         return "\n".join(lines)
+
+
+def span_of(times: Sequence[float], duration: float, fps: float) -> tuple[float, float]:
+    """(start, end) in seconds of a clip, or of the part of it that was sampled at distinct ascending `times`."""
+    if len(times) < 2:
+        last = times[0] + 1 / fps
+        return 0.0 if duration > times[0] else times[0], max(duration, last)
+    gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    first, last = times[0] if times[0] > gap else 0.0, times[-1] + gap
+    return first, duration if times[-1] < duration <= last + gap else last

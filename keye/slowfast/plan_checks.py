@@ -1,7 +1,7 @@
 """Checks of the JSON values of a plan, which may come from a file that was edited or truncated."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keye.errors import VideoError
@@ -11,14 +11,15 @@ _LISTS = ("frame_types", "timestamps", "frame_indices", "similarity")
 _SCORE_SLACK = 1e-3  # a user's measure may round beyond 0 and 1
 
 
-def check_values(values: Any, keys: set[str]) -> None:
-    """Refuse values that `VideoPlan.to_dict` cannot have written.
+def check_values(values: Any, keys: set[str], optional: Sequence[tuple[str, ...]] = ()) -> None:
+    """Refuse values that `VideoPlan.to_dict` cannot have written; of a group of `optional` keys all are there or none.
 
     Raises:
         VideoError: the message names the key, its value and what it must be.
     """
     if not isinstance(values, Mapping):
         raise VideoError(f"this is not a video plan but a {type(values).__name__}; make the plan again")
+    keys = keys - {key for group in optional if not set(group) & set(values) for key in group}
     if set(values) != keys:
         wrong = ", ".join(sorted(map(str, set(values) ^ keys)))
         raise VideoError(f"this is not a video plan: the keys {wrong} are missing or unknown; make the plan again")
@@ -40,16 +41,35 @@ def check_values(values: Any, keys: set[str]) -> None:
     side = values["settings"].get("token_side", SIDE)
     _need("token_side", _whole(side) and side >= 2, "a whole number of pixels", side)
     for name, step in (("source_size", 1), ("slow_size", side), ("fast_size", side)):
-        size = values[name]
-        right = isinstance(size, list | tuple) and len(size) == 2
-        right = right and all(_whole(length) and length >= 1 and length % step == 0 for length in size)
-        _need(name, right, f"[height, width] in multiples of {step}" if step > 1 else "[height, width]", size)
+        _size(name, values[name], step)
+    if "end" in values:
+        _need(
+            "end", _number(values["end"]) and values["end"] >= times[-1], "seconds after all timestamps", values["end"]
+        )
+    if "levels" in values:
+        _levels(values, lists, side)
     _need("max_tokens", _whole(values["max_tokens"]) and values["max_tokens"] >= 1, "1 or more", values["max_tokens"])
     _need("duration", _number(values["duration"]) and values["duration"] >= 0, "seconds", values["duration"])
     _need("source", isinstance(values["source"], str), "a name", values["source"])
     warnings = values["warnings"]
     right = isinstance(warnings, list | tuple) and all(isinstance(text, str) for text in warnings)
     _need("warnings", right, "a list of sentences", warnings)
+
+
+def _size(name: str, size: Any, step: int) -> None:
+    right = isinstance(size, list | tuple) and len(size) == 2
+    right = right and all(_whole(length) and length >= 1 and length % step == 0 for length in size)
+    _need(name, right, f"[height, width] in multiples of {step}" if step > 1 else "[height, width]", size)
+
+
+def _levels(values: Mapping[str, Any], lists: Mapping[str, Any], side: int) -> None:
+    sizes, levels = values["sizes"], values["levels"]
+    _need("sizes", isinstance(sizes, list | tuple) and len(sizes) > 0, "a list of sizes", sizes)
+    for place, size in enumerate(sizes):
+        _size(f"sizes[{place}]", size, side)
+    right = isinstance(levels, list | tuple) and len(levels) == len(lists["frame_types"])
+    _need("levels", right, "a list with a number for each frame", levels)
+    _each(values, "levels", lambda level: _whole(level) and 0 <= level < len(sizes), f"0 to {len(sizes) - 1}")
 
 
 def _each(lists: Mapping[str, Any], name: str, right: Callable[[Any], bool], wanted: str) -> None:

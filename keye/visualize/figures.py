@@ -231,9 +231,11 @@ def _draw_tokens(axis: object, plan: Drawable, lanes: TimelineEntries) -> None:
             zorder=2,
         )
     axis.set_ylim(0, lanes.top * 1.05)
-    ticks = {tokens for tokens, count in zip((plan.slow_tokens, plan.fast_tokens), plan.counts, strict=True) if count}
-    # Of two labels that would overlap, only the larger is shown.
-    axis.set_yticks([tick for tick in ticks if tick == max(ticks) or max(ticks) - tick > 0.17 * lanes.top])
+    ticks: list[int] = []
+    for tokens in sorted(plan.tokens_per_frame.unique().tolist(), reverse=True):
+        if not ticks or ticks[-1] - tokens > 0.17 * lanes.top:  # of two labels that would overlap, the larger is shown
+            ticks.append(tokens)
+    axis.set_yticks(ticks)
     axis.set_ylabel("tokens\nper frame", fontsize=8, color=QUIET)
     axis.grid(axis="y", color="#f1f3f5", zorder=0)
 

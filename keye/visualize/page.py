@@ -99,8 +99,8 @@ def _figures(plan: Drawable) -> str:
     tiles = [
         (seconds(plan.duration), f"{width}×{height}"),
         (f"{slow + fast}", "frame" if slow + fast == 1 else "frames"),
-        (f"{slow}", f"slow, {plan.slow_tokens} tokens each", "slow"),
-        (f"{fast}", f"fast, {plan.fast_tokens} tokens each", "fast"),
+        (f"{slow}", f"slow, {plan.tokens_each(SLOW)}", "slow"),
+        (f"{fast}", f"fast, {plan.tokens_each(FAST)}", "fast"),
         (f"{plan.tokens:,}", f"of {plan.max_tokens:,} tokens"),
         (f"{plan.saved:.0%}", f"saved of {plan.all_slow_tokens:,} all slow"),
         (f"{plan.tokens_per_second:,.0f}", "tokens a second"),

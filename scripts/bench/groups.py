@@ -57,7 +57,10 @@ GROUPS = {
     for group in (
         Group(
             "encoder",
-            ("identity", "scoring", "plan", "packets", "memory", "pixels", "recall", "budget", "decoding", "fuzz"),
+            (
+                *("identity", "scoring", "plan", "packets", "memory", "pixels", "recall", "budget", "allocation"),
+                *("decoding", "fuzz"),
+            ),
             ENCODER,
         ),
         Group("model", ("parity", "speed", "packing", "memory"), MODEL, gpu=True),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from keye.errors import writing
 from keye.evaluation import CONTROLS, Score
+from keye.slowfast.plan import VideoPlan
 from stages.metrics import read_metrics
 from stages.report import findings
 from stages.report import training_sections as training
@@ -88,12 +89,10 @@ def _plans(run: Path) -> str:
     )
     rows = []
     for name, plan in plans.items():
-        types, (h, w), (fh, fw) = plan["frame_types"], plan["slow_size"], plan["fast_size"]
-        slow, fast = types.count(0), types.count(1)
-        tokens, full = slow * h * w // 784 + fast * fh * fw // 784, len(types) * h * w // 784
-        saved = percent(1 - tokens / full if full else math.nan)
-        sizes = [f"{slow} × {h}×{w}", f"{fast} × {fh}×{fw}", f"{tokens:,}", saved]
-        rows.append([escape(name), f"{plan['duration']:.1f} s", str(len(types)), *sizes])
+        made = VideoPlan.from_dict(plan)
+        (slow, fast), (h, w), (fh, fw) = made.counts, made.slow_size, made.fast_size
+        sizes = [f"{slow} × {h}×{w}", f"{fast} × {fh}×{fw}", f"{made.tokens:,}", percent(made.saved)]
+        rows.append([escape(name), f"{made.duration:.1f} s", str(len(made)), *sizes])
     overview = table(["clip", "length", "frames", "slow", "fast", "tokens", "saved against all-slow"], rows)
     return intro + _filmstrip(run, shown, plans[shown]) + _similarity(plans[shown]) + overview
 

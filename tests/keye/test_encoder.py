@@ -14,10 +14,11 @@ from PIL import Image
 from keye.encoder import SlowFastEncoder
 from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError
+from keye.slowfast.concessions import concede
 from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.measures import get_measure
 from keye.slowfast.measures.pixelwise import SSIM
-from keye.slowfast.policies import Adaptive, Limits, get_policy
+from keye.slowfast.policies import Adaptive, Decisions, Limits, get_policy
 from keye.video.clip import open_clip
 from scripts.clips import clip
 from tests.keye.video.make import numbered, write_video
@@ -117,9 +118,12 @@ def test_a_large_clip_is_kept_at_a_smaller_size_with_the_right_pixels(monkeypatc
     more=st.integers(0, 30),
     budget=st.integers(12, 200),
     ratio=st.floats(0.05, 1),
-    policy=st.sampled_from(["adaptive", "all_slow", "uniform:3"]),
+    policy=st.sampled_from(["adaptive", "all_slow", "uniform:3", "two_stream:slow=2,fast_tokens=3"]),
+    multiple=st.sampled_from([0, 1, 4, 9.5]),
 )
-def test_never_above_the_budget_never_empty(count, height, width, low, more, budget, ratio, policy):
+def test_never_above_the_budget_never_empty(count, height, width, low, more, budget, ratio, policy, multiple):
+    if policy.startswith("two_stream") and budget < low + 3:
+        return
     encoder = SlowFastEncoder(
         policy=policy,
         fast_ratio=ratio,
@@ -127,13 +131,23 @@ def test_never_above_the_budget_never_empty(count, height, width, low, more, bud
         max_tokens_per_frame=low + more,
         max_tokens=budget,
         threshold=0.9,
+        slow_multiple=multiple,
     )
-    encoded = encoder(noise(count, 3, height, width), source_fps=2)
+    frames = noise(count, 3, height, width)
+    encoded = encoder(frames, source_fps=2)
     plan = encoded.plan
-    assert 1 <= len(plan) <= count and plan.frame_types[0] == 0
+    shown = len(plan.frame_indices.unique())
+    assert 1 <= shown <= count and plan.frame_types[0] == 0
     assert plan.tokens == len(encoded.pixel_values) // 4 <= budget
     assert bool(torch.isnan(plan.similarity[0])) and not bool(torch.isnan(plan.similarity[1:]).any())
-    assert bool(plan.warnings) == (len(plan) < count)
+    without = encoder.with_settings(slow_multiple=0).plan(frames, source_fps=2)
+    if not plan.warnings or plan.warnings == without.warnings:  # nothing was given up for the multiple
+        assert torch.equal(plan.frame_types, without.frame_types) and plan.frame_sizes == without.frame_sizes
+    elif multiple:
+        assert not without.warnings or shown < count or "the budget of" in plan.warnings[-1]
+        assert 0 in plan.counts or plan.slow_tokens >= multiple * plan.fast_tokens or plan.fast_tokens == 1
+    if not multiple and not policy.startswith("two_stream"):
+        assert bool(plan.warnings) == (len(plan) < count)
     assert encoded.pixel_values.isfinite().all()
     assert type(plan).from_json(plan.to_json()) == plan
 
@@ -176,8 +190,10 @@ def test_presets_and_settings():
         "max_tokens_per_frame": 768,
         "fps": 2.0,
         "max_frames": None,
+        "slow_multiple": 0.0,
         "token_side": 28,
     }
+    assert SlowFastEncoder().slow_multiple == 4 and SlowFastEncoder.report().slow_multiple == 0
     assert report.settings["threshold"] == 0.95 and report.settings["max_tokens"] == 2_000
     assert SlowFastEncoder.report().max_tokens == 75_000
     custom = SlowFastEncoder(policy="uniform:5", fps=1.5, max_frames=7)
@@ -352,22 +368,32 @@ def test_the_slow_frames_of_two_streams_are_in_both():
 
 
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), count=st.integers(1, 60), budget=st.integers(60, 400), ratio=st.floats(0.1, 1))
-def test_kept_frames_are_large_enough_and_within_a_multiple_of_the_budget(data, count, budget, ratio):
+@given(
+    data=st.data(),
+    count=st.integers(1, 60),
+    budget=st.integers(60, 400),
+    ratio=st.floats(0.1, 1),
+    multiple=st.sampled_from([0, 1.5, 4]),
+    low=st.sampled_from([1, 5]),
+)
+def test_kept_frames_are_large_enough_and_within_a_multiple_of_the_budget(data, count, budget, ratio, multiple, low):
     """For all types, every frame is kept large enough, and their total is little more than the budget."""
-    limits = Limits((700, 900), ratio=ratio, min_tokens=1, max_tokens_per_frame=100, max_tokens=budget)
+    limits = Limits((700, 900), ratio, low, 100, budget, multiple=multiple)
+    count = min(count, budget // low)
     policy = get_policy("adaptive", 0.5)
     buffer = FrameBuffer(limits, count, policy)
     buffer._full_size = False
     types = [0] + data.draw(st.lists(st.integers(0, 1), min_size=count - 1, max_size=count - 1))
     for kind in types:
         buffer.add(torch.zeros(1, 3, 700, 900, dtype=torch.uint8), [kind])
-    slow = types.count(0)
-    allocation = limits.allocate(slow, count - slow)
-    sizes = [(allocation.slow_size, allocation.fast_size)[kind] for kind in types]
+    scores = [math.nan] + data.draw(st.lists(st.integers(0, 8), min_size=count - 1, max_size=count - 1))
+    decided, allocation = concede(Decisions(types, scores, list(range(count))), limits, policy)
+    sizes = [(allocation.slow_size, allocation.fast_size)[kind] for kind in decided.types]
     kept = sum(frame.shape[1] * frame.shape[2] for frame in buffer.frames) / 28**2
     assert kept <= 4 * budget * (1 + np.log(count))  # a bound covers all grids that are possible
-    assert buffer.has(range(count), sizes)
+    if multiple and not buffer.frames:
+        return  # the clip is read again
+    assert buffer.has(decided.positions, sizes)
 
 
 def test_a_policys_own_budget_is_the_plans():

@@ -61,6 +61,19 @@ def test_the_encoder_of_every_stage_can_be_built_and_its_clips_fit_the_context(r
         assert encoder.max_tokens + 9 * frames < stage.context
 
 
+@pytest.mark.parametrize(("name", "longest"), [("tiny", 2), ("small", 1)])
+def test_the_budget_of_the_worlds_clips_does_not_bind(name: str, longest: int):
+    """So that `slow_multiple` changes none of their plans; in `small` it binds for clips of `find` that are half slow.
+
+    longest: clips last so many times `duration`; those of `find` last twice as long as others.
+    """
+    recipe = load(RECIPES[name])
+    for stage in LANGUAGE:
+        encoder = SlowFastEncoder(**{**recipe.processor.encoder, **getattr(recipe, stage).encoder})
+        frames = longest * encoder.fps * recipe.data.world.settings["duration"] + 1
+        assert frames * encoder.max_tokens_per_frame <= encoder.max_tokens
+
+
 def test_a_world_asks_only_for_families_that_there_are(recipe: Recipe):
     if recipe.data.world is not None:
         world = recipe.data.world

@@ -1,7 +1,8 @@
 """Policies: which frames are slow and which are fast, by their similarity with the latest slow frame.
 
 The first frame is always slow (report §3.1). Most policies decide frame by frame in presentation order; adaptive_budget
-and two_stream need all frames of a clip. `keye.slowfast.frame_classifier` applies a policy to a clip.
+and two_stream need all frames of a clip, and ladder also sets the size of each frame.
+`keye.slowfast.frame_classifier` applies a policy to a clip.
 """
 
 from dataclasses import fields
@@ -12,6 +13,7 @@ from keye.errors import KeyeError
 from keye.slowfast.measures.base import Measure
 from keye.slowfast.policies.base import FAST, SLOW, Decisions, FrameContext, Limits, Policy
 from keye.slowfast.policies.framewise import Adaptive, AllSlow, Strided, Uniform
+from keye.slowfast.policies.ladder import Ladder
 from keye.slowfast.policies.wholeclip import AdaptiveBudget, TwoStream
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "AdaptiveBudget",
     "AllSlow",
     "Decisions",
+    "Ladder",
     "Limits",
     "Policy",
     "FrameContext",
@@ -32,7 +35,7 @@ __all__ = [
     "known_policies",
 ]
 
-_POLICIES = {kind.name: kind for kind in (Adaptive, AdaptiveBudget, AllSlow, Strided, TwoStream, Uniform)}
+_POLICIES = {kind.name: kind for kind in (Adaptive, AdaptiveBudget, AllSlow, Ladder, Strided, TwoStream, Uniform)}
 
 
 def known_policies() -> list[str]:
@@ -44,7 +47,8 @@ def get_policy(spec: str, threshold: float) -> Policy:
     """The policy of a spec: "name", "name:value" or "name:key=value,key=value".
 
     Options: adaptive and adaptive_budget take max_gap, min_gap, hysteresis and cut, adaptive_budget also one of share
-    and tokens; uniform:N and strided:N make one frame in N slow; two_stream takes slow and fast_tokens; all_slow none.
+    and tokens; uniform:N and strided:N make one frame in N slow; two_stream takes slow and fast_tokens, ladder takes
+    price, all_slow takes none.
 
     Args:
         spec: name and options.

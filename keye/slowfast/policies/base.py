@@ -13,7 +13,17 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from keye.errors import KeyeError
-from keye.slowfast.budget import SIDE, Allocation, allocate, bounds, most_frames
+from keye.slowfast.budget import (
+    LEAST_FAST,
+    SIDE,
+    Allocation,
+    allocate,
+    bounds,
+    fit_size,
+    most_frames,
+    size_tokens,
+    smallest_size,
+)
 from keye.slowfast.measures.base import Measure
 
 SLOW, FAST = 0, 1
@@ -40,7 +50,9 @@ class Limits:
     """The limits of the sizes of a clip's frames; see `keye.slowfast.budget.allocate`.
 
     size: (height, width) of the clip in pixels. ratio: tokens of a fast frame over those of a slow one.
-    min_tokens, max_tokens_per_frame: of one frame. max_tokens: of the video. side: pixels along a token.
+    min_tokens, max_tokens_per_frame: of one frame. max_tokens: of the video. side: pixels along a token. multiple:
+    tokens of a slow frame over those of a fast one where the budget binds, at least; 0 for no such rule (see
+    `keye.slowfast.concessions`).
     """
 
     size: tuple[int, int]
@@ -49,6 +61,7 @@ class Limits:
     max_tokens_per_frame: int
     max_tokens: int
     side: int = SIDE
+    multiple: float = 0.0
 
     def allocate(
         self, slow: int, fast: int, *, fast_tokens: int | None = None, max_tokens: int | None = None
@@ -62,8 +75,36 @@ class Limits:
         return bounds(*self.size, slow, frames, **self._options)
 
     @property
+    def full_size(self) -> tuple[int, int]:
+        """(height, width) of a slow frame where the budget does not bind."""
+        return fit_size(*self.size, self.min_tokens, self.max_tokens_per_frame, self.side)
+
+    @property
+    def least_slow_tokens(self) -> int:
+        """Fewest tokens of a slow frame: `min_tokens`, or `multiple` where that is more."""
+        full = size_tokens(self.full_size, self.side)
+        return min(full, max(self.min_tokens, math.ceil(self.multiple)), self.max_tokens)
+
+    @property
+    def least_slow_size(self) -> tuple[int, int]:
+        """The size of about `least_slow_tokens`, with more where the aspect ratio gains by it."""
+        least, full = self.least_slow_tokens, size_tokens(self.full_size, self.side)
+        return smallest_size(*self.size, least, min(full, 2 * least, self.max_tokens), self.side)
+
+    def fast_tokens(self, slow_tokens: int) -> int:
+        """Most tokens of a fast frame beside slow ones of `slow_tokens`, by `multiple`; 1 or more."""
+        return max(1, int(slow_tokens / self.multiple)) if self.multiple else slow_tokens
+
+    def least_fast_size(self, most: int | None = None) -> tuple[int, int]:
+        """The smallest size of fast frames, of `LEAST_FAST` to twice as many tokens and at most `most`."""
+        limit = self.fast_tokens(self.least_slow_tokens)
+        limit = limit if most is None else min(limit, most)
+        least = min(LEAST_FAST, self.min_tokens, limit)
+        return fit_size(*self.size, least, min(2 * least, limit), self.side)
+
+    @property
     def _options(self) -> dict[str, float]:
-        return {option.name: getattr(self, option.name) for option in fields(self) if option.name != "size"}
+        return {name: value for name, value in vars(self).items() if name not in ("size", "multiple")}
 
 
 @dataclass(frozen=True)
@@ -72,7 +113,8 @@ class Decisions:
 
     types: SLOW or FAST. scores: similarity with the latest slow entry before, NaN for the first. positions: which
     sampled frame an entry shows, ascending. warnings: sentences about what differs from the request. threshold: the one
-    that adaptive_budget found. max_tokens: the budget, where the policy sets one below the video's.
+    that adaptive_budget found. max_tokens: the budget, where the policy sets one below the video's. levels: the place
+    of each entry's size in `sizes`, where the policy sets sizes.
     """
 
     types: list[int]
@@ -81,20 +123,27 @@ class Decisions:
     warnings: list[str] = field(default_factory=list)
     threshold: float | None = None
     max_tokens: int | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    levels: list[int] | None = None
 
 
 class Policy:
     """Base class of policies, which decide which frames are slow.
 
-    online: it decides frame by frame (`is_slow`); otherwise it needs all frames of a clip (`decide`). looks_back: it
-    uses `FrameContext.previous`, which takes one more comparison per frame. fast_tokens: a fixed size of fast frames.
+    online: it decides frame by frame (`is_slow`); otherwise it needs all frames of a clip (`decide`). walks: it goes
+    over the frames in a pass of its own, which also sets sizes (`keye.slowfast.policies.ladder`). looks_back: it uses
+    `FrameContext.previous`, which takes one more comparison per frame. fast_tokens: a fixed size of fast frames.
+    ranks: where not all frames fit, those that are least similar to the latest slow frame are kept; otherwise frames
+    are kept evenly.
     """
 
     name: ClassVar[str]
     value: ClassVar[str | None] = None  # the option that a value without a key sets
     online: ClassVar[bool] = True
+    walks: ClassVar[bool] = False
     looks_back: ClassVar[bool] = False
     fast_tokens: ClassVar[int | None] = None
+    ranks: ClassVar[bool] = True
 
     @property
     def spec(self) -> str:

@@ -54,6 +54,7 @@ class AllSlow(Policy):
     """Every frame is slow, as in a video model without a fast pathway."""
 
     name = "all_slow"
+    ranks = False
 
     def is_slow(self, seen: FrameContext) -> bool:
         return True
@@ -64,6 +65,7 @@ class Uniform(Policy):
     """One frame in every `every` is slow, starting with the first, regardless of the picture."""
 
     name = "uniform"
+    ranks = False
     value = "every"
 
     every: int = 4
@@ -87,6 +89,7 @@ class Strided(Policy):
     """
 
     name = "strided"
+    ranks = False
     value = "alpha"
 
     alpha: int = 8

@@ -129,6 +129,7 @@ class TwoStream(Policy):
 
     name = "two_stream"
     online = False
+    ranks = False
 
     slow: int = 10
     fast_tokens: int = 16
