@@ -50,7 +50,8 @@ def test_claims_compare_with_the_best_pixel_measure():
 
 def test_ratios_are_medians_of_the_rounds():
     seconds = {"bare": [10.0, 20.0, 10.0], "plan": [0.5, 1.0, 2.0], "tails": [6.0, 9.0, 6.0]}
-    claims, (table,) = packets.time_claims({"film": seconds})
+    rounds = {name: [{"seconds": 2 * one, "cpu": one} for one in values] for name, values in seconds.items()}
+    claims, (table,) = packets.time_claims({"film": rounds})
     assert [(claim.ratio, claim.met) for claim in claims] == [("0.050 ×", True), ("0.600 ×", False)]
     assert len(table.rows) == 3
 
