@@ -41,7 +41,7 @@ def result(share: float, hits: list[bool]) -> dict:
 
 def test_claims_compare_with_the_best_pixel_measure():
     worse, best = [True] * 18 + [False] * 2, [True] * 20
-    measures = {name: result(0.2, worse) for name in (*packets.PIXELS, "uniform")}
+    measures = {name: result(0.2, worse) for name in (*packets.PIXELS, "uniform", packets.ALONE)}
     measures |= {"packets": result(0.2, worse), "lab": result(0.2, best)}
     claims, (table,) = packets.recall_claims({"hevc": {"20%": measures, "10%": measures}})
     assert len(claims) == 1 and claims[0].met is False and "packets 90%, lab 100%; -10.0 points" in claims[0].figure
