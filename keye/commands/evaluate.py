@@ -11,6 +11,7 @@ from keye.commands.encode import add_settings
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError, run
 from keye.evaluation import CONTROLS, Control, control_table, evaluate, gather
+from keye.evaluation.controls import partners
 from keye.evaluation.public import BENCHMARKS, open_benchmark
 from keye.evaluation.public.frames import FrameChoice
 from keye.evaluation.public.run import evaluate_public
@@ -143,6 +144,8 @@ def _on_benchmark(args: argparse.Namespace, rank: int, world_size: int) -> None:
         args.benchmark, args.data, families=families, limit=args.limit, subtitles=args.subtitles,
         skip_missing=args.skip_missing,
     )  # fmt: skip
+    if "other" in _controls(args):
+        partners(list(benchmark))  # before any work
     model, processor = load(args.model)
     given = {name: getattr(args, name) for name in EncoderConfig.names() if getattr(args, name) is not None}
     processor = processor.with_encoder(**given) if given else processor

@@ -21,7 +21,7 @@ from keye.adapters.lmms_eval import Keye, keye_messages, sampling_of  # noqa: E4
 from keye.errors import KeyeError  # noqa: E402
 from keye.inference.chat import Chat, load_model  # noqa: E402
 from keye.inference.sampling import Sampling  # noqa: E402
-from tests.keye.adapters.lmms_task import write_task  # noqa: E402
+from tests.keye.adapters.lmms_task import draw_task  # noqa: E402
 from tests.keye.inference.talk import tiny_directory  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,7 +35,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
-    return write_task(tmp_path_factory.mktemp("task"), count=2)
+    return draw_task(tmp_path_factory.mktemp("task"), count=2)
 
 
 def lmms_eval(task: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
@@ -74,7 +74,7 @@ def test_a_local_task_runs_from_the_command_line(model, questions, tmp_path):
     pair, docs = load_model(model), rows(questions)
     for number, doc in enumerate(docs):
         encoder = SlowFastEncoder(**{**pair[1].encoder, **SETTINGS})
-        chat = Chat(*pair, sampling=Sampling(8, stop=("\n",)))
+        chat = Chat(*pair, sampling=Sampling(8))
         chat._media.append({"type": "video", "video": encoder(doc["clip"])})
         expected = "".join(piece.text for piece in chat.ask(doc["question"]))
         assert answers[number] == expected.strip(), doc

@@ -196,6 +196,13 @@ def test_the_command_prints_a_table_and_continues(data, directory, tmp_path, mon
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
 
 
+def test_a_control_that_needs_two_clips_is_refused_before_any_work(data, directory, tmp_path, monkeypatch, capsys):
+    command = [directory, "--benchmark", "mvbench", "--data", data["mvbench"], "--families", "action_count"]
+    assert run(monkeypatch, *command, "--control", "all", "--out", tmp_path / "out") == 2
+    assert "'other' needs two clips of the family action_count" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
