@@ -151,6 +151,7 @@ def write_task(folder: Path, questions: Sequence[Question], limit: int) -> Path:
 def ask(python: str, model: str, task: Path, batch_size: int) -> tuple[list[str], float, str]:
     """The replies that lmms-eval gets, the seconds of generating them, and its version."""
     out = task / f"out{batch_size}"
+    python = str(Path(python).absolute())
     command = [python, "-m", "lmms_eval", "--model", "keye", "--model_args", f"pretrained={Path(model).absolute()}"]
     command += ["--tasks", "drawn_clips", "--include_path", str(task), "--batch_size", str(batch_size)]
     command += ["--output_path", str(out), "--log_samples", "--device", "cpu"]
