@@ -132,9 +132,9 @@ def judge(split: str, name: str, few: bool) -> dict:
             used = read.measure.pixels.name if read.falls_back else ALONE
             for setting, target in targets.items():
                 slow = scores.spend(target)
-                for name in (measure, *([MEASURE] if measure == used else [])):
-                    tallies[setting, name].add(clip, slow)
-                    hits[setting, name] += seen(clip, slow)
+                for row in (measure, *([MEASURE] if measure == used else [])):
+                    tallies[setting, row].add(clip, slow)
+                    hits[setting, row] += seen(clip, slow)
     found: dict = {setting: {} for setting in SETTINGS}
     for (setting, measure), tally in tallies.items():
         found[setting][measure] = {**tally.result(), "hits": hits[setting, measure]}
@@ -235,7 +235,7 @@ def contender(name: str, path: Path) -> Callable[[], dict]:
     if name == "plan":
         encoder = SlowFastEncoder(measure=MEASURE)
         return lambda: {"frames": len(encoder.plan(path))}
-    encoder = SlowFastEncoder(measure=MEASURE, policy=Half(0.4, name))
+    encoder = SlowFastEncoder(measure=MEASURE, policy=Half(0.4, name), slow_multiple=0.0)
     return lambda: {"frames": len(encoder(path, dtype=torch.uint8).plan)}
 
 
@@ -306,7 +306,7 @@ def bench(args: argparse.Namespace) -> None:
         timed = time_claims(films)
         claims, tables = claims + timed[0], tables + timed[1]
     found = {}
-    for name in list(RECIPES[args.split])[: 1 if args.quick else None]:
+    for name in args.encodes[: 1 if args.quick else None]:
         known = kept / f"{name.replace(' ', '-')}.json"
         if args.quick or not (args.resume and known.is_file()):
             options = ["--judge", name, "--split", args.split, *(["--quick"] if args.quick else [])]
@@ -340,6 +340,8 @@ NOTES = [
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--split", choices=list(RECIPES), default="held-out", help="which clips and encodes")
+    every = list(RECIPES["held-out"])
+    parser.add_argument("--encodes", nargs="+", choices=every, default=every, help="only these encodes")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of the times (default 3)")
     parser.add_argument("--skip-time", action="store_true", help="recall only")
     parser.add_argument("--resume", action="store_true", help="take what an interrupted bench has measured")
