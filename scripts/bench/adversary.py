@@ -48,6 +48,9 @@ HEAD = """# SlowFastBench v1: what can be answered without a pixel
 All of it again: `python -m scripts.bench.adversary`. How the benchmark is made:
 [docs/slowfastbench.md](../slowfastbench.md)."""
 CHANGES = "One minus the lowest similarity of a clip, mean ± half the largest difference between two answers"
+NOTE = """A family is within 1 point where every accuracy is at most 1 point above chance, or has an interval that includes
+chance. Intervals are over groups of questions. In a group all answers differ: where the inputs of a group are equal, a
+classifier gives one choice and is right exactly once, and the interval has no width."""
 FAST_MEASURES = ("change", "mse", "patch_cosine", "patch_l1")
 MEASURES = (*FAST_MEASURES, "lab")
 NUMBERS = {"still": (1600, 4000), "drawn": (800, 1200)}
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, metavar="N", help="other questions (see NUMBERS)")
     parser.add_argument("--some", type=int, default=1000, metavar="N", help="of each for packets and lab (1000)")
     parser.add_argument("--dev", action="store_true", help="score on the split dev, while the drawing is being changed")
+    parser.add_argument("--cached", action="store_true", help="use the questions in the cache and draw no others")
     parser.add_argument("--draw-only", action="store_true", help="fill the cache and stop")
     args = parser.parse_args()
     train, test = (80, 80) if args.quick else NUMBERS[args.motion]
@@ -101,7 +105,8 @@ def main() -> None:
     began, rows, changes, claims, out = time.monotonic(), [], [], [], out_of(args)
     real = args.motion == "drawn" and all((CLIPS / name).is_file() for name in REAL_CLIPS)
     for family in args.families or [name for name, row in FAMILIES.items() if real or not row.real]:
-        drawn = {part: load(family, splits[part], numbers[part], args.some, args.motion) for part in numbers}
+        drawn = {part: load(family, splits[part], numbers[part], args.some, args.motion, args.cached)
+                 for part in numbers}  # fmt: skip
         if args.draw_only:
             continue
         found = judge(family, drawn["train"], drawn["test"])
@@ -113,10 +118,10 @@ def main() -> None:
                   met=all(row[-1] == "yes" for row in found))
         )  # fmt: skip
         columns = ["family", "input", "chance", "questions", "accuracy, 95 % interval", "above", "within 1 point"]
-        title = f"Accuracy of the adversary in per cent, learnt from {numbers['train']} other questions"
+        title = f"Accuracy of the adversary in per cent, learnt from at most {numbers['train']} other questions"
         by_measure = Table(CHANGES, ["family", *FAST_MEASURES], changes)
         save(out, args.motion, claims, [Table(title, columns, rows), by_measure], seconds=time.monotonic() - began,
-             quick=args.quick, seeds=splits)  # fmt: skip
+             quick=args.quick, seeds=splits, notes=[NOTE])  # fmt: skip
         path = (out if args.quick or args.out else out.parent) / "bench_v1.md"
         path.write_text(document(out, ["still", "drawn"], HEAD), encoding="utf-8")
 
@@ -132,8 +137,11 @@ def change(mean: float, difference: float) -> str:
     return f"{mean:.3f} ± {difference / 2:.4f}"
 
 
-def load(family: str, split: str, number: int, some: int, motion: str) -> Drawn:
-    """The first `number` questions of a family, from the cache or drawn into it; `some` of them with all inputs."""
+def load(family: str, split: str, number: int, some: int, motion: str, cached: bool) -> Drawn:
+    """The first `number` questions of a family, from the cache or drawn into it; `some` of them with all inputs.
+
+    cached: only those in the cache, up to the first that is missing.
+    """
     members = FAMILIES[family].members
     groups, full_groups = math.ceil(number / members), math.ceil(min(number, some) / members)
     folder = ROOT / ".cache/bench/adversary" / _code()
@@ -143,7 +151,12 @@ def load(family: str, split: str, number: int, some: int, motion: str) -> Drawn:
         last = min(first + CHUNK, groups)
         here = min(max(full_groups - first, 0), last - first)
         path = folder / f"{family}-{motion}-{split}-{first}-{last}-{here}.npz"
-        if not path.exists():
+        if cached:
+            found = sorted(folder.glob(f"{family}-{motion}-{split}-{first}-{last}-*.npz"), key=_full)
+            if not found:
+                break
+            path = found[-1]
+        elif not path.exists():
             part = _chunk(family, split, range(first, last), here, motion)
             scratch = path.with_suffix(".part.npz")
             np.savez_compressed(scratch, **part)
@@ -151,12 +164,19 @@ def load(family: str, split: str, number: int, some: int, motion: str) -> Drawn:
             left = (time.monotonic() - began) / (last / groups) * (1 - last / groups)
             print(f"      {family} {split}: {last} of {groups} groups drawn, {left:.0f} s left", flush=True)
         parts.append(np.load(path))
+    if not parts:
+        raise KeyeError(f"the cache has no {split} questions of {family}; leave out --cached to draw them")
     joined = {name: np.concatenate([part[name] for part in parts if name in part]) for name in parts[0]}
     words, asked = joined.pop("words"), {}
     for name in [name for name in joined if name.startswith("input ")]:
         values = joined.pop(name)
         asked[name.removeprefix("input ")] = np.concatenate([words[: len(values)], values], 1).astype(np.float32)
     return Drawn({"text": words.astype(np.float32), **asked}, **joined)
+
+
+def _full(path: Path) -> int:
+    """Groups with all inputs in a file of the cache."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def _code() -> str:
