@@ -48,9 +48,9 @@ HEAD = """# SlowFastBench v1: what can be answered without a pixel
 All of it again: `python -m scripts.bench.adversary`. How the benchmark is made:
 [docs/slowfastbench.md](../slowfastbench.md)."""
 CHANGES = "One minus the lowest similarity of a clip, mean ± half the largest difference between two answers"
-NOTE = """A family is within 1 point where every accuracy is at most 1 point above chance, or has an interval that includes
-chance. Intervals are over groups of questions. In a group all answers differ: where the inputs of a group are equal, a
-classifier gives one choice and is right exactly once, and the interval has no width."""
+NOTE = """Within 1 point: the accuracy is at most 1 point above chance, or its interval includes chance. Intervals are
+over groups of questions. In a group all answers differ: where the inputs of a group are equal, a classifier gives one
+choice and is right exactly once, and the interval has no width."""
 FAST_MEASURES = ("change", "mse", "patch_cosine", "patch_l1")
 MEASURES = (*FAST_MEASURES, "lab")
 NUMBERS = {"still": (1600, 4000), "drawn": (800, 1200)}
