@@ -3,6 +3,10 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("without a time limit", deadline=None)  # speed is measured in scripts/bench, not here
+settings.load_profile("without a time limit")
 
 
 @pytest.fixture(autouse=True)
