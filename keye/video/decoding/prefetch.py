@@ -19,9 +19,11 @@ Item = TypeVar("Item")
 _open: "weakref.WeakSet[Prefetcher]" = weakref.WeakSet()
 _stops: "weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]]" = weakref.WeakKeyDictionary()
 _readers: Counter[threading.Thread] = Counter()
+_recent: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()  # threads that have read a clip
 _lock = threading.Lock()
 _ending = threading.Event()
 _EXIT_TIMEOUT = 10.0  # seconds: how long the end of the program waits for other threads
+_BETWEEN = 0.5  # seconds: how long it waits for threads that have read a clip and may be about to read the next one
 
 
 class Prefetcher(Iterator[Item]):
@@ -89,11 +91,16 @@ def _make(items: Generator[Item, None, None], made: queue.Queue, halt: threading
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Mark this thread as reading a clip; the end of the program waits until it leaves the block."""
+    """Mark this thread as reading a clip; the end of the program waits until it leaves the block.
+
+    Between two clips a thread may still be inside torch, which frees the results. The end of the program waits for it
+    to begin the next clip, too, but not for long.
+    """
     check_ending()
     thread = threading.current_thread()
     with _lock:
         _readers[thread] += 1
+        _recent.add(thread)
     try:
         yield
     finally:
@@ -118,7 +125,8 @@ def stop_at_exit(thread: threading.Thread, stop: Callable[[], object]) -> None:
 def _end_all() -> None:
     """Runs after non-daemon threads have ended."""
     _ending.set()
-    deadline = time.monotonic() + _EXIT_TIMEOUT
+    now = time.monotonic()
+    deadline, between = now + _EXIT_TIMEOUT, now + _BETWEEN
     stopped = list(_stops.items())
     for _, stop in stopped:
         stop()
@@ -127,7 +135,8 @@ def _end_all() -> None:
     main = threading.current_thread()
     while time.monotonic() < deadline:
         with _lock:
-            inside = [thread for thread in _readers if thread is not main and thread.is_alive()]
+            readers = _recent if time.monotonic() < between else _readers
+            inside = [thread for thread in readers if thread is not main and thread.is_alive()]
         inside += [thread for thread, _ in stopped if thread.is_alive()]
         if not inside:
             return

@@ -55,9 +55,7 @@ def write(
             holds another version, or it is not writable.
     """
     folder = None if clips is None else Path(clips)
-    families = families or [
-        name for name, row in FAMILIES.items() if (folder or not row.real) and name not in LEAKING
-    ]
+    families = families or [name for name, row in FAMILIES.items() if (folder or not row.real) and name not in LEAKING]
     if each < 1 or (workers is not None and workers < 1):
         raise ManifestError(f"each={each} and workers={workers} must be at least 1")
     items = [item for name in families for item in _items(name, split, each) if _wanted(item, where or {})]

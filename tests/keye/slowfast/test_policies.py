@@ -13,6 +13,7 @@ from keye.slowfast.policies import (
     Adaptive,
     AdaptiveBudget,
     AllSlow,
+    Ladder,
     Limits,
     Policy,
     Strided,
@@ -306,6 +307,8 @@ def test_policy_specs():
         "adaptive_budget:share=0.25": AdaptiveBudget(0.8, share=0.25),
         "adaptive_budget:max_gap=9,tokens=8000": AdaptiveBudget(0.8, max_gap=9, tokens=8000),
         "all_slow": AllSlow(),
+        "ladder": Ladder(0.8),
+        "ladder:price=0.001": Ladder(0.8, price=0.001),
         "uniform": Uniform(4),
         "uniform:8": Uniform(8),
         "uniform:every=8": Uniform(8),
@@ -341,7 +344,7 @@ def test_specs_build_the_same_policy(threshold, max_gap, min_gap, hysteresis, cu
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fast", "use one of adaptive, adaptive_budget, all_slow, strided, two_stream, uniform"),
+        ("fast", "use one of adaptive, adaptive_budget, all_slow, ladder, strided, two_stream, uniform"),
         ("", "use one of adaptive"),
         ("uniform:0", "every is 0; give a whole number of 1 or more"),
         ("uniform:x", "every is 'x'; give a whole number"),

@@ -84,6 +84,28 @@ time.sleep(float(sys.argv[2]))
         assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_the_end_of_the_program_waits_for_a_daemon_between_two_clips():
+    """It may be inside torch there; it ends in Python, where it begins to read the next clip."""
+    script = """
+import sys, threading, time
+from keye.video.decoding.prefetch import reading
+def work():
+    try:
+        while True:
+            with reading():
+                pass
+            read.set()
+            time.sleep(0.1)
+    finally:
+        print("ended")
+read = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+read.wait()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ended\n", "")
+
+
 def test_a_clip_left_open_ends_with_the_program(tmp_path):
     script = """
 import sys
