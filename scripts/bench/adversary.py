@@ -45,12 +45,12 @@ EXAMPLES = """examples:
 """
 HEAD = """# SlowFastBench v1: what can be answered without a pixel
 
-All of it again: `python -m scripts.bench.adversary`. How the benchmark is made:
+Command: `python -m scripts.bench.adversary`. How the benchmark is made:
 [docs/slowfastbench.md](../slowfastbench.md)."""
 CHANGES = "One minus the lowest similarity of a clip, mean ± half the largest difference between two answers"
-NOTE = """Within 1 point: the accuracy is at most 1 point above chance, or its interval includes chance. Intervals are
-over groups of questions. In a group all answers differ: where the inputs of a group are equal, a classifier gives one
-choice and is right exactly once, and the interval has no width."""
+NOTE = """Within 1 point: the upper end of the interval is at most 1 point above chance; open where more questions must
+decide. Intervals are over groups of questions. In a group all answers differ: where the inputs of a group are equal, a
+classifier gives one choice and is right exactly once, and the interval has no width."""
 FAST_MEASURES = ("change", "mse", "patch_cosine", "patch_l1")
 MEASURES = (*FAST_MEASURES, "lab")
 NUMBERS = {"still": (1600, 4000), "drawn": (800, 1200)}
@@ -296,11 +296,10 @@ def judge(family: str, train: Drawn, test: Drawn) -> list[list[str]]:
         right = guesses == truth
         low, high = interval(right, test.groups[:number])
         above = right.mean() - chance
-        # A smaller sample has a wider interval: it must include chance.
-        within = above <= POINT or low <= chance
+        within = "yes" if high <= chance + POINT else "**no**" if low > chance + POINT else "open: more questions"
         span = f"{100 * right.mean():.1f} ({100 * low:.1f}–{100 * high:.1f})"
         rows.append([family, name, f"{100 * chance:.1f}", f"{number:,}", span, f"{100 * above:+.1f}",
-                     "yes" if within else "**no**"])  # fmt: skip
+                     within])  # fmt: skip
         print("      " + " · ".join(rows[-1]), flush=True)
     return rows
 
