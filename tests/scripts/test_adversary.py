@@ -45,12 +45,13 @@ def planted(leak: bool, seed: int, number: int = 800) -> adversary.Drawn:
                            np.zeros((number, 1)))  # fmt: skip
 
 
-def test_a_planted_leak_is_found_and_noise_is_not():
+@pytest.mark.parametrize(
+    ("leak", "number", "verdict"), [(True, 800, "**no**"), (False, 800, "open: more questions"), (False, 40_000, "yes")]
+)
+def test_a_planted_leak_is_found_and_noise_is_not(leak, number, verdict):
     pytest.importorskip("sklearn")
-    for leak, verdict in ((True, "**no**"), (False, "yes")):
-        drawn = planted(leak, 1)
-        [row] = adversary.judge("planted", drawn, planted(leak, 2))
-        assert row[2] == "25.0" and row[-1] == verdict
+    [row] = adversary.judge("planted", planted(leak, 1), planted(leak, 2, number))
+    assert row[2] == "25.0" and row[-1] == verdict
 
 
 def test_the_interval_counts_groups_and_not_questions():
