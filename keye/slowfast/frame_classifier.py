@@ -53,7 +53,7 @@ class FrameClassifier:
         if not policy.online and not policy.walks and not remember:
             raise KeyeError(
                 f"policy {policy.spec} needs all frames of a clip to decide; stream with adaptive, all_slow, uniform,"
-                " strided or ladder"
+                " strided, random or ladder"
             )
         self.measure, self.policy, self.limits, self.frames = measure, policy, limits, frames
         self.sizes: list[tuple[int, int] | None] = []

@@ -12,7 +12,7 @@ from keye.checks import fraction
 from keye.errors import KeyeError
 from keye.slowfast.measures.base import Measure
 from keye.slowfast.policies.base import FAST, SLOW, Decisions, FrameContext, Limits, Policy
-from keye.slowfast.policies.framewise import Adaptive, AllSlow, Strided, Uniform
+from keye.slowfast.policies.framewise import Adaptive, AllSlow, Random, Strided, Uniform
 from keye.slowfast.policies.ladder import Ladder
 from keye.slowfast.policies.wholeclip import AdaptiveBudget, TwoStream
 
@@ -27,6 +27,7 @@ __all__ = [
     "Limits",
     "Policy",
     "FrameContext",
+    "Random",
     "Strided",
     "TwoStream",
     "Uniform",
@@ -35,7 +36,10 @@ __all__ = [
     "known_policies",
 ]
 
-_POLICIES = {kind.name: kind for kind in (Adaptive, AdaptiveBudget, AllSlow, Ladder, Strided, TwoStream, Uniform)}
+_POLICIES = {
+    kind.name: kind
+    for kind in (Adaptive, AdaptiveBudget, AllSlow, Ladder, Random, Strided, TwoStream, Uniform)
+}
 
 
 def known_policies() -> list[str]:
@@ -47,8 +51,8 @@ def get_policy(spec: str, threshold: float) -> Policy:
     """The policy of a spec: "name", "name:value" or "name:key=value,key=value".
 
     Options: adaptive and adaptive_budget take max_gap, min_gap, hysteresis and cut, adaptive_budget also one of share
-    and tokens; uniform:N and strided:N make one frame in N slow; two_stream takes slow and fast_tokens, ladder takes
-    price, all_slow takes none.
+    and tokens; uniform:N and strided:N make one frame in N slow; random takes every and seed, two_stream slow and
+    fast_tokens, ladder price, all_slow none.
 
     Args:
         spec: name and options.

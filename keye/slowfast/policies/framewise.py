@@ -1,5 +1,6 @@
 """Policies that decide frame by frame, in the memory of one slow frame."""
 
+import random
 from dataclasses import dataclass
 
 from keye.slowfast.policies.base import FrameContext, Policy, check, check_count, is_fraction
@@ -75,6 +76,27 @@ class Uniform(Policy):
 
     def is_slow(self, seen: FrameContext) -> bool:
         return seen.gap >= self.every
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """One frame in `every` is slow on average, regardless of the picture; the control of a policy that looks at it.
+
+    seed: of the draw. The same seed draws the same frames of all clips.
+    """
+
+    name = "random"
+    ranks = False
+
+    every: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self, "every")
+        check(self, "seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number of 0 or more")
+
+    def is_slow(self, seen: FrameContext) -> bool:
+        return random.Random(1_000_003 * self.seed + seen.index).random() * self.every < 1
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ frame that is shown within that time, 0 if none is, as a mean over the cuts.
     python -m scripts.bench.encoder.allocation --clips film     # one of film, hour, natural, continuity, into .cache
 """
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from keye.encoder import SlowFastEncoder
 from keye.errors import run
 from keye.slowfast.plan import VideoPlan
-from keye.slowfast.policies import SLOW, FrameContext, Policy
+from keye.slowfast.policies import SLOW
 from keye.video.clip import open_clip
 from scripts.bench.common.record import QUICK_OUT, Claim, Table, arguments, out_of, save
 from scripts.bench.encoder.media.continuity import continuity_film, cuts
@@ -34,20 +33,6 @@ DEFAULT = 65_536  # the only budget of the hour, whose plans take minutes
 SEEDS = (0, 1, 2)
 DRAWS = 10_000  # of the bootstrap
 MULTIPLE = 4
-
-
-@dataclass(frozen=True)
-class Random(Policy):
-    """One frame in `every` is slow on average, drawn by `seed`, regardless of the picture."""
-
-    name = "random"
-    ranks = False
-
-    every: int = 4
-    seed: int = 0
-
-    def is_slow(self, seen: FrameContext) -> bool:
-        return random.Random(1_000_003 * self.seed + seen.index).random() * self.every < 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,7 @@ def contenders(budget: int) -> dict[str, list[SlowFastEncoder]]:
         "released": [SlowFastEncoder.released(**limit)],
         "ladder": [SlowFastEncoder(**limit, policy="ladder")],
         "uniform": [SlowFastEncoder(**limit, policy="uniform:4")],
-        "random": [SlowFastEncoder(**limit, policy=Random(seed=seed)) for seed in SEEDS],
+        "random": [SlowFastEncoder(**limit, policy=f"random:seed={seed}") for seed in SEEDS],
         "two_stream": [SlowFastEncoder(**limit, policy="two_stream")],
         "downsampled": [SlowFastEncoder(**limit, policy="all_slow")],
     }

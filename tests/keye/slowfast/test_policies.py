@@ -16,6 +16,7 @@ from keye.slowfast.policies import (
     Ladder,
     Limits,
     Policy,
+    Random,
     Strided,
     TwoStream,
     Uniform,
@@ -223,6 +224,12 @@ def test_options_apply_while_the_threshold_is_searched():
     assert "10 of 40 frames are slow, more than share=0.1" in forced.warnings[0]
 
 
+def test_random_ignores_the_picture_and_follows_its_seed():
+    still, noise = [decide(frames, Random(4, seed=1)).types for frames in ([7] * 2000, list(range(250)) * 8)]
+    assert still == noise != decide([7] * 2000, Random(4, seed=2)).types
+    assert still[0] == 0 and 440 < still.count(0) < 560  # four standard deviations of a draw of 1 in 4
+
+
 def test_two_stream_by_hand():
     decisions = decide([0, 8, 16, 24, 32], TwoStream(slow=2, fast_tokens=16))
     # Slow are frames 0 and 2, each followed by itself in the fast path.
@@ -256,7 +263,7 @@ def test_two_stream_frames_fit(slow, fast_tokens, low, more):
 
 
 @pytest.mark.parametrize("spec", ["adaptive", "adaptive_budget:share=0.3", "adaptive_budget:tokens=9000", "all_slow",
-                                  "uniform", "strided", "two_stream"])  # fmt: skip
+                                  "uniform", "strided", "random", "two_stream"])  # fmt: skip
 @pytest.mark.parametrize("measure", ["patch_l1", "patch_cosine", "ssim"])
 def test_clips_without_change(spec, measure):
     for value, count in itertools.product((0, 128), (1, 2, 11)):
@@ -312,6 +319,8 @@ def test_policy_specs():
         "uniform": Uniform(4),
         "uniform:8": Uniform(8),
         "uniform:every=8": Uniform(8),
+        "random": Random(4, 0),
+        "random:every=8,seed=3": Random(8, 3),
         "strided": Strided(8),
         "strided:4": Strided(4),
         "two_stream": TwoStream(10, 16),
@@ -344,7 +353,7 @@ def test_specs_build_the_same_policy(threshold, max_gap, min_gap, hysteresis, cu
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("fast", "use one of adaptive, adaptive_budget, all_slow, ladder, strided, two_stream, uniform"),
+        ("fast", "use one of adaptive, adaptive_budget, all_slow, ladder, random, strided, two_stream, uniform"),
         ("", "use one of adaptive"),
         ("uniform:0", "every is 0; give a whole number of 1 or more"),
         ("uniform:x", "every is 'x'; give a whole number"),
@@ -362,6 +371,7 @@ def test_specs_build_the_same_policy(threshold, max_gap, min_gap, hysteresis, cu
         ("adaptive_budget:share=1.5", "share is 1.5; give a number above 0 and at most 1"),
         ("adaptive_budget:tokens=-1", "tokens is -1; give a whole number of 1 or more"),
         ("all_slow:2", "'2' is not an option of all_slow; it has none"),
+        ("random:seed=-1", "seed is -1; give a whole number of 0 or more"),
         ("two_stream:slow=0", "slow is 0; give a whole number of 1 or more"),
     ],
 )
