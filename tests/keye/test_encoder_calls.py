@@ -15,7 +15,9 @@ from scripts.clips import clip
 from tests.keye.test_encoder import TINY, noise
 
 
-@pytest.mark.parametrize("policy", ["adaptive", "adaptive:max_gap=2", "all_slow", "uniform:3", "strided:2", "random:every=2"])
+@pytest.mark.parametrize("policy", [
+    "adaptive", "adaptive:max_gap=2", "all_slow", "uniform:3", "strided:2", "random:every=2",
+])  # fmt: skip
 def test_a_stream_decides_as_the_plan_does(policy):
     encoder = SlowFastEncoder(policy=policy, fps=4)
     with open_clip(clip("bikes.mp4"), 4, 100) as opened:
