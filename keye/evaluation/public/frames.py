@@ -141,7 +141,8 @@ def part_of(video: EncodedVideo, first: int, stop: int) -> EncodedVideo:
     if (first, stop) == (0, len(video.grid_thw)):
         return video
     ends = [0, *video.grid_thw.prod(1).cumsum(0).tolist()]
-    columns = ("frame_types", "timestamps", "frame_indices", "similarity")
+    columns = ["frame_types", "timestamps", "frame_indices", "similarity"]
+    columns += ["levels"] if video.plan.levels is not None else []
     plan = replace(video.plan, **{name: getattr(video.plan, name)[first:stop] for name in columns})
     pixels = video.pixel_values[ends[first] : ends[stop]]
     return replace(video, pixel_values=pixels, grid_thw=video.grid_thw[first:stop], plan=plan)

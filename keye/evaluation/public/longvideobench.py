@@ -96,7 +96,7 @@ class LongVideoBench(PublicBenchmark):
 def _subtitle(row: Row, begin: float, seconds: float) -> Subtitle:
     """A line of one of the two forms: {"timestamp": [start, end], "text"} or {"start", "end", "line"}."""
     if "timestamp" in row.values:
-        start, end = row("timestamp", list, lambda times: len(times) == 2)
+        start, end = row("timestamp", list, lambda times: len(times) == 2 and isinstance(times[0], int | float))
         # The authors use the length of the clip for an end that is not a float, as if the clip began at second 0.
         start, end, text = float(start), end if isinstance(end, float) else begin + seconds, row("text")
     else:

@@ -69,7 +69,8 @@ class Packets:
             return "all packets have one size"
         if np.mean(facts.between & (facts.spans >= self.DEEP)) > self.PYRAMIDS:
             return "pyramids of pictures hide when a change happens"
-        if np.mean(self.surprise(facts)[~facts.keys] > -np.log(self.threshold)) > self.COMMON:
+        unusual = self.surprise(facts)[~facts.keys] > -np.log(self.threshold)
+        if unusual.sum() > self.COMMON * len(unusual):
             return "unusual sizes recur"
         return None
 

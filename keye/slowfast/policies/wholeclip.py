@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from keye.errors import KeyeError
-from keye.slowfast.budget import most_frames, size_tokens, thin
+from keye.slowfast.budget import most_frames, pooled_size, size_tokens, thin
 from keye.slowfast.policies.base import FAST, SLOW, ClipFeatures, Decisions, Limits, Policy, check, check_count
 from keye.slowfast.policies.framewise import Adaptive
 
@@ -74,7 +74,8 @@ class AdaptiveBudget(Adaptive):
         full = limits.allocate(1, 1, max_tokens=2 * limits.max_tokens_per_frame)
         slow_tokens, fast_tokens = (size_tokens(size, limits.side) for size in (full.slow_size, full.fast_size))
         spare, price = budget - len(clip) * fast_tokens, slow_tokens - fast_tokens
-        target = len(clip) if spare >= len(clip) * price else spare // price
+        # The price is 0 where all frames cost the same.
+        target = len(clip) if spare >= len(clip) * price else spare // max(price, 1)
         threshold, types, scores = self._search(clip, target, min(self.threshold, 1.0))
         slow = types.count(SLOW)
         spent = slow * slow_tokens + (len(clip) - slow) * fast_tokens
@@ -145,6 +146,12 @@ class TwoStream(Policy):
         return (max_tokens - self.slow * min_tokens) // self.fast_tokens
 
     def decide(self, clip: ClipFeatures, limits: Limits) -> Decisions:
+        least = limits.min_tokens + size_tokens(pooled_size(*limits.size, self.fast_tokens, limits.side), limits.side)
+        if least > limits.max_tokens and not limits.multiple:
+            raise KeyeError(
+                f"policy {self.name}: max_tokens={limits.max_tokens} does not hold one frame of {limits.min_tokens} and"
+                f" {self.fast_tokens} tokens; give max_tokens={limits.min_tokens + self.fast_tokens} or more"
+            )
         slow = set(thin(len(clip), self.slow))
         types, scores, positions, reference = [], [], [], 0
         for index in range(len(clip)):

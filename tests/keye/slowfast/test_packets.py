@@ -194,6 +194,12 @@ def test_the_size_is_that_of_the_container(folder, rotation, suffix):
     assert plan.source_size == pixels.source_size and encoder()(path).plan == plan
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_video_of_one_frame(folder):
+    write_mp4(folder / "one.mp4", [scenery(0)], 25)
+    assert encoder().plan(folder / "one.mp4").frame_types.tolist() == [SLOW]
+
+
 def test_a_range_and_a_number_of_frames(coded):
     options = {"start": 3.0, "end": 6.0, "num_frames": 6}
     plan = encoder().plan(coded("scene cuts.mp4"), **options)

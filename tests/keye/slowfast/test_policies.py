@@ -1,11 +1,13 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError
 from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import get_measure
@@ -240,6 +242,22 @@ def test_two_stream_by_hand():
     short = decide([5, 6], TwoStream())
     assert short.types == [0, 1, 0, 1]
     assert short.warnings == ["all 2 frames are slow, fewer than slow=10"]
+
+
+def test_tokens_where_all_frames_cost_the_same():
+    same = replace(LIMITS, ratio=1.0)
+    assert decide([0, 30, 60], AdaptiveBudget(0.0, tokens=160), same).types == [0, 1, 1]  # 53 tokens each
+    assert decide([0, 30, 60], AdaptiveBudget(0.0, tokens=9_000), same).types == [0, 0, 0]
+
+
+def test_two_stream_says_that_the_budget_does_not_hold_one_frame():
+    encoder = SlowFastEncoder(policy="two_stream", max_tokens=63, slow_multiple=0)
+    message = r"two_stream: max_tokens=63 does not hold one frame of 48 and 16 tokens; give max_tokens=64 or more"
+    with pytest.raises(KeyeError, match=message):
+        encoder.plan(torch.zeros(3, 3, 56, 56, dtype=torch.uint8))
+    frames = torch.zeros(3, 3, 280, 280, dtype=torch.uint8)
+    assert encoder.with_settings(max_tokens=64).plan(frames).tokens <= 64
+    assert encoder.with_settings(slow_multiple=4).plan(frames).tokens <= 63
 
 
 def test_two_stream_as_in_the_paper():

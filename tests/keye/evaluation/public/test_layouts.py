@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from keye.errors import KeyeError
 from keye.evaluation.public import BENCHMARKS, open_benchmark
 from keye.evaluation.public.frames import FrameChoice, encode, interleaved, messages_of
 from keye.evaluation.public.question import Subtitle
+from keye.slowfast.plan import VideoPlan
+from keye.world.render import write_mp4
 from tests.keye.evaluation.public.layouts import LAYOUTS, MVBENCH, number_of, video_mme
 
 FAMILIES = {"mvbench": [*MVBENCH, "episodic_reasoning"]}
@@ -107,6 +110,23 @@ def test_parts_of_a_plan_join_to_the_plan(data):
     assert set(video.plan.frame_types.tolist()) == {0, 1}
 
 
+def test_parts_of_a_plan_with_many_sizes_join_to_the_plan(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 168, 224, 3), np.uint8)
+    for index in range(1, 12):  # a larger and larger part of each picture is new
+        pictures[index, 14 * index :] = pictures[index - 1, 14 * index :]
+    write_mp4(tmp_path / "clip.mp4", pictures, 2)
+    limits = {"max_tokens": 250, "min_tokens_per_frame": 4, "max_tokens_per_frame": 48, "measure": "patch_l1"}
+    video = SlowFastEncoder(policy="ladder", **limits)(tmp_path / "clip.mp4", dtype=torch.uint8)
+    assert video.plan.levels is not None and len(set(video.plan.frame_sizes)) > 1
+    middle = video.plan.timestamps[len(video.plan) // 2].item()
+    subtitles = [Subtitle(middle - 0.1, middle + 0.1, "now")]
+    parts = [part["video"] for part in interleaved(video, subtitles) if part["type"] == "video"]
+    assert len(parts) == 2
+    assert sum((part.plan.frame_sizes for part in parts), []) == video.plan.frame_sizes
+    assert [part.plan.tokens for part in parts] == [len(part.pixel_values) // 4 for part in parts]
+    assert [VideoPlan.from_json(part.plan.to_json()) for part in parts] == [part.plan for part in parts]
+
+
 def test_mvbench_has_its_prompts_and_bounds(data):
     benchmark = opened("mvbench", data)
     system, turn = messages_of(benchmark.questions[0], None)
@@ -199,6 +219,10 @@ def not_json(folder):
     (folder / "lvb_val.json").write_text("[{")
 
 
+def no_time(folder):
+    change_json(folder / "subtitles/v2_en.json", lambda rows: rows[0].update(timestamp=[None, 1.0]))
+
+
 test_set.__test__ = False
 
 
@@ -212,6 +236,7 @@ test_set.__test__ = False
         (wrong_value, r"lvb_val.json, question 3: correct_choice is 9; join"),
         (no_annotation, r"lvb_val.json does not exist; join"),
         (not_json, r"lvb_val.json cannot be read as JSON"),
+        (no_time, r"v2_en.json, line 1: timestamp is \[None, 1.0\]; join"),
     ],
 )
 def test_an_incomplete_layout_names_file_key_and_remedy(data, tmp_path, damage, message):
