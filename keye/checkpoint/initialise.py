@@ -25,6 +25,7 @@ from keye.checkpoint.shards import (
 from keye.errors import CheckpointError
 from keye.model.config import KeyeConfig, KeyeVisionConfig
 from keye.model.keye import KeyeForConditionalGeneration
+from keye.model.vision import POSITION_SHARE
 
 NEW_ROW_SPREAD = 0.1  # of the old rows' standard deviation
 ROWS_MULTIPLE = 64  # of a larger vocabulary, for fast matrix products
@@ -194,7 +195,10 @@ def _decoder(text: Path, gguf_file: str | None, dtype: torch.dtype | None) -> Te
 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Computed:
-    """A tensor of the tower or the projector, initialised like transformers' SigLIP: Xavier, LeCun for the patches."""
+    """A tensor of the tower or the projector, initialised like transformers' SigLIP: Xavier, LeCun for the patches.
+
+    Only the position table is larger (`keye.model.vision.POSITION_SHARE`).
+    """
 
     def make() -> Tensor:
         tensor, generator = torch.zeros(shape), torch.Generator().manual_seed(seed)
@@ -203,7 +207,7 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Computed:
         if "norm" in name:
             return tensor + 1
         if "position_embedding" in name:
-            return tensor.normal_(std=shape[1] ** -0.5, generator=generator)
+            return tensor.normal_(std=POSITION_SHARE, generator=generator)  # patches of unit pixels have 1
         if "patch_embedding" in name:
             return tensor.normal_(std=tensor[0].numel() ** -0.5, generator=generator)
         return nn.init.xavier_uniform_(tensor, generator=generator)

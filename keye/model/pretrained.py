@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from keye.checkpoint import released_layout as names
 from keye.model.config import KeyeConfig
+from keye.model.vision import PositionTable, position_std
 
 
 class KeyePreTrainedModel(PreTrainedModel):
@@ -31,6 +34,15 @@ class KeyePreTrainedModel(PreTrainedModel):
         elif text is None:
             config.text_config._attn_implementation = config._attn_implementation
         super().__init__(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As transformers does, with a larger position table (`keye.model.vision.POSITION_SHARE`)."""
+        super()._init_weights(module)
+        if isinstance(module, PositionTable):
+            usual = getattr(self.config.get_text_config(), "initializer_range", 0.02)
+            std = position_std(usual, self.config.vision_config.patch_size)
+            init.normal_(module.weight, std=std)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

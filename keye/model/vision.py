@@ -4,6 +4,7 @@ Parameter names are SigLIP's, so that its weights load unchanged. Frames of all 
 is a segment of its own (as in the release).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +20,11 @@ from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
 from keye.model.segments import segments_of
 from keye.slowfast.pixels import normalised
+
+# Standard deviation of a new position table relative to a patch embedding of unit pixels. A tower learns where things
+# are only from this table: M-RoPE turns columns too slowly to tell neighbours apart. With the usual deviation for both
+# the table has a twentieth of a patch, and the tiny model needs twice the examples to name the corner of an object.
+POSITION_SHARE = 0.5
 
 # Patches per chunk where frames pass through the tower in chunks. It bounds the memory of activations (SigLIP-so400m in
 # bf16: about 5 GB) and still gives a GPU some milliseconds of work.
@@ -69,6 +75,11 @@ class FramePart(NamedTuple):
         return Places(row, column, torch.full_like(row, self.height), torch.full_like(row, self.width))
 
 
+def position_std(patch_std: float, patch_size: int) -> float:
+    """Standard deviation of a new position table beside patch weights of `patch_std`; see `POSITION_SHARE`."""
+    return POSITION_SHARE * patch_std * math.sqrt(3 * patch_size**2)
+
+
 def chunks_of(grid_thw: Tensor) -> list[tuple[int, int]]:
     """Consecutive chunks (rows, patches) of `grid_thw` `[F, 3]`: at most `FRAME_PATCHES` patches, or a single row."""
     chunks: list[tuple[int, int]] = []
@@ -104,6 +115,10 @@ def places_of(frames: Tensor, total: int) -> Places:
     return Places(row, column, frames[frame, 0], frames[frame, 1])
 
 
+class PositionTable(nn.Embedding):
+    """The learned positions of a grid; a class of its own so that a new one gets its own deviation."""
+
+
 class VisionEmbeddings(nn.Module):
     """Patches → vectors, plus the learned position table, interpolated to the frame's own size."""
 
@@ -111,7 +126,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         self.grid = config.position_grid
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
-        self.position_embedding = nn.Embedding(self.grid**2, config.hidden_size)
+        self.position_embedding = PositionTable(self.grid**2, config.hidden_size)
 
     def forward(self, pixel_values: Tensor, places: Places) -> Tensor:
         """pixel_values `[N, 3, P, P]`, bytes or normalised → `[N, width]`; positions are added in float32."""

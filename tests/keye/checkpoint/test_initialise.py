@@ -110,8 +110,11 @@ def test_random_weights_are_initialised_like_a_siglip(tmp_path: Path) -> None:
     for name, tensor in siglip.items():
         if not name.startswith("head."):
             mine = drawn["model.visual." + name]
-            assert abs(float(mine.mean() - tensor.mean())) < 0.02, name
-            assert float(mine.std()) == pytest.approx(float(tensor.std()), rel=0.15, abs=1e-5), name
+            # The position table is larger, so that a place is not small beside a colour; its mean of 1,536 values then
+            # has a standard error of 0.013.
+            std, error = (0.5, 0.05) if "position_embedding" in name else (float(tensor.std()), 0.02)
+            assert abs(float(mine.mean() - tensor.mean())) < error, name
+            assert float(mine.std()) == pytest.approx(std, rel=0.15, abs=1e-5), name
             compared += 1
     assert compared == 2 + 1 + 2 * 16 + 2
     projector = drawn["model.projector.linear_1.weight"]  # Xavier, uniform

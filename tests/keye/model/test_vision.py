@@ -1,5 +1,7 @@
 """The vision tower against transformers' SigLIP, torch's interpolation, and itself frame by frame."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from keye.errors import KeyeError
-from keye.model.config import KeyeVisionConfig
+from keye.model.config import PRESETS, KeyeConfig, KeyeVisionConfig
+from keye.model.keye import KeyeModel
 from keye.model.rope import block_coordinates, rotate, vision_tables
 from keye.model.vision import KeyeVisionModel, Projector, VisionEmbeddings, VisionLayer, places_of
 
@@ -225,3 +228,25 @@ def test_heads_that_rows_and_columns_cannot_share_are_named(heads) -> None:
 def test_pixels_that_are_not_the_grids_are_counted(tower, patches) -> None:
     with pytest.raises(KeyeError, match=f"16 patches, but pixel_values {patches}"):
         tower(torch.zeros(patches, 3, 14, 14), grids([(4, 4)]))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_a_new_tower_shows_where_a_patch_is(preset: str) -> None:
+    """The place of a patch is not small beside its colour."""
+    torch.manual_seed(0)
+    text = KeyeConfig.preset("tiny").text_config.to_dict()
+    text["initializer_range"] = KeyeConfig.preset(preset).text_config.initializer_range
+    model = KeyeModel(KeyeConfig(vision_config=PRESETS[preset]["vision"], text_config=text))
+    embeddings, frames = model.visual.embeddings, [(8, 8), (10, 18)]
+    patches = pixels(frames).clamp(-1, 1)
+    places = embeddings.positions(places_of(torch.tensor(frames), len(patches)))
+    coloured = F.conv2d(patches, embeddings.patch_embedding.weight).flatten(1)
+    share = places.square().mean().sqrt() / coloured.square().mean().sqrt()
+    assert 0.25 < share < 1
+
+
+def test_a_loaded_tower_keeps_its_position_table(tmp_path: Path) -> None:
+    model = KeyeModel(KeyeConfig.preset("tiny", vocab_size=256))
+    nn.init.constant_(model.visual.embeddings.position_embedding.weight, 7)
+    model.save_pretrained(tmp_path)
+    assert (KeyeModel.from_pretrained(tmp_path).visual.embeddings.position_embedding.weight == 7).all()
