@@ -133,7 +133,8 @@ class Painter:
             if states[0]:
                 self._draw_card(picture, self.film.texts[states[0] - 1])
         elif self.film.changes == "disc":
-            self._draw_disc(picture, states[0])
+            for place, state in enumerate(states):
+                self._draw_disc(picture, self.columns[place], state)
         else:
             for place, state in enumerate(states):
                 left, top, right, bottom = self.box(place)
@@ -175,12 +176,14 @@ class Painter:
         drawn = self._cards[text]
         picture[self.row : self.row + len(drawn), self.column : self.column + drawn.shape[1]] = drawn
 
-    def _draw_disc(self, picture: np.ndarray, state: int) -> None:
+    def _draw_disc(self, picture: np.ndarray, column: int, state: int) -> None:
         height, width = self.film.size
         side, angle = self.pixels, 2 * math.pi * state / RING
-        radius = (height - side) // 2 * 0.9
+        top, bottom = (round(share * height) for share in THINGS)
+        radius = (bottom - top - side) // 2
         across, up = round(radius * math.sin(angle)), round(radius * math.cos(angle))
-        top, left = height // 2 - up - side // 2, width // 2 + across - side // 2
+        middle = height - (top + bottom) // 2 if self.below else (top + bottom) // 2
+        top, left = middle - up - side // 2, round((column + 0.5) * width / len(self.columns)) + across - side // 2
         picture[top : top + side, left : left + side][shape_mask("disc", side)] = DARK + self.film.strength
 
 

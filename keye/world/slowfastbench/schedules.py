@@ -23,7 +23,7 @@ PERIODS = {"fastest": 2, "second fastest": 4, "second slowest": 8, "slowest": 16
 HOLDS = {"shortest": 1, "second shortest": 2, "second longest": 4, "longest": 8}
 ACROSS = {"goes on": (0, 1), "goes off": (1, 0), "stays lit": (1, 1), "stays dark": (0, 0)}
 RING = 6
-"""Places on the round of a disc."""
+"""Places on the ring of a disc, clockwise from the top."""
 WAYS = ("clockwise", "counter-clockwise")
 
 
@@ -175,12 +175,13 @@ def spin(rng: np.random.Generator, row: Family, cells: int, member: int) -> Sche
 
 
 def turn(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:
-    """A disc goes round once, clockwise or, with the same frames in reverse order, counter-clockwise."""
+    """Two discs go round once on mirrored rings, one clockwise; the second clip has these frames in reverse order."""
     length = hold(rng, row, cells)
     start = int(rng.integers(1, cells - RING * length + 2))
-    where = np.clip((np.arange(cells) - start) // length + 1, 0, RING) % RING
-    states = (where if not member else -where % RING)[None]
-    return Schedule(states, [(None, WAYS[member])], "word", options=WAYS)
+    asked = int(rng.integers(2))
+    clockwise = np.clip((np.arange(cells) - start) // length + 1, 0, RING) % RING
+    states = np.stack([clockwise, -clockwise % RING])
+    return Schedule(states if not member else states[::-1], [(WAYS[asked], asked ^ member)])
 
 
 def cards(rng: np.random.Generator, row: Family, cells: int, member: int) -> Schedule:

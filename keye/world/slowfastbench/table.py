@@ -33,9 +33,9 @@ FAMILIES: dict[str, Family] = {
         group="time", shortest=8,
     ),
     "turn": Family(
-        "the direction of a motion", "disc", schedules.turn, (1, 2), (0.16, 0.26),
-        ("Which way does the disc go round?", "Does the disc go round clockwise or counter-clockwise?"),
-        group="time", members=2, tags=False, shortest=8, motions=("still", "grain"),
+        "the direction of a motion", "disc", schedules.turn, (1, 2), (0.16, 0.22),
+        ("Which colour marks the disc that goes round {}?", "One disc goes round {}. Which colour marks it?"),
+        group="time", members=2, places=2, shortest=8, motions=("still", "grain"),
     ),
     "alias": Family(
         "frames close enough in time to see how far a dial turns", "dial", schedules.spin, (1, 1), (0.2, 0.34),

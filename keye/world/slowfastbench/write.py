@@ -21,9 +21,6 @@ from keye.world.slowfastbench.questions import EACH, VERSION, Item, draw, row_of
 from keye.world.slowfastbench.table import FAMILIES
 
 MARK = "slowfastbench.json"
-LEAKING = ("turn",)
-"""Families that do not count: the adversary answers `turn` from the plan under `change` (68 %) and from the packets
-(58 %) instead of 50 %, as neither treats mirror images equally. They are written only if they are named."""
 
 
 def write(
@@ -43,7 +40,7 @@ def write(
     Args:
         out: folder to write to.
         split: "dev" for choices, "heldout" for results, "train" to learn from.
-        families: names in `FAMILIES`; by default all but `LEAKING`, those on real clips only where `clips` is given.
+        families: names in `FAMILIES`; by default all, those on real clips only where `clips` is given.
         each: questions of a family; the first `each` of the frozen ones.
         where: slice → accepted values, such as {"length": ["16s"], "height": ["144p", "240p"]}.
         clips: folder of the real clips, see `keye.world.slowfastbench.real`.
@@ -55,7 +52,7 @@ def write(
             holds another version, or it is not writable.
     """
     folder = None if clips is None else Path(clips)
-    families = families or [name for name, row in FAMILIES.items() if (folder or not row.real) and name not in LEAKING]
+    families = families or [name for name, row in FAMILIES.items() if folder or not row.real]
     if each < 1 or (workers is not None and workers < 1):
         raise ManifestError(f"each={each} and workers={workers} must be at least 1")
     items = [item for name in families for item in _items(name, split, each) if _wanted(item, where or {})]

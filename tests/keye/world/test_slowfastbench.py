@@ -1,6 +1,7 @@
 """SlowFastBench: what the pixels show, what the answers of a group share, and that it is drawn as it was frozen."""
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import av
@@ -112,14 +113,46 @@ def test_ground_gives_the_box_of_the_lamp_that_is_lit():
         assert match(str([round(value) for value in box]), item.answer)
 
 
-def test_dials_and_discs_turn_as_asked():
-    for item in members("turn"):
+def ways(item):
+    """What the pixels show of `turn`: colour of each tag -> which way its disc goes round."""
+    frames = pictures(item).astype(int)
+    height, width = item.film.size
+    strip = next(row for row in (height // 10, height - height // 10) if np.abs(frames[0, row, 0] - 26).max() < 8)
+    rows = slice(height // 4, None) if strip < height // 2 else slice(0, 3 * height // 4)
+    found = {}
+    for columns in (slice(0, width // 2), slice(width // 2, None)):
+        half = frames[:, :, columns]
+        pixel = half[0, strip, half.shape[2] // 2]
+        name = min(COLOURS, key=lambda name: np.abs(pixel - COLOURS[name]).sum())
+        spots = [np.argwhere((frame[rows] > 180).all(-1)).mean(0) for frame in half]
+        path = [spots[0], *(after for spot, after in itertools.pairwise(spots) if (spot != after).any())]
+        centre = np.mean(path[:-1], axis=0)
+        assert len(path) == 7 and np.allclose(path[0], path[-1])
+        (down, right), (below, beside) = path[0] - centre, path[1] - centre
+        found[name] = "clockwise" if right * below - down * beside > 0 else "counter-clockwise"
+    return found
+
+
+def test_one_disc_goes_round_each_way_and_the_answer_is_its_tag():
+    asked, right = Counter(), Counter()
+    for group in range(12):
+        for item in members("turn", group):
+            found = ways(item)
+            [way] = {"clockwise", "counter-clockwise"} & {word.strip("?.") for word in item.question.split()}
+            assert sorted(found.values()) == ["clockwise", "counter-clockwise"] and set(item.options) == set(found)
+            assert found[item.answer] == way
+            asked[way] += 1
+            right[item.options.index(item.answer)] += 1
+    assert len(asked) == 2 and right[0] == right[1]
+
+
+def test_no_patch_shows_a_tag_and_a_disc():
+    for item in (item for group in range(12) for item in members("turn", group, height=240)):
         frames = pictures(item).astype(int)
-        places = [np.argwhere(np.abs(frame - frames[0]).max(-1) > 60) for frame in frames]
-        first = next(place for place in places if len(place))
-        # From the top the disc first goes to the right when clockwise; the place that it left changes, too.
-        right = (first[:, 1] > item.film.size[1] // 2).mean() > 0.5
-        assert item.answer == ("clockwise" if right else "counter-clockwise")
+        moves = np.flatnonzero(np.ptp(frames, axis=0).max((1, 2)) > 40)
+        tags = np.flatnonzero(np.ptp(frames[0], axis=1).max(1) > 100)
+        tags = tags[(tags < 0.2 * 240) if moves.min() > 0.2 * 240 else (tags > 0.8 * 240)]
+        assert len(tags) and min(abs(moves.min() - tags.max()), abs(tags.min() - moves.max())) > 0.2 * 240
 
 
 @pytest.mark.parametrize("family", ["order", "turn"])
@@ -146,6 +179,20 @@ def test_clips_of_a_tags_group_differ_in_their_tags_alone_and_have_equal_plans(f
         assert all(plan["frame_types"] == plans[0]["frame_types"] for plan in plans)
         scores = np.array([plan["similarity"][1:] for plan in plans], float)
         assert np.ptp(scores, axis=0).max() < 1e-6
+
+
+@pytest.mark.parametrize("family", [name for name in DRAWN if FAMILIES[name].tags])
+def test_a_plan_does_not_depend_on_which_tag_is_where(family):
+    film = members(family, height=240)[0].film
+    tagged = FAMILIES[family].places
+    other = dataclasses.replace(film, tags=(*film.tags[1:tagged], film.tags[0], *film.tags[tagged:]))
+    films = [np.stack(Painter(one).cell_frames()) for one in (film, other)]
+    assert (films[0] != films[1]).any()
+    for measure in ("mse", "patch_l1", "patch_cosine", "lab"):
+        encoder = SlowFastEncoder(measure=measure)
+        plans = [encoder.plan(torch.from_numpy(f).permute(0, 3, 1, 2), source_fps=2.0).to_dict() for f in films]
+        assert plans[0]["frame_types"] == plans[1]["frame_types"]
+        assert np.ptp(np.array([plan["similarity"][1:] for plan in plans], float), axis=0).max() < 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
