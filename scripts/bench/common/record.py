@@ -34,13 +34,13 @@ LOAD = os.getloadavg()[0]  # before this part adds its own load
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim, its goal, the measured figure and whether it meets the goal (None: there is no goal)."""
+    """One claim, its goal, the measured figure and whether it meets the goal (None: there is no goal; or "open")."""
 
     claim: str
     goal: str
     figure: str
     ratio: str = ""
-    met: bool | None = None
+    met: bool | str | None = None
 
 
 @dataclass(frozen=True)
@@ -229,5 +229,5 @@ def _row(cells: Sequence[object]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _mark(met: bool | None) -> str:
-    return {True: "yes", False: "**no**", None: "–"}[met]
+def _mark(met: bool | str | None) -> str:
+    return met if isinstance(met, str) else {True: "yes", False: "**no**", None: "–"}[met]
