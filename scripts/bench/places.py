@@ -207,8 +207,8 @@ def main() -> None:
     notes = [
         "M-RoPE cannot replace the position table: in the tiny decoder its columns turn by at most 0.0002 radians each "
         "(as in the released one), rows by 0.03.",
-        "A run after corners also had the examples of the run on corners, so it had more training in all. Whether corners "
-        "or any other first lesson would help as much is not separated.",
+        "A run after corners also had the examples of the run on corners, so it had more training in all. Whether "
+        "corners or any other first lesson would help as much is not separated.",
     ]
     seeds: dict[str, int | str] = {"world": 0, "weights": 0}
     save(out, "places", claims, tables, seconds=time.monotonic() - began, quick=args.quick, seeds=seeds, notes=notes)
