@@ -335,10 +335,18 @@ class SlowFastEncoder:
         return min(most, self.max_frames or most)
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether frames that are sampled and compared may be left out, so that others are shown.
+
+        At most as many frames are shown as the budget holds of `min_tokens_per_frame`.
+        """
+        return self.policy.walks or bool(self.slow_multiple and self.policy.online and self.policy.ranks)
+
+    @property
     def _least_tokens(self) -> int:
         """Tokens of the smallest frame by which the number of sampled frames is limited."""
-        chooses = self.slow_multiple and (self.policy.online or self.policy.walks) and self.policy.ranks
-        return min(LEAST_FAST, self.min_tokens_per_frame) if chooses else self.min_tokens_per_frame
+        more = self.slow_multiple and self.leaves_out
+        return min(LEAST_FAST, self.min_tokens_per_frame) if more else self.min_tokens_per_frame
 
     def _open(self, source: Source, sampling: Sampling) -> AbstractContextManager[Clip]:
         lazy = reads_packets(self.measure)

@@ -1,8 +1,9 @@
 """Encode the media of one chat, and shrink them until the chat fits into a context of `max_length` tokens.
 
 No frame is cropped: a video that is too long is encoded again with a smaller budget, which makes its frames smaller
-and, at their smallest size, fewer. Videos shrink first, in proportion to their tokens; images shrink when each video
-has one frame left; then there is an error. No video is decoded more than twice.
+and, at their smallest size, fewer. Where the encoder leaves out similar frames, it still compares more than it shows.
+Videos shrink first, in proportion to their tokens; images shrink when each video has one frame left; then there is an
+error. No video is decoded more than twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -106,16 +107,31 @@ class _Clip:
             return self.video
         before = self.video.plan
         shown = len(before.frame_indices.unique())
-        frames = next((n for n in range(shown, 0, -1) if self._fits(n, room)), 1)
-        budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)
-        smaller = self.encoder.with_settings(max_tokens=budget, max_frames=frames)
-        video = self._encode(smaller)
+        if self.encoder.leaves_out:  # more frames are compared than are shown
+            changes = {"max_tokens": self._budget(room, shown if before.end is None else None)}
+        else:
+            frames = next((n for n in range(shown, 0, -1) if self._fits(n, room)), 1)
+            budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)
+            changes = {"max_tokens": budget, "max_frames": frames}
+        video = self._encode(self.encoder.with_settings(**changes))
         plan = video.plan
         note = (
             f"{plan.source} is reduced from {before.tokens} to {plan.tokens} tokens and from {shown} to"
             f" {len(plan.frame_indices.unique())} frames, so that the chat fits max_length={max_length}"
         )
         return replace(video, plan=replace(plan, warnings=(*plan.warnings, note)))
+
+    def _budget(self, room: int, sampled: int | None) -> int:
+        """The largest budget whose frames fit `room`, where it holds one frame for each `min_tokens_per_frame` of it.
+
+        sampled: the number of frames, where all are shown.
+        """
+        least = self.encoder.min_tokens_per_frame
+        frames = room // (least + self.overhead)
+        budget = min(room - frames * self.overhead, frames * least + least - 1)
+        if sampled is not None:
+            budget = max(budget, room - sampled * self.overhead)
+        return min(self.encoder.max_tokens, budget)
 
     def _fits(self, frames: int, room: int) -> bool:
         budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)

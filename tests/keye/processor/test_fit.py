@@ -13,7 +13,9 @@ from keye import KeyeProcessor, SlowFastEncoder
 from keye.errors import KeyeError
 from keye.processor.fit import _shares
 
-POLICIES = ["adaptive", "all_slow", "uniform:3", "two_stream:slow=2,fast_tokens=2", "adaptive_budget:share=0.5"]
+POLICIES = [
+    "adaptive", "all_slow", "uniform:3", "two_stream:slow=2,fast_tokens=2", "adaptive_budget:share=0.5", "ladder"
+]  # fmt: skip
 
 
 def clip(frames: int, changes: int, seed: int = 0) -> np.ndarray:
@@ -139,6 +141,25 @@ def test_videos_share_what_is_left_in_proportion(processor: KeyeProcessor) -> No
     for before, plan in zip(free.plans, fitted.plans, strict=True):
         cut = f"from {before.tokens} to {plan.tokens} tokens and from {len(before)} to {len(plan)} frames"
         assert cut in plan.warnings[-1] and f"max_length={len(free) // 2}" in plan.warnings[-1]
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6])
+def test_a_context_that_binds_leaves_out_similar_frames_as_a_budget_does(
+    processor: KeyeProcessor, share: float
+) -> None:
+    """Ten pictures of 0.5 seconds in a minute: more frames are compared than fit."""
+    frames, changes = clip(120, 0), range(5, 120, 12)
+    for index in changes:
+        frames[index] = clip(1, 0, seed=index)[0]
+    limits = {"max_tokens": 1_200, "min_tokens_per_frame": 16, "max_tokens_per_frame": 20, "measure": "patch_l1"}
+    own = KeyeProcessor(processor.tokenizer, limits)
+    messages = chat([frames], [])
+    messages[0]["content"][0]["source_fps"] = 2.0
+    free = own.sample(messages)
+    fitted = own.sample(messages, max_length=int(share * len(free)))
+    for plan in (free.plans[0], fitted.plans[0]):
+        assert set(changes) <= set(plan.frame_indices.tolist())
+    assert 0.6 * share * len(free) <= len(fitted) <= share * len(free)
 
 
 def test_stills_give_way_after_the_videos(processor: KeyeProcessor) -> None:
