@@ -1,9 +1,11 @@
 """Trains the tiny model on SlowFastBench's split `train`, every frame slow, and reports accuracy by family.
 
-Clips are drawn in memory and never repeated. The model learns the answer and, after it, a description of the clip: the
-tags from left to right, then second, column and tag of every lamp that lights up. A description after the answer cannot
-give it away, and most of the labels are in it. `dev` is measured while the model trains; `heldout` is asked once, at
-the end, also under controls. A run saves its weights every minute and continues from them.
+Clips are drawn in memory and never repeated. First come stills of corners (scripts/bench/places.py), then clips of one
+event cut to the half second of the event, then short and still clips, then clips as drawn. The model learns the answer
+and, after it, a description of the clip: the tags from left to right, then second, column and tag of every lamp that
+lights up. A description after the answer cannot give it away, and most of the labels are in it. `dev` is measured while
+the model trains; `heldout` is asked once, at the end, also under controls. A run saves its weights every minute and
+continues from them.
 Results: docs/results/bench_model/<run>.json and docs/results/bench_model.md with all runs.
 """
 
@@ -30,6 +32,7 @@ from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.tokenizer import train_tokenizer
 from keye.world import texts
 from keye.world.slowfastbench import FAMILIES, Item, draw, painter_of
+from scripts.bench import places
 from scripts.bench.common.record import RESULTS, ROOT, Table, command, machine, markdown
 from stages.data.collate import pack
 from stages.optimizer import OptimizerConfig, build_optimizer
@@ -44,13 +47,15 @@ CONTROLS = ("none", "blind", "zeroed", "shuffled")
 DESCRIBE = "Describe the clip."
 CACHE = ROOT / ".cache" / "bench" / "bench_model"
 EVENTS = 10
+ONE_EVENT = ("find", "coverage")
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class Curriculum:
     """Clips of the first steps are short and still; then they are as drawn.
 
-    easy: share of the steps with easy clips. easy_length: their seconds, as far as the family's events fit.
+    easy: share of the steps after which clips are as drawn. easy_length: seconds before, as far as the events fit.
     length, height: of all clips, seconds (at least the family's shortest) and pixels.
     """
 
@@ -75,9 +80,15 @@ def pictures(item: Item) -> np.ndarray:
     return np.stack(painter_of(item.film).cell_frames())
 
 
-def messages(item: Item) -> list[dict[str, Any]]:
-    """The question about a clip in memory."""
-    video = {"type": "video", "video": pictures(item), "source_fps": 2.0}
+def moment(item: Item) -> slice:
+    """The first half second of the event of a clip with one tagged event."""
+    cell = int(np.argmax(item.film.states[0]))
+    return slice(cell, cell + 1)
+
+
+def messages(item: Item, cells: slice = ALL) -> list[dict[str, Any]]:
+    """The question about a clip in memory, or about some of its half seconds."""
+    video = {"type": "video", "video": pictures(item)[cells], "source_fps": 2.0}
     return [{"role": "user", "content": [video, {"type": "text", "text": item.question}]}]
 
 
@@ -93,13 +104,24 @@ def description(item: Item) -> str:
     return "; ".join(words)
 
 
-def training_sample(item: Item, processor: KeyeProcessor) -> Sample:
-    """Question, answer, and the description after them."""
-    asked = messages(item)
+def training_sample(item: Item, processor: KeyeProcessor, cells: slice = ALL) -> Sample:
+    """Question, answer, and the description after them; of a part of a clip only the tags are described."""
+    asked = messages(item, cells)
     chat = [*asked, {"role": "assistant", "content": item.answer}]
-    if item.film.changes == "lamp":
+    if item.film.changes == "lamp" and cells != ALL:
+        chat += [
+            {"role": "user", "content": DESCRIBE},
+            {"role": "assistant", "content": description(item).split(";")[0]},
+        ]
+    elif item.film.changes == "lamp":
         chat += [{"role": "user", "content": DESCRIBE}, {"role": "assistant", "content": description(item)}]
     return processor.sample(chat)
+
+
+def corner_sample(index: int, processor: KeyeProcessor) -> Sample:
+    """A still of SlowFastWorld with an object in a corner, the first lesson about places (`scripts.bench.places`)."""
+    draft = places.drawn("image_place", places.TRAIN, index)
+    return processor.sample([*places.messages(draft), {"role": "assistant", "content": draft.answer}])
 
 
 class Drawn:
@@ -164,7 +186,13 @@ def train(args: argparse.Namespace, model: KeyeForConditionalGeneration, process
             number = record["examples"]
             family = args.families[number % len(args.families)]
             index = args.first + number // len(args.families)
-            sample = training_sample(curriculum.draw(family, index, record["step"] / args.steps), processor)
+            share = record["step"] / args.steps
+            if share < args.corners:
+                sample = corner_sample(number, processor)
+            else:
+                item = curriculum.draw(family, index, share)
+                cells = moment(item) if share < args.moment and family in ONE_EVENT else ALL
+                sample = training_sample(item, processor, cells)
             samples.append(sample)
             total += len(sample)
             record["examples"] += 1
@@ -212,7 +240,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--warmup", type=int, default=30, help="steps")
     parser.add_argument("--every", type=int, default=50, help="steps between two looks at dev")
-    parser.add_argument("--easy", type=float, default=0.4, help="share of the steps with short, still clips")
+    parser.add_argument("--corners", type=float, default=0.2, help="share of the steps with stills of corners")
+    parser.add_argument(
+        "--moment", type=float, default=0.6, help="share after which clips are longer than half a second"
+    )
+    parser.add_argument("--easy", type=float, default=0.8, help="share after which clips are as drawn")
     parser.add_argument("--easy-length", type=int, default=3, help="seconds of these clips, if the events fit")
     parser.add_argument("--length", type=int, default=8, help="seconds of a clip, at least the family's shortest")
     parser.add_argument("--height", type=int, default=144, help="pixels")
@@ -264,7 +296,7 @@ def page(folder: Path) -> str:
     """The page with every run in `folder`, in order of their dates."""
     runs = sorted((json.loads(path.read_text()) | {"run": path.stem} for path in folder.glob("*.json")),
                   key=lambda found: found["date"])  # fmt: skip
-    notes = folder / "notes.md"
+    notes = folder / "notes.txt"
     lines = ["# What a small model learns on SlowFastBench", "", INTRODUCTION]
     for found in runs:
         lines += ["", f"## Run `{found['run']}`", "", *_run_lines(found)]
@@ -276,7 +308,8 @@ def page(folder: Path) -> str:
 INTRODUCTION = """Written by `python -m scripts.bench.learn`: the tiny preset learns the split `train`, every \
 frame slow and without a budget. Clips are drawn in memory, two frames a second, without encoding, and none is repeated.
 `dev` was looked at while training; `heldout` was asked once, at the end. *Blind*: text only. *Zeroed*: the same token \
-stream with every pixel zero. *Shuffled*: frames in random order. Per cent."""
+stream with every pixel zero. *Shuffled*: frames in random order. Per cent; the loss is that of training since the last
+look at `dev`, whose clips are as drawn from the first step on."""
 
 
 def _run_lines(found: dict[str, Any]) -> list[str]:
@@ -284,9 +317,9 @@ def _run_lines(found: dict[str, Any]) -> list[str]:
     rows = []
     for family in found["heldout"]["none"]:
         shares = [found["chance"][family], *(found["heldout"][control].get(family) for control in CONTROLS)]
-        curve = ", ".join(f"{step}: {100 * scores[family]:.0f}" for step, _, scores in found["curve"])
+        curve = ", ".join(f"{step}: {100 * scores[family]:.0f} ({loss:.2f})" for step, loss, scores in found["curve"])
         rows.append([family, *("–" if share is None else f"{100 * share:.1f}" for share in shares), curve])
-    columns = ["family", "chance", "heldout", "blind", "zeroed", "shuffled", "dev by step"]
+    columns = ["family", "chance", "heldout", "blind", "zeroed", "shuffled", "dev by step (loss)"]
     how = (
         f"`{found['command']}`; {found['date']}; {host['cores']} shared cores of {host['cpu']}. "
         f"{found['parameters'] / 1e6:.2f} M parameters, clips of {settings['length']} s at {settings['height']}p, "
