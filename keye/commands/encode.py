@@ -48,7 +48,7 @@ SAMPLING_SETTINGS = ("fps", "max_frames")  # settings that are listed with the o
 SAMPLING = ("start", "end", "num_frames")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
+class SettingsHelp(argparse.RawDescriptionHelpFormatter):
     """Inserts the names of measures and policies when help is shown, since importing them is slow."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -66,7 +66,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="plan videos: slow and fast frames, and their tokens",
         description="Plan videos: which frames are slow, which are fast, and how many tokens each has.",
         epilog=EXAMPLES,
-        formatter_class=_Help,
+        formatter_class=SettingsHelp,
     )
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="a file, a folder of videos or of frames, or a URL")
     encoder = parser.add_argument_group("encoder")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from keye.commands.encode import add_settings
+from keye.commands.encode import SettingsHelp, add_settings
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError, run
-from keye.evaluation import CONTROLS, Control, control_table, evaluate, gather
-from keye.evaluation.controls import partners
+from keye.evaluation import CONTROLS, Control, ManifestBenchmark, control_table, evaluate, gather
+from keye.evaluation.controls import asked, partners
 from keye.evaluation.public import BENCHMARKS, open_benchmark
 from keye.evaluation.public.frames import FrameChoice
 from keye.evaluation.public.run import evaluate_public
@@ -27,6 +27,7 @@ _EXAMPLES = """examples:
   keye evaluate MODEL heldout.jsonl --control zeroed                     the same tokens with zero pixels
   keye evaluate MODEL heldout.jsonl --control all --out answers.json     every control, in one table
   keye evaluate MODEL heldout.jsonl --families count,order --limit 50
+  keye evaluate MODEL heldout.jsonl --policy ladder --max-tokens 2000    with other settings of the encoder
   keye evaluate MODEL --benchmark video_mme --data Video-MME --out runs/mme        the same command continues
   keye evaluate MODEL --benchmark video_mme --data Video-MME --subtitles --control all
   keye evaluate MODEL --benchmark mvbench --data MVBench --frames official --families action_count
@@ -50,21 +51,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure accuracy per task family, with the chance and majority baselines.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=SettingsHelp,
     )
     parser.add_argument("model", help="a model directory")
-    parser.add_argument("manifest", nargs="?", help="JSONL manifest of questions")
+    parser.add_argument("manifest", nargs="?", help="JSON Lines manifest of questions")
     parser.add_argument("--train", help="training manifest for the majority answers")
     parser.add_argument("--families", help="only these families, separated by commas")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each family")
     parser.add_argument(
         "--control",
+        dest="controls",
+        action="append",
         choices=("none", "all", *CONTROLS),
-        default="none",
         help="; ".join(f"{name}: {what}" for name, what in CONTROLS.items())
-        + "; all: none and each of them, in one table and one report each",
+        + "; all: none and each of them, in one table and one report each; may be repeated",
     )
-    parser.add_argument("--blind", dest="control", action="store_const", const="blind", help="same as --control blind")
+    parser.add_argument(
+        "--blind", dest="controls", action="append_const", const="blind", help="same as --control blind"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="questions per batch (default: 16; 1 of a benchmark)"
@@ -91,27 +95,29 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--think", dest="thinking", action="store_const", const=True, help="think before the answer")
     mode.add_argument("--no-think", dest="thinking", action="store_const", const=False, help="answer without thinking")
     public.add_argument("--skip-missing", action="store_true", help="leave out questions whose clip does not exist")
-    add_settings(parser.add_argument_group("encoder of a benchmark (default: as saved)"), EncoderConfig.names())
+    add_settings(parser.add_argument_group("encoder (default: as saved with the model)"), EncoderConfig.names())
     return parser
 
 
 def _on_manifest(args: argparse.Namespace, rank: int, world_size: int) -> None:
     public = ("data", "subtitles", "num_frames", "skip_missing")
     given = [f"--{name.replace('_', '-')}" for name in public if getattr(args, name)]
-    given += [f"--{name.replace('_', '-')}" for name in EncoderConfig.names() if getattr(args, name) is not None]
     given += ["--frames official"] if args.frames != "plan" else []
     given += ["--think" if args.thinking else "--no-think"] if args.thinking is not None else []
     if given:
         raise KeyeError(f"{given[0]} is for public benchmarks; leave it out, or give --benchmark instead of a manifest")
+    controls = _controls(args)
+    questions = ManifestBenchmark(args.manifest, _families(args), args.limit)
+    if "other" in controls:
+        partners([question for question in questions if asked("other", question)])  # before any work
     model, processor = load(args.model)
+    processor = _with_settings(processor, args)
     reports = {}
-    for control in _controls(args):
+    for control in controls:
         report = evaluate(
             model,
             processor,
-            args.manifest,
-            families=args.families.split(",") if args.families else None,
-            limit=args.limit,
+            questions,
             control=control,
             temperature=args.temperature,
             train=args.train,
@@ -122,33 +128,45 @@ def _on_manifest(args: argparse.Namespace, rank: int, world_size: int) -> None:
             world_size=world_size,
             progress=rank == 0,
         )
+        report.settings["encoder"] = processor.encoder
         reports[control] = gather(report)
         if rank == 0 and args.out:
             out = Path(args.out)
-            path = out if control == "none" or args.control != "all" else out.with_stem(f"{out.stem}_{control}")
+            path = out if control == "none" or len(controls) == 1 else out.with_stem(f"{out.stem}_{control}")
             reports[control].save(path)
             print(f"wrote {path}")
     if rank == 0:
-        print(control_table(reports) if args.control == "all" else reports[args.control].table())
+        print(control_table(reports) if len(controls) > 1 else reports[controls[0]].table())
 
 
 def _controls(args: argparse.Namespace) -> tuple[Control, ...]:
-    return ("none", *CONTROLS) if args.control == "all" else (args.control,)
+    """The controls to ask under; several are compared with "none"."""
+    names = dict.fromkeys(args.controls or ["none"])
+    if "all" in names:
+        return ("none", *CONTROLS)
+    return tuple(names) if len(names) == 1 else tuple({"none": None, **names})
+
+
+def _families(args: argparse.Namespace) -> list[str] | None:
+    return args.families.split(",") if args.families else None
+
+
+def _with_settings(processor: "KeyeProcessor", args: argparse.Namespace) -> "KeyeProcessor":
+    given = {name: getattr(args, name) for name in EncoderConfig.names() if getattr(args, name) is not None}
+    return processor.with_encoder(**given) if given else processor
 
 
 def _on_benchmark(args: argparse.Namespace, rank: int, world_size: int) -> None:
     if args.data is None:
         raise KeyeError(f"--benchmark {args.benchmark} needs --data; give its official directory")
-    families = args.families.split(",") if args.families else None
     benchmark = open_benchmark(
-        args.benchmark, args.data, families=families, limit=args.limit, subtitles=args.subtitles,
+        args.benchmark, args.data, families=_families(args), limit=args.limit, subtitles=args.subtitles,
         skip_missing=args.skip_missing,
     )  # fmt: skip
     if "other" in _controls(args):
         partners(list(benchmark))  # before any work
     model, processor = load(args.model)
-    given = {name: getattr(args, name) for name in EncoderConfig.names() if getattr(args, name) is not None}
-    processor = processor.with_encoder(**given) if given else processor
+    processor = _with_settings(processor, args)
     out = Path(args.out or Path("runs") / benchmark.name)
     runs = {}
     for control in _controls(args):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from keye.errors import ManifestError
+from keye.errors import KeyeError, ManifestError
 from keye.world.manifest import read_manifest
 
 
@@ -81,9 +81,12 @@ class ManifestBenchmark:
 
     Raises:
         ManifestError: the file is missing, a line is malformed, or a family is unknown.
+        KeyeError: `limit` is less than 1.
     """
 
     def __init__(self, path: str | Path, families: Sequence[str] | None = None, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise KeyeError(f"limit {limit} is too small; give at least 1")
         self.path = Path(path)
         self.name = self.path.stem
         self.questions: list[Question] = []

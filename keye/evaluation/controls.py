@@ -57,7 +57,10 @@ def partners(questions: Sequence[Question]) -> list[Question]:
         later = (group[(place + step) % len(group)] for step in range(1, len(group)))
         partner = next((other for other in later if other.files != question.files), None)
         if partner is None:
-            raise KeyeError(f"the control 'other' needs two clips of the family {question.family}; ask more questions")
+            raise KeyeError(
+                f"the control 'other' needs two clips of the family {question.family}; raise --limit, ask a manifest "
+                "with more questions, or choose another control"
+            )
         found.append(partner)
     return found
 

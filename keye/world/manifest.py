@@ -24,7 +24,8 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
         sample = json.loads(line)
     except json.JSONDecodeError as error:
         raise ManifestError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}); correct or delete that line"
+            f"{where} is not JSON ({error.msg} at column {error.colno}); correct or delete that line (a manifest is JSON "
+            "Lines (.jsonl), one sample a line)"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise ManifestError(f"{where} cannot be read as JSON ({error}); correct or delete that line") from error
@@ -40,6 +41,10 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
 def iter_manifest(path: str | Path) -> Iterator[dict[str, Any]]:
     """Iterate over the samples of a manifest without blank lines; `ManifestError` at the first malformed line."""
     path = Path(path)
+    if path.is_dir():
+        inside = next(iter(sorted(path.glob("*.jsonl"))), None)
+        remedy = f"give a manifest in it, such as {inside}" if inside else "give a .jsonl manifest"
+        raise ManifestError(f"{path} is a folder; {remedy}")
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; give a .jsonl manifest or make one with python -m keye.world")
     with path.open("rb") as file:

@@ -210,7 +210,7 @@ def test_a_control_that_needs_two_clips_is_refused_before_any_work(data, directo
         (["--benchmark", "mvbench"], "error: --benchmark mvbench needs --data; give its official directory"),
         (["x.jsonl", "--no-think"], "error: --no-think is for public benchmarks; leave it out"),
         (["x.jsonl", "--frames", "official"], "error: --frames official is for public benchmarks; leave it out"),
-        (["x.jsonl", "--max-tokens", "9"], "error: --max-tokens is for public benchmarks; leave it out"),
+        (["x.jsonl", "--num-frames", "9"], "error: --num-frames is for public benchmarks; leave it out"),
         (["--benchmark", "mvbench", "--data", "gone"], "error: gone is not a directory; give the one of mvbench"),
     ],
 )
