@@ -168,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {encode.in_options(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: interrupted by the user", file=sys.stderr)
+        again = "; run the same command again to continue" if parsed.call is bench.call else ""
+        print(f"stopped: interrupted by the user{again}", file=sys.stderr)
         return 130
 
 

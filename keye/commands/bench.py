@@ -26,7 +26,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--split", default="heldout", help="dev for choices, heldout (default) for results, train to learn from"
     )
-    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these families (see --list)")
+    parser.add_argument(
+        "--families", nargs="+", metavar="NAME", help="only these families (see --list); spaces or commas between"
+    )
     parser.add_argument("--each", type=int, default=200, metavar="N", help="questions of a family (default 200)")
     parser.add_argument(
         "--slice",
@@ -48,10 +50,11 @@ def call(args: argparse.Namespace) -> int:
     from keye.errors import ManifestError
     from keye.world import slowfastbench
 
-    families = args.families or list(slowfastbench.FAMILIES)
+    named = [name for text in args.families or [] for name in text.split(",") if name]
+    families = named or list(slowfastbench.FAMILIES)
     if args.list:
         for name in families:
-            print(f"{name:<12} {slowfastbench.FAMILIES[name].needs}")
+            print(f"{name:<12} {slowfastbench.row_of(name).needs}")
     elif args.check:
         for name in families:
             for split in ("dev", "heldout"):
@@ -61,10 +64,10 @@ def call(args: argparse.Namespace) -> int:
         raise ManifestError("no folder is given; write keye bench DIR, or --check or --list")
     else:
         path = slowfastbench.write(
-            args.out, args.split, args.families, args.each, parse_slices(args.slice), args.clips, args.workers
+            args.out, args.split, named, args.each, parse_slices(args.slice), args.clips, args.workers
         )
         print(f"wrote {path}")
-        if not args.clips and not args.families:
+        if not args.clips and not named:
             print("without the families real_…, which need --clips")
     return 0
 

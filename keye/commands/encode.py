@@ -274,7 +274,7 @@ def _print_all(results: Sequence[_Result | None], names: Sequence[str], took: li
         str(sum(len(result.warnings) for result in good) or ""),
     ]
     print_table(("video", "duration", "slow", "fast", "tokens", "saved", "warnings"), rows, total=total)
-    print_facts([*(("warning", text) for result in good for text in result.warnings), *took])
+    print_facts([*(("warning", f"{result.name}: {text}") for result in good for text in result.warnings), *took])
     for result in good:
         if result.rows is not None:
             print(f"\n{result.name}")

@@ -24,8 +24,8 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
         sample = json.loads(line)
     except json.JSONDecodeError as error:
         raise ManifestError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}); correct or delete that line (a manifest is JSON "
-            "Lines (.jsonl), one sample a line)"
+            f"{where} is not JSON ({error.msg} at column {error.colno}); correct or delete that line (a manifest is "
+            "JSON Lines (.jsonl), one sample a line)"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise ManifestError(f"{where} cannot be read as JSON ({error}); correct or delete that line") from error

@@ -2,11 +2,11 @@
 
 from keye.world.slowfastbench.family import Family
 from keye.world.slowfastbench.film import Film, Painter
-from keye.world.slowfastbench.questions import EACH, SPLITS, VERSION, Item, check_frozen, checksum, draw
+from keye.world.slowfastbench.questions import EACH, SPLITS, VERSION, Item, check_frozen, checksum, draw, row_of
 from keye.world.slowfastbench.table import FAMILIES
 from keye.world.slowfastbench.write import painter_of, write
 
 __all__ = [
     "EACH", "FAMILIES", "SPLITS", "VERSION", "Family", "Film", "Item", "Painter", "check_frozen", "checksum", "draw",
-    "painter_of", "write",
+    "painter_of", "row_of", "write",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from keye.errors import ManifestError, writing
 from keye.world.manifest import write_manifest
 from keye.world.render import write_mp4
 from keye.world.slowfastbench import real
+from keye.world.slowfastbench.family import HEIGHTS, MOTIONS
 from keye.world.slowfastbench.film import Film, Painter
 from keye.world.slowfastbench.questions import EACH, VERSION, Item, draw, row_of
 from keye.world.slowfastbench.table import FAMILIES
@@ -55,9 +56,12 @@ def write(
     families = families or [name for name, row in FAMILIES.items() if folder or not row.real]
     if each < 1 or (workers is not None and workers < 1):
         raise ManifestError(f"each={each} and workers={workers} must be at least 1")
+    _check_slices(where or {})
     items = [item for name in families for item in _items(name, split, each) if _wanted(item, where or {})]
     if not items:
-        raise ManifestError(f"no question of {', '.join(families)} is in the slice {dict(where or {})}; widen it")
+        raise ManifestError(
+            f"no question of {', '.join(families)} is in all of the slices {_text(where or {})}; widen them"
+        )
     for source in sorted({item.film.source for item in items if item.film.source}):
         real.find_clip(folder, source)
     out = Path(out)
@@ -74,18 +78,35 @@ def write(
     return path
 
 
+def _text(where: Mapping[str, Sequence[str]]) -> str:
+    return " ".join(f"{name}={','.join(values)}" for name, values in where.items())
+
+
 def _items(family: str, split: str, each: int) -> Iterator[Item]:
     row_of(family)
     return (draw(family, split, index) for index in range(each))
 
 
-def _wanted(item: Item, where: Mapping[str, Sequence[str]]) -> bool:
+SLICES = {
+    "length": ("16s", "1min", "10min", "1h"),
+    "height": tuple(f"{height}p" for height in HEIGHTS[4]),
+    "motion": (*dict.fromkeys(MOTIONS), "real"),
+    "load": ("light", "medium", "heavy"),
+}
+"""Slice → its values."""
+
+
+def _check_slices(where: Mapping[str, Sequence[str]]) -> None:
     for name, values in where.items():
-        if name not in item.slices:
-            raise ManifestError(f"there is no slice {name!r}; choose among {', '.join(item.slices)}")
-        if item.slices[name] not in values:
-            return False
-    return True
+        if name not in SLICES:
+            raise ManifestError(f"there is no slice {name!r}; choose among {', '.join(SLICES)}")
+        for value in values:
+            if value not in SLICES[name]:
+                raise ManifestError(f"the slice {name} has no {value!r}; choose among {', '.join(SLICES[name])}")
+
+
+def _wanted(item: Item, where: Mapping[str, Sequence[str]]) -> bool:
+    return all(item.slices[name] in values for name, values in where.items())
 
 
 def _mark(path: Path) -> None:

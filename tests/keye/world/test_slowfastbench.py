@@ -17,7 +17,7 @@ from keye.evaluation import ManifestBenchmark, match
 from keye.world.scene import COLOURS
 from keye.world.slowfastbench import EACH, FAMILIES, Painter, check_frozen, checksum, draw, questions, write
 from keye.world.slowfastbench.schedules import HOLDS, NTH, PERIODS, slots
-from keye.world.slowfastbench.write import render
+from keye.world.slowfastbench.write import SLICES, render
 
 DRAWN = [name for name, row in FAMILIES.items() if not row.real]
 LAMPS = ("find", "order", "count", "when", "duration", "together", "flicker")
@@ -264,7 +264,8 @@ def test_a_slice_is_written_continued_and_read(tmp_path):
         ({"families": ["fund"]}, "no family 'fund'"),
         ({"split": "test"}, "no split 'test'"),
         ({"where": {"size": ["144p"]}}, "no slice 'size'"),
-        ({"where": {"length": ["2h"]}}, "widen it"),
+        ({"where": {"length": ["2h"]}}, "length has no '2h'; choose among 16s, 1min, 10min, 1h"),
+        ({"where": {"length": ["16s"], "load": ["heavy"]}}, "slices length=16s load=heavy; widen them"),
         ({"each": 0}, "at least 1"),
         ({"families": ["real_find"]}, "scripts/clips.py"),
     ],
@@ -286,3 +287,16 @@ def test_the_command_lists_families_and_reads_slices(capsys):
     assert parse_slices(["length=16s,1min", "length=1h"]) == {"length": ["16s", "1min", "1h"]}
     with pytest.raises(ManifestError, match="--slice 'short'"):
         parse_slices(["short"])
+
+
+def test_slices_name_every_value_that_is_drawn():
+    for family in FAMILIES:
+        for item in questions.questions(family, "dev"):
+            assert all(value in SLICES[name] for name, value in item.slices.items()) and set(item.slices) == set(SLICES)
+
+
+def test_an_unknown_family_is_one_sentence_and_commas_separate_families(tmp_path, capsys):
+    assert keye.cli.main(["bench", "--list", "--families", "find,order"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert keye.cli.main(["bench", "--list", "--families", "fnd"]) == 2
+    assert "no family 'fnd'; choose among find" in capsys.readouterr().err
