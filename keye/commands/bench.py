@@ -7,6 +7,7 @@ EXAMPLES = """examples:
   keye bench bench --split dev --families find order --each 40
   keye bench bench --slice length=16s,1min --slice height=144p,240p      short and small clips only
   keye bench bench --clips .cache/clips                        also the families on real clips
+  keye bench bench --show bench.html --policy ladder           look at questions, events and plans
   keye bench --check                                           compare the questions with the frozen checksums
   keye bench --list                                            the families and what they need
 """
@@ -41,6 +42,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--clips", metavar="DIR", help="folder of the real clips, for the families real_…")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default one per core)")
     parser.add_argument("--check", action="store_true", help="compare all questions with the frozen checksums")
+    parser.add_argument(
+        "--show",
+        metavar="HTML",
+        help="write a page of the drawn questions: a clip of each family, its events and its plan",
+    )
+    parser.add_argument("--policy", metavar="NAME", help="of the plans of --show, as in keye encode")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="budget of the plans of --show")
     parser.add_argument("--list", action="store_true", help="print the families and stop")
     parser.set_defaults(call=call)
 
@@ -62,6 +70,8 @@ def call(args: argparse.Namespace) -> int:
         print(f"{len(families)} families are drawn as frozen in SlowFastBench v{slowfastbench.VERSION}")
     elif not args.out:
         raise ManifestError("no folder is given; write keye bench DIR, or --check or --list")
+    elif args.show:
+        show(args, named)
     else:
         path = slowfastbench.write(
             args.out, args.split, named, args.each, parse_slices(args.slice), args.clips, args.workers
@@ -70,6 +80,32 @@ def call(args: argparse.Namespace) -> int:
         if not args.clips and not named:
             print("without the families real_…, which need --clips")
     return 0
+
+
+def show(args: argparse.Namespace, families: list[str]) -> None:
+    """Write the page of `--show`; ManifestError if the folder is not drawn yet or has no such family."""
+    from pathlib import Path
+
+    from rich.progress import track
+
+    from keye.encoder import SlowFastEncoder
+    from keye.errors import ManifestError
+    from keye.visualize.questions import clip_of, first_clips, write_questions
+    from keye.world.manifest import read_manifest
+
+    manifest = Path(args.out) / f"{args.split}.jsonl"
+    if not manifest.is_file():
+        raise ManifestError(f"{manifest} does not exist; draw it first: keye bench {args.out} --split {args.split}")
+    rows = [row for row in read_manifest(manifest) if not families or row.get("family") in families]
+    if not rows:
+        raise ManifestError(f"{manifest} has no question of {', '.join(families)}; draw it first, without --show")
+    given = {"policy": args.policy, "max_tokens": args.max_tokens}
+    encoder = SlowFastEncoder(**{name: value for name, value in given.items() if value is not None})
+    clips = first_clips(rows)
+    plans = (encoder.plan(manifest.parent / str(clip_of(about[0]))) for about in clips)
+    shown = zip(clips, plans, strict=True)
+    write_questions(args.show, track(shown, "plans", total=len(clips), transient=True))
+    print(f"wrote {args.show}")
 
 
 def parse_slices(texts: list[str]) -> dict[str, list[str]]:

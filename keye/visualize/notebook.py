@@ -54,14 +54,18 @@ def one_line(plan: Drawable) -> str:
 
 def _cell(plan: Drawable, entry: int, picture: np.ndarray) -> str:
     slow = int(plan.frame_types[entry]) == SLOW
+    time = f"{float(plan.timestamps[entry]):.2f} s {'slow' if slow else 'fast'}"
+    return thumbnail(picture, time, SLOW_COLOUR if slow else FAST_COLOUR)
+
+
+def thumbnail(picture: np.ndarray, text: str, colour: str = QUIET) -> str:
+    """A picture uint8 [h, w, 3] as a small JPEG with a border in `colour` and a caption."""
     small, file = Image.fromarray(np.ascontiguousarray(picture)), io.BytesIO()
     small.thumbnail((_SIDE, _SIDE))
     small.save(file, "JPEG", quality=_QUALITY)
     data = base64.b64encode(file.getvalue()).decode()
-    time = f"{float(plan.timestamps[entry]):.2f} s {'slow' if slow else 'fast'}"
-    colour = SLOW_COLOUR if slow else FAST_COLOUR
     return (
-        f'<figure style="margin:0"><img alt="{time}" style="border-bottom:3px solid {colour};max-width:none" '
-        f'src="data:image/jpeg;base64,{data}"><figcaption style="color:{QUIET};font-size:smaller">{time}</figcaption>'
+        f'<figure style="margin:0"><img alt="{text}" style="border-bottom:3px solid {colour};max-width:none" '
+        f'src="data:image/jpeg;base64,{data}"><figcaption style="color:{QUIET};font-size:smaller">{text}</figcaption>'
         "</figure>"
     )

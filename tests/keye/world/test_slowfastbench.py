@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections import Counter
 
 import av
@@ -300,3 +301,22 @@ def test_an_unknown_family_is_one_sentence_and_commas_separate_families(tmp_path
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert keye.cli.main(["bench", "--list", "--families", "fnd"]) == 2
     assert "no family 'fnd'; choose among find" in capsys.readouterr().err
+
+
+def test_the_page_has_questions_answers_and_whether_the_plan_shows_the_events(tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert keye.cli.main(["bench", str(tmp_path), "--show", str(page)]) == 2
+    assert "draw it first: keye bench" in capsys.readouterr().err
+    where = {"length": ["16s"], "height": ["144p", "240p"]}
+    path = write(tmp_path, "heldout", ["when"], 40, where, workers=1, progress=False)
+    shortest = min(
+        ManifestBenchmark(path), key=lambda question: draw("when", "heldout", int(question.id[-5:])).film.cells
+    )
+    for options, kind in (
+        ([], " s: (slow|fast)<"),
+        (["--policy", "uniform:100", "--max-tokens", "48"], " s: not shown<"),
+    ):
+        assert keye.cli.main(["bench", str(tmp_path), "--show", str(page), *options]) == 0
+        text = page.read_text()
+        assert shortest.messages[0]["content"][1]["text"] in text and f"answer: {shortest.answer}" in text
+        assert re.search(kind, text) and "data:image/jpeg" in text
