@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ from keye.evaluation.public.scores import save_scores, summary
 if TYPE_CHECKING:
     from keye.model.keye import KeyeForConditionalGeneration
     from keye.processor.processor import KeyeProcessor
+
+PATIENCE = timedelta(days=30)
+"""How long a process that has finished waits for the others: clips differ in length. The default is half an hour."""
 
 _EXAMPLES = """examples:
   keye evaluate runs/demo/annealing/model runs/demo/world/heldout.jsonl
@@ -41,10 +45,15 @@ def main() -> None:
         raise KeyeError("evaluate needs a manifest or --benchmark with --data; give one of them")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        torch.distributed.init_process_group("gloo")
+        join_processes()
     (_on_manifest if args.benchmark is None else _on_benchmark)(args, rank, world_size)
     if world_size > 1:
         torch.distributed.destroy_process_group()
+
+
+def join_processes() -> None:
+    """Start the gloo group of the processes that `torchrun` started."""
+    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
 
 
 def _parser() -> argparse.ArgumentParser:

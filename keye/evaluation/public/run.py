@@ -224,19 +224,19 @@ class Preparer:
     def _smaller(self, question: PublicQuestion, video: EncodedVideo, length: int) -> EncodedVideo:
         """The clip with fewer tokens, for a prompt of `length` tokens."""
         encoder = self.processor._encoder
+        least, frames = encoder.min_tokens_per_frame, len(video.plan)
         budget = video.plan.tokens - (length - self.room)
-        frames = len(video.plan)
-        if budget < encoder.min_tokens_per_frame * frames:  # fewer frames, each with the tokens of its time
-            frames = max(1, frames * self.room // (2 * length))
-            budget = max(encoder.min_tokens_per_frame, budget)
-        if frames == 1 and len(video.plan) == 1:
+        if frames == 1 and video.plan.tokens <= least:
             raise KeyeError(
                 f"question {question.id} needs {length} tokens with one frame, and the model's context has room for"
                 f" {self.room}; lower --max-new-tokens or leave out --subtitles"
             )
-        return encode(
-            question, self.benchmark, encoder.with_settings(max_tokens=budget, max_frames=frames), self.choice
-        )
+        changes = {"max_tokens": max(least, budget)}
+        if not encoder.leaves_out:
+            if budget < least * frames:  # fewer frames, each with the tokens of its time
+                frames = max(1, frames * self.room // (2 * length))
+            changes["max_frames"] = frames
+        return encode(question, self.benchmark, encoder.with_settings(**changes), self.choice)
 
     def _sample(self, question: PublicQuestion, video: EncodedVideo | None) -> "Sample":
         messages, prefix = messages_of(question, video), self._prefix(question)

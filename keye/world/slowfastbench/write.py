@@ -111,7 +111,11 @@ def _wanted(item: Item, where: Mapping[str, Sequence[str]]) -> bool:
 
 def _mark(path: Path) -> None:
     mark = {"benchmark": "SlowFastBench", "version": VERSION}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != mark:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else mark
+    except ValueError as error:
+        raise ManifestError(f"{path} is damaged; delete it, or give an empty folder") from error
+    if found != mark:
         raise ManifestError(f"{path.parent} holds another version of the benchmark; give an empty folder")
     path.write_text(json.dumps(mark) + "\n", encoding="utf-8")
 

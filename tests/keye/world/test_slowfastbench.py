@@ -1,5 +1,6 @@
 """SlowFastBench: what the pixels show, what the answers of a group share, and that it is drawn as it was frozen."""
 
+import argparse
 import dataclasses
 import itertools
 import re
@@ -12,6 +13,7 @@ import torch
 
 import keye.cli
 from keye import SlowFastEncoder
+from keye.commands import bench
 from keye.commands.bench import parse_slices
 from keye.errors import ManifestError
 from keye.evaluation import ManifestBenchmark, match
@@ -280,6 +282,16 @@ def test_a_folder_with_another_version_is_refused(tmp_path):
     (tmp_path / "slowfastbench.json").write_text('{"benchmark": "SlowFastBench", "version": 0}')
     with pytest.raises(ManifestError, match="another version"):
         write(tmp_path, families=["find"], each=1, progress=False)
+
+
+def test_a_damaged_folder_and_an_unknown_family_are_one_sentence(tmp_path):
+    (tmp_path / "slowfastbench.json").write_text("{")
+    with pytest.raises(ManifestError, match="slowfastbench.json is damaged; delete it, or give an empty folder"):
+        write(tmp_path, "dev", ["find"], 1, workers=1, progress=False)
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+    with pytest.raises(ManifestError, match="has no family 'finds'"):
+        bench.call(parser.parse_args(["bench", "--list", "--families", "finds"]))
 
 
 def test_the_command_lists_families_and_reads_slices(capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import keye.cli
+from keye.commands.evaluate import join_processes
 from keye.errors import KeyeError
 from keye.evaluation.controls import CONTROLS, frames_of, zeroed
 from keye.evaluation.evaluate import Reply, generate_replies
@@ -15,7 +16,9 @@ from keye.evaluation.public import open_benchmark
 from keye.evaluation.public.frames import FrameChoice, encode, messages_of
 from keye.evaluation.public.run import evaluate_public
 from keye.inference.chat import load_model
-from tests.keye.evaluation.public.layouts import LAYOUTS, MVBENCH, clip, number_of
+from keye.world.render import write_mp4
+from tests.distributed import free_port
+from tests.keye.evaluation.public.layouts import LAYOUTS, MVBENCH, clip, draw, number_of
 from tests.keye.inference.talk import tiny_directory
 
 FAMILIES = {"mvbench": [*MVBENCH, "episodic_reasoning"]}
@@ -137,6 +140,17 @@ def test_processes_share_the_clips_and_a_later_number_of_them_continues(data, pa
     assert len(list((tmp_path / "two").glob("predictions*.jsonl"))) == 2
 
 
+def test_a_process_with_short_clips_waits_days_for_the_others(monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    join_processes()
+    try:
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout.days >= 7
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_clip_that_cannot_be_read_counts_as_wrong(data, pair, tmp_path):
     folder = shutil.copytree(data["video_mme"], tmp_path / "copy")
     (folder / "data" / "bbb.mp4").write_bytes(b"no video")
@@ -153,6 +167,21 @@ def test_a_clip_too_long_for_the_context_gets_a_smaller_budget(data, tmp_path):
     made = evaluate_public(model, processor, benchmark, tmp_path / "out", max_new_tokens=10)
     assert all(one.error is None for one in made)
     assert all(0 < one.tokens < video.plan.tokens for one, video in zip(made, wanted, strict=True))
+
+
+@pytest.mark.parametrize("settings", [{"slow_multiple": 0}, {"slow_multiple": 4}, {"policy": "ladder"}])
+def test_one_frame_too_large_for_the_context_becomes_smaller(settings, data, tmp_path):
+    model, processor = load_model(tiny_directory(tmp_path / "small", max_position_embeddings=400), "cpu")
+    limits = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 768, "max_tokens": 2_000}
+    folder = shutil.copytree(data["longvideobench"], tmp_path / "data")
+    for name in ("v1", "v2"):
+        write_mp4(folder / "videos" / f"{name}.mp4", [draw(9, 560, 840)] * 40, 10)
+    benchmark = open_benchmark("longvideobench", folder)
+    made = evaluate_public(model, processor.with_encoder(**limits, **settings), benchmark, tmp_path / "out",
+                           FrameChoice(num_frames=1), max_new_tokens=2)  # fmt: skip
+    assert [one.error for one in made] == [None] * 3
+    least = 1 if "policy" in settings else 150  # ladder: flat pictures have no detail
+    assert all(one.slow + one.fast == 1 and least < one.tokens < 400 for one in made)
 
 
 def test_the_rule_reads_the_answer_and_not_the_thought(data, pair, tmp_path, monkeypatch):
