@@ -28,7 +28,7 @@ COMMANDS = "keye.commands"
 """Entry points: commands with their own parser. Those of `stages` and `rl` are found here, as keye imports neither."""
 
 SUMMARIES = {
-    "ablate": "sweep the slow-fast threshold over clips",
+    "ablate": "compare settings: a sweep over clips, or a study on SlowFastBench",
     "convert": "make, read and write model directories",
     "cost": "estimate memory and time of a recipe",
     "data": "check training data before a run",

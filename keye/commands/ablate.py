@@ -1,6 +1,8 @@
-"""Sweep the threshold over clips, and over the held-out questions of a trained model; write CSV, JSON and a figure.
+"""Compare settings of the encoder: a sweep of the threshold over clips, or a study on SlowFastBench.
 
-Results are written as they are measured. The same command continues an interrupted sweep.
+A sweep (--videos) measures tokens and detail of your clips, and the accuracy of a trained model. A study (--benchmark)
+compares policies, budgets, measures, thresholds, ratios and rates at equal tokens, by the answers of an ideal observer
+and of trained models. Results are written as they are measured, and the same command continues an interrupted run.
 """
 
 import argparse
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keye.checks import fraction
+from keye.commands.ablate_study import add_options, run_benchmark, run_tables
 from keye.commands.encode import VIDEO_SUFFIXES
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError, run
@@ -20,7 +23,14 @@ EXAMPLES = """examples:
   keye ablate --videos a.mp4 b.mp4 --threshold 0.1:0.9:0.1 --out runs/ablation
   keye ablate --videos clips --measure patch_cosine --threshold 0.5,0.8:0.98:0.02
   keye ablate --videos clips --model runs/demo/annealing/model --manifest runs/demo/world/heldout.jsonl
+  keye ablate --benchmark dev                                          all policies at three budgets
+  keye ablate --benchmark dev --families find order --slice length=1min --limit 40 --out runs/study
+  keye ablate --benchmark dev --policy default ladder random uniform downsampled --budget 512 2048
+  keye ablate --benchmark dev --policy default --threshold 0.2:0.8:0.2 --ratio 0.1 0.3 --measure mse lab --budget 2048
+  keye ablate --benchmark dev --policy default random --model default=RUN1 default=RUN2 random=RUN3 random=RUN4
+  keye ablate --tables runs/study                                      tables and figures from saved predictions
 """
+RANGE = "0.1:0.9:0.1"
 DIGITS = 6  # of thresholds, to which they are rounded
 STEP = 10**-DIGITS
 
@@ -95,13 +105,15 @@ def main() -> None:
     )
     parser.add_argument(
         "--threshold",
-        default="0.1:0.9:0.1",
-        help="thresholds: first:last:step and numbers, separated by commas (default: %(default)s)",
+        help=f"thresholds: first:last:step and numbers, separated by commas (default of a sweep: {RANGE})",
     )
-    parser.add_argument("--videos", nargs="+", required=True, help="clips or folders of clips")
-    parser.add_argument("--out", default="runs/ablation", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--videos", nargs="+", help="clips or folders of clips, for a sweep")
+    parser.add_argument("--out", help="folder for the results (default: runs/ablation, or runs/study)")
     parser.add_argument(
-        "--measure", help="how frames are compared (default: the model's, or change): patch_cosine, ssim, …"
+        "--measure",
+        nargs="+",
+        metavar="NAME",
+        help="how frames are compared (default: the model's, or change): patch_cosine, ssim, …; several in a study",
     )
     parser.add_argument(
         "--max-tokens", type=int, default=65_536, metavar="N", help="token budget of a clip (default: %(default)s)"
@@ -116,9 +128,15 @@ def main() -> None:
     parser.add_argument(
         "--max-frames", type=int, default=120, metavar="N", help="maximum frames per clip (default: %(default)s)"
     )
-    parser.add_argument("--model", metavar="DIR", help="also measure the accuracy of this model")
-    parser.add_argument("--manifest", metavar="FILE", help="held-out questions for --model")
-    parser.add_argument("--families", help="only these families, separated by commas")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        metavar="DIR",
+        help="also measure the accuracy of this model; in a study of several, POLICY=DIR for a model trained with a"
+        " policy, and several of one policy for several seeds",
+    )
+    parser.add_argument("--manifest", metavar="FILE", help="held-out questions for --model of a sweep")
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="only these families")
     parser.add_argument(
         "--controls",
         nargs="*",
@@ -127,20 +145,41 @@ def main() -> None:
         help=f"also ask under these controls at every threshold; without a name, all: {', '.join(CONTROLS)}",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each family")
+    add_options(parser)
     args = parser.parse_args()
-    if bool(args.model) != bool(args.manifest):
+    modes = [f"--{name}" for name in ("videos", "benchmark", "tables") if getattr(args, name)]
+    if len(modes) != 1:
+        raise KeyeError(f"{' and '.join(modes) or 'nothing'} is given; give one of --videos, --benchmark and --tables")
+    if args.tables:
+        run_tables(args)
+        return
+    families = [name for text in args.families for name in text.split(",")] if args.families else None
+    for name in args.measure or ():
+        get_measure(name)
+    if args.benchmark:
+        run_benchmark(args, thresholds(args.threshold) if args.threshold else (), families)
+    else:
+        run_sweep(args, families)
+
+
+def run_sweep(args: argparse.Namespace, families: list[str] | None) -> None:
+    """`keye ablate --videos`."""
+    for name in ("policy", "budget", "ratio", "fps", "floor", "multiple", "product", "slice", "clips", "page"):
+        if getattr(args, name):
+            raise KeyeError(f"--{name} is for a study; give --benchmark instead of --videos, or leave it out")
+    if len(args.model or ()) > 1 or len(args.measure or ()) > 1:
+        raise KeyeError("a sweep takes one --model and one --measure; give one, or --benchmark for a study")
+    model, measure = (values[0] if values else None for values in (args.model, args.measure))
+    if bool(model) != bool(args.manifest):
         raise KeyeError("--model and --manifest go together; give both or neither")
     controls = tuple(CONTROLS) if args.controls == [] else tuple(args.controls or ())
-    if controls and not args.model:
+    if controls and not model:
         raise KeyeError("--controls needs --model and --manifest; give them, or leave it out")
-    wanted, videos = thresholds(args.threshold), clips(args.videos)
-    if args.measure:
-        get_measure(args.measure)
-    name, ask, asked = args.measure or SlowFastEncoder().measure.name, None, None
-    if args.model:
-        families = args.families.split(",") if args.families else None
-        ask, name = accuracy_of(args.model, args.manifest, families, args.limit, args.measure)
-        asked = {"model": stamp(args.model), "manifest": stamp(args.manifest), "families": families}
+    wanted, videos = thresholds(args.threshold or RANGE), clips(args.videos)
+    name, ask, asked, out = measure or SlowFastEncoder().measure.name, None, None, args.out or "runs/ablation"
+    if model:
+        ask, name = accuracy_of(model, args.manifest, families, args.limit, measure)
+        asked = {"model": stamp(model), "manifest": stamp(args.manifest), "families": families}
         asked |= {"limit": args.limit, "measure": name}
         asked |= {"controls": list(controls)} if controls else {}
     settings = {
@@ -150,11 +189,11 @@ def main() -> None:
         "max_frames": args.max_frames,
     }
     default = SlowFastEncoder(**settings).threshold
-    rows, details = ablation.sweep(videos, wanted, settings, ask, args.out, asked, controls=controls)
-    ablation.save(args.out, rows, details, {**settings, "default_threshold": default})
+    rows, details = ablation.sweep(videos, wanted, settings, ask, out, asked, controls=controls)
+    ablation.save(out, rows, details, {**settings, "default_threshold": default})
     for row in rows:
         print(ablation.line(row))
-    print(f"wrote {args.out}/ablation.csv, ablation.json and ablation.png")
+    print(f"wrote {out}/ablation.csv, ablation.json and ablation.png")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def write(
     families = families or [name for name, row in FAMILIES.items() if folder or not row.real]
     if each < 1 or (workers is not None and workers < 1):
         raise ManifestError(f"each={each} and workers={workers} must be at least 1")
-    _check_slices(where or {})
-    items = [item for name in families for item in _items(name, split, each) if _wanted(item, where or {})]
+    check_slices(where or {})
+    items = [item for name in families for item in _items(name, split, each) if in_slices(item, where or {})]
     if not items:
         raise ManifestError(
             f"no question of {', '.join(families)} is in all of the slices {_text(where or {})}; widen them"
@@ -96,7 +96,8 @@ SLICES = {
 """Slice → its values."""
 
 
-def _check_slices(where: Mapping[str, Sequence[str]]) -> None:
+def check_slices(where: Mapping[str, Sequence[str]]) -> None:
+    """ManifestError for a slice or a value that does not exist."""
     for name, values in where.items():
         if name not in SLICES:
             raise ManifestError(f"there is no slice {name!r}; choose among {', '.join(SLICES)}")
@@ -105,7 +106,8 @@ def _check_slices(where: Mapping[str, Sequence[str]]) -> None:
                 raise ManifestError(f"the slice {name} has no {value!r}; choose among {', '.join(SLICES[name])}")
 
 
-def _wanted(item: Item, where: Mapping[str, Sequence[str]]) -> bool:
+def in_slices(item: Item, where: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a question is in all slices."""
     return all(item.slices[name] in values for name, values in where.items())
 
 
