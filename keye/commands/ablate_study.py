@@ -36,7 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     study.add_argument(
         "--product",
         action="store_true",
-        help="every combination of policies, thresholds, ratios, measures, … (default: one at a time, of the default)",
+        help="every combination of policies, thresholds, ratios, measures, … (without it: the default with one of them"
+        " changed, at the middle budget)",
     )
     study.add_argument(
         "--slice",

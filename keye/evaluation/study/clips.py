@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from keye.encoder import SlowFastEncoder
-from keye.evaluation.ablation import REFERENCE_TOKENS, detail
+from keye.evaluation.ablation import detail
 from keye.evaluation.study.settings import Setting
 from keye.slowfast.budget import SIDE, fit_size
 from keye.slowfast.measures import Measure, get_measure
@@ -19,8 +19,10 @@ from keye.world.slowfastbench import Film, painter_of
 
 KEPT_BYTES = 400 << 20
 """Drawn pictures that are kept; others are drawn again."""
-DETAILED = 4
+DETAILED = 2
 """Frames of a plan, evenly spaced, whose detail is measured."""
+REFERENCE_TOKENS = 192
+"""Original frames of more tokens are compared at this size."""
 WITHIN = 0.02
 """Largest accepted difference of tokens."""
 TRIES, SLOW_TRIES = 8, 3
@@ -81,17 +83,17 @@ class DrawnClip:
     def plan_of_tokens(self, setting: Setting, target: int) -> VideoPlan:
         """The plan under a setting whose tokens are nearest to `target`, by search of its budget.
 
-        Where all frames have one size, and no size meets the tokens, frames of the next larger size are left out
-        evenly. A setting that spends less than `target` without a limit stays below it.
+        Where no size meets the tokens, policies that do not look at the pictures get fewer frames of a larger size. A
+        setting that spends less than `target` without a limit stays below it.
         """
         least = setting.resolved()["min_tokens_per_frame"]
         tried: list[VideoPlan] = []
         low, high, budget = 0, 0, max(target, least)
-        walks = SlowFastEncoder(**setting.settings()).policy.walks
-        for _ in range(SLOW_TRIES if walks else TRIES):
+        policy = SlowFastEncoder(**setting.settings()).policy
+        for _ in range(SLOW_TRIES if policy.walks else TRIES):
             plan = self.plan(setting, budget)
             tried.append(plan)
-            unbound = plan.tokens < (0.9 * target if walks else budget / 4)
+            unbound = plan.tokens < (0.9 * target if policy.walks else budget / 4)
             if unbound or abs(plan.tokens / target - 1) <= WITHIN / 2:
                 break
             low, high = (budget, high) if plan.tokens < target else (low, budget)
@@ -99,11 +101,14 @@ class DrawnClip:
             budget = max(least, (low + high) // 2 if high else grown)
             if budget in (low, high):
                 break
+        nearest = min(tried, key=lambda plan: abs(plan.tokens - target))
         above = min((plan for plan in tried if plan.tokens > target), key=lambda plan: plan.tokens, default=None)
-        if above is not None and not above.counts[1]:
-            frames = max(1, round(target * len(above) / above.tokens))
-            fewer = replace(setting, changes=(*setting.changes, ("max_frames", frames)))
-            tried.append(self.plan(fewer, max(target, -(-frames * above.tokens // len(above)))))
+        if above is not None and not policy.ranks and abs(nearest.tokens / target - 1) > WITHIN / 2:
+            count = len(set(above.frame_indices.tolist()))
+            for frames in {max(1, round(count * target / above.tokens) - fewer) for fewer in (0, 1)}:
+                part = replace(setting, changes=(*setting.changes, ("max_frames", frames)))
+                budget = max(least, target, -(-frames * above.tokens // count))
+                tried += [self.plan(part, most) for most in {budget, max(least, target)}]
         return min(tried, key=lambda plan: abs(plan.tokens - target))
 
     def pictures_of(self, plan: VideoPlan) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ READ = """## How to read it
   clip first; the budget of every other setting is then searched, clip by clip, so that it has the same tokens. `≠`
   marks a setting whose tokens differ by more than 2 % all the same: no size meets them, or it cannot spend more.
 - *Events* is the share of events of which a frame is shown, *tokens at an event* the size of the largest such frame.
-  PSNR and SSIM compare up to four of the frames that are shown with the originals, not those that are left out.
+  PSNR and SSIM compare up to two of the frames that are shown with the originals, not those that are left out.
 - *Accuracy* is of the answers to the benchmark's questions. The ideal observer knows how clips are drawn and answers
   from the pictures and times that the plan gives to a model, so that it says what the plan has kept, not what a model
   would learn to use.

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from keye.evaluation.study.settings import Setting
 from keye.evaluation.study.store import Key, Store, append, identity
 from keye.slowfast.plan import VideoPlan
 from keye.world.slowfastbench import EACH, FAMILIES, SPLITS, VERSION, Item, draw
-from keye.world.slowfastbench.write import LEAKING, in_slices
+from keye.world.slowfastbench.write import in_slices
 
 QUIET = 20.0
 """Seconds between lines of progress where the output is no terminal."""
@@ -67,7 +68,7 @@ def run_study(
         out: folder of the study.
         split: "dev" for choices, "heldout" for results.
         settings: of `settings_of`; each budget needs the reference.
-        families: names; by default all that do not leak, those on real clips where `real` is given.
+        families: names; by default all, those on real clips where `real` is given.
         where: slice → accepted values.
         limit: at most this many questions of a family in these slices.
         models: trained models that answer as well.
@@ -81,7 +82,7 @@ def run_study(
         KeyeError: the folder is of another study, or there is nothing to measure.
     """
     folder = None if real is None else Path(real)
-    families = families or [name for name, row in FAMILIES.items() if (folder or not row.real) and name not in LEAKING]
+    families = families or [name for name, row in FAMILIES.items() if folder or not row.real]
     if split not in SPLITS:
         raise ManifestError(f"there is no split {split!r}; choose among {', '.join(SPLITS)}")
     if not observer and not models:
@@ -89,7 +90,7 @@ def run_study(
     clips = _clips(families, split, where or {}, limit)
     found = identity(split, families, where or {}, limit)
     store = Store(out, found, settings, answerers.summary(models))
-    tasks = []
+    tasks, groups = [], {clip: items[0].group for clip, items in clips.items()}
     for clip, items in clips.items():
         keys = frozenset(key for item in items for key in store.done_of(item.name))
         film = items[0].film
@@ -99,7 +100,7 @@ def run_study(
         task = Task(clip, names, tuple(settings), keys, sums, observer, tuple(models), store.path, folder, work)
         if any(_missing(task, setting) for setting in settings):
             tasks.append(task)
-    tasks.sort(key=lambda task: -task.work)
+    tasks.sort(key=lambda task: zlib.crc32(f"{task.items[0][0]} {groups[task.clip]}".encode()))  # groups end together
     began = time.monotonic()
     with _bar(tasks, len(clips), progress) as advance:
         for task in _finished(tasks, workers):

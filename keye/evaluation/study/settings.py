@@ -99,7 +99,7 @@ class Setting:
 def settings_of(
     policies: Sequence[str], budgets: Sequence[int], factors: Mapping[str, Sequence[Any]], full: bool = False
 ) -> list[Setting]:
-    """Every policy at every budget, and the reference with each factor changed, one at a time.
+    """Every policy at every budget, and the reference with one factor changed at the middle budget.
 
     Args:
         policies: names in `CONTENDERS` or specs. The reference is added if it is not among them.
@@ -120,8 +120,8 @@ def settings_of(
         found += [Setting(name, budget, change) for budget in budgets for name in policies if name != CEILING
                   for change in combined if change]  # fmt: skip
     else:
-        found += [Setting(REFERENCE, budget, ((name, value),)) for budget in budgets
-                  for name, values in changes.items() for value in values]  # fmt: skip
+        middle = sorted(budgets)[len(budgets) // 2]
+        found += [Setting(REFERENCE, middle, ((name, value),)) for name, values in changes.items() for value in values]
     found = list(dict.fromkeys(found))
     for setting in found:
         if reads_packets(SlowFastEncoder(**setting.settings()).measure):
