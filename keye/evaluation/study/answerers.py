@@ -74,6 +74,13 @@ def observe(item: Item, plan: VideoPlan, pictures: Sequence[torch.Tensor]) -> st
     return read(item, plan.timestamps.tolist(), pictures)
 
 
+def observed(family: str) -> bool:
+    """Whether the ideal observer answers questions of a family."""
+    from keye.world.slowfastbench.reader import readable
+
+    return readable(family)
+
+
 @functools.lru_cache(maxsize=8)
 def _load(directory: str) -> "tuple[KeyeForConditionalGeneration, KeyeProcessor]":
     from keye.inference.chat import load_model

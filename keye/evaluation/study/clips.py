@@ -27,6 +27,8 @@ WITHIN = 0.02
 """Largest accepted difference of tokens."""
 TRIES, SLOW_TRIES = 8, 3
 """Budgets that are tried to meet the tokens of another setting; fewer for policies that measure detail."""
+FEWER = 6
+"""Numbers of frames that are tried where no budget meets the tokens."""
 
 
 class DrawnClip:
@@ -105,10 +107,13 @@ class DrawnClip:
         above = min((plan for plan in tried if plan.tokens > target), key=lambda plan: plan.tokens, default=None)
         if above is not None and not policy.ranks and abs(nearest.tokens / target - 1) > WITHIN / 2:
             count = len(set(above.frame_indices.tolist()))
-            for frames in {max(1, round(count * target / above.tokens) - fewer) for fewer in (0, 1)}:
+            fitting = round(count * target / above.tokens)
+            for frames in range(max(1, fitting), max(0, fitting - FEWER), -1):
                 part = replace(setting, changes=(*setting.changes, ("max_frames", frames)))
                 budget = max(least, target, -(-frames * above.tokens // count))
                 tried += [self.plan(part, most) for most in {budget, max(least, target)}]
+                if min(abs(plan.tokens / target - 1) for plan in tried) <= WITHIN / 2:
+                    break
         return min(tried, key=lambda plan: abs(plan.tokens - target))
 
     def pictures_of(self, plan: VideoPlan) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ from keye.evaluation.study.settings import Setting
 from keye.evaluation.study.store import Key, Store, append, identity
 from keye.slowfast.plan import VideoPlan
 from keye.world.slowfastbench import EACH, FAMILIES, SPLITS, VERSION, Item, draw
-from keye.world.slowfastbench.write import in_slices
+from keye.world.slowfastbench.write import check_slices, in_slices
 
 QUIET = 20.0
 """Seconds between lines of progress where the output is no terminal."""
@@ -68,7 +68,7 @@ def run_study(
         out: folder of the study.
         split: "dev" for choices, "heldout" for results.
         settings: of `settings_of`; each budget needs the reference.
-        families: names; by default all, those on real clips where `real` is given.
+        families: names; by default all that the observer reads, those on real clips where `real` is given.
         where: slice → accepted values.
         limit: at most this many questions of a family in these slices.
         models: trained models that answer as well.
@@ -82,11 +82,16 @@ def run_study(
         KeyeError: the folder is of another study, or there is nothing to measure.
     """
     folder = None if real is None else Path(real)
-    families = families or [name for name, row in FAMILIES.items() if folder or not row.real]
+    known = [name for name in FAMILIES if not observer or answerers.observed(name)]
+    families = families or [name for name in known if folder or not FAMILIES[name].real]
     if split not in SPLITS:
         raise ManifestError(f"there is no split {split!r}; choose among {', '.join(SPLITS)}")
     if not observer and not models:
         raise KeyeError("nobody answers the questions; give --model, or leave out --no-observer")
+    for name in families:
+        if name in FAMILIES and name not in known:
+            raise KeyeError(f"the ideal observer does not read {name}; omit it, or give --model and --no-observer")
+    check_slices(where or {})
     clips = _clips(families, split, where or {}, limit)
     found = identity(split, families, where or {}, limit)
     store = Store(out, found, settings, answerers.summary(models))

@@ -52,21 +52,22 @@ def test_a_random_policy_has_another_seed_for_each_clip():
     assert len(seeds) == 50 and setting.settings(clip="a") == setting.settings(clip="a")
 
 
-@pytest.mark.parametrize("policy", ["random", "uniform", "downsampled", "two_stream", "released", "ladder"])
+@pytest.mark.parametrize("policy", ["random", "uniform", "downsampled", "two_stream", "released", "sparse"])
 def test_tokens_are_matched_within_2_percent(policy):
-    ratios = []
-    for index in (0, 4, 8):
-        _, clip = drawn(index=index, length=16, height=240, motion="pan")
-        target = clip.plan(Setting("default", 1024)).tokens
-        ratios.append(clip.plan_of_tokens(Setting(policy, 1024), target).tokens / target)
-    assert abs(sum(ratios) / len(ratios) - 1) <= 0.02, ratios
+    """Sizes of frames are whole numbers of tokens, so that a clip may miss what clips of several sizes meet."""
+    targets, tokens = 0, 0
+    for length, height in ((16, 240), (60, 144), (60, 240)):
+        _, clip = drawn(length=length, height=height)
+        targets += (target := clip.plan(Setting("default", 1024)).tokens)
+        tokens += clip.plan_of_tokens(Setting(policy, 1024), target).tokens
+    assert abs(tokens / targets - 1) <= 0.02
 
 
 def test_sparse_has_frames_of_full_size_only():
     _, clip = drawn(length=16, height=240)
     plan = clip.plan(Setting("sparse", 700))
     full = clip.plan(Setting("all_slow", None)).tokens_per_frame[0]
-    assert 5 <= len(plan) <= 6 and plan.tokens <= 700 and plan.tokens_per_frame.min() >= 0.85 * full
+    assert 5 <= len(plan) <= 6 and plan.tokens <= 700 and plan.tokens_per_frame.min() >= 0.8 * full
 
 
 def test_events_are_read_from_the_states():
@@ -221,7 +222,9 @@ def test_models_are_named_by_policy_and_numbered_as_seeds():
         (["--benchmark", "dev", "--manifest", "x"], "--manifest does not go with --benchmark"),
         (["--benchmark", "test"], "there is no split 'test'"),
         (["--benchmark", "dev", "--no-observer"], "nobody answers the questions"),
-        (["--benchmark", "dev", "--slice", "length=2s"], "no question of .* widen them"),
+        (["--benchmark", "dev", "--slice", "length=2s"], "the slice length has no '2s'"),
+        (["--benchmark", "dev", "--families", "find", "--slice", "motion=real"], "no question of find .* widen them"),
+        (["--benchmark", "dev", "--families", "turn"], "the ideal observer does not read turn"),
         (["--tables", "nowhere"], "nowhere/study.json is no study"),
         (["--benchmark", "dev", "--families", "find", "--model", "nowhere"], "--model nowhere has no weights"),
     ],
