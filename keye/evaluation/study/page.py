@@ -129,10 +129,10 @@ def _verdicts(rows: Sequence[Row], pairs: Sequence[Pair], by: str) -> list[str]:
     for row in rows:
         if row.slice != "all" or row.changes or row.policy in (*RIVALS, CEILING):
             continue
-        told = wins(pairs, row.setting, by)
-        named = {verdict: [value or "all questions" for (_, value), found in told.items() if found == verdict]
+        given = wins(pairs, row.setting, by)
+        named = {verdict: [value or "all questions" for (_, value), found in given.items() if found == verdict]
                  for verdict in ("win", "loss", "not equal")}  # fmt: skip
-        body.append((row.budget, f"`{row.policy}`", told.get(("all", ""), "–"),
+        body.append((row.budget, f"`{row.policy}`", given.get(("all", ""), "–"),
                      *(", ".join(named[verdict]) or "–" for verdict in named)))  # fmt: skip
     head = ("budget", "policy", "all questions", "wins", "losses", "tokens not equal")
     for pair in pairs:

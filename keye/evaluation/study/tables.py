@@ -225,11 +225,11 @@ def wins(pairs: Sequence[Pair], label: str, by: str) -> dict[tuple[str, str], st
             found.setdefault((pair.slice, pair.value), []).append(pair)
     verdicts = {}
     for where, those in found.items():
-        told = [pair.verdict for pair in those if pair.equal]
-        if len(told) < len(names):
-            verdicts[where] = "loss" if "worse" in told else "not equal"
+        given = [pair.verdict for pair in those if pair.equal]
+        if len(given) < len(names):
+            verdicts[where] = "loss" if "worse" in given else "not equal"
         else:
-            verdicts[where] = "win" if set(told) == {"better"} else "loss" if "worse" in told else "open"
+            verdicts[where] = "win" if set(given) == {"better"} else "loss" if "worse" in given else "open"
     return verdicts
 
 
