@@ -1,9 +1,10 @@
 """What the adversary of SlowFastBench sees: the words of a question, plans under each measure, and the file's packets.
 
-Clips are drawn at 144p and 8 to 32 seconds. Plans use the frames in memory, 2 a second; packets are those of the
-encoded clip. Each input of each 200 groups of questions has a file in .cache/bench/adversary, so that an interrupted
-run continues and later runs add inputs and questions. The name of a file has a checksum of the first groups, drawn and
-measured anew: files are used only while the drawing and the measures give the same values.
+Clips are drawn at the smallest height of their family (144p, coverage 240p, detail 480p) and 8 to 32 seconds. Plans
+use the frames in memory, 2 a second; packets are those of the encoded clip. Each input of each 200 groups of questions
+has a file in .cache/bench/adversary, so that an interrupted run continues and later runs add inputs and questions. The
+name of a file has a checksum of the first groups, drawn and measured anew: files are used only while the drawing and
+the measures give the same values.
 """
 
 import hashlib
@@ -37,7 +38,6 @@ INPUTS = (*MEASURES, "packets")
 """Inputs besides the text, which is part of each."""
 CACHE = ROOT / ".cache/bench/adversary"
 CLIPS = ROOT / ".cache/clips"
-HEIGHT = 144
 CHUNK = 200
 """Groups in one file of the cache."""
 CHECKED = 4
@@ -79,18 +79,19 @@ def load(family: str, split: str, numbers: Mapping[str, int], motion: str) -> Dr
         motion: of the backgrounds: "still", or "drawn" for the benchmark's own mix.
     """
     groups = {name: math.ceil(number / FAMILIES[family].members) for name, number in numbers.items()}
-    began, most, drawn = time.monotonic(), max(groups.values()), 0
-    for first in range(0, most, CHUNK):
+    began, drawn = time.monotonic(), 0
+    clips = max((number for name, number in groups.items() if name != "text"), default=0)
+    for first in range(0, max(groups.values()), CHUNK):
         lasts = {name: min(first + CHUNK, number) for name, number in groups.items()}
         found = {name: _file(family, motion, split, name, first)[0] for name in lasts}
         missing = [name for name, last in lasts.items() if last > max(first, found[name])]
         for last in sorted({lasts[name] for name in missing}):
             _draw(family, motion, split, range(first, last), [name for name in missing if lasts[name] == last])
-        if missing:
-            done = min(first + CHUNK, most)
+        if set(missing) - {"text"}:
+            done = min(first + CHUNK, clips)
             drawn += done - first
-            left = (time.monotonic() - began) / drawn * (most - done)
-            print(f"      {family} {split}: {done} of {most} groups drawn, {left:.0f} s left", flush=True)
+            left = (time.monotonic() - began) / drawn * (clips - done)
+            print(f"      {family} {split}: {done} of {clips} groups drawn, {left:.0f} s left", flush=True)
     return _joined({name: _read(family, motion, split, name, number) for name, number in numbers.items()})
 
 
@@ -167,7 +168,7 @@ def measure(
         backdrops: list[_Once] = []
         for member in range(row.members):
             index = group * row.members + member
-            item = draw(family, split, index, length, HEIGHT, None if motion == "drawn" else motion)
+            item = draw(family, split, index, length, row.lowest, None if motion == "drawn" else motion)
             if item.clip not in seen:
                 seen[item.clip] = dict(_of_clip(item.film, encoders, "packets" in names, backdrops))
             for name, values in seen[item.clip].items():

@@ -1,12 +1,14 @@
-"""The example of the guide to SlowFastBench runs, and its tables name every family and every control."""
+"""The example of the guide to SlowFastBench runs, its tables are complete, and it says which families count."""
 
+import json
 import re
 from pathlib import Path
 
 from keye.evaluation import CONTROLS
 from keye.world.slowfastbench import FAMILIES
 
-GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "slowfastbench.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+GUIDE = (DOCS / "slowfastbench.md").read_text(encoding="utf-8")
 
 
 def test_the_examples_run(tmp_path, monkeypatch):
@@ -22,3 +24,15 @@ def test_the_tables_name_every_family_and_control():
     assert first >= {*FAMILIES, *CONTROLS}
     for name, what in CONTROLS.items():
         assert f"| {name} | {what.replace('another clip', 'another clip of the family')} |" in GUIDE
+
+
+def test_the_families_that_count_are_those_of_the_record():
+    tables = json.loads((DOCS / "results" / "bench_v1" / "drawn.json").read_text(encoding="utf-8"))["tables"]
+    counting = {}
+    for family, name, _, _, questions, *_, verdict in tables[0]["rows"]:
+        decided = verdict == "yes" and int(questions.replace(",", "")) >= 10_000
+        counting[family] = counting.get(family, True) and verdict != "**no**"
+        counting[family] &= decided or name not in ("text", "change", "mse")
+    [(number, sentence)] = re.findall(r"(\d+) of 17\s+families\s+count:([^.]*)\.", GUIDE)
+    assert set(re.findall(r"`([a-z_]+)`", sentence)) == {name for name, counts in counting.items() if counts}
+    assert int(number) == sum(counting.values()) >= 10
