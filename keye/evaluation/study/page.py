@@ -38,7 +38,7 @@ DISPUTE = """## What can be disputed
 
 def page(answers: Answers, rows: Sequence[Row], pairs: Sequence[Pair], study: Mapping[str, Any], draws: int) -> str:
     """The page. Pictures are named as `write_tables` writes them."""
-    parts = [_head(answers, rows, study), READ.format(draws=draws), _contenders(rows)]
+    parts = [_head(rows, study), READ.format(draws=draws), _contenders(rows)]
     for by in answers.by:
         mine, theirs = [row for row in rows if row.by == by], [pair for pair in pairs if pair.by == by]
         name = "the ideal observer" if by == "observer" else "trained models"
@@ -48,10 +48,11 @@ def page(answers: Answers, rows: Sequence[Row], pairs: Sequence[Pair], study: Ma
     return "\n\n".join([*parts, DISPUTE]) + "\n"
 
 
-def _head(answers: Answers, rows: Sequence[Row], study: Mapping[str, Any]) -> str:
+def _head(rows: Sequence[Row], study: Mapping[str, Any]) -> str:
     benchmark, asked = study["benchmark"], study["questions"]
     every = next(row for row in rows if row.slice == "all")
     slices = "; ".join(f"{name} {', '.join(values)}" for name, values in asked["slices"].items())
+    missing = asked["number"] - every.questions
     lines = [
         "# Ablation: policies, measures and settings at equal tokens",
         "",
@@ -59,7 +60,8 @@ def _head(answers: Answers, rows: Sequence[Row], study: Mapping[str, Any]) -> st
         f" {every.groups:,} groups of {len(benchmark['checksums'])} families"
         + (f", slices {slices}" if slices else "")
         + (f", at most {asked['limit']} of a family" if asked["limit"] else "")
-        + f". {answers.left_out} questions that not every setting has answered are left out." * bool(answers.left_out),
+        + (f". The study is not complete: {missing:,} of its {asked['number']:,} questions have not been answered under"
+           " every setting and are left out." if missing else "."),
         "",
         "This page, its tables (`rows.csv`, `pairs.csv`, also as Parquet) and its pictures are written from the saved"
         " predictions (`predictions.parquet`) by `keye ablate --tables DIR`, without an encoder or a model.",

@@ -93,7 +93,7 @@ def run_study(
             raise KeyeError(f"the ideal observer does not read {name}; omit it, or give --model and --no-observer")
     check_slices(where or {})
     clips = _clips(families, split, where or {}, limit)
-    found = identity(split, families, where or {}, limit)
+    found = identity(split, families, where or {}, limit, sum(map(len, clips.values())))
     store = Store(out, found, settings, answerers.summary(models))
     tasks, groups = [], {clip: items[0].group for clip, items in clips.items()}
     for clip, items in clips.items():

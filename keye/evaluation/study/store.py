@@ -23,8 +23,10 @@ GROWS = ("settings", "models")
 Key = tuple[str, str, str]
 
 
-def identity(split: str, families: Sequence[str], where: Mapping[str, Sequence[str]], limit: int | None) -> dict:
-    """What identifies the questions of a study; checks that they are drawn as they were frozen.
+def identity(
+    split: str, families: Sequence[str], where: Mapping[str, Sequence[str]], limit: int | None, number: int
+) -> dict:
+    """What identifies the `number` questions of a study; checks that they are drawn as they were frozen.
 
     Raises:
         ManifestError: the questions of a frozen split are drawn otherwise.
@@ -39,7 +41,11 @@ def identity(split: str, families: Sequence[str], where: Mapping[str, Sequence[s
     benchmark = {"name": "SlowFastBench", "version": VERSION, "split": split, "questions": EACH}
     return {
         "benchmark": {**benchmark, "checksums": sums},
-        "questions": {"slices": {name: sorted(values) for name, values in sorted(where.items())}, "limit": limit},
+        "questions": {
+            "slices": {name: sorted(values) for name, values in sorted(where.items())},
+            "limit": limit,
+            "number": number,
+        },
     }
 
 

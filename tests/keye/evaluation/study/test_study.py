@@ -107,6 +107,7 @@ def test_a_study_from_end_to_end(tmp_path):
     assert all(line["right"] and line["events"] == 1 and line["slow"] == 1 for line in ceiling)
     written = write_tables(tmp_path)
     page = (tmp_path / "ablation.md").read_text()
+    assert "The study is not complete" not in page
     assert "8 questions in 2 groups of 2 families" in page and "`downsampled`" in page and "threshold=0.5" in page
     assert all(path.stat().st_size for path in written)
 
@@ -120,6 +121,15 @@ def test_tables_come_from_the_predictions_alone(tmp_path, monkeypatch):
     for name in ("rows.csv", "pairs.csv", "ablation.md"):
         texts = {(tmp_path / folder / name).read_text() for folder in ("run", "jsonl", "parquet")}
         assert len(texts) == 1, name
+
+
+def test_questions_without_all_answers_are_left_out_and_counted(tmp_path):
+    study(tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # the last setting of one question
+    write_tables(tmp_path)
+    assert "7 questions" in (text := (tmp_path / "ablation.md").read_text())
+    assert "The study is not complete: 1 of its 8 questions" in text
 
 
 def _killed_study(out):
