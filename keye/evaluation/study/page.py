@@ -19,6 +19,7 @@ READ = """## How to read it
   would learn to use.
 - Intervals are 95 % percentile intervals of {draws:,} bootstrap draws over groups of questions (and over the seeds of
   models). Differences are paired: the same questions, the same noise. An interval that excludes 0 is printed **bold**.
+  One without width says that all answers are equal in these questions, not that they are in others.
 - A *win* needs an interval above 0 against random, uniform and downsampled together, at equal tokens. One of them
   better at equal tokens is a *loss*."""
 DISPUTE = """## What can be disputed
@@ -66,7 +67,7 @@ def _head(rows: Sequence[Row], study: Mapping[str, Any]) -> str:
         "This page, its tables (`rows.csv`, `pairs.csv`, also as Parquet) and its pictures are written from the saved"
         " predictions (`predictions.parquet`) by `keye ablate --tables DIR`, without an encoder or a model.",
     ]
-    lines += ["", *(f"- `{run['command']}` ({run['date']}, {run['cores']} cores, {run['seconds'] / 60:.0f} minutes)"
+    lines += ["", *(f"- `{run['command']}` ({run['date']}, {run['cores']} cores)"
                     for run in study.get("runs", []))]  # fmt: skip
     return "\n".join(lines)
 
