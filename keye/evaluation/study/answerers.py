@@ -58,12 +58,17 @@ def models_of(texts: Sequence[str]) -> list[Answerer]:
 
     All are called "model". A policy that is named several times has several seeds, and so have several directories
     without a policy.
+
+    Raises:
+        KeyeError: some are named with a policy and others without.
     """
     found: list[Answerer] = []
     for text in texts:
         policy, sign, directory = text.rpartition("=")
         seed = sum(other.policy == (policy or None) for other in found)
         found.append(Answerer("model", seed, directory if sign else text, policy or None))
+    if len({one.policy is None for one in found}) > 1:
+        raise KeyeError("--model has directories with and without a policy; write POLICY=DIR for all or for none")
     return found
 
 

@@ -216,10 +216,13 @@ def test_seeds_of_models_are_averaged_and_questions_without_all_settings_are_lef
 
 
 def test_models_are_named_by_policy_and_numbered_as_seeds():
-    found = models_of(["default=a", "random=b", "default=c", "d"])
+    found = models_of(["default=a", "random=b", "default=c"])
     assert [(one.directory, one.policy, one.by) for one in found] == [
-        ("a", "default", "model#0"), ("b", "random", "model#0"), ("c", "default", "model#1"), ("d", None, "model#0"),
+        ("a", "default", "model#0"), ("b", "random", "model#0"), ("c", "default", "model#1"),
     ]  # fmt: skip
+    assert [(one.policy, one.by) for one in models_of(["d", "e"])] == [(None, "model#0"), (None, "model#1")]
+    with pytest.raises(KeyeError, match="POLICY=DIR for all or for none"):
+        models_of(["default=a", "d"])
 
 
 @pytest.mark.parametrize(
