@@ -58,8 +58,8 @@ GROUPS = {
         Group(
             "encoder",
             (
-                *("identity", "scoring", "plan", "packets", "memory", "pixels", "recall", "budget", "allocation"),
-                *("decoding", "fuzz"),
+                *("identity", "scoring", "plan", "hour", "packets", "memory", "pixels", "recall", "budget"),
+                *("allocation", "decoding", "fuzz"),
             ),
             ENCODER,
         ),

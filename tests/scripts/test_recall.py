@@ -9,20 +9,14 @@ import torch
 
 from keye.errors import KeyeError
 from keye.world.render import write_mp4
+from scripts.bench.common.intervals import paired_interval
 from scripts.bench.encoder import recall_claims
 from scripts.bench.encoder.media import continuity
+from scripts.bench.encoder.media.changes import CONTINUITY
+from scripts.bench.encoder.media.pages import PageDrawing
 from scripts.bench.encoder.media.scenes import Span
-from scripts.bench.encoder.recall import (
-    Sampled,
-    Scores,
-    Tally,
-    chosen,
-    evenly,
-    measure_all,
-    nuisance_frames,
-    seen,
-    spend_together,
-)
+from scripts.bench.encoder.recall import Sampled, Scores, chosen, measure_all, spend_together
+from scripts.bench.encoder.recall_tally import Tally, evenly, nuisance_frames, randomly, seen, unit_of
 
 
 class Level:
@@ -72,6 +66,11 @@ def test_only_nuisances_far_from_changes_are_wasted():
     result = tally.result()
     assert result["wasted"] == pytest.approx(1 / 4) and result["share"] == 0.4
     assert result["changes"]["small"] == result["changes"]["all"] == {"seen": 1, "of": 1, "recall": 1.0}
+    assert result["hits"] == [1.0] and result["units"] == ["clip"] and result["wasted_by_unit"] == {"clip": [1, 4]}
+    both = Tally()
+    both.add(one, [0, 2], [0, 5, 7])  # the mean of two draws
+    result = both.result()
+    assert result["changes"]["all"]["recall"] == 0.5 and result["wasted"] == pytest.approx(1 / 8)
 
 
 def test_even_frames():
@@ -79,11 +78,30 @@ def test_even_frames():
     assert evenly(1, 5) == [0]
 
 
+def test_random_frames_are_as_many_and_differ_by_seed():
+    draws = randomly(4, 30)
+    assert draws == randomly(4, 30) and len({tuple(draw) for draw in draws}) == len(draws) == 5
+    assert all(len(set(draw)) == 4 and draw[0] == 0 and draw == sorted(draw) and draw[-1] < 30 for draw in draws)
+    assert randomly(1, 30) == [[0]] * 5 and randomly(30, 30)[0] == list(range(30))
+
+
+def test_intervals_draw_units_as_a_whole():
+    assert paired_interval(np.zeros(9)) == (0, 0)
+    low, high = paired_interval(np.array([1.0, -1.0] * 200))
+    assert -0.15 < low < -0.05 and 0.05 < high < 0.15  # 1.96 / sqrt(400)
+    low, high = paired_interval(np.array([1.0] * 200 + [-1.0] * 200), ["a"] * 200 + ["b"] * 200)
+    assert (low, high) == (-1, 1)  # two units: half of all draws hold only one of them
+    assert paired_interval(np.array([2.0, 1.0]), ["a", "b"], np.array([4, 2])) == (0.5, 0.5)
+    long = clip([0] * 200)
+    assert [unit_of(long, moment) for moment in (0, 29.9, 30, 99)] == ["clip 0", "clip 0", "clip 1", "clip 3"]
+    assert unit_of(clip([0] * 20), 9) == "clip"
+
+
 def test_clips_are_chosen_by_name_or_kind():
     found = {"cuts-2": "a", "cuts-3": "b", "tree.avi": "c", "film with continuity": "d"}
-    assert chosen(found, None) == ["a", "b", "c", "d"]
-    assert chosen(found, ["cuts"]) == ["a", "b"]
-    assert chosen(found, ["film with continuity", "cuts-3"]) == ["b", "d"]
+    assert chosen(found, None) == found
+    assert list(chosen(found, ["cuts"])) == ["cuts-2", "cuts-3"]
+    assert list(chosen(found, ["film with continuity", "cuts-3"])) == ["cuts-3", "film with continuity"]
     with pytest.raises(KeyeError, match=r"tree: there is no such clip here; name some of cuts, .*tree\.avi"):
         chosen(found, ["tree"])
 
@@ -94,22 +112,69 @@ class Released(Level):
     name = "patch_cosine"
 
 
-def test_a_clip_apart_is_reported_by_itself_and_not_among_all():
-    def drawn() -> list[Sampled]:
-        levels = [20] * 4 + [200] * 4 + [90] * 4
-        one, other = (clip(levels, [Span("cut", 2.0, 2.0), Span("inner cut", 4.0, 4.0)]) for _ in range(2))
-        other.name, other.apart = recall_claims.CONTINUITY, True
-        return [one, other]
+class Rival(Level):
+    name = "mse"
 
+
+def drawn() -> dict:
+    levels = [20] * 4 + [200] * 4 + [90] * 4
+    one, other = (clip(levels, [Span("cut", 2.0, 2.0), Span("inner cut", 4.0, 4.0)]) for _ in range(2))
+    other.name, other.apart = CONTINUITY, True
+    return {one.name: lambda: one, other.name: lambda: other}
+
+
+def test_a_clip_apart_is_reported_by_itself_and_not_among_all():
     measures = [Level(), Released()]
-    both, alone = measure_all(drawn(), measures), measure_all(drawn()[:1], measures)
-    assert both["all"] == alone["all"] == both["clip"]
-    cuts = both[recall_claims.CONTINUITY]["default"]["level"]["changes"]
+    makers = drawn()
+    both, alone = measure_all(makers, measures), measure_all({"clip": makers["clip"]}, measures)
+    assert both["all"] == alone["all"] == both["clip"] and both["films"] == both[CONTINUITY]
+    cuts = both[CONTINUITY]["default"]["level"]["changes"]
     assert cuts["all"] == {"seen": 2, "of": 2, "recall": 1.0} and cuts["inner cuts"]["of"] == cuts["cuts"]["of"] == 1
-    only = {recall_claims.CONTINUITY: both[recall_claims.CONTINUITY]}
+    only = {CONTINUITY: both[CONTINUITY]}
     assert recall_claims.claims(only) == []  # the default measure was not among those run
-    *_, by_cut = recall_claims.tables(only, ["cuts"])
-    assert ("default", "level", 3, "100%", "2 of 2", "1 of 1", "1 of 1") in by_cut.rows
+    *_, by_cut = recall_claims.tables(only)
+    assert ("default", "level", 3, "100%", "2 of 2", "1 of 1", "1 of 1", "–") in by_cut.rows
+
+
+def test_uniform_and_random_have_as_many_slow_frames_at_every_setting():
+    results = measure_all(drawn(), [Level(), Released(), Rival()])
+    for settings in results.values():
+        for setting, measures in settings.items():
+            assert {"uniform", "random", "level", "patch_cosine", "mse"} == set(measures)
+            assert measures["uniform"]["slow"] == measures["random"]["slow"]
+            if setting == "default":
+                assert measures["uniform"]["slow"] == measures["level"]["slow"] == 3
+
+
+def test_what_was_judged_is_taken_again_and_only_new_measures_run(tmp_path):
+    makers = drawn()
+    first = measure_all(makers, [Level()], tmp_path)
+    judged = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(judged) == {"clip.json", f"{CONTINUITY}.json"}
+    again = measure_all(makers, [Level()], tmp_path)
+    assert again == first and {path.name: path.read_text() for path in tmp_path.iterdir()} == judged
+    more = measure_all(makers, [Level(), Rival()], tmp_path)
+    assert more["all"]["default"]["level"] == first["all"]["default"]["level"] and "mse" in more["all"]["default"]
+
+
+def test_tables_have_paired_intervals(monkeypatch):
+    monkeypatch.setattr(recall_claims, "DEFAULT", "level")
+    results = measure_all(drawn(), [Level(), Released()])
+    by_change = recall_claims.tables(results)[0]
+    assert by_change.columns[-1] == "all, points to level (95 %)"
+    rows = {row[:2]: row for row in by_change.rows}
+    assert rows["10%", "level"][-1] == "–" and rows["10%", "patch_cosine"][-1] == "+0 to +0"
+    assert all(len(row) == len(by_change.columns) for row in by_change.rows)
+
+
+def test_pages_of_a_clip_differ_in_their_words_only():
+    draw = PageDrawing("pages", 0)
+    one, other = draw.page(), draw.page()
+    assert one.shape == other.shape == (1080, 1920, 3) and (one != other).any()
+    assert abs(one.mean() - other.mean()) < 2
+    assert ((one != one[0, 0]).any(-1).any(1) == (other != other[0, 0]).any(-1).any(1)).mean() > 0.95  # the same lines
+    assert len(draw.turns()) == 4 and all(event.kind == "page" for event in draw.events)
+    assert PageDrawing("pages", 2).photographs != draw.photographs
 
 
 # the film with continuity

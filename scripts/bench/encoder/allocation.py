@@ -22,16 +22,18 @@ from keye.errors import run
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import SLOW
 from keye.video.clip import open_clip
+from scripts.bench.common.intervals import paired_interval
 from scripts.bench.common.record import QUICK_OUT, Claim, Table, arguments, out_of, save
+from scripts.bench.encoder.media.changes import TRAILER
 from scripts.bench.encoder.media.continuity import continuity_film, cuts
 from scripts.bench.encoder.media.films import film, film_cuts, film_times
-from scripts.bench.encoder.recall import FPS, TRAILER, WITHIN
+from scripts.bench.encoder.recall import FPS
+from scripts.bench.encoder.recall_tally import WITHIN
 
 HOURS = 6  # ten-minute films in an hour
 BUDGETS = (8_192, 16_384, 65_536)
 DEFAULT = 65_536  # the only budget of the hour, whose plans take minutes
 SEEDS = (0, 1, 2)
-DRAWS = 10_000  # of the bootstrap
 MULTIPLE = 4
 
 
@@ -122,13 +124,6 @@ def measure(clip: Film, encoder: SlowFastEncoder) -> Found:
     return Found(plan, np.array(seen, float), np.array(most), seconds)
 
 
-def interval(difference: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of paired differences [n], by bootstrap."""
-    draw = np.random.default_rng(seed)
-    means = [difference[draw.integers(0, len(difference), len(difference))].mean() for _ in range(DRAWS)]
-    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
-
-
 def rows_of(name: str, turns: Sequence[Found]) -> tuple[str | int, ...]:
     """A row of the table; figures of several seeds are means, those of the plan the first seed's."""
     plan = turns[0].plan
@@ -185,7 +180,7 @@ def claims_of(clip: Film, budget: int, found: dict[str, list[Found]]) -> list[Cl
     ]
     mean = {name: np.mean([turn.seen for turn in turns], 0) for name, turns in found.items()}
     for name in ("default", "ladder"):
-        low, high = interval(mean[name] - mean["released"])
+        low, high = paired_interval(mean[name] - mean["released"])
         claims.append(
             Claim(
                 f"cuts seen, {name} against released: {where}",

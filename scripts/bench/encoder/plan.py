@@ -219,6 +219,16 @@ def hour_claims(hours: dict[str, dict], short: Race) -> list[Claim]:
     return found
 
 
+def hour_table(hours: dict[str, dict]) -> Table:
+    """What planning the long film takes, by contender."""
+    keys = ("seconds", "cpu", "peak_mb", "frames", "slow", "tokens")
+    rows = [
+        (NAMES[name], *(round(turn[key], 1) if key in turn else "" for key in keys)) for name, turn in hours.items()
+    ]
+    columns = ("what", "s", "CPU s", "peak MB", "frames", "slow", "tokens")
+    return Table("The film six times over (an hour), packets copied", columns, rows)
+
+
 def bench(args: argparse.Namespace) -> None:
     """Race on both films, then plan the long one, and write the results."""
     began = time.monotonic()
@@ -238,10 +248,7 @@ def bench(args: argparse.Namespace) -> None:
         tables.append(Table(f"{minutes} film {'with' if bframes else 'without'} B-frames", COLUMNS, race.rows()))
     hours = {name: measure(name, long) for name in ("ours", "ours released")}
     claims += hour_claims(hours, races[False])
-    keys = ("seconds", "cpu", "peak_mb", "frames", "slow", "tokens")
-    rows = [(NAMES[name], *(round(turn[key], 1) for key in keys)) for name, turn in hours.items()]
-    columns = ("what", "s", "CPU s", "peak MB", "frames", "slow", "tokens")
-    tables.append(Table("The film six times over (an hour), packets copied", columns, rows))
+    tables.append(hour_table(hours))
     notes = [
         "Peaks hold what is imported before anything is read: "
         + ", ".join(f"{NAMES[name]} {turns[0]['imports_mb']:.0f} MB" for name, turns in races[False].rounds.items())

@@ -43,12 +43,18 @@ class Span:
 
 @dataclass
 class Scene:
-    """A clip with its true changes (`events`) and the times when nothing but a nuisance is to be seen."""
+    """A clip with its true changes (`events`) and the times when nothing but a nuisance is to be seen.
+
+    start, end: the part that is used, in seconds. apart: it is reported separately and not included in all clips.
+    """
 
     name: str
     path: Path
     events: list[Span] = field(default_factory=list)
     nuisances: list[Span] = field(default_factory=list)
+    start: float = 0.0
+    end: float = 1e9
+    apart: bool = False
 
 
 class Drawing:
