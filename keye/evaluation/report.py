@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from keye.errors import KeyeError, ManifestError, writing
 from keye.evaluation.benchmark import Question
@@ -14,6 +14,22 @@ from keye.evaluation.match import match, parse_box
 
 _CANDIDATES = 200
 """Largest number of different answers that are tried as the constant answer and as the uniform guess."""
+
+
+class Scored(Protocol):
+    """What `score` and `by_slice` read of a reply: an `Outcome`, or a `keye.evaluation.public.scores.Prediction`."""
+
+    @property
+    def correct(self) -> bool | None: ...
+    @property
+    def chance(self) -> float: ...
+    @property
+    def majority(self) -> bool: ...
+    @property
+    def slices(self) -> Mapping[str, str]: ...
+
+
+Reply = TypeVar("Reply", bound=Scored)
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class Score:
         return (self.accuracy - self.baseline) / self.stderr
 
 
-def score(outcomes: Sequence[Outcome]) -> Score:
+def score(outcomes: Sequence[Scored]) -> Score:
     """Mean over outcomes. The standard error uses (k + 1) / (n + 2), so that it is not 0 if all replies are correct.
 
     Raises:
@@ -87,7 +103,7 @@ def score(outcomes: Sequence[Outcome]) -> Score:
     n = len(outcomes)
     if not n:
         raise KeyeError("there are no replies to score; evaluate a manifest with questions (a control needs media)")
-    correct = sum(outcome.correct for outcome in outcomes)
+    correct = sum(bool(outcome.correct) for outcome in outcomes)
     smooth = (correct + 1) / (n + 2)
     return Score(
         n=n,
@@ -96,6 +112,15 @@ def score(outcomes: Sequence[Outcome]) -> Score:
         chance=sum(outcome.chance for outcome in outcomes) / n,
         majority=sum(outcome.majority for outcome in outcomes) / n,
     )
+
+
+def by_slice(outcomes: Iterable[Reply]) -> dict[str, dict[str, list[Reply]]]:
+    """Slice → value → the outcomes that have it, in the order of their first appearance."""
+    groups: dict[str, dict[str, list[Reply]]] = {}
+    for outcome in outcomes:
+        for name, value in outcome.slices.items():
+            groups.setdefault(name, {}).setdefault(value, []).append(outcome)
+    return groups
 
 
 @dataclass
@@ -125,10 +150,7 @@ class Report:
     @property
     def slices(self) -> dict[str, dict[str, Score]]:
         """Slice → value → score, such as {"length": {"16s": …}}; empty for questions without slices."""
-        groups: dict[str, dict[str, list[Outcome]]] = {}
-        for outcome in self.outcomes:
-            for name, value in outcome.slices.items():
-                groups.setdefault(name, {}).setdefault(value, []).append(outcome)
+        groups = by_slice(self.outcomes)
         return {name: {value: score(group) for value, group in values.items()} for name, values in groups.items()}
 
     @property

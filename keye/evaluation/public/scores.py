@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keye.errors import KeyeError, writing
+from keye.evaluation import report
 from keye.evaluation.public.question import PublicBenchmark
 from keye.files import atomic_file
 
@@ -48,45 +49,29 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class PublicScore:
-    """Shares from 0 to 1 over `n` questions.
+class PublicScore(report.Score):
+    """A score with the figures of the official script, shares from 0 to 1.
 
     Attributes:
-        n: number of questions.
-        accuracy: share of correct replies.
         low, high: 95 % interval of `accuracy`.
         official: accuracy as the official script computes it.
         unread: share of replies in which the rule reads no option.
-        chance: expected accuracy of a uniform guess.
-        majority: accuracy of the most frequent answer.
     """
 
-    n: int
-    accuracy: float
     low: float
     high: float
     official: float
     unread: float
-    chance: float
-    majority: float
 
 
 def score(predictions: Sequence[Prediction], drops_unread: bool = False) -> PublicScore:
     """The score of predictions with a rule; drops_unread: the official accuracy leaves out unread replies."""
-    n = len(predictions)
-    correct = sum(bool(one.correct) for one in predictions)
-    read = sum(bool(one.choice) for one in predictions)
+    common, read = report.score(predictions), sum(bool(one.choice) for one in predictions)
     low, high = interval(predictions)
-    return PublicScore(
-        n=n,
-        accuracy=correct / n,
-        low=low,
-        high=high,
-        official=(correct / read if read else 0.0) if drops_unread else correct / n,
-        unread=1 - read / n,
-        chance=sum(one.chance for one in predictions) / n,
-        majority=sum(one.majority for one in predictions) / n,
-    )
+    official = common.accuracy
+    if drops_unread:
+        official = common.accuracy * common.n / read if read else 0.0
+    return PublicScore(**asdict(common), low=low, high=high, official=official, unread=1 - read / common.n)
 
 
 def interval(predictions: Sequence[Prediction]) -> tuple[float, float]:
@@ -111,10 +96,7 @@ def interval(predictions: Sequence[Prediction]) -> tuple[float, float]:
 def scores(predictions: Sequence[Prediction], drops_unread: bool = False) -> dict[str, dict[str, PublicScore]]:
     """Grouping → group → score of the predictions with a rule; `all` of the grouping `all` is the total."""
     judged = [one for one in predictions if one.correct is not None]
-    groups: dict[str, dict[str, list[Prediction]]] = {"all": {"all": judged}} if judged else {}
-    for one in judged:
-        for grouping, group in one.slices.items():
-            groups.setdefault(grouping, {}).setdefault(group, []).append(one)
+    groups = {"all": {"all": judged}, **report.by_slice(judged)} if judged else {}
     return {
         grouping: {group: score(members, drops_unread) for group, members in found.items()}
         for grouping, found in groups.items()
