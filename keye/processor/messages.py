@@ -26,6 +26,7 @@ from keye.encoder import EncodedVideo
 from keye.errors import ManifestError
 from keye.processor.options import Options, read_options
 from keye.processor.reply import Reply, Thinking, parse_reply, with_suffix, write_reply
+from keye.processor.stream import IMAGE_PAD, VIDEO_PAD
 from keye.video.fetch import scheme_of
 
 Message = dict[str, Any]
@@ -251,3 +252,21 @@ def _suffix(turn: Message, mode: bool) -> None:
         content[-1] = {"type": "text", "text": with_suffix(content[-1]["text"], mode)}
     else:
         content.append({"type": "text", "text": with_suffix("", mode)})
+
+
+def media_of_texts(texts: Sequence[str], kind: str, given: Any) -> list[list[Visual]]:
+    """The media of one kind for each text, by its placeholders."""
+    pad = IMAGE_PAD if kind == "image" else VIDEO_PAD
+    counts = [text.count(pad) for text in texts]
+    if given is None:
+        given = []
+    elif not isinstance(given, list | tuple):
+        given = [given]
+    nested = len(given) == len(texts) and all(isinstance(part, list | tuple) for part in given)
+    if nested and (kind == "image" or [len(part) for part in given] == counts):
+        given = [medium for part in given for medium in part]
+    if len(given) != sum(counts):
+        many = f"{len(given)} {kind}s were given for {sum(counts)} placeholders"
+        raise ManifestError(f"{many}; write one {pad} for each")
+    media = iter([Visual(kind, located(kind, medium, Path())) for medium in given])
+    return [[next(media) for _ in range(count)] for count in counts]

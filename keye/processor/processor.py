@@ -15,10 +15,10 @@ from keye.errors import ArgumentError, CheckpointError, KeyeError, ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
 from keye.processor.fit import encode_media
-from keye.processor.messages import Message, Visual, located, read_chat
+from keye.processor.messages import Message, Visual, located, media_of_texts, read_chat
 from keye.processor.options import image_limits, make_encoder
 from keye.processor.reply import Thinking
-from keye.processor.sample import PIXELS, KeyeInputs, Sample
+from keye.processor.sample import PIXELS, KeyeInputs, Sample, collate
 from keye.processor.settings import CallSettings, call_settings
 from keye.processor.spelling import Spelling
 from keye.processor.stream import (
@@ -32,7 +32,7 @@ from keye.processor.stream import (
     Stream,
 )
 from keye.processor.template import Spans, has_generation, render_jinja_template, variables_of
-from keye.slowfast.pixels import join, normalised
+from keye.slowfast.pixels import join
 from keye.video.fetch import UrlRules
 
 
@@ -253,25 +253,7 @@ class KeyeProcessor(ProcessorMixin):
 
         Pixels are float32 in [−1, 1]. length: the least length of the padded rows.
         """
-        longest = max(len(s) for s in samples)
-        length, rows = max(longest, length or 0), len(samples)
-        batch = {
-            "input_ids": torch.full((rows, length), self.tokenizer.pad_token_id),
-            "attention_mask": torch.zeros(rows, length, dtype=torch.long),
-            "labels": torch.full((rows, length), IGNORED),
-            "position_ids": torch.zeros(3, rows, length, dtype=torch.long),
-        }
-        for row, sample in enumerate(samples):
-            at = slice(length - len(sample), length) if padding_side == "left" else slice(0, len(sample))
-            batch["input_ids"][row, at] = sample.input_ids
-            batch["attention_mask"][row, at] = 1
-            batch["labels"][row, at] = sample.labels
-            batch["position_ids"][:, row, at] = sample.position_ids
-        for name in PIXELS:
-            parts = [getattr(s, name) for s in samples if getattr(s, name) is not None]
-            if parts:
-                batch[name] = torch.cat(parts) if name.endswith("thw") else normalised(join(parts))
-        return batch
+        return collate(samples, self.tokenizer.pad_token_id, padding_side, length)
 
     def apply_chat_template(
         self,
@@ -354,27 +336,10 @@ class KeyeProcessor(ProcessorMixin):
             raise ArgumentError(f"the processor got no text; give one with {IMAGE_PAD} or {VIDEO_PAD} for each medium")
         settings = call_settings(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        media = [self._media_of_texts(texts, kind, given) for kind, given in (("image", images), ("video", videos))]
+        media = [media_of_texts(texts, kind, given) for kind, given in (("image", images), ("video", videos))]
         visuals = settings.configured([[*stills, *clips] for stills, clips in zip(*media, strict=True)])
         rows = [(one, media, None) for one, media in zip(texts, visuals, strict=True)]
         return self._inputs(rows, settings, "left")
-
-    def _media_of_texts(self, texts: Sequence[str], kind: str, given: Any) -> list[list[Visual]]:
-        """The media of one kind for each text, by its placeholders."""
-        pad = IMAGE_PAD if kind == "image" else VIDEO_PAD
-        counts = [text.count(pad) for text in texts]
-        if given is None:
-            given = []
-        elif not isinstance(given, list | tuple):
-            given = [given]
-        nested = len(given) == len(texts) and all(isinstance(part, list | tuple) for part in given)
-        if nested and (kind == "image" or [len(part) for part in given] == counts):
-            given = [medium for part in given for medium in part]
-        if len(given) != sum(counts):
-            many = f"{len(given)} {kind}s were given for {sum(counts)} placeholders"
-            raise ManifestError(f"{many}; write one {pad} for each")
-        media = iter([Visual(kind, located(kind, medium, Path())) for medium in given])
-        return [[next(media) for _ in range(count)] for count in counts]
 
     def _inputs(
         self,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
+from keye.processor.stream import IGNORED
+from keye.slowfast.pixels import join, normalised
 from keye.slowfast.plan import VideoPlan
 
 PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -48,6 +50,31 @@ class Sample:
     def all_warnings(self) -> list[str]:
         """The warnings of its plans, then its own."""
         return [*(warning for plan in self.plans for warning in plan.warnings), *self.warnings]
+
+
+def collate(
+    samples: Sequence[Sample], pad_token_id: int, padding_side: str = "right", length: int | None = None
+) -> dict[str, Tensor]:
+    """One padded batch, see `KeyeProcessor.collate`."""
+    longest = max(len(s) for s in samples)
+    length, rows = max(longest, length or 0), len(samples)
+    batch = {
+        "input_ids": torch.full((rows, length), pad_token_id),
+        "attention_mask": torch.zeros(rows, length, dtype=torch.long),
+        "labels": torch.full((rows, length), IGNORED),
+        "position_ids": torch.zeros(3, rows, length, dtype=torch.long),
+    }
+    for row, sample in enumerate(samples):
+        at = slice(length - len(sample), length) if padding_side == "left" else slice(0, len(sample))
+        batch["input_ids"][row, at] = sample.input_ids
+        batch["attention_mask"][row, at] = 1
+        batch["labels"][row, at] = sample.labels
+        batch["position_ids"][:, row, at] = sample.position_ids
+    for name in PIXELS:
+        parts = [getattr(s, name) for s in samples if getattr(s, name) is not None]
+        if parts:
+            batch[name] = torch.cat(parts) if name.endswith("thw") else normalised(join(parts))
+    return batch
 
 
 class KeyeInputs(BatchFeature):

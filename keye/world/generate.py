@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from keye.errors import ManifestError, writing
 from keye.world.draft import QUESTIONS
 from keye.world.families import FAMILIES, deal
-from keye.world.manifest import write_manifest
+from keye.world.manifest import question_line, write_manifest
 from keye.world.render import write_mp4, write_png
 from keye.world.scene import COLOURS, PHOTOGRAPHS, SHAPES, Setting, photograph
 from keye.world.words import is_heldout, text, text_items
@@ -63,18 +63,7 @@ def make(job: Job, out_dir: Path) -> dict[str, Any]:
         write_mp4(out_dir / path, map(draft.draw, range(draft.frames)), draft.fps, uniform=True)
         content.insert(0, {"type": "video", "video": path})
         meta |= {"size": list(job.setting.size), "fps": draft.fps, "duration": draft.frames / draft.fps}
-    return {
-        "id": job.name,
-        "family": job.family,
-        "messages": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": draft.answer}]},
-        ],
-        "answer": draft.answer,
-        "options": draft.options,
-        "tolerance": draft.tolerance,
-        "meta": meta,
-    }
+    return question_line(job.name, job.family, content, draft.answer, draft.options, draft.tolerance, meta)
 
 
 def generate(

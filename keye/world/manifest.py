@@ -1,12 +1,46 @@
 """Manifests: JSON Lines in the chat format, one sample a line, media paths relative to the manifest."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from keye.errors import ManifestError
 from keye.files import atomic_file
+
+
+def question_line(
+    name: str,
+    family: str,
+    content: Sequence[dict[str, str]],
+    answer: str,
+    options: Sequence[str] | None,
+    tolerance: float | None,
+    meta: dict[str, Any],
+) -> dict[str, Any]:
+    """The manifest line of a question and its answer.
+
+    Args:
+        name: the id.
+        family: of the question.
+        content: the parts of the user's turn.
+        answer: the assistant's turn.
+        options: the answers to choose from.
+        tolerance: largest difference of a number that is correct.
+        meta: what else is known of the question.
+    """
+    return {
+        "id": name,
+        "family": family,
+        "messages": [
+            {"role": "user", "content": list(content)},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ],
+        "answer": answer,
+        "options": None if options is None else list(options),
+        "tolerance": tolerance,
+        "meta": meta,
+    }
 
 
 def write_manifest(path: str | Path, samples: Iterable[dict[str, Any]]) -> None:

@@ -247,7 +247,9 @@ def test_pixels_are_close_and_what_is_changed_is_seen(films, monkeypatch):
 def spent(slow: int, **seen: tuple[int, int]) -> dict:
     """The result of a measure on some clips: slow frames of 100, and (seen, all) of each kind of change."""
     changes = {kind: {"seen": n, "of": of, "recall": n / of} for kind, (n, of) in seen.items()}
-    return {"slow": slow, "frames": 100, "share": slow / 100, "wasted": None, "changes": changes}
+    hits, total = seen["all"]
+    by_unit = {"hits": [1.0] * hits + [0.0] * (total - hits), "units": [f"clip {i}" for i in range(total)]}
+    return {"slow": slow, "frames": 100, "share": slow / 100, "wasted": None, "changes": changes, **by_unit}
 
 
 def test_claims_of_recall_are_met_only_by_what_was_seen():
@@ -263,8 +265,10 @@ def test_claims_of_recall_are_met_only_by_what_was_seen():
     assert [claim.met for claim in found] == [True, False, True, False, True, False]
     assert [claim.ratio for claim in found] == ["4.00 ×", "4.00 ×", "2.00 ×", "1.33 ×", "", ""]
     assert found[2].figure == "4 of 4 against 2 (10 and 9 slow frames)"
-    kinds, by_clip, _ = recall_claims.tables(results, ["cuts", "small"])
-    assert kinds.rows[0] == ("released", "change", "10.0%", "80%", "100%", "67%", "–")
+    assert "uniform 90%; to uniform -30 to +0 points" in found[1].figure  # one of ten changes more
+    kinds, by_clip, _ = recall_claims.tables(results)
+    assert kinds.rows[0] == ("released", "change", "10.0%", "80%", "100%", "67%", "–", "–")
+    assert kinds.rows[1][-1] == "-90 to -30"  # six of ten changes fewer
     assert by_clip.rows[1] == (recall_claims.FILM, 10, "80%", "20%", "20%", "20%", "20%")
 
 

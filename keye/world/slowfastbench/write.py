@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from keye.errors import ManifestError, writing
-from keye.world.manifest import write_manifest
+from keye.world.manifest import question_line, write_manifest
 from keye.world.render import write_mp4
 from keye.world.slowfastbench import real
 from keye.world.slowfastbench.family import HEIGHTS, MOTIONS
@@ -173,26 +173,16 @@ def sample(item: Item) -> dict[str, Any]:
     """The manifest line of a question."""
     content = [{"type": "video", "video": clip_path(item)}, {"type": "text", "text": item.question}]
     film = item.film
-    return {
-        "id": item.name,
-        "family": item.family,
-        "messages": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": item.answer}]},
-        ],
-        "answer": item.answer,
-        "options": None if item.options is None else list(item.options),
-        "tolerance": item.tolerance,
-        "meta": {
-            "benchmark": f"SlowFastBench v{VERSION}",
-            "group": item.group,
-            "slices": item.slices,
-            "size": list(film.size),
-            "fps": film.fps,
-            "duration": film.cells / 2,
-            "events": events(film),
-        },
+    meta = {
+        "benchmark": f"SlowFastBench v{VERSION}",
+        "group": item.group,
+        "slices": item.slices,
+        "size": list(film.size),
+        "fps": film.fps,
+        "duration": film.cells / 2,
+        "events": events(film),
     }
+    return question_line(item.name, item.family, content, item.answer, item.options, item.tolerance, meta)
 
 
 def events(film: Film) -> list[dict[str, Any]]:

@@ -29,55 +29,35 @@ from keye.slowfast.measures import get_measure
 from keye.slowfast.policies import FAST, SLOW, Decisions, Limits, Policy
 from keye.slowfast.policies.base import ClipFeatures
 from keye.video.clip import open_clip
+from scripts.bench.common.intervals import DRAWS, paired_interval
 from scripts.bench.common.process import in_process
 from scripts.bench.common.record import QUICK_OUT, Claim, Table, arguments, out_of, save
+from scripts.bench.encoder.media.changes import CONTINUITY, FILM, GROUPS, sources
 from scripts.bench.encoder.media.continuity import SEED
 from scripts.bench.encoder.media.corpus import FOLDER, locked, real_clips
 from scripts.bench.encoder.media.encodes import RECIPES, encode
 from scripts.bench.encoder.media.films import film, render
-from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, SCENE_KINDS, TUNING_SEEDS, Scene, Span, scene
-from scripts.bench.encoder.recall import (
-    FPS,
-    HALF,
-    PEOPLE,
-    REAL,
-    Scores,
-    Tally,
-    continuity_scene,
-    evenly,
-    film_scene,
-    reel_scene,
-    sample,
-    seen,
-)
+from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, Scene, Span
+from scripts.bench.encoder.recall import FPS, Scores, sample
+from scripts.bench.encoder.recall_tally import Tally, evenly
 
 MEASURE, ALONE = "packets", "packets alone"  # with and without the fallback to pixels
 PIXELS = ("change", "mse", "lab", "patch_l1")
 SETTINGS = ("10%", "20%", "30%", "as changes")
 GOAL = 5  # points of recall below the best pixel measure
 SECONDS = 240.0  # of a film
-RESAMPLES = 2000
 DROPS = ("even", "similar", "tails")
 CUT = 0.05  # similarity below which the run of frames that "tails" halves ends: key frames where none was due
 
 
-def clips(split: str) -> Iterator[tuple[Scene, float, float]]:
-    """(clip, beginning, seconds) of all clips of a split."""
-    paths = real_clips()
-    first, last = (0.0, HALF) if split == "tuning" else (HALF, 90.0 - HALF)
-    people = [Span("enter", time, time + 0.5) for time in PEOPLE[split]]
-    yield Scene("vtest", paths["vtest.avi"], people), first, last
-    for name, events in REAL[split].items():
-        yield Scene(name, paths[name], events), 0.0, SECONDS
-    for seed in TUNING_SEEDS if split == "tuning" else HELD_OUT_SEEDS:
-        for kind in SCENE_KINDS:
-            yield scene(kind, seed), 0.0, SECONDS
-    yield reel_scene(split, paths), 0.0, 600.0
-    yield from ((made, 0.0, SECONDS) for made in ([_bikes(paths)] if split == "tuning" else _films()))
-
-
-def _films() -> list[Scene]:
-    return [film_scene(), continuity_scene()]
+def clips(split: str) -> Iterator[Scene]:
+    """The clips of a split that have changes, but for the pages of text; of the two films the first `SECONDS`."""
+    for name, make in sources(split).items():
+        made = make()
+        if made.events and {GROUPS[event.kind] for event in made.events} != {"pages"}:
+            yield replace(made, end=min(made.end, SECONDS)) if name in (FILM, CONTINUITY) else made
+    if split == "tuning":
+        yield _bikes(real_clips())
 
 
 def _bikes(paths: dict[str, Path]) -> Scene:
@@ -107,26 +87,24 @@ def judge(split: str, name: str, few: bool) -> dict:
     Where the packets say nothing, `packets` is the pixel measure that it falls back to, and `packets alone` is not.
 
     Returns:
-        {setting: {measure: {"slow", "frames", "changes": …, "hits": [for each change whether it was seen]}}}
+        {setting: {measure: what `Tally.result` gives}}
     """
     tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
-    hits: dict[tuple[str, str], list[bool]] = defaultdict(list)
-    for number, (made, start, seconds) in enumerate(clips(split)):
+    for number, made in enumerate(clips(split)):
         if few and number % 16:
             continue
-        path = encode(made.path, split, name, start, seconds)
+        path = encode(made.path, split, name, made.start, made.end - made.start)
         read = PacketScores(path)
-        clip = sample(path, made.name)
+        clip = sample(Scene(made.name, path))
         if clip.times != read.times:
             raise ValueError(f"{path} has other frames than its packets say")
-        events = (replace(event, start=event.start - start, end=event.end - start) for event in made.events)
+        events = (replace(one, start=one.start - made.start, end=one.end - made.start) for one in made.events)
         clip.events = [event for event in events if event.end < clip.times[-1]]
         total = len(clip.times)
         targets = {share: max(2, round(int(share[:-1]) / 100 * total)) for share in SETTINGS[:-1]}
         targets["as changes"] = 1 + len(clip.events)
         for setting, target in targets.items():
             tallies[setting, "uniform"].add(clip, evenly(target, total))
-            hits[setting, "uniform"] += seen(clip, evenly(target, total))
         for measure in (ALONE, *PIXELS):
             scores = read if measure == ALONE else Scores(get_measure(measure), clip.frames)
             used = read.measure.pixels.name if read.falls_back else ALONE
@@ -134,19 +112,16 @@ def judge(split: str, name: str, few: bool) -> dict:
                 slow = scores.spend(target)
                 for row in (measure, *([MEASURE] if measure == used else [])):
                     tallies[setting, row].add(clip, slow)
-                    hits[setting, row] += seen(clip, slow)
     found: dict = {setting: {} for setting in SETTINGS}
     for (setting, measure), tally in tallies.items():
-        found[setting][measure] = {**tally.result(), "hits": hits[setting, measure]}
+        found[setting][measure] = tally.result()
     return found
 
 
-def interval(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float]:
+def interval(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the difference of two recalls in points, by bootstrap over the changes (paired)."""
-    difference = np.subtract(one, other, dtype=float)
-    picks = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
-    low, high = np.percentile(100 * difference[picks].mean(1), (2.5, 97.5))
-    return float(low), float(high)
+    low, high = paired_interval(np.subtract(one, other, dtype=float))
+    return 100 * low, 100 * high
 
 
 def recall_claims(found: dict[str, dict]) -> tuple[list[Claim], list[Table]]:
@@ -337,7 +312,7 @@ NOTES = [
     " similar half 80 % (47 %), and the first halves of the shots 43 % (26 %), or 47 % (42 %) of the bytes. The"
     " conversion of about 600 frames to RGB and their resizing come on top.",
     "The best pixel measure is selected on the reported clips themselves, for each encode and setting. Intervals:"
-    f" paired bootstrap over the changes, {RESAMPLES} resamples.",
+    f" paired bootstrap over the changes, {DRAWS:,} resamples.",
 ]
 
 
