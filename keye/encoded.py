@@ -16,6 +16,7 @@ from keye.slowfast.pixels import Output, PixelFormat, as_bytes
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import FAST, SLOW
 from keye.slowfast.resizing import patches, resize
+from keye.slowfast.threads import one_thread
 from keye.video.images import load_image
 from keye.visualize.figures import strip_frames
 from keye.visualize.notebook import PLACES, one_line, plan_html
@@ -230,11 +231,12 @@ def encode_patches(
     patch = side // 2
     pixel_values = pixel_format.empty(4 * sum(size_tokens(size, side) for size in sizes), 3, patch, patch)
     start = 0
-    for frame, size in zip(frames, sizes, strict=True):
-        cut = patches(resize(frame[None], size, "bicubic"), patch)[0]
-        end = start + len(cut)
-        pixel_format.fill(pixel_values[start:end], cut)
-        start = end
+    with one_thread():  # frames may be decoded at the same time
+        for frame, size in zip(frames, sizes, strict=True):
+            cut = patches(resize(frame[None], size, "bicubic"), patch)[0]
+            end = start + len(cut)
+            pixel_format.fill(pixel_values[start:end], cut)
+            start = end
     return pixel_values, torch.tensor([(1, height // patch, width // patch) for height, width in sizes])
 
 
@@ -262,6 +264,7 @@ def chosen_frames(
         else:
             outputs.append(pixel_format.empty(len(of_kind), 3, *(sizes[kind] or own)))
     rows = [iter(output) for output in outputs]
-    for kind, frame, size in zip(kinds, frames(wanted), wanted, strict=True):
-        pixel_format.fill(next(rows[kind]), resize(frame[None], size, "bicubic")[0])
+    with one_thread():  # frames may be decoded at the same time
+        for kind, frame, size in zip(kinds, frames(wanted), wanted, strict=True):
+            pixel_format.fill(next(rows[kind]), resize(frame[None], size, "bicubic")[0])
     return ChosenFrames(*outputs, plan)

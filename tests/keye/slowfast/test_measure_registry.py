@@ -79,6 +79,16 @@ assert {"change", "patch_cosine"} <= set(known_measures())
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(28, 28), (56, 84), (89, 70), (112, 140)])
+def test_resize_of_planes_equals_that_of_interleaved_colours(three_threads, size, mode):
+    for shape in ((1, 3, 90, 71), (3, 3, 90, 71), (1, 3, 144, 256)):
+        planes = noise(*shape)
+        interleaved = planes.contiguous(memory_format=torch.channels_last)
+        plain = torch.nn.functional.interpolate(interleaved, size=size, mode=mode, antialias=True)
+        assert torch.equal(resize(planes, size, mode), plain) and torch.equal(resize(interleaved, size, mode), plain)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_resize_over_threads_gives_the_same_bytes(three_threads, mode):
     frames = noise(7, 3, 90, 70)
     plain = torch.nn.functional.interpolate(frames, size=(56, 28), mode=mode, antialias=True)

@@ -5,8 +5,10 @@ import threading
 import pytest
 import torch
 
+from keye.encoded import encode_patches
 from keye.encoder import SlowFastEncoder
 from keye.slowfast.measures.pixelwise import MSE
+from keye.slowfast.pixels import PixelFormat
 
 THREADS = 3
 
@@ -51,6 +53,19 @@ def test_a_thread_that_starts_while_frames_are_scored_keeps_all_of_torchs_thread
     assert measure.inside == {1}  # scoring runs in this thread only
     assert measure.new == {THREADS}
     assert torch.get_num_threads() == in_a_new_thread(torch.get_num_threads) == THREADS
+
+
+def test_frames_are_resized_and_cut_without_threads_that_spin():
+    """Decoding needs the cores at the same time."""
+    seen = []
+
+    def decoded():
+        for frame in frames(3):
+            seen.append(torch.get_num_threads())
+            yield frame
+
+    encode_patches(decoded(), [(56, 84)] * 3, 28, PixelFormat())
+    assert seen == [1, 1, 1] and torch.get_num_threads() == THREADS
 
 
 def test_overlapping_plans_restore_the_number():
