@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @register
 class Packets:
-    """The usual bytes over the bytes of the most unusual picture since the reference: 0.5 where one has twice as many.
+    """Compares frames by the bytes of the pictures between them; the score is 1 / (1 + surprise).
 
-    `surprise` gives the logarithm of each picture's bytes over its usual bytes. A sampled frame has the largest value
-    of the pictures since the sampled frame before. Over several sampled frames the `ORDER`-norm of their values counts,
-    which is near the largest one: a cut adds to the score and continuous motion, whose bytes are usual, hardly does.
+    `surprise` gives the logarithm of each picture's bytes over its usual bytes, several times as much if it has as many
+    bytes as a key frame, since it then shows another scene. A sampled frame has the largest value of the pictures since
+    the sampled frame before. Over several sampled frames the `ORDER`-norm of their values counts, which is near the
+    largest one: a cut adds to the score and continuous motion, whose bytes are usual, hardly does.
     The constants were chosen on the tuning clips of scripts/bench/encoder/packets.py.
 
     The measure reads packets where a stream has them (`read`). Frames without packets are compared by `pixels`.
@@ -38,18 +39,20 @@ class Packets:
     HEADER = 32  # bytes of a picture without content; the sizes of static pictures differ by less
     WINDOW = 1.0  # seconds: the usual bytes are those of the pictures this near, before and after
     FEWEST = 5  # pictures that the usual bytes are the median of, where fewer are this near
-    CUT = 4.0  # excess of a key frame where none was due: above that of any other picture
+    NEW = 5.0  # weight of a picture's bytes over those of a key frame: bytes that are rare and many show another scene
+    CUT = 10.0  # surprise of a key frame where none was due: above that of nearly all other pictures
+    UNSURE = 1.6  # surprise of a key frame that a cut or the first period may have caused: just slow
     ORDER = 8  # of the norm
     # Frames from a B-picture to the picture before it, and the share of such pictures, from which a stream consists of
     # pyramids: of 16 frames, 3 are this far away; of the groups of H.264 and HEVC encoders, hardly any.
     DEEP, PYRAMIDS = 4, 0.1
-    # Share of pictures below the threshold from which they follow the structure of the stream (layers of low-delay
-    # AV1, 0.27 of a still picture) and not changes: more than in any tuning clip (0.21).
-    COMMON = 0.22
+    # Share of pictures with RARE times their usual bytes from which these follow the structure of the stream (layers of
+    # low-delay AV1, 0.27 of a still picture) and not changes: more than in any tuning clip (0.21).
+    RARE, COMMON = 2.5, 0.22
 
     def __init__(self) -> None:
         self.pixels = Change()
-        self._latest: tuple[PacketFacts | None, np.ndarray] = (None, np.empty(0))  # of `surprise`
+        self._latest: tuple[PacketFacts | None, np.ndarray] = (None, np.empty(0))  # of `_excess`
 
     def prepare(self, frames: torch.Tensor) -> torch.Tensor:
         """Features of frames without packets, see `pixels`."""
@@ -58,7 +61,7 @@ class Packets:
     def compare(self, reference: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         if features.ndim > 2:
             return self.pixels.compare(reference, features)
-        return (-(features - reference).abs()[:, 0].pow(1 / self.ORDER)).exp().float()
+        return (1 / (1 + (features - reference).abs()[:, 0].pow(1 / self.ORDER))).float()
 
     def lacks(self, facts: "PacketFacts") -> str | None:
         """Why the packets say nothing about changes; None where they do."""
@@ -69,19 +72,32 @@ class Packets:
             return "all packets have one size"
         if np.mean(facts.between & (facts.spans >= self.DEEP)) > self.PYRAMIDS:
             return "pyramids of pictures hide when a change happens"
-        unusual = self.surprise(facts)[~facts.keys] > -np.log(self.threshold)
+        unusual = self._excess(facts)[~facts.keys] > np.log(self.RARE)
         if unusual.sum() > self.COMMON * len(unusual):
             return "unusual sizes recur"
         return None
 
     def read(self, facts: "PacketFacts", frames: np.ndarray) -> torch.Tensor:
         """Features float64 [T, 1] of the frames at ascending positions int64 [T] of a stream."""
-        excess = np.maximum.reduceat(self.surprise(facts)[: frames[-1] + 1], np.append(0, frames[:-1] + 1))
-        excess[0] = 0.0  # nothing comes before the first frame
-        return torch.from_numpy(np.cumsum(excess**self.ORDER))[:, None]
+        largest = np.maximum.reduceat(self.surprise(facts)[: frames[-1] + 1], np.append(0, frames[:-1] + 1))
+        largest[0] = 0.0  # nothing comes before the first frame
+        return torch.from_numpy(np.cumsum(largest**self.ORDER))[:, None]
 
     def surprise(self, facts: "PacketFacts") -> np.ndarray:
-        """The excess of each frame over its usual bytes, float64 [F], 0 or more: ln(bytes / usual bytes)."""
+        """The surprise of each frame, float64 [F], 0 or more: 0.7 for twice the usual bytes, 4.2 in a new picture."""
+        keys = np.flatnonzero(facts.keys)
+        coded = facts.coded + float(self.HEADER)
+        surprise = self._excess(facts)
+        if len(keys):
+            after = np.searchsorted(keys, np.arange(len(coded)), side="right")
+            around = [coded[keys[places.clip(0, len(keys) - 1)]] for places in (after - 1, after)]
+            surprise = surprise * (1 + self.NEW * (coded / np.minimum(*around)).clip(max=1))
+            surprise[keys[0]] = 0.0
+            surprise[keys[1:]] = self._key_frames(keys, coded[keys])
+        return surprise
+
+    def _excess(self, facts: "PacketFacts") -> np.ndarray:
+        """ln(bytes / usual bytes) of each frame, float64 [F], 0 or more; 0 for key frames."""
         if self._latest[0] is facts:
             return self._latest[1]
         spans = np.log2(np.maximum(facts.spans, 1)).round()
@@ -91,8 +107,6 @@ class Packets:
             here = np.flatnonzero(kinds == kind)
             coded = facts.coded[here] + float(self.HEADER)
             excess[here] = np.log(coded / self._usual(coded, facts.times[here])).clip(min=0)
-        keys = np.flatnonzero(facts.keys)
-        excess[keys[1:]] = self._key_frames(keys, facts.coded[keys])
         self._latest = facts, excess
         return excess
 
@@ -105,14 +119,15 @@ class Packets:
         return np.array([np.median(coded[one:other]) for one, other in zip(first, last, strict=True)])
 
     def _key_frames(self, keys: np.ndarray, coded: np.ndarray) -> np.ndarray:
-        """The excess of the key frames at positions `keys`, without the first.
+        """The surprise of the key frames at positions `keys`, without the first; coded: bytes of each.
 
         Encoders insert a key frame at a cut, and otherwise at a fixed distance: the largest one, if it recurs. At that
-        distance from another one, a key frame says only by its bytes whether it shows another picture.
+        distance from another one, a key frame says only by its bytes whether it shows another picture. Where the
+        largest distance does not recur, as in clips of a few seconds, either may have caused it.
         """
-        changes = np.abs(np.diff(np.log(coded + float(self.HEADER)))).clip(max=self.CUT)
+        changes = np.abs(np.diff(np.log(coded))).clip(max=self.CUT)
         distances = np.diff(keys)
         largest = distances.max(initial=0)
         if np.count_nonzero(distances == largest) < 2:
-            return np.full(len(distances), self.CUT)
+            return np.where(distances == largest, changes.clip(min=self.UNSURE), self.CUT)
         return np.where(np.isin(keys[1:] - largest, keys), changes, self.CUT)

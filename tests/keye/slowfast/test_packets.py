@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from keye import SlowFastEncoder
+from keye.encoded import encode_patches
 from keye.encoder_config import EncoderConfig
 from keye.slowfast.measures.packets import Packets
 from keye.slowfast.policies import FAST, SLOW, Decisions, Policy
@@ -172,6 +173,16 @@ def test_frames_that_the_plan_drops_are_not_converted(coded, monkeypatch):
     assert torch.equal(video.pixel_values[:size], kept.pixel_values[:size])
 
 
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_pixels_where_frames_are_dropped_equal_those_of_a_full_decode(coded, name):
+    video = encoder(policy=First())(coded(name), dtype=torch.uint8)
+    with av.open(str(coded(name))) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    pixels = torch.from_numpy(np.stack([decoded[index] for index in video.plan.frame_indices])).permute(0, 3, 1, 2)
+    expected, grid = encode_patches(pixels, video.plan.frame_sizes, 28, video.format)
+    assert torch.equal(video.pixel_values, expected) and torch.equal(video.grid_thw, grid)
+
+
 def test_a_damaged_file_still_has_every_frame_of_its_plan(coded, folder):
     content = bytearray(coded("fixed.mp4").read_bytes())
     draw = np.random.default_rng(0)
@@ -284,13 +295,22 @@ def test_packets_of_one_size_say_nothing():
     assert Packets().lacks(facts([5000] + [900] * 10 + [4000] + [900] * 9, [0])) is None
 
 
-def test_scores_are_the_usual_bytes_over_the_largest():
+def test_scores_follow_the_most_unusual_picture():
     measure = Packets()
-    sizes = [5000, *[168] * 10, 768, *[168] * 9]  # 32 bytes more are 200 and 800
+    sizes = [7968, *[168] * 10, 768, *[168] * 9]  # 32 bytes more are 8000, 200 and 800: a tenth of the key frame
     features = measure.read(facts(sizes, [0]), np.arange(0, 21, 5))
     scores = measure.compare(features[0], features[1:])
-    assert scores.tolist() == pytest.approx([1, 1, 0.25, 0.25]) and scores.dtype == torch.float32
+    expected = 1 / (1 + np.log(4) * (1 + measure.NEW / 10))
+    assert scores.tolist() == pytest.approx([1, 1, expected, expected]) and scores.dtype == torch.float32
     assert measure.compare(features[3], features[3:]).tolist() == [1, 1]
+
+
+def test_a_picture_with_the_bytes_of_a_key_frame_is_more_than_one_with_few():
+    """Both have five times their usual bytes; the first shows another scene."""
+    sizes = [5968, *[1168] * 20, 5968, *[1168] * 20, *[68] * 20, 468, *[68] * 20]
+    surprise = Packets().surprise(facts(sizes, [0]))
+    assert surprise[21] == pytest.approx((1 + Packets.NEW) * np.log(5))
+    assert surprise[62] == pytest.approx((1 + Packets.NEW / 12) * np.log(5))
 
 
 def test_key_frames_at_their_distance_count_by_their_sizes():
@@ -303,6 +323,14 @@ def test_key_frames_at_their_distance_count_by_their_sizes():
     assert other[20] == pytest.approx(np.log(4)) and other[10] == 0
     early = measure.surprise(facts(plain.tolist(), [0, 10, 14, 24, 34]))
     assert early[14] == Packets.CUT and early[24] < Packets.CUT
+
+
+def test_a_key_frame_that_may_end_the_first_period_is_less_than_a_cut():
+    """As in clips of a few seconds with fixed groups of pictures: a change between two key frames comes first."""
+    sizes = [5968, *[168] * 20, 3968, *[168] * 19, 5968, *[168] * 20]
+    surprise = Packets().surprise(facts(sizes, [0, 41]))
+    assert surprise[41] == Packets.UNSURE < surprise[21]
+    assert 1 / (1 + Packets.UNSURE) < Packets.threshold  # where nothing else happens, it is slow
 
 
 def test_the_warnings_of_the_container_are_those_of_a_call(folder):

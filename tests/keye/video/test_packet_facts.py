@@ -3,6 +3,8 @@
 import av
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from keye.video.clip import open_clip
 from keye.video.decoding.bitstream import CLEAN, NO, PictureType
@@ -54,6 +56,24 @@ def test_facts_equal_those_of_a_full_decode(coded):
     assert 0.97 * sum(sizes.values()) < facts.coded.sum() <= sum(sizes.values())
     moments = np.arange(0, len(frames) / 25, 0.5)
     assert chosen.tolist() == [max(n for n, (time, _) in enumerate(frames) if time <= t + 1e-4) for t in moments]
+
+
+def test_any_frames_that_are_kept_equal_those_of_a_full_decode(coded):
+    with av.open(str(coded)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+    @given(fps=st.sampled_from([3.0, 8.0, 25.0]), draw=st.randoms(use_true_random=False))
+    def check(fps, draw):
+        with open_clip(coded, fps, 1000, lazy=True) as clip:
+            _, sampled = clip.packets()
+            places = sorted(draw.sample(range(len(sampled)), draw.randint(1, len(sampled))))
+            clip.keep(places)
+            kept = list(clip)
+            assert [frame.index for frame in kept] == sampled[places].tolist()
+            assert all(np.array_equal(frame.pixels.permute(1, 2, 0), frames[frame.index]) for frame in kept)
+
+    check()
 
 
 def test_distances_of_prediction(tmp_path):
