@@ -5,8 +5,9 @@ encode. The encodes and clips of the report were not used for tuning the measure
 
 Time: every measurement runs in its own process, contenders alternate, and ratios are medians over the rounds, of
 processor time, which other programs of a shared machine change less, and of the clock. Half of the sampled frames is
-dropped in three ways: every second one; the half that is most similar to the frame before, by the packets; the second
-half of every run of frames between two cuts that the encoder found.
+dropped in four ways: every second one; the half that is most similar to the frame before, by the packets; the second
+half of every run of frames between two cuts that the encoder found; every second of these runs. "needed" decodes the
+packets that the frames of one way need, and does nothing else: no reader that decodes with FFmpeg can be faster.
 
     python -m scripts.bench.encoder.packets               # writes docs/results/encoder/packets.json
     python -m scripts.bench.encoder.packets --split tuning --skip-time
@@ -14,11 +15,11 @@ half of every run of frames between two cuts that the encoder found.
 
 import argparse
 import json
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,6 @@ import torch
 
 from keye.errors import run
 from keye.slowfast.measures import get_measure
-from keye.slowfast.policies import FAST, SLOW, Decisions, Limits, Policy
-from keye.slowfast.policies.base import ClipFeatures
 from keye.video.clip import open_clip
 from scripts.bench.common.intervals import DRAWS, paired_interval
 from scripts.bench.common.process import in_process
@@ -38,16 +37,15 @@ from scripts.bench.encoder.media.corpus import FOLDER, locked, real_clips
 from scripts.bench.encoder.media.encodes import RECIPES, encode
 from scripts.bench.encoder.media.films import film, render
 from scripts.bench.encoder.media.scenes import HELD_OUT_SEEDS, Scene, Span
+from scripts.bench.encoder.packets_time import MEASURE, TIMED, measure_time, time_claims
 from scripts.bench.encoder.recall import FPS, Scores, sample
 from scripts.bench.encoder.recall_tally import Tally, evenly
 
-MEASURE, ALONE = "packets", "packets alone"  # with and without the fallback to pixels
+ALONE = "packets alone"  # MEASURE without the fallback to pixels
 PIXELS = ("change", "mse", "lab", "patch_l1")
 SETTINGS = ("10%", "20%", "30%", "as changes")
 GOAL = 5  # points of recall below the best pixel measure
 SECONDS = 240.0  # of a film
-DROPS = ("even", "similar", "tails")
-CUT = 0.05  # similarity below which the run of frames that "tails" halves ends: key frames where none was due
 
 
 def clips(split: str) -> Iterator[Scene]:
@@ -168,116 +166,20 @@ def _of(result: dict, kind: str) -> str:
     return f"{result['changes'][kind]['recall']:.0%}" if kind in result["changes"] else "–"
 
 
-@dataclass(frozen=True)
-class Half(Policy):
-    """Shows half of the sampled frames; slow and fast by the rule of `adaptive`. way: one of `DROPS`."""
-
-    name = "half"
-    online = False
-
-    threshold: float
-    way: str = DROPS[0]
-
-    def decide(self, clip: ClipFeatures, limits: Limits) -> Decisions:
-        count = len(clip)
-        nearby = [1.0, *(clip.score(index - 1, index) for index in range(1, count))]
-        new = {0, *(index for index in range(1, count) if nearby[index] < self.threshold)}
-        if self.way == "even":
-            shown = list(range(0, count, 2))
-        elif self.way == "similar":
-            shown = sorted([0, *sorted(range(1, count), key=lambda index: nearby[index])[: count // 2 - 1]])
-        else:
-            starts = [0, *(index for index in range(1, count) if nearby[index] < CUT), count]
-            runs = zip(starts, starts[1:], strict=False)
-            shown = [index for start, stop in runs for index in range(start, start + max(1, (stop - start) // 2))]
-        types = [SLOW if index in new else FAST for index in shown]
-        return Decisions(types, [float("nan"), *(nearby[index] for index in shown[1:])], shown)
-
-
-def contender(name: str, path: Path) -> Callable[[], dict]:
-    """The timed function of a worker process; imports are not timed."""
-    if name == "bare":
-        import av
-
-        def bare() -> dict:
-            with av.open(str(path)) as container:
-                container.streams.video[0].thread_type = "SLICE"  # the fastest one of `plan`
-                return {"frames": sum(1 for _ in container.decode(video=0))}
-
-        return bare
-    from keye import SlowFastEncoder
-
-    if name == "plan":
-        encoder = SlowFastEncoder(measure=MEASURE)
-        return lambda: {"frames": len(encoder.plan(path))}
-    encoder = SlowFastEncoder(measure=MEASURE, policy=Half(0.4, name), slow_multiple=0.0)
-    return lambda: {"frames": len(encoder(path, dtype=torch.uint8).plan)}
-
-
-def measure_time(path: Path, rounds: int) -> dict[str, list[dict]]:
-    """{contender: [{"seconds", "cpu"} of each round in which it took part]}.
-
-    The file is read before, so that it is in memory. The ways of dropping frames other than "tails" take part in the
-    first round only.
-    """
-    path.read_bytes()
-    found: dict[str, list[dict]] = defaultdict(list)
-    for turn in range(rounds):
-        order = ["bare", "plan", "tails", *(("even", "similar") if turn == 0 else ())]
-        for name in order if turn % 2 == 0 else order[::-1]:
-            one = in_process(__spec__.name, ["--worker", name, "--film", str(path)], f"{name} on {path.name}")
-            print(f"  {path.name:24} {name:8} {one['seconds']:7.2f} s, CPU {one['cpu']:.2f} s", flush=True)
-            found[name].append(one)
-    return found
-
-
-def time_claims(films: dict[str, dict[str, list[dict]]]) -> tuple[list[Claim], list[Table]]:
-    claims, rows = [], []
-    for about, found in films.items():
-        for name, rounds in found.items():
-            ratios = {clock: _ratio(rounds, found["bare"], clock) for clock in ("seconds", "cpu")}
-            medians = [f"{statistics.median(one[clock] for one in rounds):.2f}" for clock in ratios]
-            rows.append((about, NAMES[name], len(rounds), *medians, *(f"{ratio:.3f}" for ratio in ratios.values())))
-            if name == "bare":
-                continue
-            most, goal = (0.1, "≤ 10 % of bare decoding") if name == "plan" else (0.5, "≤ 0.5 × bare decoding")
-            bare = statistics.median(one["cpu"] for one in found["bare"])
-            figure = f"{medians[1]} s of processor time against {bare:.2f} s; by the clock {ratios['seconds']:.3f} ×"
-            claims.append(
-                Claim(f"{NAMES[name]}, {about}", goal, figure, f"{ratios['cpu']:.3f} ×", ratios["cpu"] <= most)
-            )
-    columns = ("film", "what", "rounds", "median s", "median CPU s", "s over bare decoding", "CPU s over bare decoding")
-    return claims, [Table("Time of planning from packets", columns, rows)]
-
-
-def _ratio(one: Sequence[dict], bare: Sequence[dict], clock: str) -> float:
-    """The median over the rounds of the time of one over that of bare decoding in the same round."""
-    return statistics.median(a[clock] / b[clock] for a, b in zip(one, bare, strict=False))
-
-
-NAMES = {
-    "bare": "bare decoding, PyAV, threads SLICE",
-    "plan": "plan from packets",
-    "even": "plan and pixels, every second frame dropped",
-    "similar": "plan and pixels, the more similar half dropped",
-    "tails": "plan and pixels, the second half of each shot dropped",
-}
-
-
 def bench(args: argparse.Namespace) -> None:
     began, claims, tables = time.monotonic(), [], []
     kept = FOLDER / "packets" / args.split
     kept.mkdir(parents=True, exist_ok=True)
     if not args.skip_time:
-        length, size = (12, (180, 320)) if args.quick else (600, (720, 1280))
+        size = (180, 320) if args.quick else (720, 1280)
         films = {}
-        for bframes in (True, False):
-            about = f"{length}-second {size[0]}p film {'with' if bframes else 'without'} B-frames"
-            path = film(length, bframes, size)
-            known = kept / f"{path.stem}-time.json"
-            if not (args.resume and known.is_file()):
-                known.write_text(json.dumps(measure_time(path, 1 if args.quick else args.rounds)))
-            films[about] = json.loads(known.read_text())
+        for (length, names), bframes in product(TIMED.items(), (True, False)):
+            path = film(12 if args.quick else length, bframes, size)
+            known = kept / f"{path.stem}-time-{len(names)}.json"
+            if args.quick or not (args.resume and known.is_file()):
+                known.write_text(json.dumps(measure_time(path, 1 if args.quick else args.rounds, names)))
+            about = f"{path.stem.split('-')[0]} {size[0]}p film {'with' if bframes else 'without'} B-frames"
+            films[about] = {**films.get(about, {}), **json.loads(known.read_text())}
         timed = time_claims(films)
         claims, tables = claims + timed[0], tables + timed[1]
     found = {}
@@ -308,9 +210,8 @@ NOTES = [
     f"Encodes have at most 240 rows; of the two films the first {SECONDS:.0f} s are coded. VP9 is coded in two passes"
     " with alternate references. `av1` has the default pyramids of SVT-AV1, 16 frames long; there the measure falls"
     " back to `change` with a warning. `packets alone` shows what it would see without that.",
-    "Of the packets of the film without B-frames (with B-frames), every second frame needs 90 % (50 %), the less"
-    " similar half 80 % (47 %), and the first halves of the shots 43 % (26 %), or 47 % (42 %) of the bytes. The"
-    " conversion of about 600 frames to RGB and their resizing come on top.",
+    "Packets needed: by the packets' headers, H.264 pictures before the last wanted one of their group that are a"
+    " reference of any other, and the wanted ones. The conversion of the frames to RGB and their resizing come on top.",
     "The best pixel measure is selected on the reported clips themselves, for each encode and setting. Intervals:"
     f" paired bootstrap over the changes, {DRAWS:,} resamples.",
 ]
@@ -324,16 +225,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of the times (default 3)")
     parser.add_argument("--skip-time", action="store_true", help="recall only")
     parser.add_argument("--resume", action="store_true", help="take what an interrupted bench has measured")
-    parser.add_argument("--worker", choices=tuple(NAMES), help=argparse.SUPPRESS)
-    parser.add_argument("--film", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--judge", choices=list(RECIPES["tuning"]), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        action = contender(args.worker, args.film)
-        began, cpu = time.perf_counter(), time.process_time()
-        figures = action()
-        print(json.dumps({"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu, **figures}))
-    elif args.judge:
+    if args.judge:
         torch.set_num_threads(1)
         with torch.inference_mode():
             print(json.dumps(judge(args.split, args.judge, args.quick)))
