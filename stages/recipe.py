@@ -79,6 +79,9 @@ class SourceRecipe:
     stages: tuple[str, ...] = ()
     """Stages that read it; empty = all but `vision`, which reads only sources that name it."""
 
+    first_tokens: int = 0
+    """Tokens of it that each of its stages reads before the mixture begins: a first lesson (curriculum)."""
+
     format: str = ""
     """One of "jsonl", "json", "parquet", "webdataset" or "hub"; empty = by the ending of the path."""
 

@@ -94,6 +94,7 @@ def _check_data(data: Any, need: Need) -> None:
     for key, source in [*named, *((f"data.heldout[{i}]", source) for i, source in enumerate(data.heldout))]:
         need(source.kind in KINDS, f"{key}.kind must be one of {', '.join(KINDS)}")
         need(source.weight > 0, f"{key}.weight must be above 0")
+        need(source.first_tokens >= 0, f"{key}.first_tokens must be 0 or more")
         need(source.format in ("", *FORMATS), f"{key}.format must be one of {', '.join(FORMATS)}")
         need(source.shuffle >= 1, f"{key}.shuffle must be at least 1")
         unfit = checked(source.transforms, source.streaming)

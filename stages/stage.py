@@ -138,7 +138,7 @@ def open_mixture(
             max_bad_fraction=recipe.data.max_bad_fraction,
         )  # fmt: skip
         sources.append((made, share))
-    return Mixture(sources)
+    return Mixture(sources, {} if heldout else {made.name: made.recipe.first_tokens for made, _ in sources})
 
 
 def choose_sources(name: str, recipe: Recipe, heldout: bool = False) -> list[tuple[SourceRecipe, float]]:

@@ -20,10 +20,15 @@ PER_TOKEN = 10
 class Plans:
     """A planner with synthetic samples: kind → (share, tokens of each, excess per token)."""
 
-    def __init__(self, parts: dict[str, tuple[float, list[int], int]], former: BalancedPacker | PairPacker) -> None:
+    def __init__(
+        self,
+        parts: dict[str, tuple[float, list[int], int]],
+        former: BalancedPacker | PairPacker,
+        lead: dict[str, int] | None = None,
+    ) -> None:
         self.parts = parts
         sources = [(small.Lengths(kind, kind, lengths), share) for kind, (share, lengths, _) in parts.items()]
-        self.planner, self.blocks = Planner(Mixture(sources), former), 0
+        self.planner, self.blocks = Planner(Mixture(sources, lead), former), 0
 
     def meta(self, kind: str, index: int) -> Meta | None:
         _, lengths, density = self.parts[kind]
@@ -92,6 +97,30 @@ def test_packs_are_full_and_shares_are_kept(packs):
     assert min(fills) > 0.98 and sum(fills) / len(fills) > 0.995
     for kind, share in plans.planner.realised().items():
         assert share == pytest.approx(plans.parts[kind][0], abs=0.01)
+
+
+@pytest.mark.parametrize("packs", [1, 8])
+def test_a_source_gives_its_first_tokens_before_the_shares_apply(packs):
+    amount, parts = 8192 * packs, three_kinds()
+    plans, resumed = (Plans(parts, BalancedPacker(8192, packs, PER_TOKEN), {"image": 10 * amount}) for _ in range(2))
+    kinds: list[dict[str, int]] = []
+    for step in range(50):
+        if step == 7:  # in the middle of the first tokens
+            resumed.planner.load_state_dict(plans.planner.state_dict())
+        packed = plans.step()
+        if step >= 7:
+            assert resumed.step() == packed
+        kinds.append(dict.fromkeys(parts, 0))
+        for meta in (meta for pack in packed for meta in pack):
+            kinds[-1][meta.kind] += meta.tokens
+    for first in kinds[:8]:
+        assert first["image"] == sum(first.values()) > 0.98 * amount
+    total = {kind: sum(step[kind] for step in kinds) for kind in parts}
+    after = sum(total.values()) - 10 * amount
+    for kind, (share, _, _) in parts.items():
+        given = total[kind] - (10 * amount if kind == "image" else 0)
+        assert given / after == pytest.approx(share, abs=0.01)
+        assert plans.planner.realised()[kind] == pytest.approx(total[kind] / sum(total.values()))
 
 
 @pytest.mark.parametrize(("packs", "ranks"), [(4, 2), (16, 2), (16, 4)])

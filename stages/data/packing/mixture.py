@@ -18,12 +18,15 @@ class Mixture:
 
     Args:
         sources: (source, share) of each; the shares add up to 1.
+        lead: source → tokens that it gives before the shares apply; 0 for the others.
     """
 
-    def __init__(self, sources: list[tuple[Source, float]]) -> None:
+    def __init__(self, sources: list[tuple[Source, float]], lead: dict[str, int] | None = None) -> None:
         self.sources = {source.name: source for source, _ in sources}
         self.shares = {source.name: share for source, share in sources}
         self.names = list(self.sources)
+        # Tokens that a source lacks in addition to its share, so that it is drawn until it has given them.
+        self.lead = {name: (lead or {}).get(name, 0) for name in self.names}
         self.waiting = dict.fromkeys(self.sources, 0)  # samples drawn whose length is not known yet
         self.known = dict.fromkeys(self.sources, 0)  # samples known to be bad or of known length
         self.tokens = dict.fromkeys(self.sources, 0)  # of the known ones; a bad one has none
@@ -57,7 +60,7 @@ class Mixture:
         each = [units(mean) for mean in means]
         # The room is full at the latest when one source alone has filled it.
         first = [
-            (self.tokens[name] + self.waiting[name] * mean) / self.shares[name]
+            (self.tokens[name] + self.waiting[name] * mean - self.lead[name]) / self.shares[name]
             for name, mean in zip(self.names, means, strict=True)
         ]
         apart = [mean / self.shares[name] for name, mean in zip(self.names, means, strict=True)]

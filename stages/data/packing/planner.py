@@ -74,7 +74,9 @@ class Planner:
         self.pool = Pool.none()
         self.flight: deque[Block] = deque()  # blocks drawn and not yet taken
         self.restored: np.ndarray | None = None  # of a restored pool, then the first block in flight
-        self.emitted = np.zeros(len(self.kinds), np.int64)
+        self.lead = np.zeros(len(self.kinds), np.int64)
+        np.add.at(self.lead, self._kind_of, [mixture.lead[name] for name in mixture.names])
+        self.emitted = -self.lead  # tokens so far beyond the leads, which the shares apply to
         self.step = 0
 
     def draws(self) -> list[Block]:
@@ -158,8 +160,8 @@ class Planner:
 
     def realised(self) -> dict[str, float]:
         """Kind → share of the tokens of all steps so far."""
-        total = max(int(self.emitted.sum()), 1)
-        return {kind: tokens / total for kind, tokens in zip(self.kinds, self.emitted.tolist(), strict=True)}
+        tokens = self.emitted + self.lead
+        return dict(zip(self.kinds, (tokens / max(int(tokens.sum()), 1)).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values. Samples are kept as references and encoded again on resume."""
