@@ -83,22 +83,36 @@ def test_controls_keep_entries_half_seconds_and_kinds(drawn: Path) -> None:
     assert other[0] == seen.picture[seen.entries(7).start]  # the fifth next clip, of another group
 
 
-def test_a_reader_depends_on_pixels_and_learns_what_it_is_shown(drawn: Path) -> None:
-    seen = clips.load([drawn], Setting("downsampled", 240))
-    reader = training.train(seen, training.Recipe(steps=2, batch=8), 0)
+def test_readers_depend_on_pixels_and_on_their_seed_alone(drawn: Path) -> None:
+    seen, recipe = clips.load([drawn], Setting("downsampled", 240)), training.Recipe(steps=2, batch=8, looks=2)
+    eye = training.train_eye(seen, recipe, 0)
+    shown = eye.look(seen.pictures)
+    torch.testing.assert_close(shown.sum(1), torch.full((len(seen.pictures), clips.COLUMNS), 2.0))
+    reader = training.train(seen, shown, recipe, 0)
     with torch.no_grad():
         everything = torch.arange(len(seen)), torch.arange(len(seen.answers))
-        logits, shown = reader(seen, *everything)
-        black, _ = reader(clips.controlled(seen, "zeroed"), *everything)
-    assert logits.shape == (24, 4) and logits.isfinite().all() and shown > 0
-    assert not torch.allclose(logits, black)
-    assert (training.train(seen, training.Recipe(2, 8), 0).state_dict()["columns"] - reader.columns).abs().max() == 0
+        logits = reader(seen, shown, *everything)
+        black = reader(seen, eye.look(torch.zeros_like(seen.pictures)), *everything)
+    assert logits.shape == (24, 4) and logits.isfinite().all() and not torch.allclose(logits, black)
+    again = training.train(seen, training.train_eye(seen, recipe, 0).look(seen.pictures), recipe, 0)
+    assert (again.columns - reader.columns).abs().max() == 0
+    assert (training.train(seen, shown, recipe, 1).columns - reader.columns).abs().max() > 0
+
+
+def test_an_eye_learns_tags(drawn: Path) -> None:
+    seen = clips.load([drawn], Setting("downsampled", 240))
+    eye = training.train_eye(seen, training.Recipe(looks=60, pictures=32), 0)
+    said = eye.look(seen.pictures)[:, clips.STATES :].argmax(1)
+    clip = torch.repeat_interleave(torch.arange(len(seen)), seen.starts.diff())
+    found = seen.tags[clip][np.unique(seen.picture, return_index=True)[1]]
+    assert (said == found)[found > 0].float().mean() > 0.8
 
 
 def test_a_run_continues_and_its_page_needs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = ["trained_reader", "--clips", "6", "--questions", "8", "--steps", "2", "--batch", "6", "--seeds", "0", "1",
-            "--budgets", "240", "--policies", "random", "uniform", "downsampled", "--families", "find", "compare",
-            "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]  # fmt: skip
+    base = ["trained_reader", "--clips", "6", "--questions", "8", "--steps", "2", "--looks", "2", "--batch", "6",
+            "--seeds", "0", "1", "--budgets", "240", "--policies", "random", "uniform", "downsampled",
+            "--families", "find", "compare", "--cache", str(tmp_path / "cache"),
+            "--out", str(tmp_path / "out")]  # fmt: skip
 
     def start(*more: str) -> None:
         monkeypatch.setattr(sys, "argv", [*base, *more])

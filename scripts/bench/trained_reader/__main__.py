@@ -19,10 +19,11 @@ import torch
 
 from keye.errors import KeyeError, run
 from keye.evaluation.study.settings import CEILING, REFERENCE, Setting
-from keye.files import write_atomically
+from keye.files import atomic_file, write_atomically
 from scripts.bench.common.record import RESULTS, ROOT, command, machine
 from scripts.bench.trained_reader import clips, page, training
 from scripts.bench.trained_reader.clips import FAMILIES_ASKED, Seen
+from scripts.bench.trained_reader.network import Eye, Reader
 from scripts.bench.trained_reader.training import Recipe
 
 EXAMPLES = """examples:
@@ -31,7 +32,7 @@ EXAMPLES = """examples:
   python -m scripts.bench.trained_reader --tables       the page again, from saved predictions
   python -m scripts.bench.trained_reader --clips 8 --steps 2 --out DIR --cache DIR     shows that it runs
 """
-POLICIES = (REFERENCE, "released", "random", "uniform", "two_stream", "downsampled", "ladder")
+POLICIES = (REFERENCE, "released", "random", "uniform", "two_stream", "downsampled")
 CACHE = ROOT / ".cache" / "bench" / "trained_reader"
 ALL_SLOW = Setting(CEILING, None)
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=160, help="training clips of a family (160)")
     parser.add_argument("--questions", type=int, default=120, help="held-out questions of a family (120)")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help=f"of each training ({Recipe.steps})")
+    parser.add_argument("--looks", type=int, default=Recipe.looks, help=f"steps of an eye ({Recipe.looks})")
     parser.add_argument("--batch", type=int, default=Recipe.batch, help=f"clips of a step ({Recipe.batch})")
     parser.add_argument("--rate", type=float, default=Recipe.rate, help=f"learning rate ({Recipe.rate})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -89,20 +91,22 @@ def drawn(args: argparse.Namespace, split: str, budget: int | None) -> list[Path
 
 def look(args: argparse.Namespace) -> None:
     """Train with every frame slow and print accuracy on `dev`."""
-    recipe = Recipe(args.steps, args.batch, args.rate)
+    recipe = Recipe(args.steps, args.batch, args.rate, args.looks)
     train, dev = (clips.load(drawn(args, split, None), ALL_SLOW) for split in ("train", "dev"))
     began = time.process_time()
-    reader = training.train(train, recipe, 0, log=True)
+    eye = training.train_eye(train, recipe, 0, log=True)
+    print(f"  {time.process_time() - began:.0f} s of a core", flush=True)
+    reader = training.train(train, eye.look(train.pictures), recipe, 0, log=True)
     seconds = time.process_time() - began
-    found = training.accuracies(training.choices(reader, dev), dev)
+    found = training.accuracies(training.choices(reader, dev, eye.look(dev.pictures)), dev)
     print(f"{recipe}  {seconds:.0f} s of a core  dev {found}", flush=True)
 
 
 def measure(args: argparse.Namespace) -> None:
     """Train and ask what is missing, and write the predictions."""
     out, began = args.out / "trained_reader", time.monotonic()
-    settings, recipe = settings_of(args), Recipe(args.steps, args.batch, args.rate)
-    parameters = sum(value.numel() for value in training.Reader().parameters())
+    settings, recipe = settings_of(args), Recipe(args.steps, args.batch, args.rate, args.looks)
+    parameters = sum(value.numel() for part in (Eye(), Reader()) for value in part.parameters())
     wanted = {
         "questions": page.identity(args.families, args.questions), "recipe": dataclasses.asdict(recipe),
         "training_clips": args.clips, "parameters": parameters, "seeds": args.seeds,
@@ -119,7 +123,8 @@ def measure(args: argparse.Namespace) -> None:
             print("time is up; the same command continues", flush=True)
             break
         train, heldout = (clips.load(drawn(args, split, setting.budget), setting) for split in ("train", "heldout"))
-        write_atomically(path, json.dumps(answer(train, heldout, recipe, setting, seed)))
+        eye = eye_of(args, recipe, seed, parts / f"eye-{seed}.pt")
+        write_atomically(path, json.dumps(answer(eye, train, heldout, recipe, setting, seed)))
     done = [json.loads(path.read_text()) for path in sorted(parts.glob("*.json"))]
     if not done:
         raise KeyeError("no reader has been trained; give more --minutes")
@@ -134,12 +139,26 @@ def _jobs(settings: Sequence[Setting], args: argparse.Namespace) -> Iterator[tup
             yield from ((one, seed) for one in settings if one.budget == budget)
 
 
-def answer(train: Seen, heldout: Seen, recipe: Recipe, setting: Setting, seed: int) -> dict:
+def eye_of(args: argparse.Namespace, recipe: Recipe, seed: int, path: Path) -> Eye:
+    """The eye of a seed, which all settings share; trained if it is not in `path`."""
+    eye = Eye()
+    if path.exists():
+        eye.load_state_dict(torch.load(path))
+        return eye.eval()
+    began = time.process_time()
+    eye = training.train_eye(clips.load(drawn(args, "train", None), ALL_SLOW), recipe, seed)
+    with atomic_file(path) as part:
+        torch.save(eye.state_dict(), part)
+    print(f"eye of seed {seed}: {time.process_time() - began:.0f} s of a core", flush=True)
+    return eye
+
+
+def answer(eye: Eye, train: Seen, heldout: Seen, recipe: Recipe, setting: Setting, seed: int) -> dict:
     """Train a reader and ask it: its choices, those of the controls, and what the plans cost."""
     began = time.process_time()
-    reader = training.train(train, recipe, seed)
+    reader = training.train(train, eye.look(train.pictures), recipe, seed)
     seconds = time.process_time() - began
-    found = training.answers(reader, heldout)
+    found = training.answers(eye, reader, heldout)
     print(f"{setting.label} seed {seed}: {seconds:.0f} s of a core, {training.accuracies(found['none'], heldout)}",
           flush=True)  # fmt: skip
     place = heldout.clip.numpy()

@@ -23,12 +23,13 @@ from scripts.bench.trained_reader.clips import CONTROLS, HEIGHT, LENGTH, items_o
 STUDY, LINES = "study.json", "predictions.parquet"
 LEARNT = 0.9
 """Accuracy on `heldout` with every frame slow from which on a family is said to be learnt."""
-READ = f"""A reader is a small network that is trained from nothing for one policy at one budget. All readers have the
-same network, recipe, training clips and number of steps; seeds differ in weights, order of the clips and mirror images.
-It gets every picture of a plan scaled to 48 x 80 pixels, its half second, and whether it is slow, and chooses among the
-options of the question. While it trains it is also told what each picture that it gets shows (tags, lit lamps, places
-of discs, by column), with every policy. The recipe was chosen on `dev` with every frame slow; `heldout` was asked once
-for each seed.
+READ = f"""A reader is a small network with two parts. The *eye* is a convolution that says of each column of a
+picture what it shows: the colour of a tag, a dark or a lit lamp, the place of a disc. One eye for each seed is
+trained on single pictures of the training clips and serves all policies. The other part attends to what the eye sees
+in the columns and half seconds of a plan, and chooses among the options of the question. It is trained from nothing
+for each policy, budget and seed, with the same recipe, training clips and number of steps. A reader gets every
+picture of a plan scaled to 48 x 80 pixels, its half second, and whether it is slow. The recipe was chosen on `dev`
+with every frame slow; `heldout` was asked once for each seed.
 
 *Tokens* are visual tokens that the plans really have: the default plans with the budget, and the others are matched to
 it clip by clip. ≠ marks a difference of more than 2 %. Intervals are 95 % percentile intervals of {DRAWS:,} bootstrap
@@ -36,12 +37,14 @@ draws over groups of questions and over seeds; differences are paired. An interv
 needs an interval above 0 against random, uniform and downsampled together, at equal tokens."""
 DISPUTE = """## What can be disputed
 
-- The network is made for these clips: it keeps columns, as a tag and its lamp share one, and it is told what pictures
-  show. It says what a reader that is easy to train makes of a plan, not what a language model would.
+- The network is made for these clips: it keeps columns, as a tag and its lamp share one, and its eye is told what
+  pictures show. It says what a reader that is easy to train makes of a plan, not what a language model would.
 - Clips of 8 seconds at 144p have 16 frames of 60 tokens. Lamps and tags are still visible at a tenth of that, so
   that time is scarce here and detail is not. Families of small text (`read`, `detail`) are not among these.
 - Pictures are scaled to 48 x 80 pixels; a frame at full size has more detail than that.
 - Readers of policies with more frames do more work in a step; steps, batches and clips are equal, not seconds.
+- The eye is trained with every frame slow, and its pictures are blurred by a scale of 0.7 to 1 at random; it has not
+  seen pictures that are smaller than that.
 - The default sets the tokens of the others; where it leaves part of a budget unspent, its rivals do not get it."""
 
 
