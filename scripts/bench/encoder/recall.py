@@ -191,6 +191,10 @@ def _load(path: Path) -> Judged:
 
 NOTES = [
     "`wasted`: the share of the frames at which only a nuisance happens that were made slow.",
+    "Intervals: paired bootstrap against `change`; clips, and half minutes of longer clips, are drawn as a whole. Drawn"
+    " clips share generators with the clips that `change` was tuned on; the films of the second table do not.",
+    "Pages of text (scripts/bench/encoder/media/pages.py) were drawn after all measures and thresholds were fixed, and"
+    " do not count among all clips.",
     "A clip of 20 frames with five changes has two slow frames at 10 %, the first among them: no measure can see more"
     " than one change there.",
     "The reel and the film set shots side by side that have little to do with each other, so that most colours change"
