@@ -31,7 +31,7 @@ class Change:
     scripts/bench/encoder/recall.py.
 
     All sums are over integers, so a frame has the same score to the bit in any batch.
-    Known weakness: a cut between two fine, even textures of one colour (grass, gravel) is a small change here, and so is
+    Known weaknesses: a cut between two fine, even textures of one colour (grass, gravel) is a small change here. So is
     a page of text that replaces another of the same layout (0.92 to 0.99 at 1080p): a fixed threshold misses it, the
     policy `adaptive_budget` does not.
     """
