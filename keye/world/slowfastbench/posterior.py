@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from keye.world.slowfastbench.schedules import PERIODS, RATES
+from keye.world.slowfastbench.schedules import PERIODS, RATES, RING
 
 NEVER = -np.inf
 
@@ -173,3 +173,26 @@ def turning(states: np.ndarray) -> np.ndarray:
             columns.append(log_sum(value, 1))
         tables.append(np.concatenate(columns, 1))
     return _jointly(np.stack(tables, 1))
+
+
+def going_round(states: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Log-likelihoods [places, 2] that each disc goes round clockwise or counter-clockwise; both do so at one time.
+
+    Args:
+        states: [places, cells, 6].
+        lengths: cells for which a disc may stay at a place of its ring.
+    """
+    cells = states.shape[1]
+    total = np.concatenate([np.zeros_like(states[:, :1]), states.cumsum(1)], 1)
+    ways = []
+    for way in (1, -1):
+        parts = []
+        for length in lengths:
+            start = np.arange(1, cells - RING * length + 2)
+            value = total[:, start, 0] + total[:, -1:, 0] - total[:, start + (RING - 1) * length, 0]
+            for step in range(1, RING):
+                ends = start + step * length
+                value = value + total[:, ends, way * step % RING] - total[:, ends - length, way * step % RING]
+            parts.append(value)
+        ways.append(np.concatenate(parts, 1))
+    return _jointly(np.stack(ways, 1))

@@ -19,7 +19,7 @@ from keye.world.slowfastbench import posterior
 from keye.world.slowfastbench.family import Family
 from keye.world.slowfastbench.questions import Item
 from keye.world.slowfastbench.reading import Layout, Picture, layout_of, state_likelihoods, tag_likelihoods
-from keye.world.slowfastbench.schedules import ACROSS, HOLDS, NTH, PERIODS, RATES, scale
+from keye.world.slowfastbench.schedules import ACROSS, HOLDS, NTH, PERIODS, RATES, WAYS, scale
 from keye.world.slowfastbench.table import FAMILIES
 
 NOISE = 256.0
@@ -73,7 +73,7 @@ class _Evidence:
         self.name, self.options = item.name, item.options or ()
         self.row: Family = FAMILIES[item.family]
         self.words = words_of(self.row, item.question)
-        places = 1 if self.row.changes in ("card", "disc") else self.row.places + self.row.decoys
+        places = 1 if self.row.changes == "card" else self.row.places + self.row.decoys
         self.layout: Layout = layout_of(item.film, places)
         self.scale = scale(self.layout.cells)
         self._seen = (times, pictures)
@@ -224,6 +224,11 @@ def _alias(seen: _Evidence) -> str:
     return seen.choose(zip(seen.tags(), table[:, [*RATES].index(seen.words[0])], strict=True))
 
 
+def _turn(seen: _Evidence) -> str:
+    table = posterior.going_round(seen.states().transpose(1, 0, 2), seen.lengths)
+    return seen.choose(zip(seen.tags(), table[:, WAYS.index(seen.words[0])], strict=True))
+
+
 def _cards(seen: _Evidence) -> str:
     orders = [*itertools.permutations(seen.options)]
     states = seen.states(tuple(map(" ".join, orders)))[:, 0].T
@@ -240,7 +245,7 @@ def _cards(seen: _Evidence) -> str:
 
 
 READERS: dict[str, Callable[[_Evidence], str]] = {
-    "find": _one, "coverage": _one, "detail": _cards, "read": _cards, "order": _order, "alias": _alias,
+    "find": _one, "coverage": _one, "detail": _cards, "read": _cards, "order": _order, "turn": _turn, "alias": _alias,
     "flicker": _flicker, "count": _count, "when": _when, "duration": _duration, "together": _together,
     "compare": _compare, "ground": _ground,
 }  # fmt: skip

@@ -1,10 +1,10 @@
 """What the pictures of a plan say about the states of a film: log-likelihoods, from pixels with noise.
 
 A picture shows known things at known places: lamps with one of two levels, dials with one of eight directions, cards
-with one of some texts, a disc at one of six places, and tags of some colours. What they look like in a picture of the
-plan's size follows from the resampling of the frame, which is linear. Unknown is the background beside them, which
-mixes with them in small pictures; it is a common grey level with a spread. Noise is added to the sums over pixels from
-which likelihoods are computed, with the covariance that independent noise of every pixel of the picture has there.
+with one of some texts, discs at one of six places of their rings, and tags of some colours. What they look like in a
+picture of the plan's size follows from the resampling of the frame, which is linear. Unknown is the background beside
+them, which mixes with them in small pictures; it is a common grey level with a spread. Noise is added to the sums over
+pixels from which likelihoods are computed, with the covariance that independent noise of every pixel has there.
 """
 
 import functools
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from keye.world.scene import COLOURS, card, shape_mask
-from keye.world.slowfastbench.film import DARK, PANEL, TAGS, Film, Painter, _draw_dial, _draw_lamp
+from keye.world.slowfastbench.film import DARK, PANEL, TAGS, THINGS, Film, Painter, _draw_dial, _draw_lamp
 from keye.world.slowfastbench.schedules import RING
 
 Box = tuple[int, int, int, int]
@@ -47,7 +47,8 @@ class Layout:
         size: (height, width) of the film in pixels.
         cells: half seconds.
         strength: grey levels by which a lit lamp, a hand or the disc are brighter than a dark lamp.
-        places: boxes by their left and top sides, an order that is unrelated to the schedule; the six places of a disc.
+        side: pixels along a thing.
+        places: boxes by their left and top sides, an order that is unrelated to the schedule; rings for discs.
         strips: boxes of the tags, in the order of `places`.
         panel: top and bottom of the panel of the tags.
     """
@@ -56,6 +57,7 @@ class Layout:
     size: Size
     cells: int
     strength: int
+    side: int
     places: tuple[Box, ...]
     strips: tuple[Box, ...]
     panel: tuple[int, int]
@@ -96,19 +98,21 @@ def _layout(keyed: _Keyed) -> Layout:
         across = min(width, 2 * side + side // 2)
         boxes = [(painter.row, painter.row + side, painter.column, painter.column + across)]
     elif film.changes == "disc":
-        boxes = [_disc_box(film.size, side, state) for state in range(RING)]
+        boxes = _rings(painter)
     else:
         found = sorted(painter.box(place) for place in range(places))
         boxes = [(top, bottom, left, right) for left, top, right, bottom in found]
-    return Layout(film.changes, film.size, film.cells, film.strength, tuple(boxes), tuple(strips), panel)
+    return Layout(film.changes, film.size, film.cells, film.strength, side, tuple(boxes), tuple(strips), panel)
 
 
-def _disc_box(size: Size, side: int, state: int) -> Box:
-    (height, width), angle = size, 2 * math.pi * state / RING
-    radius = (height - side) // 2 * 0.9
-    top = height // 2 - round(radius * math.cos(angle)) - side // 2
-    left = width // 2 + round(radius * math.sin(angle)) - side // 2
-    return top, top + side, left, left + side
+def _rings(painter: Painter) -> list[Box]:
+    """The boxes of the rings on which discs go round."""
+    (height, width), side, places = painter.film.size, painter.pixels, len(painter.film.states)
+    top, bottom = (round(share * height) for share in THINGS)
+    radius, middle = (bottom - top - side) // 2, (top + bottom) // 2
+    above = (height - middle if painter.below else middle) - side // 2 - radius
+    lefts = [round((column + 0.5) * width / places) - side // 2 - radius for column in range(places)]
+    return [(above, above + 2 * radius + side, left, left + 2 * radius + side) for left in lefts]
 
 
 def state_likelihoods(
@@ -116,8 +120,7 @@ def state_likelihoods(
 ) -> np.ndarray:
     """Log-likelihoods of the states of every place in every half second: float64 [cells, places, states].
 
-    They are 0 in a half second without a picture, and relative to state 0 of a lamp or dial, or to the absence of a
-    card or disc.
+    They are 0 in a half second without a picture, and relative to state 0, or to the absence of a card.
 
     Args:
         times: seconds of the pictures.
@@ -125,12 +128,12 @@ def state_likelihoods(
         seed: of the noise, which also depends on the time of a picture.
         texts: of cards, one for each state.
     """
-    states = {"lamp": 2, "dial": 8, "card": len(texts), "disc": 1}[layout.changes]
+    states = {"lamp": 2, "dial": 8, "card": len(texts), "disc": RING}[layout.changes]
     found = np.zeros((layout.cells, len(layout.places), states))
     cells = [min(layout.cells - 1, max(0, int(2 * time + 1e-3))) for time in times]
     for cell, values in zip(cells, _observed(layout, times, pictures, sd, seed, "states", texts), strict=True):
         found[cell] += values
-    return found if layout.changes in ("card", "disc") else found - found[:, :, :1]
+    return found if layout.changes == "card" else found - found[:, :, :1]
 
 
 def tag_likelihoods(
@@ -234,17 +237,16 @@ def _thing_sight(layout: Layout, size: Size, sd: float, box: Box, texts: tuple[s
     beside = 1 - (down @ covered @ across.T).ravel()
     means = np.stack([(down @ look @ across.T).ravel() + BACKGROUND * beside for look in looks])
     noise = sd**2 / 3  # of the mean of three channels
-    return _sight(rows, columns, True, means, beside, noise, absent=layout.changes in ("card", "disc"))
+    return _sight(rows, columns, True, means, beside, noise, absent=layout.changes == "card")
 
 
 def _looks(layout: Layout, sides: Size, texts: tuple[str, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Which share of every pixel of a place a thing covers, and its grey levels times that share in every state."""
-    side, bright = sides[0], DARK + layout.strength
+    """What of a place hides the background, and the grey levels that every state adds there; of a disc, to it."""
+    side = sides[0]
     if layout.changes == "card":
         return np.ones(sides), [card(sides, text, INK, PAPER).mean(2) for text in texts]
     if layout.changes == "disc":
-        mask = shape_mask("disc", side).astype(float)
-        return mask, [mask * bright]
+        return np.zeros(sides), [_on_ring(layout, side, state) for state in range(RING)]
     paint, states = (_draw_lamp, 2) if layout.changes == "lamp" else (_draw_dial, 8)
     covered, looks = shape_mask("disc", side).astype(float), []
     for state in range(states):
@@ -252,6 +254,15 @@ def _looks(layout: Layout, sides: Size, texts: tuple[str, ...]) -> tuple[np.ndar
         paint(spot, state, layout.strength)
         looks.append(spot)
     return covered, looks
+
+
+def _on_ring(layout: Layout, whole: int, state: int) -> np.ndarray:
+    """What a disc adds to the mean background of the box of its ring, `whole` pixels wide."""
+    side = layout.side
+    radius, angle, spot = (whole - side) // 2, 2 * math.pi * state / RING, np.zeros((whole, whole))
+    top, left = radius - round(radius * math.cos(angle)), radius + round(radius * math.sin(angle))
+    spot[top : top + side, left : left + side][shape_mask("disc", side)] = DARK + layout.strength - BACKGROUND
+    return spot
 
 
 def _tag_sight(layout: Layout, size: Size, sd: float, strip: Box, colours: tuple[str, ...]) -> _Sight:

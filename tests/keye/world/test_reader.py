@@ -10,7 +10,7 @@ import torch
 from keye.slowfast.resizing import resize
 from keye.world.slowfastbench import FAMILIES, draw, painter_of, posterior, reading
 from keye.world.slowfastbench.reader import READERS, read
-from keye.world.slowfastbench.schedules import PERIODS, RATES
+from keye.world.slowfastbench.schedules import PERIODS, RATES, RING
 
 EACH = 20
 SECRETS = {"states": None, "tags": ("red",), "texts": ("9 9 9 9",)}
@@ -105,8 +105,8 @@ def test_arrays_and_tensors_are_equal_and_wrong_calls_are_refused():
     assert read(item, times, tensors) == read(item, times, pictures)
     with pytest.raises(ValueError, match="15 times and 16 pictures"):
         read(item, times[1:], pictures)
-    with pytest.raises(ValueError, match="turn is not read"):
-        read(draw("turn", "dev", 0, 8, 144), [], [])
+    with pytest.raises(ValueError, match="maze is not read"):
+        read(dataclasses.replace(item, family="maze"), [], [])
 
 
 def test_noise_of_sums_is_that_of_pixels():
@@ -207,3 +207,14 @@ def test_turning_and_blinking_are_summed_over_all_schedules():
             blinked = np.logaddexp(blinked, posterior.assigned(table))
     assert np.allclose(posterior.turning(states), turned)
     assert np.allclose(posterior.blinking(lit), blinked)
+
+
+def test_going_round_is_summed_over_all_schedules():
+    rng, cells = np.random.default_rng(4), 16
+    states, found = rng.normal(0, 0.3, (2, cells, RING)), np.full((2, 2), -np.inf)
+    for length in (1, 2):
+        for start in range(1, cells - RING * length + 2):
+            where = np.clip((np.arange(cells) - start) // length + 1, 0, RING)
+            table = [[disc[np.arange(cells), way * where % RING].sum() for way in (1, -1)] for disc in states]
+            found = np.logaddexp(found, posterior.assigned(np.array(table)))
+    assert np.allclose(posterior.going_round(states, [1, 2]), found)

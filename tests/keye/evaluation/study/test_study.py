@@ -14,7 +14,7 @@ from keye.commands import ablate
 from keye.errors import KeyeError
 from keye.evaluation.study import Setting, models_of, run_study, settings_of, split_specs, store, tables, write_tables
 from keye.evaluation.study.clips import DrawnClip, events, events_seen
-from keye.world.slowfastbench import draw, painter_of
+from keye.world.slowfastbench import draw, painter_of, reader
 
 SLICES = {"length": ["16s"], "height": ["144p"]}
 POLICIES = ("default", "random", "uniform", "downsampled", "all_slow")
@@ -237,7 +237,6 @@ def test_models_are_named_by_policy_and_numbered_as_seeds():
         (["--benchmark", "dev", "--no-observer"], "nobody answers the questions"),
         (["--benchmark", "dev", "--slice", "length=2s"], "the slice length has no '2s'"),
         (["--benchmark", "dev", "--families", "find", "--slice", "motion=real"], "no question of find .* widen them"),
-        (["--benchmark", "dev", "--families", "turn"], "the ideal observer does not read turn"),
         (["--tables", "nowhere"], "nowhere/study.json is no study"),
         (["--benchmark", "dev", "--families", "find", "--model", "nowhere"], "--model nowhere has no weights"),
     ],
@@ -246,4 +245,12 @@ def test_wrong_options_are_refused(options, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["ablate", *options])
     with pytest.raises(KeyeError, match=message):
+        ablate.main()
+
+
+def test_families_that_the_observer_does_not_read_are_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(reader.READERS, "turn")
+    monkeypatch.setattr("sys.argv", ["ablate", "--benchmark", "dev", "--families", "turn"])
+    with pytest.raises(KeyeError, match="the ideal observer does not read turn"):
         ablate.main()
