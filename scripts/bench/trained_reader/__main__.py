@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> None:
     parameters = sum(value.numel() for part in (Eye(), Reader()) for value in part.parameters())
     wanted = {
         "questions": page.identity(args.families, args.questions), "recipe": dataclasses.asdict(recipe),
-        "training_clips": args.clips, "parameters": parameters, "seeds": args.seeds,
+        "training_clips": args.clips, "parameters": parameters, "seeds": sorted(args.seeds),
         "settings": {one.label: one.resolved() for one in settings},
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
