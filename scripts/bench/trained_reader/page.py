@@ -158,14 +158,14 @@ def write(folder: Path, text: Path) -> None:
 
 def _head(study: dict, lines: Sequence[dict], partial: Sequence[str], missing: Sequence[str]) -> str:
     recipe, host, questions = study["recipe"], study["machine"], study["questions"]
-    asked = len({line["id"] for line in lines})
+    asked, made = len({line["id"] for line in lines}), study["command"].replace(".__main__", "")
     text = [
         "# Readers trained under each policy at equal tokens and equal compute",
         "",
-        f"`{study['command']}`; {study['date']}; {host['cores']} shared cores of {host['cpu']}, one thread. A network"
+        f"`{made}`; {study['date']}; {host['cores']} shared cores of {host['cpu']}, one thread. A network"
         f" of {study['parameters'] / 1e6:.2f} M parameters; {study['training_clips']} training clips of each of"
         f" {len(questions['checksums'])} families, {recipe['steps']} steps of {recipe['batch']} clips,"
-        f" {study['seconds'] / 60:.0f} minutes of a core for all trainings; seeds"
+        f" {study['seconds'] / 60:.0f} minutes of a core for the readers; seeds"
         f" {', '.join(map(str, study['seeds']))}. SlowFastBench v{questions['version']}, split heldout, {asked}"
         f" questions about clips of {questions['seconds']} s at {questions['height']}p. The page is written from"
         " `predictions.parquet` by `python -m scripts.bench.trained_reader --tables`, without training.",
