@@ -336,10 +336,7 @@ class SlowFastEncoder:
 
     @property
     def leaves_out(self) -> bool:
-        """Whether frames that are sampled and compared may be left out, so that others are shown.
-
-        At most as many frames are shown as the budget holds of `min_tokens_per_frame`.
-        """
+        """Whether sampled frames may be left out; the budget holds each shown one with `min_tokens_per_frame`."""
         return self.policy.walks or bool(self.slow_multiple and self.policy.online and self.policy.ranks)
 
     @property

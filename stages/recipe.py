@@ -1,7 +1,4 @@
-"""Recipes: all settings of a pre-training run as frozen dataclasses, read from TOML and checked.
-
-A recipe has the tables `model`, `processor`, `data` and one table a stage.
-"""
+"""Recipes: the tables model, processor, data and stages of a pre-training run as dataclasses, read from TOML."""
 
 import dataclasses
 from dataclasses import dataclass, field

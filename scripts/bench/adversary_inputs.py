@@ -3,7 +3,7 @@
 Clips are drawn at the smallest height of their family (144p, coverage 240p, detail 480p) and 8 to 32 seconds. Plans
 use the frames in memory, 2 a second; packets are those of the encoded clip. Each input of each 200 groups of questions
 has a file in .cache/bench/adversary, so that an interrupted run continues and later runs add inputs and questions. The
-name of a file has a checksum of the first groups, drawn and measured anew: files are used only while the drawing and
+name of a file has a checksum of the first groups, drawn and measured again: files are used only while the drawing and
 the measures give the same values.
 """
 
@@ -41,7 +41,7 @@ CLIPS = ROOT / ".cache/clips"
 CHUNK = 200
 """Groups in one file of the cache."""
 CHECKED = 4
-"""Groups that are drawn anew to decide whether the files of the cache are used."""
+"""Groups that are drawn again to decide whether the files of the cache are used."""
 EVENTS = 12
 """Lowest similarities that are given in the order of time, with their times."""
 LOWEST = 0

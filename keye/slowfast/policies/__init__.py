@@ -37,8 +37,7 @@ __all__ = [
 ]
 
 _POLICIES = {
-    kind.name: kind
-    for kind in (Adaptive, AdaptiveBudget, AllSlow, Ladder, Random, Strided, TwoStream, Uniform)
+    kind.name: kind for kind in (Adaptive, AdaptiveBudget, AllSlow, Ladder, Random, Strided, TwoStream, Uniform)
 }
 
 

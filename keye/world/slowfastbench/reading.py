@@ -305,9 +305,7 @@ def _sight(
     )  # fmt: skip
 
 
-def _resampling(
-    pixels: int, out: int, first: int, last: int, rows: slice | None = None
-) -> tuple[slice, np.ndarray]:
+def _resampling(pixels: int, out: int, first: int, last: int, rows: slice | None = None) -> tuple[slice, np.ndarray]:
     """The rows of a picture that show the rows `first` to `last` of a frame, and the weights [rows, last - first].
 
     Args:

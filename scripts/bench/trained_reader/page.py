@@ -37,7 +37,7 @@ draws over groups of questions and over seeds; differences are paired. An interv
 needs an interval above 0 against random, uniform and downsampled together, at equal tokens."""
 DISPUTE = """## What can be disputed
 
-- The network is made for these clips: it keeps columns, as a tag and its lamp share one, and its eye is told what
+- The network is made for these clips: it keeps columns, as a tag and its lamp share one, and its eye is trained on what
   pictures show. It says what a reader that is easy to train makes of a plan, not what a language model would.
 - Clips of 8 seconds at 144p have 16 frames of 60 tokens. Lamps and tags are still visible at a tenth of that, so
   that time is scarce here and detail is not. Families of small text (`read`, `detail`) are not among these.
