@@ -73,7 +73,7 @@ def test_code_of_inductor_gives_the_plain_loss_and_gradients(checkpointing):
 
 
 def three_steps(manifest: Path, folder: Path, zero: int, backend: str) -> list[tuple[list[float], dict[str, Tensor]]]:
-    """Three steps of two packs each, plain and compiled; losses and weights."""
+    """Three steps of two packs each, plain and compiled; losses and how far each weight has moved."""
     deep.start(threads=1)
     deep.PERSISTENT = 0  # ZeRO-3 also partitions these small weights
     made, grid = small.processor(), build_parallel_dims()
@@ -90,7 +90,8 @@ def three_steps(manifest: Path, folder: Path, zero: int, backend: str) -> list[t
         losses = [trainer.train_step()["loss"] for _ in range(3)]
         loader.close()
         weights = small.master_weights(module) if zero == 3 else parameters(module)
-        found.append((losses, weights))
+        start = small.model(made).state_dict()
+        found.append((losses, {name: weights[name] - start[name] for name in weights}))
     assert 0 < counters["stats"]["unique_graphs"] <= 4
     return found
 
@@ -101,8 +102,10 @@ def three_steps(manifest: Path, folder: Path, zero: int, backend: str) -> list[t
 )
 def test_compiled_training_on_two_processes_ends_with_the_plain_losses_and_weights(tmp_path, zero, backend):
     manifest = small.world(tmp_path / "world")
-    for (losses, weights), (again, compiled) in run_distributed(three_steps, 2, 400, manifest, tmp_path, zero, backend):
+    for (losses, moved), (again, compiled) in run_distributed(three_steps, 2, 400, manifest, tmp_path, zero, backend):
         assert again == pytest.approx(losses, rel=1e-5)
-        assert compiled.keys() == weights.keys()
-        for name, value in weights.items():
-            torch.testing.assert_close(compiled[name], value, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        assert compiled.keys() == moved.keys()
+        for name, value in moved.items():
+            # AdamW divides a gradient by its own size, so that one of the size of a rounding error moves a single
+            # weight by any part of the learning rate. The norm over a tensor does not depend on such weights.
+            assert (compiled[name] - value).norm() <= 1e-3 * value.norm(), name
