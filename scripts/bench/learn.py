@@ -32,6 +32,7 @@ from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.tokenizer import train_tokenizer
 from keye.world import texts
 from keye.world.slowfastbench import FAMILIES, Item, draw, painter_of
+from keye.world.slowfastbench.schedules import TooShortError
 from scripts.bench import places
 from scripts.bench.common.record import RESULTS, ROOT, Table, command, machine, markdown
 from stages.data.collate import pack
@@ -69,7 +70,7 @@ class Curriculum:
         row = FAMILIES[family]
         if share < self.easy:
             for length in range(self.easy_length, row.shortest):
-                with contextlib.suppress(ValueError):  # too short for the events
+                with contextlib.suppress(TooShortError):
                     return draw(family, "train", index, length, self.height, "still")
             return draw(family, "train", index, row.shortest, self.height, "still")
         return draw(family, "train", index, max(row.shortest, self.length), self.height)

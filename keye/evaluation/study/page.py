@@ -83,7 +83,8 @@ def _policies(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
     for row in rows:
         if row.slice == "all" and not row.changes:
             pair = known.get(("all", "", row.setting, f"{REFERENCE}@{row.budget}"))
-            body.append((row.budget or "none", f"`{row.policy}`", *_encoded(row), _accuracy(row), _difference(pair)))
+            texts = accuracy_text(row), difference_text(pair)
+            body.append((row.budget or "none", f"`{row.policy}`", *_encoded(row), *texts))
     head = ("budget", "policy", *ENCODED, "accuracy", "minus default, points")
     return ["### Policies at equal tokens", _table(head, body)]
 
@@ -120,7 +121,7 @@ def _by_family(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
     for row in rows:
         if row.slice == "family" and row.policy == REFERENCE and not row.changes:
             found = [known.get(("family", row.value, row.setting, f"{rival}@{row.budget}")) for rival in RIVALS]
-            body.append((row.value, row.budget, row.questions, _accuracy(row), *map(_difference, found)))
+            body.append((row.value, row.budget, row.questions, accuracy_text(row), *map(difference_text, found)))
     body.sort(key=lambda cells: cells[:2])
     head = ("family", "budget", "questions", "accuracy of default", *(f"minus {name}" for name in RIVALS))
     return ["### The default against its rivals, by family", _table(head, body)]
@@ -140,7 +141,7 @@ def _verdicts(rows: Sequence[Row], pairs: Sequence[Pair], by: str) -> list[str]:
     head = ("budget", "policy", "all questions", "wins", "losses", "tokens not equal")
     for pair in pairs:
         if pair.slice == "all" and pair.verdict == "better" and pair.rival.startswith(f"{REFERENCE}@"):
-            lost.append(f"- `{pair.setting}` beats the default by {_difference(pair)} points"
+            lost.append(f"- `{pair.setting}` beats the default by {difference_text(pair)} points"
                         + ("" if pair.equal else f", with {pair.ratio:.2f} × its tokens") + ".")  # fmt: skip
     beaten = ["### What lost", "Settings that are better than the default over all questions:" if lost else
               "No setting is better than the default over all questions.", "\n".join(lost)]  # fmt: skip
@@ -154,7 +155,7 @@ def _factors(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
         if row.slice == "all" and row.changes:
             pair = known.get(("all", "", row.setting, f"{REFERENCE}@{row.budget}"))
             head = row.changes if row.policy == REFERENCE else f"{row.policy} {row.changes}"
-            body.append((row.budget, f"`{head}`", *_encoded(row), _accuracy(row), _difference(pair)))
+            body.append((row.budget, f"`{head}`", *_encoded(row), accuracy_text(row), difference_text(pair)))
     if not body:
         return []
     head = ("budget", "changed setting", *ENCODED, "accuracy", "minus default, points")
@@ -178,7 +179,7 @@ def _ceiling(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
             tokens, pair = min(found, key=lambda one: one[0], default=(math.nan, None))
             times = f"{ceiling[place].tokens / tokens:.1f} ×" if found else "not at these budgets"
             body.append((place[1] or "all", f"`{policy}`", f"{ceiling[place].tokens:,.0f}",
-                         f"{tokens:,.0f}" if found else "–", times, _difference(pair)))  # fmt: skip
+                         f"{tokens:,.0f}" if found else "–", times, difference_text(pair)))  # fmt: skip
     head = ("length", "policy", "tokens of all_slow", "tokens", "fewer by", "minus all_slow, points")
     text = "The fewest tokens, among these budgets, at which the interval of the difference is above -1 point."
     return ["### Tokens at equal accuracy with all frames at full size", text, _table(head, body)]
@@ -188,11 +189,13 @@ def _index(pairs: Sequence[Pair]) -> dict[tuple[str, str, str, str], Pair]:
     return {(pair.slice, pair.value, pair.setting, pair.rival): pair for pair in pairs}
 
 
-def _accuracy(row: Row) -> str:
+def accuracy_text(row: Row) -> str:
+    """Accuracy and its interval in per cent, for a cell of a table."""
     return f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
 
 
-def _difference(pair: Pair | None) -> str:
+def difference_text(pair: Pair | None) -> str:
+    """A difference and its interval in points, bold where the interval excludes 0; `≠` where tokens are not equal."""
     if pair is None:
         return "–"
     text = f"{100 * pair.difference:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
@@ -202,7 +205,7 @@ def _difference(pair: Pair | None) -> str:
 def _cell(row: Row | None, pair: Pair | None) -> str:
     if row is None:
         return "–"
-    return f"{100 * row.accuracy:.1f}" + ("" if pair is None else f" [{_difference(pair)}]")
+    return f"{100 * row.accuracy:.1f}" + ("" if pair is None else f" [{difference_text(pair)}]")
 
 
 def _table(head: Iterable[object], body: Iterable[Iterable[object]]) -> str:

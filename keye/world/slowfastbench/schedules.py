@@ -49,6 +49,10 @@ class Schedule:
     options: tuple[str, ...] = ()
 
 
+class TooShortError(ValueError):
+    """A clip is too short for the events of its family."""
+
+
 def scale(cells: int) -> int:
     """By how much events are longer: 1 up to ten minutes; an event of an hour covers a frame of 1,200 even ones."""
     return math.ceil(cells / 1200)
@@ -58,12 +62,12 @@ def slots(rng: np.random.Generator, cells: int, holds: list[int]) -> list[int]:
     """Starts of events of `holds` cells, from cell 1, with at least one free cell between two; all are equally likely.
 
     Raises:
-        ValueError: the clip is too short for them.
+        TooShortError: the clip is too short for them.
     """
     number, gap = len(holds), scale(cells)
     free = cells - 1 - sum(holds) - gap * (number - 1)
     if free < 0:
-        raise ValueError(f"{cells} half seconds are too few for events of {holds}")
+        raise TooShortError(f"{cells} half seconds are too few for events of {holds}")
     places = sorted(rng.choice(free + number, number, replace=False).tolist())
     before = np.concatenate([[0], np.cumsum(holds[:-1])]).astype(int).tolist()
     return [1 + place - i + before[i] + gap * i for i, place in enumerate(places)]

@@ -11,6 +11,7 @@ import numpy as np
 from keye.errors import KeyeError, writing
 from keye.evaluation.study.bootstrap import DRAWS, interval
 from keye.evaluation.study.figures import pareto
+from keye.evaluation.study.page import accuracy_text, difference_text
 from keye.evaluation.study.settings import CEILING, MEANINGS, REFERENCE, RIVALS
 from keye.evaluation.study.store import write_table
 from keye.evaluation.study.tables import Answers, Pair, Row, save_csv, wins
@@ -180,11 +181,11 @@ def _policies(rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
     known = _index(pairs)
     body = []
     for row in (row for row in rows if row.slice == "all"):
-        cells = [_difference(known.get(("all", "", row.setting, f"{other}@{row.budget}")))
+        cells = [difference_text(known.get(("all", "", row.setting, f"{other}@{row.budget}")))
                  for other in (REFERENCE, *RIVALS)]  # fmt: skip
         body.append([row.budget or "none", f"`{row.policy}`", _tokens(row), f"{row.entries:.1f}",
                      f"{100 * row.slow:.0f} %", f"{100 * row.events:.0f} %", f"{row.event_tokens:.0f}", row.seeds,
-                     _accuracy(row), *cells])  # fmt: skip
+                     accuracy_text(row), *cells])  # fmt: skip
     columns = ["budget", "policy", "tokens", "frames", "slow", "events", "tokens at an event", "seeds", "accuracy",
                *(f"minus {name}" for name in (REFERENCE, *RIVALS))]  # fmt: skip
     return _table("All questions, per cent and points", columns, body)
@@ -201,7 +202,7 @@ def _families(rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
     families = list(dict.fromkeys(row.value for row in found))
     ceiling = {row.value: row.accuracy for row in found if row.policy == CEILING}
     cells = {(row.setting, row.value): row for row in found}
-    body = [[row.budget or "none", f"`{row.policy}`", *(_accuracy(cells[row.setting, name]) for name in families)]
+    body = [[row.budget or "none", f"`{row.policy}`", *(accuracy_text(cells[row.setting, name]) for name in families)]
             for row in rows if row.slice == "all"]  # fmt: skip
     learnt = [name for name in families if ceiling.get(name, 0) >= LEARNT]
     others = [f"{name} ({100 * ceiling[name]:.0f} %)" for name in families if name in ceiling and name not in learnt]
@@ -213,8 +214,8 @@ def _families(rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
 def _rivals(rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
     known, body = _index(pairs), []
     for row in (row for row in rows if row.slice == "family" and row.policy == REFERENCE):
-        body.append([row.value, row.budget, row.questions, _accuracy(row),
-                     *(_difference(known.get(("family", row.value, row.setting, f"{name}@{row.budget}")))
+        body.append([row.value, row.budget, row.questions, accuracy_text(row),
+                     *(difference_text(known.get(("family", row.value, row.setting, f"{name}@{row.budget}")))
                        for name in RIVALS)])  # fmt: skip
     columns = ["family", "budget", "questions", "accuracy of default", *(f"minus {name}" for name in RIVALS)]
     return _table("Paired differences in points", columns, body)
@@ -266,17 +267,6 @@ def _index(pairs: Sequence[Pair]) -> dict[tuple[str, str, str, str], Pair]:
 
 def _tokens(row: Row) -> str:
     return f"{row.tokens:.0f}" + ("" if row.equal or np.isnan(row.ratio) else f" ≠ ({row.ratio:.2f} ×)")
-
-
-def _accuracy(row: Row) -> str:
-    return f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
-
-
-def _difference(pair: Pair | None) -> str:
-    if pair is None:
-        return "–"
-    text = f"{100 * pair.difference:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
-    return (f"**{text}**" if pair.verdict != "open" else text) + ("" if pair.equal else " ≠")
 
 
 def _table(title: str, columns: Sequence[str], body: Sequence[Sequence[object]]) -> str:

@@ -5,9 +5,8 @@ noise, light that varies and a trembling camera, which must not count. Fonts and
 scenes.py.
 """
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -15,9 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from keye.world.render import write_mp4
-from scripts.bench.encoder.media.corpus import FOLDER, locked
-from scripts.bench.encoder.media.scenes import SECONDS, TUNING_SEEDS, Drawing, Scene, Span
+from scripts.bench.encoder.media.corpus import FOLDER
+from scripts.bench.encoder.media.scenes import SECONDS, TUNING_SEEDS, Drawing, Scene, rendered
 
 FPS = 5
 HEIGHT, WIDTH = 1080, 1920
@@ -122,17 +120,6 @@ PAGE_KINDS: dict[str, Callable[[PageDrawing], Frames]] = {
 
 def page_scene(kind: str, seed: int) -> Scene:
     """The clip of a kind and seed, rendered into .cache/bench/pages unless it is there already."""
-    folder = FOLDER / "pages"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{kind.replace(' ', '-')}-{seed}.mp4"
-    record = path.with_suffix(".json")
-    with locked(str(path)):
-        if not record.is_file():
-            draw = PageDrawing(kind, seed)
-            frames = (np.rint(picture.clip(0, 255)).astype(np.uint8) for picture in PAGE_KINDS[kind](draw))
-            write_mp4(path, frames, FPS, draw.crf)
-            truth = {key: [asdict(span) for span in getattr(draw, key)] for key in ("events", "nuisances")}
-            record.write_text(json.dumps(truth, indent=1) + "\n")
-    truth = json.loads(record.read_text())
-    events, nuisances = ([Span(**span) for span in truth[key]] for key in ("events", "nuisances"))
-    return Scene(f"{kind}-{seed}", path, events, nuisances, apart=True)
+    path = FOLDER / f"pages/{kind.replace(' ', '-')}-{seed}.mp4"
+    clip = rendered(path, lambda: PageDrawing(kind, seed), PAGE_KINDS[kind], FPS)
+    return replace(clip, name=f"{kind}-{seed}", apart=True)

@@ -370,16 +370,20 @@ SCENE_KINDS: dict[str, Callable[[Drawing], Frames]] = {
 
 def scene(kind: str, seed: int) -> Scene:
     """The clip of a kind and seed, rendered into .cache/bench/scenes unless it is there already."""
-    folder = FOLDER / "scenes"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{kind}-{seed}.mp4"
+    return rendered(FOLDER / f"scenes/{kind}-{seed}.mp4", lambda: Drawing(kind, seed), SCENE_KINDS[kind], FPS)
+
+
+def rendered(path: Path, draw: "Callable[[], Drawing]", kind: Callable[..., Iterator[np.ndarray]], fps: int) -> Scene:
+    """The clip at `path` with its changes and nuisances, rendered unless it is there already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = path.with_suffix(".json")
     with locked(str(path)):
         if not (path.is_file() and record.is_file()):
-            draw = Drawing(kind, seed)
-            frames = [np.rint(picture.clip(0, 255)).astype(np.uint8) for picture in SCENE_KINDS[kind](draw)]
-            write_mp4(path, frames, FPS, draw.crf)
-            truth = {key: [asdict(span) for span in getattr(draw, key)] for key in ("events", "nuisances")}
+            drawing = draw()
+            # A kind sets the coding and the truth of its drawing while it draws: all frames come first.
+            frames = [np.rint(picture.clip(0, 255)).astype(np.uint8) for picture in kind(drawing)]
+            write_mp4(path, frames, fps, drawing.crf)
+            truth = {key: [asdict(span) for span in getattr(drawing, key)] for key in ("events", "nuisances")}
             record.write_text(json.dumps(truth, indent=1) + "\n")
     truth = json.loads(record.read_text())
     return Scene(path.stem, path, *([Span(**span) for span in truth[key]] for key in ("events", "nuisances")))
