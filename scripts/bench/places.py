@@ -33,8 +33,8 @@ from stages.optimizer import OptimizerConfig, build_optimizer
 
 HEAD = """# Where things are: what the tiny model needs
 
-`image_place` (a corner), `motion` and `image_ground` (a box) of SlowFastWorld were at chance in the demo. To repeat all
-measurements: `python -m scripts.bench.places`. Model, image sizes and difficulty are those of
+`image_place` (a corner), `motion` and `image_ground` (a box) of SlowFastWorld were at chance in the demo before
+this bench. To repeat all measurements: `python -m scripts.bench.places`. Model, image sizes and difficulty are those of
 `stages/recipes/tiny.toml`; every frame of a clip is slow. World seed 0; the demo reports on seed 2."""
 TRAIN, HELDOUT, PROBE = 0, 1, 2
 FORMER = 0.08
