@@ -48,7 +48,7 @@ def by_hand(weights: tuple[float, float, float]) -> tuple[list[float], list[list
     return losses, gradients
 
 
-@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.8, 0.2, 1.0)], ids=("dpo", "bco", "nll", "mpo"))
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.8, 0.2, 1.0)])
 def test_each_term_equals_the_hand_computation(weights):
     policy = torch.tensor(POLICY, requires_grad=True)
     output = mpo_loss(
