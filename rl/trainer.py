@@ -23,15 +23,16 @@ from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, 
 from keye.files import write_atomically
 from keye.processor.processor import KeyeProcessor, Sample
 from rl.agree import agree, from_first, gather
-from rl.gspo import group_advantages, gspo_loss
+from rl.gspo import group_advantages
 from rl.heldout import Answered, ask, compare, read_answers, write_answers
 from rl.identity import check_ranks, claim, identity
 from rl.metrics import step_metrics, step_summary
-from rl.policy import Group, Score, score
+from rl.policy import Group
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
 from rl.recipe import RlRecipe, check_world, places_of
 from rl.rewards import Earned, Judgement, rewards_from
 from rl.rollout import InProcessRollout
+from rl.update import PolicyUpdate, Update
 from rl.watch import warnings_of
 from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from stages.distributed.engine import build, device, resolve_precision
@@ -57,17 +58,6 @@ class Experience:
     parts: list[slice]
 
 
-@dataclass(frozen=True)
-class Update:
-    """Metrics of one mini-batch of S sequences on one rank: entropy of each token, ratio of each sequence."""
-
-    loss: float
-    entropy: list[float]
-    ratio: list[float]
-    clipped: list[bool]
-    grad_norm: float
-
-
 class GspoTrainer:
     """Tunes the model of `run/<start>/model` and writes `run/gspo/{metrics.jsonl, eval.json, checkpoints, model}`.
 
@@ -91,6 +81,7 @@ class GspoTrainer:
         dtype = torch.bfloat16 if resolve_precision(recipe.gspo.precision) == "bf16" else torch.float32
         self.model = agree(lambda: self.start.build(dtype, device()))
         self.engine = self._engine()
+        self.update = PolicyUpdate(self.engine, recipe.gspo)
         self.generator = torch.Generator(self.engine.device)
         self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch_size)
         self.reward = agree(lambda: rewards_from(recipe.rewards))
@@ -166,11 +157,7 @@ class GspoTrainer:
         began = time.perf_counter()
         experience = self._experience()
         rolled = time.perf_counter()
-        chosen = [self._informative(experience, part) for part in experience.parts]
-        # Scored before the first update: this is the policy that all mini-batches are compared with.
-        with torch.no_grad():
-            old = [score(self.engine, [experience.groups[i] for i in places], self._temperature) for places in chosen]
-        updates = [self._update(experience, places, o) for places, o in zip(chosen, old, strict=True)]
+        updates = self._update(experience)
         self.step += 1
         seconds = {"rollout": rolled - began, "update": time.perf_counter() - rolled}
         local = {
@@ -189,10 +176,6 @@ class GspoTrainer:
         self.agreed = set().union(*(rank["requests"] for rank in ranks))
         metrics = step_metrics(self.step, ranks, seconds)
         return metrics | {"lr": self.engine.get_lr()[0], "epoch": self.stream.epoch}
-
-    @property
-    def _temperature(self) -> float:
-        return self.recipe.gspo.temperature
 
     def _experience(self) -> Experience:
         """Draw this rank's prompts, answer them, judge the answers."""
@@ -214,31 +197,9 @@ class GspoTrainer:
         rewards = torch.tensor([[e.total for e in group] for group in earned])
         return Experience([prompt for prompt, _ in drawn], groups, earned, rewards, group_advantages(rewards), parts)
 
-    @staticmethod
-    def _informative(experience: Experience, part: slice) -> list[int]:
-        """The groups of a mini-batch whose rewards differ; at least one group, because every rank must take part."""
-        places = range(len(experience.groups))[part]
-        return [i for i in places if experience.advantages[i].any()] or [places[0]]
-
-    def _update(self, experience: Experience, places: list[int], old: Score) -> Update:
-        """One optimizer step on the groups at `places`."""
-        g = self.recipe.gspo
-        new = score(self.engine, [experience.groups[i] for i in places], g.temperature)
-        advantages = experience.advantages[places].flatten().to(new.log_probs.device)
-        # DeepSpeed averages gradients over the ranks; the loss is a sum over all ranks' sequences.
-        sequences = g.prompts * g.group_size / g.mini_batches
-        output = gspo_loss(
-            new.log_probs, old.log_probs, new.owner, advantages, sequences / self.world, g.epsilon_low, g.epsilon_high
-        )
-        self.engine.backward(output.loss)
-        self.engine.step()
-        return Update(
-            output.loss.item(),
-            new.entropy.tolist(),
-            output.ratio.tolist(),
-            output.clipped.tolist(),
-            float(self.engine.get_global_grad_norm() or 0.0),
-        )
+    def _update(self, experience: Experience) -> list[Update]:
+        """The optimizer steps of a step, one for each mini-batch."""
+        return self.update.run(experience.groups, experience.advantages, experience.parts)
 
     def _seed(self, purpose: str, number: int) -> None:
         """Seed the sampler by (seed, purpose, number, rank), so that a resumed run samples the same."""
