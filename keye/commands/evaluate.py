@@ -1,9 +1,7 @@
 """Evaluate a trained model on a manifest or on a public benchmark."""
 
 import argparse
-import atexit
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,22 +49,14 @@ def main() -> None:
     (_on_manifest if args.benchmark is None else _on_benchmark)(args, rank, world_size)
     if world_size > 1:
         torch.distributed.destroy_process_group()
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    """End this process, whose results are written, without ending the interpreter.
-
-    In about 1 of 18 runs on a loaded machine the end of the interpreter aborted a process after all work ("terminate
-    called without an active exception"), for which `torchrun` reports a failure.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def join_processes() -> None:
     """Start the gloo group of the processes that `torchrun` started."""
+    # Imported later, its functions would have the group as a default argument. The group's threads would then survive
+    # `destroy_process_group`, and one that frees a tensor while the interpreter ends aborts the process.
+    import torch.distributed.nn  # noqa: F401
+
     torch.distributed.init_process_group("gloo", timeout=PATIENCE)
 
 

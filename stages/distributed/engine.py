@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from keye.checkpoint.shards import Stored
 from stages.distributed.hosts import threads_each
+from stages.distributed.ranks import waiting_group
 from stages.distributed.zero3 import gather_by_units, read_partitioned
 from stages.optimizer import OptimizerConfig, build_optimizer
 
@@ -53,9 +55,17 @@ def start(threads: int | None = None) -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group and end its threads.
+
+    A thread of gloo that frees a tensor of the last collective while the interpreter ends aborts the process after all
+    work. The threads end with the last reference to their group.
+    """
     if dist.is_initialized():
+        waiting_group.cache_clear()
         dist.destroy_process_group()
+        # An engine of DeepSpeed that still exists refers to the group. Without the interpreter's lock, which the sleep
+        # releases, its threads cannot free what they hold.
+        time.sleep(0.1)
 
 
 def device() -> torch.device:

@@ -104,3 +104,13 @@ def test_others_wait_for_the_first_rank_beyond_the_time_out_of_collectives(tmp_p
             ("KeyeError", "rank 0: IndexError: 3"),
             ("CheckpointError", "of root"),
         ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+def test_the_threads_of_the_group_end_with_it():
+    # A thread that survives can abort the process while the interpreter ends.
+    script = "import pathlib; from stages.distributed import engine, ranks; import torch.distributed as dist\n"
+    script += "engine.start(); ranks.gather(1, ranks.waiting_group(dist.group.WORLD)); engine.stop()\n"
+    script += "print(*(path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "python" in result.stdout and "gloo" not in result.stdout

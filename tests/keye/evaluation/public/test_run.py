@@ -1,8 +1,11 @@
 """Runs of a tiny model over the public layouts: replies, controls, resuming, several processes, the command."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +152,18 @@ def test_a_process_with_short_clips_waits_days_for_the_others(monkeypatch):
         assert backend.options._timeout.days >= 7
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+def test_the_threads_of_the_group_end_with_it():
+    # A thread that survives can abort the process while the interpreter ends.
+    script = "import pathlib, torch.distributed as dist; from keye.commands.evaluate import join_processes\n"
+    script += "join_processes(); import torch._dynamo; dist.barrier(); dist.destroy_process_group()\n"
+    script += "print(*(path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')))"
+    own = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=True)
+    assert "python" in result.stdout and "gloo" not in result.stdout
 
 
 def test_a_clip_that_cannot_be_read_counts_as_wrong(data, pair, tmp_path):
