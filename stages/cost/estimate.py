@@ -33,7 +33,7 @@ from stages.cost.footprint import (
 )
 from stages.cost.gpus import Gpu
 from stages.cost.host_memory import HostFootprint, Node, host_footprint
-from stages.cost.work import Kind, Work, kinds_of, largest_frame, square, work_of
+from stages.cost.work import Kind, Work, kinds_of, largest_frame, mixture_read, square, work_of
 from stages.losses import LOGITS
 from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
 
@@ -208,6 +208,7 @@ def _estimate(
     assumed: Assumptions,
 ) -> StageCost:  # fmt: skip
     kinds = {**kinds_of(recipe, settings), **assumed.kinds}
+    settings = dataclasses.replace(settings, mixture=mixture_read(name, recipe, _tokens(settings, kinds)))
     element = 4 if recipe.precision == "fp32" else 2
     plan = Plan(
         element, settings.zero, gpus, settings.checkpointing, settings.offload, settings.mlp_tiles, hpz=settings.hpz
@@ -249,6 +250,14 @@ def _estimate(
         memory=memory, host=host, fits=memory.peak <= assumed.usable * gpu.memory, seconds=seconds,
         mfu=model / (seconds * gpus * gpu.peak), days=days, dollars=days * DAY / HOUR * gpus * gpu.price, remedy="",
     )  # fmt: skip
+
+
+def _tokens(settings: StageRecipe, kinds: dict[str, Kind]) -> float:
+    """Tokens of all steps of a phase; of stage 0 those of its stills and clips."""
+    if not isinstance(settings, VisionRecipe):
+        return float(settings.steps * settings.global_batch_size * settings.context)
+    mixture = settings.mixture or dict.fromkeys(kinds, 1 / len(kinds))
+    return settings.steps * settings.pairs * sum(share * kinds[kind].tokens for kind, share in mixture.items())
 
 
 def step_seconds(done: float, trained: float, gpu: Gpu, gpus: int, utilisation: float) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from stages.recipe import Recipe, StageRecipe
 from stages.recipe_checks import KINDS
+from stages.stage import choose_sources
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,29 @@ def largest_frame(recipe: Recipe, stage: StageRecipe, frames: bool = True) -> in
     largest = max(still, encoder.get("max_tokens_per_frame", 768) if frames else 0)
     # A sequence group cuts frames larger than a chunk among its ranks.
     return round(4 * min(largest, stage.context if stage.limit is not None else math.inf) / stage.sequence_parallel)
+
+
+def mixture_read(name: str, recipe: Recipe, tokens: float) -> dict[str, float]:
+    """Kind → share of the `tokens` that a stage, or a phase of it, reads, first lessons included.
+
+    A source with `first_tokens` is read until it has given them; the stage's mixture divides the tokens that are left.
+    """
+    chosen = choose_sources(name, recipe) if any(source.first_tokens for source in recipe.data.sources) else []
+    if not any(source.first_tokens for source, _ in chosen):
+        return recipe.chain[name].mixture
+    # A source has given first_tokens + share × level tokens once the others are that far. If the lessons alone exceed
+    # the stage's tokens, the level is negative, and sources without a lesson have given nothing.
+    level, left = 0.0, list(chosen)
+    while left:
+        level = (tokens - sum(source.first_tokens for source, _ in left)) / sum(share for _, share in left)
+        given = [(source, share) for source, share in left if source.first_tokens + share * level > 0]
+        if len(given) == len(left):
+            break
+        left = given
+    read = dict.fromkeys((source.kind for source, _ in chosen), 0.0)
+    for source, share in chosen:
+        read[source.kind] += max(0.0, source.first_tokens + share * level) / tokens
+    return read
 
 
 def work_of(stage: StageRecipe, kinds: dict[str, Kind]) -> Work:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,9 +32,12 @@ from stages.cost.estimate import (
     work_of,
 )
 from stages.cost.gpus import GPUS, Gpu, gpu_named
+from stages.cost.work import mixture_read
+from stages.data.packing.mixture import Mixture
 from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.parallel import ParallelDims
 from stages.recipe import Recipe, load
+from stages.stage import choose_sources
 from stages.vision import Vision
 from tests.stages import small
 
@@ -273,3 +278,46 @@ def test_script(tmp_path: Path):
 def test_largest_frame_is_the_largest_that_the_recipe_allows(keye_8b: Recipe):
     frames = {name: cost.largest_frame(keye_8b, getattr(keye_8b, name)) for name in keye_8b.stages}
     assert frames == {"vision": 4 * 20_480, "alignment": 4 * 8192, "multitask": 4 * 8192, "annealing": 4 * 20_480 // 8}
+
+
+def test_tokens_of_a_first_lesson_are_those_of_the_mixture_that_trains():
+    """330,000 and 250,000 tokens of stills come before the shares of 85, 12 and 3 % in the tiny recipe's stage 2."""
+    recipe = load(RECIPES / "tiny.toml")
+    total = recipe.multitask.steps * recipe.multitask.global_batch_size * recipe.multitask.context
+    read = mixture_read("multitask", recipe, total)
+    lesson = 580_000
+    assert read["image"] == pytest.approx((lesson + (total - lesson) * 0.12) / total)
+    assert read["video"] == pytest.approx((total - lesson) * 0.85 / total) and sum(read.values()) == pytest.approx(1)
+    # Independent: the mixture of the trainer draws samples of 100 tokens until it has the same number.
+    chosen = choose_sources("multitask", recipe)
+    sources = [
+        (SimpleNamespace(name=f"{n}", recipe=s, draw_many=np.arange), share) for n, (s, share) in enumerate(chosen)
+    ]
+    mixture = Mixture(sources, {source.name: source.recipe.first_tokens for source, _ in sources})
+    mixture.sources |= {
+        name: SimpleNamespace(**vars(s), results=lambda *_: None) for name, s in mixture.sources.items()
+    }
+    drawn = 0
+    while drawn < total:
+        block = mixture.draw(64, 64, 100.0, lambda _: 1.0)
+        mixture.learn(block.source, np.full(len(block.source), 100), {})
+        drawn += 100 * len(block.source)
+    for kind, share in read.items():
+        given = sum(mixture.tokens[s.name] for s, _ in sources if s.recipe.kind == kind)
+        assert given / drawn == pytest.approx(share, abs=0.002)
+    # It costs what the kinds cost: stills have other patches than clips.
+    without = replace(
+        recipe, data=replace(recipe.data, sources=tuple(replace(s, first_tokens=0) for s in recipe.data.sources))
+    )
+    costs = [next(c for c in estimate(r, GPU, 2) if c.name == "multitask") for r in (recipe, without)]
+    shares = replace(recipe.multitask, mixture=read)
+    assert (
+        costs[0].flops
+        == step_flops(config_of(recipe), "multitask", work_of(shares, cost.kinds_of(recipe, shares)), shares)[0]
+    )
+    assert costs[0].flops != costs[1].flops
+
+
+def test_a_first_lesson_longer_than_its_stage_is_all_that_it_reads():
+    recipe = load(RECIPES / "tiny.toml", ["multitask.steps=100"])
+    assert mixture_read("multitask", recipe, 100 * 4096) == {"video": 0.0, "image": pytest.approx(1.0), "text": 0.0}
