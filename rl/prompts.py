@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from keye.processor.messages import read_chat
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.slowfast.pixels import normalised
 from keye.world.manifest import parse_line
+from rl.alignment import read_constraints
 from stages.data.items import PIXELS, Cache, Item
 
 
@@ -38,6 +39,9 @@ class Prompt:
     where: str = ""
     """`file:line`."""
 
+    extra: dict[str, Any] = field(default_factory=dict)
+    """The line's other keys except `meta`, such as the `schema` of an answer in JSON; rewards read them."""
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -53,7 +57,7 @@ class PromptSet:
 
 
 def load_prompts(manifest: str | Path, families: Iterable[str] = (), unique: bool = False) -> PromptSet:
-    """The questions of `manifest` that have an answer, of `families` (all when empty).
+    """The questions of `manifest` that have an answer or constraints, of `families` (all when empty).
 
     A line that is not a chat in JSON, or has a value of the wrong type, is left out and listed in `rejected`.
 
@@ -106,8 +110,12 @@ def _check_unique(prompts: list[Prompt]) -> None:
             )
 
 
+_OWN = frozenset(("messages", "answer", "id", "family", "tolerance", "options", "meta"))
+"""Keys of a line that a prompt has as fields, and one that no reward reads."""
+
+
 def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt | None:
-    """A manifest's line as a prompt; None if it has no answer or is of another family.
+    """A manifest's line as a prompt; None if it has neither answer nor constraints, or is of another family.
 
     Raises:
         ManifestError: not a chat, or a value of the wrong type; names file, line and key.
@@ -126,14 +134,15 @@ def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt
         raise ManifestError(f"{where} is not UTF-8 text; save the manifest as UTF-8") from error
     line = parse_line(text, where)
     given = {key: value for key, value in line.items() if value is not None}  # tables write null for missing keys
-    if "answer" not in given:
+    if "answer" not in given and "constraints" not in given:
         return None
     family = given.get("family", "")
     need("family", isinstance(family, str), "text")
     if families and family not in families:
         return None
-    answer, name, tolerance = given["answer"], given.get("id", f"{path.name}:{number}"), given.get("tolerance")
-    need("answer", isinstance(answer, str) and bool(answer.strip()), "text that is not empty")
+    answer, name, tolerance = given.get("answer", ""), given.get("id", f"{path.name}:{number}"), given.get("tolerance")
+    need("answer", "answer" not in given or isinstance(answer, str) and bool(answer.strip()), "text that is not empty")
+    read_constraints(given.get("constraints", []), where)
     need("id", isinstance(name, str) and name != "" or type(name) is int, "text that is not empty, or a whole number")
     number_given = tolerance is None or isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     need("tolerance", number_given and 0 <= (tolerance or 0) < math.inf, "a number from 0 on")
@@ -144,7 +153,8 @@ def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt
         read_chat(question, path.parent, generating=True)
     except ManifestError as error:
         raise ManifestError(f"{where}: messages cannot be used ({error}); correct or delete that line") from error
-    return Prompt(str(name), family, question, answer, tolerance, tuple(options), path.parent, where)
+    extra = {key: value for key, value in given.items() if key not in _OWN}
+    return Prompt(str(name), family, question, answer, tolerance, tuple(options), path.parent, where, extra)
 
 
 Taken = tuple[Prompt, Sample]

@@ -8,13 +8,23 @@ deepspeed --num_gpus 8 scripts/posttrain.py rl/recipes/keye_8b.toml --out runs/m
 """
 
 import argparse
+import importlib
+import sys
 
 from keye.errors import run
 from rl.recipe import load
 from stages.distributed.hosts import limit_threads
 
+OTHERS = {"constraints": "rl.commands.constraints"}
+"""First word of the command → the module whose `main` runs it."""
+
 
 def main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1] in OTHERS:
+        name = sys.argv[1]
+        sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+        importlib.import_module(OTHERS[name]).main()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a TOML file; the ready-made ones are in rl/recipes")
     parser.add_argument("--out", "--run", dest="run", required=True, help="directory of the pre-training run")
