@@ -31,13 +31,16 @@ class Group:
     """G of int64 [Lc], Lc ≥ 1, with the end token if it was reached."""
 
     log_probs: list[Tensor]
-    """G of float32 [Lc], of the rollout engine."""
+    """G of float32 [Lc], of the rollout engine, of softmax(logits / temperature) over all tokens."""
 
     finished: list[bool]
-    """G: whether the end token was reached."""
+    """G: whether an end token was reached."""
 
     texts: list[str]
     """The decoded completions, without special tokens."""
+
+    sampler_log_probs: list[Tensor] | None = None
+    """G of float32 [Lc], of the distribution that was sampled from, if it was cut by top-p or top-k."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Score:
 def token_log_probs(logits: Tensor, temperature: float, banned: tuple[int, ...]) -> Tensor:
     """logits [.., V] in any dtype → log-probabilities of the sampling distribution, float32 [.., V]."""
     logits = logits.float() / temperature
-    return logits.index_fill(-1, torch.tensor(banned, device=logits.device), float("-inf")).log_softmax(-1)
+    return logits.index_fill(-1, torch.tensor(banned, dtype=torch.long, device=logits.device), float("-inf")).log_softmax(-1)
 
 
 def banned_tokens(model: nn.Module) -> tuple[int, ...]:
