@@ -55,7 +55,8 @@ class Score:
 def token_log_probs(logits: Tensor, temperature: float, banned: tuple[int, ...]) -> Tensor:
     """logits [.., V] in any dtype → log-probabilities of the sampling distribution, float32 [.., V]."""
     logits = logits.float() / temperature
-    return logits.index_fill(-1, torch.tensor(banned, dtype=torch.long, device=logits.device), float("-inf")).log_softmax(-1)
+    places = torch.tensor(banned, dtype=torch.long, device=logits.device)
+    return logits.index_fill(-1, places, float("-inf")).log_softmax(-1)
 
 
 def banned_tokens(model: nn.Module) -> tuple[int, ...]:
