@@ -1,64 +1,13 @@
-"""Group Sequence Policy Optimization (arXiv 2507.18071), which the report uses in its reasoning RL (§5).
-
-For a completion y_i of a group of G completions to one prompt, with reward r_i:
-
-    s_i = exp( 1/|y_i| · Σ_t [log π_θ(y_i,t) − log π_old(y_i,t)] )        one importance ratio per sequence
-    Â_i = (r_i − mean(r)) / std(r)                                         over the group
-    J   = mean over sequences of min( s_i Â_i, clip(s_i, 1 − ε_low, 1 + ε_high) Â_i )
-
-There is no KL term. The clip range is narrow (3e-4 below, 4e-4 above), because s_i is a geometric mean over tokens.
-bf16 resolves only 1 ± 4e-3, so everything in this file is float32 whatever the model computes in.
-"""
+"""GSPO as a function of tensors; the losses themselves are in `rl.losses`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
-EPSILON_LOW, EPSILON_HIGH = 3e-4, 4e-4
+from rl.losses import EPSILON_HIGH, EPSILON_LOW, Gspo, LossInput, group_advantages, sequence_log_ratio
+from rl.losses import LossOutput as GspoOutput
 
-
-@dataclass(frozen=True)
-class GspoOutput:
-    """Loss and ratios of one mini-batch of S sequences."""
-
-    loss: Tensor
-    """float32 scalar with gradient, to be minimised (= −J over `num_sequences`)."""
-
-    ratio: Tensor
-    """float32 [S], s_i, detached."""
-
-    clipped: Tensor
-    """bool [S], the sequences whose gradient is zero because of the clip."""
-
-
-def group_advantages(rewards: Tensor) -> Tensor:
-    """Rewards [P, G] of G completions for each of P prompts → advantages float32 [P, G].
-
-    Standardised within each group with the population standard deviation. The advantages of a group whose rewards are
-    all equal are exactly zero.
-    """
-    rewards = rewards.float()
-    centred = rewards - rewards.mean(dim=-1, keepdim=True)
-    std = rewards.std(dim=-1, correction=0, keepdim=True)
-    # Equal rewards such as 1.1 give rounding errors of 1e-8 in mean and std, whose quotient would be about ±1.
-    flat = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
-    return torch.where(flat, torch.zeros_like(centred), centred / std.clamp_min(torch.finfo(torch.float32).tiny))
-
-
-def sequence_log_ratio(log_probs: Tensor, old_log_probs: Tensor, owner: Tensor, sequences: int) -> Tensor:
-    """log s_i float32 [S]: the mean over the sequence's tokens of log π_θ − log π_old; 0 without tokens.
-
-    Args:
-        log_probs, old_log_probs: [T], completion tokens of all sequences one after another.
-        owner: int64 [T], the sequence (0 … S−1) of each token.
-    """
-    difference = log_probs.float() - old_log_probs.float()
-    sums = difference.new_zeros(sequences).index_add(0, owner, difference)
-    lengths = torch.bincount(owner, minlength=sequences).clamp_min(1)
-    return sums / lengths
+__all__ = ["EPSILON_HIGH", "EPSILON_LOW", "GspoOutput", "group_advantages", "gspo_loss", "sequence_log_ratio"]
 
 
 def gspo_loss(
@@ -66,7 +15,7 @@ def gspo_loss(
     old_log_probs: Tensor,
     owner: Tensor,
     advantages: Tensor,
-    num_sequences: int | None = None,
+    num_sequences: float | None = None,
     epsilon_low: float = EPSILON_LOW,
     epsilon_high: float = EPSILON_HIGH,
 ) -> GspoOutput:
@@ -79,13 +28,7 @@ def gspo_loss(
             several processes compute the loss of one. Default: S.
         epsilon_low, epsilon_high: the ratio is clipped to [1 − epsilon_low, 1 + epsilon_high].
     """
-    advantages = advantages.float()
-    sequences = advantages.numel()
-    ratio = torch.exp(sequence_log_ratio(log_probs, old_log_probs.detach(), owner, sequences))
-    unclipped = ratio * advantages
-    limited = ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages
-    loss = -torch.minimum(unclipped, limited).sum() / (num_sequences or sequences)
-    with torch.no_grad():
-        above = (advantages > 0) & (ratio > 1 + epsilon_high)
-        below = (advantages < 0) & (ratio < 1 - epsilon_low)
-    return GspoOutput(loss, ratio.detach(), above | below)
+    batch = LossInput(
+        log_probs, old_log_probs, owner, advantages, num_sequences or advantages.numel(), max(1, log_probs.numel())
+    )
+    return Gspo(epsilon_low=epsilon_low, epsilon_high=epsilon_high)(batch)

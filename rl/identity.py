@@ -47,7 +47,12 @@ def identity(run: Path, recipe: RlRecipe, digests: dict[str, str]) -> Identity:
     Args:
         digests: manifest, as the recipe names it → SHA-256 of the file.
     """
-    settings = _flat(dataclasses.asdict(recipe)) | {"gspo.precision": resolve_precision(recipe.gspo.precision)}
+    loss = recipe.gspo.policy_loss
+    settings = _flat(dataclasses.asdict(recipe)) | {
+        "gspo.precision": resolve_precision(recipe.gspo.precision),
+        "gspo.epsilon_low": loss.epsilon_low,
+        "gspo.epsilon_high": loss.epsilon_high,
+    }
     folder = run / recipe.gspo.start / "model"
     start = {
         f"{recipe.gspo.start}/model/{path.relative_to(folder)}": f"{path.stat().st_size} bytes, CRC-32 {checksum(path)}"

@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from rl.heldout import standard_error
 from stages.metrics import duration
+
+MOMENTS = ("entropy", "ratio", "clipped", "kl", "sampler_kl")
+"""The values of an update whose `Moments` are exchanged."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, sum and extremes of values: ranks exchange these instead of the values of millions of tokens."""
+
+    count: int = 0
+    total: float = 0.0
+    least: float = math.inf
+    most: float = -math.inf
+
+    @classmethod
+    def of(cls, values: Tensor) -> Moments:
+        """Of the elements of a tensor of any shape."""
+        if not values.numel():
+            return cls()
+        values = values.detach().double()
+        return cls(values.numel(), values.sum().item(), values.min().item(), values.max().item())
+
+    @classmethod
+    def join(cls, parts: Iterable[Moments]) -> Moments:
+        """Of all values together."""
+        parts = list(parts)
+        return cls(
+            sum(part.count for part in parts),
+            math.fsum(part.total for part in parts),
+            min((part.least for part in parts), default=math.inf),
+            max((part.most for part in parts), default=-math.inf),
+        )
+
+    @property
+    def mean(self) -> float:
+        """The mean, 0 without values."""
+        return self.total / self.count if self.count else 0.0
 
 
 def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
     """Metrics of one step from the values of every rank (see `GspoTrainer.train_step`).
 
     reward_stderr is over prompts, because the answers of a group share their question. clip_fraction and the ratios
-    are over the sequences of informative groups, in all mini-batches; informative is the share of such groups, empty
-    the share of answers without text. rejected, the questions left out so far, is the same on every rank.
+    are over the sequences of informative groups (over their tokens, if the loss has a ratio for each token), in all
+    mini-batches; informative is the share of such groups, empty the share of answers without text. rejected, the questions left out so far, is the same on every rank.
     """
 
     def flat(name: str) -> list[Any]:
@@ -30,7 +72,8 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
     per_family = defaultdict(list)
     for family, group in zip(families, earned, strict=True):
         per_family[family] += [e["parts"].get("accuracy", e["total"]) for e in group]
-    ratio = [value for update in updates for value in update["ratio"]]
+    values = {name: Moments.join(Moments(**update[name]) for update in updates) for name in MOMENTS}
+    ratio = values["ratio"]
     tokens = sum(lengths) + sum(rank["prompt_tokens"] for rank in ranks)
     return {
         "step": step,
@@ -40,11 +83,12 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
         **parts,
         **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items())},
         "informative": fmean(informative),
-        "clip_fraction": fmean(clipped for update in updates for clipped in update["clipped"]),
-        "ratio_mean": fmean(ratio),
-        "ratio_min": min(ratio),
-        "ratio_max": max(ratio),
-        "entropy": fmean(value for update in updates for value in update["entropy"]),
+        "clip_fraction": values["clipped"].mean,
+        "ratio_mean": ratio.mean,
+        "ratio_min": ratio.least,
+        "ratio_max": ratio.most,
+        "entropy": values["entropy"].mean,
+        **{name: values[name].mean for name in ("kl", "sampler_kl") if values[name].count},
         "response_length": fmean(lengths),
         "finished": fmean(flat("finished")),
         "empty": fmean(flat("empty")),

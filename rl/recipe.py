@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from keye.errors import RecipeError
-from rl.gspo import EPSILON_HIGH, EPSILON_LOW
+from rl.losses import LOSSES, PolicyLoss, build_loss
 from stages import typed_toml
 from stages.optimizer import OptimizerConfig
 from stages.recipe_checks import STAGES, check_launch
@@ -44,11 +44,23 @@ class Gspo(OptimizerConfig):
     mini_batches: int = 4
     """Optimizer steps of a step."""
 
-    epsilon_low: float = EPSILON_LOW
-    """The importance ratio is clipped below 1 minus this."""
+    micro_batch_tokens: int = 0
+    """Tokens of a forward and backward pass at most, each prompt counted once for its answers; 0 = a mini-batch."""
 
-    epsilon_high: float = EPSILON_HIGH
-    """The importance ratio is clipped above 1 plus this."""
+    loss: str = "gspo"
+    """The policy loss: "gspo", "gspo_token", "grpo", "dapo", "dr_grpo" or "cispo"."""
+
+    epsilon_low: float | None = None
+    """The importance ratio is clipped below 1 minus this; by default the value of the loss's paper."""
+
+    epsilon_high: float | None = None
+    """The importance ratio is clipped above 1 plus this; by default the value of the loss's paper."""
+
+    kl: float = 0.0
+    """Weight of the KL divergence from the start model; 0 = none. Otherwise every process has a copy of that model."""
+
+    advantages: str = ""
+    """"standardised" (divided by the group's standard deviation) or "centred"; empty = as the loss's paper does."""
 
     temperature: float = 1.0
     """Of sampling and of the log-probabilities that are trained."""
@@ -76,6 +88,16 @@ class Gspo(OptimizerConfig):
 
     precision: str = "auto"
     """Numbers: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16"."""
+
+    @property
+    def policy_loss(self) -> PolicyLoss:
+        """The loss with its settings."""
+        return build_loss(self.loss, self.epsilon_low, self.epsilon_high, self.kl)
+
+    @property
+    def standardise(self) -> bool:
+        """Whether advantages are divided by the standard deviation of their group."""
+        return self.policy_loss.standardise if not self.advantages else self.advantages == "standardised"
 
 
 @dataclass(frozen=True)
@@ -134,13 +156,18 @@ def _check(recipe: RlRecipe, file: str) -> None:
     for key in (*counts, "checkpoint_every", "keep_checkpoints"):
         need(getattr(g, key) >= 1, f"gspo.{key} must be at least 1")
     need(g.cache_mb >= 0, "gspo.cache_mb must be at least 0")
+    need(g.micro_batch_tokens >= 0, "gspo.micro_batch_tokens must be at least 0")
     need(
         g.start != "gspo",
         'gspo.start = "gspo" would write the model to the folder it is read from; copy it elsewhere',
     )
     need(g.group_size >= 2, "gspo.group_size must be at least 2: an answer is compared with the others of its group")
     need(g.temperature > 0, "gspo.temperature must be above 0, because equal answers have no advantage")
-    need(0 < g.epsilon_low < 1 and g.epsilon_high > 0, "gspo.epsilon_low and epsilon_high must be small and above 0")
+    need(g.loss in LOSSES, f"gspo.loss must be one of {', '.join(LOSSES)}")
+    loss = g.policy_loss
+    need(0 < loss.epsilon_low <= 1 and loss.epsilon_high > 0, "gspo.epsilon_low and epsilon_high must be above 0")
+    need(g.kl >= 0, "gspo.kl must be at least 0")
+    need(g.advantages in ("", "standardised", "centred"), 'gspo.advantages must be "standardised" or "centred"')
     need(g.zero in (0, 1, 2), "gspo.zero must be 0, 1 or 2")
     check_launch("gspo.precision", g.precision, recipe.trackers, need)
     need(

@@ -23,9 +23,9 @@ from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, 
 from keye.files import write_atomically
 from keye.processor.processor import KeyeProcessor, Sample
 from rl.agree import agree, from_first, gather
-from rl.gspo import group_advantages
 from rl.heldout import Answered, ask, compare, read_answers, write_answers
 from rl.identity import check_ranks, claim, identity
+from rl.losses import group_advantages
 from rl.metrics import step_metrics, step_summary
 from rl.policy import Group
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
@@ -81,7 +81,8 @@ class GspoTrainer:
         dtype = torch.bfloat16 if resolve_precision(recipe.gspo.precision) == "bf16" else torch.float32
         self.model = agree(lambda: self.start.build(dtype, device()))
         self.engine = self._engine()
-        self.update = PolicyUpdate(self.engine, recipe.gspo)
+        reference = agree(lambda: self.start.build(dtype, self.engine.device)) if recipe.gspo.kl else None
+        self.update = PolicyUpdate(self.engine, recipe.gspo, reference)
         self.generator = torch.Generator(self.engine.device)
         self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch_size)
         self.reward = agree(lambda: rewards_from(recipe.rewards))
@@ -195,7 +196,8 @@ class GspoTrainer:
             for (prompt, _), group in zip(drawn, groups, strict=True)
         ]
         rewards = torch.tensor([[e.total for e in group] for group in earned])
-        return Experience([prompt for prompt, _ in drawn], groups, earned, rewards, group_advantages(rewards), parts)
+        advantages = group_advantages(rewards, g.standardise)
+        return Experience([prompt for prompt, _ in drawn], groups, earned, rewards, advantages, parts)
 
     def _update(self, experience: Experience) -> list[Update]:
         """The optimizer steps of a step, one for each mini-batch."""

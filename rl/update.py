@@ -1,6 +1,7 @@
 """The update of a GSPO step: its answers are scored once, then one optimizer step follows for each mini-batch.
 
-Every rank takes part in the same number of collectives, whatever its data.
+A mini-batch is computed in micro-batches. Every rank makes the same number of forward and backward passes, whatever its
+data, because ZeRO communicates in each of them.
 """
 
 from __future__ import annotations
@@ -10,22 +11,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from rl.gspo import gspo_loss
+from rl.losses import LossInput, LossOutput
+from rl.metrics import Moments
+from rl.microbatch import MicroBatch, pad, split
 from rl.policy import Group, Score, score
 from rl.recipe import Gspo
 
 
 @dataclass(frozen=True)
 class Update:
-    """Metrics of one mini-batch of S sequences on one rank: entropy of each token, ratio of each sequence."""
+    """Metrics of one mini-batch on one rank; ratio and clipped are of sequences or of tokens, as in `LossOutput`."""
 
     loss: float
-    entropy: list[float]
-    ratio: list[float]
-    clipped: list[bool]
+    entropy: Moments
+    ratio: Moments
+    clipped: Moments
+    kl: Moments
+    sampler_kl: Moments
     grad_norm: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One mini-batch: its micro-batches on this rank, equally many on every rank, and its global counts."""
+
+    batches: list[MicroBatch]
+
+    tokens: int
+    """Completion tokens of all ranks, those of groups without an advantage included."""
 
 
 class PolicyUpdate:
@@ -33,10 +48,12 @@ class PolicyUpdate:
 
     Args:
         engine: the DeepSpeed engine around `KeyeForConditionalGeneration`. config: the recipe's `[gspo]`.
+        reference: the start model, if the loss has a KL term.
     """
 
-    def __init__(self, engine: Any, config: Gspo) -> None:
-        self.engine, self.config = engine, config
+    def __init__(self, engine: Any, config: Gspo, reference: nn.Module | None = None) -> None:
+        self.engine, self.config, self.reference = engine, config, reference
+        self.loss = config.policy_loss
         self.world = dist.get_world_size()
 
     def run(self, groups: list[Group], advantages: Tensor, parts: list[slice]) -> list[Update]:
@@ -46,31 +63,65 @@ class PolicyUpdate:
             groups: this rank's P groups of G completions. advantages: float32 [P, G].
             parts: the groups of each mini-batch; none is empty.
         """
-        chosen = [informative(advantages, part) for part in parts]
+        plans = self._plan(groups, advantages, parts)
         # Scored before the first update: this is the policy that all mini-batches are compared with.
         with torch.no_grad():
-            old = [score(self.engine, [groups[i] for i in places], self.config.temperature) for places in chosen]
-        return [
-            self._step([groups[i] for i in places], advantages[places], o)
-            for places, o in zip(chosen, old, strict=True)
-        ]
+            old = [[self._score(self.engine, batch) for batch in plan.batches] for plan in plans]
+        return [self._step(plan, scores) for plan, scores in zip(plans, old, strict=True)]
 
-    def _step(self, groups: list[Group], advantages: Tensor, old: Score) -> Update:
-        """One optimizer step on groups with advantages [P, G]."""
-        g = self.config
-        new = score(self.engine, groups, g.temperature)
-        # DeepSpeed averages gradients over the ranks; the loss is a sum over all ranks' sequences.
-        sequences = g.prompts * g.group_size / g.mini_batches / self.world
-        flat = advantages.flatten().to(new.log_probs.device)
-        output = gspo_loss(new.log_probs, old.log_probs, new.owner, flat, sequences, g.epsilon_low, g.epsilon_high)
-        self.engine.backward(output.loss)
+    def _plan(self, groups: list[Group], advantages: Tensor, parts: list[slice]) -> list[Plan]:
+        """The micro-batches of each mini-batch; the counts are exchanged in two collectives."""
+        mine = []
+        for part in parts:
+            places = informative(advantages, part)
+            mine.append(split([groups[i] for i in places], advantages[places], self.config.micro_batch_tokens))
+        device = self.engine.device
+        counts = torch.tensor([len(batches) for batches in mine], device=device)
+        lengths = [sum(len(c) for group in groups[part] for c in group.completions) for part in parts]
+        tokens = torch.tensor(lengths, dtype=torch.float64, device=device)
+        if self.world > 1:
+            dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+            dist.all_reduce(tokens)
+        columns = zip(mine, counts.tolist(), tokens.tolist(), strict=True)
+        return [Plan(pad(batches, count), int(total)) for batches, count, total in columns]
+
+    def _score(self, model: Any, batch: MicroBatch) -> Score:
+        return score(model, batch.groups, self.config.temperature)
+
+    def _step(self, plan: Plan, old: list[Score]) -> Update:
+        """One optimizer step on a mini-batch, whose answers had the log-probabilities `old`."""
+        outputs, entropies = [], []
+        for place, (batch, before) in enumerate(zip(plan.batches, old, strict=True), 1):
+            new = self._score(self.engine, batch)
+            output = self.loss(self._input(plan, batch, before, new))
+            # The gradients of all micro-batches are summed; the last one is followed by the optimizer's step.
+            self.engine.set_gradient_accumulation_boundary(place == len(plan.batches))
+            self.engine.backward(output.loss * batch.weight)
+            if batch.weight:
+                outputs.append(_detached(output))
+                entropies.append(new.entropy)
         self.engine.step()
-        return Update(
-            output.loss.item(),
-            new.entropy.tolist(),
-            output.ratio.tolist(),
-            output.clipped.tolist(),
-            float(self.engine.get_global_grad_norm() or 0.0),
+        return _metrics(outputs, entropies, float(self.engine.get_global_grad_norm() or 0.0))
+
+    def _input(self, plan: Plan, batch: MicroBatch, old: Score, new: Score) -> LossInput:
+        g, device = self.config, new.log_probs.device
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self._score(self.reference, batch).log_probs
+        sampled = [row for group in batch.groups for row in group.log_probs]
+        complete = sum(map(len, sampled)) == len(new.log_probs)  # an engine may return none
+        return LossInput(
+            new.log_probs,
+            old.log_probs,
+            new.owner,
+            batch.advantages.to(device),
+            # DeepSpeed averages gradients over the ranks; the loss is a sum over all ranks' sequences.
+            sequences=g.prompts * g.group_size / g.mini_batches / self.world,
+            tokens=plan.tokens / self.world,
+            max_tokens=g.max_new_tokens,
+            reference_log_probs=reference,
+            sampler_log_probs=torch.cat(sampled).to(device) if sampled and complete else None,
         )
 
 
@@ -82,3 +133,23 @@ def informative(advantages: Tensor, part: slice) -> list[int]:
     """
     places = range(len(advantages))[part]
     return [i for i in places if advantages[i].any()] or [places[0]]
+
+
+def _detached(output: LossOutput) -> LossOutput:
+    """Without the graph, so that the memory of a micro-batch is free before the next one."""
+    return LossOutput(output.loss.detach(), output.ratio, output.clipped, output.kl, output.sampler_kl)
+
+
+def _metrics(outputs: list[LossOutput], entropies: list[Tensor], grad_norm: float) -> Update:
+    def moments(values: list[Tensor | None]) -> Moments:
+        return Moments.join(Moments.of(value) for value in values if value is not None)
+
+    return Update(
+        sum(output.loss.item() for output in outputs),
+        moments(entropies),
+        moments([output.ratio for output in outputs]),
+        moments([output.clipped for output in outputs]),
+        moments([output.kl for output in outputs]),
+        moments([output.sampler_kl for output in outputs]),
+        grad_norm,
+    )

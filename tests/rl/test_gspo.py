@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.gspo import group_advantages, gspo_loss, sequence_log_ratio
+from rl.losses import LossInput, build_loss
 
 
 def test_advantages_are_standardised_within_each_group():
@@ -94,3 +95,18 @@ def test_shards_divided_by_the_global_count_add_up_to_the_whole():
     first = gspo_loss((old + change)[:3], old[:3], owner[:3], advantages[:2], num_sequences=4).loss
     second = gspo_loss((old + change)[3:], old[3:], owner[3:] - 2, advantages[2:], num_sequences=4).loss
     torch.testing.assert_close(first + second, whole)
+
+
+def test_the_loss_behind_the_protocol_is_the_same_to_the_bit():
+    """`min(s Â, clip(s) Â)` written out once more; the recipe's default loss must not move by a rounding."""
+    torch.manual_seed(1)
+    owner = torch.tensor([0, 0, 1, 2, 2, 3])
+    old = torch.randn(6)
+    new, advantages = (old + 4e-4 * torch.randn(6)).requires_grad_(), torch.randn(4)
+    output = build_loss("gspo")(LossInput(new, old, owner, advantages, 5.0, 6))
+    sums = torch.zeros(4).index_add(0, owner, new - old)
+    ratio = torch.exp(sums / torch.tensor([2, 1, 2, 1]))
+    expected = -torch.minimum(ratio * advantages, ratio.clamp(1 - 3e-4, 1 + 4e-4) * advantages).sum() / 5.0
+    assert torch.equal(output.loss, expected) and torch.equal(output.ratio, ratio.detach())
+    assert torch.equal(torch.autograd.grad(output.loss, new)[0], torch.autograd.grad(expected, new)[0])
+    assert torch.equal(gspo_loss(new, old, owner, advantages, 5.0).loss, expected)

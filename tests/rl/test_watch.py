@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from keye.errors import KeyeError
-from rl.metrics import step_metrics
+from rl.metrics import MOMENTS, step_metrics
 from rl.prompts import Prompt
 from rl.rewards import Judgement, register, rewards_from
 from rl.watch import warnings_of
@@ -33,7 +33,8 @@ class Bad:
 
 def metrics(rewards: list[float], texts: list[str], finished: list[bool]) -> dict:
     """Of one rank with one group."""
-    update = {"loss": 0.0, "entropy": [1.0], "ratio": [1.0], "clipped": [False], "grad_norm": 0.0}
+    one = {"count": 1, "total": 1.0, "least": 1.0, "most": 1.0}
+    update = {"loss": 0.0, "grad_norm": 0.0} | {name: one for name in MOMENTS} | {"clipped": one | {"total": 0.0}}
     rank = {
         "families": ["count"],
         "earned": [[{"total": reward, "parts": {"same": reward}} for reward in rewards]],
