@@ -18,7 +18,7 @@ from stages.typed_toml import former_names
 FILE = "run.json"
 MAY_CHANGE = (
     "gspo.steps", "gspo.checkpoint_every", "gspo.keep_checkpoints", "gspo.decode_batch_size", "gspo.cache_mb",
-    "trackers",
+    "gspo.micro_batch_tokens", "trackers",
 )  # fmt: skip
 """Keys that a resumed run may change: neither the learning rate nor what a step computes depends on them.
 

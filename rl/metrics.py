@@ -57,7 +57,8 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
 
     reward_stderr is over prompts, because the answers of a group share their question. clip_fraction and the ratios
     are over the sequences of informative groups (over their tokens, if the loss has a ratio for each token), in all
-    mini-batches; informative is the share of such groups, empty the share of answers without text. rejected, the questions left out so far, is the same on every rank.
+    mini-batches; informative is the share of such groups, empty the share of answers without text. rejected, the
+    questions left out so far, is the same on every rank.
     """
 
     def flat(name: str) -> list[Any]:

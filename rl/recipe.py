@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from keye.errors import RecipeError
@@ -146,7 +146,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRec
     path = Path(path)
     recipe = typed_toml.load(RlRecipe, path, overrides, str(Path(__file__).parent / "recipes"), FOREIGN)
     _check(recipe, str(path))
-    return recipe
+    loss = recipe.gspo.policy_loss
+    return replace(recipe, gspo=replace(recipe.gspo, epsilon_low=loss.epsilon_low, epsilon_high=loss.epsilon_high))
 
 
 def _check(recipe: RlRecipe, file: str) -> None:

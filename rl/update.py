@@ -73,7 +73,8 @@ class PolicyUpdate:
         """The micro-batches of each mini-batch; the counts are exchanged in two collectives."""
         mine = []
         for part in parts:
-            places = informative(advantages, part)
+            # Groups with equal rewards have no gradient but that of the KL term.
+            places = [*range(len(groups))[part]] if self.config.kl else informative(advantages, part)
             mine.append(split([groups[i] for i in places], advantages[places], self.config.micro_batch_tokens))
         device = self.engine.device
         counts = torch.tensor([len(batches) for batches in mine], device=device)
