@@ -91,7 +91,10 @@ class Answerer:
         inputs.pop("labels")
         room = min(request.sampling.max_new_tokens, self.context - len(sample))
         sampling = replace(request.sampling, max_new_tokens=room)
-        return BatchedAnswering(self.model, self.processor.tokenizer, inputs, sampling, engine=self.engine)
+        scores = [] if request.logprobs else None
+        return BatchedAnswering(
+            self.model, self.processor.tokenizer, inputs, sampling, engine=self.engine, logprobs=scores
+        )
 
     @property
     def engine(self) -> BatchEngine:

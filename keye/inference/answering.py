@@ -193,16 +193,27 @@ class Answering:
 
 @dataclass
 class BatchedAnswering(Answering):
-    """The same reply from a `BatchEngine`, in a batch with other requests; without a cache to continue from."""
+    """The same reply from a `BatchEngine`, in a batch with other requests; without a cache to continue from.
+
+    logprobs: an empty list gets the log-probability of each token, at temperature 1.
+    """
 
     engine: BatchEngine | None = None
+    logprobs: list[float] | None = None
 
     def _start(self) -> Callable[[], object]:
         self._done = threading.Event()
         self._streamer = _Streamer(self._tokens, self.figures)
         self._streamer.prompt = False
-        self.engine.submit(self, self.inputs, self.sampling, self._ends())
+        self.engine.submit(self, self.inputs, self.sampling, self._ends(), self.logprobs)
         return self._done.wait
+
+    def scored(self) -> list[tuple[int, float]]:
+        """(id, log-probability) of the reply's tokens, up to the one that completed a stop text."""
+        if self.sequence is None or self.logprobs is None:
+            return []
+        ids = self.sequence[self.figures.prompt_tokens :].tolist()
+        return list(zip(ids, self.logprobs, strict=False))[: self.figures.new_tokens]
 
     @property
     def stopped(self) -> bool:

@@ -57,6 +57,7 @@ class _Row:
     ends: frozenset[int]
     tokens: list[int]
     processors: LogitsProcessorList
+    logprobs: list[float] | None = None
     generator: torch.Generator | None = None
     position: int = 0
     finished: bool = False
@@ -90,7 +91,14 @@ class BatchEngine:
         # A thread inside a library while the interpreter exits aborts the process.
         atexit.register(self.close)
 
-    def submit(self, reader: Reader, inputs: Mapping[str, Tensor], sampling: Sampling, ends: Sequence[int]) -> None:
+    def submit(
+        self,
+        reader: Reader,
+        inputs: Mapping[str, Tensor],
+        sampling: Sampling,
+        ends: Sequence[int],
+        logprobs: list[float] | None = None,
+    ) -> None:
         """Queue a prompt.
 
         Args:
@@ -98,11 +106,13 @@ class BatchEngine:
             inputs: one row, as the processor's `collate` returns it.
             sampling: how tokens are chosen.
             ends: ids that end a reply.
+            logprobs: gets the log-probability of each token at temperature 1 and without warpers, before `emit`.
 
         Raises:
             RuntimeError: the engine is closed.
         """
-        row = _Row(reader, inputs, sampling, frozenset(ends), [], _processors(sampling, self.model.generation_config))
+        processors = _processors(sampling, self.model.generation_config)
+        row = _Row(reader, inputs, sampling, frozenset(ends), [], processors, logprobs)
         if sampling.seed is not None:
             row.generator = torch.Generator(self.model.device).manual_seed(sampling.seed)
         with self._changed:
@@ -217,6 +227,8 @@ class BatchEngine:
         else:
             token = int(scores.argmax())
         row.tokens.append(token)
+        if row.logprobs is not None:
+            row.logprobs.append(float(scores[0, token] - scores[0].logsumexp(-1)))
         row.reader.emit(token)
         if token in row.ends or len(row.tokens) >= row.sampling.max_new_tokens:
             row.finish(self._sequence(row))

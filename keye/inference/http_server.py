@@ -20,6 +20,7 @@ from anyio import CapacityLimiter, to_thread
 from keye.errors import KeyeError
 from keye.inference.answerer import Answerer, is_local, message_for_client
 from keye.inference.answering import Answering, Figures
+from keye.inference.logprobs import token_logprobs
 from keye.inference.openai_format import Access, Request, RequestError, read_request
 
 try:
@@ -290,6 +291,8 @@ class Reply(Response):
         if texts[True]:
             message["reasoning_content"] = texts[True]
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answering.figures.finish}
+        if answering.logprobs is not None:
+            choice["logprobs"] = token_logprobs(answering.tokenizer, answering.scored())
         about = self._about("chat.completion")
         return JSONResponse({**about, "choices": [choice], "usage": _usage(answering.figures)})
 

@@ -21,11 +21,12 @@ SAMPLING = ("start", "end", "fps")  # options of a clip in a request; none excee
 NEUTRAL = {
     "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "response_format": {"type": "text"},
     "tool_choice": "none", "function_call": "none", "modalities": ["text"], "use_beam_search": False, "best_of": 1,
+    "top_logprobs": 0,
 }  # fmt: skip
 """Fields without an effect at these values (or null), which clients send; any other value is refused."""
 READ = (
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-    "top_k", "min_p", "seed", "stop", "chat_template_kwargs", "reasoning_effort",
+    "top_k", "min_p", "seed", "stop", "chat_template_kwargs", "reasoning_effort", "logprobs",
 )  # fmt: skip
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields without an effect on the answer; they are ignored."""
@@ -94,7 +95,11 @@ class Access:
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed request. thinking: see `Chat`. usage: whether a stream ends with the token counts."""
+    """A parsed request.
+
+    thinking: see `Chat`. usage: whether a stream ends with the token counts. logprobs: whether the answer has the
+    log-probability of each token.
+    """
 
     model: str | None
     messages: list[dict[str, Any]]
@@ -102,6 +107,7 @@ class Request:
     thinking: bool | None = None
     stream: bool = False
     usage: bool = field(default=False)
+    logprobs: bool = False
 
 
 def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
@@ -134,6 +140,8 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
     if not isinstance(messages[-1], dict) or messages[-1].get("role") != "user":
         raise RequestError("the last message must be the user's", param="messages")
     options = _typed(given, "stream_options", dict) or {}
+    if _typed(given, "logprobs", bool) and given.get("stream"):
+        raise RequestError("logprobs needs a complete answer; omit stream", param="logprobs")
     return Request(
         model=_typed(given, "model", str),
         messages=[_message(message, access) for message in messages],
@@ -141,6 +149,7 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
         thinking=_thinking(given),
         stream=bool(_typed(given, "stream", bool)),
         usage=bool(_typed(options, "include_usage", bool)),
+        logprobs=bool(given.get("logprobs")),
     )
 
 

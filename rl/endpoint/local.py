@@ -50,6 +50,7 @@ class LocalModel:
         await asyncio.to_thread(self._answerer.close)
 
     def _answer(self, ask: Ask) -> Answer:
+        from keye.inference.logprobs import token_logprobs
         from keye.inference.openai_format import Access, read_request
 
         try:
@@ -62,16 +63,18 @@ class LocalModel:
         except KeyeError as error:
             failed = error.__cause__ is not None and "the model failed" in str(error)
             raise (EndpointError if failed else RefusedRequest)(f"{self!r} cannot answer: {error}") from error
+        choice: dict[str, Any] = {"finish_reason": answering.figures.finish}
+        if answering.logprobs is not None:
+            choice["logprobs"] = token_logprobs(answering.tokenizer, answering.scored())
         message = {"content": texts[False]} | ({"reasoning_content": texts[True]} if texts[True] else {})
         usage = {"prompt_tokens": answering.figures.prompt_tokens, "completion_tokens": answering.figures.new_tokens}
-        return read_answer(
-            {"choices": [{"message": message, "finish_reason": answering.figures.finish}], "usage": usage}
-        )
+        return read_answer({"choices": [choice | {"message": message}], "usage": usage})
 
     @staticmethod
     def _fields(ask: Ask) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "messages": list(ask.messages), "max_completion_tokens": ask.max_tokens, "temperature": ask.temperature,
+            "logprobs": ask.logprobs,
         }  # fmt: skip
         if ask.temperature:
             fields |= {"seed": ask.sample, "top_p": ask.top_p}

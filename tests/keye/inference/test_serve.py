@@ -119,7 +119,7 @@ def test_a_stream_is_the_complete_answer_in_pieces(address, folder, loaded):
 def test_thoughts_have_a_field_of_their_own(address, loaded, monkeypatch):
     tokenizer = loaded[1].tokenizer
 
-    def submit(self, reader, inputs, sampling, ends):
+    def submit(self, reader, inputs, sampling, ends, logprobs=None):
         ids = tokenizer("<think>red</think>blue", return_tensors="pt")["input_ids"][0]
         for token in ids.tolist():
             reader.emit(token)
