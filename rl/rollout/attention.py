@@ -14,10 +14,23 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SharedPrompt:
-    """One layer's keys and values [Hkv, L, D] of a prompt, and the rows int64 [g] of the batch that continue it."""
+class Members:
+    """The rows of the batch that continue the P prompts of a block, up to g for each.
 
-    rows: Tensor
+    index: int64 [P, g]. real: bool [P, g], False where a prompt has fewer rows. padding: bool [P, L], True behind the
+    end of a prompt, or None if they are equally long.
+    """
+
+    index: Tensor
+    real: Tensor
+    padding: Tensor | None
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """One layer's keys and values [P, Hkv, L, D] of a block of prompts."""
+
+    members: Members
     keys: Tensor
     values: Tensor
 
@@ -34,32 +47,34 @@ class Part:
     weight: Tensor
 
 
-def shared_attention(q: Tensor, keys: Tensor, values: Tensor, padding: Tensor, prompts: list[SharedPrompt]) -> Tensor:
+def shared_attention(q: Tensor, keys: Tensor, values: Tensor, padding: Tensor, blocks: list[SharedPrompts]) -> Tensor:
     """One query for each of R rows.
 
     Args:
         q: [R, H, D]. keys, values: [R, Hkv, T, D], of the completions, with the current token.
-        padding: bool [R, T], True behind the end of a row. prompts: together they have each row once.
+        padding: bool [R, T], True behind the end of a row. blocks: together they have each row once.
 
     Returns:
         [R, H, D] in q's dtype, scaled by D ** -0.5.
     """
     folded = q.unflatten(1, (keys.shape[1], -1))  # [R, Hkv, H / Hkv, D]
     own = _part(folded, keys, values, padding[:, None, None])
-    read = [_prompt_part(folded, prompt) for prompt in prompts]
-    back = torch.cat([prompt.rows for prompt in prompts]).argsort()
+    read = [_prompt_part(folded, block) for block in blocks]
+    back = torch.cat([block.members.index[block.members.real] for block in blocks]).argsort()
     columns = zip(*((part.total, part.peak, part.weight) for part in read), strict=True)
     shared = Part(*(torch.cat(column)[back] for column in columns))
     return _merged(own, shared).flatten(1, 2).to(q.dtype)
 
 
-def _prompt_part(folded: Tensor, prompt: SharedPrompt) -> Part:
-    """Attention of a prompt's rows [R, Hkv, n, D] to the prompt, with g · n queries for each key head."""
-    q = folded[prompt.rows]
-    part = _part(q.transpose(0, 1).flatten(1, 2)[None], prompt.keys[None], prompt.values[None])
+def _prompt_part(folded: Tensor, block: SharedPrompts) -> Part:
+    """Attention of the rows of a block's prompts, [rows, Hkv, n, D] in the order of `Members`, to these prompts."""
+    members = block.members
+    queries = folded[members.index].transpose(1, 2)  # [P, Hkv, g, n, D]
+    padding = None if members.padding is None else members.padding[:, None, None]
+    part = _part(queries.flatten(2, 3), block.keys, block.values, padding)
 
-    def rows(x: Tensor) -> Tensor:  # [1, Hkv, g · n, ·] → [g, Hkv, n, ·]
-        return x[0].unflatten(1, (len(q), -1)).transpose(0, 1)
+    def rows(x: Tensor) -> Tensor:  # [P, Hkv, g · n, ·] → [rows, Hkv, n, ·]
+        return x.unflatten(2, queries.shape[2:4]).transpose(1, 2)[members.real]
 
     return Part(rows(part.total), rows(part.peak), rows(part.weight))
 

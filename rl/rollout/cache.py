@@ -6,15 +6,17 @@ last one. The buffers double in length when the longest completion does, up to t
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from keye.errors import KeyeError
 from keye.model.attention import varlen
-from rl.rollout.attention import SharedPrompt, shared_attention
+from rl.rollout.attention import Members, SharedPrompts, shared_attention
 
 FIRST_TOKENS = 32  # length of the buffers at the start
 
@@ -60,19 +62,53 @@ def room_for(longest: int, group_size: int, new_tokens: int, rows: int, budget: 
 
 @dataclass
 class PromptPass:
-    """The `varlen` function of a pass over packed prompts; keeps each layer's keys and values of each prompt.
+    """The `varlen` function of a pass over P packed prompts; keeps each layer's keys and values.
 
-    kept: for each layer the keys and values [Hkv, L, D] of each prompt.
+    layers: keys and values [P, Hkv, L, D] of each layer, padded at the end.
     """
 
     lengths: list[int]
     backend: str
-    kept: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
-        parts = zip(k.split(self.lengths), v.split(self.lengths), strict=True)
-        self.kept.append([tuple(x.transpose(0, 1).contiguous() for x in pair) for pair in parts])
+        self.layers.append((self._padded(k), self._padded(v)))
         return varlen(q, k, v, cu_seqlens, causal, backend=self.backend)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return pad_sequence(list(x.split(self.lengths)), batch_first=True).transpose(1, 2).contiguous()
+
+
+@dataclass
+class PromptBlock:
+    """Prompts that were read together. layers: keys and values [P, Hkv, L, D]; names, lengths: of the P prompts."""
+
+    names: list[int]
+    lengths: list[int]
+    layers: list[tuple[Tensor, Tensor]]
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that it holds, with padding."""
+        return len(self.lengths) * max(self.lengths)
+
+    def keep(self, names: Collection[int]) -> None:
+        """Free all prompts but these, layer by layer."""
+        places = [place for place, name in enumerate(self.names) if name in names]
+        self.names = [self.names[place] for place in places]
+        self.lengths = [self.lengths[place] for place in places]
+        longest = max(self.lengths)
+        for layer, pair in enumerate(self.layers):
+            self.layers[layer] = tuple(x[places, :, :longest].contiguous() for x in pair)
+
+    def members(self, rows: Mapping[int, list[int]], device: torch.device) -> Members:
+        """The rows that continue its prompts, from the rows of each name."""
+        own = [torch.tensor(rows.get(name, []), dtype=torch.long) for name in self.names]
+        index = pad_sequence(own, batch_first=True, padding_value=-1)
+        padding = None
+        if min(self.lengths) < max(self.lengths):
+            padding = torch.arange(max(self.lengths), device=device) >= torch.tensor(self.lengths).to(device)[:, None]
+        return Members(index.clamp_min(0).to(device), (index >= 0).to(device), padding)
 
 
 class RolloutCache:
@@ -85,19 +121,28 @@ class RolloutCache:
     def __init__(self, layers: int, rows: int, new_tokens: int) -> None:
         self.layers, self.rows, self.new_tokens = layers, rows, new_tokens
         self._own: list[list[Tensor]] = []  # of each layer keys and values [rows, Hkv, T, D]
-        self._prompts: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._members: dict[int, Tensor] = {}
+        self._blocks: list[PromptBlock] = []
+        self._members: list[Members] = []
         self._lengths = torch.zeros(0, dtype=torch.long)
         self._padding = torch.zeros(0, 0, dtype=torch.bool)
         self._layer = 0
 
-    def add_prompt(self, name: int, layers: list[tuple[Tensor, Tensor]]) -> None:
-        """Hold a prompt's keys and values [Hkv, L, D], those of each layer."""
-        self._prompts[name] = layers
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that are held of prompts, with padding."""
+        return sum(block.tokens for block in self._blocks)
 
-    def remove_prompt(self, name: int) -> None:
-        """Free a prompt without rows."""
-        del self._prompts[name]
+    def add(self, block: PromptBlock) -> None:
+        """Hold the prompts of a block."""
+        self._blocks.append(block)
+
+    def release(self, held: Collection[int]) -> None:
+        """Free the prompts that are not in `held`: a block when all have ended, a part of it when half have."""
+        for block in self._blocks:
+            left = sum(name in held for name in block.names)
+            if 0 < left <= len(block.names) // 2:
+                block.keep(held)
+        self._blocks = [block for block in self._blocks if any(name in held for name in block.names)]
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy rows to the places of rows that have ended."""
@@ -117,16 +162,15 @@ class RolloutCache:
         members: dict[int, list[int]] = {}
         for row, name in enumerate(prompts):
             members.setdefault(name, []).append(row)
-        flat = torch.tensor([row for rows in members.values() for row in rows]).to(device)
-        parts = flat.split([len(rows) for rows in members.values()])
-        self._members = dict(zip(members, parts, strict=True))
+        self._members = [block.members(members, device) for block in self._blocks]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
         """The `varlen` function of a pass over one new token per row: q [R, H, D], k and v [R, Hkv, D] → [R, H, D]."""
         layer, self._layer = self._layer, self._layer + 1
         keys, values = self._append(layer, k, v)
-        prompts = [SharedPrompt(rows, *self._prompts[name][layer]) for name, rows in self._members.items()]
-        return shared_attention(q, keys, values, self._padding, prompts)
+        pairs = zip(self._members, self._blocks, strict=True)
+        blocks = [SharedPrompts(members, *block.layers[layer]) for members, block in pairs if members.index.numel()]
+        return shared_attention(q, keys, values, self._padding, blocks)
 
     def check_end(self) -> None:
         """Refuse a model whose number of attention calls is not that of its layers.

@@ -20,12 +20,14 @@ from keye.errors import KeyeError
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import END_OF_TEXT, IM_END
 from rl.policy import Group, banned_tokens, vision_inputs
-from rl.rollout.cache import PromptPass, RolloutCache, compaction, room_for, token_bytes
+from rl.rollout.cache import PromptBlock, PromptPass, RolloutCache, compaction, room_for, token_bytes
 from rl.rollout.engine import Key, stream_of
 from rl.rollout.sampling import TokenSampler
 
 PREFILL_TOKENS = 8192
 """Prompts are read together up to this number of tokens; a longer one is read alone."""
+FILLED = 0.8
+"""The least share of tokens in the padded keys of prompts that are read together."""
 
 
 @dataclass
@@ -154,8 +156,11 @@ class _Run:
         self.samples, self.temperature, self.max_new_tokens = samples, temperature, max_new_tokens
         self.cache, self.prompt_tokens, self.group_size = cache, prompt_tokens, group_size
         self.device = next(self.model.parameters()).device
+        longest_first = sorted(range(len(samples)), key=lambda number: -len(samples[number]))
         self.queue = deque(
-            _Row(number, place, stream_of(key, place)) for number, key in enumerate(keys) for place in range(group_size)
+            _Row(number, place, stream_of(keys[number], place))
+            for number in longest_first
+            for place in range(group_size)
         )
         self.rows: list[_Row] = []
         self.held: dict[int, _Prompt] = {}
@@ -167,6 +172,7 @@ class _Run:
             while new := self._admit():
                 self._draw(new, torch.stack([self.held[row.prompt].logits for row in new]))
                 self.rows += [row for row in new if not self._leaves(row)]
+                self.cache.release(self.held)
             if self.rows:
                 self._draw(self.rows, self._forward())
                 self._compact([self._leaves(row) for row in self.rows])
@@ -175,20 +181,32 @@ class _Run:
     def _admit(self) -> list[_Row]:
         """The next rows of the queue for which there is room; their prompts are read if they are not held."""
         new: list[_Row] = []
-        unread: list[int] = []
+        packs: list[list[int]] = []
         while self.queue and len(self.rows) + len(new) < self.cache.rows:
             number = self.queue[0].prompt
             if number not in self.held:
-                if sum(len(prompt.sample) for prompt in self.held.values()) + len(self.samples[number]) > (
-                    self.prompt_tokens
-                ):
+                added = self._packed(packs, number)
+                if self.cache.prompt_tokens + sum(map(self._tokens, added)) > self.prompt_tokens:
                     break
+                packs = added
                 self.held[number] = _Prompt(self.samples[number], self.group_size)
-                unread.append(number)
             new.append(self.queue.popleft())
-        for part in _packs(unread, self.samples):
-            self._read(part)
+        for pack in packs:
+            self._read(pack)
         return new
+
+    def _packed(self, packs: list[list[int]], number: int) -> list[list[int]]:
+        """The packs with another prompt: in the last one if it is of similar length and there is room."""
+        if packs:
+            joined = [*packs[-1], number]
+            lengths = [len(self.samples[n]) for n in joined]
+            if self._tokens(joined) <= PREFILL_TOKENS and sum(lengths) >= FILLED * self._tokens(joined):
+                return [*packs[:-1], joined]
+        return [*packs, [number]]
+
+    def _tokens(self, pack: list[int]) -> int:
+        """The tokens that a pack holds as a block."""
+        return len(pack) * max(len(self.samples[number]) for number in pack)
 
     def _read(self, numbers: list[int]) -> None:
         """Read prompts in one packed pass."""
@@ -207,7 +225,7 @@ class _Run:
         for place, number in enumerate(numbers):
             prompt = self.held[number]
             prompt.logits, prompt.following = logits[place], int(prompt.sample.position_ids.max()) + 1
-            self.cache.add_prompt(number, [layer[place] for layer in keep.kept])
+        self.cache.add(PromptBlock(numbers, lengths, keep.layers))
 
     def _draw(self, rows: list[_Row], logits: Tensor) -> None:
         """Add the next token to R rows, from logits [R, V]."""
@@ -229,12 +247,12 @@ class _Run:
         prompt.left -= 1
         if not prompt.left:
             del self.held[row.prompt]
-            self.cache.remove_prompt(row.prompt)
         return True
 
     def _compact(self, ended: list[bool]) -> None:
         """Take the rows that have ended out of the batch."""
         if any(ended):
+            self.cache.release(self.held)
             order, sources, targets = compaction(ended)
             self.cache.move(sources, targets)
             self.rows = [self.rows[place] for place in order]
@@ -274,15 +292,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _packs(numbers: list[int], samples: list[Sample]) -> Iterator[list[int]]:
-    """Prompts in their order, in parts of at most `PREFILL_TOKENS` tokens or one prompt."""
-    part: list[int] = []
-    for number in numbers:
-        if part and sum(len(samples[n]) for n in (*part, number)) > PREFILL_TOKENS:
-            yield part
-            part = []
-        part.append(number)
-    if part:
-        yield part

@@ -137,7 +137,7 @@ def test_keys_and_values_stay_within_the_bound(model, processor, prompts, monkey
 
     def measured(self: RolloutCache, *args: object) -> object:
         result = append(self, *args)
-        held = [x for layers in self._prompts.values() for pair in layers for x in pair]
+        held = [x for block in self._blocks for pair in block.layers for x in pair]
         seen.append(sum(x.numel() * x.element_size() for x in (*held, *(x for pair in self._own for x in pair))))
         return result
 
