@@ -63,7 +63,8 @@ def loading(name: str | os.PathLike) -> Iterator[None]:
 
 _EXTRAS = dict.fromkeys(("torch", "av", "skimage", "numpy", "PIL", "matplotlib", "rich", "safetensors"), "")
 _EXTRAS |= {"transformers": "model", "gguf": "gguf", "peft": "lora", "trl": "trl", "fastapi": "serve"}
-_EXTRAS |= {"uvicorn": "serve", "pyarrow": "train", "openai": "reasoning"}
+_EXTRAS |= {"uvicorn": "serve", "pyarrow": "train", "openai": "reasoning", "math_verify": "rewards"}
+_EXTRAS |= {"markdown_it": "rewards"}
 _EXTRAS |= dict.fromkeys(("deepspeed", "datasets", "aiohttp", "accelerate", "tensorboard", "sentencepiece"), "train")
 """Module of a dependency → the extra of this package that brings it; "" for one that is always installed."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,6 +40,9 @@ class Answered:
 
     text: str
     """The greedy answer."""
+
+    failures: dict[str, str] = field(default_factory=dict)
+    """Reward → the first cause why it failed for an answer to this question."""
 
 
 BATCH = 32  # questions that are encoded together: with a long video each, they take much host memory
@@ -77,9 +80,19 @@ def ask(
         drawn = engine.generate(inputs, samples, temperature, max_new_tokens)
         greedy = engine.generate(inputs, 1, 0.0, max_new_tokens)
         for (prompt, _), many, one in zip(read, drawn, greedy, strict=True):
-            earned = [reward(Judgement(prompt, t, f)) for t, f in zip(many.texts, many.finished, strict=True)]
-            best = reward(Judgement(prompt, one.texts[0], one.finished[0]))
-            answered.append(_answered(prompt, earned, best, one.texts[0]))
+            *earned, best = reward.all(
+                [
+                    Judgement(prompt, text, finished, len(tokens))
+                    for group in (many, one)
+                    for text, finished, tokens in zip(group.texts, group.finished, group.completions, strict=True)
+                ]
+            )
+            counted = [e for e in earned if e.counts]
+            if counted and best.counts:
+                answered.append(_answered(prompt, counted, best, one.texts[0]))
+            else:
+                causes = (cause for e in [*earned, best] for cause in e.failures.values())
+                rejected[prompt.where] = f"its answers were not judged: {next(causes)}"
         if progress:
             progress(len(part))
     return answered, rejected
@@ -95,6 +108,7 @@ def _answered(prompt: Prompt, earned: list[Earned], best: Earned, text: str) -> 
         fmean(accuracy) if accuracy else None,
         best.parts.get("accuracy"),
         text,
+        {name: cause for e in [best, *reversed(earned)] for name, cause in e.failures.items()},
     )
 
 
@@ -163,4 +177,6 @@ def _means(rows: list[Answered]) -> dict[str, float | int]:
         column = [value for row in map(asdict, rows) if (value := row[attribute]) is not None]
         if column:
             values |= {f"{name}_mean": fmean(column), f"{name}_stderr": standard_error(column)}
+    if failed := Counter(name for row in rows for name in row.failures):
+        values |= {f"reward_failures/{name}": count for name, count in sorted(failed.items())}
     return values

@@ -24,6 +24,8 @@ MAY_CHANGE = (
 
 The learning rate of another schedule than "constant" depends on `gspo.steps`, which may not change then.
 """
+MAY_CHANGE_OF_REWARDS = ("url", "api_key_env", "concurrency", "timeout", "retries", "wait", "max_cost", "time_limit")
+"""Keys of a table `[rewards.<name>]` that a resumed run may change: how a judge is reached, not what it judges."""
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """Suffixes of a model's files: weights, configs, tokenizer, chat template and processor."""
 
@@ -130,7 +132,7 @@ def _check(out: Path, run: Path, now: Identity, before: Identity) -> None:
             f"{schedule!r} depends on the number of steps, so put it back, {_remedy(out)}"
         )
     for key in _differing(before.recipe, now.recipe):
-        if key not in MAY_CHANGE:
+        if key not in MAY_CHANGE and not _reaches_judge(key):
             old, new = before.recipe.get(key), now.recipe.get(key)
             raise CheckpointError(
                 f"{out} was trained with {key} = {old!r}, but the recipe says {new!r}; {_remedy(out)}"
@@ -140,6 +142,10 @@ def _check(out: Path, run: Path, now: Identity, before: Identity) -> None:
         raise CheckpointError(
             f"{run / name} {what} since the checkpoints of {out} were trained; put it back as it was, {_remedy(out)}"
         )
+
+
+def _reaches_judge(key: str) -> bool:
+    return key.startswith("rewards.") and key.rpartition(".")[2] in MAY_CHANGE_OF_REWARDS and key.count(".") > 1
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

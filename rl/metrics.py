@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
@@ -57,32 +57,32 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
 
     reward_stderr is over prompts, because the answers of a group share their question. clip_fraction and the ratios
     are over the sequences of informative groups (over their tokens, if the loss has a ratio for each token), in all
-    mini-batches; informative is the share of such groups, empty the share of answers without text. rejected, the
-    questions left out so far, is the same on every rank.
+    mini-batches; informative is the share of such groups, empty the share of answers without text. Answers that do not
+    count enter no mean of rewards. failures: see `failure_warnings`, for the log. rejected, the questions left out so
+    far, is the same on every rank.
     """
 
     def flat(name: str) -> list[Any]:
         return [item for rank in ranks for item in rank[name]]
 
     earned, families, lengths, updates = flat("earned"), flat("families"), flat("lengths"), flat("updates")
-    rewards = [fmean(e["total"] for e in group) for group in earned]
-    informative = [len({e["total"] for e in group}) > 1 for group in earned]
-    parts = {
-        f"reward/{name}": fmean(e["parts"][name] for group in earned for e in group) for name in earned[0][0]["parts"]
-    }
+    counted = [[e for e in group if e["counts"]] for group in earned]
+    rewards = [fmean(e["total"] for e in group) for group in counted if group]
+    informative = [len({e["total"] for e in group}) > 1 for group in counted]
+    parts = _parts([e for group in earned for e in group])
     per_family = defaultdict(list)
     for family, group in zip(families, earned, strict=True):
-        per_family[family] += [e["parts"].get("accuracy", e["total"]) for e in group]
+        per_family[family] += [e["parts"].get("accuracy", e["total"]) for e in group if e["counts"]]
     values = {name: Moments.join(Moments(**update[name]) for update in updates) for name in MOMENTS}
     ratio = values["ratio"]
     tokens = sum(lengths) + sum(rank["prompt_tokens"] for rank in ranks)
     return {
         "step": step,
         "loss": fmean(update["loss"] for update in updates),
-        "reward_mean": fmean(rewards),
+        "reward_mean": _mean(rewards),
         "reward_stderr": standard_error(rewards),
         **parts,
-        **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items())},
+        **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items()) if values},
         "informative": fmean(informative),
         "clip_fraction": values["clipped"].mean,
         "ratio_mean": ratio.mean,
@@ -101,6 +101,33 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
         "seconds_rollout": seconds["rollout"],
         "seconds_update": seconds["update"],
         "rejected": ranks[0]["rejected"],
+        "failures": failure_warnings(earned),
+    }
+
+
+def _parts(earned: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of each reward over the answers that it applies to and that count, and the number of its failures."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for e in earned for name in e["parts"]):
+        found[f"reward/{name}"] = _mean([e["parts"][name] for e in earned if name in e["parts"] and e["counts"]])
+        found[f"reward_failures/{name}"] = sum(name in e["failures"] for e in earned)
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    """The mean; 0 of no values, as when no answer of a step was judged."""
+    return fmean(values) if values else 0.0
+
+
+def failure_warnings(earned: list[list[dict[str, Any]]]) -> dict[str, str]:
+    """Kind → sentence for each reward that failed in a step, with the number of failures and the first cause."""
+    flat = [e for group in earned for e in group]
+    causes = [(name, cause) for e in flat for name, cause in e["failures"].items()]
+    first = dict(reversed(causes))
+    counts = Counter(name for name, _ in causes)
+    return {
+        f"reward/{name}": f"the reward {name} failed for {count} of {len(flat)} answers, first because: {first[name]}"
+        for name, count in sorted(counts.items())
     }
 
 

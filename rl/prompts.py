@@ -153,6 +153,7 @@ def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt
         read_chat(question, path.parent, generating=True)
     except ManifestError as error:
         raise ManifestError(f"{where}: messages cannot be used ({error}); correct or delete that line") from error
+    need("schema", isinstance(given.get("schema", {}), dict), "a table of a JSON schema")
     extra = {key: value for key, value in given.items() if key not in _OWN}
     return Prompt(str(name), family, question, answer, tolerance, tuple(options), path.parent, where, extra)
 

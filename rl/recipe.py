@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from keye.errors import RecipeError
 from rl.losses import LOSSES, PolicyLoss, build_loss
@@ -127,8 +128,8 @@ class RlRecipe:
     heldout: HeldOut = HeldOut()
     """The evaluation before and after."""
 
-    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
-    """Reward → its weight in the sum."""
+    rewards: dict[str, float | dict[str, Any]] = field(default_factory=lambda: {"accuracy": 1.0})
+    """Reward → its weight in the sum, or a table with its weight and options (`rl.rewards.RewardOptions`)."""
 
     seed: int = 0
     """Seed of everything that is drawn."""
@@ -175,7 +176,9 @@ def _check(recipe: RlRecipe, file: str) -> None:
         g.prompts % g.mini_batches == 0,
         f"gspo.prompts = {g.prompts} must be a multiple of gspo.mini_batches = {g.mini_batches}",
     )
-    need(all(map(math.isfinite, recipe.rewards.values())), "every weight of [rewards] must be a finite number")
+    weights = [given.get("weight", 1.0) if isinstance(given, dict) else given for given in recipe.rewards.values()]
+    numbers = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
+    need(numbers, "every weight of [rewards] must be a finite number")
     need(heldout.limit >= 1, "heldout.limit must be at least 1")
     need(heldout.samples >= 1 and heldout.temperature > 0, "heldout.samples and temperature must be above 0")
 

@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from rl.metrics import step_metrics, step_summary
 from rl.policy import Group
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
 from rl.recipe import RlRecipe, check_world, places_of
-from rl.rewards import Earned, Judgement, rewards_from
+from rl.rewards import Earned, Judgement, counted_advantages, rewards_from
 from rl.rollout import InProcessRollout
 from rl.update import PolicyUpdate, Update
 from rl.watch import warnings_of
@@ -85,7 +85,7 @@ class GspoTrainer:
         self.update = PolicyUpdate(self.engine, recipe.gspo, reference)
         self.generator = torch.Generator(self.engine.device)
         self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch_size)
-        self.reward = agree(lambda: rewards_from(recipe.rewards))
+        self.reward = agree(lambda: rewards_from(recipe.rewards, self.run))
         self.stream = PromptStream(prompts, self.processor, recipe.seed, recipe.gspo.cache_mb << 20)
         self.step = 0
         self.warned: set[str] = set()
@@ -191,12 +191,14 @@ class GspoTrainer:
     def _answer(self, drawn: list[Taken], parts: list[slice]) -> Experience:
         g = self.recipe.gspo
         groups = self.rollout.generate([sample for _, sample in drawn], g.group_size, g.temperature, g.max_new_tokens)
-        earned = [
-            [self.reward(Judgement(prompt, t, f)) for t, f in zip(group.texts, group.finished, strict=True)]
+        judgements = [
+            Judgement(prompt, text, finished, len(tokens))
             for (prompt, _), group in zip(drawn, groups, strict=True)
+            for text, finished, tokens in zip(group.texts, group.finished, group.completions, strict=True)
         ]
-        rewards = torch.tensor([[e.total for e in group] for group in earned])
-        advantages = group_advantages(rewards, g.standardise)
+        judged = iter(self.reward.all(judgements))
+        earned = [list(islice(judged, g.group_size)) for _ in groups]
+        rewards, advantages = counted_advantages(earned, lambda given: group_advantages(given, g.standardise))
         return Experience([prompt for prompt, _ in drawn], groups, earned, rewards, advantages, parts)
 
     def _update(self, experience: Experience) -> list[Update]:
@@ -296,7 +298,7 @@ class GspoTrainer:
     # --- logging ---------------------------------------------------------------------------------------------------
 
     def _log(self, logger: MetricsLogger, metrics: dict[str, Any]) -> None:
-        found = warnings_of(metrics, self.recipe.gspo.max_new_tokens)
+        found = metrics.pop("failures") | warnings_of(metrics, self.recipe.gspo.max_new_tokens)
         with writing(logger.file, "the metrics", CheckpointError):
             logger.log(metrics | ({"warnings": list(found.values())} if found else {}))
         for kind, text in found.items():

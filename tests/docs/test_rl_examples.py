@@ -36,7 +36,7 @@ def test_examples_run(folder):
     rows = [json.loads(line) for line in (folder / "runs/mine/gspo/metrics.jsonl").read_text().splitlines()]
     table = GUIDE.read_text(encoding="utf-8").partition("| in `metrics.jsonl`")[2].partition("\n\n")[0]
     named = {name.partition("<")[0] for name in re.findall(r"`([\w/<>]+)`", table)}
-    written = {re.sub(r"^(reward|accuracy)/.*", r"\1/", key) for row in rows for key in row}
+    written = {re.sub(r"^(reward|reward_failures|accuracy)/.*", r"\1/", key) for row in rows for key in row}
     assert written - {"step", "warnings"} == named - {"warnings", "max_new_tokens"}
     made = {path.name for path in (folder / "runs/mine/gspo").iterdir()}
     assert {"recipe.toml", "run.json", "before.jsonl", "after.jsonl", "eval.json", "model", "checkpoints"} <= made

@@ -33,6 +33,8 @@ FILES = (
 class Variety:
     """Different letters of an answer: unlike for almost any two answers, so that a step moves the weights."""
 
+    in_process = True
+
     def __call__(self, judgement: Judgement) -> float:
         return len(set(judgement.text)) + len(judgement.text) / 100
 

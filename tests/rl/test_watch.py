@@ -1,14 +1,13 @@
-"""A run that cannot learn says so: constant rewards, empty answers, answers that are cut off, rewards that are NaN."""
+"""A run that cannot learn says so: constant rewards, empty answers, answers that are cut off."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from keye.errors import KeyeError
 from rl.metrics import MOMENTS, step_metrics
-from rl.prompts import Prompt
-from rl.rewards import Judgement, register, rewards_from
+from rl.rewards import Earned, Judgement, register
 from rl.watch import warnings_of
 from tests.distributed import run_distributed
 from tests.rl.test_identity import recipe_of, train
@@ -19,16 +18,10 @@ from tests.rl.test_trainer import make_run
 class Same:
     """The same for every answer."""
 
+    in_process = True
+
     def __call__(self, judgement: Judgement) -> float:
         return 0.25
-
-
-@register("wrong")
-class Bad:
-    """What a reward with a fault may give."""
-
-    def __call__(self, judgement: Judgement) -> float:
-        return {"nan": float("nan"), "inf": float("inf"), "none": None, "text": "right"}[judgement.text]
 
 
 def metrics(rewards: list[float], texts: list[str], finished: list[bool]) -> dict:
@@ -37,7 +30,7 @@ def metrics(rewards: list[float], texts: list[str], finished: list[bool]) -> dic
     update = {"loss": 0.0, "grad_norm": 0.0} | {name: one for name in MOMENTS} | {"clipped": one | {"total": 0.0}}
     rank = {
         "families": ["count"],
-        "earned": [[{"total": reward, "parts": {"same": reward}} for reward in rewards]],
+        "earned": [[asdict(Earned(reward, {"same": reward})) for reward in rewards]],
         "lengths": [1] * len(texts),
         "finished": finished,
         "empty": [not text.strip() for text in texts],
@@ -76,10 +69,3 @@ def test_a_run_whose_rewards_are_constant_says_so_and_counts_the_steps(tmp_path)
     assert [any("every advantage is zero" in text for text in row["warnings"]) for row in rows] == [True, True]
     result = json.loads((run / "gspo/eval.json").read_text())
     assert (result["steps"], result["steps_without_advantage"]) == (2, 2)
-
-
-@pytest.mark.parametrize("text", ["nan", "inf", "none", "text"])
-def test_a_reward_that_is_no_finite_number_is_named(text):
-    prompt = Prompt("q7", "count", [], "3", None, (), Path("."), "world/train.jsonl:8")
-    with pytest.raises(KeyeError, match=r"reward 'wrong' .*world/train\.jsonl:8.*finite number"):
-        rewards_from({"wrong": 1.0})(Judgement(prompt, text, True))

@@ -65,8 +65,9 @@ def test_a_module_that_is_missing_in_a_run_is_named_with_its_extra_and_a_fault_o
 def test_every_dependency_has_the_extra_that_brings_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     modules = {"scikit-image": "skimage", "pillow": "PIL"}
+    modules |= {"math-verify": "math_verify", "markdown-it-py": "markdown_it"}
     extras = {"": project["dependencies"]} | project["optional-dependencies"]
-    for extra in ("", "model", "train", "gguf", "lora", "trl", "serve"):
+    for extra in ("", "model", "train", "gguf", "lora", "trl", "serve", "rewards"):
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement)[0]
             if name == "keye":

@@ -70,7 +70,7 @@ def test_an_unfinished_completion_earns_nothing():
 
 
 def test_an_unknown_reward_is_named():
-    with pytest.raises(RecipeError, match="'acuracy'.*accuracy.*format"):
+    with pytest.raises(RecipeError, match="'acuracy'.*accuracy, .*format"):
         rewards_from({"acuracy": 1.0})
 
 
