@@ -9,7 +9,7 @@ from rl.rewards.structure import Json, Markdown
 from rl.rewards.weighted import RewardOptions, RewardSum, Term, rewards_from
 
 __all__ = [
-    "Accuracy", "AllConstraints", "Anls", "BoxIou", "Choice", "Constraints", "Earned", "Exact", "Format", "Json", "Judgement", "Length", "Markdown",
-    "Math", "Number", "Outcome", "Reward", "RewardOptions", "RewardSum", "Seconds", "TemporalIou", "Term",
-    "counted_advantages", "register", "rewards_from",
+    "Accuracy", "AllConstraints", "Anls", "BoxIou", "Choice", "Constraints", "Earned", "Exact", "Format", "Json",
+    "Judgement", "Length", "Markdown", "Math", "Number", "Outcome", "Reward", "RewardOptions", "RewardSum", "Seconds",
+    "TemporalIou", "Term", "counted_advantages", "register", "rewards_from",
 ]  # fmt: skip

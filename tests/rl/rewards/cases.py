@@ -22,6 +22,7 @@ def judged(prompt: Prompt, text: str, finished: bool = True) -> Judgement:
     return Judgement(prompt, text, finished, 5)
 
 
+CONSTRAINTS = [{"kind": "no_commas"}, {"kind": "words", "relation": "at most", "count": 2}, {"kind": "lowercase"}]
 OPTIONS = ("red", "blue", "green", "yellow")
 TABLE: dict[str, Any] = {
     "length": {"full": 10, "zero": 20},
@@ -44,8 +45,10 @@ RIGHT: dict[str, tuple[Prompt, str]] = {
     "markdown": (question("-"), "| a | b |\n|---|---|\n| 1 | 2 |"),
     "format": (question("3"), "<think>so</think><answer>3</answer>"),
     "length": (question("3"), "three"),
+    "constraints": (question("3", constraints=CONSTRAINTS), "two words"),
+    "all_constraints": (question("3", constraints=CONSTRAINTS), "two words"),
 }
 """Reward → a question and an answer that earns more than 0.7."""
 
-FORM_ONLY = ("format", "length")
-"""Rewards of the form alone: any short plain line earns 1."""
+FORM_ONLY = ("format", "length", "constraints", "all_constraints")
+"""Rewards of the form alone: any text that has it earns 1."""

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from keye.errors import CheckpointError, KeyeError, RecipeError
-from rl.gspo import group_advantages
 from rl.identity import claim, identity
-from rl.metrics import failure_warnings, step_metrics
+from rl.losses import group_advantages
+from rl.metrics import MOMENTS, failure_warnings, step_metrics
 from rl.prompts import Prompt
 from rl.recipe import RlRecipe, load
 from rl.rewards import Earned, Judgement, counted_advantages, register, rewards_from
@@ -117,10 +117,11 @@ def test_failures_are_counted_and_named_in_the_metrics():
         [Earned(1.0, {"a": 1.0, "b": 0.0}, {"b": "it broke"}), Earned(0.0, {"a": 0.0}, {"a": "x"}, counts=False)],
         [Earned(0.5, {"a": 0.5, "b": 1.0})] * 2,
     ]
+    one = {"count": 1, "total": 1.0, "least": 1.0, "most": 1.0}
     rank = {
         "families": ["count", "order"], "earned": [[dataclasses.asdict(e) for e in group] for group in earned],
         "lengths": [1] * 4, "finished": [True] * 4, "empty": [False] * 4, "visual_tokens": 0, "prompt_tokens": 5,
-        "updates": [{"loss": 0.0, "entropy": [1.0], "ratio": [1.0], "clipped": [False], "grad_norm": 0.0}],
+        "updates": [{"loss": 0.0, "grad_norm": 0.0} | {name: one for name in MOMENTS}],
         "rejected": 0,
     }  # fmt: skip
     metrics = step_metrics(1, [rank], {"rollout": 1.0, "update": 1.0})
