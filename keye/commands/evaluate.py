@@ -17,6 +17,7 @@ from keye.evaluation.public import BENCHMARKS, open_benchmark
 from keye.evaluation.public.frames import FrameChoice
 from keye.evaluation.public.run import evaluate_public
 from keye.evaluation.public.scores import save_scores, summary
+from keye.slowfast.policies import get_policy
 
 if TYPE_CHECKING:
     from keye.model.keye import KeyeForConditionalGeneration
@@ -43,6 +44,8 @@ def main() -> None:
     args = _parser().parse_args()
     if (args.manifest is None) == (args.benchmark is None):
         raise KeyeError("evaluate needs a manifest or --benchmark with --data; give one of them")
+    if args.policy is not None:
+        get_policy(args.policy)  # refuses a wrong one before the model is read
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         join_processes()

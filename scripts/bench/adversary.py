@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--cached", action="store_true", help="judge all questions in the cache and draw no others")
     parser.add_argument("--draw-only", action="store_true", help="fill the cache and stop")
     args = parser.parse_args()
+    if not args.draw_only:
+        _classifiers()  # refuses before anything is drawn
     if args.dev and not args.out:
         args.out = ROOT / ".cache/bench/dev_bench_v1"
     if args.quick:
@@ -212,6 +215,23 @@ def guess(inputs: np.ndarray, train: Drawn, others: np.ndarray, allowed: np.ndar
     Raises:
         KeyeError: scikit-learn is not installed.
     """
+    number = len(inputs)
+    labels, kept_back = train.answers[:number], train.groups[:number] % 5 == 0
+    best: tuple[float, np.ndarray] = (-1.0, np.zeros(len(others), int))
+    for model in _classifiers():
+        model.fit(inputs[~kept_back], labels[~kept_back])
+        score = (_pick(model, inputs[kept_back], train.allowed[:number][kept_back]) == labels[kept_back]).mean()
+        if score > best[0]:
+            best = float(score), _pick(model, others, allowed)
+    return best[1]
+
+
+def _classifiers() -> tuple[Any, Any]:
+    """A linear classifier and one of trees, not trained.
+
+    Raises:
+        KeyeError: scikit-learn is not installed.
+    """
     try:
         from sklearn.ensemble import HistGradientBoostingClassifier
         from sklearn.linear_model import LogisticRegression
@@ -219,19 +239,10 @@ def guess(inputs: np.ndarray, train: Drawn, others: np.ndarray, allowed: np.ndar
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise KeyeError('the adversary needs scikit-learn; install it with pip install "keye[adversary]"') from error
-    number = len(inputs)
-    labels, kept_back = train.answers[:number], train.groups[:number] % 5 == 0
-    models = (
+    return (
         make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200)),
         HistGradientBoostingClassifier(max_iter=40, max_leaf_nodes=15, l2_regularization=1.0, random_state=0),
     )
-    best: tuple[float, np.ndarray] = (-1.0, np.zeros(len(others), int))
-    for model in models:
-        model.fit(inputs[~kept_back], labels[~kept_back])
-        score = (_pick(model, inputs[kept_back], train.allowed[:number][kept_back]) == labels[kept_back]).mean()
-        if score > best[0]:
-            best = float(score), _pick(model, others, allowed)
-    return best[1]
 
 
 def _pick(model: object, inputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:

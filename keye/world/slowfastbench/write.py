@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,8 @@ def _rendered(films: list[tuple[Path, Film]], folder: Path | None, workers: int)
         return
     context = multiprocessing.get_context("spawn")  # a forked process would inherit locks of the caller's threads
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(partial(render, folder=folder), films)
+        # As they finish: one of an hour would hold back all after it.
+        yield from (done.result() for done in as_completed([pool.submit(render, film, folder) for film in films]))
 
 
 def render(film: tuple[Path, Film], folder: Path | None) -> Film:

@@ -189,3 +189,10 @@ def test_a_directory_that_is_no_model_is_one_line(command, tmp_path, world, monk
     error = capsys.readouterr().err
     assert ended.value.code == 2 and len(error.splitlines()) == 1
     assert error.startswith("error: ") and str(tmp_path) in error and "not Keye; give one that a stage" in error
+
+
+def test_a_wrong_policy_is_refused_before_the_model_is_read(tmp_path, world, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["keye", "evaluate", str(tmp_path / "none"), str(world), "--policy", "fastest"])
+    with pytest.raises(SystemExit):
+        keye.cli.main()
+    assert "fastest" in capsys.readouterr().err
