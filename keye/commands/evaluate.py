@@ -45,7 +45,7 @@ def main() -> None:
     if (args.manifest is None) == (args.benchmark is None):
         raise KeyeError("evaluate needs a manifest or --benchmark with --data; give one of them")
     if args.policy is not None:
-        get_policy(args.policy)  # refuses a wrong one before the model is read
+        get_policy(args.policy, 0.5)  # refuses a wrong one before the model is read
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         join_processes()
