@@ -45,6 +45,28 @@ class Answered:
     """Reward → the first cause why it failed for an answer to this question."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """The step whose model has the highest mean held-out reward so far; step 0 when none was measured."""
+
+    step: int = 0
+    reward: float = -math.inf
+
+    def write(self, folder: Path) -> None:
+        """Record it in `model-best.json`, after the model was written."""
+        write_atomically(folder / BEST, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path, until: int) -> Best | None:
+        """The record in `folder`; None without one, or if it is of a step after `until`, which is taken again."""
+        try:
+            found = cls(**json.loads((folder / BEST).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if isinstance(found.step, int) and found.step <= until else None
+
+
+BEST = "model-best.json"
 BATCH = 32  # questions that are encoded together: with a long video each, they take much host memory
 
 
@@ -114,6 +136,7 @@ def _answered(prompt: Prompt, earned: list[Earned], best: Earned, text: str) -> 
 
 def write_answers(path: Path, answered: list[Answered]) -> None:
     """Write outcomes as JSON lines; the file appears only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(asdict(one)) + "\n" for one in answered))
 
 

@@ -120,7 +120,8 @@ def _read(out: Path) -> Identity:
 def _present(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recorded recipe with the present names of its keys; keys that it does not have yet are at their defaults."""
     former = {f"gspo.{old}": f"gspo.{new}" for old, new in former_names(Gspo).items()}
-    defaults = {"trackers": []} | _flat({"gspo": dataclasses.asdict(Gspo(steps=1, learning_rate=1.0))})
+    tables = dataclasses.asdict(RlRecipe(Gspo(steps=1, learning_rate=1.0)))
+    defaults = _flat({name: table for name, table in tables.items() if name not in ("rewards", "seed")})
     return defaults | {former.get(key, key): value for key, value in recipe.items()}
 
 

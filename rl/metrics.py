@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
+from rl.blindness import own_metrics
 from rl.heldout import standard_error
+from rl.sampling import Experience, accuracy_of
 from stages.metrics import duration
 
 MOMENTS = ("entropy", "ratio", "clipped", "kl", "sampler_kl")
@@ -52,8 +54,36 @@ class Moments:
         return self.total / self.count if self.count else 0.0
 
 
-def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
-    """Metrics of one step from the values of every rank (see `GspoTrainer.train_step`).
+def rollout_values(experiences: list[Experience]) -> dict[str, Any]:
+    """A rank's values for `step_metrics` of the groups of a step: those it trains on, then those that were replaced."""
+    groups = [group for experience in experiences for group in experience.groups]
+    return {
+        "families": [prompt.family for experience in experiences for prompt in experience.prompts],
+        "earned": [[asdict(e) for e in group] for experience in experiences for group in experience.earned],
+        "seen_blind": [pair for experience in experiences for pair in _seen_blind(experience)],
+        "replaced": sum(len(experience.groups) for experience in experiences[1:]),
+        "lengths": [len(c) for group in groups for c in group.completions],
+        "finished": [f for group in groups for f in group.finished],
+        "empty": [not text.strip() for group in groups for text in group.texts],
+        "visual_tokens": sum(group.sample.visual_tokens for group in groups),
+        "prompt_tokens": sum(len(group.sample) for group in groups),
+    }
+
+
+def _seen_blind(experience: Experience) -> list[tuple[float, float]]:
+    """Accuracy with and without frames of the questions that were asked both ways."""
+    if experience.blind is None:
+        return []
+    pairs = zip(experience.earned, experience.blind.tolist(), strict=True)
+    return [(accuracy_of(group), blind) for group, blind in pairs if not math.isnan(blind)]
+
+
+def step_metrics(
+    step: int, ranks: list[dict[str, Any]], seconds: dict[str, float], drop_above: float = 1.0
+) -> dict[str, Any]:
+    """Metrics of one step from the values of every rank (see `rollout_values` and `GspoTrainer.train_step`).
+
+    Rewards, lengths and tokens are of all groups that were answered, also of those that others have replaced.
 
     reward_stderr is over prompts, because the answers of a group share their question. clip_fraction and the ratios
     are over the sequences of informative groups (over their tokens, if the loss has a ratio for each token), in all
@@ -84,6 +114,8 @@ def step_metrics(step: int, ranks: list[dict[str, Any]], seconds: dict[str, floa
         **parts,
         **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items()) if values},
         "informative": fmean(informative),
+        **({"replaced": replaced} if (replaced := sum(rank.get("replaced", 0) for rank in ranks)) else {}),
+        **own_metrics([pair for rank in ranks for pair in rank.get("seen_blind", ())], drop_above),
         "clip_fraction": values["clipped"].mean,
         "ratio_mean": ratio.mean,
         "ratio_min": ratio.least,
@@ -133,7 +165,11 @@ def failure_warnings(earned: list[list[dict[str, Any]]]) -> dict[str, str]:
 
 def step_summary(values: dict[str, Any]) -> str:
     """A step's metrics as a line."""
+    heldout = f"held-out {values['heldout/reward']:.3f}  " if "heldout/reward" in values else ""
+    gap = f"gap {values['gap/smallest']:+.2f}  " if "gap/smallest" in values else ""
     return (
-        f"reward {values['reward_mean']:.3f} ± {values['reward_stderr']:.3f}  {values['tokens_per_second']:,.0f} "
-        f"tokens/s  {duration(values['eta_seconds'])} left"
+        f"reward {values['reward_mean']:.3f} ± {values['reward_stderr']:.3f}  {heldout}{gap}"
+        f"length {values['response_length']:.1f}  entropy {values['entropy']:.2f}  "
+        f"clipped {values['clip_fraction']:.0%}  ratio {values['ratio_min']:.3f}…{values['ratio_max']:.3f}  "
+        f"{values['tokens_per_second']:,.0f} tokens/s  {duration(values['eta_seconds'])} left"
     )

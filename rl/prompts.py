@@ -42,6 +42,9 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)
     """The line's other keys except `meta`, such as the `schema` of an answer in JSON; rewards read them."""
 
+    index: int = -1
+    """Its place in `PromptSet.prompts`."""
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -83,7 +86,7 @@ def load_prompts(manifest: str | Path, families: Iterable[str] = (), unique: boo
                 rejected[where] = str(error)
                 continue
             if prompt is not None:
-                prompts.append(prompt)
+                prompts.append(replace(prompt, index=len(prompts)))
     if not prompts:
         raise ManifestError(_nothing_to_ask(path, families, rejected))
     if unique:
@@ -112,6 +115,15 @@ def _check_unique(prompts: list[Prompt]) -> None:
 
 _OWN = frozenset(("messages", "answer", "id", "family", "tolerance", "options", "meta"))
 """Keys of a line that a prompt has as fields, and one that no reward reads."""
+
+
+def read_question(raw: bytes, path: Path, number: int) -> Prompt | None:
+    """Line `number` of the manifest `path` as a prompt; None if it has neither answer nor constraints.
+
+    Raises:
+        ManifestError: not a chat, or a value of the wrong type; names file, line and key.
+    """
+    return _question(raw, path, number, set())
 
 
 def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt | None:
@@ -163,19 +175,38 @@ Gather = Callable[[Any], list[Any]]
 """Collective: this rank's value → every rank's values, in order of rank, on every rank."""
 
 
+class PromptTooLongError(ManifestError):
+    """A prompt has more tokens than the recipe allows."""
+
+
 class PromptStream:
     """An endless stream of shuffled prompts, the same on every rank and on any number of ranks.
 
     A step takes the next `count` prompts of one global order; each rank encodes its own places of them. The order of an
     epoch follows from (seed, epoch). A prompt whose clip cannot be read is left out, its place takes the next prompt,
-    and `rejected` has the reason on all ranks: `file:line` → reason. Encoded prompts, pixels as bytes, are kept in
-    `cache` bytes of host memory, because a small set is read many times.
+    and `rejected` has the reason on all ranks: `file:line` → reason. A prompt that is too long is not encoded again in
+    later epochs. Encoded prompts, pixels as bytes, are kept in `cache` bytes of host memory, because a small set is
+    read many times.
+
+    Args:
+        max_tokens: tokens of a prompt at most, visual ones included; 0 = no limit.
+        asks: (index, epoch) → whether a prompt is asked at its turn, the same on every rank; default always.
     """
 
-    def __init__(self, prompts: list[Prompt], processor: KeyeProcessor, seed: int, cache: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        processor: KeyeProcessor,
+        seed: int,
+        cache: int = 1 << 30,
+        max_tokens: int = 0,
+        asks: Callable[[int, int], bool] = lambda index, epoch: True,
+    ) -> None:
         self.prompts, self.processor, self.seed = prompts, processor, seed
+        self.max_tokens, self.asks = max_tokens, asks
         self.epoch = self.position = 0
         self.rejected: dict[str, str] = {}
+        self.too_long: dict[int, str] = {}  # index → reason, the same on every rank
         self.cache = Cache(cache)
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -191,21 +222,28 @@ class PromptStream:
             One (prompt, sample) for each place, in the order of the places.
 
         Raises:
-            ManifestError: no prompt of a complete epoch can be read; on all ranks.
+            ManifestError: no prompt of a complete epoch can be read, or every prompt is too long; on all ranks.
         """
         own, gather = set(range(count) if mine is None else mine), gather or (lambda value: [value])
         taken: dict[int, Taken] = {}
         places, failures = list(range(count)), 0
         while places:
             drawn = {place: self._next() for place in places}
-            failed = {}
+            failed, long = {}, {}
             for place in sorted(own & drawn.keys()):
                 try:
-                    taken[place] = (self.prompts[drawn[place]], self._encode(drawn[place]))
+                    taken[place] = (self.prompts[drawn[place]], self.encode(drawn[place]))
+                except PromptTooLongError as error:
+                    failed[place] = long[drawn[place]] = str(error)
                 except KeyeError as error:
                     failed[place] = str(error)
-            everywhere = {place: why for rank in gather(failed) for place, why in rank.items()}
+            ranks = gather((failed, long))
+            everywhere = {place: why for rank, _ in ranks for place, why in rank.items()}
             self.rejected |= {self.prompts[drawn[place]].where: why for place, why in everywhere.items()}
+            self.too_long |= {index: why for _, rank in ranks for index, why in rank.items()}
+            if len(self.too_long) == len(self.prompts):
+                why = next(iter(self.too_long.values()))
+                raise ManifestError(f"no prompt is short enough, the first because {why}")
             failures = failures + len(everywhere) if len(everywhere) == len(places) else 0
             if failures > len(self.prompts):
                 last = everywhere[max(everywhere)]
@@ -213,11 +251,12 @@ class PromptStream:
             places = sorted(everywhere)
         return [taken[place] for place in sorted(taken)]
 
-    def state_dict(self) -> dict[str, int]:
-        """The position in the global order: the same on every rank."""
-        return {"epoch": self.epoch, "position": self.position, "questions": len(self.prompts)}
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the global order and the prompts that are too long: the same on every rank."""
+        state = {"epoch": self.epoch, "position": self.position, "questions": len(self.prompts)}
+        return state | ({"too_long": self.too_long} if self.too_long else {})
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.
 
         Raises:
@@ -235,9 +274,18 @@ class PromptStream:
                 "questions; put the manifest back as it was, or train again with another --out"
             )
         self.epoch, self.position = state["epoch"], state["position"]
+        self.too_long = dict(state.get("too_long", {}))
+        self.rejected |= {self.prompts[index].where: why for index, why in self.too_long.items()}
 
     def _next(self) -> int:
-        """Index in `prompts` of the next prompt."""
+        """Index in `prompts` of the next prompt that is asked."""
+        while True:
+            epoch, index = self.epoch, self._turn()
+            if index not in self.too_long and self.asks(index, epoch):
+                return index
+
+    def _turn(self) -> int:
+        """Index in `prompts` of the next prompt of the order."""
         if self._order[0] != self.epoch:
             order = list(range(len(self.prompts)))
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
@@ -248,12 +296,22 @@ class PromptStream:
             self.epoch, self.position = self.epoch + 1, 0
         return index
 
-    def _encode(self, index: int) -> Sample:
-        """The sample of the prompt at an index of `prompts`; ids need not be unique."""
+    def encode(self, index: int) -> Sample:
+        """The sample of the prompt at an index of `prompts`; ids need not be unique.
+
+        Raises:
+            PromptTooLongError: it has more than `max_tokens` tokens.
+            KeyeError: its media cannot be read.
+        """
         kept = self.cache.get(index)
         if kept is None:
             prompt = self.prompts[index]
             sample = self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
+            if 0 < self.max_tokens < len(sample):
+                raise PromptTooLongError(
+                    f"{prompt.where}: the prompt has {len(sample):,} tokens, more than gspo.max_prompt_tokens = "
+                    f"{self.max_tokens:,}; raise it, shorten the clip or lower the encoder's max_tokens"
+                )
             kept = [Item(sample, prompt.where, index, prompt.family, "")]
             self.cache.put(index, kept)
         # As floats again, because a batch may have other samples that are not bytes.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keye.errors import RecipeError
+from rl.blindness import Blindness
 from rl.losses import LOSSES, PolicyLoss, build_loss
 from stages import typed_toml
 from stages.optimizer import OptimizerConfig
@@ -69,6 +70,15 @@ class Gspo(OptimizerConfig):
     max_new_tokens: int = 32
     """Tokens of an answer at most."""
 
+    max_prompt_tokens: int = 0
+    """Tokens of a question at most, visual ones included; longer ones are left out, counted and named. 0 = no limit."""
+
+    extra_prompts: int = 0
+    """Further questions of a step at most, over all processes, in place of groups without advantage; 0 = none."""
+
+    curriculum_floor: float = 1.0
+    """Probability that a question is asked whose answers are all right or all wrong so far; 1 = no curriculum."""
+
     decode_batch_size: int = field(default=256, metadata={"former": "decode_batch"})
     """Answers that a process decodes together."""
 
@@ -117,6 +127,9 @@ class HeldOut:
     temperature: float = 1.0
     """Of the sampled answers."""
 
+    every: int = 0
+    """Steps between evaluations while training, of which the best model is kept in `model-best`; 0 = none."""
+
 
 @dataclass(frozen=True)
 class RlRecipe:
@@ -137,6 +150,9 @@ class RlRecipe:
     trackers: tuple[str, ...] = ()
     """Trackers "wandb" and "trackio": they get every step, as metrics.jsonl and TensorBoard do."""
 
+    blindness: Blindness = Blindness()
+    """Questions without their frames, and the guard against answers that need none."""
+
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRecipe:
     """Read a recipe, override keys (`gspo.steps=20`) and check it.
@@ -154,10 +170,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRec
 def _check(recipe: RlRecipe, file: str) -> None:
     need, g, heldout = requirement(file), recipe.gspo, recipe.heldout
     g.check("gspo", need)
+    recipe.blindness.check(need)
+    need(heldout.every >= 0, "heldout.every must be at least 0")
     counts = ("steps", "prompts", "mini_batches", "max_new_tokens", "decode_batch_size")
     for key in (*counts, "checkpoint_every", "keep_checkpoints"):
         need(getattr(g, key) >= 1, f"gspo.{key} must be at least 1")
-    need(g.cache_mb >= 0, "gspo.cache_mb must be at least 0")
+    for key in ("cache_mb", "max_prompt_tokens", "extra_prompts"):
+        need(getattr(g, key) >= 0, f"gspo.{key} must be at least 0")
+    need(0 < g.curriculum_floor <= 1, "gspo.curriculum_floor must be above 0 and at most 1")
     need(g.micro_batch_tokens >= 0, "gspo.micro_batch_tokens must be at least 0")
     need(
         g.start != "gspo",

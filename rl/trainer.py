@@ -9,29 +9,30 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
-from itertools import accumulate, chain, islice, pairwise
+from dataclasses import asdict
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, writing
 from keye.files import write_atomically
 from keye.processor.processor import KeyeProcessor, Sample
 from rl.agree import agree, from_first, gather
-from rl.heldout import Answered, ask, compare, read_answers, write_answers
+from rl.blindness import BlindnessMonitor, without_marked
+from rl.heldout import Answered, Best, ask, compare, read_answers, summary, write_answers
 from rl.identity import check_ranks, claim, identity
 from rl.losses import group_advantages
-from rl.metrics import step_metrics, step_summary
-from rl.policy import Group
+from rl.metrics import rollout_values, step_metrics, step_summary
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
 from rl.recipe import RlRecipe, check_world, places_of
-from rl.rewards import Earned, Judgement, counted_advantages, rewards_from
+from rl.rewards import counted_advantages, rewards_from
 from rl.rollout import InProcessRollout
+from rl.sampling import Curriculum, Experience, accuracy_of, judged, replace_flat
 from rl.update import PolicyUpdate, Update
 from rl.watch import warnings_of
 from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint
@@ -41,21 +42,6 @@ from stages.distributed.weights import Start, open_start, replace_model
 from stages.metrics import MetricsLogger, open_tracker, read_metrics
 from stages.signals import SignalRequests
 from stages.typed_toml import to_toml
-
-
-@dataclass(frozen=True)
-class Experience:
-    """One rank's share of a step: P prompts with G answers each.
-
-    rewards, advantages: float32 [P, G]. parts: the groups of each mini-batch.
-    """
-
-    prompts: list[Prompt]
-    groups: list[Group]
-    earned: list[list[Earned]]
-    rewards: Tensor
-    advantages: Tensor
-    parts: list[slice]
 
 
 class GspoTrainer:
@@ -86,7 +72,17 @@ class GspoTrainer:
         self.generator = torch.Generator(self.engine.device)
         self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch_size)
         self.reward = agree(lambda: rewards_from(recipe.rewards, self.run))
-        self.stream = PromptStream(prompts, self.processor, recipe.seed, recipe.gspo.cache_mb << 20)
+        g = recipe.gspo
+        self.curriculum = Curriculum(len(prompts), g.curriculum_floor, recipe.seed)
+        self.stream = PromptStream(
+            prompts, self.processor, recipe.seed, g.cache_mb << 20, g.max_prompt_tokens, self.curriculum.asks
+        )
+        self.blindness = agree(
+            lambda: BlindnessMonitor(
+                recipe.blindness, self.questions, self.processor, self._accuracies, self.rank, self.world
+            )
+        )
+        self.best = Best()
         self.step = 0
         self.warned: set[str] = set()
         self.requests = SignalRequests()  # of this rank
@@ -110,7 +106,7 @@ class GspoTrainer:
     def _claim(self) -> list[Prompt]:
         """The questions to train on, after a check that all ranks read the same files and a resumed run its own."""
         g, heldout = self.recipe.gspo, self.recipe.heldout
-        found = agree(lambda: load_prompts(self.run / g.manifest, g.families))
+        found = agree(lambda: without_marked(load_prompts(self.run / g.manifest, g.families), self.recipe.blindness))
         evaluated = agree(lambda: load_prompts(self.run / heldout.manifest, g.families, unique=True))
         digests = {g.manifest: found.digest, heldout.manifest: evaluated.digest}
         mine = agree(lambda: identity(self.run, self.recipe, digests))
@@ -131,23 +127,31 @@ class GspoTrainer:
         While it trains, SIGUSR1 requests a checkpoint, SIGTERM a checkpoint and the end.
 
         Raises:
-            KeyeError: after SIGTERM; the step was finished and saved, and the same command resumes from it.
+            KeyeError: after SIGTERM; the step was finished and saved, and the same command resumes from it. Or the
+                guard against blindness stops the run, which does not resume.
         """
         g = self.recipe.gspo
         before = self._before()
         self._load()
+        if self.blindness.stopped:
+            raise KeyeError(self.blindness.reason(self.step))
         trackers, config = self.recipe.trackers, asdict(self.recipe)
         logger = MetricsLogger("gspo", g.steps, self.out, self.step, self.rank == 0, step_summary, trackers, config)
         with self.requests, logger:
             while self.step < g.steps:
-                self._log(logger, self.train_step())
-                if self.step % g.checkpoint_every == 0 or self.step == g.steps or self.agreed:
-                    folder, state = self.out / "checkpoints", self.stream.state_dict()
+                self._log(logger, self.train_step() | self._probes())
+                blind = self.blindness.stopped
+                if self.step % g.checkpoint_every == 0 or self.step == g.steps or self.agreed or blind:
+                    folder, state = self.out / "checkpoints", self._state()
                     save_checkpoint(self.engine, folder, self.step, state, g.keep_checkpoints, shared=True)
+                if blind:
+                    raise KeyeError(self.blindness.reason(self.step))
                 if "stop" in self.agreed and self.step < g.steps:
                     raise KeyeError(f"gspo: stopped at step {self.step}; the same command resumes from it")
                 self.requests.pending -= self.agreed
         after = self._measure("after")
+        if self.recipe.heldout.every:
+            self._keep_best(after)
         result = compare(before, after) | {"seed": self.recipe.seed} | self._summary()
         replace_model(self.model, self.model, self.start, self.out / "model", self.processor.save_pretrained)
         first_rank(lambda: self._write(self.out / "eval.json", json.dumps(result, indent=1)))
@@ -156,50 +160,51 @@ class GspoTrainer:
     def train_step(self) -> dict[str, Any]:
         """One rollout batch and its optimizer steps; metrics over all ranks."""
         began = time.perf_counter()
-        experience = self._experience()
+        experience, replaced = self._experience()
         rolled = time.perf_counter()
         updates = self._update(experience)
         self.step += 1
         seconds = {"rollout": rolled - began, "update": time.perf_counter() - rolled}
-        local = {
-            "families": [prompt.family for prompt in experience.prompts],
-            "earned": [[asdict(e) for e in group] for group in experience.earned],
-            "lengths": [len(c) for group in experience.groups for c in group.completions],
-            "finished": [f for group in experience.groups for f in group.finished],
-            "empty": [not text.strip() for group in experience.groups for text in group.texts],
-            "visual_tokens": sum(group.sample.visual_tokens for group in experience.groups),
-            "prompt_tokens": sum(len(group.sample) for group in experience.groups),
+        local = rollout_values([experience, *replaced]) | {
             "updates": [asdict(update) for update in updates],
             "rejected": len(self.rejected | self.stream.rejected),
             "requests": set(self.requests.pending),
         }
         ranks = gather(local)
         self.agreed = set().union(*(rank["requests"] for rank in ranks))
-        metrics = step_metrics(self.step, ranks, seconds)
+        metrics = step_metrics(self.step, ranks, seconds, self.recipe.blindness.drop_above)
         return metrics | {"lr": self.engine.get_lr()[0], "epoch": self.stream.epoch}
 
-    def _experience(self) -> Experience:
-        """Draw this rank's prompts, answer them, judge the answers."""
+    def _experience(self) -> tuple[Experience, list[Experience]]:
+        """Draw this rank's prompts, answer them, judge the answers; also the groups that others have replaced."""
         g = self.recipe.gspo
         places = places_of(self.rank, self.world, g.prompts, g.mini_batches)
         ends = [0, *accumulate(map(len, places))]
         parts = [slice(begin, end) for begin, end in pairwise(ends)]
-        drawn = self.stream.take(g.prompts, chain.from_iterable(places), gather)
+        own = list(chain.from_iterable(places))
+        drawn = self.stream.take(g.prompts, own, gather)
         self._seed("rollout", self.step)
-        return agree(lambda: self._answer(drawn, parts))
+        first = agree(lambda: self._answer(drawn, parts))
+        found = replace_flat(first, own, g.extra_prompts, self.stream, lambda more: self._answer(more, []))
+        self.curriculum.observe_step([found[0], *found[1]])
+        return found
 
     def _answer(self, drawn: list[Taken], parts: list[slice]) -> Experience:
         g = self.recipe.gspo
         groups = self.rollout.generate([sample for _, sample in drawn], g.group_size, g.temperature, g.max_new_tokens)
-        judgements = [
-            Judgement(prompt, text, finished, len(tokens))
-            for (prompt, _), group in zip(drawn, groups, strict=True)
-            for text, finished, tokens in zip(group.texts, group.finished, group.completions, strict=True)
-        ]
-        judged = iter(self.reward.all(judgements))
-        earned = [list(islice(judged, g.group_size)) for _ in groups]
-        rewards, advantages = counted_advantages(earned, lambda given: group_advantages(given, g.standardise))
-        return Experience([prompt for prompt, _ in drawn], groups, earned, rewards, advantages, parts)
+        earned = judged(self.reward, drawn, groups)
+        none = torch.zeros(0, g.group_size)  # a rank may have nothing to answer when flat groups are replaced
+        rewards, advantages = (
+            counted_advantages(earned, lambda given: group_advantages(given, g.standardise)) if earned else (none, none)
+        )
+        prompts = [prompt for prompt, _ in drawn]
+        return self.blindness.guarded(Experience(prompts, groups, earned, rewards, advantages, parts))
+
+    def _accuracies(self, asked: list[Taken], samples: int) -> list[float]:
+        """The mean accuracy of `samples` answers to each question, sampled as in training."""
+        g = self.recipe.gspo
+        groups = self.rollout.generate([sample for _, sample in asked], samples, g.temperature, g.max_new_tokens)
+        return [accuracy_of(group) for group in judged(self.reward, asked, groups)]
 
     def _update(self, experience: Experience) -> list[Update]:
         """The optimizer steps of a step, one for each mini-batch."""
@@ -227,6 +232,25 @@ class GspoTrainer:
         path, kept = self.out / "before.jsonl", self.out / "checkpoints"
         rows = from_first(lambda: read_answers(path, self.questions) if checkpoints(kept) else None)
         return self._measure("before") if rows is None else rows
+
+    def _probes(self) -> dict[str, Any]:
+        """The metrics of what is measured between steps: blindness, and the held-out questions with the best model."""
+        began, every = time.perf_counter(), self.recipe.heldout.every
+        found: dict[str, Any] = self.blindness.probe(self.step, lambda: self._seed("heldout", self.step))
+        if every and self.step % every == 0 and self.step < self.recipe.gspo.steps:
+            rows = self._measure(f"heldout/step-{self.step}")
+            found |= {f"heldout/{name}": value for name, value in summary(rows).items() if name != "families"}
+            self._keep_best(rows)
+        return found | ({"seconds_probes": time.perf_counter() - began} if found else {})
+
+    def _keep_best(self, rows: list[Answered]) -> None:
+        """Write the model to `model-best` when its mean held-out reward is the highest so far; collective."""
+        now = Best(self.step, fmean(one.sampled for one in rows))
+        if now.reward <= self.best.reward:
+            return
+        self.best = now
+        replace_model(self.model, self.model, self.start, self.out / "model-best", self.processor.save_pretrained)
+        first_rank(lambda: now.write(self.out), OSError)
 
     def _measure(self, name: str) -> list[Answered]:
         """All ranks' answers to the held-out questions, written to `<name>.jsonl`."""
@@ -273,12 +297,24 @@ class GspoTrainer:
         sources = self.start.sources(self.model)
         return build(self.model, g, g.steps * g.mini_batches, zero=g.zero, precision=g.precision, sources=sources)
 
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint has besides the engine: the same on every rank."""
+        return self.stream.state_dict() | {
+            "curriculum": self.curriculum.state_dict(),
+            "blindness": self.blindness.state_dict(),
+            "best": asdict(self.best),
+        }
+
     def _load(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
         found = load_checkpoint(self.engine, self.out / "checkpoints")
         if found is not None:
             self.step, state = found
             self.stream.load_state_dict(state)
+            self.curriculum.load_state_dict(state.get("curriculum", {}))
+            self.blindness.load_state_dict(state.get("blindness", {}))
+            saved = Best(**state.get("best", {}))
+            self.best = from_first(lambda: Best.read(self.out, self.step) or saved)
         if self.step > self.recipe.gspo.steps:
             raise CheckpointError(
                 f"{self.out} has {self.step} steps already, but gspo.steps = {self.recipe.gspo.steps}; "
@@ -293,6 +329,7 @@ class GspoTrainer:
             "steps": self.step,
             "steps_without_advantage": constant,
             "rejected": self.rejected | self.stream.rejected,
+            **({"best": asdict(self.best)} if self.best.step else {}),
         }
 
     # --- logging ---------------------------------------------------------------------------------------------------

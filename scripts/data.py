@@ -3,4 +3,4 @@
 from checkout import run_command
 
 if __name__ == "__main__":
-    run_command("stages.commands.data")
+    run_command("rl.commands.data")

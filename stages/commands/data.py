@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   keye data stages/recipes/tiny.toml --run runs/tiny --stage multitask
   keye data train.jsonl --tokenizer Qwen/Qwen3-8B --context 8192 --out data.png
   keye data train.jsonl --decontaminate-against heldout.jsonl      pictures of the evaluation are bad
+  keye data mark-blind train.jsonl --model MODEL --out marked.jsonl      questions that need no video; has a --help
 """
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rl.blindness import Blindness
 from rl.recipe import Gspo, HeldOut
 from rl.rewards import Accuracy, Format
 from tests.docs.examples import elsewhere, run_in, sections
@@ -44,7 +45,7 @@ def test_examples_run(folder):
 
 def test_tables_give_every_key_with_its_default():
     text = GUIDE.read_text(encoding="utf-8")
-    for table, cls in (("gspo", Gspo), ("heldout", HeldOut)):
+    for table, cls in (("gspo", Gspo), ("heldout", HeldOut), ("blindness", Blindness)):
         rows = text.partition(f"| `[{table}]` |")[2].partition("\n\n")[0]
         documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
         ours = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
