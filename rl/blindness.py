@@ -132,16 +132,25 @@ class BlindnessMonitor:
         """
         if not self.config.every or step % self.config.every:
             return {}
+        rows = self.measure(seed)
+        found = summary(rows)
+        if "gap/smallest" in found and found["seen"] >= self.config.stop_gap:
+            self.low = self.low + 1 if found["gap/smallest"] < self.config.stop_gap else 0
+        return found
+
+    def measure(self, seed: Callable[[], None]) -> list[dict[str, float]]:
+        """Control → accuracy of each of the probe's questions, "none" with their frames; collective.
+
+        Args:
+            seed: see `probe`.
+        """
         mine = list(range(self.rank, len(self.questions), self.world))
         rounds = math.ceil(math.ceil(len(self.questions) / self.world) / BATCH)  # the same on every rank
         rows: list[dict[str, float]] = []
         for number in range(rounds):
             part = mine[number * BATCH : (number + 1) * BATCH]
             rows += [row for rank in gather(agree(lambda part=part: self._rows(part, seed))) for row in rank]
-        found = summary(rows)
-        if "gap/smallest" in found and found["seen"] >= self.config.stop_gap:
-            self.low = self.low + 1 if found["gap/smallest"] < self.config.stop_gap else 0
-        return found
+        return rows
 
     def _rows(self, places: list[int], seed: Callable[[], None]) -> list[dict[str, float]]:
         """Control → accuracy of each question at `places`; a question whose media cannot be read is left out."""

@@ -30,6 +30,8 @@ TIMES = ("seconds", "tokens_per_second", "eta_seconds")
 class Letters:
     """Share of an answer's characters that are digits, with its length; equal for all answers to even questions."""
 
+    in_process = True
+
     def __call__(self, judgement: Judgement) -> float:
         if int(judgement.prompt.answer) % 4 == 0:
             return 0.5
