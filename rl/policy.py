@@ -8,16 +8,14 @@ placeholder, because the model would replace it by visual features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from keye.processor.processor import Sample
 from keye.slowfast.pixels import join
 from rl.prefix import PrefixTree
-
-CHUNK = 1024  # rows of float32 log-probabilities [CHUNK, vocab] that are in memory at the same time
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,18 @@ def score(model: nn.Module, groups: list[Group], temperature: float = 1.0) -> Sc
         [s.position_ids for s in samples],
         [[continued_positions(g.sample, len(c)) for c in g.completions] for g in groups],
     )
-    logits = model(
+    targets = torch.cat([completion for group in groups for completion in group.completions]).to(device)
+    banned = banned_tokens(getattr(model, "module", model))
+    log_probs, entropy = model(
         input_ids=input_ids[None].to(device),
         position_ids=positions[:, None].to(device),
         cu_seqlens=tree.cu_seqlens().to(device),
         varlen=tree.attention,
         logits_to_keep=tree.predictors().to(device),
+        row_targets=targets,
+        row_scores=partial(_score_rows, temperature=temperature, banned=banned),
         **vision_inputs(samples, device),
-    ).logits[0]
-    targets = torch.cat([completion for group in groups for completion in group.completions]).to(device)
-    banned = banned_tokens(getattr(model, "module", model))
-    parts = [
-        checkpoint(_score_rows, rows, ids, temperature, banned, use_reentrant=False)
-        for rows, ids in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
-    ]
-    log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    ).scores
     return Score(log_probs, entropy, tree.owner().to(device))
 
 

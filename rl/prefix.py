@@ -7,17 +7,20 @@ prompt G times. `PrefixTree` arranges a mini-batch as
 
 in which a completion attends to its prompt and to itself, never to other completions. Only attention mixes tokens, so
 with `PrefixTree.attention` as the model's `varlen` function the pass is exact: the log-probabilities and gradients are
-those of G separate sequences.
+those of G separate sequences. The keys and values of a prompt are stored once (see `rl.shared_attention`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+
+from keye.model.attention import varlen
+from rl.shared_attention import Layout, shared_attention
 
 
 @dataclass
@@ -31,13 +34,20 @@ class PrefixTree:
     prompt_lengths: list[int]
     completion_lengths: list[list[int]]
     _starts: list[int] = field(init=False, repr=False)
+    _sizes: list[int] = field(init=False, repr=False)  # of prompt 1, its completions together, prompt 2, …
+    _layout: Layout = field(init=False, repr=False)
+    _prompts: Tensor = field(init=False, repr=False)  # the boundaries of `_layout.prompts`, one tensor for all layers
 
     def __post_init__(self) -> None:
         if min(self.prompt_lengths) < 1 or min(min(lengths) for lengths in self.completion_lengths) < 1:
             raise ValueError("a PrefixTree needs prompts and completions of at least one token")
-        self._starts = [0]
-        for prompt, completions in zip(self.prompt_lengths, self.completion_lengths, strict=True):
-            self._starts.append(self._starts[-1] + prompt + sum(completions))
+        totals = [sum(lengths) for lengths in self.completion_lengths]
+        pairs = list(zip(self.prompt_lengths, totals, strict=True))
+        self._sizes = list(chain.from_iterable(pairs))
+        self._starts = [0, *accumulate(map(sum, pairs))]
+        completions = chain.from_iterable(self.completion_lengths)
+        self._layout = Layout(_bounds(totals), _bounds(self.prompt_lengths), _bounds(completions))
+        self._prompts = torch.tensor(self._layout.prompts, dtype=torch.int32)
 
     @property
     def length(self) -> int:
@@ -79,33 +89,19 @@ class PrefixTree:
         """
         if not causal or cu_seqlens.numel() != len(self._starts) or q.shape[0] != self.length:
             raise ValueError(f"PrefixTree of {self.length} tokens was given {q.shape[0]} tokens, causal={causal}")
-        outputs = []
-        for start, prompt, lengths in zip(self._starts, self.prompt_lengths, self.completion_lengths, strict=False):
-            trunk, leaves = slice(start, start + prompt), slice(start + prompt, start + prompt + sum(lengths))
-            outputs.append(_attend(q[trunk][None], k[trunk][None], v[trunk][None])[0])
-            outputs.append(_leaves(q[leaves], k[leaves], v[leaves], k[trunk], v[trunk], lengths))
-        return torch.cat(outputs)
+        sizes = self._sizes
+        trunks, leaves = zip(*(_two(x.split(sizes)) for x in (q, k, v)), strict=True)
+        of_trunks = varlen(*trunks, self._prompts, True)
+        of_leaves = shared_attention(leaves[0], trunks[1], trunks[2], leaves[1], leaves[2], self._layout)
+        rows = zip(of_trunks.split(sizes[::2]), of_leaves.split(sizes[1::2]), strict=True)
+        return torch.cat([part for pair in rows for part in pair])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, Lq, H, D] against [B, Lk, Hkv, D]; causal, with the last query aligned to the last key."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    if q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
-    mask = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+def _two(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The prompts' rows and the completions' rows of a list that alternates them; a single one is not copied."""
+    both = parts[::2], parts[1::2]
+    return tuple(rows[0] if len(rows) == 1 else torch.cat(rows) for rows in both)
 
 
-def _leaves(q: Tensor, k: Tensor, v: Tensor, trunk_k: Tensor, trunk_v: Tensor, lengths: list[int]) -> Tensor:
-    """Attention of one prompt's completions, flat [sum(lengths), …], to their prompt [Lp, Hkv, D] and themselves.
-
-    The completions become a batch [G, longest], padded at the end, where causality hides padding from real tokens.
-    """
-    group, longest = len(lengths), max(lengths)
-    sizes = torch.tensor(lengths, device=q.device)
-    real = torch.arange(longest, device=q.device) < sizes[:, None]
-    place = (real.flatten().cumsum(0) - 1).clamp_min(0).view(group, longest)
-    keys = torch.cat([trunk_k.expand(group, *trunk_k.shape), k[place]], dim=1)
-    values = torch.cat([trunk_v.expand(group, *trunk_v.shape), v[place]], dim=1)
-    return _attend(q[place], keys, values)[real]
+def _bounds(lengths: Iterable[int]) -> tuple[int, ...]:
+    return tuple(accumulate(lengths, initial=0))

@@ -1,5 +1,7 @@
 """Heads over features: the language head with its loss, and SigLIP's pooling head of stage 0."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,19 +11,33 @@ from keye.model.config import KeyeVisionConfig
 from keye.model.vision import VisionMLP
 
 LOSS_CHUNK = 4096  # rows of fp32 logits in memory at a time
+SCORE_CHUNK = 1024  # the same for `RowScores`, which keep several tables of that size
+
+RowScores = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""(logits `[R, vocab]`, targets `[R]`) → tensors `[R, …]` that depend on the same row only."""
 
 
 class Readout(nn.Module):
-    """The language head over hidden states: logits, or the summed loss of any number of labels.
+    """The language head over hidden states: logits, the summed loss of any number of labels, or scores of each row.
 
     It has no parameters of its own. It is called once per forward pass, for any number of labels, so that a trainer
     that partitions the head's weight gathers it once for all chunks of the loss.
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, head: nn.Module) -> Tensor:
-        """hidden `[…, width]` → logits `[…, vocab]`; with targets `[N]` of `[N, width]` their summed loss, in fp32."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, *, head: nn.Module, scores: RowScores | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """hidden `[…, width]` → logits `[…, vocab]`; with targets `[N]` of `[N, width]` their summed loss, in fp32.
+
+        scores: applied to the logits of a chunk of rows at a time, which are computed again in the backward pass; its
+            results for all N rows are returned instead of the loss.
+        """
         if targets is None:
             return head(hidden)
+        if scores is not None:
+            chunks = zip(hidden.split(SCORE_CHUNK), targets.split(SCORE_CHUNK), strict=True)
+            parts = [checkpoint(_chunk_scores, head, scores, *chunk, use_reentrant=False) for chunk in chunks]
+            return tuple(torch.cat(column) for column in zip(*parts, strict=True))
         total = torch.zeros((), device=hidden.device)
         for rows, part in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
             total = total + checkpoint(_chunk_loss, head, rows, part, use_reentrant=False)
@@ -30,6 +46,10 @@ class Readout(nn.Module):
 
 def _chunk_loss(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(rows).float(), targets, reduction="sum")
+
+
+def _chunk_scores(head: nn.Module, scores: RowScores, rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    return scores(head(rows), targets)
 
 
 class PoolingHead(nn.Module):

@@ -24,7 +24,7 @@ from keye.model.heads import Readout
 from keye.model.pretrained import KeyePreTrainedModel
 from keye.model.rope import batch_positions
 from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace
-from keye.slowfast.pixels import normalised
+from keye.slowfast.pixels import join
 
 
 @dataclass
@@ -32,8 +32,11 @@ class KeyeOutput(CausalLMOutputWithPast):
     """The output of `KeyeForConditionalGeneration`.
 
     loss: scalar. logits: `[B, L, vocab]`, None if `shift_labels` were given. past_key_values: the decoder's cache,
-    named `cache` from transformers 5.24 on. hidden_states, attentions: the decoder's, if requested.
+    named `cache` from transformers 5.24 on. hidden_states, attentions: the decoder's, if requested. scores: the results
+    of `row_scores`, each `[N, …]`.
     """
+
+    scores: tuple[Tensor, ...] | None = None
 
 
 class KeyeModel(KeyePreTrainedModel):
@@ -222,9 +225,7 @@ class KeyeModel(KeyePreTrainedModel):
             features = visual_features
         elif pixels or frame_parts:
             grids = [g for g in (image_grid_thw, video_grid_thw) if g is not None and len(g)]
-            if len({part.dtype for part in pixels}) > 1:
-                pixels = [normalised(part) for part in pixels]
-            joined = (_joined(pixels), _joined(grids)) if pixels else (None, None)
+            joined = (join(pixels), join(grids)) if pixels else (None, None)
             features = self.encode_vision(*joined, frame_parts)
         elif exchange is None and not self.training:
             return None
@@ -338,9 +339,11 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
             mm_token_type_ids: accepted because tools pass it; not used, the ids contain the same information.
             kwargs: `shift_labels` `[B, L]`, labels already shifted one to the left, as packing and sequence parallelism
                 need; no logits are returned with them. A Trainer would require each parameter whose name contains
-                "label" in every batch.
+                "label" in every batch. `row_scores` (`heads.RowScores`) with `row_targets` `[N]`: applied in chunks to
+                the logits of the N tokens `logits_to_keep` of one row; `scores` are returned instead of logits.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        row_scores, row_targets = kwargs.pop("row_scores", None), kwargs.pop("row_targets", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -355,18 +358,21 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = logits = None
+        loss = logits = scores = None
         if labels is not None or shift_labels is not None:
             shifted = shift_labels if shift_labels is not None else F.pad(labels[:, 1:], (0, 1), value=-100)
             loss = self._loss(hidden, shifted, num_items_in_batch)
-        if shift_labels is None:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if row_scores is not None:
+            scores = self.readout(hidden[0, keep], row_targets, head=self.lm_head, scores=row_scores)
+        elif shift_labels is None:
             logits = self.readout(hidden[:, keep], head=self.lm_head)
         return KeyeOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            scores=scores,
             **{CACHE: getattr(outputs, CACHE)},
         )
 
@@ -379,11 +385,6 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         rows, targets = hidden[chosen], shifted[chosen]
         total = self.readout(rows, targets, head=self.lm_head)
         return total / (max(len(targets), 1) if num_items is None else num_items)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Concatenated parts; a single one is not copied, because pixels are large."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _filled(embeds: Tensor, stills: Tensor, frames: Tensor, features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from deepspeed.utils import safe_get_full_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keye.model import heads
 from keye.processor.processor import Sample
 from rl.losses import LossInput, build_loss, group_advantages
 from rl.microbatch import pad, split
@@ -151,3 +152,18 @@ def test_one_micro_batch_is_the_pass_of_the_whole_mini_batch():
     [same] = split(groups, advantages, 10_000)
     assert same.tokens == batch.tokens
     assert replace(batch, groups=[]).tokens == 0
+
+
+def test_the_head_in_chunks_has_the_scores_and_gradients_of_all_rows_together(monkeypatch):
+    found = []
+    for chunk in (1024, 3):
+        monkeypatch.setattr(heads, "SCORE_CHUNK", chunk)
+        model = policy()
+        scores = score(model, prompts())
+        weight = torch.randn(len(scores.log_probs), generator=torch.Generator().manual_seed(0))
+        (scores.log_probs * weight).sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([scores.log_probs.detach(), scores.entropy, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert len(scores.log_probs) > 6
