@@ -1,4 +1,4 @@
-"""The recipe, start model and questions that a GSPO run was started with, so that a resumed run has the same."""
+"""The recipe, start model and data that a phase of a run was started with, so that a resumed run has the same."""
 
 from __future__ import annotations
 
@@ -10,22 +10,30 @@ from typing import Any
 from keye.errors import CheckpointError
 from keye.files import write_atomically
 from rl.agree import gather
-from rl.recipe import Gspo, RlRecipe
+from rl.preference.recipe import Mpo, Sft
+from rl.recipe import PHASES, Gspo, RlRecipe
 from stages.distributed.checkpoints import checkpoints, checksum
 from stages.distributed.engine import resolve_precision
+from stages.recipe import DataRecipe
 from stages.typed_toml import former_names
 
 FILE = "run.json"
 MAY_CHANGE = (
     "gspo.steps", "gspo.checkpoint_every", "gspo.keep_checkpoints", "gspo.decode_batch_size", "gspo.cache_mb",
-    "gspo.micro_batch_tokens", "trackers",
+    "gspo.micro_batch_tokens", "trackers", "mpo.micro_pairs",
+    "sft.data.cache_mb", "sft.data.workers", "sft.keep_finished",
+    "sft.async_checkpoints", "sft.heldout_every", "sft.heldout_steps",
 )  # fmt: skip
 """Keys that a resumed run may change: neither the learning rate nor what a step computes depends on them.
+
+Those of `gspo` stand for the same keys of the other phases.
 
 The learning rate of another schedule than "constant" depends on `gspo.steps`, which may not change then.
 """
 MAY_CHANGE_OF_REWARDS = ("url", "api_key_env", "concurrency", "timeout", "retries", "wait", "max_cost", "time_limit")
 """Keys of a table `[rewards.<name>]` that a resumed run may change: how a judge is reached, not what it judges."""
+GIVEN = ("rewards", "seed")
+"""Tables and keys that every record has, so that no default stands in for them."""
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """Suffixes of a model's files: weights, configs, tokenizer, chat template and processor."""
 
@@ -34,34 +42,45 @@ READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
 class Identity:
     """What identifies a run.
 
-    recipe: key → value. files: path, relative to the run's folder → digest or checksum.
+    recipe: key → value. files: path, relative to the run's folder → digest or checksum. phase: of the recipe.
     """
 
     recipe: dict[str, Any]
     files: dict[str, str]
+    phase: str = "gspo"
 
 
-def identity(run: Path, recipe: RlRecipe, digests: dict[str, str]) -> Identity:
-    """The identity of a run of `recipe` in the folder `run`.
+def identity(run: Path, recipe: RlRecipe, digests: dict[str, str], phase: str = "gspo") -> Identity:
+    """The identity of a phase of `recipe` in the folder `run`.
 
     Of a large file of the start model only the ends are read, see `stages.distributed.checkpoints.checksum`.
 
     Args:
         digests: manifest, as the recipe names it → SHA-256 of the file.
+        phase: "sft", "mpo" or "gspo"; the other phases of the recipe may change.
     """
-    loss = recipe.gspo.policy_loss
-    settings = _flat(dataclasses.asdict(recipe)) | {
-        "gspo.precision": resolve_precision(recipe.gspo.precision),
-        "gspo.epsilon_low": loss.epsilon_low,
-        "gspo.epsilon_high": loss.epsilon_high,
-    }
-    folder = run / recipe.gspo.start / "model"
-    start = {
-        f"{recipe.gspo.start}/model/{path.relative_to(folder)}": f"{path.stat().st_size} bytes, CRC-32 {checksum(path)}"
+    config = getattr(recipe, phase)
+    settings = _settings(recipe, phase) | {f"{phase}.precision": resolve_precision(config.precision)}
+    if phase == "gspo":
+        loss = config.policy_loss
+        settings |= {"gspo.epsilon_low": loss.epsilon_low, "gspo.epsilon_high": loss.epsilon_high}
+    start = model_files(run / config.start / "model", f"{config.start}/model/")
+    return Identity(settings, digests | start, phase)
+
+
+def _settings(recipe: RlRecipe, phase: str) -> dict[str, Any]:
+    """Key → value of what a phase of a recipe depends on."""
+    others = {*PHASES, "blindness"} - ({"gspo", "blindness"} if phase == "gspo" else {phase})
+    return _flat({key: value for key, value in dataclasses.asdict(recipe).items() if key not in others})
+
+
+def model_files(folder: Path, prefix: str = "") -> dict[str, str]:
+    """Path of each file of a model's directory, after `prefix` → its size and checksum."""
+    return {
+        f"{prefix}{path.relative_to(folder)}": f"{path.stat().st_size} bytes, CRC-32 {checksum(path)}"
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix in READ and not path.name.startswith(".")
     }
-    return Identity(settings, digests | start)
 
 
 def check_ranks(mine: Identity) -> None:
@@ -80,7 +99,7 @@ def check_ranks(mine: Identity) -> None:
 
 
 def claim(out: Path, run: Path, now: Identity) -> None:
-    """Record in `out/run.json` what this run starts from; a resumed run is compared with the record.
+    """Record in `out/run.json` what this run starts from; a resumed or finished run is compared with the record.
 
     Call it on one rank, before anything of `out` is loaded.
 
@@ -88,7 +107,7 @@ def claim(out: Path, run: Path, now: Identity) -> None:
         CheckpointError: `out` has checkpoints of another recipe, start model or manifest, or no valid record; names the
             key or file and the remedy.
     """
-    if checkpoints(out / "checkpoints"):
+    if checkpoints(out / "checkpoints") or now.phase != "gspo" and (out / "eval.json").exists():
         _check(out, run, now, _read(out))
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / FILE, json.dumps(dataclasses.asdict(now), indent=1) + "\n")
@@ -104,7 +123,7 @@ def _read(out: Path) -> Identity:
     try:
         found = Identity(**json.loads(record.read_text(encoding="utf-8")))
         if isinstance(found.recipe, dict) and isinstance(found.files, dict):
-            return Identity(_present(found.recipe), found.files)
+            return Identity(_present(found.recipe, found.phase), found.files, found.phase)
         reason = "its recipe or files are not tables"
     except FileNotFoundError:
         reason = "it does not exist"
@@ -117,23 +136,27 @@ def _read(out: Path) -> Identity:
     )
 
 
-def _present(recipe: dict[str, Any]) -> dict[str, Any]:
+def _present(recipe: dict[str, Any], phase: str) -> dict[str, Any]:
     """A recorded recipe with the present names of its keys; keys that it does not have yet are at their defaults."""
-    former = {f"gspo.{old}": f"gspo.{new}" for old, new in former_names(Gspo).items()}
-    tables = dataclasses.asdict(RlRecipe(Gspo(steps=1, learning_rate=1.0)))
-    defaults = _flat({name: table for name, table in tables.items() if name not in ("rewards", "seed")})
+    cls = {"sft": Sft, "mpo": Mpo, "gspo": Gspo}[phase]
+    former = {f"{phase}.{old}": f"{phase}.{new}" for old, new in former_names(cls).items()}
+    required = {"data": DataRecipe(())} if cls is Sft else {}
+    default = RlRecipe(**{phase: cls(steps=1, learning_rate=1.0, **required)})
+    defaults = {key: value for key, value in _settings(default, phase).items() if key.partition(".")[0] not in GIVEN}
     return defaults | {former.get(key, key): value for key, value in recipe.items()}
 
 
 def _check(out: Path, run: Path, now: Identity, before: Identity) -> None:
-    steps, schedule = (before.recipe.get("gspo.steps"), now.recipe["gspo.steps"]), now.recipe["gspo.schedule"]
+    name = now.phase
+    steps, schedule = (before.recipe.get(f"{name}.steps"), now.recipe[f"{name}.steps"]), now.recipe[f"{name}.schedule"]
     if schedule != "constant" and steps[0] != steps[1]:
         raise CheckpointError(
-            f"{out} was trained with gspo.steps = {steps[0]}, but the recipe says {steps[1]}; gspo.schedule = "
+            f"{out} was trained with {name}.steps = {steps[0]}, but the recipe says {steps[1]}; {name}.schedule = "
             f"{schedule!r} depends on the number of steps, so put it back, {_remedy(out)}"
         )
     for key in _differing(before.recipe, now.recipe):
-        if key not in MAY_CHANGE and not _reaches_judge(key):
+        may_change = key in MAY_CHANGE or key.replace(f"{name}.", "gspo.") in MAY_CHANGE
+        if not may_change and not _reaches_judge(key):
             old, new = before.recipe.get(key), now.recipe.get(key)
             raise CheckpointError(
                 f"{out} was trained with {key} = {old!r}, but the recipe says {new!r}; {_remedy(out)}"

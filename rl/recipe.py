@@ -10,11 +10,14 @@ from typing import Any
 from keye.errors import RecipeError
 from rl.blindness import Blindness
 from rl.losses import LOSSES, PolicyLoss, build_loss
+from rl.preference.recipe import Mpo, Sft, check_mpo, check_sft
 from stages import typed_toml
 from stages.optimizer import OptimizerConfig
-from stages.recipe_checks import STAGES, check_launch
-from stages.typed_toml import requirement
+from stages.recipe import located
+from stages.recipe_checks import STAGES, TRACKERS, check_launch
+from stages.typed_toml import Need, requirement
 
+PHASES = ("sft", "mpo", "gspo")
 FOREIGN = dict.fromkeys(("data", *STAGES), "a pre-training recipe; use keye pretrain")
 
 
@@ -135,8 +138,8 @@ class HeldOut:
 class RlRecipe:
     """A complete RL run."""
 
-    gspo: Gspo
-    """The training."""
+    gspo: Gspo | None = None
+    """RL, the last phase."""
 
     heldout: HeldOut = HeldOut()
     """The evaluation before and after."""
@@ -153,6 +156,17 @@ class RlRecipe:
     blindness: Blindness = Blindness()
     """Questions without their frames, and the guard against answers that need none."""
 
+    sft: Sft | None = None
+    """Supervised fine-tuning, the first phase."""
+
+    mpo: Mpo | None = None
+    """Preference optimization, the phase after `sft`."""
+
+    @property
+    def phases(self) -> list[str]:
+        """Names of the phases that this recipe has, in order."""
+        return [name for name in PHASES if getattr(self, name) is not None]
+
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRecipe:
     """Read a recipe, override keys (`gspo.steps=20`) and check it.
@@ -163,15 +177,36 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RlRec
     path = Path(path)
     recipe = typed_toml.load(RlRecipe, path, overrides, str(Path(__file__).parent / "recipes"), FOREIGN)
     _check(recipe, str(path))
-    loss = recipe.gspo.policy_loss
-    return replace(recipe, gspo=replace(recipe.gspo, epsilon_low=loss.epsilon_low, epsilon_high=loss.epsilon_high))
+    if recipe.gspo is not None:
+        loss = recipe.gspo.policy_loss
+        g = replace(recipe.gspo, epsilon_low=loss.epsilon_low, epsilon_high=loss.epsilon_high)
+        recipe = replace(recipe, gspo=g)
+    if recipe.sft is not None:
+        recipe = replace(recipe, sft=replace(recipe.sft, data=located(recipe.sft.data, path.parent)))
+    return recipe
 
 
 def _check(recipe: RlRecipe, file: str) -> None:
-    need, g, heldout = requirement(file), recipe.gspo, recipe.heldout
-    g.check("gspo", need)
+    need, heldout = requirement(file), recipe.heldout
+    need(bool(recipe.phases), f"no phase; add one of the tables {', '.join(PHASES)}")
+    if recipe.sft is not None:
+        check_sft(recipe.sft, need)
+    if recipe.mpo is not None:
+        check_mpo(recipe.mpo, need)
+    if recipe.gspo is not None:
+        _check_gspo(recipe.gspo, need)
+    need(set(recipe.trackers) <= set(TRACKERS), f"trackers may name only {', '.join(TRACKERS)}")
+    weights = [given.get("weight", 1.0) if isinstance(given, dict) else given for given in recipe.rewards.values()]
+    numbers = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
+    need(numbers, "every weight of [rewards] must be a finite number")
     recipe.blindness.check(need)
     need(heldout.every >= 0, "heldout.every must be at least 0")
+    need(heldout.limit >= 1, "heldout.limit must be at least 1")
+    need(heldout.samples >= 1 and heldout.temperature > 0, "heldout.samples and temperature must be above 0")
+
+
+def _check_gspo(g: Gspo, need: Need) -> None:
+    g.check("gspo", need)
     counts = ("steps", "prompts", "mini_batches", "max_new_tokens", "decode_batch_size")
     for key in (*counts, "checkpoint_every", "keep_checkpoints"):
         need(getattr(g, key) >= 1, f"gspo.{key} must be at least 1")
@@ -191,16 +226,11 @@ def _check(recipe: RlRecipe, file: str) -> None:
     need(g.kl >= 0, "gspo.kl must be at least 0")
     need(g.advantages in ("", "standardised", "centred"), 'gspo.advantages must be "standardised" or "centred"')
     need(g.zero in (0, 1, 2), "gspo.zero must be 0, 1 or 2")
-    check_launch("gspo.precision", g.precision, recipe.trackers, need)
+    check_launch("gspo.precision", g.precision, (), need)
     need(
         g.prompts % g.mini_batches == 0,
         f"gspo.prompts = {g.prompts} must be a multiple of gspo.mini_batches = {g.mini_batches}",
     )
-    weights = [given.get("weight", 1.0) if isinstance(given, dict) else given for given in recipe.rewards.values()]
-    numbers = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
-    need(numbers, "every weight of [rewards] must be a finite number")
-    need(heldout.limit >= 1, "heldout.limit must be at least 1")
-    need(heldout.samples >= 1 and heldout.temperature > 0, "heldout.samples and temperature must be above 0")
 
 
 def check_world(recipe: RlRecipe, world: int) -> None:

@@ -381,15 +381,21 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         RecipeError: no such file, not TOML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
-    foreign = {"gspo": "a GSPO recipe; use keye posttrain"}
+    foreign = dict.fromkeys(("sft", "mpo"), "a recipe of post-training; use keye posttrain")
+    foreign["gspo"] = "a GSPO recipe; use keye posttrain"
     recipe = typed_toml.load(Recipe, path, overrides, str(Path(__file__).parent / "recipes"), foreign)
     check(recipe, str(path))
-    located = {
-        key: tuple(dataclasses.replace(s, path=_located(s.path, path.parent, s.format)) for s in sources)
-        for key, sources in (("sources", recipe.data.sources), ("heldout", recipe.data.heldout))
+    return dataclasses.replace(recipe, data=located(recipe.data, path.parent))
+
+
+def located(data: DataRecipe, base: Path) -> DataRecipe:
+    """The data of a recipe in the folder `base`, with absolute paths, see `SourceRecipe.path`."""
+    sources = {
+        key: tuple(dataclasses.replace(s, path=_located(s.path, base, s.format)) for s in getattr(data, key))
+        for key in ("sources", "heldout")
     }
-    others = tuple(_located(other, path.parent) for other in recipe.data.decontaminate_against)
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, decontaminate_against=others, **located))
+    others = tuple(_located(other, base) for other in data.decontaminate_against)
+    return dataclasses.replace(data, decontaminate_against=others, **sources)
 
 
 def _located(path: str, base: Path, kind: str = "") -> str:

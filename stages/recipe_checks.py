@@ -48,6 +48,26 @@ def check(recipe: Any, file: str) -> None:
         _check_context_schedule(recipe.annealing, need)
 
 
+def check_training(table: str, stage: Any, data: Any, need: Need) -> None:
+    """Refuse impossible values of a stage outside a pre-training recipe, and of its data.
+
+    Args:
+        table: the stage's table, for the messages; its data are the table `data` in it.
+
+    Raises:
+        RecipeError: by `need`.
+    """
+    stage.check(table, need)
+    _check_encoder(f"{table}.encoder", stage.encoder, need)
+    _check_stage(table, stage, need)
+
+    def within(ok: bool, text: str) -> None:
+        need(ok, text.replace("data.", f"{table}.data."))
+
+    _check_data(data, within)
+    _check_data_of_stage(table, stage, data, within)
+
+
 def check_launch(key: str, precision: str, trackers: Collection[str], need: Need) -> None:
     """Refuse an unknown precision, which is the value of `key`, and unknown trackers.
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from torch import nn
 
 from keye.checkpoint.shards import atomic_directory, read_json
 from keye.encoder import SlowFastEncoder
@@ -27,22 +26,19 @@ from stages.alignment import Alignment
 from stages.annealing import Annealing
 from stages.contrastive import text_config
 from stages.data.items import Cache
-from stages.data.loader import encoding_threads
-from stages.data.quarantine import Quarantine
 from stages.data.sources.formats import files_of, format_of
 from stages.distributed import engine
-from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.hosts import local_ranks
-from stages.distributed.parallel import ParallelDims, build_parallel_dims, check_sequence
+from stages.distributed.parallel import ParallelDims, check_sequence
 from stages.distributed.ranks import first_rank, on_every_rank, waiting_group
-from stages.distributed.weights import Start, open_start, replace_model
+from stages.distributed.weights import open_start
 from stages.metrics import open_tracker
 from stages.multitask import Multitask
+from stages.opening import Opened, batches_of, open_trainer, save_model, say
 from stages.preparation import environment, prepare_tokenizer, prepare_world
 from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
 from stages.report import page as report
-from stages.stage import choose_sources, open_mixture
-from stages.trainer import Trainer, micro_batches
+from stages.stage import choose_sources
 from stages.typed_toml import current_names, to_toml
 from stages.vision import Vision
 
@@ -193,13 +189,6 @@ def check_finished(recipe: Recipe, run: Path, only: str | None) -> None:
                 )
 
 
-def batches_of(name: str, stage: StageRecipe, grid: ParallelDims) -> int:
-    """Batches of a step on each rank; a RecipeError if they do not divide among the ranks."""
-    if isinstance(stage, VisionRecipe):
-        return stage.micro_batches(grid.data_size)
-    return micro_batches(name, stage.global_batch_size, grid)
-
-
 def before(recipe: Recipe, name: str) -> str | None:
     """The phase of a recipe's chain before one of them; None before the first."""
     chain = [None, *recipe.chain]
@@ -231,61 +220,23 @@ def stage_table(stage: StageRecipe) -> dict[str, object]:
     return json.loads(json.dumps(dataclasses.asdict(stage)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A stage that is ready to train: its trainer, and what is saved with its model."""
-
-    trainer: Trainer
-    model: KeyeForConditionalGeneration
-    module: nn.Module
-    start: Start
-    processor: KeyeProcessor
-    quarantine: Quarantine
-
-
 def open_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> Opened:
     """Model, data and trainer of one stage, resumed if `run/name` has a checkpoint; collective."""
-    folder, config = run / name, recipe.chain[name]
+    config = recipe.chain[name]
     seed(recipe.seed + 1 + STAGES.index(stage_of(name)))
-    grid = build_parallel_dims(config.sequence_parallel)
     each = partial(on_every_rank, group=waiting_group(dist.group.WORLD))
     processor = each(lambda: make_processor(recipe, config, run))
     first_rank(lambda: prepare_start(name, recipe, run), OSError)
     stage = STAGE_CLASSES[stage_of(name)](config, processor)
     start = each(lambda: open_start(start_of(name, recipe, run)))
-    dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
-    # With ZeRO-3 the engine reads the weights, so that no rank keeps more of them than its share.
-    device = "meta" if config.zero == 3 else engine.device()
-    model = each(lambda: start.build(dtype, device, stage.parts))
-    apply_memory_options(model, config.checkpointing, config.offload, config.mlp_tiles, config.compile)
-    if config.compile:
-        _say(f"{name}: layers are compiled in the first steps, which takes a minute or more")
-    module = stage.prepare(model).train()
-    quarantine = Quarantine(folder / "quarantine.jsonl", grid.rank)
-    workers = encoding_threads(recipe.data.workers)
-    given, batches = (name, recipe, processor, grid, cache, quarantine, str(run)), batches_of(name, config, grid)
-    mixture = each(lambda: open_mixture(*given))
-    heldout: list[list[dict[str, Any]]] = []
-    if config.heldout_every:  # the same batches each time, kept in host memory
-        held_out = each(lambda: open_mixture(*given, heldout=True))
-        held = stage.loader(held_out, grid, model, workers)
-        heldout = [[held.next() for _ in range(batches)] for _ in range(config.heldout_steps)]
-        held.close()
-    loader = stage.loader(mixture, grid, model, workers)
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    _say(f"{name}: {trained / 1e6:.2f} M parameters, {config.steps} steps, {grid.data_size} × {grid.sequence} ranks")
-    trainer = Trainer(
-        stage, module, loader, grid, config, folder, batches, recipe.precision, recipe.trackers,
-        dataclasses.asdict(recipe), sources=start.sources(model), heldout=heldout,
-    )  # fmt: skip
-    return Opened(trainer, model, module, start, processor, quarantine)
+    return open_trainer(name, recipe, run, cache, stage, processor, start)
 
 
 def run_stage(name: str, recipe: Recipe, run: Path, cache: Cache) -> None:
     """Train one stage from the model of the one before, and write `run/name/model`."""
     folder = run / name
     if (folder / DONE).exists():
-        _say(f"{name}: finished before, skipped; remove {folder} to train it again")
+        say(f"{name}: finished before, skipped; remove {folder} to train it again")
         return
     opened = open_stage(name, recipe, run, cache)
     opened.trainer.run()
@@ -315,15 +266,6 @@ def finish(name: str, recipe: Recipe, run: Path, skipped: int) -> None:
     shutil.rmtree(run / START, ignore_errors=True)
     if not stage.keep_finished:  # twelve bytes a parameter that nothing resumes from
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def save_model(opened: Opened, out: Path) -> None:
-    """Write the model of a stage, completely or not at all; collective.
-
-    Raises:
-        CheckpointError: on all ranks, when rank 0 cannot write it.
-    """
-    replace_model(opened.model, opened.module, opened.start, out, opened.processor.save_pretrained)
 
 
 def start_of(name: str, recipe: Recipe, run: Path) -> Path:
@@ -384,8 +326,3 @@ def seed(value: int) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
-
-
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
