@@ -36,7 +36,7 @@ class EncoderConfig:
     """Token budget of a video, never exceeded."""
 
     min_tokens_per_frame: int = 48
-    """Fewest tokens of a frame."""
+    """Fewest tokens of a frame, unless `slow_multiple` allows less."""
 
     max_tokens_per_frame: int = 768
     """Most tokens of a frame."""

@@ -108,12 +108,11 @@ class _Clip:
         before = self.video.plan
         shown = len(before.frame_indices.unique())
         if self.encoder.leaves_out:  # more frames are compared than are shown
-            changes = {"max_tokens": self._budget(room, shown if before.end is None else None)}
+            video = self._within(room, shown if before.end is None else None)
         else:
             frames = next((n for n in range(shown, 0, -1) if self._fits(n, room)), 1)
             budget = min(self.encoder.max_tokens, room - self._entries(frames)[1] * self.overhead)
-            changes = {"max_tokens": budget, "max_frames": frames}
-        video = self._encode(self.encoder.with_settings(**changes))
+            video = self._encode(self.encoder.with_settings(max_tokens=budget, max_frames=frames))
         plan = video.plan
         note = (
             f"{plan.source} is reduced from {before.tokens} to {plan.tokens} tokens and from {shown} to"
@@ -121,12 +120,24 @@ class _Clip:
         )
         return replace(video, plan=replace(plan, warnings=(*plan.warnings, note)))
 
-    def _budget(self, room: int, sampled: int | None) -> int:
-        """The largest budget whose frames fit `room`, where it holds one frame for each `min_tokens_per_frame` of it.
+    def _within(self, room: int, sampled: int | None) -> EncodedVideo:
+        """The video with the largest budget whose frames fit `room`; sampled: the number of frames, if all are shown.
+
+        Its text is counted for frames of `min_tokens_per_frame`. Where slow frames are smaller, and therefore more, it
+        is counted for the smallest ones, and the video is decoded once more.
+        """
+        budget = self._budget(room, sampled, self.encoder.min_tokens_per_frame)
+        video = self._encode(self.encoder.with_settings(max_tokens=budget))
+        if len(_group(self.stream, video)) <= room:
+            return video
+        budget = self._budget(room, None, self.encoder.least_slow_tokens)
+        return self._encode(self.encoder.with_settings(max_tokens=budget))
+
+    def _budget(self, room: int, sampled: int | None, least: int) -> int:
+        """The largest budget whose frames fit `room`, where it holds one frame for each `least` tokens of it.
 
         sampled: the number of frames, where all are shown.
         """
-        least = self.encoder.min_tokens_per_frame
         frames = room // (least + self.overhead)
         budget = min(room - frames * self.overhead, frames * least + least - 1)
         if sampled is not None:

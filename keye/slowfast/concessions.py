@@ -4,19 +4,19 @@ In this order, each step only as far as needed:
 
 1. Fast frames shrink, to about `LEAST_FAST` tokens; slow frames keep their full size.
 2. Fast frames are left out, until as many fast as slow frames are shown.
-3. Slow frames shrink, to `min_tokens`.
+3. Slow frames shrink, to `min_tokens`; where not all slow frames fit at this size, to `multiple` times `LEAST_FAST`.
 4. Slow frames become fast frames, or are left out.
 
 The frames most similar to the latest slow frame are given up first, since they add least; under a policy that does not
 rank frames they are given up evenly. At most as many frames are shown as fit at `min_tokens`, because each costs about
-nine more tokens of text.
+nine more tokens of text, or all slow frames.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from keye.slowfast.budget import Allocation, best_size, box, fast_limit, size_tokens, thin
+from keye.slowfast.budget import LEAST_FAST, Allocation, best_size, box, fast_limit, size_tokens, thin
 from keye.slowfast.policies.base import FAST, SLOW, Decisions, Limits, Policy
 
 _UNBOUND = 1 << 62
@@ -43,7 +43,11 @@ def concede(decided: Decisions, limits: Limits, policy: Policy) -> tuple[Decisio
     limits = limits if decided.max_tokens is None else replace(limits, max_tokens=decided.max_tokens)
     budget = limits.max_tokens
     free = limits.allocate(slow, fast, fast_tokens=policy.fast_tokens, max_tokens=_UNBOUND)
-    most = budget // limits.min_tokens if policy.ranks else slow + fast
+    most = budget // limits.min_tokens
+    if policy.ranks and slow > most:
+        limits = replace(limits, min_tokens=least_slow_tokens(limits.min_tokens, limits.multiple))
+        most = min(slow, budget // limits.min_tokens)
+    most = most if policy.ranks else slow + fast
     if free.tokens <= budget and slow + fast <= most:
         return decided, free
     binding = _Binding(limits, slow, fast, most, free)
@@ -58,6 +62,11 @@ def concede(decided: Decisions, limits: Limits, policy: Policy) -> tuple[Decisio
         warnings=[*decided.warnings, binding.given_up(kept, shown, slow_size, fast_size, policy.ranks)],
     )
     return conceded, Allocation(slow_size, fast_size, tokens)
+
+
+def least_slow_tokens(min_tokens: int, multiple: float) -> int:
+    """Fewest tokens of a slow frame before one is given up: `multiple` times the smallest fast frame's."""
+    return min(min_tokens, math.ceil(LEAST_FAST * multiple))
 
 
 def concession_bounds(limits: Limits, slow: int) -> tuple[Size, Size]:
@@ -100,11 +109,11 @@ class _Binding:
     def solve(self) -> tuple[int, int, Size, Size]:
         """(slow frames, fast frames, size of slow frames, size of fast frames) that are shown."""
         limits, budget = self.limits, self.limits.max_tokens
-        full, floor, least = self._tokens(self.free.slow_size), limits.least_slow_tokens, self._tokens(self._least_fast)
+        full, floor, least = map(self._tokens, (self.free.slow_size, limits.least_slow_size, self._least_fast))
         even = min(self.slow, self.fast, max(self.most - self.slow, 0))  # fast frames that stay in any case
         if self.slow <= self.most and self.slow * full + even * least <= budget:
             return self._with_fast(self.slow, self.free.slow_size)
-        if not self.fast and self.slow * limits.min_tokens <= budget:
+        if not self.fast and self.slow * floor <= budget:
             return self.slow, 0, limits.allocate(self.slow, 0).slow_size, self._least_fast
         if self.slow <= self.most and self.slow * floor + even * least <= budget:
             room = min(full, (budget - even * least) // self.slow)

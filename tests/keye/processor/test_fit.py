@@ -162,6 +162,18 @@ def test_a_context_that_binds_leaves_out_similar_frames_as_a_budget_does(
     assert 0.6 * share * len(free) <= len(fitted) <= share * len(free)
 
 
+def test_the_text_of_many_small_slow_frames_is_counted(processor: KeyeProcessor) -> None:
+    """Sixty pictures: of 48 tokens a quarter fits, of 16 more do, and each has the tokens of its time."""
+    own = KeyeProcessor(processor.tokenizer, {"min_tokens_per_frame": 48, "measure": "patch_l1"})
+    messages = chat([clip(60, 59)], [])
+    free = own.sample(messages)
+    assert free.plans[0].counts == (60, 0)
+    for max_length in (900, 1300, 2000):
+        fitted = own.sample(messages, max_length=max_length)
+        plan = fitted.plans[0]
+        assert 0.6 * max_length <= len(fitted) <= max_length and len(plan) > plan.max_tokens // 48
+
+
 def test_stills_give_way_after_the_videos(processor: KeyeProcessor) -> None:
     messages = chat([clip(8, 7)], [np.zeros((112, 112, 3), np.uint8)])
     free = processor.sample(messages)
