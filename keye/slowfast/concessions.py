@@ -45,7 +45,9 @@ def concede(decided: Decisions, limits: Limits, policy: Policy) -> tuple[Decisio
     free = limits.allocate(slow, fast, fast_tokens=policy.fast_tokens, max_tokens=_UNBOUND)
     most = budget // limits.min_tokens
     if policy.ranks and slow > most:
-        limits = replace(limits, min_tokens=least_slow_tokens(limits.min_tokens, limits.multiple))
+        lower = replace(limits, min_tokens=least_slow_tokens(limits.min_tokens, limits.multiple))
+        # With the tokens of a size of about the clip's aspect, so that a narrow range cannot distort the frames.
+        limits = replace(lower, min_tokens=size_tokens(lower.least_slow_size, limits.side))
         most = min(slow, budget // limits.min_tokens)
     most = most if policy.ranks else slow + fast
     if free.tokens <= budget and slow + fast <= most:
@@ -109,11 +111,11 @@ class _Binding:
     def solve(self) -> tuple[int, int, Size, Size]:
         """(slow frames, fast frames, size of slow frames, size of fast frames) that are shown."""
         limits, budget = self.limits, self.limits.max_tokens
-        full, floor, least = map(self._tokens, (self.free.slow_size, limits.least_slow_size, self._least_fast))
+        full, floor, least = self._tokens(self.free.slow_size), limits.least_slow_tokens, self._tokens(self._least_fast)
         even = min(self.slow, self.fast, max(self.most - self.slow, 0))  # fast frames that stay in any case
         if self.slow <= self.most and self.slow * full + even * least <= budget:
             return self._with_fast(self.slow, self.free.slow_size)
-        if not self.fast and self.slow * floor <= budget:
+        if not self.fast and self.slow * limits.min_tokens <= budget:
             return self.slow, 0, limits.allocate(self.slow, 0).slow_size, self._least_fast
         if self.slow <= self.most and self.slow * floor + even * least <= budget:
             room = min(full, (budget - even * least) // self.slow)
