@@ -30,7 +30,9 @@ Those of `gspo` stand for the same keys of the other phases.
 
 The learning rate of another schedule than "constant" depends on `gspo.steps`, which may not change then.
 """
-MAY_CHANGE_OF_REWARDS = ("url", "api_key_env", "concurrency", "timeout", "retries", "wait", "max_cost", "time_limit")
+MAY_CHANGE_OF_REWARDS = (
+    "url", "api_key_env", "concurrency", "timeout", "patience", "wait", "price", "max_cost", "time_limit", "batch",
+)  # fmt: skip
 """Keys of a table `[rewards.<name>]` that a resumed run may change: how a judge is reached, not what it judges."""
 GIVEN = ("rewards", "seed")
 """Tables and keys that every record has, so that no default stands in for them."""

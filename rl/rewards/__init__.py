@@ -2,6 +2,7 @@
 
 from rl.rewards.base import Earned, Judgement, Outcome, Reward, counted_advantages, register
 from rl.rewards.constraints import AllConstraints, Constraints
+from rl.rewards.judge import Judge
 from rl.rewards.mathematics import Math
 from rl.rewards.measures import BoxIou, Number, Seconds, TemporalIou
 from rl.rewards.rules import Accuracy, Anls, Choice, Exact, Format, Length
@@ -10,6 +11,6 @@ from rl.rewards.weighted import RewardOptions, RewardSum, Term, rewards_from
 
 __all__ = [
     "Accuracy", "AllConstraints", "Anls", "BoxIou", "Choice", "Constraints", "Earned", "Exact", "Format", "Json",
-    "Judgement", "Length", "Markdown", "Math", "Number", "Outcome", "Reward", "RewardOptions", "RewardSum", "Seconds",
-    "TemporalIou", "Term", "counted_advantages", "register", "rewards_from",
+    "Judge", "Judgement", "Length", "Markdown", "Math", "Number", "Outcome", "Reward", "RewardOptions", "RewardSum",
+    "Seconds", "TemporalIou", "Term", "counted_advantages", "register", "rewards_from",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ class Reward(Protocol):
     - `in_process = True`: the reward runs in the training process, without a time limit. Built-in rules whose work is
       bounded do. All others run in a worker process, which the time limit ends, and keep no state between steps.
     - `score(judgements) -> list[Outcome]`: all answers of a step at once, in the training process.
+    - `on_failure`: what the recipe's key of that name is by default; "zero" without it.
     - `open(folder)`: called once before the first answer, with the directory of the run.
     - `load()`, `confine()`: called in the worker process before the first answer; `confine` after each restart.
     """

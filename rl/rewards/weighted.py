@@ -32,8 +32,8 @@ class RewardOptions:
     families: tuple[str, ...] = ()
     """Families of questions that the reward applies to; empty = all."""
 
-    on_failure: str = "zero"
-    """After a failure: "zero", "skip" (the answer does not count) or "stop"."""
+    on_failure: str = ""
+    """After a failure: "zero", "skip" (the answer does not count) or "stop". Default: "zero"; of models "skip"."""
 
     time_limit: float = 5.0
     """Seconds for an answer in the worker process; a slower reward has failed."""
@@ -148,7 +148,7 @@ def _term(name: str, given: float | Mapping[str, Any]) -> Term:
     options = typed_toml.build(RewardOptions, {k: v for k, v in table.items() if k in common}, "the recipe", prefix)
     need = typed_toml.requirement("the recipe")
     need(math.isfinite(options.weight), f"{prefix}weight must be a finite number")
-    need(options.on_failure in ON_FAILURE, f"{prefix}on_failure must be one of {', '.join(ON_FAILURE)}")
+    need(options.on_failure in ("", *ON_FAILURE), f"{prefix}on_failure must be one of {', '.join(ON_FAILURE)}")
     need(options.time_limit > 0, f"{prefix}time_limit must be above 0 seconds")
     factory = REGISTRY.get(options.kind or name)
     if factory is None:
@@ -156,7 +156,10 @@ def _term(name: str, given: float | Mapping[str, Any]) -> Term:
             f"[rewards] names {options.kind or name!r}: use one or more of {', '.join(sorted(REGISTRY))}; another name "
             f"needs the key kind in [rewards.{name}]"
         )
-    return Term(_made(factory, {k: v for k, v in table.items() if k not in common}, prefix), options)
+    reward = _made(factory, {k: v for k, v in table.items() if k not in common}, prefix)
+    return Term(
+        reward, dataclasses.replace(options, on_failure=options.on_failure or getattr(reward, "on_failure", "zero"))
+    )
 
 
 def _made(factory: Any, table: dict[str, Any], prefix: str) -> Reward:
