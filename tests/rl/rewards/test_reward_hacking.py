@@ -12,7 +12,7 @@ from rl.rewards import rewards_from
 from rl.rewards.base import REGISTRY
 from tests.rl.rewards.cases import ASKED, FORM_ONLY, OPTIONS, RIGHT, TABLE, judged
 
-MODELS = ("judge",)  # see test_reward_judge.py
+MODELS = ("judge", "reward_model")  # test_reward_judge.py, test_reward_model_score.py
 RULES = [
     name
     for name in sorted(RIGHT)
