@@ -8,8 +8,9 @@ import pytest
 
 from keye.errors import ManifestError
 from rl.blindness import Blindness, without_marked
-from rl.marks import Marking, mark
+from rl.marks import Marking, load_answerer, mark
 from rl.prompts import load_prompts
+from tests.rl.test_restarts import make_visual_run
 
 
 def line(number: int, media: bool = True, **more: object) -> str:
@@ -106,3 +107,22 @@ def test_the_guard_drop_leaves_out_marked_questions(tmp_path):
     path.write_text(line(0, blind_accuracy=1.0))
     with pytest.raises(ManifestError, match="every question has a blind_accuracy"):
         without_marked(load_prompts(path), Blindness(guard="drop"))
+
+
+def test_a_model_marks_the_questions_of_a_run(tmp_path):
+    run = make_visual_run(tmp_path)
+    settings = Marking(samples=2, max_new_tokens=2, batch=4, model=str(run / "annealing/model"))
+    answer, sizes = load_answerer(settings, "cpu"), []
+
+    def counted(prompts, seed):
+        sizes.append([len(prompts), seed])
+        return answer(prompts, seed)
+
+    marked = run / "world/marked.jsonl"
+    counts = mark(run / "world/train.jsonl", marked, settings, counted)
+    assert counts.lines(0.75)[0] == "9 lines, 8 questions with media"
+    assert sizes == [[3, 0], [4, 4], [1, 8]]
+    assert [prompt.id for prompt in load_prompts(marked).prompts] == [f"train{i}" for i in range(9)]
+    assert answer(load_prompts(marked).prompts[4:8], 4) == [
+        json.loads(row)["blind_accuracy"] for row in marked.read_text().splitlines()[4:8]
+    ]

@@ -42,7 +42,7 @@ SETTINGS = (
     "gspo.checkpoint_every=10", "heldout.limit=60", "heldout.samples=1", "blindness.every=10",
     "blindness.questions=120", "blindness.samples=4", 'blindness.controls=["blind", "zeroed"]',
 )  # fmt: skip
-GUARDED = ('blindness.guard="drop"', "blindness.drop_above=0.5", "gspo.extra_prompts=32")
+GUARDED = ('blindness.guard="drop"', "blindness.drop_above=0.5", "gspo.extra_prompts=16")
 
 
 def plant(world: Path, out: Path, seed: int) -> dict[str, int]:
@@ -189,7 +189,7 @@ def claims(found: dict[tuple[int, str], dict[str, Any]]) -> list[Claim]:
 def main() -> int:
     parser = arguments(__doc__, EXAMPLES, results="rl")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a run with annealing/model and world")
-    parser.add_argument("--steps", type=int, default=50, help="steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a run (default: %(default)s)")
     parser.add_argument("--scratch", type=Path, help="folder of the six runs (default: .cache/bench/rl/blindness)")
     parser.add_argument("--one", nargs=2, metavar=("SEED", "GUARD"), help="only one run, without a result")
     args = parser.parse_args()
