@@ -8,12 +8,8 @@ policy answers held-out questions with frames, as text, and with zeroed pixels; 
 """
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from keye.errors import RecipeError, run
+from keye.files import write_atomically
 from scripts.bench.common.intervals import paired_interval
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, out_of, save
 
 EXAMPLES = """examples:
-  python -m scripts.bench.rl.blindness --run runs/demo            a run of scripts/demo; six runs of about 3 CPU minutes
+  python -m scripts.bench.rl.blindness --run runs/demo            a run of scripts/demo; resumes where it was stopped
   python -m scripts.bench.rl.blindness --run runs/demo --quick    shows that it runs
 """
 SCRATCH = ROOT / ".cache" / "bench" / "rl" / "blindness"
@@ -38,11 +35,11 @@ BLIND = 0.1  # a policy with a smaller gap counts as blind
 GUARDS = ("off", "drop")
 REMOVED = ("blind", "zeroed")
 SETTINGS = (
-    "gspo.prompts=16", "gspo.mini_batches=2", "gspo.learning_rate=4e-4", 'gspo.freeze=["visual"]', "gspo.families=[]",
-    "gspo.checkpoint_every=10", "heldout.limit=60", "heldout.samples=1", "blindness.every=10",
-    "blindness.questions=120", "blindness.samples=4", 'blindness.controls=["blind", "zeroed"]',
+    "gspo.prompts=8", "gspo.mini_batches=2", "gspo.learning_rate=5e-4", 'gspo.freeze=["visual"]', "gspo.families=[]",
+    "gspo.checkpoint_every=10", "heldout.limit=30", "heldout.samples=1", "blindness.every=10",
+    "blindness.questions=60", "blindness.samples=4", 'blindness.controls=["blind", "zeroed"]',
 )  # fmt: skip
-GUARDED = ('blindness.guard="drop"', "blindness.drop_above=0.5", "gspo.extra_prompts=16")
+GUARDED = ('blindness.guard="drop"', "blindness.drop_above=0.5", "gspo.extra_prompts=8")
 
 
 def plant(world: Path, out: Path, seed: int) -> dict[str, int]:
@@ -83,37 +80,28 @@ def _question(row: dict[str, Any], leaked: bool, clips: list[str], world: Path, 
     return question | {"messages": [{"role": "user", "content": content}]}
 
 
-def train(start: Path, out: Path, seed: int, guard: str, steps: int) -> None:
-    """One run, and `out/result.json` with its probes and the answers of the last policy; resumes after an end."""
+def train(start: Path, out: Path, seed: int, guard: str, steps: int) -> dict[str, Any]:
+    """One run: its metrics, and the answers of the first and the last policy; it resumes after an end."""
     from rl.recipe import load
     from rl.trainer import GspoTrainer
-    from stages.distributed import engine
 
     if not (out / "annealing").exists():
         shutil.rmtree(out, ignore_errors=True)
         plant(start / "world", out, seed)
         (out / "annealing").symlink_to((start / "annealing").resolve())
     given = [*SETTINGS, f"seed={seed}", f"gspo.steps={steps}", *(GUARDED if guard == "drop" else ())]
-    engine.start(threads=1)
     trainer = GspoTrainer(load(ROOT / "rl/recipes/tiny.toml", given), out)
-    first = out / "before.json"
-    if not first.exists():
-        first.write_text(json.dumps(measure(trainer)))
-    before = json.loads(first.read_text())
+    first = out.parent / f"before-{seed}.json"
+    if not first.exists():  # both guards start with the same policy and ask the same questions
+        first.write_text(json.dumps(measure(trainer)), encoding="utf-8")
     trainer.train()
-    rows = [json.loads(line) for line in (out / "gspo/metrics.jsonl").read_text().splitlines()]
-    result = {"before": before, "after": measure(trainer), "curve": rows, "eval": _means(out)}
-    (out / "result.json").write_text(json.dumps(result))
+    rows = [json.loads(line) for line in (out / "gspo/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {"before": json.loads(first.read_text(encoding="utf-8")), "after": measure(trainer), "curve": rows}
 
 
 def measure(trainer: Any) -> list[dict[str, float]]:
     """Accuracy of the policy on each held-out question with its frames and under each control."""
     return trainer.blindness.measure(lambda: trainer.generator.manual_seed(0))
-
-
-def _means(out: Path) -> dict[str, float]:
-    found = json.loads((out / "gspo/eval.json").read_text())
-    return {name: found[name]["accuracy_mean"] for name in ("before", "after")}
 
 
 def gaps(rows: list[dict[str, float]]) -> np.ndarray:
@@ -191,26 +179,23 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a run with annealing/model and world")
     parser.add_argument("--steps", type=int, default=40, help="steps of a run (default: %(default)s)")
     parser.add_argument("--scratch", type=Path, help="folder of the six runs (default: .cache/bench/rl/blindness)")
-    parser.add_argument("--one", nargs=2, metavar=("SEED", "GUARD"), help="only one run, without a result")
     args = parser.parse_args()
     if not (args.run / "annealing/model/config.json").is_file():
         raise RecipeError(f"{args.run} has no annealing/model: give a run of scripts/demo with --run")
     seeds, steps = ((0,), 10) if args.quick else ((0, 1, 2), args.steps)
     scratch = args.scratch or (SCRATCH.with_name("blindness_quick") if args.quick else SCRATCH)
-    if args.one:
-        seed, guard = int(args.one[0]), args.one[1]
-        train(args.run, scratch / f"{seed}-{guard}", seed, guard, steps)
-        return 0
-    began = time.monotonic()
+    from stages.distributed import engine
+
+    engine.start(threads=1)
     found = {}
     for seed in seeds:
         for guard in GUARDS:
-            result = scratch / f"{seed}-{guard}" / "result.json"
-            if not result.exists():
-                options = ["--run", str(args.run), "--steps", str(steps), "--scratch", str(scratch)]
-                command = [sys.executable, "-m", "scripts.bench.rl.blindness", "--one", str(seed), guard, *options]
-                subprocess.run(command + (["--quick"] if args.quick else []), check=True, cwd=ROOT, env=os.environ)
-            found[seed, guard] = json.loads(result.read_text())
+            out = scratch / f"{seed}-{guard}"
+            if not (out / "result.json").exists():
+                result = train(args.run, out, seed, guard, steps)
+                write_atomically(out / "result.json", json.dumps(result))
+            found[seed, guard] = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    seconds = sum(row["seconds"] + row.get("seconds_probes", 0) for one in found.values() for row in one["curve"])
     questions = len(next(iter(found.values()))["after"])
     notes = [
         f"{SHARE:.0%} of the training questions name the right answer and show another question's clip; held-out "
@@ -219,11 +204,11 @@ def main() -> int:
         f"{BLIND} a policy counts as blind. The guard is `{' '.join(GUARDED)}`; the settings of all runs are "
         f"`{' '.join(SETTINGS)}` and {steps} steps.",
         'The last column is the step at which blindness.guard = "stop" with stop_gap = 0.1 and stop_probes = 2 would '
-        "have ended the run.",
+        "have ended the run. The duration is that of all steps and probes.",
     ]
     save(
         out_of(args), "blindness", claims(found), tables(found),
-        seconds=time.monotonic() - began, quick=args.quick,
+        seconds=seconds, quick=args.quick,
         seeds={"data, sampling and order": ", ".join(map(str, seeds))}, notes=notes,
     )  # fmt: skip
     return 0
