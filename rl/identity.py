@@ -72,7 +72,7 @@ def identity(run: Path, recipe: RlRecipe, digests: dict[str, str], phase: str = 
 
 def _settings(recipe: RlRecipe, phase: str) -> dict[str, Any]:
     """Key → value of what a phase of a recipe depends on."""
-    others = {*PHASES, "blindness"} - ({"gspo", "blindness"} if phase == "gspo" else {phase})
+    others = {*PHASES, "blindness", "hints"} - ({"gspo", "blindness", "hints"} if phase == "gspo" else {phase})
     return _flat({key: value for key, value in dataclasses.asdict(recipe).items() if key not in others})
 
 

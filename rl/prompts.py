@@ -166,6 +166,10 @@ def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt
     except ManifestError as error:
         raise ManifestError(f"{where}: messages cannot be used ({error}); correct or delete that line") from error
     need("schema", isinstance(given.get("schema", {}), dict), "a table of a JSON schema")
+    hints = given.get("hints", [])
+    texts = isinstance(hints, list) and all(isinstance(hint, str) and hint.strip() for hint in hints)
+    need("hints", texts and len(hints) <= 5, "a list of up to five texts that are not empty")
+    need("trusted", isinstance(given.get("trusted", True), bool), "true or false")
     extra = {key: value for key, value in given.items() if key not in _OWN}
     return Prompt(str(name), family, question, answer, tolerance, tuple(options), path.parent, where, extra)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from keye.errors import RecipeError
 from rl.blindness import Blindness
+from rl.hints import Hints
 from rl.losses import LOSSES, PolicyLoss, build_loss
 from rl.preference.recipe import Mpo, Sft, check_mpo, check_sft
 from stages import typed_toml
@@ -144,6 +145,9 @@ class RlRecipe:
     heldout: HeldOut = HeldOut()
     """The evaluation before and after."""
 
+    hints: Hints = Hints()
+    """Hints for questions that fail every rollout."""
+
     rewards: dict[str, float | dict[str, Any]] = field(default_factory=lambda: {"accuracy": 1.0})
     """Reward → its weight in the sum, or a table with its weight and options (`rl.rewards.RewardOptions`)."""
 
@@ -201,6 +205,7 @@ def _check(recipe: RlRecipe, file: str) -> None:
     need(numbers, "every weight of [rewards] must be a finite number")
     recipe.blindness.check(need)
     need(heldout.every >= 0, "heldout.every must be at least 0")
+    recipe.hints.check(need)
     need(heldout.limit >= 1, "heldout.limit must be at least 1")
     need(heldout.samples >= 1 and heldout.temperature > 0, "heldout.samples and temperature must be above 0")
 

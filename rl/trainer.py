@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, writing
 from keye.files import write_atomically
@@ -25,12 +26,14 @@ from keye.processor.processor import KeyeProcessor, Sample
 from rl.agree import agree, from_first, gather
 from rl.blindness import BlindnessMonitor, without_marked
 from rl.heldout import Answered, Best, ask, compare, read_answers, summary, write_answers
+from rl.hints import HintStage
 from rl.identity import check_ranks, claim, identity
 from rl.losses import group_advantages
 from rl.metrics import rollout_values, step_metrics, step_summary
+from rl.policy import Group, score
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
 from rl.recipe import RlRecipe, check_world, places_of
-from rl.rewards import counted_advantages, rewards_from
+from rl.rewards import Earned, counted_advantages, rewards_from
 from rl.rollout import InProcessRollout
 from rl.sampling import Curriculum, Experience, accuracy_of, judged, replace_flat
 from rl.update import PolicyUpdate, Update
@@ -83,6 +86,7 @@ class GspoTrainer:
             )
         )
         self.best = Best()
+        self.hints = HintStage(recipe.hints, self.processor, self._advantages, self._score)
         self.step = 0
         self.warned: set[str] = set()
         self.requests = SignalRequests()  # of this rank
@@ -173,7 +177,7 @@ class GspoTrainer:
         ranks = gather(local)
         self.agreed = set().union(*(rank["requests"] for rank in ranks))
         metrics = step_metrics(self.step, ranks, seconds, self.recipe.blindness.drop_above)
-        return metrics | {"lr": self.engine.get_lr()[0], "epoch": self.stream.epoch}
+        return metrics | self.hints.metrics | {"lr": self.engine.get_lr()[0], "epoch": self.stream.epoch}
 
     def _experience(self) -> tuple[Experience, list[Experience]]:
         """Draw this rank's prompts, answer them, judge the answers; also the groups that others have replaced."""
@@ -185,20 +189,32 @@ class GspoTrainer:
         drawn = self.stream.take(g.prompts, own, gather)
         self._seed("rollout", self.step)
         first = agree(lambda: self._answer(drawn, parts))
+        groups, advantages = self.hints.apply(first.prompts, first.groups, first.earned, first.advantages, self._rolled)
+        first = replace(first, groups=groups, advantages=advantages)
         found = replace_flat(first, own, g.extra_prompts, self.stream, lambda more: self._answer(more, []))
         self.curriculum.observe_step([found[0], *found[1]])
         return found
 
     def _answer(self, drawn: list[Taken], parts: list[slice]) -> Experience:
+        groups, earned = self._rolled(drawn)
+        prompts = [prompt for prompt, _ in drawn]
+        return self.blindness.guarded(Experience(prompts, groups, earned, *self._advantages(earned), parts))
+
+    def _rolled(self, drawn: list[Taken]) -> tuple[list[Group], list[list[Earned]]]:
+        """A group of answers to each question, and what they earned."""
         g = self.recipe.gspo
         groups = self.rollout.generate([sample for _, sample in drawn], g.group_size, g.temperature, g.max_new_tokens)
-        earned = judged(self.reward, drawn, groups)
-        none = torch.zeros(0, g.group_size)  # a rank may have nothing to answer when flat groups are replaced
-        rewards, advantages = (
-            counted_advantages(earned, lambda given: group_advantages(given, g.standardise)) if earned else (none, none)
-        )
-        prompts = [prompt for prompt, _ in drawn]
-        return self.blindness.guarded(Experience(prompts, groups, earned, rewards, advantages, parts))
+        return groups, judged(self.reward, drawn, groups)
+
+    def _advantages(self, earned: list[list[Earned]]) -> tuple[Tensor, Tensor]:
+        """Rewards and advantages [P, G] of groups; P is 0 where a rank has no flat group to replace."""
+        if not earned:
+            return (none := torch.zeros(0, self.recipe.gspo.group_size)), none
+        return counted_advantages(earned, lambda given: group_advantages(given, self.recipe.gspo.standardise))
+
+    def _score(self, group: Group) -> Tensor:
+        """Log-probabilities [T] of a group's answers under the policy; collective in ZeRO-3."""
+        return score(self.engine, [group], self.recipe.gspo.temperature).log_probs
 
     def _accuracies(self, asked: list[Taken], samples: int) -> list[float]:
         """The mean accuracy of `samples` answers to each question, sampled as in training."""

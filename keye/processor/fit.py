@@ -19,6 +19,7 @@ from keye.processor.messages import Visual
 from keye.processor.options import MIN_TOKENS, still_limits, video_encoder
 from keye.processor.stream import Stream
 from keye.slowfast.pixels import HALF, PixelFormat, exact_bytes
+from keye.slowfast.plan import VideoPlan
 from keye.video.images import load_image
 
 
@@ -42,11 +43,11 @@ class Media:
 
     def groups(self, stream: Stream) -> list[list[int]]:
         """The stream ids of each video."""
-        return [_group(stream, video) for video in self.videos]
+        return [plan_ids(stream, video.plan) for video in self.videos]
 
 
-def _group(stream: Stream, video: EncodedVideo) -> list[int]:
-    plan = video.plan
+def plan_ids(stream: Stream, plan: VideoPlan) -> list[int]:
+    """The stream ids of a video with this plan."""
     return stream.video(plan.frame_types.tolist(), plan.tokens_per_frame.tolist(), plan.timestamps.tolist())
 
 
@@ -78,7 +79,7 @@ class _Clip:
     def __post_init__(self) -> None:
         ready = isinstance(self.source, EncodedVideo)
         self.video: EncodedVideo = _in_bytes(self.source) if ready else self._encode(self.encoder)
-        self.wanted = len(_group(self.stream, self.video))
+        self.wanted = len(plan_ids(self.stream, self.video.plan))
         # The most tokens of a frame in addition to its pads: frame token, time, and the two around a fast frame.
         self.overhead = 3 + self.stream.time_tokens(max(self.video.plan.duration, *self.video.plan.span))
         self.least = self.wanted if ready else min(self.wanted, self._needed(1))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from keye.encoder_config import EncoderConfig
 from keye.errors import ArgumentError, CheckpointError, KeyeError, ManifestError
 from keye.model.config import KeyeConfig
 from keye.model.rope import stream_positions
-from keye.processor.fit import encode_media
+from keye.processor.fit import encode_media, plan_ids
 from keye.processor.messages import Message, Visual, located, media_of_texts, read_chat
 from keye.processor.options import image_limits, make_encoder
 from keye.processor.reply import Thinking
@@ -156,6 +157,25 @@ class KeyeProcessor(ProcessorMixin):
         """
         text, visuals, _ = self._chat(messages, base_dir, add_generation_prompt, thinking, continue_final_message)
         return self._build(text, visuals, max_length, last_turn_only)
+
+    def reworded(self, sample: Sample, messages: Sequence[Message], base_dir: str | Path = ".") -> Sample:
+        """A prompt with the media of `sample`, in the same order and not read again, and the text of `messages`.
+
+        Raises:
+            ManifestError: `messages` are not a chat, or have another number of images or videos.
+        """
+        ids, _ = self._spelling.located(self._chat(messages, base_dir, True, None, False)[0])
+        image_grid = torch.empty(0, 3) if sample.image_grid_thw is None else sample.image_grid_thw
+        stills = [int(grid.prod()) // 4 for grid in image_grid]
+        videos = [plan_ids(self._stream, plan) for plan in sample.plans]
+        try:
+            input_ids = torch.tensor(self._stream.expand(ids, stills, videos))
+        except ValueError as error:
+            raise ManifestError(f"{error}; keep the images and videos of the prompt") from None
+        grids = ((IMAGE_PAD, sample.image_grid_thw), (VIDEO_PAD, sample.video_grid_thw))
+        blocks = [(self.token_id(token), grid[:, 1:] // 2) for token, grid in grids if grid is not None]
+        changed = {"labels": self._stream.labels(input_ids), "position_ids": stream_positions(input_ids, blocks)}
+        return replace(sample, input_ids=input_ids, **changed)
 
     def build(
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), max_length: int | None = None

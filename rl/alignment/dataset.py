@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from keye.errors import ManifestError
-from keye.world.manifest import read_manifest, write_manifest
+from keye.world.manifest import iter_manifest, write_manifest
 from rl.alignment.base import Constraint
 from rl.alignment.draw import draw_constraints
 
@@ -45,13 +45,13 @@ def write_constraint_set(
     if not 1 <= least <= most or each < 1:
         raise ManifestError(f"{each} sets of {least} to {most} constraints are not possible; give 1 or more, in order")
     source, target = Path(manifest), Path(out)
-    lines = read_manifest(source)
+    total = count_lines(source) * each
     columns = (TextColumn("constraints"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
     def drawn() -> Iterator[dict[str, Any]]:
         with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), disable=not progress) as bar:
-            task = bar.add_task("", total=len(lines) * each)
-            for number, line in enumerate(lines, 1):
+            task = bar.add_task("", total=total)
+            for number, line in enumerate(iter_manifest(source), 1):
                 for copy_number in range(each):
                     rng = random.Random(f"{seed}/{number}/{copy_number}")
                     request = _request(line, f"{source}:{number}")
@@ -62,7 +62,19 @@ def write_constraint_set(
                     bar.advance(task)
 
     write_manifest(target, drawn())
-    return len(lines) * each
+    return total
+
+
+def count_lines(manifest: Path) -> int:
+    """Lines of a manifest that are not blank, without keeping them.
+
+    Raises:
+        ManifestError: there is none.
+    """
+    number = sum(1 for _ in iter_manifest(manifest))
+    if not number:
+        raise ManifestError(f"{manifest} is empty; write samples into it with python -m keye.world")
+    return number
 
 
 def with_constraints(line: dict[str, Any], chosen: tuple[Constraint, ...], keep_answers: bool) -> dict[str, Any]:
