@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from keye.errors import ManifestError
 from keye.world.manifest import iter_manifest, write_manifest
 from rl.alignment.base import Constraint
 from rl.alignment.draw import draw_constraints
+from rl.preference.selecting import moved
 
 
 def write_constraint_set(
@@ -58,7 +58,8 @@ def write_constraint_set(
                     chosen = draw_constraints(rng, request, rng.randint(least, most), kinds)
                     made = with_constraints(line, chosen, keep_answers)
                     made["id"] = f"{line.get('id', f'{source.stem}-{number}')}-constraints{copy_number}"
-                    yield _moved(made, source.parent, target.parent)
+                    made["messages"] = moved(made["messages"], source.parent, target.parent)
+                    yield made
                     bar.advance(task)
 
     write_manifest(target, drawn())
@@ -101,16 +102,3 @@ def _request(line: dict[str, Any], where: str) -> str:
     if not text:
         raise ManifestError(f"{where} has no text of a user; add a turn with the role user and a text")
     return text
-
-
-def _moved(line: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
-    """The line with paths of media relative to the folder of the new manifest."""
-    if source.resolve() == target.resolve():
-        return line
-    for message in line["messages"]:
-        for part in message["content"] if isinstance(message["content"], list) else []:
-            for key in ("video", "image"):
-                path = part.get(key)
-                if isinstance(path, str) and "://" not in path and not path.startswith("data:"):
-                    part[key] = os.path.relpath(source.resolve() / path, target.resolve())
-    return line

@@ -10,6 +10,7 @@ keye posttrain filter MODEL MANIFEST --out OUT     leave out questions that the 
 keye posttrain pairs MODEL MANIFEST --out OUT      a better and a worse answer of the model to each question
 keye posttrain reward-model MODEL PAIRS --out DIR  train a reward model on such pairs
 keye posttrain constraints MANIFEST --out OUT      add constraints on the form of the answer, for alignment RL
+keye posttrain hints MANIFEST --out OUT            add hints, for questions that fail every rollout
 
 --run is the same as --out; torchrun parses --run itself unless -- precedes the script.
 """
@@ -26,6 +27,7 @@ from stages.distributed.hosts import limit_threads
 OTHERS = {
     "constraints": "rl.commands.constraints",
     "filter": "rl.commands.filter",
+    "hints": "rl.commands.hints",
     "pairs": "rl.commands.pairs",
     "reward-model": "rl.commands.reward_model",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rl.alignment import KINDS, read_constraints
+from rl.hints import Hints
 from rl.preference.recipe import Mpo, Sampling, Sft
 from rl.rewards import rewards_from
 from stages.recipe import StageRecipe
@@ -47,7 +48,7 @@ def test_constraints_and_recipes_are_valid():
 def test_tables_give_every_key_with_its_default():
     text = GUIDE.read_text(encoding="utf-8")
     of_stages = {f.name for f in fields(StageRecipe)}
-    for table, cls in (("sft", Sft), ("mpo", Mpo), ("mpo.sampling", Sampling)):
+    for table, cls in (("sft", Sft), ("mpo", Mpo), ("mpo.sampling", Sampling), ("hints", Hints)):
         rows = text.partition(f"| `[{table}]` |")[2].partition("\n\n")[0]
         documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
         ours = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
