@@ -129,7 +129,7 @@ class _Clip:
         """
         budget = self._budget(room, sampled, self.encoder.min_tokens_per_frame)
         video = self._encode(self.encoder.with_settings(max_tokens=budget))
-        if len(_group(self.stream, video)) <= room:
+        if len(plan_ids(self.stream, video.plan)) <= room:
             return video
         budget = self._budget(room, None, self.encoder.least_slow_tokens)
         return self._encode(self.encoder.with_settings(max_tokens=budget))
