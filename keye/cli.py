@@ -36,6 +36,7 @@ SUMMARIES = {
     "merge": "average model directories",
     "posttrain": "tune a model with GSPO",
     "pretrain": "train a model in four stages",
+    "reasoning": "make reasoning data in five steps",
     "report": "write a report of a training run",
 }
 """What `keye --help` says about the commands of entry points, without importing them."""

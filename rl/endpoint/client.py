@@ -83,7 +83,7 @@ class Client:
         self.hits = self.retries = 0
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._running: dict[str, asyncio.Task[Answer]] = {}
-        self._failing = False
+        self._failing = self._closing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="keye-endpoint", daemon=True)
         self._thread.start()
@@ -111,7 +111,13 @@ class Client:
         return cls(RemoteModel.from_environment(prefix), cache, price, limits, log)
 
     def submit(self, ask: Ask) -> Future[Answer]:
-        """Send a request in the background."""
+        """Send a request in the background.
+
+        Raises:
+            EndpointError: the client is closed.
+        """
+        if not self._thread.is_alive() or self._closing:
+            raise EndpointError(f"the client of {self.backend!r} is closed; make another one")
         return asyncio.run_coroutine_threadsafe(self._ask(ask), self._loop)
 
     def ask(self, ask: Ask) -> Answer:
@@ -133,8 +139,9 @@ class Client:
 
     def close(self) -> None:
         """Cancel what is running and close the connections; stored answers stay."""
-        if self._loop.is_closed():
+        if self._closing:
             return
+        self._closing = True
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
