@@ -62,7 +62,7 @@ class Grade:
             about = {"id": f"{item.prompt.id}/{path['sample']}", "question_id": item.prompt.id, "trajectory": path}
             grade = self._grade(item.prompt, path, shown)
             result.counts[grade["grade"]] += 1
-            result.counts["borderline"] += grade.get("borderline", False)
+            result.counts.update(["borderline"] * grade.get("borderline", False))
             result.counts[f"{grade['grade']}: {grade['why']}"] += 1
             (result.dropped if grade["grade"] == "C" else result.lines).append(base | about | grade)
         return result
