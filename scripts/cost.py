@@ -3,4 +3,4 @@
 from checkout import run_command
 
 if __name__ == "__main__":
-    run_command("stages.commands.cost")
+    run_command("rl.commands.cost")

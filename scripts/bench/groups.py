@@ -17,18 +17,22 @@ def _curves(out: Path) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """A folder of scripts/bench with a module for each part. draw: creates figures from the results of the parts."""
+    """A folder of scripts/bench with a module for each part.
+
+    draw: creates figures from the results of the parts. apart: parts of the document that need options of their own.
+    """
 
     name: str
     parts: tuple[str, ...]
     head: str
     gpu: bool = False
     draw: Callable[[Path], None] = _nothing
+    apart: tuple[str, ...] = ()
 
     @property
     def order(self) -> tuple[str, ...]:
         """Parts in the order of the document."""
-        return (*self.parts, "gpu") if self.gpu else self.parts
+        return (*self.parts, *self.apart, *(["gpu"] if self.gpu else []))
 
 
 ENCODER = """# The slow-fast encoder, measured
@@ -52,6 +56,12 @@ To repeat all measurements: `python -m scripts.bench stages`; one part: `--part 
 The part `gpu` (seconds, MFU and the longest context of a step at 8B widths) needs a GPU; without one, its earlier
 results are kept, or it is listed below as not measured."""
 
+RL = """# Post-training, measured
+
+To repeat all measurements: `python -m scripts.bench rl`; one part: `--part NAME`. The part `trl` needs TRL
+(`pip install -e '.[trl]'`). The part `blindness` trains from the run of a demo: `python -m scripts.bench.rl.blindness \
+--run runs/demo`."""
+
 GROUPS = {
     group.name: group
     for group in (
@@ -71,5 +81,6 @@ GROUPS = {
             gpu=True,
             draw=_curves,
         ),
+        Group("rl", ("group_price", "trl", "cost"), RL, apart=("blindness",)),
     )
 }

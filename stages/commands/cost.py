@@ -18,8 +18,15 @@ Nothing is run; data, model and GPUs are not needed.
 
 
 def main() -> None:
+    args = build_parser(__doc__, EXAMPLES).parse_args()
+    check(args)
+    run_estimate(args)
+
+
+def build_parser(about: str, examples: str) -> argparse.ArgumentParser:
+    """The parser with the options of every recipe."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="a TOML file, such as stages/recipes/keye_8b.toml")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs (default 1)")
@@ -33,13 +40,25 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. annealing.steps=20")
     parser.add_argument("--json", action="store_true", help="everything as JSON, memory by component")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="also draw it")
-    args = parser.parse_args()
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse impossible values.
+
+    Raises:
+        KeyeError: names the option.
+    """
     if args.gpus < 1:
         raise KeyeError(f"--gpus {args.gpus}: name at least one")
     if args.per_node < 1:
         raise KeyeError(f"--per-node {args.per_node}: name at least one")
     if not 0 < args.mfu <= 1:
         raise KeyeError(f"--mfu {args.mfu:g} is not a share of the peak rate; give one above 0 and up to 1")
+
+
+def run_estimate(args: argparse.Namespace) -> None:
+    """Print the cost of a pre-training recipe."""
     from stages.cost import report
     from stages.cost.estimate import Assumptions, estimate
     from stages.cost.gpus import gpu_named

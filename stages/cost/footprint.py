@@ -180,19 +180,21 @@ def tower_layer(vision: Any, element: int) -> float:
 
 
 def activations(
-    config: Any, plan: Plan, share: Share, frozen: bool = False, reduced: float = 0.0
+    config: Any, plan: Plan, share: Share, frozen: bool = False, reduced: float = 0.0, tower_trains: bool = True
 ) -> tuple[float, float, float]:
     """Bytes (kept for the backward pass, in addition during the backward pass, for the loss).
 
     The second is that of the most expensive decoder layer, or of a chunk of frames: by then the backward pass has freed
     what the decoder kept. frozen: only the projector trains, as in the alignment. reduced: of a bucket, see `reduced`.
+    tower_trains: false if projector and decoder train, and the tower does not.
     """
     text, e = config.text_config, plan.element
     kept, layer = _decoder(text, plan, frozen)
     kept, layer = kept * share.tokens * text.num_hidden_layers, layer * share.tokens
-    seen, chunk = _tower(config, plan, share, frozen)
+    fixed = frozen or not tower_trains
+    seen, chunk = _tower(config, plan, share, fixed)
     several = plan.checkpointing and share.patches > FRAME_PATCHES
-    chunk += (0.0 if frozen else tower_gradients(config.vision_config, e)) if several else reduced
+    chunk += (0.0 if fixed else tower_gradients(config.vision_config, e)) if several else reduced
     # The last norm, the labelled rows, and the visual tokens.
     kept += seen + (FP32 + e) * text.hidden_size * share.tokens + e * text.hidden_size * share.labels
     return kept, max(layer + reduced, seen + chunk - kept), _loss(text, e, share.labels, frozen)

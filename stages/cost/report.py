@@ -67,14 +67,15 @@ def table(costs: Sequence[StageCost]) -> str:
         [("GB a GPU", *MEMORY_PARTS, "at the peak,"), *memory],
         [("GB a node", *HOST, "peak", ""), *host],
     ]
-    return "\n\n".join("\n".join(_aligned(rows)) for rows in tables)
+    return "\n\n".join("\n".join(aligned(rows)) for rows in tables)
 
 
 def _moment(memory: Footprint | HostFootprint) -> str:
     return max(memory.moments, key=memory.moments.__getitem__)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 

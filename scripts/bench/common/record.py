@@ -78,10 +78,10 @@ def run_parts(modules: dict[str, str], options: Sequence[str]) -> list[str]:
     return failed
 
 
-def forget_other_code(scratch: Path) -> None:
-    """Delete saved measurements in `scratch` if they were taken with other code of keye/ and stages/."""
+def forget_other_code(scratch: Path, packages: Sequence[str] = ("keye", "stages")) -> None:
+    """Delete saved measurements in `scratch` if they were taken with other code of the packages."""
     digest = hashlib.sha256()
-    for path in sorted(path for package in ("keye", "stages") for path in (ROOT / package).rglob("*.py")):
+    for path in sorted(path for package in packages for path in (ROOT / package).rglob("*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     mark = scratch / "code.txt"
     if not mark.exists() or mark.read_text() != digest.hexdigest():
