@@ -2,14 +2,16 @@
 
 import json
 import re
-from dataclasses import MISSING, fields
+import tomllib
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 from rl.blindness import Blindness
 from rl.recipe import Gspo, HeldOut
-from rl.rewards import Accuracy, Format
+from rl.rewards import RewardOptions, rewards_from
+from rl.rewards.base import REGISTRY
 from tests.docs.examples import elsewhere, run_in, sections
 from tests.rl.test_trainer import make_run
 
@@ -60,7 +62,19 @@ def test_what_is_not_run_is_written_right():
     for language, code in elsewhere(GUIDE):
         assert language == "python"
         compile(code, str(GUIDE), "exec")
-    assert Accuracy and Format  # the two that the guide's table names
     text = GUIDE.read_text(encoding="utf-8")
     headings = set(re.findall(r"^## (.+)$", text, re.MULTILINE))
     assert set(re.findall(r"^\d\. \[(.+?)\]", text, re.MULTILINE)) == headings
+
+
+def test_the_guide_names_every_reward_and_option_and_its_recipe_is_valid(tmp_path):
+    text = GUIDE.read_text(encoding="utf-8").partition("\n## Rewards\n")[2].partition("\n## ")[0]
+    built_in = {name: cls for name, cls in REGISTRY.items() if cls.__module__.startswith("rl.")}
+    rows = {row[0]: "".join(row) for row in re.findall(r"^\| `(\w+)` \|(.*)$", text, re.MULTILINE)}
+    assert built_in.keys() <= rows.keys()
+    assert {field.name for field in fields(RewardOptions)} <= rows.keys()
+    for name, cls in built_in.items():
+        for field in fields(cls) if is_dataclass(cls) else ():
+            assert f"`{field.name}`" in (text if name == "judge" else rows[name]), (name, field.name)
+    recipe = tomllib.loads(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
+    assert rewards_from(recipe["rewards"], tmp_path).terms.keys() == {"accuracy", "format", "number", "judge"}
