@@ -136,4 +136,4 @@ def shifts() -> list[float]:
 
 def test_the_reward_shift_is_the_mean_of_earlier_rewards_on_all_ranks():
     expected = [0.0, 12 / 4, 14 / 5, 14 / 7]
-    assert run_distributed(shifts, 2, 60) == [pytest.approx(expected)] * 2
+    assert run_distributed(shifts, 2, 240) == [pytest.approx(expected)] * 2
