@@ -21,6 +21,7 @@ FILE = "run.json"
 MAY_CHANGE = (
     "gspo.steps", "gspo.checkpoint_every", "gspo.keep_checkpoints", "gspo.decode_batch_size", "gspo.cache_mb",
     "gspo.micro_batch_tokens", "trackers", "mpo.micro_pairs",
+    "mpo.checkpointing", "mpo.offload", "mpo.mlp_tiles",
     "sft.data.cache_mb", "sft.data.workers", "sft.keep_finished",
     "sft.async_checkpoints", "sft.heldout_every", "sft.heldout_steps",
 )  # fmt: skip

@@ -111,6 +111,15 @@ class Mpo(OptimizerConfig):
     freeze: tuple[str, ...] = ()
     """Parts of the model that do not train, such as "visual"."""
 
+    checkpointing: bool = False
+    """Recompute activations in the backward pass; attention is kept."""
+
+    offload: bool = False
+    """Keep the inputs of recomputed layers in host memory."""
+
+    mlp_tiles: int = 1
+    """Parts in which an MLP is computed."""
+
     checkpoint_every: int = 50
     """Steps between checkpoints."""
 
@@ -146,13 +155,17 @@ def check_mpo(mpo: Mpo, need: Need) -> None:
         RecipeError: by `need`.
     """
     mpo.check("mpo", need)
-    for key in ("steps", "batch_size", "micro_pairs", "checkpoint_every", "keep_checkpoints"):
+    for key in ("steps", "batch_size", "micro_pairs", "mlp_tiles", "checkpoint_every", "keep_checkpoints"):
         need(getattr(mpo, key) >= 1, f"mpo.{key} must be at least 1")
     need(mpo.start not in ("mpo", ""), f'mpo.start = "{mpo.start}" must name another stage, such as "sft"')
     need(mpo.beta > 0, "mpo.beta must be above 0")
     weights = (mpo.preference, mpo.quality, mpo.generation)
     need(min(weights) >= 0 and sum(weights) > 0, "mpo.preference, quality and generation must be 0 or more, not all 0")
     need(mpo.cache_mb >= 0, "mpo.cache_mb must be at least 0")
+    need(
+        mpo.checkpointing or not mpo.offload,
+        "mpo.offload keeps what checkpointing recomputes from; set mpo.checkpointing = true, too",
+    )
     need(mpo.zero in (0, 1, 2, 3), "mpo.zero must be 0, 1, 2 or 3")
     _check_answers("mpo", mpo.max_new_tokens, mpo.decode_batch_size, need)
     check_launch("mpo.precision", mpo.precision, (), need)

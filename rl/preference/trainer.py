@@ -39,6 +39,7 @@ from rl.preference.self_pairs import sample_pairs
 from rl.prompts import PromptStream
 from rl.recipe import RlRecipe
 from stages.data.items import PIXELS
+from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from stages.distributed.engine import build, device, gradient_norm, resolve_precision
 from stages.distributed.parallel import sum_over_ranks
@@ -223,6 +224,7 @@ class MpoTrainer:
         where = "meta" if m.zero == 3 else device()
         self.model = agree(lambda: self.start.build(dtype, where)).train()
         agree(lambda: freeze(self.model, m.freeze, "mpo"))
+        agree(lambda: apply_memory_options(self.model, m.checkpointing, m.offload, m.mlp_tiles))
         largest = -(-m.batch_size // self.world)  # pairs of the first rank, which has most
         self.rounds = -(-largest // m.micro_pairs)
         self.engine = build(

@@ -15,13 +15,14 @@ import torch
 from keye.errors import CheckpointError, KeyeError, ManifestError
 from rl.policy import continued_positions, score, vision_inputs
 from rl.preference.losses import mpo_loss
-from rl.preference.pairs import encode_answer, load_pairs, pair_group
+from rl.preference.pairs import Pair, encode_answer, load_pairs, pair_group
 from rl.preference.recipe import Mpo, Sampling
 from rl.preference.references import pair_scores
 from rl.preference.trainer import MpoTrainer
 from rl.recipe import HeldOut, RlRecipe
 from rl.rewards import Judgement, register
 from stages.distributed import engine
+from stages.distributed.activation_memory import apply_memory_options
 from tests.distributed import run_distributed
 from tests.rl.test_trainer import make_run
 
@@ -72,10 +73,7 @@ def test_a_pair_reads_its_video_once_and_has_the_gradients_of_separate_sequences
     model, processor, prompts, monkeypatch
 ):
     texts = [("red", "green and red"), ("12", "3"), ("day", "night 0")]
-    groups = [
-        dataclasses.replace(pair_group(processor, type("P", (), {"chosen": a, "rejected": b}), sample), log_probs=[])
-        for (a, b), sample in zip(texts, prompts, strict=True)
-    ]
+    groups = [pair_group(processor, Pair(None, a, b), sample) for (a, b), sample in zip(texts, prompts, strict=True)]
     reference, seen = torch.tensor([[-5.0, -9.0]] * 3), []
     encode = model.model.encode_vision
     monkeypatch.setattr(model.model, "encode_vision", lambda p, *a: seen.append(len(p)) or encode(p, *a))
@@ -93,6 +91,21 @@ def test_a_pair_reads_its_video_once_and_has_the_gradients_of_separate_sequences
         if name in ours:
             torch.testing.assert_close(ours[name], parameter.grad, atol=1e-5, rtol=1e-3)
     assert score(model, groups).owner.max() == 5
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_memory_options_change_no_gradient(model, processor, prompts, offload):
+    pair = Pair(None, "red", "green and red")
+    groups = [pair_group(processor, pair, sample) for sample in prompts]
+    found = []
+    for options in ((False,), (True, offload, 2)):
+        apply_memory_options(model.train(), *options)
+        model.zero_grad()
+        log_probs, lengths = pair_scores(model, groups)
+        mpo_loss(log_probs, lengths, torch.zeros(3, 2), 0.1, 0.2).loss.sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["red 12", "  two lines\nof text", "<think>\nflash\n</think><answer>3</answer>"])
