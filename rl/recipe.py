@@ -145,9 +145,6 @@ class RlRecipe:
     heldout: HeldOut = HeldOut()
     """The evaluation before and after."""
 
-    hints: Hints = Hints()
-    """Hints for questions that fail every rollout."""
-
     rewards: dict[str, float | dict[str, Any]] = field(default_factory=lambda: {"accuracy": 1.0})
     """Reward → its weight in the sum, or a table with its weight and options (`rl.rewards.RewardOptions`)."""
 
@@ -165,6 +162,9 @@ class RlRecipe:
 
     mpo: Mpo | None = None
     """Preference optimization, the phase after `sft`."""
+
+    hints: Hints = Hints()
+    """Hints for questions that fail every rollout."""
 
     @property
     def phases(self) -> list[str]:
