@@ -17,6 +17,7 @@ from keye.processor.processor import Sample
 from rl.prompts import Prompt
 from rl.rewards import Earned, Judgement, RewardSum
 from rl.rollout import RolloutEngine
+from rl.rollout.engine import HELDOUT, number_of
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,13 @@ def ask(
     temperature: float,
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
+    seed: int = 0,
 ) -> tuple[list[Answered], dict[str, str]]:
     """Answer each question `samples` times at `temperature` and once greedily.
 
     Args:
         progress: called with the number of questions of each finished batch.
+        seed: of the sampled answers, which follow from it and the question's id.
 
     Returns:
         The outcomes, and `file:line` → reason for the questions that `encode` cannot read.
@@ -99,8 +102,9 @@ def ask(
             except KeyeError as error:
                 rejected[prompt.where] = str(error)
         inputs = [sample for _, sample in read]
-        drawn = engine.generate(inputs, samples, temperature, max_new_tokens)
-        greedy = engine.generate(inputs, 1, 0.0, max_new_tokens)
+        keys = [(seed, HELDOUT, number_of(prompt.id)) for prompt, _ in read]
+        drawn = engine.generate(inputs, samples, temperature, max_new_tokens, keys)
+        greedy = engine.generate(inputs, 1, 0.0, max_new_tokens, keys)
         for (prompt, _), many, one in zip(read, drawn, greedy, strict=True):
             *earned, best = reward.all(
                 [

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from rl.blindness import own_metrics
 from rl.heldout import standard_error
+from rl.rollout.correction import effective_share
 from rl.sampling import Experience, accuracy_of
 from stages.metrics import duration
 
-MOMENTS = ("entropy", "ratio", "clipped", "kl", "sampler_kl")
+MOMENTS = (
+    "entropy", "ratio", "clipped", "kl", "sampler_kl", "sampler_difference", "sampler_weight",
+    "sampler_weight_squared", "applied_weight",
+)  # fmt: skip
 """The values of an update whose `Moments` are exchanged."""
 
 
@@ -122,6 +126,7 @@ def step_metrics(
         "ratio_max": ratio.most,
         "entropy": values["entropy"].mean,
         **{name: values[name].mean for name in ("kl", "sampler_kl") if values[name].count},
+        **_sampler(values),
         "response_length": fmean(lengths),
         "finished": fmean(flat("finished")),
         "empty": fmean(flat("empty")),
@@ -160,6 +165,22 @@ def failure_warnings(earned: list[list[dict[str, Any]]]) -> dict[str, str]:
     return {
         f"reward/{name}": f"the reward {name} failed for {count} of {len(flat)} answers, first because: {first[name]}"
         for name, count in sorted(counts.items())
+    }
+
+
+def _sampler(values: dict[str, Moments]) -> dict[str, float]:
+    """How far the sampler is from the trainer; empty if it gave no log-probabilities.
+
+    sampler_ess is the effective sample size of the sequences as a share of their number.
+    """
+    difference, weight = values["sampler_difference"], values["sampler_weight"]
+    if not difference.count:
+        return {}
+    return {
+        "sampler_difference_mean": difference.mean,
+        "sampler_difference_max": difference.most,
+        "sampler_ess": effective_share(weight.total, values["sampler_weight_squared"].total, weight.count),
+        "importance_weight": values["applied_weight"].mean,
     }
 
 

@@ -87,4 +87,5 @@ def _part(group: Group, places: slice) -> Group:
         log_probs=group.log_probs[places],
         finished=group.finished[places],
         texts=group.texts[places],
+        sampler_log_probs=None if group.sampler_log_probs is None else group.sampler_log_probs[places],
     )

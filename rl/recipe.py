@@ -12,6 +12,10 @@ from rl.blindness import Blindness
 from rl.hints import Hints
 from rl.losses import LOSSES, PolicyLoss, build_loss
 from rl.preference.recipe import Mpo, Sft, check_mpo, check_sft
+from rl.rollout import correction, truncated
+from rl.rollout.config import Rollout
+from rl.rollout.correction import Correction
+from rl.rollout.truncated import Truncation
 from stages import typed_toml
 from stages.optimizer import OptimizerConfig
 from stages.recipe import located
@@ -83,6 +87,25 @@ class Gspo(OptimizerConfig):
     curriculum_floor: float = 1.0
     """Probability that a question is asked whose answers are all right or all wrong so far; 1 = no curriculum."""
 
+    truncated: str = "wrong"
+    """An answer that reached `max_new_tokens`: "wrong" (not finished, for rewards), "mask" (no advantage; the others
+    are compared without it) or "penalise" (`overlong_penalty` less than a wrong one)."""
+
+    overlong_tokens: int = 0
+    """With "penalise": the penalty rises over this number of tokens below `max_new_tokens`; 0 = only if truncated."""
+
+    overlong_penalty: float = 1.0
+    """With "penalise": subtracted from the reward of a truncated answer."""
+
+    importance: str = "off"
+    """Correction for a sampler whose log-probabilities differ from the trainer's: "off", "truncated" or "masked"."""
+
+    importance_cap: float = 2.0
+    """The largest importance weight; "masked" leaves out what is above it or below its inverse."""
+
+    importance_level: str = "sequence"
+    """Importance weights of "sequence" or "token"."""
+
     decode_batch_size: int = field(default=256, metadata={"former": "decode_batch"})
     """Answers that a process decodes together."""
 
@@ -108,6 +131,16 @@ class Gspo(OptimizerConfig):
     def policy_loss(self) -> PolicyLoss:
         """The loss with its settings."""
         return build_loss(self.loss, self.epsilon_low, self.epsilon_high, self.kl)
+
+    @property
+    def truncation(self) -> Truncation:
+        """The treatment of truncated answers."""
+        return Truncation(self.truncated, self.max_new_tokens, self.overlong_tokens, self.overlong_penalty)
+
+    @property
+    def correction(self) -> Correction:
+        """The correction for the sampler."""
+        return Correction(self.importance, self.importance_cap, self.importance_level)
 
     @property
     def standardise(self) -> bool:
@@ -163,6 +196,9 @@ class RlRecipe:
     mpo: Mpo | None = None
     """Preference optimization, the phase after `sft`."""
 
+    rollout: Rollout = Rollout()
+    """The sampling of answers."""
+
     hints: Hints = Hints()
     """Hints for questions that fail every rollout."""
 
@@ -204,6 +240,7 @@ def _check(recipe: RlRecipe, file: str) -> None:
     numbers = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
     need(numbers, "every weight of [rewards] must be a finite number")
     recipe.blindness.check(need)
+    recipe.rollout.check(need)
     need(heldout.every >= 0, "heldout.every must be at least 0")
     recipe.hints.check(need)
     need(heldout.limit >= 1, "heldout.limit must be at least 1")
@@ -230,6 +267,14 @@ def _check_gspo(g: Gspo, need: Need) -> None:
     need(0 < loss.epsilon_low <= 1 and loss.epsilon_high > 0, "gspo.epsilon_low and epsilon_high must be above 0")
     need(g.kl >= 0, "gspo.kl must be at least 0")
     need(g.advantages in ("", "standardised", "centred"), 'gspo.advantages must be "standardised" or "centred"')
+    need(g.truncated in truncated.KINDS, f"gspo.truncated must be one of {', '.join(truncated.KINDS)}")
+    need(
+        0 <= g.overlong_tokens < g.max_new_tokens and g.overlong_penalty >= 0,
+        "gspo.overlong_tokens must be at least 0 and below gspo.max_new_tokens, and gspo.overlong_penalty at least 0",
+    )
+    need(g.importance in correction.KINDS, f"gspo.importance must be one of {', '.join(correction.KINDS)}")
+    need(g.importance_level in correction.LEVELS, 'gspo.importance_level must be "sequence" or "token"')
+    need(g.importance_cap >= 1, "gspo.importance_cap must be at least 1")
     need(g.zero in (0, 1, 2), "gspo.zero must be 0, 1 or 2")
     check_launch("gspo.precision", g.precision, (), need)
     need(

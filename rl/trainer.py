@@ -34,7 +34,8 @@ from rl.policy import Group, score
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
 from rl.recipe import RlRecipe, check_world, places_of
 from rl.rewards import Earned, counted_advantages, rewards_from
-from rl.rollout import InProcessRollout
+from rl.rollout.build import build_rollout
+from rl.rollout.engine import HELDOUT, ROLLOUT, number_of
 from rl.sampling import Curriculum, Experience, accuracy_of, judged, replace_flat
 from rl.update import PolicyUpdate, Update
 from rl.watch import warnings_of
@@ -72,8 +73,8 @@ class GspoTrainer:
         self.engine = self._engine()
         reference = agree(lambda: self.start.build(dtype, self.engine.device)) if recipe.gspo.kl else None
         self.update = PolicyUpdate(self.engine, recipe.gspo, reference)
-        self.generator = torch.Generator(self.engine.device)
-        self.rollout = InProcessRollout(self.model, self.processor, self.generator, recipe.gspo.decode_batch_size)
+        batch = recipe.gspo.decode_batch_size
+        self.rollout = agree(lambda: build_rollout(recipe.rollout, self.model, self.processor, batch))
         self.reward = agree(lambda: rewards_from(recipe.rewards, self.run))
         g = recipe.gspo
         self.curriculum = Curriculum(len(prompts), g.curriculum_floor, recipe.seed)
@@ -187,7 +188,6 @@ class GspoTrainer:
         parts = [slice(begin, end) for begin, end in pairwise(ends)]
         own = list(chain.from_iterable(places))
         drawn = self.stream.take(g.prompts, own, gather)
-        self._seed("rollout", self.step)
         first = agree(lambda: self._answer(drawn, parts))
         groups, advantages = self.hints.apply(first.prompts, first.groups, first.earned, first.advantages, self._rolled)
         first = replace(first, groups=groups, advantages=advantages)
@@ -203,8 +203,8 @@ class GspoTrainer:
     def _rolled(self, drawn: list[Taken]) -> tuple[list[Group], list[list[Earned]]]:
         """A group of answers to each question, and what they earned."""
         g = self.recipe.gspo
-        groups = self.rollout.generate([sample for _, sample in drawn], g.group_size, g.temperature, g.max_new_tokens)
-        return groups, judged(self.reward, drawn, groups)
+        groups = self._sample(drawn, g.group_size, ROLLOUT)
+        return groups, g.truncation.treated(judged(self.reward, drawn, groups), groups)
 
     def _advantages(self, earned: list[list[Earned]]) -> tuple[Tensor, Tensor]:
         """Rewards and advantages [P, G] of groups; P is 0 where a rank has no flat group to replace."""
@@ -216,20 +216,21 @@ class GspoTrainer:
         """Log-probabilities [T] of a group's answers under the policy; collective in ZeRO-3."""
         return score(self.engine, [group], self.recipe.gspo.temperature).log_probs
 
+    def _sample(self, asked: list[Taken], answers: int, purpose: int) -> list[Group]:
+        """Answers to each question; they follow from the seed, the step and the question's id."""
+        g = self.recipe.gspo
+        keys = [(self.recipe.seed, purpose, self.step, number_of(prompt.id)) for prompt, _ in asked]
+        samples = [sample for _, sample in asked]
+        return self.rollout.generate(samples, answers, g.temperature, g.max_new_tokens, keys)
+
     def _accuracies(self, asked: list[Taken], samples: int) -> list[float]:
         """The mean accuracy of `samples` answers to each question, sampled as in training."""
-        g = self.recipe.gspo
-        groups = self.rollout.generate([sample for _, sample in asked], samples, g.temperature, g.max_new_tokens)
+        groups = self._sample(asked, samples, HELDOUT)
         return [accuracy_of(group) for group in judged(self.reward, asked, groups)]
 
     def _update(self, experience: Experience) -> list[Update]:
         """The optimizer steps of a step, one for each mini-batch."""
         return self.update.run(experience.groups, experience.advantages, experience.parts)
-
-    def _seed(self, purpose: str, number: int) -> None:
-        """Seed the sampler by (seed, purpose, number, rank), so that a resumed run samples the same."""
-        kind = {"rollout": 0, "heldout": 1}[purpose]
-        self.generator.manual_seed(((self.recipe.seed * 2 + kind) * 1_000_003 + number) * 4096 + self.rank)
 
     # --- held-out questions -----------------------------------------------------------------------------------------
 
@@ -252,7 +253,7 @@ class GspoTrainer:
     def _probes(self) -> dict[str, Any]:
         """The metrics of what is measured between steps: blindness, and the held-out questions with the best model."""
         began, every = time.perf_counter(), self.recipe.heldout.every
-        found: dict[str, Any] = self.blindness.probe(self.step, lambda: self._seed("heldout", self.step))
+        found: dict[str, Any] = self.blindness.probe(self.step, lambda: None)  # draws follow from the step
         if every and self.step % every == 0 and self.step < self.recipe.gspo.steps:
             rows = self._measure(f"heldout/step-{self.step}")
             found |= {f"heldout/{name}": value for name, value in summary(rows).items() if name != "families"}
@@ -272,7 +273,6 @@ class GspoTrainer:
         """All ranks' answers to the held-out questions, written to `<name>.jsonl`."""
         wanted, g = self.recipe.heldout, self.recipe.gspo
         mine = self.questions[self.rank :: self.world]
-        self._seed("heldout", 0)
         with self._progress() as bar:
             task = bar.add_task(f"held-out reward {name}", total=len(mine) * self.world)
             answered, rejected = agree(
@@ -285,6 +285,7 @@ class GspoTrainer:
                     wanted.temperature,
                     g.max_new_tokens,
                     lambda count: bar.advance(task, count * self.world),
+                    self.recipe.seed,
                 )  # fmt: skip
             )
         rows = [one for rank in gather(answered) for one in rank]

@@ -6,18 +6,20 @@ data, because ZeRO communicates in each of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keye.errors import KeyeError
 from rl.losses import LossInput, LossOutput
 from rl.metrics import Moments
 from rl.microbatch import MicroBatch, pad, split
 from rl.policy import Group, Score, score
 from rl.recipe import Gspo
+from rl.rollout.correction import Gap, gap_of, log_ratio_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Update:
     clipped: Moments
     kl: Moments
     sampler_kl: Moments
+    sampler_difference: Moments
+    sampler_weight: Moments
+    sampler_weight_squared: Moments
+    applied_weight: Moments
     grad_norm: float
 
 
@@ -53,7 +59,7 @@ class PolicyUpdate:
 
     def __init__(self, engine: Any, config: Gspo, reference: nn.Module | None = None) -> None:
         self.engine, self.config, self.reference = engine, config, reference
-        self.loss = config.policy_loss
+        self.loss, self.correction = config.policy_loss, config.correction
         self.world = dist.get_world_size()
 
     def run(self, groups: list[Group], advantages: Tensor, parts: list[slice]) -> list[Update]:
@@ -92,9 +98,14 @@ class PolicyUpdate:
     def _step(self, plan: Plan, old: list[Score]) -> Update:
         """One optimizer step on a mini-batch, whose answers had the log-probabilities `old`."""
         outputs, entropies = [], []
+        gaps: list[Gap] = []
         for place, (batch, before) in enumerate(zip(plan.batches, old, strict=True), 1):
             new = self._score(self.engine, batch)
-            output = self.loss(self._input(plan, batch, before, new))
+            given = self._input(plan, batch, before, new)
+            if batch.weight and (gap := self._gap(given)) is not None:
+                gaps.append(gap)
+                given = replace(given, weights=gap.applied)
+            output = self.loss(given)
             # The gradients of all micro-batches are summed; the last one is followed by the optimizer's step.
             self.engine.set_gradient_accumulation_boundary(place == len(plan.batches))
             self.engine.backward(output.loss * batch.weight)
@@ -102,7 +113,23 @@ class PolicyUpdate:
                 outputs.append(_detached(output))
                 entropies.append(new.entropy)
         self.engine.step()
-        return _metrics(outputs, entropies, float(self.engine.get_global_grad_norm() or 0.0))
+        return _metrics(outputs, entropies, gaps, float(self.engine.get_global_grad_norm() or 0.0))
+
+    def _gap(self, given: LossInput) -> Gap | None:
+        """Sampler against trainer, and the factors that correct for it; None if the engine gave no log-probabilities.
+
+        Raises:
+            KeyeError: a correction is configured and the engine gave none.
+        """
+        if given.sampler_log_probs is None:
+            if self.correction.kind != "off":
+                raise KeyeError(
+                    f'gspo.importance = "{self.correction.kind}" needs the log-probabilities of the rollout engine, '
+                    'and it gave none; let it return them, or set gspo.importance to "off"'
+                )
+            return None
+        ratio = log_ratio_of(given.old_log_probs, given.sampler_log_probs)
+        return gap_of(ratio, given.owner, self.correction.weights(ratio, given.owner))
 
     def _input(self, plan: Plan, batch: MicroBatch, old: Score, new: Score) -> LossInput:
         g, device = self.config, new.log_probs.device
@@ -141,7 +168,7 @@ def _detached(output: LossOutput) -> LossOutput:
     return LossOutput(output.loss.detach(), output.ratio, output.clipped, output.kl, output.sampler_kl)
 
 
-def _metrics(outputs: list[LossOutput], entropies: list[Tensor], grad_norm: float) -> Update:
+def _metrics(outputs: list[LossOutput], entropies: list[Tensor], gaps: list[Gap], grad_norm: float) -> Update:
     def moments(values: list[Tensor | None]) -> Moments:
         return Moments.join(Moments.of(value) for value in values if value is not None)
 
@@ -152,5 +179,9 @@ def _metrics(outputs: list[LossOutput], entropies: list[Tensor], grad_norm: floa
         moments([output.clipped for output in outputs]),
         moments([output.kl for output in outputs]),
         moments([output.sampler_kl for output in outputs]),
+        moments([gap.difference for gap in gaps]),
+        moments([gap.weight for gap in gaps]),
+        moments([gap.weight.double().square() for gap in gaps]),
+        moments([gap.applied for gap in gaps]),
         grad_norm,
     )

@@ -17,7 +17,7 @@ from keye.processor.processor import Sample
 from rl.policy import Group
 
 Key = tuple[int, ...]
-"""Identifies a prompt's draws: by convention (seed, purpose, step, place of the prompt in the step)."""
+"""Identifies a prompt's draws: by convention (seed, purpose, step, number of the question's id)."""
 
 ROLLOUT, HELDOUT = 0, 1
 """Purposes, the second number of a key."""

@@ -12,6 +12,7 @@ from rl.blindness import Blindness
 from rl.recipe import Gspo, HeldOut
 from rl.rewards import RewardOptions, rewards_from
 from rl.rewards.base import REGISTRY
+from rl.rollout.config import Rollout
 from tests.docs.examples import elsewhere, run_in, sections
 from tests.rl.test_trainer import make_run
 
@@ -36,6 +37,7 @@ def test_examples_run(folder):
     printed = run_in(folder, GUIDE)
     assert "on 5 questions" in printed and "of 2 steps had no gradient" in printed
     assert "1.1 {'accuracy': 1.0, 'brief': 1.0}" in printed
+    assert re.search(r"\['.*'\] \[(True|False), ", run_in(folder, GUIDE.with_name("rollouts.md")))
     rows = [json.loads(line) for line in (folder / "runs/mine/gspo/metrics.jsonl").read_text().splitlines()]
     table = GUIDE.read_text(encoding="utf-8").partition("| in `metrics.jsonl`")[2].partition("\n\n")[0]
     named = {name.partition("<")[0] for name in re.findall(r"`([\w/<>]+)`", table)}
@@ -47,18 +49,21 @@ def test_examples_run(folder):
 
 def test_tables_give_every_key_with_its_default():
     text = GUIDE.read_text(encoding="utf-8")
-    for table, cls in (("gspo", Gspo), ("heldout", HeldOut), ("blindness", Blindness)):
+    for table, cls in (("gspo", Gspo), ("heldout", HeldOut), ("blindness", Blindness), ("rollout", Rollout)):
         rows = text.partition(f"| `[{table}]` |")[2].partition("\n\n")[0]
         documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
         ours = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
         assert documented.keys() == ours.keys()
         for key, value in ours.items():
             value = list(value) if isinstance(value, tuple) else value
+            if value is None:
+                assert documented[key] == "of the loss"
+                continue
             assert documented[key] == "–" if value is MISSING else json.loads(documented[key]) == value, key
 
 
 def test_what_is_not_run_is_written_right():
-    assert len(sections(GUIDE)) == 3
+    assert len(sections(GUIDE)) == 6
     for language, code in elsewhere(GUIDE):
         assert language == "python"
         compile(code, str(GUIDE), "exec")

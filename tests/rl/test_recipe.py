@@ -9,6 +9,7 @@ import rl
 from keye.errors import RecipeError
 from keye.field_docs import field_docs
 from rl.recipe import Gspo, HeldOut, RlRecipe, check_world, load, places_of
+from rl.rollout.config import Rollout
 from stages.optimizer import OptimizerConfig
 from stages.recipe import StageRecipe
 
@@ -29,6 +30,11 @@ def test_ready_made_recipes_load_and_keep_the_clip_of_the_paper(path):
         ("gspo.steps=many", "gspo.steps is 'many'"),
         ("gspo.group_size=1", "gspo.group_size must be at least 2"),
         ("gspo.temperature=0", "gspo.temperature must be above 0"),
+        ("gspo.truncated='no'", "gspo.truncated must be one of wrong, mask, penalise"),
+        ("gspo.overlong_tokens=9999", "gspo.overlong_tokens must be at least 0 and below"),
+        ("gspo.importance='on'", "gspo.importance must be one of off, truncated, masked"),
+        ("gspo.importance_cap=0.5", "gspo.importance_cap must be at least 1"),
+        ("rollout.top_p=0", "rollout.top_p must be above 0"),
     ],
 )
 def test_a_wrong_key_is_named(override, sentence):
@@ -71,6 +77,6 @@ def test_optimizer_and_checkpoints_have_the_keys_of_the_stages():
     assert {"checkpoint_every", "keep_checkpoints", "zero", "steps"} <= names[1] & names[2]
 
 
-@pytest.mark.parametrize("kind", [Gspo, HeldOut, RlRecipe])
+@pytest.mark.parametrize("kind", [Gspo, HeldOut, RlRecipe, Rollout])
 def test_every_key_is_documented_below_its_declaration(kind):
     assert set(field_docs(kind)) == {field.name for field in fields(kind)}

@@ -18,6 +18,7 @@ from keye.processor.processor import KeyeProcessor
 from keye.processor.tokenizer import train_tokenizer
 from rl.agree import agree
 from rl.recipe import Gspo, HeldOut, RlRecipe
+from rl.rollout.config import Rollout
 from rl.trainer import GspoTrainer
 from stages.distributed import engine
 from tests.distributed import run_distributed
@@ -64,6 +65,28 @@ def test_a_run_is_resumed_on_another_number_of_processes(tmp_path):
     rows = [json.loads(line) for line in (run / "gspo/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert done[0]["stream"] == {"epoch": 3, "position": 3, "questions": 9}
+
+
+def test_one_process_samples_the_answers_of_two(tmp_path):
+    """Also with a correction for the sampler and a penalty; the sampler agrees with the trainer."""
+    options = {"steps": 1, "truncated": "penalise", "overlong_penalty": 0.5, "importance": "truncated"}
+    options["max_new_tokens"] = 12
+    stops = Rollout(stop_tokens=tuple("0123456789"))
+    recipe = dataclasses.replace(RECIPE, gspo=dataclasses.replace(GSPO, **options), rollout=stops)
+    rows = []
+    for world in (1, 2):
+        run = make_run(tmp_path / str(world))
+        run_distributed(train, world, 240, run, recipe)
+        rows.append(json.loads((run / "gspo/metrics.jsonl").read_text()))
+        assert (run / "gspo/before.jsonl").is_file()
+    for name in ("response_length", "reward_mean", "finished", "reward/overlong"):
+        assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-5), name
+    assert 0 < rows[0]["finished"] < 1
+    assert rows[0]["reward/overlong"] == pytest.approx(0.5 * (rows[0]["finished"] - 1))
+    assert rows[0]["sampler_difference_max"] < 1e-5 and rows[0]["sampler_ess"] == pytest.approx(1)
+    assert rows[0]["importance_weight"] == pytest.approx(1, abs=1e-4)
+    sets = [{line for line in (tmp_path / w / "gspo/before.jsonl").read_text().splitlines()} for w in "12"]
+    assert sets[0] == sets[1]
 
 
 class Signalled(GspoTrainer):
