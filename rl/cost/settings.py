@@ -39,9 +39,8 @@ class Settings:
 
 def settings_of(recipe: RlRecipe) -> Settings:
     """The settings of a recipe."""
-    rollout = getattr(recipe, "rollout", None)
-    cache = {"cache_bytes": rollout.cache_mb << 20} if rollout else {}
-    return Settings(**{name: getattr(recipe.gspo, name) for name in keys()}, **cache)
+    given = {name: getattr(recipe.gspo, name) for name in keys()}
+    return Settings(**given, cache_bytes=recipe.rollout.cache_mb << 20)
 
 
 def keys() -> list[str]:
