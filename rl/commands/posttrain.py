@@ -8,7 +8,7 @@ python scripts/posttrain.py rl/recipes/tiny_post.toml --out runs/demo --phase mp
 Data for it are made by commands of their own, each with --help:
 keye posttrain filter MODEL MANIFEST --out OUT     leave out questions that the model answers anyway
 keye posttrain pairs MODEL MANIFEST --out OUT      a better and a worse answer of the model to each question
-keye posttrain reward-model MODEL PAIRS --out DIR  train a reward model on such pairs
+keye posttrain reward-model MODEL PAIRS --out DIR --steps 100  train a reward model on such pairs
 keye posttrain constraints MANIFEST --out OUT      add constraints on the form of the answer, for alignment RL
 keye posttrain hints MANIFEST --out OUT            add hints, for questions that fail every rollout
 
