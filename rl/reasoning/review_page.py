@@ -10,7 +10,7 @@ main{max-width:1000px;margin:0 auto;padding:16px 20px 40px}
 header{display:flex;gap:16px;align-items:baseline;flex-wrap:wrap}h1{font-size:1.15rem;margin:0}
 .quiet{color:var(--quiet)}.grade{font-weight:700}progress{flex:1;min-width:120px;accent-color:var(--mark)}
 #media{margin:12px 0;overflow-x:auto}#media table{font-size:.85rem;color:var(--quiet);border-spacing:12px 0}
-#media details{margin-top:6px}
+#media td{overflow-wrap:anywhere}
 #question{font-size:1.1rem;margin:12px 0 4px;white-space:pre-wrap}.answers{margin:0 0 12px}
 ol{list-style:none;margin:0;padding:0}
 li{display:grid;grid-template-columns:2.2em 1fr auto;gap:8px;padding:7px 10px;margin:4px 0;background:var(--box);
@@ -52,6 +52,12 @@ const finish = () => {  // an edit takes effect when it is left
   editing = -1;
 };
 
+const measure = () => {
+  const kept = steps.filter(step => !step.gone && step.text);
+  $("length").textContent = kept.length + " steps, " + kept.reduce((sum, step) => sum + step.text.length, 0) +
+    " characters";
+};
+
 const draw = () => {
   $("steps").replaceChildren(...steps.map((step, place) => {
     const line = document.createElement("li");
@@ -76,9 +82,8 @@ const draw = () => {
   }));
   const box = $("steps").querySelector("textarea");
   if (box) { box.focus(); box.setSelectionRange(box.value.length, box.value.length); }
-  const kept = steps.filter(step => !step.gone && step.text);
-  $("length").textContent = kept.length + " steps, " + kept.reduce((sum, step) => sum + step.text.length, 0) +
-    " characters";
+  if (box) box.addEventListener("input", () => { steps[editing].text = box.value.trim(); measure(); });
+  measure();
 };
 
 const edit = place => { finish(); if (!steps.length) steps.push({text: ""}); here = editing = place; draw(); };
