@@ -59,7 +59,7 @@ def _work(args: argparse.Namespace, client: Any, media: Any, source: Items) -> t
     from rl.reasoning.enhance import Enhance, pairs, settings
     from rl.reasoning.generate import INSTRUCTIONS, Generate
     from rl.reasoning.grade import Grade
-    from rl.reasoning.score import Score
+    from rl.reasoning.score import REPEATS, Score
 
     folder = Path(args.out).parent
     if args.step == "enhance":
@@ -78,8 +78,10 @@ def _work(args: argparse.Namespace, client: Any, media: Any, source: Items) -> t
         made = Generate(client, media, folder, args.paths, args.temperature, args.tokens, thinking, words)
         return made, made.settings()
     words = None if plain else INSTRUCTIONS
-    policy = _policy(args.repeat) if args.repeat else None
-    scored = Score(client, media, folder, args.samples, args.temperature, args.tokens, policy, args.seed, words)
+    policy = _policy(args.repeat) if args.repeat is not None else dict(REPEATS)
+    scored = Score(
+        client, media, folder, args.samples, args.temperature, args.tokens, policy, args.seed, words, args.unreviewed
+    )
     return scored, scored.settings()
 
 
@@ -146,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--samples", type=_count, default=4, metavar="N", help="answers with the media, and without")
     score.add_argument("--repeat", metavar="S:N,…", help="times in the final set (default: 1:0.1,2:0.25,3:0.5,4:2,5:3)")
     score.add_argument("--seed", type=int, default=0, help="of the fractions of --repeat")
+    score.add_argument("--unreviewed", action="store_true", help="use grade B and borderline A without a review")
     for asking in (generate, score):
         asking.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(default: %(default)s)")
         asking.add_argument("--plain", action="store_true", help="send the question without instructions")

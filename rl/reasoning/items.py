@@ -127,6 +127,11 @@ def moved(messages: list[Row], source: Path, target: Path) -> list[Row]:
     ]
 
 
+def unreviewed(row: Row) -> bool:
+    """Whether a graded trajectory still has to be reviewed: grade B, or a borderline A, without an accepted review."""
+    return (row.get("grade") == "B" or bool(row.get("borderline"))) and "reviewed" not in row
+
+
 def need(item: Item, key: str, step: str) -> Any:
     """The value that an earlier step wrote.
 

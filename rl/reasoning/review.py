@@ -21,7 +21,7 @@ from typing import Any
 from keye.errors import KeyeError, ManifestError, writing
 from keye.files import atomic_file, write_atomically
 from keye.processor.reply import Reply, write_reply
-from rl.reasoning.items import Row, moved
+from rl.reasoning.items import Row, moved, unreviewed
 from rl.reasoning.work import dropped_path, summary_path
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -71,7 +71,7 @@ class Review:
         self._lock = threading.Lock()
         self._queue: list[tuple[str, int]] = []
         for place, row in self._rows():
-            if row["grade"] == "B" or row.get("borderline"):
+            if unreviewed(row):
                 self._queue.append((_key(row), place))
         self._known = {key for key, _ in self._queue}
         self._load()

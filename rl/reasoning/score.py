@@ -16,14 +16,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from keye.evaluation.match import match
 from keye.processor.reply import Reply, write_reply
 from rl.endpoint import Answer, Ask, Client
 from rl.prompts import Prompt
-from rl.reasoning.items import Item, Row, media_of, moved, need, without_media
+from rl.reasoning.items import Item, Row, media_of, moved, need, unreviewed, without_media
 from rl.reasoning.media import Media
 from rl.reasoning.work import Result
 
@@ -57,7 +57,7 @@ class Score:
     """The work of the step.
 
     samples: answers with and without the media, each. temperature, tokens: of each. policy: score → times in the final
-    set. instructions: a system message, None for none.
+    set. instructions: a system message, None for none. unreviewed: use what waits for a review.
     """
 
     client: Client
@@ -66,15 +66,16 @@ class Score:
     samples: int = 4
     temperature: float = 1.0
     tokens: int = 1024
-    policy: Mapping[int, float] = None  # type: ignore[assignment]
+    policy: Mapping[int, float] = field(default_factory=lambda: dict(REPEATS))
     seed: int = 0
     instructions: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "policy", dict(REPEATS if self.policy is None else self.policy))
+    unreviewed: bool = False
 
     def __call__(self, item: Item) -> Result:
         prompt, path = item.prompt, need(item, "trajectory", "grade")
+        if unreviewed(item.row) and not self.unreviewed:
+            left = {"id": prompt.id, "where": prompt.where, "reason": "it has to be reviewed (keye reasoning review)"}
+            return Result(dropped=[left], counts=Counter({"not reviewed": 1}))
         seen = blind = 1.0  # of a question without media, which is not asked
         if media_of(prompt.messages):
             shown = self.media.show(prompt)
@@ -90,7 +91,7 @@ class Score:
 
     def settings(self) -> Row:
         """What the output depends on besides the source and the model."""
-        names = ("samples", "temperature", "tokens", "seed", "instructions")
+        names = ("samples", "temperature", "tokens", "seed", "instructions", "unreviewed")
         policy = {str(score): share for score, share in sorted(self.policy.items())}
         return {name: getattr(self, name) for name in names} | {"policy": policy} | self.media.settings()
 

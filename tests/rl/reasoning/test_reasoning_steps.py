@@ -261,6 +261,24 @@ def test_the_final_set_repeats_multimodal_questions_in_the_chat_format(tmp_path)
     assert len(Items(out)) == 3  # also a manifest of questions
 
 
+def test_what_waits_for_its_review_is_not_in_the_final_set(tmp_path):
+    base = rows(paths(tmp_path, ("I look.", "blue0", True)))[0]
+    path = base.pop("trajectories")[0]
+    states = ({"grade": "A"}, {"grade": "A", "borderline": True}, {"grade": "B"}, {"grade": "B", "reviewed": {}})
+    lines = [base | {"id": f"q0/{n}", "trajectory": path} | state for n, state in enumerate(states)]
+    source = tmp_path / "graded.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    policy = dict.fromkeys(range(1, 6), 1.0)
+    for unreviewed, ids in ((False, ["q0/0", "q0/3"]), (True, ["q0/0", "q0/1", "q0/2", "q0/3"])):
+        out = tmp_path / f"final{unreviewed}.jsonl"
+
+        def make(client, _, unreviewed=unreviewed):
+            return Score(client, media(), tmp_path, 1, policy=policy, unreviewed=unreviewed)
+
+        run("score", source, out, lambda *_: completion("blue0"), make)
+        assert [row["id"] for row in rows(out)] == ids
+
+
 # --- all steps
 
 
