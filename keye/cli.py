@@ -34,7 +34,7 @@ SUMMARIES = {
     "data": "check training data before a run",
     "evaluate": "measure a model's accuracy on questions",
     "merge": "average model directories",
-    "posttrain": "tune a model with GSPO",
+    "posttrain": "tune a model with SFT, preference optimization and GSPO",
     "pretrain": "train a model in four stages",
     "reasoning": "make reasoning data in five steps",
     "report": "write a report of a training run",
