@@ -12,6 +12,10 @@ keye posttrain reward-model MODEL PAIRS --out DIR --steps 100  train a reward mo
 keye posttrain constraints MANIFEST --out OUT      add constraints on the form of the answer, for alignment RL
 keye posttrain hints MANIFEST --out OUT            add hints, for questions that fail every rollout
 
+Longer courses, each with --help:
+keye posttrain iterate RECIPE --out RUN            rounds of new cold starts and RL
+keye posttrain experts RECIPE --out RUN            experts on families of questions, merged and compared
+
 --run is the same as --out; torchrun parses --run itself unless -- precedes the script.
 """
 
@@ -26,8 +30,10 @@ from stages.distributed.hosts import limit_threads
 
 OTHERS = {
     "constraints": "rl.commands.constraints",
+    "experts": "rl.commands.experts",
     "filter": "rl.commands.filter",
     "hints": "rl.commands.hints",
+    "iterate": "rl.commands.iterate",
     "pairs": "rl.commands.pairs",
     "reward-model": "rl.commands.reward_model",
 }

@@ -57,6 +57,36 @@ def filter_questions(manifest: Path, answered: Iterable[Answers], out: Path, kep
     return dict(counts)
 
 
+def best_answers(manifest: Path, answered: Iterable[Answers], out: Path) -> dict[str, int]:
+    """Write chats with the model's own best answers to `out`: rejection sampling of a cold-start set.
+
+    The best answer is the right one with the highest reward, and the shortest of equal ones. Where answers are not
+    judged by accuracy, it is the one with the highest reward above 0. Truncated and blank answers are not used.
+
+    Returns:
+        Counts: questions, kept, wrong (no answer can be used), unreadable.
+    """
+    counts: Counter[str] = Counter(questions=0, kept=0, wrong=0, unreadable=0)
+
+    def lines() -> Iterator[str]:
+        for row, answers in _joined(manifest, answered):
+            counts["questions"] += 1
+            usable = [a for a in answers.answers if a.finished and a.text.strip()]
+            right = [a for a in usable if (a.reward > 0 if a.accuracy is None else a.accuracy == 1.0)]
+            if not right:
+                counts["unreadable" if answers.error else "wrong"] += 1
+                continue
+            counts["kept"] += 1
+            best = min(right, key=lambda a: (-a.reward, a.tokens))
+            chat = [message for message in row["messages"] if message["role"] != "assistant"]
+            chat = moved(chat, manifest.parent, out.parent)
+            row["messages"] = [*chat, {"role": "assistant", "content": [{"type": "text", "text": best.text}]}]
+            yield json.dumps(row | {"reward": best.reward}, ensure_ascii=False) + "\n"
+
+    _write(out, lines())
+    return dict(counts)
+
+
 def make_pairs(
     manifest: Path, answered: Iterable[Answers], out: Path, method: str = "rejection", per_question: int = 1
 ) -> dict[str, int]:
