@@ -91,7 +91,7 @@ class Answerer:
         inputs.pop("labels")
         room = min(request.sampling.max_new_tokens, self.context - len(sample))
         sampling = replace(request.sampling, max_new_tokens=room)
-        scores = [] if request.logprobs else None
+        scores = [] if request.logprobs or request.token_ids else None
         return BatchedAnswering(
             self.model, self.processor.tokenizer, inputs, sampling, engine=self.engine, logprobs=scores
         )

@@ -271,7 +271,7 @@ class Reply(Response):
             if request.stream:
                 await self._stream(answering, pieces, request, send, release)
             else:
-                response = await self._complete(answering, pieces)
+                response = await self._complete(answering, pieces, request)
                 release()
                 await response(scope, receive, send)
         finally:
@@ -282,7 +282,7 @@ class Reply(Response):
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         return await to_thread.run_sync(partial(function, *args), limiter=self.threads)
 
-    async def _complete(self, answering: Answering, pieces: Any) -> Response:
+    async def _complete(self, answering: Answering, pieces: Any, request: Request) -> Response:
         texts = {True: "", False: ""}
         while (piece := await self._in_thread(next, pieces, None)) is not None:
             texts[piece.thinking] += piece.text
@@ -291,9 +291,12 @@ class Reply(Response):
         if texts[True]:
             message["reasoning_content"] = texts[True]
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answering.figures.finish}
-        if answering.logprobs is not None:
+        if request.logprobs:
             choice["logprobs"] = token_logprobs(answering.tokenizer, answering.scored())
         about = self._about("chat.completion")
+        if request.token_ids:
+            choice["token_ids"] = [token for token, _ in answering.scored()]
+            about["prompt_token_ids"] = answering.inputs["input_ids"][0].tolist()
         return JSONResponse({**about, "choices": [choice], "usage": _usage(answering.figures)})
 
     async def _stream(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from keye.errors import KeyeError
+from keye.inference.planned import planned_video
 from keye.inference.sampling import Sampling
 from keye.video.fetch import UrlRules, file_path, scheme_of, url_name
 
@@ -27,6 +28,7 @@ NEUTRAL = {
 READ = (
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
     "top_k", "min_p", "seed", "stop", "chat_template_kwargs", "reasoning_effort", "logprobs",
+    "return_token_ids",
 )  # fmt: skip
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields without an effect on the answer; they are ignored."""
@@ -98,7 +100,7 @@ class Request:
     """A parsed request.
 
     thinking: see `Chat`. usage: whether a stream ends with the token counts. logprobs: whether the answer has the
-    log-probability of each token.
+    log-probability of each token. token_ids: whether the answer has the ids of prompt and reply (vLLM's name).
     """
 
     model: str | None
@@ -108,6 +110,7 @@ class Request:
     stream: bool = False
     usage: bool = field(default=False)
     logprobs: bool = False
+    token_ids: bool = False
 
 
 def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
@@ -140,8 +143,9 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
     if not isinstance(messages[-1], dict) or messages[-1].get("role") != "user":
         raise RequestError("the last message must be the user's", param="messages")
     options = _typed(given, "stream_options", dict) or {}
-    if _typed(given, "logprobs", bool) and given.get("stream"):
-        raise RequestError("logprobs needs a complete answer; omit stream", param="logprobs")
+    for name in ("logprobs", "return_token_ids"):
+        if _typed(given, name, bool) and given.get("stream"):
+            raise RequestError(f"{name} needs a complete answer; omit stream", param=name)
     return Request(
         model=_typed(given, "model", str),
         messages=[_message(message, access) for message in messages],
@@ -150,6 +154,7 @@ def read_request(body: bytes, access: Access, most_tokens: int) -> Request:
         stream=bool(_typed(given, "stream", bool)),
         usage=bool(_typed(options, "include_usage", bool)),
         logprobs=bool(given.get("logprobs")),
+        token_ids=bool(_typed(given, "return_token_ids", bool)),
     )
 
 
@@ -256,6 +261,8 @@ def _part(part: Any, access: Access) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
+    if kind == "video_plan":
+        return {"type": "video", "video": planned_video(part.get("video_plan"), access.max_bytes)}
     if not isinstance(kind, str) or kind not in KINDS:
         raise RequestError(f"a part of a message must be text or one of {', '.join(KINDS)}", param="messages")
     source = part.get("image_url" if KINDS[kind] == "image" else kind)
