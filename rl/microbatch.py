@@ -64,7 +64,9 @@ def pad(batches: list[MicroBatch], count: int) -> list[MicroBatch]:
     groups = [group for batch in batches for group in batch.groups]
     shortest = min(groups, key=lambda group: len(group.sample.input_ids))
     one = _part(shortest, slice(0, 1))
-    idle = MicroBatch([replace(one, completions=[one.completions[0][:1]], log_probs=[])], torch.zeros(1), 0.0)
+    idle = MicroBatch(
+        [replace(one, completions=[one.completions[0][:1]], log_probs=[], sampler_log_probs=None)], torch.zeros(1), 0.0
+    )
     return batches + [idle] * (count - len(batches))
 
 

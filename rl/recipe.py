@@ -121,8 +121,26 @@ class Gspo(OptimizerConfig):
     keep_checkpoints: int = 2
     """Checkpoints that are kept."""
 
+    checkpointing: bool = False
+    """Recompute activations in the backward pass; attention is kept."""
+
+    offload: bool = False
+    """Keep the inputs of recomputed layers in host memory."""
+
+    mlp_tiles: int = 1
+    """Parts in which an MLP is computed."""
+
     zero: int = 2
-    """Stage of DeepSpeed ZeRO: 0, 1 or 2."""
+    """Stage of DeepSpeed ZeRO: 0, 1, 2 or 3; with 3 all weights are gathered for the time of a rollout."""
+
+    offload_optimizer: bool = False
+    """Keep fp32 weights and moments in host memory; needs `zero` of at least 1."""
+
+    lora_rank: int = 0
+    """Rank of LoRA on the decoder's matrices, which alone train then; 0 = no LoRA."""
+
+    lora_alpha: float = 32.0
+    """LoRA's matrices are scaled by this over the rank."""
 
     precision: str = "auto"
     """Numbers: "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16"."""
@@ -275,7 +293,11 @@ def _check_gspo(g: Gspo, need: Need) -> None:
     need(g.importance in correction.KINDS, f"gspo.importance must be one of {', '.join(correction.KINDS)}")
     need(g.importance_level in correction.LEVELS, 'gspo.importance_level must be "sequence" or "token"')
     need(g.importance_cap >= 1, "gspo.importance_cap must be at least 1")
-    need(g.zero in (0, 1, 2), "gspo.zero must be 0, 1 or 2")
+    need(g.zero in (0, 1, 2, 3), "gspo.zero must be 0, 1, 2 or 3")
+    need(not g.offload or g.checkpointing, "gspo.offload needs gspo.checkpointing = true")
+    need(not g.offload_optimizer or g.zero > 0, "gspo.offload_optimizer needs gspo.zero of at least 1")
+    need(g.mlp_tiles >= 1, "gspo.mlp_tiles must be at least 1")
+    need(g.lora_rank >= 0 and g.lora_alpha > 0, "gspo.lora_rank must be at least 0 and lora_alpha above 0")
     check_launch("gspo.precision", g.precision, (), need)
     need(
         g.prompts % g.mini_batches == 0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, writing
+from keye.errors import CheckpointError, KeyeError, ManifestError, writing
 from keye.files import write_atomically
 from keye.processor.processor import KeyeProcessor, Sample
 from rl.agree import agree, from_first, gather
@@ -30,6 +31,7 @@ from rl.hints import HintStage
 from rl.identity import check_ranks, claim, identity
 from rl.losses import group_advantages
 from rl.metrics import rollout_values, step_metrics, step_summary
+from rl.model import build_policy, complete
 from rl.policy import Group, score
 from rl.prompts import Prompt, PromptStream, Taken, load_prompts
 from rl.recipe import RlRecipe, check_world, places_of
@@ -40,9 +42,9 @@ from rl.sampling import Curriculum, Experience, accuracy_of, judged, replace_fla
 from rl.update import PolicyUpdate, Update
 from rl.watch import warnings_of
 from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from stages.distributed.engine import build, device, resolve_precision
+from stages.distributed.engine import build, resolve_precision
 from stages.distributed.ranks import first_rank
-from stages.distributed.weights import Start, open_start, replace_model
+from stages.distributed.weights import Start, open_start
 from stages.metrics import MetricsLogger, open_tracker, read_metrics
 from stages.signals import SignalRequests
 from stages.typed_toml import to_toml
@@ -68,9 +70,10 @@ class GspoTrainer:
         self.rejected: dict[str, str] = {}
         prompts = self._claim()
         self.processor = agree(lambda: KeyeProcessor.from_pretrained(self.start.directory))
-        dtype = torch.bfloat16 if resolve_precision(recipe.gspo.precision) == "bf16" else torch.float32
-        self.model = agree(lambda: self.start.build(dtype, device()))
+        self.policy = agree(lambda: build_policy(self.start, recipe.gspo, recipe.seed))
+        self.model = self.policy.model
         self.engine = self._engine()
+        dtype = torch.bfloat16 if resolve_precision(recipe.gspo.precision) == "bf16" else torch.float32
         reference = agree(lambda: self.start.build(dtype, self.engine.device)) if recipe.gspo.kl else None
         self.update = PolicyUpdate(self.engine, recipe.gspo, reference)
         batch = recipe.gspo.decode_batch_size
@@ -158,14 +161,15 @@ class GspoTrainer:
         if self.recipe.heldout.every:
             self._keep_best(after)
         result = compare(before, after) | {"seed": self.recipe.seed} | self._summary()
-        replace_model(self.model, self.model, self.start, self.out / "model", self.processor.save_pretrained)
+        self.policy.save(self.out / "model", self.processor.save_pretrained)
         first_rank(lambda: self._write(self.out / "eval.json", json.dumps(result, indent=1)))
         return result
 
     def train_step(self) -> dict[str, Any]:
         """One rollout batch and its optimizer steps; metrics over all ranks."""
         began = time.perf_counter()
-        experience, replaced = self._experience()
+        with complete(self.engine):
+            experience, replaced = self._experience()
         rolled = time.perf_counter()
         updates = self._update(experience)
         self.step += 1
@@ -213,8 +217,8 @@ class GspoTrainer:
         return counted_advantages(earned, lambda given: group_advantages(given, self.recipe.gspo.standardise))
 
     def _score(self, group: Group) -> Tensor:
-        """Log-probabilities [T] of a group's answers under the policy; collective in ZeRO-3."""
-        return score(self.engine, [group], self.recipe.gspo.temperature).log_probs
+        """Log-probabilities [T] of a group's answers under the policy, whose weights are complete (`rl.model`)."""
+        return score(self.model, [group], self.recipe.gspo.temperature).log_probs
 
     def _sample(self, asked: list[Taken], answers: int, purpose: int) -> list[Group]:
         """Answers to each question; they follow from the seed, the step and the question's id."""
@@ -253,7 +257,9 @@ class GspoTrainer:
     def _probes(self) -> dict[str, Any]:
         """The metrics of what is measured between steps: blindness, and the held-out questions with the best model."""
         began, every = time.perf_counter(), self.recipe.heldout.every
-        found: dict[str, Any] = self.blindness.probe(self.step, lambda: None)  # draws follow from the step
+        probes = self.recipe.blindness.every and self.step % self.recipe.blindness.every == 0
+        with complete(self.engine) if probes else nullcontext():
+            found: dict[str, Any] = self.blindness.probe(self.step, lambda: None)  # draws follow from the step
         if every and self.step % every == 0 and self.step < self.recipe.gspo.steps:
             rows = self._measure(f"heldout/step-{self.step}")
             found |= {f"heldout/{name}": value for name, value in summary(rows).items() if name != "families"}
@@ -266,14 +272,14 @@ class GspoTrainer:
         if now.reward <= self.best.reward:
             return
         self.best = now
-        replace_model(self.model, self.model, self.start, self.out / "model-best", self.processor.save_pretrained)
+        self.policy.save(self.out / "model-best", self.processor.save_pretrained)
         first_rank(lambda: now.write(self.out), OSError)
 
     def _measure(self, name: str) -> list[Answered]:
         """All ranks' answers to the held-out questions, written to `<name>.jsonl`."""
         wanted, g = self.recipe.heldout, self.recipe.gspo
         mine = self.questions[self.rank :: self.world]
-        with self._progress() as bar:
+        with self._progress() as bar, complete(self.engine):
             task = bar.add_task(f"held-out reward {name}", total=len(mine) * self.world)
             answered, rejected = agree(
                 lambda: ask(
@@ -302,17 +308,12 @@ class GspoTrainer:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def _engine(self) -> Any:
-        """The DeepSpeed engine around the model; the parts that the recipe freezes do not train."""
+        """The DeepSpeed engine around the model."""
         g = self.recipe.gspo
-        backbone = self.model.base_model
-        for name in g.freeze:
-            try:
-                (self.model if name.startswith("lm_head") else backbone).get_submodule(name).requires_grad_(False)
-            except AttributeError:
-                parts = ", ".join([*(child for child, _ in backbone.named_children()), "lm_head"])
-                raise RecipeError(f"gspo.freeze names {name!r}: the model's parts are {parts}") from None
-        sources = self.start.sources(self.model)
-        return build(self.model, g, g.steps * g.mini_batches, zero=g.zero, precision=g.precision, sources=sources)
+        return build(
+            self.model, g, g.steps * g.mini_batches, zero=g.zero, precision=g.precision, sources=self.policy.sources,
+            offload_optimizer=g.offload_optimizer,
+        )  # fmt: skip
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint has besides the engine: the same on every rank."""

@@ -88,6 +88,7 @@ def build(
     precision: str = "auto",
     sources: Mapping[nn.Parameter, Stored] | None = None,
     hpz: int = 1,
+    offload_optimizer: bool = False,
 ) -> Any:
     """A DeepSpeed engine that trains the parameters of `module` that require gradients.
 
@@ -107,6 +108,7 @@ def build(
             its share. Other parameters start with the values of `module`. With ZeRO-3, parameters may be on the meta
             device: each is read from its file and partitioned before the next one.
         hpz: neighbouring ranks that keep a second copy of the weights of ZeRO-3, see `StageRecipe`.
+        offload_optimizer: keep fp32 weights and moments in host memory and step there; needs ZeRO.
     """
     import deepspeed
 
@@ -134,6 +136,10 @@ def build(
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if hpz > 1:
         config["zero_optimization"]["zero_hpz_partition_size"] = hpz
+    if offload_optimizer:
+        # torch's AdamW steps on the host as well; DeepSpeed's own is compiled at its first use.
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_force_ds_cpu_optimizer"] = False
     stored = {p: source for p, source in (sources or {}).items() if p.requires_grad}
     # The engine moves the parameters to other memory, in bf16.
     initial = {p: p.detach() for p in trained if half and p not in stored and p.dtype == torch.float32}

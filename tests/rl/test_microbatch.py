@@ -161,7 +161,7 @@ def test_the_head_in_chunks_has_the_scores_and_gradients_of_all_rows_together(mo
         model = policy()
         scores = score(model, prompts())
         weight = torch.randn(len(scores.log_probs), generator=torch.Generator().manual_seed(0))
-        (scores.log_probs * weight).sum().backward()
+        (scores.log_probs * weight).mean().backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         found.append([scores.log_probs.detach(), scores.entropy, *gradients])
     for one, other in zip(*found, strict=True):
