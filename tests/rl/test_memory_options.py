@@ -40,7 +40,7 @@ def test_options_that_save_memory_train_the_same_policy(tmp_path):
     start = open_checkpoint(runs["plain"] / "annealing/model")
     plain = open_checkpoint(runs["plain"] / "gspo/model")
     lines = [json.loads((run / "gspo/metrics.jsonl").read_text().splitlines()[0]) for run in runs.values()]
-    assert lines[0]["grad_norm"] > 1e-2 and lines[0]["informative"] == 1
+    assert lines[0]["grad_norm"] > 1e-2 and lines[0]["informative"] > 0.5
     for name, line in zip(RUNS, lines, strict=True):
         for key in ("reward_mean", "response_length", "entropy", "loss", "grad_norm", "tokens"):
             assert line[key] == pytest.approx(lines[0][key], rel=1e-4, abs=1e-6), (name, key)
