@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import io
+import mimetypes
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +130,8 @@ class Media:
         if self.local:
             return str(path)
         if self.clip_root is None:
-            return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+            kind = mimetypes.guess_type(path.name)[0] or "video/mp4"
+            return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
         root = self.clip_root.resolve()
         if not path.is_relative_to(root):
             raise KeyeError(f"{path} is not in --clip-root {root}; give the server's --media-root with all clips in it")
