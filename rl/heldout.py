@@ -7,6 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -105,17 +106,18 @@ def ask(
         keys = [(seed, HELDOUT, number_of(prompt.id)) for prompt, _ in read]
         drawn = engine.generate(inputs, samples, temperature, max_new_tokens, keys)
         greedy = engine.generate(inputs, 1, 0.0, max_new_tokens, keys)
-        for (prompt, _), many, one in zip(read, drawn, greedy, strict=True):
-            *earned, best = reward.all(
-                [
-                    Judgement(prompt, text, finished, len(tokens))
-                    for group in (many, one)
-                    for text, finished, tokens in zip(group.texts, group.finished, group.completions, strict=True)
-                ]
-            )
-            counted = [e for e in earned if e.counts]
-            if counted and best.counts:
-                answered.append(_answered(prompt, counted, best, one.texts[0]))
+        judgements = [
+            Judgement(prompt, text, finished, len(tokens))
+            for (prompt, _), *both in zip(read, drawn, greedy, strict=True)
+            for group in both
+            for text, finished, tokens in zip(group.texts, group.finished, group.completions, strict=True)
+        ]
+        # All answers of the batch at once, because a judge answers many requests at the same time.
+        judged = iter(reward.all(judgements))
+        for (prompt, _), one in zip(read, greedy, strict=True):
+            earned, best = list(islice(judged, samples)), next(judged)
+            if best.counts and any(e.counts for e in earned):
+                answered.append(_answered(prompt, earned, best, one.texts[0]))
             else:
                 causes = (cause for e in [*earned, best] for cause in e.failures.values())
                 rejected[prompt.where] = f"its answers were not judged: {next(causes)}"
@@ -125,11 +127,12 @@ def ask(
 
 
 def _answered(prompt: Prompt, earned: list[Earned], best: Earned, text: str) -> Answered:
-    accuracy = [e.parts["accuracy"] for e in earned if "accuracy" in e.parts]
+    counted = [e for e in earned if e.counts]
+    accuracy = [e.parts["accuracy"] for e in counted if "accuracy" in e.parts]
     return Answered(
         prompt.id,
         prompt.family,
-        fmean(e.total for e in earned),
+        fmean(e.total for e in counted),
         best.total,
         fmean(accuracy) if accuracy else None,
         best.parts.get("accuracy"),

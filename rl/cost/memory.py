@@ -221,8 +221,10 @@ def _rollout(config: Any, gspo: Settings, plan: Plan, lengths: Lengths, total: i
     widest = 2 * e * text.hidden_size + max(attention, mlp)
     seen = e * text.hidden_size * lengths.visual * passed
     vision = config.vision_config
-    tower = e * (4 * vision.hidden_size + 2 * vision.intermediate_size) * max(
-        min(FRAME_PATCHES, lengths.pixels_of(passed)), lengths.frame
+    tower = (
+        e
+        * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+        * max(min(FRAME_PATCHES, lengths.pixels_of(passed)), lengths.frame)
     )
     scores = 2 * FP32 * text.num_attention_heads * gspo.group_size * longest
     sampled = min(SAMPLED_ROWS, room.rows) * text.vocab_size * (4 * FP32 + 2 * 8)

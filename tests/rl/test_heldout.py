@@ -1,8 +1,14 @@
 """The gain over RL, by hand."""
 
-import pytest
+from pathlib import Path
 
-from rl.heldout import Answered, compare, standard_error
+import pytest
+import torch
+
+from rl.heldout import Answered, ask, compare, standard_error
+from rl.policy import Group
+from rl.prompts import Prompt
+from rl.rewards import Outcome, RewardOptions, RewardSum, Term, rewards_from
 
 
 def row(name: str, family: str, sampled: float, greedy: float) -> Answered:
@@ -24,3 +30,34 @@ def test_gain_is_paired_by_question():
 def test_standard_error():
     assert standard_error([0.0, 1.0, 1.0, 0.0]) == pytest.approx((1 / 3 / 4) ** 0.5)
     assert standard_error([1.0]) == 0.0
+
+
+class Recited:
+    """An engine that answers with texts of a list, and counts how often it is asked."""
+
+    def __init__(self, sampled: list[list[str]], greedy: list[list[str]]) -> None:
+        self.texts = {0.0: greedy, 1.0: sampled}
+
+    def generate(self, samples, group_size, temperature, max_new_tokens, keys=None):
+        tokens = [torch.tensor([1])] * group_size
+        return [Group(sample, tokens, [], [True] * group_size, texts) for sample, texts in
+                zip(samples, self.texts[temperature], strict=True)]  # fmt: skip
+
+
+def test_every_answer_is_judged_for_its_own_question_and_all_in_one_call():
+    questions = [Prompt(str(n), "count", [], str(n), None, (), Path(), f"a.jsonl:{n}") for n in range(3)]
+    engine = Recited([["0", "1"], ["1", "1"], ["skip", "2"]], [["0"], ["2"], ["2"]])
+    calls = []
+
+    class Judge:
+        def score(self, judgements):
+            calls.append(len(judgements))
+            return [Outcome(None, "down") if one.text == "skip" else Outcome(1.0) for one in judgements]
+
+    accuracy = rewards_from({"accuracy": 1.0}).terms["accuracy"]
+    terms = {"accuracy": accuracy, "judge": Term(Judge(), RewardOptions(weight=0.5, on_failure="skip"))}
+    answered, rejected = ask(engine, questions, lambda prompt: prompt, RewardSum(terms), 2, 1.0, 4)
+    assert calls == [9] and not rejected
+    assert [one.sampled for one in answered] == [1.0, 1.5, 1.5]  # of the last question one answer counts
+    assert [one.greedy for one in answered] == [1.5, 0.5, 1.5]
+    assert [one.failures for one in answered] == [{}, {}, {"judge": "down"}]

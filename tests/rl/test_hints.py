@@ -147,9 +147,7 @@ def advantages_of(earned: list[list[Earned]]) -> tuple[torch.Tensor, torch.Tenso
 
 def applied(questions: list[Prompt], right: list[float], update: str = "hinted"):
     asked = Asked()
-    stage = HintStage(
-        Hints(update), Words(), advantages_of, lambda g: torch.full((2 * len(g.completions[0]),), -2.0)
-    )
+    stage = HintStage(Hints(update), Words(), advantages_of, lambda g: torch.full((2 * len(g.completions[0]),), -2.0))
     outcomes = [earned(value, 0.0) for value in right]
     groups = [group(3) for _ in questions]
     advantages = advantages_of(outcomes)[1]

@@ -200,6 +200,7 @@ def with_a_judge(run: Path, url: str, on_failure: str) -> None:
     GspoTrainer(dataclasses.replace(recipe_of(2, group_size=12), rewards={"judge": table, "format": 0.1}), run).train()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_judge_ends_and_continues_when_it_is_back(tmp_path):
     run = make_run(tmp_path)
     before, steps = run / "gspo/before.jsonl", run / "gspo/metrics.jsonl"
