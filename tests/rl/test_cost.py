@@ -23,7 +23,7 @@ from rl.microbatch import split
 from rl.policy import Group, score
 from rl.recipe import load
 from stages.cost.estimate import parameters_of
-from stages.cost.gpus import Gpu
+from stages.cost.gpus import Gpu, gpu_named
 from stages.recipe import load as load_pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,6 +229,24 @@ def test_the_sum_of_the_components_is_the_peak_and_the_largest_is_named():
     assert cost.memory.parts[cost.largest] == max(cost.memory.parts.values())
     assert cost.largest in report.advice(cost) and cost.lowers.startswith(("gspo.", "rollout."))
     assert cost.memory.peak == max(cost.memory.moments.values())
+
+
+def test_the_8b_recipe_fits_eight_gpus_of_140_gb():
+    recipe, pretrain = load(ROOT / "rl/recipes/keye_8b.toml"), load_pretrain(ROOT / "stages/recipes/keye_8b.toml")
+    cost = estimate(recipe, pretrain, gpu_named("h200"), 8)
+    assert cost.lengths.longest_prompt == 32_768 and cost.lengths.longest_answer == 8192
+    assert cost.fits and cost.memory.peak < 140e9 and cost.remedy == ""
+
+
+def test_a_recipe_that_does_not_fit_gets_changes_that_make_it_fit():
+    file, pretrain = ROOT / "rl/recipes/keye_8b.toml", load_pretrain(ROOT / "stages/recipes/keye_8b.toml")
+    plain = ["gspo.checkpointing=false", "gspo.micro_batch_tokens=0"]
+    made = estimate(load(file, plain), pretrain, gpu_named("h200"), 8)
+    assert not made.fits and "--set gspo.checkpointing=true" in made.remedy
+    changes = [word for word in made.remedy.split() if word != "--set"]
+    assert estimate(load(file, [*plain, *changes]), pretrain, gpu_named("h200"), 8).fits
+    hopeless = estimate(load(file), pretrain, replace(GPU, memory=1e9), 8)
+    assert "no setting" in hopeless.remedy
 
 
 def test_the_command_prints_tables_and_json_and_refuses_impossible_options(tmp_path, monkeypatch, capsys):

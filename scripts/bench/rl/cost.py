@@ -85,7 +85,7 @@ class Case:
             "prompts": self.prompts, "group_size": self.group_size, "mini_batches": self.mini_batches,
             "micro_batch_tokens": self.micro_batch_tokens, "zero": self.zero, "freeze": tuple(self.freeze),
             "decode_batch_size": self.decode_batch_size, "max_new_tokens": self.answer, "precision": "fp32",
-            **({"checkpointing": True} if self.checkpointing else {}),
+            "checkpointing": self.checkpointing,
         }  # fmt: skip
 
     def lengths(self) -> Lengths:
@@ -147,13 +147,14 @@ def step(case: Case, samples: list[Sample], processor: KeyeProcessor, before: in
     from rl.rollout import InProcessRollout
     from rl.update import PolicyUpdate
     from stages.distributed import engine as deep
+    from stages.distributed.activation_memory import apply_memory_options
 
     torch.manual_seed(0)
     model = KeyeForConditionalGeneration(case.config())
     settings = Gspo(steps=1, learning_rate=1e-4, **case.keys())
     for name in settings.freeze:
         model.base_model.get_submodule(name).requires_grad_(False)
-    prepare(model, settings)
+    apply_memory_options(model, settings.checkpointing, settings.offload, settings.mlp_tiles)
     engine = deep.build(model.train(), settings, 100, zero=settings.zero, precision="fp32")
     rollout = InProcessRollout(model, processor, torch.Generator().manual_seed(0), settings.decode_batch_size)
     rollout.ends = frozenset()  # every answer has `max_new_tokens`
@@ -170,10 +171,6 @@ def step(case: Case, samples: list[Sample], processor: KeyeProcessor, before: in
         update.run(groups, advantages, parts)
         peaks["update"] = resident("VmHWM") - before
     return peaks
-
-
-def prepare(model: Any, settings: Gspo) -> None:
-    """The memory options of the recipe, as the trainer applies them."""
 
 
 def measured(case: Case) -> dict[str, int]:
