@@ -95,7 +95,9 @@ def hinted(processor: KeyeProcessor, taken: Taken, level: int) -> Taken:
     """A question with its hint of `level` (from 1); its media are not read again."""
     prompt, sample = taken
     messages = with_hint(prompt.messages, hints_of(prompt)[level - 1])
-    return replace(prompt, messages=messages), processor.reworded(sample, messages, prompt.base_dir)
+    # Another id: the random numbers of a question's answers follow from it.
+    asked = replace(prompt, id=f"{prompt.id}/hint-{level}", messages=messages)
+    return asked, processor.reworded(sample, messages, prompt.base_dir)
 
 
 @dataclass

@@ -166,7 +166,7 @@ def _matched(right: list[Answer], wrong: list[Answer], count: int) -> list[tuple
 
 def moved(messages: list[dict[str, Any]], source: Path, target: Path) -> list[dict[str, Any]]:
     """A chat with paths relative to the folder `source` as one with paths relative to `target`."""
-    source, target = source.absolute(), target.absolute()
+    source, target = source.resolve(), target.resolve()  # `..` leads out of what a link points to
     if source == target:
         return messages
 

@@ -69,7 +69,7 @@ def test_what_is_not_run_is_written_right():
         compile(code, str(GUIDE), "exec")
     text = GUIDE.read_text(encoding="utf-8")
     headings = set(re.findall(r"^## (.+)$", text, re.MULTILINE))
-    assert set(re.findall(r"^\d\. \[(.+?)\]", text, re.MULTILINE)) == headings
+    assert set(re.findall(r"^\d+\. \[(.+?)\]", text, re.MULTILINE)) == headings
 
 
 def test_the_guide_names_every_reward_and_option_and_its_recipe_is_valid(tmp_path):

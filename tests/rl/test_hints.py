@@ -128,7 +128,8 @@ class Asked:
         self.calls: list[list[str]] = []
 
     def __call__(self, taken):
-        names = [f"{question.id}:{question.messages[0]['content'].rpartition(' ')[2]}" for question, _ in taken]
+        asked = [(q.id.partition("/")[0], q.messages[0]["content"].rpartition(" ")[2]) for q, _ in taken]
+        names = [":".join(pair) for pair in asked]
         self.calls.append(names)
         right = [HINTS.index(name.split(":")[1]) + 1 >= int(name[1]) for name in names]
         return [group(sample, ("h", "h")) for _, sample in taken], [earned(float(ok), 0.0) for ok in right]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from keye.errors import KeyeError
+from rl import trainer as module
 from rl.agree import gather
 from rl.blindness import Blindness
 from rl.recipe import RlRecipe
@@ -143,14 +144,16 @@ def killed(run: Path, place: str) -> None:
     engine.start(threads=1)
     Killed.place = place
     trainer = Killed(recipe_of(4), run)
-    if place == "save":
-        save = trainer.engine.checkpoint_engine.save
+    save_checkpoint = module.save_checkpoint
 
-        def torn(state, path):
-            save(state, path)
-            trainer._die("save", 3)
+    def torn(engine, folder, step, *args, **more):
+        """The files of this rank's first part are written, and nothing else."""
+        write = engine.checkpoint_engine.save
+        if step == 3:
+            engine.checkpoint_engine.save = lambda state, path: (write(state, path), trainer._die("save", 3))
+        return save_checkpoint(engine, folder, step, *args, **more)
 
-        trainer.engine.checkpoint_engine.save = torn
+    module.save_checkpoint = torn
     trainer.train()
 
 

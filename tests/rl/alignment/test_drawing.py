@@ -113,6 +113,15 @@ def test_a_data_set_asks_for_its_constraints_in_words(tmp_path):
             assert reward(Judgement(prompt, text, finished)).parts == {"constraints": 0.0, "all_constraints": 0.0}
 
 
+def test_media_are_found_from_a_folder_behind_a_link(tmp_path):
+    source = prompts(tmp_path / "prompts.jsonl")
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    write_constraint_set(source, tmp_path / "link/c.jsonl", progress=False)
+    [_, line] = read_manifest(tmp_path / "link/c.jsonl")
+    assert line["messages"][0]["content"][0]["video"] == "../../clips/a.mp4"
+
+
 def test_the_share_that_is_satisfied_is_the_reward(tmp_path):
     entries = [{"kind": "no_commas"}, {"kind": "words", "relation": "at most", "count": 2}, {"kind": "lowercase"}]
     line = {"messages": [{"role": "user", "content": "x"}], "constraints": entries}

@@ -241,6 +241,23 @@ def test_pairs_of_the_start_models_answers_do_not_depend_on_the_number_of_proces
     assert counts["questions"] == 9 and counts["pairs"] == len(one)
 
 
+def losses(run: Path, zero: int) -> list[float]:
+    engine.start(threads=1)
+    MpoTrainer(dataclasses.replace(RECIPE, mpo=dataclasses.replace(MPO, steps=2, zero=zero)), run).train()
+    return [json.loads(line)["loss"] for line in (run / "mpo/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_zero_3_on_two_processes_equals_zero_2_on_one(tmp_path):
+    """The ranks have different numbers of pairs, and one pair cannot be read."""
+    runs = [make_pairs_run(tmp_path / name) for name in ("three", "two")]
+    three, [two] = run_distributed(losses, 2, 240, runs[0], 3), run_distributed(losses, 1, 240, runs[1], 2)
+    assert three[0] == three[1] == pytest.approx(two, abs=1e-4)
+    ours, theirs = map(weights, runs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=2e-3, rtol=2e-2)
+
+
 def test_lines_that_are_no_pairs_are_named(tmp_path):
     good = {"messages": [{"role": "user", "content": "?"}], "chosen": "a", "rejected": "b"}
     thought = {"role": "assistant", "reasoning_content": "2 flashes", "content": "2"}
