@@ -35,11 +35,11 @@ BLIND = 0.1  # a policy with a smaller gap counts as blind
 GUARDS = ("off", "drop")
 REMOVED = ("blind", "zeroed")
 SETTINGS = (
-    "gspo.prompts=8", "gspo.mini_batches=2", "gspo.learning_rate=5e-4", 'gspo.freeze=["visual"]', "gspo.families=[]",
+    "gspo.prompts=16", "gspo.mini_batches=2", "gspo.learning_rate=4e-4", 'gspo.freeze=["visual"]', "gspo.families=[]",
     "gspo.checkpoint_every=10", "heldout.limit=30", "heldout.samples=1", "blindness.every=10",
     "blindness.questions=60", "blindness.samples=4", 'blindness.controls=["blind", "zeroed"]',
 )  # fmt: skip
-GUARDED = ('blindness.guard="drop"', "blindness.drop_above=0.5", "gspo.extra_prompts=8")
+GUARDED = ('blindness.guard="drop"', "blindness.drop_above=0.75", "gspo.extra_prompts=32")
 
 
 def plant(world: Path, out: Path, seed: int) -> dict[str, int]:
