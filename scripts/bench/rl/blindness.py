@@ -177,7 +177,7 @@ def claims(found: dict[tuple[int, str], dict[str, Any]]) -> list[Claim]:
 def main() -> int:
     parser = arguments(__doc__, EXAMPLES, results="rl")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a run with annealing/model and world")
-    parser.add_argument("--steps", type=int, default=40, help="steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="steps of a run (default: %(default)s)")
     parser.add_argument("--scratch", type=Path, help="folder of the six runs (default: .cache/bench/rl/blindness)")
     args = parser.parse_args()
     if not (args.run / "annealing/model/config.json").is_file():
