@@ -34,7 +34,7 @@ def test_examples_run(folder, document):
 def test_the_readme_has_its_sections():
     headings = [line[3:] for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line[:3] == "## "]
     assert headings == [
-        "Installation", "Quick start", "Encoder", "Model", "Training", "Troubleshooting", "Repository layout",
-        "License and citation",
+        "Installation", "Quick start", "Encoder", "Model", "Training", "Which page of results to read",
+        "Troubleshooting", "Repository layout", "License and citation",
     ]  # fmt: skip
     assert len(sections(ROOT / "README.md")) == 3
