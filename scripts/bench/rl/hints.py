@@ -25,7 +25,7 @@ EXAMPLES = """examples:
 SCRATCH = ROOT / ".cache" / "bench" / "rl" / "hints"
 FAMILIES = ("read", "count", "order", "when", "motion", "find")
 ANSWERS = 8
-STEPS, BATCH, EACH = 240, 16, 40
+STEPS, BATCH, EACH = 80, 16, 24
 REPORTED = (25.6, 13.4, 12.3, 10.1, 9.0, 0.2)
 """All-wrong shares of hard items in the report, in percent, without a hint and at levels 1 to 5."""
 
