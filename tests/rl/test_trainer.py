@@ -53,6 +53,7 @@ def train(run: Path, recipe: RlRecipe = RECIPE) -> dict:
     return {"step": trainer.step, "stream": trainer.stream.state_dict()}
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_on_another_number_of_processes(tmp_path):
     run = make_run(tmp_path)
     two = run_distributed(train, 2, 240, run)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -67,6 +68,7 @@ def test_ranks_that_differ_are_named():
     assert "rank 3" in collectives([*same[:3], rank(3, over_all, over_all)], 2)
 
 
+@pytest.mark.slow
 def test_quick_simulation_of_a_stage_leaves_its_record(tmp_path):
     command = [sys.executable, "-m", "scripts.bench.stages.simulation", "--quick", "--phase", "annealing"]
     subprocess.run([*command, "--out", str(tmp_path), "--processes", "1"], check=True, cwd=ROOT)

@@ -61,6 +61,8 @@ path = "FOLDER/heldout.jsonl"
 kind = "image"
 """
 
+pytestmark = pytest.mark.xdist_group("held-out runs")  # one worker trains the runs that all tests read
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

@@ -32,6 +32,7 @@ def four(hpz: int) -> tuple[list[float], int, bool]:
     return losses, 1 if group is None else torch.distributed.get_world_size(group), any(seen)
 
 
+@pytest.mark.slow
 def test_a_second_copy_within_the_node_changes_no_loss():
     plain, twice = (run_distributed(four, 4, 200, hpz) for hpz in (1, 2))
     assert [size for _, size, _ in plain] == [1] * 4 and [size for _, size, _ in twice] == [2] * 4

@@ -28,10 +28,13 @@ ALONE = ParallelDims(0, 1, 1, None)
 
 @pytest.fixture
 def group():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """A process group of this process alone, which a test before may have started."""
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    if started:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
