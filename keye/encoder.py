@@ -27,7 +27,7 @@ from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError, loading
 from keye.slowfast.budget import LEAST_FAST, fit_size
 from keye.slowfast.clip_walk import pixel_rule, reads_packets, walk
-from keye.slowfast.concessions import concede, least_slow_tokens
+from keye.slowfast.concessions import concede, smallest_slow_tokens
 from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import as_measure
@@ -336,18 +336,18 @@ class SlowFastEncoder:
 
     @property
     def leaves_out(self) -> bool:
-        """Whether sampled frames may be left out; the budget holds each shown one with `least_slow_tokens`."""
+        """Whether sampled frames may be left out; the budget holds each shown one with `smallest_slow_tokens`."""
         return self.policy.walks or bool(self.slow_multiple and self.policy.online and self.policy.ranks)
 
     @property
-    def least_slow_tokens(self) -> int:
+    def smallest_slow_tokens(self) -> int:
         """Fewest tokens of a slow frame, where the budget does not hold all slow frames at `min_tokens_per_frame`.
 
         The number of shown frames is at most the budget over this.
         """
         if self.policy.walks or not self.leaves_out:
             return self.min_tokens_per_frame
-        return least_slow_tokens(self.min_tokens_per_frame, self.slow_multiple)
+        return smallest_slow_tokens(self.min_tokens_per_frame, self.slow_multiple)
 
     @property
     def _least_tokens(self) -> int:

@@ -131,7 +131,7 @@ class _Clip:
         video = self._encode(self.encoder.with_settings(max_tokens=budget))
         if len(plan_ids(self.stream, video.plan)) <= room:
             return video
-        budget = self._budget(room, None, self.encoder.least_slow_tokens)
+        budget = self._budget(room, None, self.encoder.smallest_slow_tokens)
         return self._encode(self.encoder.with_settings(max_tokens=budget))
 
     def _budget(self, room: int, sampled: int | None, least: int) -> int:

@@ -45,7 +45,7 @@ def concede(decided: Decisions, limits: Limits, policy: Policy) -> tuple[Decisio
     free = limits.allocate(slow, fast, fast_tokens=policy.fast_tokens, max_tokens=_UNBOUND)
     most = budget // limits.min_tokens
     if policy.ranks and slow > most:
-        lower = replace(limits, min_tokens=least_slow_tokens(limits.min_tokens, limits.multiple))
+        lower = replace(limits, min_tokens=smallest_slow_tokens(limits.min_tokens, limits.multiple))
         # With the tokens of a size of about the clip's aspect, so that a narrow range cannot distort the frames.
         limits = replace(lower, min_tokens=size_tokens(lower.least_slow_size, limits.side))
         most = min(slow, budget // limits.min_tokens)
@@ -66,7 +66,7 @@ def concede(decided: Decisions, limits: Limits, policy: Policy) -> tuple[Decisio
     return conceded, Allocation(slow_size, fast_size, tokens)
 
 
-def least_slow_tokens(min_tokens: int, multiple: float) -> int:
+def smallest_slow_tokens(min_tokens: int, multiple: float) -> int:
     """Fewest tokens of a slow frame before one is given up: `multiple` times the smallest fast frame's."""
     return min(min_tokens, math.ceil(LEAST_FAST * multiple))
 
