@@ -20,9 +20,9 @@ from keye.errors import KeyeError, ManifestError, RecipeError
 from keye.evaluation import controls
 from keye.processor.messages import KINDS
 from keye.processor.processor import KeyeProcessor, Sample
-from rl.agree import agree, gather
-from rl.prompts import Prompt, PromptSet, Taken
-from rl.sampling import Experience
+from rl.questions.prompts import Prompt, PromptSet, Taken
+from rl.questions.sampling import Experience
+from rl.run.agree import agree, gather
 from stages.typed_toml import Need
 
 CONTROLS = ("blind", "zeroed", "shuffled", "other")

@@ -16,9 +16,9 @@ from typing import Any
 
 from keye.errors import RecipeError
 from keye.files import write_atomically
-from rl.heldout import Answered, compare, summary
 from rl.phases import Done, post_train
 from rl.preference.phase import HeldOutQuestions, find_start, finished, heldout_questions
+from rl.questions.heldout import Answered, compare, summary
 from rl.recipe import RlRecipe
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import open_start

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from keye.processor.processor import KeyeProcessor
-from rl.agree import agree, gather
-from rl.policy import Group
-from rl.prompts import Prompt, Taken
+from rl.policy.scoring import Group
+from rl.questions.prompts import Prompt, Taken
 from rl.rewards import Earned
+from rl.run.agree import agree, gather
 from stages.typed_toml import Need
 
 LEVELS = ("concept or observation", "strategy or method", "tools or formula", "first concrete steps",

@@ -22,13 +22,13 @@ from typing import Any
 
 from keye.errors import CheckpointError, ManifestError, RecipeError
 from keye.files import write_atomically
-from rl.agree import agree, from_first
 from rl.phases import Done, post_train
 from rl.preference.answers import Answers, Draw, Journal, Sampled, draw_all
 from rl.preference.phase import finished
 from rl.preference.selecting import Kept, best_answers, filter_questions
-from rl.prompts import load_prompts
+from rl.questions.prompts import load_prompts
 from rl.recipe import RlRecipe
+from rl.run.agree import agree, from_first
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import open_start
 

@@ -15,9 +15,6 @@ from torch import nn
 
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
-from rl.agree import agree
-from rl.heldout import Answered
-from rl.identity import check_ranks, claim, identity
 from rl.preference.phase import (
     HeldOutQuestions,
     find_start,
@@ -28,7 +25,10 @@ from rl.preference.phase import (
     write_text,
 )
 from rl.preference.recipe import Sft
+from rl.questions.heldout import Answered
 from rl.recipe import RlRecipe
+from rl.run.agree import agree
+from rl.run.identity import check_ranks, claim, identity
 from stages.data.items import Cache
 from stages.data.sources.formats import files_of, format_of
 from stages.distributed.checkpoints import checkpoints, checksum

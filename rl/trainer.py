@@ -24,23 +24,23 @@ from torch import Tensor
 from keye.errors import CheckpointError, KeyeError, ManifestError, writing
 from keye.files import write_atomically
 from keye.processor.processor import KeyeProcessor, Sample
-from rl.agree import agree, from_first, gather
 from rl.blindness import BlindnessMonitor, without_marked
-from rl.heldout import Answered, Best, ask, compare, read_answers, summary, write_answers
 from rl.hints import HintStage
-from rl.identity import check_ranks, claim, identity
 from rl.losses import group_advantages
-from rl.metrics import rollout_values, step_metrics, step_summary
-from rl.model import build_policy, complete
-from rl.policy import Group, score
-from rl.prompts import Prompt, PromptStream, Taken, load_prompts
+from rl.policy.model import build_policy, complete
+from rl.policy.scoring import Group, score
+from rl.policy.update import PolicyUpdate, Update
+from rl.questions.heldout import Answered, Best, ask, compare, read_answers, summary, write_answers
+from rl.questions.prompts import Prompt, PromptStream, Taken, load_prompts
+from rl.questions.sampling import Curriculum, Experience, accuracy_of, judged, replace_flat
 from rl.recipe import RlRecipe, check_world, places_of
 from rl.rewards import Earned, counted_advantages, rewards_from
 from rl.rollout.build import build_rollout
 from rl.rollout.engine import HELDOUT, ROLLOUT, number_of
-from rl.sampling import Curriculum, Experience, accuracy_of, judged, replace_flat
-from rl.update import PolicyUpdate, Update
-from rl.watch import warnings_of
+from rl.run.agree import agree, from_first, gather
+from rl.run.identity import check_ranks, claim, identity
+from rl.run.metrics import rollout_values, step_metrics, step_summary
+from rl.run.watch import warnings_of
 from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from stages.distributed.engine import build, resolve_precision
 from stages.distributed.ranks import first_rank
@@ -217,7 +217,7 @@ class GspoTrainer:
         return counted_advantages(earned, lambda given: group_advantages(given, self.recipe.gspo.standardise))
 
     def _score(self, group: Group) -> Tensor:
-        """Log-probabilities [T] of a group's answers under the policy, whose weights are complete (`rl.model`)."""
+        """Log-probabilities [T] of a group's answers under the policy with complete weights (`rl.policy.model`)."""
         return score(self.model, [group], self.recipe.gspo.temperature).log_probs
 
     def _sample(self, asked: list[Taken], answers: int, purpose: int) -> list[Group]:

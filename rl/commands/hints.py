@@ -36,7 +36,7 @@ def main() -> None:
 
     from rl.alignment.dataset import count_lines
     from rl.endpoint import Client
-    from rl.writing_hints import write_hints
+    from rl.questions.writing_hints import write_hints
 
     columns = (TextColumn("hints"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     client = None

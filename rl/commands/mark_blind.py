@@ -35,7 +35,7 @@ def main() -> int:
 
     from rich.progress import Progress
 
-    from rl.marks import Marking, load_answerer, mark
+    from rl.questions.marks import Marking, load_answerer, mark
 
     settings = Marking(
         args.samples, args.temperature, args.max_new_tokens, args.batch, args.seed, args.drop_above, args.model

@@ -59,9 +59,9 @@ def _rewards(given: list[str]) -> dict[str, float]:
 
 def draw(args: argparse.Namespace) -> Any:
     """The `Journal` with the answers to all questions; collective."""
-    from rl.agree import agree
     from rl.preference.answers import Draw, Sampled, draw_all
-    from rl.prompts import load_prompts
+    from rl.questions.prompts import load_prompts
+    from rl.run.agree import agree
     from stages.distributed.weights import open_start
 
     found = agree(lambda: load_prompts(args.manifest, args.families))

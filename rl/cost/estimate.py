@@ -14,7 +14,7 @@ from keye.errors import KeyeError
 from rl.cost.memory import Loading, StepMemory, micro_batch_of, parameters_of_policy, plan_of, step_memory
 from rl.cost.settings import Settings, keys, settings_of
 from rl.cost.work import Lengths, Operations, lengths_of, operations
-from rl.heldout import BATCH
+from rl.questions.heldout import BATCH
 from rl.recipe import RlRecipe, check_world
 from stages.cost.estimate import DAY, HOUR, UPDATE_PASSES, config_of, parameters_of
 from stages.cost.footprint import Share

@@ -111,7 +111,7 @@ def plan_of(gspo: Settings, ranks: int, loading: Loading, micro_batches: int) ->
 def micro_batch_of(gspo: Settings, lengths: Lengths, ranks: int) -> MicroBatch:
     """The largest micro-batch: longest prompts with longest answers, up to `gspo.micro_batch_tokens`.
 
-    An answer whose prompt leaves no room for it has a micro-batch of its own (`rl.microbatch`).
+    An answer whose prompt leaves no room for it has a micro-batch of its own (`rl.policy.microbatch`).
     """
     prompt, answer = lengths.longest_prompt, lengths.longest_answer
     group = prompt + gspo.group_size * answer
@@ -184,7 +184,7 @@ def _update(
 
 
 def _merged(text: Any, plan: Plan, part: MicroBatch) -> tuple[float, float]:
-    """Bytes of the shared attention (`rl.shared_attention`) in addition to attention: (kept, in a recomputed layer).
+    """Bytes of the shared attention (`rl.policy.shared_attention`) besides attention: (kept, in a recomputed layer).
 
     The results for prompts and for answers are joined to one tensor. With recomputed layers, answers keep the result of
     each of two kernels.

@@ -1,4 +1,4 @@
-"""Policy losses behind one protocol: `LossInput` → `LossOutput`. `rl.update` calls the one that the recipe names."""
+"""Policy losses behind one protocol: `LossInput` → `LossOutput`. `rl.policy.update` calls the one of the recipe."""
 
 from rl.losses.advantages import group_advantages
 from rl.losses.base import LossInput, LossOutput, PolicyLoss

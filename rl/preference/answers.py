@@ -19,11 +19,11 @@ import torch.distributed as dist
 from keye.errors import CheckpointError, KeyeError, writing
 from keye.files import write_atomically
 from keye.processor.processor import Sample
-from rl.agree import agree, from_first, gather
-from rl.identity import model_files
 from rl.preference.phase import Answerer, progress_bar, release
-from rl.prompts import Prompt, PromptSet
+from rl.questions.prompts import Prompt, PromptSet
 from rl.rewards import Judgement, RewardSum, rewards_from
+from rl.run.agree import agree, from_first, gather
+from rl.run.identity import model_files
 from stages.distributed.engine import resolve_precision
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start

@@ -21,8 +21,8 @@ from keye.processor.messages import read_chat
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import IM_END
 from keye.world.manifest import parse_line
-from rl.policy import Group
-from rl.prompts import Prompt
+from rl.policy.scoring import Group
+from rl.questions.prompts import Prompt
 
 
 @dataclass(frozen=True)

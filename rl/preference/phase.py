@@ -17,12 +17,12 @@ from keye.errors import CheckpointError, ManifestError, RecipeError, writing
 from keye.files import write_atomically
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor, Sample
-from rl.agree import agree, from_first, gather
-from rl.heldout import Answered, ask, compare, read_answers, write_answers
-from rl.prompts import Prompt, PromptSet, load_prompts
+from rl.questions.heldout import Answered, ask, compare, read_answers, write_answers
+from rl.questions.prompts import Prompt, PromptSet, load_prompts
 from rl.recipe import RlRecipe
 from rl.rewards import rewards_from
 from rl.rollout import InProcessRollout
+from rl.run.agree import agree, from_first, gather
 from stages.distributed.engine import device, resolve_precision
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start, open_start

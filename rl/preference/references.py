@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from keye.errors import CheckpointError, KeyeError, writing
 from keye.files import atomic_file, write_atomically
-from rl.agree import agree, from_first, gather
-from rl.policy import Group, score
+from rl.policy.scoring import Group, score
 from rl.preference.losses import sequence_log_probs
 from rl.preference.phase import progress_bar
+from rl.run.agree import agree, from_first, gather
 from stages.distributed.ranks import first_rank
 
 RECORD = "settings.json"

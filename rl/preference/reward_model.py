@@ -23,9 +23,9 @@ from keye.checkpoint.shards import read_json
 from keye.errors import CheckpointError
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
-from rl.policy import Group, continued_positions, vision_inputs
+from rl.policy.prefix import PrefixTree
+from rl.policy.scoring import Group, continued_positions, vision_inputs
 from rl.preference.pairs import encode_answer
-from rl.prefix import PrefixTree
 from stages.distributed.engine import device, resolve_precision
 from stages.distributed.weights import open_start
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from keye.errors import CheckpointError, KeyeError, RecipeError, writing
 from keye.files import write_atomically
 from keye.processor.processor import KeyeProcessor
-from rl.agree import agree, gather
-from rl.identity import model_files
-from rl.policy import Group
+from rl.policy.scoring import Group
 from rl.preference.pairs import Pair, idle_group, load_pairs, pair_group
 from rl.preference.reward_model import PARTS, RewardModel, RewardRecord, pair_loss, write_head
-from rl.prompts import PromptStream
+from rl.questions.prompts import PromptStream
+from rl.run.agree import agree, gather
+from rl.run.identity import model_files
 from stages.distributed.checkpoints import load_checkpoint, save_checkpoint
 from stages.distributed.engine import build, device, gradient_norm, master_weight, resolve_precision
 from stages.distributed.parallel import sum_over_ranks

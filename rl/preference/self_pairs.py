@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rl.agree import agree
 from rl.preference.answers import Draw, Sampled, draw_all
 from rl.preference.phase import write_text
 from rl.preference.selecting import make_pairs
-from rl.prompts import load_prompts
+from rl.questions.prompts import load_prompts
 from rl.recipe import RlRecipe
+from rl.run.agree import agree
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start
 

@@ -1,7 +1,7 @@
 """Preference optimization: pairs → log-probabilities of both answers → MPO → metrics.
 
 The pairs come from a file, or the start model makes them of its own answers. The start model's log-probabilities are
-computed once, before the first update. A pair's prompt is read once for both answers (`rl.prefix`).
+computed once, before the first update. A pair's prompt is read once for both answers (`rl.policy.prefix`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from torch import Tensor
 from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, writing
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.slowfast.pixels import normalised
-from rl.agree import agree, from_first, gather
-from rl.heldout import Answered
-from rl.identity import check_ranks, claim, identity
-from rl.policy import Group
+from rl.policy.scoring import Group
 from rl.preference.losses import MpoWeights, RewardShift, mpo_loss
 from rl.preference.pairs import PairSet, idle_group, load_pairs, pair_group
 from rl.preference.phase import (
@@ -36,8 +33,11 @@ from rl.preference.phase import (
 )
 from rl.preference.references import References, pair_scores
 from rl.preference.self_pairs import sample_pairs
-from rl.prompts import PromptStream
+from rl.questions.heldout import Answered
+from rl.questions.prompts import PromptStream
 from rl.recipe import RlRecipe
+from rl.run.agree import agree, from_first, gather
+from rl.run.identity import check_ranks, claim, identity
 from stages.data.items import PIXELS
 from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.checkpoints import checkpoints, load_checkpoint, save_checkpoint

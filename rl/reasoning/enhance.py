@@ -17,7 +17,7 @@ from keye.errors import ManifestError
 from keye.evaluation.match import match, normalise
 from keye.processor.reply import parse_reply
 from rl.endpoint import Ask, Client
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 from rl.reasoning.items import Item, Row, media_of, moved, question_of, with_question
 from rl.reasoning.work import Result
 

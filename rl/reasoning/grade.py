@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from rl.endpoint import Answer, Ask, Client, RefusedRequest
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 from rl.reasoning.items import Item, Row, moved, need, question_of
 from rl.reasoning.media import Media, Shown
 from rl.reasoning.work import Result

@@ -12,7 +12,7 @@ from typing import Any
 from keye.errors import ManifestError
 from keye.processor.messages import KINDS
 from keye.video.fetch import scheme_of
-from rl.prompts import Prompt, PromptSet, load_prompts
+from rl.questions.prompts import Prompt, PromptSet, load_prompts
 
 Row = dict[str, Any]
 

@@ -21,7 +21,7 @@ from keye.processor.messages import Visual, read_chat
 from keye.processor.options import still_limits, video_encoder
 from keye.slowfast.policies import SLOW
 from keye.video.fetch import scheme_of
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 
 Send = Literal["frames", "clip"]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from keye.evaluation.match import match
 from keye.processor.reply import Reply, write_reply
 from rl.endpoint import Answer, Ask, Client
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 from rl.reasoning.items import Item, Row, media_of, moved, need, unreviewed, without_media
 from rl.reasoning.media import Media
 from rl.reasoning.work import Result

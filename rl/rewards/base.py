@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keye.evaluation.match import extract_answer
 from keye.processor.reply import parse_reply
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from keye.processor.processor import Sample
-from rl.policy import Group
+from rl.policy.scoring import Group
 
 Key = tuple[int, ...]
 """Identifies a prompt's draws: by convention (seed, purpose, step, number of the question's id)."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from keye.errors import KeyeError
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import END_OF_TEXT, IM_END
-from rl.policy import Group, banned_tokens, vision_inputs
+from rl.policy.scoring import Group, banned_tokens, vision_inputs
 from rl.rollout.cache import PromptBlock, PromptPass, RolloutCache, compaction, room_for, token_bytes
 from rl.rollout.engine import Key, stream_of
 from rl.rollout.sampling import TokenSampler

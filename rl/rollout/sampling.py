@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from rl.policy import token_log_probs
+from rl.policy.scoring import token_log_probs
 
 CHUNK = 64  # rows of float64 cumulative probabilities [CHUNK, vocab] that are in memory at the same time
 

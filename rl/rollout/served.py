@@ -18,7 +18,7 @@ import torch
 from keye.errors import KeyeError
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import END_OF_TEXT, IM_END, IMAGE_PAD, VIDEO_PAD
-from rl.policy import Group
+from rl.policy.scoring import Group
 from rl.rollout.engine import Key, stream_of
 from rl.rollout.messages import messages_of
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rl.policy import Group
+from rl.policy.scoring import Group
 from rl.rewards import Earned
 
 KINDS = ("wrong", "mask", "penalise")

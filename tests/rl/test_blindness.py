@@ -11,11 +11,11 @@ from keye.errors import RecipeError
 from rl import blindness
 from rl.blindness import Blindness, BlindnessMonitor, own_metrics, partners, summary, without_media
 from rl.losses import group_advantages
-from rl.policy import Group
-from rl.prompts import Prompt
+from rl.policy.scoring import Group
+from rl.questions.prompts import Prompt
+from rl.questions.sampling import Experience
 from rl.recipe import load
 from rl.rewards import Earned
-from rl.sampling import Experience
 
 TINY = Path(__file__).parents[2] / "rl/recipes/tiny.toml"
 

@@ -19,8 +19,8 @@ from rl.cost.estimate import Assumptions, estimate
 from rl.cost.memory import Loading, StepMemory, micro_batch_of, step_memory
 from rl.cost.settings import Settings, lora_parameters
 from rl.cost.work import Lengths, lengths_of, operations, pieces
-from rl.microbatch import split
-from rl.policy import Group, score
+from rl.policy.microbatch import split
+from rl.policy.scoring import Group, score
 from rl.recipe import load
 from stages.cost.estimate import parameters_of
 from stages.cost.gpus import Gpu, gpu_named

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl.heldout import Answered, ask, compare, standard_error
-from rl.policy import Group
-from rl.prompts import Prompt
+from rl.policy.scoring import Group
+from rl.questions.heldout import Answered, ask, compare, standard_error
+from rl.questions.prompts import Prompt
 from rl.rewards import Outcome, RewardOptions, RewardSum, Term, rewards_from
 
 

@@ -18,8 +18,8 @@ from keye.world.manifest import question_line
 from keye.world.scene import Setting
 from rl.hints import Hints, HintStage, hinted, hints_of, with_hint
 from rl.losses import group_advantages
-from rl.policy import Group
-from rl.prompts import Prompt, load_prompts
+from rl.policy.scoring import Group
+from rl.questions.prompts import Prompt, load_prompts
 from rl.recipe import RlRecipe, load
 from rl.rewards import Earned, Judgement, counted_advantages, register
 from rl.trainer import GspoTrainer

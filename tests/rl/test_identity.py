@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from keye.errors import CheckpointError, KeyeError, RecipeError
-from rl.identity import claim, identity
 from rl.recipe import load
 from rl.rewards import Judgement, register
+from rl.run.identity import claim, identity
 from rl.trainer import GspoTrainer
 from stages.distributed import engine
 from tests.distributed import run_distributed

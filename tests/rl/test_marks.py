@@ -8,8 +8,8 @@ import pytest
 
 from keye.errors import ManifestError
 from rl.blindness import Blindness, without_marked
-from rl.marks import Marking, load_answerer, mark
-from rl.prompts import load_prompts
+from rl.questions.marks import Marking, load_answerer, mark
+from rl.questions.prompts import load_prompts
 from tests.rl.test_restarts import make_visual_run
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from keye.model import heads
 from keye.processor.processor import Sample
 from rl.losses import LossInput, build_loss, group_advantages
-from rl.microbatch import pad, split
-from rl.policy import Group, score
+from rl.policy.microbatch import pad, split
+from rl.policy.scoring import Group, score
+from rl.policy.update import PolicyUpdate
 from rl.recipe import Gspo
-from rl.update import PolicyUpdate
 from stages.distributed import engine
 from tests.distributed import run_distributed
 from tests.rl.test_two_processes import GROUP, REWARDS, policy, prompts

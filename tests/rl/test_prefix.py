@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from keye.model.attention import Varlen
-from rl import shared_attention
-from rl.prefix import PrefixTree
-from rl.shared_attention import CpuKernel, PlainKernel
+from rl.policy import shared_attention
+from rl.policy.prefix import PrefixTree
+from rl.policy.shared_attention import CpuKernel, PlainKernel
 
 
 def test_layout_of_a_small_tree():

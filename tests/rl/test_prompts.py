@@ -10,7 +10,7 @@ from PIL import Image
 
 from keye.errors import CheckpointError, ManifestError
 from keye.slowfast.pixels import normalised
-from rl.prompts import PromptStream, load_prompts
+from rl.questions.prompts import PromptStream, load_prompts
 
 QUESTION = {"id": "a", "family": "count", "answer": "3", "messages": [{"role": "user", "content": "how many?"}]}
 

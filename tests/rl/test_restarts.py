@@ -15,10 +15,10 @@ from PIL import Image
 
 from keye.errors import KeyeError
 from rl import trainer as module
-from rl.agree import gather
 from rl.blindness import Blindness
 from rl.recipe import RlRecipe
 from rl.rewards import Judgement, register
+from rl.run.agree import gather
 from rl.trainer import GspoTrainer
 from stages.distributed import engine
 from tests.distributed import run_distributed

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from keye.errors import CheckpointError, ManifestError
-from rl import sampling
 from rl.losses import group_advantages
-from rl.policy import Group
-from rl.prompts import PromptStream, load_prompts
+from rl.policy.scoring import Group
+from rl.questions import sampling
+from rl.questions.prompts import PromptStream, load_prompts
+from rl.questions.sampling import Curriculum, Experience, accuracy_of, replace_flat
 from rl.rewards import Earned
-from rl.sampling import Curriculum, Experience, accuracy_of, replace_flat
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
 from keye.processor.tokenizer import train_tokenizer
-from rl.agree import agree
 from rl.recipe import Gspo, HeldOut, RlRecipe
 from rl.rollout.config import Rollout
+from rl.run.agree import agree
 from rl.trainer import GspoTrainer
 from stages.distributed import engine
 from tests.distributed import run_distributed

@@ -9,7 +9,7 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import Sample
 from rl.gspo import group_advantages, gspo_loss
-from rl.policy import Group, score
+from rl.policy.scoring import Group, score
 from tests.distributed import run_distributed
 
 VOCABULARY, GROUP = 64, 3

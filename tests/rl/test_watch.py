@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rl.metrics import MOMENTS, step_metrics
 from rl.rewards import Earned, Judgement, register
-from rl.watch import warnings_of
+from rl.run.metrics import MOMENTS, step_metrics
+from rl.run.watch import warnings_of
 from tests.distributed import run_distributed
 from tests.rl.test_identity import recipe_of, train
 from tests.rl.test_trainer import make_run

@@ -7,7 +7,7 @@ import pytest
 from keye.errors import ManifestError
 from keye.world.manifest import read_manifest
 from rl.commands import posttrain
-from rl.writing_hints import parse_hints
+from rl.questions.writing_hints import parse_hints
 from tests.rl.endpoint.fake_server import completion, served, text_of
 from tests.rl.test_hints import drawn_lines
 

@@ -144,8 +144,8 @@ def one(case: Case) -> dict[str, int]:
 def step(case: Case, samples: list[Sample], processor: KeyeProcessor, before: int) -> dict[str, int]:
     """The peaks of a step above `before`."""
     from keye.model.keye import KeyeForConditionalGeneration
+    from rl.policy.update import PolicyUpdate
     from rl.rollout import InProcessRollout
-    from rl.update import PolicyUpdate
     from stages.distributed import engine as deep
     from stages.distributed.activation_memory import apply_memory_options
 

@@ -1,7 +1,7 @@
 """A group at the price of one prompt: 8,000 prompt tokens and 8 × 200 answer tokens in the update and in the rollout.
 
-The update reads the prompt once (`rl.prefix`); its gradients are compared with those of eight separate sequences, and
-its time with that of the fastest of three ways to read eight sequences. The rollout is compared with
+The update reads the prompt once (`rl.policy.prefix`); its gradients are compared with those of eight separate
+sequences, and its time with that of the fastest of three ways to read eight sequences. The rollout is compared with
 `generate(num_return_sequences=8)` of transformers on the same weights.
 """
 
@@ -24,7 +24,7 @@ from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.tokenizer import train_tokenizer
-from rl.policy import Group, banned_tokens, score, token_log_probs
+from rl.policy.scoring import Group, banned_tokens, score, token_log_probs
 from rl.rollout import InProcessRollout
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, forget_other_code, out_of, save
 from scripts.bench.common.timing import ratio

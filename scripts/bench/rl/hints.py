@@ -74,9 +74,9 @@ def measure(model: Path, world: Path, each: int, seed: int) -> dict[str, list[li
     """Family → the number of right answers, of `ANSWERS`, for each question and level 0 (no hint) to 5."""
     from rl.hints import LEVELS, hinted
     from rl.preference.phase import Answerer
-    from rl.prompts import load_prompts
+    from rl.questions.prompts import load_prompts
+    from rl.questions.sampling import judged
     from rl.rewards import rewards_from
-    from rl.sampling import judged
     from stages.distributed.weights import open_start
 
     lines = {json.loads(raw)["id"]: json.loads(raw) for raw in (world / "heldout.jsonl").read_text().splitlines()}

@@ -26,7 +26,7 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
 from keye.processor.stream import IM_END
 from keye.processor.tokenizer import train_tokenizer
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 from rl.recipe import Gspo, HeldOut, RlRecipe
 from rl.rewards import Judgement, rewards_from
 from rl.rollout import InProcessRollout

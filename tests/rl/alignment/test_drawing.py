@@ -14,7 +14,7 @@ from rl.alignment.dataset import write_constraint_set
 from rl.alignment.draw import DRAWS, draw_constraints
 from rl.alignment.witness import witness
 from rl.commands import posttrain
-from rl.prompts import load_prompts
+from rl.questions.prompts import load_prompts
 from rl.rewards import Judgement, rewards_from
 
 REQUEST = "Describe what happens in the clip."

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from keye.errors import CheckpointError, KeyeError, ManifestError
-from rl.policy import continued_positions, score, vision_inputs
+from rl.policy.scoring import continued_positions, score, vision_inputs
 from rl.preference.losses import mpo_loss
 from rl.preference.pairs import Pair, encode_answer, load_pairs, pair_group
 from rl.preference.recipe import Mpo, Sampling

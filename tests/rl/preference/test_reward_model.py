@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from keye.errors import CheckpointError, KeyeError, RecipeError
 from rl.commands import posttrain
-from rl.policy import Group, continued_positions, vision_inputs
+from rl.policy.scoring import Group, continued_positions, vision_inputs
 from rl.preference.pairs import encode_answer, load_pairs
 from rl.preference.reward_model import HEAD, RewardModel, RewardScorer, pair_loss
 from rl.preference.reward_training import RewardTrainer, RewardTraining

@@ -8,12 +8,12 @@ import pytest
 
 from keye.errors import CheckpointError, RecipeError
 from rl.commands import posttrain
-from rl.policy import Group
+from rl.policy.scoring import Group
 from rl.preference.answers import CHUNK, Answer, Answers, Draw, Journal, draw_answers
 from rl.preference.pairs import load_pairs
 from rl.preference.phase import Answerer
 from rl.preference.selecting import Kept, choose, filter_questions, make_pairs, moved
-from rl.prompts import load_prompts
+from rl.questions.prompts import load_prompts
 from rl.rewards import rewards_from
 from stages.distributed import engine
 from stages.distributed.weights import open_start

@@ -9,7 +9,7 @@ from PIL import Image
 
 from keye.encoder import SlowFastEncoder
 from keye.errors import KeyeError
-from rl.prompts import load_prompts
+from rl.questions.prompts import load_prompts
 from rl.reasoning.media import Media
 from tests.rl.reasoning.questions import write_questions
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 from rl.rewards import Judgement
 
 SCHEMA = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from keye.errors import ManifestError, RecipeError
-from rl.prompts import Prompt, PromptStream, load_prompts
+from rl.questions.prompts import Prompt, PromptStream, load_prompts
 from rl.rewards import Judgement, rewards_from
 
 

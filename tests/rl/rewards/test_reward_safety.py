@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from keye.errors import CheckpointError, KeyeError, RecipeError
-from rl.identity import claim, identity
 from rl.losses import group_advantages
-from rl.metrics import MOMENTS, failure_warnings, step_metrics
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 from rl.recipe import RlRecipe, load
 from rl.rewards import Earned, Judgement, counted_advantages, register, rewards_from
+from rl.run.identity import claim, identity
+from rl.run.metrics import MOMENTS, failure_warnings, step_metrics
 from stages.distributed import engine
 from stages.typed_toml import build, to_toml
 from tests.distributed import run_distributed

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from keye.errors import KeyeError
-from rl.policy import Group, continued_positions, score, token_log_probs, vision_inputs
+from rl.policy.scoring import Group, continued_positions, score, token_log_probs, vision_inputs
 from rl.rollout import InProcessRollout
 from rl.rollout.cache import RolloutCache, token_bytes
 

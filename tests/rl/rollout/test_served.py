@@ -9,7 +9,7 @@ import torch
 from keye.errors import KeyeError
 from keye.inference.answerer import Answerer
 from keye.inference.openai_format import Access
-from rl.policy import score
+from rl.policy.scoring import score
 from rl.rollout import InProcessRollout
 from rl.rollout.messages import messages_of
 from rl.rollout.served import Served, ServedRollout

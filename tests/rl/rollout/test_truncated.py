@@ -7,7 +7,7 @@ import torch
 
 from keye.processor.processor import Sample
 from rl.losses import group_advantages
-from rl.policy import Group
+from rl.policy.scoring import Group
 from rl.rewards import Earned, counted_advantages
 from rl.rollout.truncated import Truncation
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from keye.errors import CheckpointError
 from keye.files import write_atomically
-from rl.agree import gather
 from rl.preference.recipe import Mpo, Sft
 from rl.recipe import PHASES, Gspo, RlRecipe
+from rl.run.agree import gather
 from stages.distributed.checkpoints import checkpoints, checksum
 from stages.distributed.engine import resolve_precision
 from stages.recipe import DataRecipe

@@ -15,7 +15,7 @@ from typing import Any
 from keye.errors import CheckpointError, KeyeError
 from keye.files import write_atomically
 from keye.processor.processor import Sample
-from rl.prompts import Prompt
+from rl.questions.prompts import Prompt
 from rl.rewards import Earned, Judgement, RewardSum
 from rl.rollout import RolloutEngine
 from rl.rollout.engine import HELDOUT, number_of

@@ -18,7 +18,7 @@ from torch import nn
 from keye.checkpoint.shards import Stored
 from keye.errors import RecipeError
 from keye.model.keye import KeyeForConditionalGeneration
-from rl.lora import add_lora, replace_merged
+from rl.policy.lora import add_lora, replace_merged
 from rl.recipe import Gspo
 from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.engine import device, resolve_precision

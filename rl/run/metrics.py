@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from rl.blindness import own_metrics
-from rl.heldout import standard_error
+from rl.questions.heldout import standard_error
+from rl.questions.sampling import Experience, accuracy_of
 from rl.rollout.correction import effective_share
-from rl.sampling import Experience, accuracy_of
 from stages.metrics import duration
 
 MOMENTS = (

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from keye.errors import CheckpointError
-from rl.agree import agree, gather
-from rl.policy import Group
-from rl.prompts import Prompt, PromptStream, Taken
+from rl.policy.scoring import Group
+from rl.questions.prompts import Prompt, PromptStream, Taken
 from rl.rewards import Earned, Judgement, RewardSum
+from rl.run.agree import agree, gather
 
 RECENT = 0.5  # weight of the newest accuracy in a question's running accuracy
 

@@ -7,7 +7,7 @@ prompt G times. `PrefixTree` arranges a mini-batch as
 
 in which a completion attends to its prompt and to itself, never to other completions. Only attention mixes tokens, so
 with `PrefixTree.attention` as the model's `varlen` function the pass is exact: the log-probabilities and gradients are
-those of G separate sequences. The keys and values of a prompt are stored once (see `rl.shared_attention`).
+those of G separate sequences. The keys and values of a prompt are stored once (see `rl.policy.shared_attention`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from keye.model.attention import varlen
-from rl.shared_attention import Layout, shared_attention
+from rl.policy.shared_attention import Layout, shared_attention
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rl.policy import Group
+from rl.policy.scoring import Group
 
 
 @dataclass(frozen=True)

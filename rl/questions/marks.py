@@ -22,10 +22,10 @@ from keye.errors import KeyeError, ManifestError, writing
 from keye.files import write_atomically
 from keye.processor.processor import KeyeProcessor
 from rl.blindness import kinds, without_media
-from rl.prompts import Prompt, read_question
+from rl.questions.prompts import Prompt, read_question
+from rl.questions.sampling import accuracy_of, judged
 from rl.rewards import rewards_from
 from rl.rollout import InProcessRollout
-from rl.sampling import accuracy_of, judged
 from stages.distributed.checkpoints import checksum
 from stages.distributed.weights import open_start
 

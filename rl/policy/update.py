@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from keye.errors import KeyeError
 from rl.losses import LossInput, LossOutput
-from rl.metrics import Moments
-from rl.microbatch import MicroBatch, pad, split
-from rl.policy import Group, Score, score
+from rl.policy.microbatch import MicroBatch, pad, split
+from rl.policy.scoring import Group, Score, score
 from rl.recipe import Gspo
 from rl.rollout.correction import Gap, gap_of, log_ratio_of
+from rl.run.metrics import Moments
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from keye.processor.processor import Sample
 from keye.slowfast.pixels import join
-from rl.prefix import PrefixTree
+from rl.policy.prefix import PrefixTree
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def banned_tokens(model: nn.Module) -> tuple[int, ...]:
 
 
 def score(model: nn.Module, groups: list[Group], temperature: float = 1.0) -> Score:
-    """The training forward over the completions of `groups`; every prompt is read once (see `rl.prefix`).
+    """The training forward over the completions of `groups`; every prompt is read once (see `rl.policy.prefix`).
 
     Args:
         model: `KeyeForConditionalGeneration`, or the DeepSpeed engine around it.
