@@ -135,8 +135,6 @@ class HeldOutQuestions:
         wanted, rank, world = self.recipe.heldout, dist.get_rank(), dist.get_world_size()
         answerer = agree(lambda: Answerer(start, precision, batch))
         reward = agree(lambda: rewards_from(self.recipe.rewards, self.out.parent))
-        # The same numbers as in GSPO's evaluation, so that the phases of a run are compared on the same draws.
-        answerer.generator.manual_seed((self.recipe.seed * 2 + 1) * 1_000_003 * 4096 + rank)
         mine = self.questions[rank::world]
         how = (wanted.samples, wanted.temperature, self.max_new_tokens)
         with progress_bar() as bar:
@@ -145,7 +143,9 @@ class HeldOutQuestions:
             def progress(count: int) -> None:
                 bar.advance(task, count * world)
 
-            return agree(lambda: ask(answerer.rollout, mine, answerer.encode, reward, *how, progress))
+            # The seed of GSPO's evaluation, so that the phases of a run are compared on the same draws.
+            seed = self.recipe.seed
+            return agree(lambda: ask(answerer.rollout, mine, answerer.encode, reward, *how, progress, seed))
 
     def finish(self, before: list[Answered], after: list[Answered], **more: Any) -> dict[str, Any]:
         """Write `eval.json`, which marks the phase as finished; returns its content."""

@@ -59,8 +59,8 @@ results are kept, or it is listed below as not measured."""
 RL = """# Post-training, measured
 
 To repeat all measurements: `python -m scripts.bench rl`; one part: `--part NAME`. The part `trl` needs TRL
-(`pip install -e '.[trl]'`). The part `blindness` trains from the run of a demo: `python -m scripts.bench.rl.blindness \
---run runs/demo`."""
+(`pip install -e '.[trl]'`). The parts `phases`, `blindness` and `hints` train from the run of a demo:
+`python -m scripts.bench.rl.phases --run runs/demo`."""
 
 GROUPS = {
     group.name: group
@@ -81,6 +81,6 @@ GROUPS = {
             gpu=True,
             draw=_curves,
         ),
-        Group("rl", ("group_price", "trl", "cost"), RL, apart=("blindness", "hints")),
+        Group("rl", ("group_price", "trl", "cost"), RL, apart=("phases", "blindness", "hints")),
     )
 }
