@@ -120,11 +120,8 @@ class BlindnessMonitor:
 
     # --- probes -----------------------------------------------------------------------------------------------------
 
-    def probe(self, step: int, seed: Callable[[], None]) -> dict[str, float]:
+    def probe(self, step: int) -> dict[str, float]:
         """Ask the probe's questions when `step` is a multiple of `every`; collective.
-
-        Args:
-            seed: seeds the sampler of this rank; it is called before each control, so that all have the same numbers.
 
         Returns:
             `seen`, the accuracy with frames; `blind/<control>` and `gap/<control>` (seen − blind over the questions
@@ -132,27 +129,23 @@ class BlindnessMonitor:
         """
         if not self.config.every or step % self.config.every:
             return {}
-        rows = self.measure(seed)
+        rows = self.measure()
         found = summary(rows)
         if "gap/smallest" in found and found["seen"] >= self.config.stop_gap:
             self.low = self.low + 1 if found["gap/smallest"] < self.config.stop_gap else 0
         return found
 
-    def measure(self, seed: Callable[[], None]) -> list[dict[str, float]]:
-        """Control → accuracy of each of the probe's questions, "none" with their frames; collective.
-
-        Args:
-            seed: see `probe`.
-        """
+    def measure(self) -> list[dict[str, float]]:
+        """Control → accuracy of each of the probe's questions, "none" with their frames; collective."""
         mine = list(range(self.rank, len(self.questions), self.world))
         rounds = math.ceil(math.ceil(len(self.questions) / self.world) / BATCH)  # the same on every rank
         rows: list[dict[str, float]] = []
         for number in range(rounds):
             part = mine[number * BATCH : (number + 1) * BATCH]
-            rows += [row for rank in gather(agree(lambda part=part: self._rows(part, seed))) for row in rank]
+            rows += [row for rank in gather(agree(lambda part=part: self._rows(part))) for row in rank]
         return rows
 
-    def _rows(self, places: list[int], seed: Callable[[], None]) -> list[dict[str, float]]:
+    def _rows(self, places: list[int]) -> list[dict[str, float]]:
         """Control → accuracy of each question at `places`; a question whose media cannot be read is left out."""
         samples: dict[int, Sample] = {}
         for place in places:
@@ -164,7 +157,6 @@ class BlindnessMonitor:
         for control in ("none", *self.config.controls):
             asked = {place: self._under(control, place, sample) for place, sample in samples.items()}
             fitting = [(place, sample) for place, sample in asked.items() if sample is not None]
-            seed()
             found = self.ask([(self.questions[place], sample) for place, sample in fitting], self.config.samples)
             for (place, _), accuracy in zip(fitting, found, strict=True):
                 rows[place][control] = accuracy

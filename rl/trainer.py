@@ -191,6 +191,7 @@ class GspoTrainer:
         ends = [0, *accumulate(map(len, places))]
         parts = [slice(begin, end) for begin, end in pairwise(ends)]
         own = list(chain.from_iterable(places))
+        self.stream.begin_step()
         drawn = self.stream.take(g.prompts, own, gather)
         first = agree(lambda: self._answer(drawn, parts))
         groups, advantages = self.hints.apply(first.prompts, first.groups, first.earned, first.advantages, self._rolled)
@@ -221,9 +222,9 @@ class GspoTrainer:
         return score(self.model, [group], self.recipe.gspo.temperature).log_probs
 
     def _sample(self, asked: list[Taken], answers: int, purpose: int) -> list[Group]:
-        """Answers to each question; they follow from the seed, the step and the question's id."""
-        g = self.recipe.gspo
-        keys = [(self.recipe.seed, purpose, self.step, number_of(prompt.id)) for prompt, _ in asked]
+        """Answers to each question; they follow from the seed, the step, the question's id and its repeats."""
+        g, begin = self.recipe.gspo, (self.recipe.seed, purpose, self.step)
+        keys = [(*begin, number_of(prompt.id), *([prompt.repeat] if prompt.repeat else ())) for prompt, _ in asked]
         samples = [sample for _, sample in asked]
         return self.rollout.generate(samples, answers, g.temperature, g.max_new_tokens, keys)
 
@@ -259,7 +260,7 @@ class GspoTrainer:
         began, every = time.perf_counter(), self.recipe.heldout.every
         probes = self.recipe.blindness.every and self.step % self.recipe.blindness.every == 0
         with complete(self.engine) if probes else nullcontext():
-            found: dict[str, Any] = self.blindness.probe(self.step, lambda: None)  # draws follow from the step
+            found: dict[str, Any] = self.blindness.probe(self.step)
         if every and self.step % every == 0 and self.step < self.recipe.gspo.steps:
             rows = self._measure(f"heldout/step-{self.step}")
             found |= {f"heldout/{name}": value for name, value in summary(rows).items() if name != "families"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,9 @@ class Prompt:
 
     index: int = -1
     """Its place in `PromptSet.prompts`."""
+
+    repeat: int = 0
+    """How often its id was drawn before in the same step (see `PromptStream.begin_step`)."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,11 @@ class PromptStream:
         self.too_long: dict[int, str] = {}  # index → reason, the same on every rank
         self.cache = Cache(cache)
         self._order: tuple[int, list[int]] = (-1, [])
+        self._drawn: Counter[str] = Counter()
+
+    def begin_step(self) -> None:
+        """Count the repeats of questions from 0 again."""
+        self._drawn.clear()
 
     def take(self, count: int, mine: Iterable[int] | None = None, gather: Gather | None = None) -> list[Taken]:
         """The prompts at this rank's places of the next `count` readable ones; collective.
@@ -233,10 +242,12 @@ class PromptStream:
         places, failures = list(range(count)), 0
         while places:
             drawn = {place: self._next() for place in places}
+            repeats = {place: self._repeat(self.prompts[index].id) for place, index in drawn.items()}
             failed, long = {}, {}
             for place in sorted(own & drawn.keys()):
                 try:
-                    taken[place] = (self.prompts[drawn[place]], self.encode(drawn[place]))
+                    sample = self.encode(drawn[place])
+                    taken[place] = (replace(self.prompts[drawn[place]], repeat=repeats[place]), sample)
                 except PromptTooLongError as error:
                     failed[place] = long[drawn[place]] = str(error)
                 except KeyeError as error:
@@ -280,6 +291,11 @@ class PromptStream:
         self.epoch, self.position = state["epoch"], state["position"]
         self.too_long = dict(state.get("too_long", {}))
         self.rejected |= {self.prompts[index].where: why for index, why in self.too_long.items()}
+
+    def _repeat(self, name: str) -> int:
+        """How often a question was drawn before in this step, by all ranks."""
+        self._drawn[name] += 1
+        return self._drawn[name] - 1
 
     def _next(self) -> int:
         """Index in `prompts` of the next prompt that is asked."""

@@ -17,7 +17,10 @@ from keye.processor.processor import Sample
 from rl.policy.scoring import Group
 
 Key = tuple[int, ...]
-"""Identifies a prompt's draws: by convention (seed, purpose, step, number of the question's id)."""
+"""Identifies a prompt's draws: by convention (seed, purpose, step, number of the question's id).
+
+A question that was drawn before in the same step has one number more, how often.
+"""
 
 ROLLOUT, HELDOUT = 0, 1
 """Purposes, the second number of a key."""

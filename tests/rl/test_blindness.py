@@ -91,11 +91,10 @@ def test_a_probe_asks_the_same_questions_under_each_control(processor):
         means = [None if v is None else v.float().mean((1, 2, 3)) for v in values]
         return [0.0 if m is None or m.std() == 0 else float((m.diff() >= 0).all()) for m in means]
 
-    seeds = []
     monitor = BlindnessMonitor(Blindness(every=2), questions, processor, ask)
-    assert monitor.probe(1, lambda: seeds.append(1)) == {}
-    found = monitor.probe(2, lambda: seeds.append(1))
-    assert len(seeds) == 5 and [len(batch) for batch in asked] == [2] * 5
+    assert monitor.probe(1) == {}
+    found = monitor.probe(2)
+    assert [len(batch) for batch in asked] == [2] * 5
     seen, blind, zeroed, shuffled, other = asked
     assert [s.visual_tokens for s in blind] == [0, 0]
     for batch in (zeroed, shuffled, other):
@@ -114,7 +113,7 @@ def test_a_question_whose_clip_cannot_be_read_is_left_out_of_a_probe(processor, 
     gone = dataclasses.replace(gone, messages=[{"role": "user", "content": parts}])
     config = Blindness(every=1, controls=("blind",))
     monitor = BlindnessMonitor(config, [gone, prompt("a", [0, 100])], processor, lambda batch, n: [0.5] * len(batch))
-    assert monitor.probe(1, lambda: None) == {"seen": 0.5, "blind/blind": 0.5, "gap/blind": 0.0, "gap/smallest": 0.0}
+    assert monitor.probe(1) == {"seen": 0.5, "blind/blind": 0.5, "gap/blind": 0.0, "gap/smallest": 0.0}
 
 
 def test_the_run_stops_after_some_probes_with_a_small_gap(processor):
@@ -123,7 +122,7 @@ def test_the_run_stops_after_some_probes_with_a_small_gap(processor):
     monitor = BlindnessMonitor(config, [prompt("a", [0, 100])], processor, lambda batch, n: [next(accuracies)])
     lows, stops = [], []
     for step in range(1, 7):
-        monitor.probe(step, lambda: None)
+        monitor.probe(step)
         lows.append(monitor.low)
         stops.append(monitor.stopped)
     # The second probe does not count: a policy that is never right says nothing about its gap.

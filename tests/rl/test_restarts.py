@@ -87,7 +87,7 @@ def trained_then_failing(run: Path) -> dict:
     if dist.get_rank() == 1:
         trainer.blindness.ask = lambda asked, samples: (_ for _ in ()).throw(KeyeError("the engine of rank 1 is gone"))
     with pytest.raises(KeyeError) as caught:
-        trainer.blindness.probe(1, lambda: None)
+        trainer.blindness.probe(1)
     return state | {"error": str(caught.value), "after": gather(dist.get_rank())}
 
 
