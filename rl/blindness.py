@@ -57,6 +57,10 @@ class Blindness:
     drop_above: float = 0.75
     """The guard "drop" leaves out questions whose accuracy without frames is at least this."""
 
+    drop_over_chance: float = 0.0
+    """With "drop", of a question with options: also leave it out when its accuracy without frames is at least 1 ÷ the
+    number of options + this; 0 = only `drop_above` counts."""
+
     stop_gap: float = 0.1
     """The guard "stop" waits for a gap below this."""
 
@@ -72,6 +76,7 @@ class Blindness:
         need(not unknown, f"blindness.controls names {unknown}: use some of {', '.join(CONTROLS)}")
         need(self.guard in GUARDS, f"blindness.guard = {self.guard!r} must be one of {', '.join(GUARDS)}")
         need(0 < self.drop_above <= 1, "blindness.drop_above must be above 0 and at most 1")
+        need(0 <= self.drop_over_chance < 1, "blindness.drop_over_chance must be at least 0 and below 1")
         need(0 < self.stop_gap < 1, "blindness.stop_gap must be between 0 and 1")
         need(self.every == 0 or bool(self.controls), "blindness.every needs at least one of blindness.controls")
         need(
@@ -83,6 +88,16 @@ class Blindness:
     def asks_own(self) -> bool:
         """Whether the step's own questions are asked without their frames."""
         return self.guard in ("drop", "penalise")
+
+    def limit(self, options: int) -> float:
+        """The accuracy without frames from which the guard "drop" leaves out a question.
+
+        Args:
+            options: of the question; 0 if it has none, so that no chance is known.
+        """
+        if not options or not self.drop_over_chance:
+            return self.drop_above
+        return min(self.drop_above, 1 / options + self.drop_over_chance)
 
 
 class BlindnessMonitor:
@@ -192,8 +207,8 @@ class BlindnessMonitor:
         """The experience with the guard applied to its advantages; without a collective.
 
         The advantages of a question with the accuracy b without frames are multiplied by 1 − b ("penalise"), or set to
-        zero when b ≥ `drop_above` ("drop"). A lower reward for all right answers of a group would change nothing,
-        because advantages are standardised within the group.
+        zero when b reaches `Blindness.limit` ("drop"). A lower reward for all right answers of a group would change
+        nothing, because advantages are standardised within the group.
         """
         if not self.config.asks_own:
             return experience
@@ -202,7 +217,8 @@ class BlindnessMonitor:
         blind = torch.full((len(experience.prompts),), math.nan)
         blind[places] = torch.tensor(self.ask(asked, self.config.samples))
         known = blind.nan_to_num(0.0)
-        factor = 1 - known if self.config.guard == "penalise" else (known < self.config.drop_above).float()
+        limits = torch.tensor([self.config.limit(len(prompt.options)) for prompt in experience.prompts])
+        factor = 1 - known if self.config.guard == "penalise" else (known < limits).float()
         return replace(experience, advantages=experience.advantages * factor[:, None], blind=blind)
 
     @property
@@ -240,15 +256,19 @@ def without_marked(found: PromptSet, config: Blindness) -> PromptSet:
         return found
     kept, rejected = [], dict(found.rejected)
     for prompt in found.prompts:
-        marked = prompt.extra.get("blind_accuracy")
-        if isinstance(marked, int | float) and marked >= config.drop_above:
-            rejected[prompt.where] = f"{prompt.where}: blind_accuracy {marked} is at least blindness.drop_above"
+        marked, limit = prompt.extra.get("blind_accuracy"), config.limit(len(prompt.options))
+        if isinstance(marked, int | float) and marked >= limit:
+            rejected[prompt.where] = (
+                f"{prompt.where}: blind_accuracy {marked} is at least {limit:g}, of blindness.drop_above and "
+                "blindness.drop_over_chance"
+            )
         else:
             kept.append(replace(prompt, index=len(kept)))
     if not kept:
         raise ManifestError(
-            f"every question has a blind_accuracy of blindness.drop_above = {config.drop_above} or more, such as "
-            f"{found.prompts[0].where}; raise it or use other questions"
+            f"every question has a blind_accuracy of blindness.drop_above = {config.drop_above}, or drop_over_chance = "
+            f"{config.drop_over_chance} above chance, or more, such as {found.prompts[0].where}; raise them or use "
+            "other questions"
         )
     return PromptSet(kept, rejected, found.digest)
 
@@ -304,12 +324,17 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return found | ({"gap/smallest": min(gaps)} if gaps else {})
 
 
-def own_metrics(pairs: Sequence[tuple[float, float]], drop_above: float) -> dict[str, float]:
-    """Metrics of the step's own questions from (accuracy with frames, without frames) of each question with media."""
-    if not pairs:
+def own_metrics(asked: Sequence[tuple[float, float, int]], config: Blindness) -> dict[str, float]:
+    """Metrics of the step's own questions.
+
+    Args:
+        asked: of each question with media: accuracy with frames, accuracy without them, number of options.
+        config: says which of them the guard "drop" leaves out.
+    """
+    if not asked:
         return {}
     return {
-        "blind/own": fmean(blind for _, blind in pairs),
-        "gap/own": fmean(seen - blind for seen, blind in pairs),
-        "blind/answered": fmean(blind >= drop_above for _, blind in pairs),
+        "blind/own": fmean(blind for _, blind, _ in asked),
+        "gap/own": fmean(seen - blind for seen, blind, _ in asked),
+        "blind/answered": fmean(blind >= config.limit(options) for _, blind, options in asked),
     }

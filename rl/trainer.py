@@ -181,7 +181,7 @@ class GspoTrainer:
         }
         ranks = gather(local)
         self.agreed = set().union(*(rank["requests"] for rank in ranks))
-        metrics = step_metrics(self.step, ranks, seconds, self.recipe.blindness.drop_above)
+        metrics = step_metrics(self.step, ranks, seconds, self.recipe.blindness)
         return metrics | self.hints.metrics | {"lr": self.engine.get_lr()[0], "epoch": self.stream.epoch}
 
     def _experience(self) -> tuple[Experience, list[Experience]]:

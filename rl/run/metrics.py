@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rl.blindness import own_metrics
+from rl.blindness import Blindness, own_metrics
 from rl.questions.heldout import standard_error
 from rl.questions.sampling import Experience, accuracy_of
 from rl.rollout.correction import effective_share
@@ -64,7 +64,7 @@ def rollout_values(experiences: list[Experience]) -> dict[str, Any]:
     return {
         "families": [prompt.family for experience in experiences for prompt in experience.prompts],
         "earned": [[asdict(e) for e in group] for experience in experiences for group in experience.earned],
-        "seen_blind": [pair for experience in experiences for pair in _seen_blind(experience)],
+        "seen_blind": [row for experience in experiences for row in _seen_blind(experience)],
         "replaced": sum(len(experience.groups) for experience in experiences[1:]),
         "lengths": [len(c) for group in groups for c in group.completions],
         "finished": [f for group in groups for f in group.finished],
@@ -74,16 +74,16 @@ def rollout_values(experiences: list[Experience]) -> dict[str, Any]:
     }
 
 
-def _seen_blind(experience: Experience) -> list[tuple[float, float]]:
-    """Accuracy with and without frames of the questions that were asked both ways."""
+def _seen_blind(experience: Experience) -> list[tuple[float, float, int]]:
+    """Accuracy with and without frames, and number of options, of the questions that were asked both ways."""
     if experience.blind is None:
         return []
-    pairs = zip(experience.earned, experience.blind.tolist(), strict=True)
-    return [(accuracy_of(group), blind) for group, blind in pairs if not math.isnan(blind)]
+    rows = zip(experience.earned, experience.blind.tolist(), experience.prompts, strict=True)
+    return [(accuracy_of(group), blind, len(prompt.options)) for group, blind, prompt in rows if not math.isnan(blind)]
 
 
 def step_metrics(
-    step: int, ranks: list[dict[str, Any]], seconds: dict[str, float], drop_above: float = 1.0
+    step: int, ranks: list[dict[str, Any]], seconds: dict[str, float], blindness: Blindness | None = None
 ) -> dict[str, Any]:
     """Metrics of one step from the values of every rank (see `rollout_values` and `GspoTrainer.train_step`).
 
@@ -119,7 +119,7 @@ def step_metrics(
         **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items()) if values},
         "informative": fmean(informative),
         **({"replaced": replaced} if (replaced := sum(rank.get("replaced", 0) for rank in ranks)) else {}),
-        **own_metrics([pair for rank in ranks for pair in rank.get("seen_blind", ())], drop_above),
+        **own_metrics([row for rank in ranks for row in rank.get("seen_blind", ())], blindness or Blindness()),
         "clip_fraction": values["clipped"].mean,
         "ratio_mean": ratio.mean,
         "ratio_min": ratio.least,

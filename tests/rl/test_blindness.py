@@ -74,10 +74,13 @@ def test_the_gaps_by_hand():
         "gap/smallest": 0.375,  # not that of "shuffled", which leaves the frames there
     }  # fmt: skip
     assert summary([]) == {}
-    assert own_metrics([(1.0, 0.75), (0.5, 0.0)], 0.75) == {
+    assert own_metrics([(1.0, 0.75, 0), (0.5, 0.0, 4)], Blindness()) == {
         "blind/own": 0.375, "gap/own": 0.375, "blind/answered": 0.5,
     }  # fmt: skip
-    assert own_metrics([], 0.75) == {}
+    assert own_metrics([], Blindness()) == {}
+    # With four options 0.5 is chance and 0.25 more; with six options it is above that, without options below 0.75.
+    rows = [(1.0, 0.5, 4), (1.0, 0.375, 4), (1.0, 0.5, 6), (1.0, 0.5, 0)]
+    assert own_metrics(rows, Blindness(drop_over_chance=0.25))["blind/answered"] == 0.5
 
 
 def test_a_probe_asks_the_same_questions_under_each_control(processor):
@@ -162,6 +165,29 @@ def test_a_guard_acts_on_questions_that_are_answered_without_frames(processor, g
         assert not asked and found.blind is None
 
 
+@pytest.mark.parametrize(
+    ("options", "over", "blind", "kept"),
+    [
+        (2, 0.0, 0.7, True),  # the key is off: only drop_above counts
+        (2, 0.0, 0.75, False),
+        (4, 0.25, 0.4, True),
+        (4, 0.25, 0.5, False),
+        (6, 0.3, 0.45, True),
+        (6, 0.3, 0.5, False),
+        (2, 0.4, 0.75, False),  # chance and 0.4 more is above drop_above, which still counts
+        (0, 0.1, 0.7, True),  # without options no chance is known
+    ],
+)
+def test_the_guard_drop_compares_with_chance(processor, options, over, blind, kept):
+    asked = dataclasses.replace(prompt("a", [0, 100]), options=tuple("abcdef"[:options]))
+    before = dataclasses.replace(experience(), prompts=[asked, *experience().prompts[1:]])
+    config = Blindness(guard="drop", drop_over_chance=over)
+    monitor = BlindnessMonitor(config, [], processor, lambda batch, n: [blind, 0.0])
+    found = monitor.guarded(before)
+    assert torch.equal(found.advantages[0], before.advantages[0] * kept)
+    assert torch.equal(found.advantages[1:], before.advantages[1:])
+
+
 def test_a_lower_reward_for_all_right_answers_of_a_group_would_change_nothing():
     rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     torch.testing.assert_close(group_advantages(rewards * 0.25), group_advantages(rewards))
@@ -174,6 +200,7 @@ def test_a_lower_reward_for_all_right_answers_of_a_group_would_change_nothing():
         ("blindness.guard='stop'", "needs blindness.every above 0"),
         ("blindness.controls=['masked']", "blindness.controls names ['masked']"),
         ("blindness.drop_above=0", "blindness.drop_above must be above 0"),
+        ("blindness.drop_over_chance=1.0", "blindness.drop_over_chance must be at least 0 and below 1"),
         ("blindness.samples=0", "blindness.samples must be at least 1"),
         ("heldout.every=-1", "heldout.every must be at least 0"),
         ("gspo.curriculum_floor=0.0", "gspo.curriculum_floor must be above 0"),

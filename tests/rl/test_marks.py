@@ -104,6 +104,13 @@ def test_the_guard_drop_leaves_out_marked_questions(tmp_path):
     left = without_marked(found, Blindness(guard="drop", drop_above=0.75))
     assert [(prompt.id, prompt.index) for prompt in left.prompts] == [("1", 0), ("2", 1)]
     assert list(left.rejected) == [f"{path}:1"] and "0.9" in left.rejected[f"{path}:1"]
+    path.write_text("\n".join([line(0, blind_accuracy=0.5, options=["3", "4"]), line(1, blind_accuracy=0.5)]))
+    strict = Blindness(guard="drop", drop_over_chance=0.25)
+    assert [prompt.id for prompt in without_marked(load_prompts(path), strict).prompts] == ["0", "1"]
+    path.write_text(line(0, blind_accuracy=0.5, options=["3", "4", "5", "6"]) + "\n" + line(1, blind_accuracy=0.5))
+    left = without_marked(load_prompts(path), strict)
+    assert [prompt.id for prompt in left.prompts] == ["1"]
+    assert "0.5 is at least 0.5" in left.rejected[f"{path}:1"]
     path.write_text(line(0, blind_accuracy=1.0))
     with pytest.raises(ManifestError, match="every question has a blind_accuracy"):
         without_marked(load_prompts(path), Blindness(guard="drop"))
