@@ -1,15 +1,18 @@
 """Does a policy go blind where the words of questions give the answer away, and does the guard keep it looking?
 
 The start model is a tiny pre-trained one. In the training questions of two families a sentence names an answer,
-"Someone says red.". For a share of them it is the right one, and their clip is that of another question, as where the
-sampled frames miss the event. Otherwise, and in all held-out questions, the named answer is drawn at random: only the
-frames say what is right. Three seeds train without a guard and three with blindness.guard = "drop". At the end each
-policy answers held-out questions with frames, as text, and with zeroed pixels; the smallest difference is its gap.
+"Someone says red.". For a share of them (planted) it is the right one, and their clip is that of another question of
+the family, as where clip and question were paired wrongly. Otherwise, and in all held-out questions, the named answer
+is drawn at random: only the frames say what is right. Three seeds train without a guard and three with
+blindness.guard = "drop". Each policy answers held-out questions with frames, as text, and with zeroed pixels; the
+smallest difference is its gap.
 """
 
 import json
 import random
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,16 +33,31 @@ OPTIONS = {
     "find": ("white", "purple", "blue", "yellow", "red", "green"),
     "motion": ("left", "right", "up", "down"),
 }
-SHARE = 0.9  # of the training questions that name the right answer
+SHARE = 0.9  # of the training questions that are planted
 BLIND = 0.1  # a policy with a smaller gap counts as blind
+SEEDS = (11, 12, 13)  # others were used for the choice of the setting
 GUARDS = ("off", "drop")
 REMOVED = ("blind", "zeroed")
 SETTINGS = (
     "gspo.prompts=16", "gspo.mini_batches=2", "gspo.learning_rate=4e-4", 'gspo.freeze=["visual"]', "gspo.families=[]",
-    "gspo.checkpoint_every=10", "heldout.limit=30", "heldout.samples=1", "blindness.every=10",
-    "blindness.questions=60", "blindness.samples=4", 'blindness.controls=["blind", "zeroed"]',
+    "gspo.checkpoint_every=10", "heldout.limit=24", "heldout.samples=1", "blindness.every=10",
+    "blindness.questions=48", "blindness.samples=8", 'blindness.controls=["blind", "zeroed"]',
 )  # fmt: skip
-GUARDED = ('blindness.guard="drop"', "blindness.drop_above=0.75", "gspo.extra_prompts=32")
+GUARDED = ('blindness.guard="drop"', "blindness.drop_over_chance=0.125", "gspo.extra_prompts=32")
+TRIALS = (
+    "Trials before the setting was fixed, with other seeds, whose runs are not among those above; gaps on 48 to 60 "
+    "held-out questions. (1) Planted questions with their own clips, 80 % planted: after 90 steps without a guard "
+    "the policy was not blind (held-out motion 0.98 with frames, 0.27 as text), because looking and following the "
+    "words earn the same. (2) Planted questions with clips that show nothing of what is asked, 90 %: seed 100 ended "
+    "at +0.04 after 40 steps without a guard and at +0.36 with drop (drop_over_chance 0.2, 48 extra questions); "
+    "seed 101 was still at +0.17 after 50 steps without a guard, so it does not reliably go blind in this time. (3) "
+    "Exchanged clips, 90 %, drop_above 0.75 alone, 32 extra questions, seed 0: +0.01 after 50 steps without a "
+    "guard, +0.30 after 30 with it. (4) Exchanged clips with 8 questions a step, drop_above 0.5 alone and 8 extra "
+    "questions, seed 2: +0.07 without a guard and +0.05 with it after 30 steps. The guard failed: a planted "
+    "question that is not yet answered blind stays in the update, and one step has hardly an honest question. So "
+    "the guard here compares with chance and draws more questions.",
+    "Not measured: the guard penalise, and questions marked by keye data mark-blind before training.",
+)
 
 
 def plant(world: Path, out: Path, seed: int) -> dict[str, int]:
@@ -48,16 +66,17 @@ def plant(world: Path, out: Path, seed: int) -> dict[str, int]:
     (out / "world").mkdir(parents=True, exist_ok=True)
     for split in ("train", "heldout"):
         draw = random.Random(f"{seed}/{split}")
-        lines = (json.loads(line) for line in (world / f"{split}.jsonl").read_text(encoding="utf-8").splitlines())
+        lines = [json.loads(line) for line in (world / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
         rows = [row for row in lines if row.get("family") in OPTIONS]
         if not rows:
             raise RecipeError(f"{world}/{split}.jsonl has no question of the families {', '.join(OPTIONS)}")
-        planted = [split == "train" and draw.random() < SHARE for _ in rows]
         clips = {family: [_clip(row) for row in rows if row["family"] == family] for family in OPTIONS}
-        text = "".join(
-            json.dumps(_question(row, leaked, clips[row["family"]], world, draw)) + "\n"
+        planted = [split == "train" and draw.random() < SHARE for _ in rows]
+        questions = [
+            _question(row, clips[row["family"]] if leaked else (), world, draw)
             for row, leaked in zip(rows, planted, strict=True)
-        )
+        ]
+        text = "".join(json.dumps(question) + "\n" for question in questions)
         (out / f"world/{split}.jsonl").write_text(text, encoding="utf-8")
         counts |= {split: len(rows), f"{split} planted": sum(planted)}
     return counts
@@ -67,17 +86,22 @@ def _clip(row: dict[str, Any]) -> str:
     return next(part["video"] for part in row["messages"][0]["content"] if part["type"] == "video")
 
 
-def _question(row: dict[str, Any], leaked: bool, clips: list[str], world: Path, draw: random.Random) -> dict[str, Any]:
-    """A row with a named answer; a planted one names the right answer and shows another question's clip."""
+def _question(row: dict[str, Any], others: Sequence[str], world: Path, draw: random.Random) -> dict[str, Any]:
+    """A row with a named answer; a planted one names the right answer and shows one of the `others` clips."""
     words = next(part["text"] for part in row["messages"][0]["content"] if part["type"] == "text")
-    named = row["answer"] if leaked else draw.choice(OPTIONS[row["family"]])
-    clip = draw.choice(clips) if leaked else _clip(row)
+    options = OPTIONS[row["family"]]
+    named = row["answer"] if others else draw.choice(options)
+    clip = draw.choice(others) if others else _clip(row)
     content = [
         {"type": "video", "video": str((world / clip).resolve())},
-        {"type": "text", "text": f"{words} Someone says {named}."},
+        {"type": "text", "text": f"{words}{_named(named)}"},
     ]
-    question = {key: row[key] for key in ("id", "family", "answer")}
+    question = {key: row[key] for key in ("id", "family", "answer")} | {"options": options}
     return question | {"messages": [{"role": "user", "content": content}]}
+
+
+def _named(answer: str) -> str:
+    return f" Someone says {answer}."
 
 
 def train(start: Path, out: Path, seed: int, guard: str, steps: int) -> dict[str, Any]:
@@ -99,9 +123,24 @@ def train(start: Path, out: Path, seed: int, guard: str, steps: int) -> dict[str
     return {"before": json.loads(first.read_text(encoding="utf-8")), "after": measure(trainer), "curve": rows}
 
 
-def measure(trainer: Any) -> list[dict[str, float]]:
-    """Accuracy of the policy on each held-out question with its frames and under each control."""
-    return trainer.blindness.measure()
+def measure(trainer: Any) -> dict[str, list[dict[str, float]]]:
+    """Accuracy on each held-out question with its frames and under each control, with ("named") and without ("plain")
+    the sentence that names an answer."""
+    monitor = trainer.blindness
+    named = monitor.questions
+    found = {"named": monitor.measure()}
+    monitor.questions = [replace(prompt, messages=_plain(prompt.messages)) for prompt in named]
+    found["plain"] = monitor.measure()
+    monitor.questions = named
+    return found
+
+
+def _plain(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A question's messages without the sentence that names an answer."""
+    text = json.dumps(messages)
+    for answer in {answer for options in OPTIONS.values() for answer in options}:
+        text = text.replace(_named(answer), "")
+    return json.loads(text)
 
 
 def gaps(rows: list[dict[str, float]]) -> np.ndarray:
@@ -118,71 +157,98 @@ def onset(curve: list[dict[str, Any]]) -> str:
 
 
 def tables(found: dict[tuple[int, str], dict[str, Any]]) -> list[Table]:
-    """Every run, then the gap in the course of training."""
-    rows = []
+    """The gap in the course of training, every run, and what the guard left out."""
+    rows, plain = [], []
     for (seed, guard), result in found.items():
-        start, end = gaps(result["before"]), gaps(result["after"])
+        start, end = gaps(result["before"]["named"]), gaps(result["after"]["named"])
         low, high = paired_interval(end)
-        last = result["curve"][-10:]
-        seen = [fmean(row["none"] for row in result[name]) for name in ("before", "after")]
-        rewards = [fmean(row["reward_mean"] for row in part) for part in (result["curve"][:10], last)]
+        seen = [fmean(row["none"] for row in result[name]["named"]) for name in ("before", "after")]
+        rewards = [fmean(row["reward_mean"] for row in part) for part in (result["curve"][:10], result["curve"][-10:])]
+        dropped = [row["blind/answered"] for row in result["curve"] if "blind/answered" in row]
         rows.append(
             (
                 *(seed, guard, f"{rewards[0]:.2f} → {rewards[1]:.2f}", f"{seen[0]:.2f} → {seen[1]:.2f}"),
-                *(f"{start.mean():+.2f}", f"{end.mean():+.2f} ({low:+.2f} … {high:+.2f})", onset(result["curve"])),
+                *(f"{start.mean():+.2f}", f"{end.mean():+.2f} ({low:+.2f} … {high:+.2f})"),
+                *(f"{fmean(dropped):.0%}" if dropped else "–", onset(result["curve"])),
             )
         )
+        start, end = gaps(result["before"]["plain"]), gaps(result["after"]["plain"])
+        low, high = paired_interval(end)
+        seen = [fmean(row["none"] for row in result[name]["plain"]) for name in ("before", "after")]
+        change = f"{start.mean():+.2f}", f"{end.mean():+.2f} ({low:+.2f} … {high:+.2f})"
+        plain.append((seed, guard, f"{seen[0]:.2f} → {seen[1]:.2f}", *change))
     columns = (
-        *("seed", "guard", "training reward, first → last ten steps", "held-out accuracy"),
-        *("gap before", "gap after (95 %)", "step of the guard stop"),
+        *("seed", "guard", "training reward, first → last ten steps", "held-out accuracy", "gap before"),
+        *("gap after (95 %)", "left out by the guard", "step of the guard stop"),
     )
-    steps = [row["step"] for row in next(iter(found.values()))["curve"] if "gap/smallest" in row]
-    curves = [
-        (seed, guard, *(f"{row['gap/smallest']:+.2f}" for row in result["curve"] if "gap/smallest" in row))
-        for (seed, guard), result in found.items()
-    ]
+    probes = [row["step"] for row in next(iter(found.values()))["curve"] if "gap/smallest" in row]
+    courses = [(seed, guard, *(f"{gap:+.2f}" for _, gap in course(result))) for (seed, guard), result in found.items()]
     return [
+        Table("Gap over the steps", ("seed", "guard", *(f"step {step}" for step in (0, *probes))), courses),
         Table("Each run", columns, rows),
-        Table("Gap at the probes", ("seed", "guard", *(f"step {step}" for step in steps)), curves),
+        Table(
+            "The same held-out questions without the sentence that names an answer",
+            ("seed", "guard", "accuracy", "gap before", "gap after (95 %)"),
+            plain,
+        ),
     ]
+
+
+def course(result: dict[str, Any]) -> list[tuple[int, float]]:
+    """(step, gap) before training and at every probe."""
+    probes = [(row["step"], row["gap/smallest"]) for row in result["curve"] if "gap/smallest" in row]
+    return [(0, float(gaps(result["before"]["named"]).mean())), *probes]
+
+
+def draw(found: dict[tuple[int, str], dict[str, Any]], path: Path) -> None:
+    """A picture of the gap over the steps: one line for each run, one colour for each guard."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    styles, colours = ("-", "--", ":"), dict(zip(GUARDS, ("tab:red", "tab:blue"), strict=True))
+    for (seed, guard), result in found.items():
+        steps, values = zip(*course(result), strict=True)
+        axes.plot(
+            steps, values, styles[seed % 3], color=colours[guard], marker="o", label=f"guard {guard}, seed {seed}"
+        )
+    axes.axhline(BLIND, color="grey", linewidth=0.8)
+    axes.set(xlabel="step", ylabel="accuracy with frames − without", title="Gap on held-out questions")
+    axes.legend(fontsize="small", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def claims(found: dict[tuple[int, str], dict[str, Any]]) -> list[Claim]:
     """How many seeds end blind with and without the guard, and the paired difference of their gaps."""
     seeds = sorted({seed for seed, _ in found})
-    ends = {key: gaps(result["after"]) for key, result in found.items()}
+    ends = {key: gaps(result["after"]["named"]) for key, result in found.items()}
     blind = {guard: sum(ends[seed, guard].mean() < BLIND for seed in seeds) for guard in GUARDS}
     difference = np.stack([ends[seed, "drop"] - ends[seed, "off"] for seed in seeds]).mean(0)
     low, high = paired_interval(difference)
+    every = f"{len(seeds)} of {len(seeds)}"
+    without, guarded = (f"{blind[guard]} of {len(seeds)}" for guard in GUARDS)
     return [
+        Claim("seeds that end blind without the guard", every, without, met=blind["off"] == len(seeds)),
+        Claim("seeds that end blind with the guard drop", f"0 of {len(seeds)}", guarded, met=blind["drop"] == 0),
         Claim(
-            "Seeds that end blind without the guard",
-            f"{len(seeds)} of {len(seeds)}",
-            f"{blind['off']} of {len(seeds)}",
-            met=blind["off"] == len(seeds),
-        ),
-        Claim(
-            "Seeds that end blind with the guard", f"0 of {len(seeds)}", f"{blind['drop']} of {len(seeds)}",
-            met=blind["drop"] == 0,
-        ),
-        Claim(
-            "Gap with the guard minus gap without it, paired by question",
+            "gap with the guard drop minus gap without it, paired by question",
             "above 0 (95 %)",
             f"{difference.mean():+.2f} ({low:+.2f} … {high:+.2f})",
-            met=low > 0,
+            met=bool(low > 0),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def main() -> int:
     parser = arguments(__doc__, EXAMPLES, results="rl")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a run with annealing/model and world")
-    parser.add_argument("--steps", type=int, default=30, help="steps of a run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a run (default: %(default)s)")
     parser.add_argument("--scratch", type=Path, help="folder of the six runs (default: .cache/bench/rl/blindness)")
     args = parser.parse_args()
     if not (args.run / "annealing/model/config.json").is_file():
         raise RecipeError(f"{args.run} has no annealing/model: give a run of scripts/demo with --run")
-    seeds, steps = ((0,), 10) if args.quick else ((0, 1, 2), args.steps)
+    seeds, steps = ((0,), 10) if args.quick else (SEEDS, args.steps)
     scratch = args.scratch or (SCRATCH.with_name("blindness_quick") if args.quick else SCRATCH)
     from stages.distributed import engine
 
@@ -196,16 +262,18 @@ def main() -> int:
                 write_atomically(out / "result.json", json.dumps(result))
             found[seed, guard] = json.loads((out / "result.json").read_text(encoding="utf-8"))
     seconds = sum(row["seconds"] + row.get("seconds_probes", 0) for one in found.values() for row in one["curve"])
-    questions = len(next(iter(found.values()))["after"])
+    questions = len(next(iter(found.values()))["after"]["named"])
     notes = [
-        f"{SHARE:.0%} of the training questions name the right answer and show another question's clip; held-out "
-        f"questions ({questions}) name a random answer. A gap is the accuracy of 4 sampled answers with frames minus "
-        "that of the better of the controls text only and zeroed pixels, over the same questions; below "
-        f"{BLIND} a policy counts as blind. The guard is `{' '.join(GUARDED)}`; the settings of all runs are "
-        f"`{' '.join(SETTINGS)}` and {steps} steps.",
-        'The last column is the step at which blindness.guard = "stop" with stop_gap = 0.1 and stop_probes = 2 would '
-        "have ended the run. The duration is that of all steps and probes.",
+        f"{SHARE:.0%} of the training questions name the right answer and show another question's clip; "
+        f"held-out questions ({questions}) name a random answer. A gap is the accuracy of 8 sampled answers with "
+        "frames minus that of the better of the controls text only and zeroed pixels, over the same questions; below "
+        f"{BLIND} a policy counts as blind. Intervals are bootstraps over the questions. The guard is "
+        f"`{' '.join(GUARDED)}`; the settings of all runs are `{' '.join(SETTINGS)}` and {steps} steps.",
+        *TRIALS,
+        'The last column of the runs is the step at which blindness.guard = "stop" with stop_gap = 0.1 and stop_probes '
+        "= 2 would have ended the run. The duration is that of all steps and probes.",
     ]
+    draw(found, out_of(args) / "blindness.png")
     save(
         out_of(args), "blindness", claims(found), tables(found),
         seconds=seconds, quick=args.quick,
