@@ -223,7 +223,7 @@ def claims(found: dict[tuple[int, str], dict[str, Any]]) -> list[Claim]:
     """How many seeds end blind with and without the guard, and the paired difference of their gaps."""
     seeds = sorted({seed for seed, _ in found})
     ends = {key: gaps(result["after"]["named"]) for key, result in found.items()}
-    blind = {guard: sum(ends[seed, guard].mean() < BLIND for seed in seeds) for guard in GUARDS}
+    blind = {guard: sum(bool(ends[seed, guard].mean() < BLIND) for seed in seeds) for guard in GUARDS}
     difference = np.stack([ends[seed, "drop"] - ends[seed, "off"] for seed in seeds]).mean(0)
     low, high = paired_interval(difference)
     every = f"{len(seeds)} of {len(seeds)}"
@@ -237,6 +237,19 @@ def claims(found: dict[tuple[int, str], dict[str, Any]]) -> list[Claim]:
             f"{difference.mean():+.2f} ({low:+.2f} … {high:+.2f})",
             met=bool(low > 0),
         ),
+    ]
+
+
+def failures(found: dict[tuple[int, str], dict[str, Any]]) -> list[str]:
+    """A sentence about the seeds that end blind with the guard, if there are such seeds."""
+    guarded = {seed: result["after"]["named"] for (seed, guard), result in found.items() if guard == "drop"}
+    failed = [seed for seed, rows in guarded.items() if gaps(rows).mean() < BLIND]
+    if not failed:
+        return []
+    return [
+        f"The guard drop did not prevent blindness for the seeds {', '.join(map(str, failed))}. Probable cause: it "
+        "judges a question by its words alone. Planted questions below its limit stay in the update; their clips "
+        "contradict the answer, so looking is punished. The guard does not repair wrong pairs of clip and question."
     ]
 
 
@@ -269,6 +282,7 @@ def main() -> int:
         "frames minus that of the better of the controls text only and zeroed pixels, over the same questions; below "
         f"{BLIND} a policy counts as blind. Intervals are bootstraps over the questions. The guard is "
         f"`{' '.join(GUARDED)}`; the settings of all runs are `{' '.join(SETTINGS)}` and {steps} steps.",
+        *failures(found),
         *TRIALS,
         'The last column of the runs is the step at which blindness.guard = "stop" with stop_gap = 0.1 and stop_probes '
         "= 2 would have ended the run. The duration is that of all steps and probes.",
