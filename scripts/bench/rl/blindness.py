@@ -214,7 +214,7 @@ def draw(found: dict[tuple[int, str], dict[str, Any]], path: Path) -> None:
         )
     axes.axhline(BLIND, color="grey", linewidth=0.8)
     axes.set(xlabel="step", ylabel="accuracy with frames − without", title="Gap on held-out questions")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -234,7 +234,7 @@ def claims(found: dict[tuple[int, str], dict[str, Any]]) -> list[Claim]:
         Claim(
             "gap with the guard drop minus gap without it, paired by question",
             "above 0 (95 %)",
-            f"{difference.mean():+.2f} ({low:+.2f} … {high:+.2f})",
+            f"{difference.mean():+.3f} ({low:+.3f} … {high:+.3f})",
             met=bool(low > 0),
         ),
     ]
@@ -247,9 +247,10 @@ def failures(found: dict[tuple[int, str], dict[str, Any]]) -> list[str]:
     if not failed:
         return []
     return [
-        f"The guard drop did not prevent blindness for the seeds {', '.join(map(str, failed))}. Probable cause: it "
-        "judges a question by its words alone. Planted questions below its limit stay in the update; their clips "
-        "contradict the answer, so looking is punished. The guard does not repair wrong pairs of clip and question."
+        f"The guard drop did not prevent blindness in {len(failed)} of {len(guarded)} runs (seed "
+        f"{', '.join(map(str, failed))}). Probable cause: it judges a question by its words alone. Planted questions "
+        "below its limit stay in the update; their clips contradict the answer, so looking is punished. The guard does "
+        "not repair wrong pairs of clip and question. The table of runs shows the accuracy that the other runs lost."
     ]
 
 
@@ -280,7 +281,7 @@ def main() -> int:
         f"{SHARE:.0%} of the training questions name the right answer and show another question's clip; "
         f"held-out questions ({questions}) name a random answer. A gap is the accuracy of 8 sampled answers with "
         "frames minus that of the better of the controls text only and zeroed pixels, over the same questions; below "
-        f"{BLIND} a policy counts as blind. Intervals are bootstraps over the questions. The guard is "
+        f"{BLIND} a policy counts as blind. Intervals are over the questions, not over seeds. The guard is "
         f"`{' '.join(GUARDED)}`; the settings of all runs are `{' '.join(SETTINGS)}` and {steps} steps.",
         *failures(found),
         *TRIALS,
