@@ -22,6 +22,7 @@ SERVE_EXAMPLES = """examples:
   keye serve MODEL --media-root videos                         requests may name files in this folder
   keye serve MODEL --url --max-bytes 100_000_000               requests may name public http(s) URLs
   KEYE_API_KEY=… keye serve MODEL --host 0.0.0.0               for other machines, with a key
+  KEYE_API_KEY=… keye serve MODEL --allow-reload runs/mine/gspo/policy    for the rollouts of keye posttrain
 """
 
 COMMANDS = "keye.commands"
@@ -119,6 +120,9 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--queue", type=int, default=16, metavar="N", help="requests that may wait; more get 429 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--allow-reload", metavar="DIR", help="requests with the key may load the weights of a folder of DIR"
     )
     parser.set_defaults(call=_with_model("keye.inference.serve", "serve"))
 

@@ -258,7 +258,8 @@ def _check(recipe: RlRecipe, file: str) -> None:
     numbers = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
     need(numbers, "every weight of [rewards] must be a finite number")
     recipe.blindness.check(need)
-    recipe.rollout.check(need)
+    sampled = {} if recipe.gspo is None else {"gspo": recipe.gspo.temperature, "heldout": heldout.temperature}
+    recipe.rollout.check(need, {f"{table}.temperature": value for table, value in sampled.items()})
     need(heldout.every >= 0, "heldout.every must be at least 0")
     recipe.hints.check(need)
     need(heldout.limit >= 1, "heldout.limit must be at least 1")

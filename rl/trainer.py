@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from statistics import fmean
@@ -37,6 +39,8 @@ from rl.recipe import RlRecipe, check_world, places_of
 from rl.rewards import Earned, counted_advantages, rewards_from
 from rl.rollout.build import build_rollout
 from rl.rollout.engine import HELDOUT, ROLLOUT, number_of
+from rl.rollout.served import ServedRollout
+from rl.rollout.synchronise import PolicySync
 from rl.run.agree import agree, from_first, gather
 from rl.run.identity import check_ranks, claim, identity
 from rl.run.metrics import rollout_values, step_metrics, step_summary
@@ -77,7 +81,11 @@ class GspoTrainer:
         reference = agree(lambda: self.start.build(dtype, self.engine.device)) if recipe.gspo.kl else None
         self.update = PolicyUpdate(self.engine, recipe.gspo, reference)
         batch = recipe.gspo.decode_batch_size
-        self.rollout = agree(lambda: build_rollout(recipe.rollout, self.model, self.processor, batch))
+        self.rollout = agree(lambda: build_rollout(recipe.rollout, self.model, self.processor, batch, self.rank))
+        self.sync = None
+        if isinstance(self.rollout, ServedRollout):
+            folder = Path(recipe.rollout.folder or self.out / "policy")
+            self.sync = PolicySync(self.rollout, folder, self.out, partial(self._save_policy, dtype=dtype))
         self.reward = agree(lambda: rewards_from(recipe.rewards, self.run))
         g = recipe.gspo
         self.curriculum = Curriculum(len(prompts), g.curriculum_floor, recipe.seed)
@@ -161,14 +169,16 @@ class GspoTrainer:
         if self.recipe.heldout.every:
             self._keep_best(after)
         result = compare(before, after) | {"seed": self.recipe.seed} | self._summary()
-        self.policy.save(self.out / "model", self.processor.save_pretrained)
+        self._save_policy(self.out / "model")
+        if self.sync is not None:
+            self.sync.close()
         first_rank(lambda: self._write(self.out / "eval.json", json.dumps(result, indent=1)))
         return result
 
     def train_step(self) -> dict[str, Any]:
         """One rollout batch and its optimizer steps; metrics over all ranks."""
         began = time.perf_counter()
-        with complete(self.engine):
+        with self._sampling():
             experience, replaced = self._experience()
         rolled = time.perf_counter()
         updates = self._update(experience)
@@ -259,7 +269,7 @@ class GspoTrainer:
         """The metrics of what is measured between steps: blindness, and the held-out questions with the best model."""
         began, every = time.perf_counter(), self.recipe.heldout.every
         probes = self.recipe.blindness.every and self.step % self.recipe.blindness.every == 0
-        with complete(self.engine) if probes else nullcontext():
+        with self._sampling() if probes else nullcontext():
             found: dict[str, Any] = self.blindness.probe(self.step)
         if every and self.step % every == 0 and self.step < self.recipe.gspo.steps:
             rows = self._measure(f"heldout/step-{self.step}")
@@ -273,14 +283,14 @@ class GspoTrainer:
         if now.reward <= self.best.reward:
             return
         self.best = now
-        self.policy.save(self.out / "model-best", self.processor.save_pretrained)
+        self._save_policy(self.out / "model-best")
         first_rank(lambda: now.write(self.out), OSError)
 
     def _measure(self, name: str) -> list[Answered]:
         """All ranks' answers to the held-out questions, written to `<name>.jsonl`."""
         wanted, g = self.recipe.heldout, self.recipe.gspo
         mine = self.questions[self.rank :: self.world]
-        with self._progress() as bar, complete(self.engine):
+        with self._progress() as bar, self._sampling():
             task = bar.add_task(f"held-out reward {name}", total=len(mine) * self.world)
             answered, rejected = agree(
                 lambda: ask(
@@ -305,6 +315,19 @@ class GspoTrainer:
 
     def _encode(self, prompt: Prompt) -> Sample:
         return self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """The weights for rollouts: complete in this process, or loaded by the servers. Collective at its begin."""
+        if self.sync is not None:
+            self.sync(self.step)
+        # Hinted answers to the original question are scored by the model of this process.
+        here = self.sync is None or self.recipe.hints.update == "original"
+        with complete(self.engine) if here else nullcontext():
+            yield
+
+    def _save_policy(self, out: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.policy.save(out, self.processor.save_pretrained, dtype)
 
     # --- state ------------------------------------------------------------------------------------------------------
 

@@ -154,7 +154,8 @@ class Answering:
         """Ids that end a reply: the model's own, and the tokenizer's end of a turn."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        return sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
+        every = (*ends, self.tokenizer.eos_token_id, *self.sampling.stop_ids)
+        return sorted({end for end in every if end is not None})
 
     def _generate(self) -> None:
         streamer = _Streamer(self._tokens, self.figures)
@@ -195,11 +196,13 @@ class Answering:
 class BatchedAnswering(Answering):
     """The same reply from a `BatchEngine`, in a batch with other requests; without a cache to continue from.
 
-    logprobs: an empty list gets the log-probability of each token, at temperature 1.
+    logprobs: an empty list gets the log-probability of each token, at temperature 1. weights: version of the model's
+    weights, known with the first token.
     """
 
     engine: BatchEngine | None = None
     logprobs: list[float] | None = None
+    weights: str | None = None
 
     def _start(self) -> Callable[[], object]:
         self._done = threading.Event()
@@ -219,6 +222,10 @@ class BatchedAnswering(Answering):
     def stopped(self) -> bool:
         """Whether the reader has stopped."""
         return self._stop.is_set()
+
+    def begin(self, weights: str) -> None:
+        """Receive the version of the weights from the engine."""
+        self.weights = weights
 
     def emit(self, token: int) -> None:
         """Receive a token from the engine."""

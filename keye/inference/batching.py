@@ -7,7 +7,8 @@ decodes a token for every row per step. A row that ends leaves the batch, and pa
 import atexit
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +35,10 @@ class Reader(Protocol):
         """Whether the reply is no longer needed."""
         ...
 
+    def begin(self, weights: str) -> None:
+        """Receive the version of the weights that the complete reply is sampled with."""
+        ...
+
     def emit(self, token: int) -> None:
         """Receive a token of the reply."""
         ...
@@ -41,6 +46,10 @@ class Reader(Protocol):
     def done(self, sequence: Tensor | None, error: BaseException | None) -> None:
         """Receive the end. sequence: ids of prompt and reply `[L]`, None if the prompt was not finished."""
         ...
+
+
+FIRST = "start"
+"""Version of the weights that a model had when its engine was made."""
 
 
 class _Stopped(Exception):
@@ -75,6 +84,9 @@ class BatchEngine:
     Args:
         model: `KeyeForConditionalGeneration` in eval mode; this engine's thread is the only one that calls it.
         size: the most rows decoded together.
+
+    Attributes:
+        weights: version of the model's weights; None while they are replaced, or if that failed.
     """
 
     def __init__(self, model: nn.Module, size: int = 8) -> None:
@@ -82,6 +94,8 @@ class BatchEngine:
         self._waiting: deque[_Row] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self.weights: str | None = FIRST
+        self._actions: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._rows: list[_Row] = []
         self._cache: DynamicCache | None = None
         self._mask = torch.empty(0, 0, dtype=torch.long)
@@ -121,6 +135,20 @@ class BatchEngine:
             self._waiting.append(row)
             self._changed.notify()
 
+    def between(self, action: Callable[[], None]) -> None:
+        """Run an action in the engine's thread when no reply is in progress, and wait for it; new prompts wait too.
+
+        Raises:
+            RuntimeError: the engine is closed. Otherwise what the action raises.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            self._actions.append((action, done))
+            self._changed.notify()
+        done.result()
+
     def close(self) -> None:
         """Stop after the current token and wait for the thread; unfinished replies end with an error."""
         with self._changed:
@@ -136,14 +164,18 @@ class BatchEngine:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._rows or self._closed):
+                while not (self._waiting or self._rows or self._actions or self._closed):
                     self._changed.wait()
                 if self._closed:
                     break
                 left = [row for row in self._waiting if row.reader.stopped]
                 for row in left:
                     self._waiting.remove(row)
-                new = self._waiting.popleft() if self._waiting and len(self._rows) < self.size else None
+                room = len(self._rows) < self.size and not self._actions
+                new = self._waiting.popleft() if self._waiting and room else None
+                action = self._actions.popleft() if self._actions and not self._rows else None
+            if action is not None:
+                _act(*action)
             for row in left:
                 row.finish()
             if new is not None:
@@ -152,11 +184,16 @@ class BatchEngine:
                 self._step()
         for row in (*self._rows, *self._waiting):
             row.finish(error=RuntimeError("the engine was closed"))
+        for _, done in self._actions:
+            done.set_exception(RuntimeError("the engine was closed"))
         self._rows = []
 
     def _admit(self, row: _Row) -> None:
         """Prefill a prompt alone and add it to the running rows."""
         try:
+            if self.weights is None:
+                raise RuntimeError("the weights were not loaded completely; load them again")
+            row.reader.begin(self.weights)
             logits, cache, mask = self._prefill(row)
             if self._rows and self._cache is not None:
                 self._cache, self._mask = _joined(self._cache, self._mask, cache, mask)
@@ -268,6 +305,14 @@ class BatchEngine:
     @staticmethod
     def _sequence(row: _Row) -> Tensor:
         return torch.cat([row.inputs["input_ids"][0].cpu(), torch.tensor(row.tokens, dtype=torch.long)])
+
+
+def _act(action: Callable[[], None], done: Future[None]) -> None:
+    try:
+        action()
+        done.set_result(None)
+    except BaseException as error:  # raised in the thread that waits
+        done.set_exception(error)
 
 
 def _processors(sampling: Sampling, defaults: Any) -> LogitsProcessorList:

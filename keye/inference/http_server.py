@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -32,6 +33,7 @@ try:
     from starlette.types import Receive, Scope, Send
 
     from keye.inference.http_limits import SHUTTING_DOWN, BodyReader, HeadTimeoutProtocol, Limits
+    from keye.inference.reloading import Reloading, add_reload
 except ImportError as error:
     raise KeyeError("keye serve needs fastapi and uvicorn; install them with pip install 'keye[serve]'") from error
 
@@ -105,6 +107,7 @@ def make_server(
     port: int = 0,
     key: str | None = None,
     limits: Limits | None = None,
+    reload_from: Path | None = None,
 ) -> Server:
     """A listening server; `run` starts serving.
 
@@ -114,6 +117,7 @@ def make_server(
         host, port: the address; port 0 is a free one.
         key: the API key of requests; None for none.
         limits: for clients; `Limits()` by default.
+        reload_from: the directory whose folders POST /v1/reload may load; None for no such route.
 
     Raises:
         KeyeError: the server cannot listen at the address.
@@ -131,7 +135,7 @@ def make_server(
         raise KeyeError(f"cannot listen at {host}:{port} ({error}); give another --host or --port") from error
     bodies = BodyReader(access.max_bytes * 3 // 2 + (1 << 20), limits)  # a clip in base64, and text
     running = RunningRequests(bodies)
-    app = make_app(answerer, access, key, running, is_local(listening.getsockname()[0]))
+    app = make_app(answerer, access, key, running, is_local(listening.getsockname()[0]), reload_from)
     config = uvicorn.Config(
         app,
         http=partial(HeadTimeoutProtocol, head_seconds=limits.head_seconds),
@@ -147,7 +151,14 @@ def make_server(
     return Server(config, listening, answerer, running)
 
 
-def make_app(answerer: Answerer, access: Access, key: str | None, running: RunningRequests, local: bool) -> FastAPI:
+def make_app(
+    answerer: Answerer,
+    access: Access,
+    key: str | None,
+    running: RunningRequests,
+    local: bool,
+    reload_from: Path | None = None,
+) -> FastAPI:
     """The routes. key: for `Authorization: Bearer`; local: whether the server can be reached from this machine only."""
     app = FastAPI(title=answerer.name, docs_url=None, redoc_url=None, openapi_url=None)
     threads = CapacityLimiter(answerer.places + 4)
@@ -182,6 +193,8 @@ def make_app(answerer: Answerer, access: Access, key: str | None, running: Runni
         running.bodies.check(request)
         return Reply(answerer, partial(read_request, access=access, most_tokens=answerer.most_tokens), running, threads)
 
+    if reload_from is not None:
+        add_reload(app, Reloading(answerer, reload_from), check, running.bodies)
     for kind in (RequestError, KeyeError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     return app
@@ -293,7 +306,7 @@ class Reply(Response):
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answering.figures.finish}
         if request.logprobs:
             choice["logprobs"] = token_logprobs(answering.tokenizer, answering.scored())
-        about = self._about("chat.completion")
+        about = self._about("chat.completion", answering)
         if request.token_ids:
             choice["token_ids"] = [token for token, _ in answering.scored()]
             about["prompt_token_ids"] = answering.inputs["input_ids"][0].tolist()
@@ -302,7 +315,7 @@ class Reply(Response):
     async def _stream(
         self, answering: Answering, pieces: Any, request: Request, send: Send, release: Callable[[], None]
     ) -> None:
-        about = self._about("chat.completion.chunk")
+        about: dict[str, Any] = {}
 
         def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
             choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
@@ -314,6 +327,7 @@ class Reply(Response):
         piece = await self._in_thread(next, pieces, None)  # an error in the clip still gets its own status
         if piece is None:
             self._check_end()
+        about |= self._about("chat.completion.chunk", answering)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         self.started = True
@@ -328,9 +342,9 @@ class Reply(Response):
             await write(_event({**about, "choices": [], "usage": _usage(answering.figures)}))
         await write(b"data: [DONE]\n\n", more=False)
 
-    def _about(self, kind: str) -> dict[str, Any]:
-        name = f"chatcmpl-{uuid.uuid4().hex}"
-        return {"id": name, "object": kind, "created": int(time.time()), "model": self.answerer.name}
+    def _about(self, kind: str, answering: Answering) -> dict[str, Any]:
+        about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+        return {**about, "model": self.answerer.name, "system_fingerprint": answering.weights}
 
 
 async def _stop_on_disconnect(receive: Receive, answering: Answering) -> None:

@@ -28,7 +28,7 @@ NEUTRAL = {
 READ = (
     "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
     "top_k", "min_p", "seed", "stop", "chat_template_kwargs", "reasoning_effort", "logprobs",
-    "return_token_ids",
+    "return_token_ids", "stop_token_ids",
 )  # fmt: skip
 LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields without an effect on the answer; they are ignored."""
@@ -228,11 +228,20 @@ def _sampling(given: Mapping[str, Any], most_tokens: int) -> Sampling:
             stop=tuple(stop),
             top_k=0 if given.get("top_k") == -1 else _number(given, "top_k", integer=True),  # vLLM's value for all
             min_p=_number(given, "min_p"),
+            stop_ids=_stop_ids(given),
         )
     except RequestError:
         raise
     except KeyeError as error:
         raise RequestError(str(error), param=str(error).split()[0]) from error
+
+
+def _stop_ids(given: Mapping[str, Any]) -> tuple[int, ...]:
+    """`stop_token_ids` (vLLM's name): ids of tokens that end the reply."""
+    ids = _typed(given, "stop_token_ids", list) or []
+    if len(ids) > 64 or not all(type(number) is int and 0 <= number < 2**31 for number in ids):
+        raise RequestError("stop_token_ids must be a list of up to 64 ids of tokens", param="stop_token_ids")
+    return tuple(ids)
 
 
 def _thinking(given: Mapping[str, Any]) -> bool | None:

@@ -17,7 +17,7 @@ class Sampling:
     max_new_tokens: limit of the reply. temperature: 0 is greedy; otherwise from `MIN_TEMPERATURE` to 100. top_p: only
     the most likely tokens that sum up to this probability. top_k: only this number of the most likely tokens; 0 is all.
     min_p: only tokens whose probability is at least this fraction of the most likely one's. seed: for reproducible
-    sampling. stop: texts that end the reply and are not part of it.
+    sampling. stop: texts that end the reply and are not part of it. stop_ids: further tokens that end the reply.
 
     Raises:
         KeyeError: a value outside its range; the message names it.
@@ -30,6 +30,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     top_k: int | None = None
     min_p: float | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "seed", "top_k"):

@@ -1,6 +1,7 @@
 """`keye serve`: an OpenAI-compatible server for one model, on FastAPI and uvicorn.
 
-GET /v1/models, POST /v1/chat/completions (complete or as server-sent events), GET /health. Requests are answered in
+GET /v1/models, POST /v1/chat/completions (complete or as server-sent events), GET /health, and with --allow-reload
+POST /v1/reload (`keye.inference.reloading`). Requests are answered in
 batches (`keye.inference.batching`). Everything that a client can make grow has a limit: connections, requests, bytes of
 bodies, seconds until a request is complete. It is not built on `transformers serve`, which reads any file that a
 request names and answers 500 for a clip that cannot be read; `for_transformers` lets that server load Keye models.
@@ -40,11 +41,14 @@ def serve(arguments: argparse.Namespace) -> int:
     urls = UrlRules(max_bytes=arguments.max_bytes) if arguments.url else None
     access = Access(root, urls, arguments.max_bytes)
     key = api_key(arguments.api_key, arguments.api_key_file)
+    reload_from = Path(arguments.allow_reload) if arguments.allow_reload else None
+    if reload_from is not None and key is None:
+        raise KeyeError(f"--allow-reload needs an API key, which its requests must send; set {KEY} or give a file")
     with busy(f"loading {arguments.model}"):
         model, processor = load_model(arguments.model, arguments.device, arguments.dtype, urls)
     name = arguments.name or arguments.model
     answerer = Answerer(model, processor, name, arguments.max_new_tokens, arguments.batch, arguments.queue)
-    with make_server(answerer, access, arguments.host, arguments.port, key, Limits()) as server:
+    with make_server(answerer, access, arguments.host, arguments.port, key, Limits(), reload_from) as server:
         host, port = server.address
         print(f"{answerer.name} answers at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
         if not is_local(host) and key is None:

@@ -60,9 +60,13 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def replace_merged(
-    model: KeyeForConditionalGeneration, start: Start, out: Path, write_extras: Callable[[Path], Any]
+    model: KeyeForConditionalGeneration,
+    start: Start,
+    out: Path,
+    write_extras: Callable[[Path], Any],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the model with LoRA merged into its matrices in fp32 to `out`, and LoRA itself to `out/adapter`.
+    """Write the model with LoRA merged into its matrices in fp32 to `out` as `dtype`, and LoRA itself to `out/adapter`.
 
     Collective; the previous contents of `out` are removed.
 
@@ -79,8 +83,8 @@ def replace_merged(
         shutil.rmtree(out, ignore_errors=True)
         try:
             with atomic_directory(out) as part:
-                write_shards(_tensors(start, layers, pairs), part)
-                model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
+                write_shards(_tensors(start, layers, pairs, dtype), part)
+                model.config.architectures, model.config.dtype = [type(model).__name__], dtype
                 model.config.save_pretrained(part)
                 model.generation_config.save_pretrained(part)
                 _write_adapter(model, pairs, part / "adapter")
@@ -93,16 +97,18 @@ def replace_merged(
     agree(error, waiting_group(dist.group.WORLD))
 
 
-def _tensors(start: Start, layers: dict[str, Any], pairs: dict[str, list[Tensor]]) -> dict[str, Stored | Computed]:
-    """Every tensor of the start model in fp32, those with LoRA with its change added."""
+def _tensors(
+    start: Start, layers: dict[str, Any], pairs: dict[str, list[Tensor]], dtype: torch.dtype
+) -> dict[str, Stored | Computed]:
+    """Every tensor of the start model as `dtype`, those with LoRA with its change added in fp32."""
     tensors: dict[str, Stored | Computed] = {}
     for name, stored in start.stored.items():
         layer = name.removesuffix(".weight")
         if layer in pairs and name != layer:
             merge = partial(_merged, stored, *pairs[layer], layers[layer].scaling[ADAPTER])
-            tensors[name] = Computed(stored.shape, torch.float32, merge)
+            tensors[name] = Computed(stored.shape, dtype, merge)
         else:
-            tensors[name] = stored.to(torch.float32)
+            tensors[name] = stored.to(dtype)
     return tensors
 
 

@@ -33,16 +33,16 @@ class Policy:
     sources: Mapping[nn.Parameter, Stored]
     start: Start
 
-    def save(self, out: Path, write_extras: Callable[[Path], Any]) -> None:
-        """Write the tuned model to `out` in fp32, LoRA merged into its matrices; collective.
+    def save(self, out: Path, write_extras: Callable[[Path], Any], dtype: torch.dtype = torch.float32) -> None:
+        """Write the tuned model to `out` in `dtype`, LoRA merged into its matrices; collective.
 
         Raises:
             KeyeError: on all ranks, if rank 0 cannot write it.
         """
         if hasattr(self.model, "peft_config"):
-            replace_merged(self.model, self.start, out, write_extras)
+            replace_merged(self.model, self.start, out, write_extras, dtype)
         else:
-            replace_model(self.model, self.model, self.start, out, write_extras)
+            replace_model(self.model, self.model, self.start, out, write_extras, dtype)
 
 
 def build_policy(start: Start, config: Gspo, seed: int) -> Policy:

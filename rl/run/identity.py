@@ -21,7 +21,8 @@ FILE = "run.json"
 MAY_CHANGE = (
     "gspo.steps", "gspo.checkpoint_every", "gspo.keep_checkpoints", "gspo.decode_batch_size", "gspo.cache_mb",
     "gspo.micro_batch_tokens", "gspo.checkpointing", "gspo.offload", "gspo.mlp_tiles",
-    "rollout.cache_mb", "trackers", "mpo.micro_pairs",
+    "rollout.cache_mb", "rollout.urls", "rollout.model", "rollout.folder", "rollout.concurrency", "rollout.patience",
+    "trackers", "mpo.micro_pairs",
     "mpo.checkpointing", "mpo.offload", "mpo.mlp_tiles",
     "sft.data.cache_mb", "sft.data.workers", "sft.keep_finished",
     "sft.async_checkpoints", "sft.heldout_every", "sft.heldout_steps",

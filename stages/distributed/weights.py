@@ -86,8 +86,9 @@ def write_model(
     out: Path,
     write_extras: Callable[[Path], Any],
     max_shard: int = MAX_SHARD,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a stage's model to `out` in fp32, completely or not at all; collective, rank 0 writes.
+    """Write a stage's model to `out`, completely or not at all; collective, rank 0 writes.
 
     Args:
         model: the model.
@@ -96,6 +97,7 @@ def write_model(
         out: the directory.
         write_extras: is called with the directory to write further files (the processor).
         max_shard: bytes of a file at most.
+        dtype: of the tensors in the files.
 
     Raises:
         OSError, CheckpointError: on rank 0 only, after all ranks have gathered all tensors.
@@ -107,8 +109,8 @@ def write_model(
     try:
         if dist.get_rank() == 0:
             with atomic_directory(out) as part:
-                write_shards(_tensors(start.stored, trained, values), part, max_shard)
-                model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
+                write_shards(_tensors(start.stored, trained, values, dtype), part, max_shard)
+                model.config.architectures, model.config.dtype = [type(model).__name__], dtype
                 model.config.save_pretrained(part)
                 model.generation_config.save_pretrained(part)
                 write_extras(part)
@@ -118,7 +120,12 @@ def write_model(
 
 
 def replace_model(
-    model: KeyeForConditionalGeneration, module: nn.Module, start: Start, out: Path, write_extras: Callable[[Path], Any]
+    model: KeyeForConditionalGeneration,
+    module: nn.Module,
+    start: Start,
+    out: Path,
+    write_extras: Callable[[Path], Any],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """`write_model` after removing the contents of `out`; collective.
 
@@ -129,7 +136,7 @@ def replace_model(
     if dist.get_rank() == 0:
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed before it recorded the stage as finished
     try:
-        write_model(model, module, start, out, write_extras)
+        write_model(model, module, start, out, write_extras, dtype=dtype)
     except OSError as caught:
         reason = caught.strerror or caught
         error = CheckpointError(f"{out} cannot be written ({reason}); make room and repeat the command")
@@ -146,11 +153,14 @@ def _masters(trained: Mapping[str, nn.Parameter]) -> Iterator[Tensor | None]:
 
 
 def _tensors(
-    stored: Mapping[str, Stored], trained: Mapping[str, nn.Parameter], values: Iterator[Tensor | None]
+    stored: Mapping[str, Stored],
+    trained: Mapping[str, nn.Parameter],
+    values: Iterator[Tensor | None],
+    dtype: torch.dtype,
 ) -> dict[str, Stored | Computed]:
     """The tensor to write under each name; trained ones are taken from `values` in the order of the names."""
     tensors: dict[str, Stored | Computed] = {}
     for name, before in stored.items():
-        fresh = Computed(before.shape, torch.float32, partial(next, values))
-        tensors[name] = fresh if name in trained else before.to(torch.float32)
+        fresh = Computed(before.shape, dtype, partial(next, values))
+        tensors[name] = fresh if name in trained else before.to(dtype)
     return tensors
