@@ -77,7 +77,8 @@ class Connection:
                 return answer
             if found != FIRST:
                 break
-            self.log(f"{self.server.url} was started again; it loads the weights {version}")
+            if not self._loading.locked():  # said once, not for each request that was in progress
+                self.log(f"{self.server.url} was started again; it loads the weights {version}")
             self.load(version)
         cause = "another run uses it" if found != FIRST else "it does not load new ones"
         raise KeyeError(
