@@ -1,7 +1,7 @@
 """The policy's weights for the servers of a rollout: written once when they have changed, then loaded by each server.
 
 Each version is a folder with a name of its own, `<run>-<start of this process>-<step>`, so that a server never reads a
-folder that changes, and answers of another run or an earlier start of this one are told apart.
+folder that changes, and answers of another run, or of an earlier start of this one, are recognised.
 """
 
 from __future__ import annotations
