@@ -67,7 +67,7 @@ class Gspo(OptimizerConfig):
     """The importance ratio is clipped above 1 plus this; by default the value of the loss's paper."""
 
     kl: float = 0.0
-    """Weight of the KL divergence from the start model; 0 = none. Otherwise every process has a copy of that model."""
+    """Weight of the KL divergence from the start model; 0 = none. Without LoRA every process has a copy of it."""
 
     advantages: str = ""
     """"standardised" (divided by the group's standard deviation) or "centred"; empty = as the loss's paper does."""

@@ -78,7 +78,9 @@ class GspoTrainer:
         self.model = self.policy.model
         self.engine = self._engine()
         dtype = torch.bfloat16 if resolve_precision(recipe.gspo.precision) == "bf16" else torch.float32
-        reference = agree(lambda: self.start.build(dtype, self.engine.device)) if recipe.gspo.kl else None
+        # With LoRA the start model is the policy without LoRA's change.
+        copied = recipe.gspo.kl and not recipe.gspo.lora_rank
+        reference = agree(lambda: self.start.build(dtype, self.engine.device)) if copied else None
         self.update = PolicyUpdate(self.engine, recipe.gspo, reference)
         batch = recipe.gspo.decode_batch_size
         self.rollout = agree(lambda: build_rollout(recipe.rollout, self.model, self.processor, batch, self.rank))

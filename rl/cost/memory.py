@@ -150,7 +150,8 @@ def step_memory(
     update = _update(config, plan, part, lengths, total, trained, not fixed)
     if gspo.offload_optimizer:
         update = replace(update, optimizer=0.0, gradients=0.0, before=0.0, step=0.0)
-    reference = gspo.element * sum(counts.values()) if gspo.kl else 0.0
+    copied = gspo.kl and not gspo.lora_rank  # with LoRA the start model is the policy without LoRA's change
+    reference = gspo.element * sum(counts.values()) if copied else 0.0
     return StepMemory(update, _rollout(config, gspo, plan, lengths, total), reference)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,23 @@ def add_lora(model: KeyeForConditionalGeneration, rank: int, alpha: float, seed:
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Name → module with LoRA."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """The start model: LoRA's change is multiplied by zero, by the same modules and collectives as always.
+
+    peft's own switch also changes which parameters require gradients, which DeepSpeed does not expect.
+    """
+    layers = lora_layers(model).values()
+    kept = [layer.scaling[ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, kept, strict=True):
+            layer.scaling[ADAPTER] = scale
 
 
 def replace_merged(

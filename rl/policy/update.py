@@ -6,6 +6,7 @@ data, because ZeRO communicates in each of them.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from keye.errors import KeyeError
 from rl.losses import LossInput, LossOutput
+from rl.policy.lora import without_lora
 from rl.policy.microbatch import MicroBatch, pad, split
 from rl.policy.scoring import Group, Score, score
 from rl.recipe import Gspo
@@ -54,7 +56,7 @@ class PolicyUpdate:
 
     Args:
         engine: the DeepSpeed engine around `KeyeForConditionalGeneration`. config: the recipe's `[gspo]`.
-        reference: the start model, if the loss has a KL term.
+        reference: the start model, if the loss has a KL term. With LoRA None: it is the policy without LoRA's change.
     """
 
     def __init__(self, engine: Any, config: Gspo, reference: nn.Module | None = None) -> None:
@@ -73,7 +75,8 @@ class PolicyUpdate:
         # Scored before the first update: this is the policy that all mini-batches are compared with.
         with torch.no_grad():
             old = [[self._score(self.engine, batch) for batch in plan.batches] for plan in plans]
-        return [self._step(plan, scores) for plan, scores in zip(plans, old, strict=True)]
+            start = self._reference(plans)
+        return [self._step(*columns) for columns in zip(plans, old, start, strict=True)]
 
     def _plan(self, groups: list[Group], advantages: Tensor, parts: list[slice]) -> list[Plan]:
         """The micro-batches of each mini-batch; the counts are exchanged in two collectives."""
@@ -95,13 +98,25 @@ class PolicyUpdate:
     def _score(self, model: Any, batch: MicroBatch) -> Score:
         return score(model, batch.groups, self.config.temperature)
 
-    def _step(self, plan: Plan, old: list[Score]) -> Update:
-        """One optimizer step on a mini-batch, whose answers had the log-probabilities `old`."""
+    def _reference(self, plans: list[Plan]) -> list[list[Tensor | None]]:
+        """The start model's log-probabilities [T] of each micro-batch; None of each without a KL term or reference.
+
+        They are computed before the updates, because ZeRO-3 allows no other pass between a forward and its backward.
+        """
+        lora = self.reference is None and self.config.lora_rank > 0
+        if not self.config.kl or (self.reference is None and not lora):
+            return [[None] * len(plan.batches) for plan in plans]
+        model, start = (self.engine, without_lora(self.engine.module)) if lora else (self.reference, nullcontext())
+        with start:
+            return [[self._score(model, batch).log_probs for batch in plan.batches] for plan in plans]
+
+    def _step(self, plan: Plan, old: list[Score], start: list[Tensor | None]) -> Update:
+        """One optimizer step on a mini-batch: `old` are its answers' scores before, `start` those of the reference."""
         outputs, entropies = [], []
         gaps: list[Gap] = []
-        for place, (batch, before) in enumerate(zip(plan.batches, old, strict=True), 1):
+        for place, (batch, before, reference) in enumerate(zip(plan.batches, old, start, strict=True), 1):
             new = self._score(self.engine, batch)
-            given = self._input(plan, batch, before, new)
+            given = self._input(plan, batch, before, new, reference)
             if batch.weight and (gap := self._gap(given)) is not None:
                 gaps.append(gap)
                 given = replace(given, weights=gap.applied)
@@ -131,12 +146,8 @@ class PolicyUpdate:
         ratio = log_ratio_of(given.old_log_probs, given.sampler_log_probs)
         return gap_of(ratio, given.owner, self.correction.weights(ratio, given.owner))
 
-    def _input(self, plan: Plan, batch: MicroBatch, old: Score, new: Score) -> LossInput:
+    def _input(self, plan: Plan, batch: MicroBatch, old: Score, new: Score, reference: Tensor | None) -> LossInput:
         g, device = self.config, new.log_probs.device
-        reference = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference = self._score(self.reference, batch).log_probs
         sampled = [row for group in batch.groups for row in group.log_probs]
         complete = sum(map(len, sampled)) == len(new.log_probs)  # an engine may return none
         return LossInput(

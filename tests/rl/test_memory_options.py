@@ -54,8 +54,10 @@ def test_options_that_save_memory_train_the_same_policy(tmp_path):
 
 def train_lora(run: Path, zero: int) -> None:
     engine.start(threads=1)
-    recipe = recipe_of(1, "variety", zero=zero, lora_rank=2, lora_alpha=4.0, learning_rate=1e-2, checkpointing=True)
+    settings = PLAIN | {"zero": zero, "lora_rank": 2, "lora_alpha": 4.0, "learning_rate": 1e-2, "kl": 0.01}
+    recipe = recipe_of(1, "variety", checkpointing=True, **settings)
     trainer = GspoTrainer(recipe, run)
+    assert trainer.update.reference is None  # KL compares with the policy without LoRA
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     trainer.train()
