@@ -7,6 +7,7 @@ an earlier start was stopped. A line that a killed process left unfinished is co
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from keye.processor.processor import Sample
 from rl.preference.phase import Answerer, progress_bar, release
 from rl.questions.prompts import Prompt, PromptSet
 from rl.rewards import Judgement, RewardSum, rewards_from
+from rl.rollout.engine import number_of
 from rl.run.agree import agree, from_first, gather
 from rl.run.identity import model_files
 from stages.distributed.engine import resolve_precision
@@ -188,8 +190,8 @@ def answer(prompts: list[Prompt], answerer: Answerer, reward: RewardSum, draw: D
 class Sampled:
     """What is sampled, and by which rewards it is judged.
 
-    found: the questions. families: that they were chosen by. limit: questions at most, 0 = all. rewards: name → weight.
-    precision: of the model. batch: answers that are decoded together.
+    found: the questions. families: that they were chosen by. limit: questions at most, see `questions`; 0 = all.
+    rewards: name → weight. precision: of the model. batch: answers that are decoded together.
     """
 
     found: PromptSet
@@ -198,6 +200,18 @@ class Sampled:
     rewards: dict[str, float | dict[str, Any]]
     precision: str
     batch: int
+
+    @property
+    def questions(self) -> list[Prompt]:
+        """At most `limit` questions in their order, chosen by a hash of their ids.
+
+        Manifests are often sorted, for example by family, so that their first lines are no sample of them.
+        """
+        prompts = self.found.prompts
+        if not 0 < self.limit < len(prompts):
+            return prompts
+        places = heapq.nsmallest(self.limit, range(len(prompts)), key=lambda place: number_of(prompts[place].id))
+        return [prompts[place] for place in sorted(places)]
 
 
 def draw_all(folder: Path, start: Start, sampled: Sampled, draw: Draw) -> Journal:
@@ -215,9 +229,10 @@ def draw_all(folder: Path, start: Start, sampled: Sampled, draw: Draw) -> Journa
         "model": agree(lambda: model_files(start.directory)),
         "rewards": sampled.rewards,
         "precision": resolve_precision(sampled.precision),
+        **({"chosen": "by a hash of the id"} if sampled.limit else {}),  # formerly the first ones
         **asdict(draw),
     }
-    journal, prompts = Journal(folder, settings), sampled.found.prompts[: sampled.limit or None]
+    journal, prompts = Journal(folder, settings), sampled.questions
     if journal.missing(len(prompts)):
         answerer = agree(lambda: Answerer(start, sampled.precision, sampled.batch))
         draw_answers(journal, prompts, answerer, agree(lambda: rewards_from(sampled.rewards, folder)), draw)

@@ -44,7 +44,7 @@ class Sampling:
     """The questions, relative to the run's folder."""
 
     limit: int = 0
-    """Questions at most, from the start of the manifest; 0 = all."""
+    """Questions at most, chosen by a hash of their ids; 0 = all."""
 
     samples: int = 8
     """Answers to each question."""

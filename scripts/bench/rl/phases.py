@@ -38,7 +38,7 @@ FAMILIES = ("read", "count", "order", "when", "find", "image_read")  # those tha
 OTHERS = ("motion", "image_ground", "image_place")  # not trained on: do they suffer?
 SEEDS = (0, 1, 2)
 EACH, QUICK_EACH = 60, 2
-GRPO_RATE = "gspo.learning_rate=2e-4"
+GRPO_RATE = "gspo.learning_rate=1e-4"
 TEST_SEED = 102  # of the held-out questions
 SAMPLES, NEW_TOKENS = 4, 32
 BEFORE = "before"

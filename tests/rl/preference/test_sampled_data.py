@@ -9,7 +9,7 @@ import pytest
 from keye.errors import CheckpointError, RecipeError
 from rl.commands import posttrain
 from rl.policy.scoring import Group
-from rl.preference.answers import CHUNK, Answer, Answers, Draw, Journal, draw_answers
+from rl.preference.answers import CHUNK, Answer, Answers, Draw, Journal, Sampled, draw_answers
 from rl.preference.pairs import load_pairs
 from rl.preference.phase import Answerer
 from rl.preference.selecting import Kept, choose, filter_questions, make_pairs, moved
@@ -175,3 +175,23 @@ def test_commands_share_answers(run, tmp_path, monkeypatch, capsys):
 def test_impossible_options_are_named(arguments, said, monkeypatch):
     with pytest.raises(RecipeError, match=said):
         command(monkeypatch, *arguments)
+
+
+def test_a_limit_takes_a_sample_of_a_sorted_manifest(tmp_path):
+    families = ["read"] * 60 + ["count"] * 20 + ["order"] * 20
+    lines = [
+        {"id": f"q{n}", "family": family, "answer": "1", "messages": [{"role": "user", "content": "?"}]}
+        for n, family in enumerate(families)
+    ]
+    manifest = tmp_path / "train.jsonl"
+
+    def chosen(rows: list[dict], limit: int) -> list[str]:
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = load_prompts(manifest)
+        return [prompt.id for prompt in Sampled(found, (), limit, {"accuracy": 1.0}, "fp32", 1).questions]
+
+    few, more = chosen(lines, 25), chosen(lines, 50)
+    assert {lines[int(name[1:])]["family"] for name in few} == {"read", "count", "order"}
+    assert few == sorted(few, key=lambda name: int(name[1:])) and set(few) < set(more)
+    assert set(chosen(lines[::-1], 25)) == set(few)
+    assert chosen(lines, 0) == chosen(lines, 100) == chosen(lines, 1000) == [line["id"] for line in lines]
