@@ -21,7 +21,7 @@ from keye.evaluation import controls
 from keye.processor.messages import KINDS
 from keye.processor.processor import KeyeProcessor, Sample
 from rl.questions.prompts import Prompt, PromptSet, Taken
-from rl.questions.sampling import Experience
+from rl.questions.sampling import Experience, accuracy_of
 from rl.run.agree import agree, gather
 from stages.typed_toml import Need
 
@@ -61,6 +61,10 @@ class Blindness:
     """With "drop", of a question with options: also leave it out when its accuracy without frames is at least 1 ÷ the
     number of options + this; 0 = only `drop_above` counts."""
 
+    drop_gap: float = -1.0
+    """With "drop": also leave out a question of a step whose accuracy with its frames, over the step's answers, is at
+    most this above its accuracy without them; −1 = no such rule."""
+
     stop_gap: float = 0.1
     """The guard "stop" waits for a gap below this."""
 
@@ -77,6 +81,7 @@ class Blindness:
         need(self.guard in GUARDS, f"blindness.guard = {self.guard!r} must be one of {', '.join(GUARDS)}")
         need(0 < self.drop_above <= 1, "blindness.drop_above must be above 0 and at most 1")
         need(0 <= self.drop_over_chance < 1, "blindness.drop_over_chance must be at least 0 and below 1")
+        need(-1 <= self.drop_gap < 1, "blindness.drop_gap must be at least -1 and below 1")
         need(0 < self.stop_gap < 1, "blindness.stop_gap must be between 0 and 1")
         need(self.every == 0 or bool(self.controls), "blindness.every needs at least one of blindness.controls")
         need(
@@ -98,6 +103,14 @@ class Blindness:
         if not options or not self.drop_over_chance:
             return self.drop_above
         return min(self.drop_above, 1 / options + self.drop_over_chance)
+
+    def leaves_out(self, seen: float, blind: float, options: int) -> bool:
+        """Whether the guard "drop" leaves out a question of a step.
+
+        Args:
+            seen: accuracy with frames, of the step's answers. blind: without. options: see `limit`.
+        """
+        return blind >= self.limit(options) or seen - blind <= self.drop_gap
 
 
 class BlindnessMonitor:
@@ -207,7 +220,7 @@ class BlindnessMonitor:
         """The experience with the guard applied to its advantages; without a collective.
 
         The advantages of a question with the accuracy b without frames are multiplied by 1 − b ("penalise"), or set to
-        zero when b reaches `Blindness.limit` ("drop"). A lower reward for all right answers of a group would change
+        zero as `Blindness.leaves_out` says ("drop"). A lower reward for all right answers of a group would change
         nothing, because advantages are standardised within the group.
         """
         if not self.config.asks_own:
@@ -217,8 +230,13 @@ class BlindnessMonitor:
         blind = torch.full((len(experience.prompts),), math.nan)
         blind[places] = torch.tensor(self.ask(asked, self.config.samples))
         known = blind.nan_to_num(0.0)
-        limits = torch.tensor([self.config.limit(len(prompt.options)) for prompt in experience.prompts])
-        factor = 1 - known if self.config.guard == "penalise" else (known < limits).float()
+        if self.config.guard == "penalise":
+            factor = 1 - known
+        else:
+            factor = torch.ones(len(experience.prompts))
+            for i in places:
+                seen, options = accuracy_of(experience.earned[i]), len(experience.prompts[i].options)
+                factor[i] = not self.config.leaves_out(seen, float(blind[i]), options)
         return replace(experience, advantages=experience.advantages * factor[:, None], blind=blind)
 
     @property
@@ -336,5 +354,5 @@ def own_metrics(asked: Sequence[tuple[float, float, int]], config: Blindness) ->
     return {
         "blind/own": fmean(blind for _, blind, _ in asked),
         "gap/own": fmean(seen - blind for seen, blind, _ in asked),
-        "blind/answered": fmean(blind >= config.limit(options) for _, blind, options in asked),
+        "blind/answered": fmean(config.leaves_out(*one) for one in asked),
     }

@@ -188,6 +188,28 @@ def test_the_guard_drop_compares_with_chance(processor, options, over, blind, ke
     assert torch.equal(found.advantages[1:], before.advantages[1:])
 
 
+@pytest.mark.parametrize(
+    ("gap", "seen", "blind", "kept"),
+    [
+        (-1.0, [0.0, 0.0, 1.0, 0.0], 0.5, True),
+        (0.0, [0.0, 0.0, 1.0, 0.0], 0.5, False),  # looking does not help
+        (0.0, [0.0, 0.0, 1.0, 0.0], 0.25, False),
+        (0.0, [1.0, 0.0, 1.0, 0.0], 0.25, True),
+        (0.25, [1.0, 0.0, 1.0, 0.0], 0.25, False),
+        (0.0, [1.0, 1.0, 1.0, 0.0], 0.75, False),  # drop_above
+    ],
+)
+def test_the_guard_drop_keeps_questions_for_which_looking_helps(processor, gap, seen, blind, kept):
+    earned = [Earned(value + 0.1, {"accuracy": value, "format": 0.1}) for value in seen]
+    rewards = torch.tensor([[one.total for one in earned]])
+    groups, advantages = [Group(None, [], [], [], [])], group_advantages(rewards)
+    before = Experience([prompt("a", [0, 100])], groups, [earned], rewards, advantages, [slice(0, 1)])
+    config = Blindness(guard="drop", drop_gap=gap)
+    found = BlindnessMonitor(config, [], processor, lambda batch, n: [blind]).guarded(before)
+    assert torch.equal(found.advantages, before.advantages * kept)
+    assert own_metrics([(sum(seen) / 4, blind, 0)], config)["blind/answered"] == (not kept)
+
+
 def test_a_lower_reward_for_all_right_answers_of_a_group_would_change_nothing():
     rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     torch.testing.assert_close(group_advantages(rewards * 0.25), group_advantages(rewards))
@@ -201,6 +223,7 @@ def test_a_lower_reward_for_all_right_answers_of_a_group_would_change_nothing():
         ("blindness.controls=['masked']", "blindness.controls names ['masked']"),
         ("blindness.drop_above=0", "blindness.drop_above must be above 0"),
         ("blindness.drop_over_chance=1.0", "blindness.drop_over_chance must be at least 0 and below 1"),
+        ("blindness.drop_gap=1.0", "blindness.drop_gap must be at least -1 and below 1"),
         ("blindness.samples=0", "blindness.samples must be at least 1"),
         ("heldout.every=-1", "heldout.every must be at least 0"),
         ("gspo.curriculum_floor=0.0", "gspo.curriculum_floor must be above 0"),
