@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from rl.phases import Done, post_train
 from rl.preference.phase import HeldOutQuestions, find_start, finished, heldout_questions
 from rl.questions.heldout import Answered, compare, summary
 from rl.recipe import RlRecipe
+from rl.run.agree import from_first
+from rl.run.identity import check_finished, model_files
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import open_start
 from stages.merge import merge
@@ -60,7 +63,8 @@ def train_experts(
 ) -> dict[str, Any]:
     """Train experts in `<run>/experts/<name>`, merge them and compare all models; collective and resumable.
 
-    A finished step is skipped. `<run>/experts/experts.json` has the result.
+    A finished step is skipped while the models that it was made from are the same: an expert that is trained further is
+    merged and measured again. `<run>/experts/experts.json` has the result.
 
     Args:
         recipe: with `[gspo]`; an expert replaces `gspo.families`.
@@ -94,9 +98,6 @@ def train_experts(
 def _train(recipe: RlRecipe, run: Path, folder: Path, expert: Expert, done: Done | None) -> None:
     """Train an expert in `folder`, unless it is finished."""
     g = recipe.gspo
-    result = finished(folder / "gspo")
-    if result is not None and result["steps"] == g.steps:
-        return
     own = replace(
         g,
         families=expert.families,
@@ -104,6 +105,11 @@ def _train(recipe: RlRecipe, run: Path, folder: Path, expert: Expert, done: Done
         manifest=os.path.relpath(run / g.manifest, folder),
     )
     heldout = replace(recipe.heldout, manifest=os.path.relpath(run / recipe.heldout.manifest, folder))
+    inner = replace(recipe, gspo=own, heldout=heldout, sft=None, mpo=None)
+    result = finished(folder / "gspo")
+    if result is not None and result["steps"] == g.steps:
+        check_finished(folder, inner)
+        return
 
     def report(_: str, result: dict[str, Any]) -> None:
         if done is not None:
@@ -111,18 +117,31 @@ def _train(recipe: RlRecipe, run: Path, folder: Path, expert: Expert, done: Done
 
     # The system follows `..` in a path only through folders that exist.
     first_rank(lambda: folder.mkdir(parents=True, exist_ok=True), OSError)
-    post_train(replace(recipe, gspo=own, heldout=heldout, sft=None, mpo=None), folder, "gspo", report)
+    post_train(inner, folder, "gspo", report)
 
 
 def _merged(models: list[Path], out: Path, base: Path | None, weights: list[float] | None) -> Path:
-    """The folder of a merged model, which rank 0 writes if it is not there."""
+    """The folder of a merged model, which rank 0 writes if it is not there or of other models."""
 
     def write() -> None:
-        if not (out / "config.json").is_file():
-            merge(models, out, weights, progress=False, base=base)
+        parts = [model_files(model) for model in (*models, *([base] if base else []))]
+        record, now = out.with_name(f"{out.name}.models.json"), {"models": parts, "weights": weights}
+        if (out / "config.json").is_file() and _recorded(record, now):
+            return
+        shutil.rmtree(out, ignore_errors=True)
+        merge(models, out, weights, progress=False, base=base)
+        write_atomically(record, json.dumps(now, indent=1) + "\n")
 
     first_rank(write, OSError)
     return out
+
+
+def _recorded(record: Path, now: dict[str, Any]) -> bool:
+    """Whether the file `record` has the content `now`."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8")) == now
+    except (OSError, ValueError):
+        return False
 
 
 def _compared(recipe: RlRecipe, run: Path, experts: Sequence[Expert], models: dict[str, Path]) -> dict[str, Any]:
@@ -131,9 +150,18 @@ def _compared(recipe: RlRecipe, run: Path, experts: Sequence[Expert], models: di
     families = tuple(dict.fromkeys(family for expert in experts for family in expert.families))
     questions = HeldOutQuestions(out, heldout_questions(recipe, run, families), recipe, g.max_new_tokens)
     rows: dict[str, list[Answered]] = {}
+    how = {"heldout": questions.found.digest, "rewards": recipe.rewards, "seed": recipe.seed, "limit":
+           recipe.heldout.limit, "samples": recipe.heldout.samples, "temperature": recipe.heldout.temperature,
+           "families": families, "max_new_tokens": g.max_new_tokens, "sampling": recipe.rollout.sampling}  # fmt: skip
     for name, model in models.items():
-        known = questions.known(name)
-        rows[name] = known or questions.measure(name, open_start(model), g.precision, g.decode_batch_size)
+        record, now = out / f"{name}.answers.json", json.loads(json.dumps(how | {"model": model_files(model)}))
+        known = questions.known(name) if from_first(lambda record=record, now=now: _recorded(record, now)) else None
+        if known is None:
+            known = questions.measure(name, open_start(model), g.precision, g.decode_batch_size)
+            first_rank(
+                lambda record=record, now=now: write_atomically(record, json.dumps(now, indent=1) + "\n"), OSError
+            )
+        rows[name] = known
     results: dict[str, Any] = {}
     for name, answered in rows.items():
         results[name] = summary(answered)

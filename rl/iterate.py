@@ -29,6 +29,7 @@ from rl.preference.selecting import Kept, best_answers, filter_questions
 from rl.questions.prompts import load_prompts
 from rl.recipe import RlRecipe
 from rl.run.agree import agree, from_first
+from rl.run.identity import check_finished
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import open_start
 
@@ -113,6 +114,8 @@ def _round(
     trained = finished(folder / "gspo")
     if trained is None or trained["steps"] != recipe.gspo.steps:
         trained = post_train(inner, folder, "gspo", report)["gspo"]
+    else:
+        check_finished(folder, inner)
     return {"round": number, **counts, "sft": tuned, "gspo": trained}
 
 
@@ -147,7 +150,7 @@ def _step(
     start = agree(lambda: open_start(model))
     sampled = Sampled(
         agree(lambda: load_prompts(manifest, g.families)), g.families, rounds.limit, recipe.rewards, g.precision,
-        g.decode_batch_size,
+        g.decode_batch_size, recipe.rollout,
     )  # fmt: skip
     draw = Draw(rounds.samples, rounds.temperature, g.max_new_tokens, recipe.seed * 1000 + seed)
     journal = draw_all(out.with_suffix(".answers"), start, sampled, draw)

@@ -27,7 +27,7 @@ from rl.preference.phase import (
 from rl.preference.recipe import Sft
 from rl.questions.heldout import Answered
 from rl.recipe import RlRecipe
-from rl.run.agree import agree
+from rl.run.agree import agree, from_first
 from rl.run.identity import check_ranks, claim, identity
 from stages.data.items import Cache
 from stages.data.sources.formats import files_of, format_of
@@ -123,7 +123,7 @@ class SftTrainer:
     def _before(self) -> list[Answered]:
         """The start model's answers: from an earlier start of a phase that has checkpoints, or drawn now."""
         known, c = self.heldout.known("before"), self.config
-        begun = agree(lambda: bool(checkpoints(self.out / "checkpoints")))
+        begun = from_first(lambda: bool(checkpoints(self.out / "checkpoints")))
         if begun and known is not None:
             return known
         return self.heldout.measure("before", self.start, c.precision, c.decode_batch_size)

@@ -60,7 +60,8 @@ def merge(
         shard_bytes: largest size of an output file, unless one tensor is larger.
         progress: whether to report progress on stdout.
         base: the model that all were trained from. The result is then the base plus, for each model, its weight (not
-            divided by the sum) times what its training changed (task arithmetic, arXiv 2212.04089).
+            divided by the sum) times what its training changed (task arithmetic, arXiv 2212.04089). It may have another
+            floating-point dtype, such as the bf16 of a release whose fine-tuned models are fp32.
 
     Raises:
         CheckpointError: a directory that holds no model, models that differ in more than their values, or `out` exists
@@ -71,7 +72,7 @@ def merge(
     given = [1 / len(directories)] * len(directories) if weights is None else list(weights)
     if len(given) != len(directories):
         raise CheckpointError(f"{len(given)} weights for {len(directories)} models; give one for each")
-    return combine([*directories, base], [*given, 1 - sum(given)], out, shard_bytes, progress)
+    return combine([*directories, base], [*given, 1 - sum(given)], out, shard_bytes, progress, mixed=True)
 
 
 def combine(
@@ -80,13 +81,15 @@ def combine(
     out: str | Path,
     shard_bytes: int = 4 << 30,
     progress: bool = True,
+    mixed: bool = False,
 ) -> Path:
     """Write the sum of models, each times its share (any number; models with share 0 are not read), as `merge` does.
 
+    mixed: the models may have different floating-point dtypes; the sum is stored in those of the first.
     `out` appears under its name only when it is complete.
     """
     models, shares = [Weights(directory) for directory in directories], list(shares)
-    check_compatible(models)
+    check_compatible(models, mixed)
     parts = [(model, share) for model, share in zip(models, shares, strict=True) if share] or [(models[0], 0.0)]
     with atomic_directory(out) as part:
         for path in sorted(models[0].directory.iterdir()):
@@ -99,8 +102,8 @@ def combine(
     return Path(out)
 
 
-def check_compatible(models: Sequence[Weights]) -> None:
-    """Refuse models that differ in architecture or vocabulary.
+def check_compatible(models: Sequence[Weights], mixed: bool = False) -> None:
+    """Refuse models that differ in architecture or vocabulary; and in dtype, unless `mixed`.
 
     Raises:
         CheckpointError: names the tensor, key or file that differs.
@@ -115,7 +118,8 @@ def check_compatible(models: Sequence[Weights]) -> None:
             )
         for name, one in first.tensors.items():
             two = model.tensors[name]
-            if (one.shape, one.code) != (two.shape, two.code):
+            floats = mixed and one.known_dtype.is_floating_point and two.known_dtype.is_floating_point
+            if one.shape != two.shape or one.code != two.code and not floats:
                 raise CheckpointError(
                     f"tensor {name} is {one.code} {list(one.shape)} in {first.directory} but {two.code} "
                     f"{list(two.shape)} in {model.directory}; merge models of the same shapes and dtype"

@@ -63,6 +63,8 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise ManifestError(f"{where} cannot be read as JSON ({error}); correct or delete that line") from error
+    if "\\u" in line and _has_surrogate(sample):
+        raise ManifestError(f"{where} contains a lone surrogate, which is not a character; correct or delete that line")
     messages = sample.get("messages") if isinstance(sample, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ManifestError(f'{where} has no messages; each line needs a list "messages" of chat turns')
@@ -70,6 +72,15 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise ManifestError(f'{where} has a message without "role" or "content"; give both')
     return sample
+
+
+def _has_surrogate(value: Any) -> bool:
+    """Whether a text in a value of JSON cannot be encoded, because its escapes are half of a pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def iter_manifest(path: str | Path) -> Iterator[dict[str, Any]]:

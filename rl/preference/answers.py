@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from keye.processor.processor import Sample
 from rl.preference.phase import Answerer, progress_bar, release
 from rl.questions.prompts import Prompt, PromptSet
 from rl.rewards import Judgement, RewardSum, rewards_from
+from rl.rollout.config import Rollout
 from rl.rollout.engine import number_of
 from rl.run.agree import agree, from_first, gather
 from rl.run.identity import model_files
@@ -31,6 +33,7 @@ from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start
 
 CHUNK = 16  # questions of a journal's line
+BLOCK = 1 << 16  # bytes that are searched together for the end of a line
 SETTINGS = "settings.json"
 
 
@@ -108,8 +111,7 @@ class Journal:
         """Append the answers to the questions of a chunk."""
         line = json.dumps({"chunk": chunk, "rows": [asdict(row) for row in rows]}, ensure_ascii=False) + "\n"
         with writing(self.file, "the answers", CheckpointError), self.file.open("ab+") as out:
-            if out.tell() and _last_byte(out) != b"\n":  # a killed process left a part of a line
-                out.write(b"\n")
+            out.truncate(_end_of_lines(out))  # a killed process may have left a part of a line
             out.write(line.encode())
 
     def index(self) -> dict[int, tuple[Path, int]]:
@@ -140,9 +142,17 @@ class Journal:
                     yield Answers(row["where"], [Answer(**answer) for answer in row["answers"]], row["error"])
 
 
-def _last_byte(file: Any) -> bytes:
-    file.seek(-1, 2)
-    return file.read(1)
+def _end_of_lines(file: BinaryIO) -> int:
+    """The position behind the last complete line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - BLOCK)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 def draw_answers(journal: Journal, prompts: list[Prompt], answerer: Answerer, reward: RewardSum, draw: Draw) -> None:
@@ -159,12 +169,17 @@ def draw_answers(journal: Journal, prompts: list[Prompt], answerer: Answerer, re
         def work() -> None:
             for chunk in missing[rank::world]:
                 part = prompts[chunk * CHUNK : (chunk + 1) * CHUNK]
-                answerer.generator.manual_seed((draw.seed * 1_000_003 + chunk) * 4096 + 17)
+                answerer.generator.manual_seed(seed_of(draw.seed, chunk))
                 journal.add(chunk, answer(part, answerer, reward, draw))
                 bar.advance(task, world)
 
         agree(work)
     gather(None)  # all files are written
+
+
+def seed_of(seed: int, chunk: int) -> int:
+    """The seed of a chunk's answers, within the 64 bits that a generator takes."""
+    return ((seed * 1_000_003 + chunk) * 4096 + 17) % (1 << 63)
 
 
 def answer(prompts: list[Prompt], answerer: Answerer, reward: RewardSum, draw: Draw) -> list[Answers]:
@@ -191,7 +206,8 @@ class Sampled:
     """What is sampled, and by which rewards it is judged.
 
     found: the questions. families: that they were chosen by. limit: questions at most, see `questions`; 0 = all.
-    rewards: name → weight. precision: of the model. batch: answers that are decoded together.
+    rewards: name → weight. precision: of the model. batch: answers that are decoded together. rollout: how they are
+    sampled.
     """
 
     found: PromptSet
@@ -200,6 +216,7 @@ class Sampled:
     rewards: dict[str, float | dict[str, Any]]
     precision: str
     batch: int
+    rollout: Rollout = Rollout()
 
     @property
     def questions(self) -> list[Prompt]:
@@ -231,10 +248,11 @@ def draw_all(folder: Path, start: Start, sampled: Sampled, draw: Draw) -> Journa
         "precision": resolve_precision(sampled.precision),
         **({"chosen": "by a hash of the id"} if sampled.limit else {}),  # formerly the first ones
         **asdict(draw),
+        **sampled.rollout.sampling,
     }
     journal, prompts = Journal(folder, settings), sampled.questions
     if journal.missing(len(prompts)):
-        answerer = agree(lambda: Answerer(start, sampled.precision, sampled.batch))
+        answerer = agree(lambda: Answerer(start, sampled.precision, sampled.batch, sampled.rollout))
         draw_answers(journal, prompts, answerer, agree(lambda: rewards_from(sampled.rewards, folder)), draw)
         del answerer
         release()

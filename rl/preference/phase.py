@@ -22,6 +22,8 @@ from rl.questions.prompts import Prompt, PromptSet, load_prompts
 from rl.recipe import RlRecipe
 from rl.rewards import rewards_from
 from rl.rollout import InProcessRollout
+from rl.rollout.build import token_ids
+from rl.rollout.config import Rollout
 from rl.run.agree import agree, from_first, gather
 from stages.distributed.engine import device, resolve_precision
 from stages.distributed.ranks import first_rank
@@ -50,15 +52,20 @@ class Answerer:
 
     Args:
         start: its files. precision: "auto", "fp32" or "bf16". batch: answers that are decoded together.
+        rollout: the recipe's `[rollout]`, so that a phase samples as GSPO does.
     """
 
-    def __init__(self, start: Start, precision: str, batch: int) -> None:
+    def __init__(self, start: Start, precision: str, batch: int, rollout: Rollout | None = None) -> None:
         self.start = start
         self.processor = KeyeProcessor.from_pretrained(start.directory)
         dtype = torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
         self.model = start.build(dtype, device()).eval().requires_grad_(False)
         self.generator = torch.Generator(device())
-        self.rollout = InProcessRollout(self.model, self.processor, self.generator, batch)
+        how = rollout or Rollout()
+        stop = token_ids(how.stop_tokens, self.processor)
+        self.rollout = InProcessRollout(
+            self.model, self.processor, self.generator, batch, how.cache_mb << 20, how.top_p, how.top_k, stop
+        )
 
     def encode(self, prompt: Prompt) -> Sample:
         """The prompt's chat up to the answer, with the processor's encoder settings and those of its messages."""
@@ -133,7 +140,7 @@ class HeldOutQuestions:
     def _ask(self, name: str, start: Start, precision: str, batch: int) -> tuple[list[Answered], dict[str, str]]:
         """This rank's answers, and the questions that it cannot read."""
         wanted, rank, world = self.recipe.heldout, dist.get_rank(), dist.get_world_size()
-        answerer = agree(lambda: Answerer(start, precision, batch))
+        answerer = agree(lambda: Answerer(start, precision, batch, self.recipe.rollout))
         reward = agree(lambda: rewards_from(self.recipe.rewards, self.out.parent))
         mine = self.questions[rank::world]
         how = (wanted.samples, wanted.temperature, self.max_new_tokens)

@@ -153,6 +153,9 @@ class RewardScorer:
     def scores(self, messages: list[dict[str, Any]], base_dir: str | Path, texts: Sequence[str]) -> list[float]:
         """The score of each text as the answer to a chat; the chat's media are read once.
 
+        Equal texts have equal scores: each is read once. Scores of the same text at two places of a packed row differ
+        by rounding errors, which standardised advantages of a group of equal answers would enlarge to ±1.
+
         Args:
             messages: the chat up to the answer. base_dir: the folder of its relative paths.
 
@@ -160,9 +163,11 @@ class RewardScorer:
             KeyeError: the chat's media cannot be read.
         """
         sample = self.processor.sample(messages, base_dir, add_generation_prompt=True)
-        answers = [encode_answer(self.processor, text) for text in texts]
-        group = Group(sample, answers, [], [True] * len(answers), list(texts))
-        return self.model([group]).tolist()
+        unique = list(dict.fromkeys(texts))
+        answers = [encode_answer(self.processor, text) for text in unique]
+        group = Group(sample, answers, [], [True] * len(answers), unique)
+        scores = dict(zip(unique, self.model([group]).tolist(), strict=True))
+        return [scores[text] for text in texts]
 
     def standard(self, score: float) -> float:
         """A score in standard deviations from the mean of the training answers, as a number from 0 to 1 (logistic)."""

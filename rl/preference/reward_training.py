@@ -34,7 +34,7 @@ from stages.signals import REQUESTS, SignalRequests
 from stages.typed_toml import requirement
 
 NOT_TRAINED = ("steps", "checkpoint_every", "keep_checkpoints", "cache_mb", "micro_pairs")
-"""Settings that a resumed training may change."""
+"""Settings that a resumed training may change, see `settings_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,12 @@ class RewardTraining(OptimizerConfig):
             need(getattr(self, key) >= 1, f"--{key.replace('_', '-')} must be at least 1")
 
 
+def settings_of(config: RewardTraining) -> dict[str, Any]:
+    """The settings that a resumed training may not change; `steps` is one where the learning rate depends on it."""
+    may_change = set(NOT_TRAINED) - (set() if config.schedule == "constant" else {"steps"})
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in may_change}
+
+
 class RewardTrainer:
     """Trains a reward model from the model directory `start` on the pairs of a file, into the directory `out`.
 
@@ -113,7 +119,7 @@ class RewardTrainer:
         self.pairs, self.rejected = found.pairs, found.rejected
         self.heldout = max(1, round(config.heldout * len(self.pairs)))
         agree(self._check)
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_TRAINED}
+        settings = settings_of(config)
         settings |= {"pairs": found.digest, "start": agree(lambda: model_files(self.start.directory))}
         first_rank(lambda: self._claim(json.loads(json.dumps(settings))), OSError)
         self.processor = agree(lambda: KeyeProcessor.from_pretrained(self.start.directory))

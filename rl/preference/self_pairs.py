@@ -26,7 +26,9 @@ def sample_pairs(recipe: RlRecipe, run: Path, start: Start) -> Path:
     out, m = run / "mpo", recipe.mpo
     manifest = run / m.sampling.manifest
     found = agree(lambda: load_prompts(manifest, m.families))
-    sampled = Sampled(found, m.families, m.sampling.limit, recipe.rewards, m.precision, m.decode_batch_size)
+    sampled = Sampled(
+        found, m.families, m.sampling.limit, recipe.rewards, m.precision, m.decode_batch_size, recipe.rollout
+    )
     draw = Draw(m.sampling.samples, m.sampling.temperature, m.max_new_tokens, recipe.seed)
     journal = draw_all(out / ANSWERS, start, sampled, draw)
 

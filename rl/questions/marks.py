@@ -26,6 +26,7 @@ from rl.questions.prompts import Prompt, read_question
 from rl.questions.sampling import accuracy_of, judged
 from rl.rewards import rewards_from
 from rl.rollout import InProcessRollout
+from rl.run.identity import model_files
 from stages.distributed.checkpoints import checksum
 from stages.distributed.weights import open_start
 
@@ -163,7 +164,9 @@ def mark(
         raise ManifestError(f"the media of {source} are relative to its folder; give an --out in {source.parent}")
     partial, record = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.partial.json")
     with writing(target, kind=ManifestError):
-        _claim(record, {"manifest": f"{source.stat().st_size} bytes, CRC-32 {checksum(source)}"} | asdict(settings))
+        files = model_files(Path(settings.model)) if settings.model else {}
+        read = {"manifest": f"{source.stat().st_size} bytes, CRC-32 {checksum(source)}", "files": files}
+        _claim(record, read | asdict(settings))
         with source.open("rb") as file:
             total = sum(1 for _ in file)
         counts, done = Counts(), _written(partial, settings.batch, total)
@@ -190,7 +193,11 @@ def _claim(record: Path, now: dict[str, Any]) -> None:
     """Record what a partial file is made from, or compare it with the record."""
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
-        for key in now.keys() - {"drop_above"}:
+        if before.get("files", now["files"]) != now["files"]:  # a record of an earlier version has none
+            raise ManifestError(
+                f"{record.with_suffix('')} was begun with another model in {now['model']}; remove it to begin again"
+            )
+        for key in now.keys() - {"drop_above", "files"}:
             if before.get(key) != now[key]:
                 raise ManifestError(
                     f"{record.with_suffix('')} was begun with {key} = {before.get(key)!r}, and now it is {now[key]!r}; "

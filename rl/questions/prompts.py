@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ class PromptStream:
         self.rejected: dict[str, str] = {}
         self.too_long: dict[int, str] = {}  # index → reason, the same on every rank
         self.cache = Cache(cache)
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[int, Sequence[int]] = (-1, ())
         self._drawn: Counter[str] = Counter()
 
     def begin_step(self) -> None:
@@ -307,7 +308,7 @@ class PromptStream:
     def _turn(self) -> int:
         """Index in `prompts` of the next prompt of the order."""
         if self._order[0] != self.epoch:
-            order = list(range(len(self.prompts)))
+            order = array("I", range(len(self.prompts)))  # 4 bytes a question
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
             self._order = (self.epoch, order)
         index = self._order[1][self.position]

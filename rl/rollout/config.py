@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from keye.errors import RecipeError
 from rl.rollout.connection import Served
@@ -47,6 +48,13 @@ class Rollout:
 
     patience: float = 1800.0
     """With "served": seconds that a request waits for a server that is down or busy."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The keys that answers depend on, where they differ from their defaults."""
+        given = {"top_p": self.top_p, "top_k": self.top_k, "stop_tokens": list(self.stop_tokens)}
+        default = {"top_p": 1.0, "top_k": 0, "stop_tokens": []}
+        return {key: value for key, value in given.items() if value != default[key]}
 
     def check(self, need: Need, temperatures: Mapping[str, float] = MappingProxyType({})) -> None:
         """Refuse values that cannot work.

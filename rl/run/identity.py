@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rl.recipe import PHASES, Gspo, RlRecipe
 from rl.run.agree import gather
 from stages.distributed.checkpoints import checkpoints, checksum
 from stages.distributed.engine import resolve_precision
+from stages.distributed.ranks import first_rank
 from stages.recipe import DataRecipe
 from stages.typed_toml import former_names
 
@@ -116,6 +118,28 @@ def claim(out: Path, run: Path, now: Identity) -> None:
         _check(out, run, now, _read(out))
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / FILE, json.dumps(dataclasses.asdict(now), indent=1) + "\n")
+
+
+def check_finished(run: Path, recipe: RlRecipe) -> None:
+    """Refuse a finished phase `gspo` of the folder `run` that another recipe, start model or data made; collective.
+
+    For a caller that does not train it again. A phase that is trained further is checked by `claim`.
+
+    Raises:
+        CheckpointError: on all ranks; names the key or file and the remedy.
+    """
+
+    def check() -> None:
+        digests = {name: digest_of(run / name) for name in (recipe.gspo.manifest, recipe.heldout.manifest)}
+        _check(run / "gspo", run, identity(run, recipe, digests), _read(run / "gspo"))
+
+    first_rank(check, OSError)
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _remedy(out: Path) -> str:

@@ -62,6 +62,7 @@ def rollout_values(experiences: list[Experience]) -> dict[str, Any]:
     """A rank's values for `step_metrics` of the groups of a step: those it trains on, then those that were replaced."""
     groups = [group for experience in experiences for group in experience.groups]
     return {
+        "informative": [bool(row.any()) for experience in experiences for row in experience.advantages],
         "families": [prompt.family for experience in experiences for prompt in experience.prompts],
         "earned": [[asdict(e) for e in group] for experience in experiences for group in experience.earned],
         "seen_blind": [row for experience in experiences for row in _seen_blind(experience)],
@@ -91,9 +92,9 @@ def step_metrics(
 
     reward_stderr is over prompts, because the answers of a group share their question. clip_fraction and the ratios
     are over the sequences of informative groups (over their tokens, if the loss has a ratio for each token), in all
-    mini-batches; informative is the share of such groups, empty the share of answers without text. Answers that do not
-    count enter no mean of rewards. failures: see `failure_warnings`, for the log. rejected, the questions left out so
-    far, is the same on every rank.
+    mini-batches; informative is the share of such groups, those with an advantage after hints and guard; empty is the
+    share of answers without text. Answers that do not count enter no mean of rewards. failures: see
+    `failure_warnings`, for the log. rejected, the questions left out so far, is the same on every rank.
     """
 
     def flat(name: str) -> list[Any]:
@@ -102,7 +103,6 @@ def step_metrics(
     earned, families, lengths, updates = flat("earned"), flat("families"), flat("lengths"), flat("updates")
     counted = [[e for e in group if e["counts"]] for group in earned]
     rewards = [fmean(e["total"] for e in group) for group in counted if group]
-    informative = [len({e["total"] for e in group}) > 1 for group in counted]
     parts = _parts([e for group in earned for e in group])
     per_family = defaultdict(list)
     for family, group in zip(families, earned, strict=True):
@@ -117,7 +117,7 @@ def step_metrics(
         "reward_stderr": standard_error(rewards),
         **parts,
         **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items()) if values},
-        "informative": fmean(informative),
+        "informative": fmean(flat("informative")),
         **({"replaced": replaced} if (replaced := sum(rank.get("replaced", 0) for rank in ranks)) else {}),
         **own_metrics([row for rank in ranks for row in rank.get("seen_blind", ())], blindness or Blindness()),
         "clip_fraction": values["clipped"].mean,

@@ -1,7 +1,8 @@
-"""Warnings from a step's metrics: steps without any advantage, answers that are empty or cut off."""
+"""Warnings from a step's metrics: no advantage, answers that are empty or cut off, numbers that are not finite."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -20,8 +21,13 @@ def warnings_of(metrics: dict[str, Any], max_new_tokens: int) -> dict[str, str]:
         )
     if metrics["informative"] == 0:
         found["constant"] = (
-            f"all answers to each question earned the same (mean reward {metrics['reward_mean']:.3f}), so every "
-            "advantage is zero and no weight changes; use questions that are neither too hard nor too easy, or "
-            "raise gspo.group_size or gspo.temperature"
+            f"all answers to each question earned the same (mean reward {metrics['reward_mean']:.3f}), or the guard "
+            "against blindness left the questions out, so every advantage is zero and no answer has a gradient; use "
+            "questions that are neither too hard nor too easy, or raise gspo.group_size or gspo.temperature"
+        )
+    if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+        found["nonfinite"] = (
+            "the loss or its gradient is not a finite number, so optimizer steps are skipped; resume from a checkpoint "
+            "with a lower gspo.learning_rate, and look at the rewards of this step"
         )
     return found

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import time
 import warnings
@@ -147,8 +148,10 @@ def build(
         read_partitioned(module, sources or {}, config, device())
     adam, scheduler = build_optimizer(module, optimizer, steps)
     engine, *_ = deepspeed.initialize(model=module, optimizer=adam, lr_scheduler=scheduler, config=config)
-    if zero == 0 and optimizer.max_grad_norm:
-        adam.register_step_pre_hook(functools.partial(_clip, trained, optimizer.max_grad_norm))
+    if zero == 0:
+        if optimizer.max_grad_norm:
+            adam.register_step_pre_hook(functools.partial(_clip, trained, optimizer.max_grad_norm))
+        skip_steps_when(engine, lambda norm: not math.isfinite(norm))  # ZeRO does so itself
     if zero == 3:
         gather_by_units(engine)
     if half:  # otherwise the fp32 weights would have been rounded to bf16

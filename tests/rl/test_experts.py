@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from keye.errors import RecipeError
+from keye.errors import CheckpointError, RecipeError
 from rl.experts import Expert, parse_experts, table, train_experts
 from rl.rewards import Judgement, register
 from stages.distributed import engine
@@ -35,7 +35,14 @@ def trained(run: Path) -> list:
     times = {path: path.stat().st_mtime_ns for path in (run / "experts").rglob("*.safetensors")}
     assert train_experts(recipe, run, experts, (0.5,)) == results
     assert times == {path: path.stat().st_mtime_ns for path in (run / "experts").rglob("*.safetensors")}
-    return [results, names]
+    changed = dataclasses.replace(recipe, gspo=dataclasses.replace(gspo, learning_rate=1e-3))
+    with pytest.raises(CheckpointError, match="gspo.learning_rate = 0.01, but the recipe says 0.001"):
+        train_experts(changed, run, experts, (0.5,))
+    # An expert that is trained further is merged and measured again.
+    longer = dataclasses.replace(recipe, gspo=dataclasses.replace(gspo, steps=2))
+    later = train_experts(longer, run, experts, (0.5,))
+    assert [name for name in later if later[name] == results[name]] == ["start"]
+    return [later, names]
 
 
 def test_experts_are_merged_and_compared(tmp_path):

@@ -64,6 +64,15 @@ def test_ratio_is_taken_in_float32_of_bf16_inputs():
     assert fine.dtype == torch.float32 and fine.item() == pytest.approx(3e-4, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_rounding_errors_of_rewards_are_no_advantage(scale):
+    noise = scale * (0.7 + torch.tensor([[0.0, 6e-8, 0.0, 1e-7]]))
+    assert not group_advantages(noise).any() and not group_advantages(noise, standardise=False).any()
+    # A small difference that float32 holds is one; the mean of the advantages is zero.
+    fine = group_advantages(scale * torch.tensor([[0.7, 0.7 + 1e-4, 0.7]]))
+    torch.testing.assert_close(fine, torch.tensor([[-1.0, 2.0, -1.0]]) / 2**0.5, atol=2e-3, rtol=0)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.1]), min_size=4, max_size=4))
 def test_a_small_step_raises_better_answers_and_lowers_worse_ones(rewards):

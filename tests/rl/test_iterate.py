@@ -79,6 +79,9 @@ def stopped_and_continued(run: Path) -> list:
     assert again == results and times == {path: path.stat().st_mtime_ns for path in run.rglob("metrics.jsonl")}
     with pytest.raises(CheckpointError, match="samples = 64, but now it is 32"):
         iterate(WHOLE, run, dataclasses.replace(ROUNDS, samples=32))
+    changed = dataclasses.replace(WHOLE, gspo=dataclasses.replace(WHOLE.gspo, learning_rate=1e-4))
+    with pytest.raises(CheckpointError, match="rounds/1/gspo was trained with gspo.learning_rate = 0.001"):
+        iterate(changed, run, ROUNDS)
     with pytest.raises(CheckpointError, match="mpo/model has no model"):
         iterate(WHOLE, run.with_name("other"), dataclasses.replace(ROUNDS, first="mpo"))
     return [results, names]

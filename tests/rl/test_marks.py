@@ -31,6 +31,27 @@ def manifest(tmp_path) -> Path:
     return path
 
 
+def test_another_model_does_not_continue_a_file(manifest):
+    out, model = manifest.with_name("marked.jsonl"), manifest.with_name("model")
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"one")
+    asked = []
+
+    def stopped(prompts, seed):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(seed)
+        return accuracies(prompts, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        mark(manifest, out, Marking(batch=4, model=str(model)), stopped)
+    (model / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(ManifestError, match="was begun with another model in"):
+        mark(manifest, out, Marking(batch=4, model=str(model)), accuracies)
+    (model / "model.safetensors").write_bytes(b"one")
+    mark(manifest, out, Marking(batch=4, model=str(model)), accuracies)
+
+
 def accuracies(prompts, seed):
     """Depends on the question and on the seed, as sampled answers do."""
     return [zlib.crc32(f"{prompt.id}/{seed}".encode()) % 9 / 8 for prompt in prompts]

@@ -28,6 +28,19 @@ def test_two_lines_with_one_id_are_two_samples(tmp_path, processor):
         assert torch.equal(sample.input_ids, alone.input_ids), prompt.messages
 
 
+@pytest.mark.parametrize("key", ["id", "answer", "options"])
+def test_a_line_with_half_a_character_is_left_out(tmp_path, key):
+    path = write(tmp_path / "train.jsonl", QUESTION)
+    broken = {"id": r'"a\ud83d"', "answer": r'"\ud83d"', "options": r'["\udc00\ud83d"]'}[key]
+    line = json.dumps(QUESTION | {"id": "b", key: None}).replace("null", broken)
+    path.write_text(
+        path.read_text() + line + "\n" + line.replace(broken, broken.replace(r"\ud83d", r"\ud83d\ude00")) + "\n"
+    )
+    found = load_prompts(path)
+    assert "lone surrogate" in found.rejected[f"{path}:2"]
+    assert [prompt.where.rpartition(":")[2] for prompt in found.prompts] == (["1"] if key == "options" else ["1", "3"])
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

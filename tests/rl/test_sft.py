@@ -14,6 +14,7 @@ from keye.errors import CheckpointError, KeyeError, RecipeError
 from rl.phases import post_train
 from rl.preference.recipe import Mpo, Sampling, Sft
 from rl.recipe import Gspo, HeldOut, RlRecipe, load
+from rl.rollout.config import Rollout
 from rl.sft import SftTrainer
 from stages.data.loader import Loader
 from stages.distributed import engine
@@ -102,7 +103,7 @@ def chain(run: Path) -> list[str]:
     gspo = Gspo(steps=1, learning_rate=1e-3, start="mpo", prompts=2, group_size=2, mini_batches=1, max_new_tokens=2)
     recipe = dataclasses.replace(
         RECIPE, sft=dataclasses.replace(SFT, steps=8, max_new_tokens=8, keep_finished=False), mpo=mpo, gspo=gspo,
-        rewards={"format": 1.0, "accuracy": 1.0}, seed=3,
+        rewards={"format": 1.0, "accuracy": 1.0}, seed=3, rollout=Rollout(stop_tokens=tuple("0123456789?")),
     )  # fmt: skip
     assert list(post_train(recipe, run, "sft")) == ["sft"]
     times = {path: path.stat().st_mtime_ns for path in (run / "sft/model").iterdir()}

@@ -30,6 +30,7 @@ def metrics(rewards: list[float], texts: list[str], finished: list[bool]) -> dic
     update = {"loss": 0.0, "grad_norm": 0.0} | {name: one for name in MOMENTS} | {"clipped": one | {"total": 0.0}}
     rank = {
         "families": ["count"],
+        "informative": [len(set(rewards)) > 1],
         "earned": [[asdict(Earned(reward, {"same": reward})) for reward in rewards]],
         "lengths": [1] * len(texts),
         "finished": finished,
@@ -40,6 +41,14 @@ def metrics(rewards: list[float], texts: list[str], finished: list[bool]) -> dic
         "rejected": 0,
     }
     return step_metrics(1, [rank], {"rollout": 1.0, "update": 1.0})
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_is_named(key):
+    found = metrics([0.0, 1.0], ["a", "b"], [True, True])
+    assert "nonfinite" not in warnings_of(found, 7)
+    for value in (float("nan"), float("inf")):
+        assert "optimizer steps are skipped" in warnings_of(found | {key: value}, 7)["nonfinite"]
 
 
 @pytest.mark.parametrize(

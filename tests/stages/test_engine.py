@@ -67,13 +67,25 @@ def norms(zero: int) -> tuple[float, float, float, torch.Tensor]:
     return asked[0], deep.gradient_norm(engine), float(wanted), torch.cat([g.flatten() for g in stepped])
 
 
-def all_norms() -> list[tuple[float, float, float, torch.Tensor]]:
+def unmoved(zero: int, limit: float) -> bool:
+    """Whether a step with a gradient that is not finite leaves the fp32 weights as they are."""
+    model = Net(0)
+    before = [p.detach().clone() for p in model.parameters()]
+    engine = deep.build(model, small.optimizer(0.1, max_grad_norm=limit), 9, zero=zero, precision="fp32")
+    engine.backward(engine(torch.ones(1, 5)) * float("nan"))
+    engine.step()
+    return all(torch.equal(p.detach(), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def all_norms() -> tuple[list[tuple[float, float, float, torch.Tensor]], list[bool]]:
     deep.start(threads=1)
-    return [norms(zero) for zero in (0, 1)]
+    return [norms(zero) for zero in (0, 1)], [unmoved(0, 0.0), unmoved(0, 0.5), unmoved(1, 0.5)]
 
 
 def test_guard_gets_the_norm_before_clipping_and_the_optimizer_the_clipped_gradient():
-    for seen, settings, wanted, stepped in run_distributed(all_norms, 1, 300)[0]:
+    found, kept = run_distributed(all_norms, 1, 300)[0]
+    assert kept == [True] * 3
+    for seen, settings, wanted, stepped in found:
         assert wanted > 100 and seen == pytest.approx(wanted, rel=1e-5) and settings == pytest.approx(wanted, rel=1e-5)
         assert float(stepped.norm()) <= 0.5 * (1 + 1e-5)
 

@@ -48,6 +48,18 @@ def test_mean_is_that_of_plain_arithmetic(models: list[Path], tmp_path: Path, we
     assert not torch.equal(merged["lm_head.weight"], one["lm_head.weight"])
 
 
+def test_a_base_in_bf16_is_the_start_of_models_in_fp32(models: list[Path], tmp_path: Path):
+    base = save(tmp_path / "base", 7, torch.bfloat16)
+    out = merge(models[:2], tmp_path / "merged", [0.5, 0.25], progress=False, base=base)
+    one, two, start, merged = map(state, (*models[:2], base, out))
+    for name, tensor in merged.items():
+        before = start[name].float()
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, before + 0.5 * (one[name] - before) + 0.25 * (two[name] - before))
+    with pytest.raises(CheckpointError, match="same shapes and dtype"):
+        merge([models[0], base], tmp_path / "refused", progress=False)
+
+
 def test_result_has_the_first_models_files_and_says_what_it_is(models: list[Path], tmp_path: Path):
     out = merge(models[:2], tmp_path / "merged", progress=False)
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):

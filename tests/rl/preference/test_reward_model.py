@@ -16,7 +16,7 @@ from rl.commands import posttrain
 from rl.policy.scoring import Group, continued_positions, vision_inputs
 from rl.preference.pairs import encode_answer, load_pairs
 from rl.preference.reward_model import HEAD, RewardModel, RewardScorer, pair_loss
-from rl.preference.reward_training import RewardTrainer, RewardTraining
+from rl.preference.reward_training import RewardTrainer, RewardTraining, settings_of
 from stages.distributed import engine
 from tests.distributed import run_distributed
 from tests.rl.test_trainer import make_run
@@ -31,6 +31,14 @@ def test_the_loss_is_that_of_bradley_and_terry():
     slope = torch.tensor([-(1 - 1 / (1 + math.exp(-2.0))), -(1 - 1 / (1 + math.exp(0.7)))])
     torch.testing.assert_close(scores.grad, torch.stack([slope, -slope], 1), atol=1e-6, rtol=1e-6)
     assert pair_loss(scores.bfloat16()).dtype == torch.float32
+
+
+def test_the_number_of_steps_may_change_only_where_the_learning_rate_does_not_depend_on_it():
+    constant, cosine = (
+        [settings_of(RewardTraining(steps=steps, learning_rate=1e-3, schedule=name)) for steps in (5, 9)]
+        for name in ("constant", "cosine")
+    )
+    assert constant[0] == constant[1] and cosine[0] != cosine[1]
 
 
 def test_scores_and_gradients_equal_those_of_separate_sequences(model, processor, prompts):

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from keye.errors import CheckpointError, RecipeError
 from rl.commands import posttrain
 from rl.policy.scoring import Group
-from rl.preference.answers import CHUNK, Answer, Answers, Draw, Journal, Sampled, draw_answers
+from rl.preference.answers import CHUNK, Answer, Answers, Draw, Journal, Sampled, draw_answers, seed_of
 from rl.preference.pairs import load_pairs
 from rl.preference.phase import Answerer
 from rl.preference.selecting import Kept, choose, filter_questions, make_pairs, moved
@@ -140,6 +141,28 @@ def test_answers_continue_after_an_unfinished_line_with_the_same_draws(run, tmp_
     assert list(broken.rows()) == expected and drawn == [CHUNK, CHUNK]
     with pytest.raises(CheckpointError, match="were drawn with seed = 0, but now it is 1"):
         Journal(tmp_path / "broken", {"seed": 1})
+
+
+def test_a_line_that_a_killed_process_left_at_a_bracket_is_drawn_again(run, tmp_path):
+    journal = Journal(tmp_path / "journal", {"seed": 0})
+    row = Answers("q.jsonl:1", [Answer('{"boxes": [1]}\n', 2, True, 1.0, 1.0)])
+    journal.add(0, [row])
+    journal.add(1, [row])
+    whole = journal.file.read_bytes()
+    cut = whole.index(b"]}", whole.index(b"\n")) + 2
+    journal.file.write_bytes(whole[:cut])
+    assert journal.missing(2 * CHUNK) == [1]
+    journal.add(2, [row])
+    assert journal.missing(3 * CHUNK) == [1] and list(journal.rows()) == [row, row]
+    journal.file.write_bytes(whole[: len(whole) // 4])
+    journal.add(0, [row])
+    assert list(journal.rows()) == [row]
+
+
+@pytest.mark.parametrize("seed", [0, -3, 20261128 * 1000 + 2, 1 << 62])
+def test_any_seed_of_a_recipe_gives_seeds_of_a_generator(seed):
+    drawn = {torch.Generator().manual_seed(seed_of(seed, chunk)).initial_seed() for chunk in range(100)}
+    assert len(drawn) == 100 and seed_of(1, 2) == (1_000_003 + 2) * 4096 + 17
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

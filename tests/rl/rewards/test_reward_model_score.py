@@ -38,6 +38,10 @@ def test_scores_are_those_of_the_reward_model_from_0_to_1(run):
         assert one.total == pytest.approx(2 / (1 + math.exp(-(score - 0.5) / 2.0)), abs=1e-5)
         assert one.parts["reward_model"] == one.total / 2 and not one.failures
     assert len({round(one.total, 6) for one in earned}) == 4
+    read, forward = [], scorer.model.forward
+    scorer.model.forward = lambda groups: (read.extend(groups[0].texts), forward(groups))[1]
+    same = scorer.scores(first.messages, first.base_dir, ["red", "3", "red", "red"])
+    assert same[0] == same[2] == same[3] != same[1] and read == ["red", "3"]  # equal answers have no advantage
     whole = rewards_from({"reward_model": {"model": "preferred", "whole": True}}, run)
     assert whole(judged(*answers[2])).total != earned[2].total / 2
 

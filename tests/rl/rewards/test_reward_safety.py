@@ -120,7 +120,8 @@ def test_failures_are_counted_and_named_in_the_metrics():
     one = {"count": 1, "total": 1.0, "least": 1.0, "most": 1.0}
     rank = {
         "families": ["count", "order"], "earned": [[dataclasses.asdict(e) for e in group] for group in earned],
-        "lengths": [1] * 4, "finished": [True] * 4, "empty": [False] * 4, "visual_tokens": 0, "prompt_tokens": 5,
+        "informative": [False, False], "lengths": [1] * 4, "finished": [True] * 4, "empty": [False] * 4,
+        "visual_tokens": 0, "prompt_tokens": 5,
         "updates": [{"loss": 0.0, "grad_norm": 0.0} | {name: one for name in MOMENTS}],
         "rejected": 0,
     }  # fmt: skip
