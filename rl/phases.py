@@ -14,6 +14,7 @@ from rl.preference.trainer import MpoTrainer
 from rl.recipe import RlRecipe
 from rl.sft import SftTrainer
 from rl.trainer import GspoTrainer
+from stages.run import write_report
 
 Done = Callable[[str, dict[str, Any]], None]
 TRAINERS: dict[str, Callable[[RlRecipe, Path], Any]] = {"sft": SftTrainer, "mpo": MpoTrainer, "gspo": GspoTrainer}
@@ -26,6 +27,8 @@ def post_train(
     done: Done | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run the phases of a recipe in the folder `run`; finished ones return their result, one that was begun resumes.
+
+    `report.html` of the run is written after each phase, also after one that was stopped.
 
     Args:
         only: a phase to run instead of all. done: called on rank 0 after each phase with its name and its result.
@@ -41,7 +44,11 @@ def post_train(
     results = {}
     for name in recipe.phases:
         if only in (None, name):
-            results[name] = TRAINERS[name](recipe, Path(run)).train()
+            try:
+                results[name] = TRAINERS[name](recipe, Path(run)).train()
+            finally:
+                if dist.get_rank() == 0 and (Path(run) / name / "metrics.jsonl").exists():
+                    write_report(Path(run))
             release()
             if done is not None and dist.get_rank() == 0:
                 done(name, results[name])

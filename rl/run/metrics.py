@@ -92,9 +92,10 @@ def step_metrics(
 
     reward_stderr is over prompts, because the answers of a group share their question. clip_fraction and the ratios
     are over the sequences of informative groups (over their tokens, if the loss has a ratio for each token), in all
-    mini-batches; informative is the share of such groups, those with an advantage after hints and guard; empty is the
-    share of answers without text. Answers that do not count enter no mean of rewards. failures: see
-    `failure_warnings`, for the log. rejected, the questions left out so far, is the same on every rank.
+    mini-batches; informative is the share of such groups, those with an advantage after hints and guard; all_wrong that
+    of groups without a right answer; empty is the share of answers without text. Answers that do not count enter no
+    mean of rewards. failures: see `failure_warnings`, for the log. rejected, the questions left out so far, is the same
+    on every rank.
     """
 
     def flat(name: str) -> list[Any]:
@@ -118,6 +119,7 @@ def step_metrics(
         **parts,
         **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items()) if values},
         "informative": fmean(flat("informative")),
+        "all_wrong": _mean([float(_all_wrong(group)) for group in counted if group]),
         **({"replaced": replaced} if (replaced := sum(rank.get("replaced", 0) for rank in ranks)) else {}),
         **own_metrics([row for rank in ranks for row in rank.get("seen_blind", ())], blindness or Blindness()),
         "clip_fraction": values["clipped"].mean,
@@ -149,6 +151,11 @@ def _parts(earned: list[dict[str, Any]]) -> dict[str, float]:
         found[f"reward/{name}"] = _mean([e["parts"][name] for e in earned if name in e["parts"] and e["counts"]])
         found[f"reward_failures/{name}"] = sum(name in e["failures"] for e in earned)
     return found
+
+
+def _all_wrong(group: list[dict[str, Any]]) -> bool:
+    """Whether no answer of a group is right, by the reward `accuracy` or else by the sum, as hints do by default."""
+    return all(e["parts"].get("accuracy", e["total"]) < 0.5 for e in group)
 
 
 def _mean(values: list[float]) -> float:

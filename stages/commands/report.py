@@ -1,4 +1,4 @@
-"""Write a run's report.html from its files, also while the run goes on. Pre-training writes it after each stage.
+"""Write a run's report.html from its files, also while the run goes on. Training writes it after each stage and phase.
 
 examples:
 keye report runs/mine
@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("run", help="the run's directory, such as runs/tiny")
     args = parser.parse_args()
     if not Path(args.run).is_dir():
-        raise CheckpointError(f"{args.run}: no such run; name the directory that pre-training writes to")
+        raise CheckpointError(f"{args.run}: no such run; name the directory of --out")
     made = ("recipe.toml", "*/metrics.jsonl", "plans", "evaluation", "gspo", "ablation")
     if not any(found for name in made for found in Path(args.run).glob(name)):
         raise CheckpointError(

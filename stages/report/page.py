@@ -1,4 +1,4 @@
-"""One self-contained page about one run: its training and, for the demo, the encoder's decisions and GSPO's effect.
+"""One self-contained page about one run: its training, its post-training and, for the demo, the encoder's decisions.
 
 `write(run)` reads only the run's own files. Any pre-training run has the sections of
 `stages.report.training_sections`. The sections of the demo appear with the first of their files; those without a file
@@ -6,7 +6,7 @@ then say that they have not run yet:
 
     plans/<clip>.json, plans/<clip>/*.jpg     a VideoPlan and its frames at the size the model sees them
     evaluation/{annealing,annealing_<control>,gspo}.json
-    gspo/metrics.jsonl, gspo/eval.json        reward_mean, reward_stderr; held-out reward before and after
+    {sft,mpo,gspo}/…                          see stages.report.post_training
     ablation/ablation.json                    rows of threshold, tokens, slow share, PSNR, SSIM, accuracy
     environment.json, recipe.toml, steps/*.json
 """
@@ -21,10 +21,9 @@ from pathlib import Path
 from keye.errors import writing
 from keye.evaluation import CONTROLS, Score
 from keye.slowfast.plan import VideoPlan
-from stages.metrics import read_metrics
-from stages.report import findings
+from stages.report import findings, post_training
 from stages.report import training_sections as training
-from stages.report.charts import NOT_RUN, Series, legend, line_chart, percent, row_chart, smooth, table
+from stages.report.charts import NOT_RUN, Series, legend, line_chart, percent, row_chart, table
 
 FILMSTRIP_FRAMES = 60
 STYLE = Path(__file__).with_name("report.css")
@@ -37,11 +36,11 @@ def write(run: str | Path) -> Path:
         ("What a video costs", _plans(run)),
         *training.sections(run),
         ("What it can see", _accuracy(run)),
-        ("GSPO", _gspo(run)),
+        *post_training.sections(run),
         ("Ablation of the threshold", _ablation(run)),
         ("How it was run", _environment(run)),
     ]
-    if not any((run / name).exists() for name in ("plans", "evaluation", "gspo", "ablation")):
+    if not any((run / name).exists() for name in ("plans", "evaluation", "ablation")):
         sections = [(title, content) for title, content in sections if content != NOT_RUN]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
     page = (
@@ -156,27 +155,6 @@ def _accuracy(run: Path) -> str:
     note += "; ".join(f"{name}: {CONTROLS[name]}" for name in controls)
     note = f'<p class="note">{escape(note)}.</p>'
     return text + legend(series) + row_chart([r.family for r in rows], series) + table(head, figures) + note
-
-
-def _gspo(run: Path) -> str:
-    log = [row for row in read_metrics(run / "gspo" / "metrics.jsonl") if "reward_mean" in row]
-    if not log:
-        return NOT_RUN
-    steps, means = [row["step"] for row in log], [row["reward_mean"] for row in log]
-    each = Series("mean reward of the rollouts", steps, means, "c1", style="faint")
-    series = [each, Series("smoothed", steps, smooth(means), "c1")]
-    chart = legend(series) + line_chart(series, "step", "reward", width=760)
-    gained = findings.reward(run)
-    if not gained:
-        return chart + '<p class="absent">The held-out reward has not been measured yet.</p>'
-    sure = "more" if gained.significant else "not more"
-    text = (
-        "<p>On held-out questions the mean reward went "
-        f"from <b>{gained.before:.3f}</b> ± {gained.before_stderr:.3f} to "
-        f"<b>{gained.after:.3f}</b> ± {gained.after_stderr:.3f}: a change of {gained.gain:+.3f} with a standard error "
-        f"of {gained.gain_stderr:.3f}, {sure} than two of them.</p>"
-    )
-    return text + chart
 
 
 def _ablation(run: Path) -> str:
