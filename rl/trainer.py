@@ -118,8 +118,8 @@ class GspoTrainer:
         found = sorted(
             path.parents[1].name for path in self.run.glob("*/model/config.json") if path.parts[-3] != "gspo"
         )
-        remedy = f"set gspo.start to one of {', '.join(found)}" if found else "pre-train first: keye pretrain --out"
-        raise CheckpointError(f"{folder} has no model: {remedy}{'' if found else f' {self.run}'}")
+        remedy = f"set gspo.start to one of {', '.join(found)}" if found else "link a model there or pre-train"
+        raise CheckpointError(f"{folder} has no model: {remedy}")
 
     def _claim(self) -> list[Prompt]:
         """The questions to train on, after a check that all ranks read the same files and a resumed run its own."""

@@ -43,7 +43,7 @@ def find_start(run: Path, start: str, table: str) -> Start:
     if (folder / "config.json").is_file():
         return open_start(folder)
     found = sorted(path.parents[1].name for path in run.glob("*/model/config.json") if path.parts[-3] != table)
-    remedy = f"set {table}.start to one of {', '.join(found)}" if found else f"run keye pretrain --out {run} first"
+    remedy = f"set {table}.start to one of {', '.join(found)}" if found else "link a model there or pre-train"
     raise CheckpointError(f"{folder} has no model: {remedy}")
 
 

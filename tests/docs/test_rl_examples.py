@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rl.blindness import Blindness
-from rl.recipe import Gspo, HeldOut
+from rl.questions.prompts import load_prompts
+from rl.recipe import Gspo, HeldOut, load
 from rl.rewards import RewardOptions, rewards_from
 from rl.rewards.base import REGISTRY
 from rl.rollout.config import Rollout
@@ -45,6 +46,19 @@ def test_examples_run(folder):
     assert written - {"step", "warnings"} == named - {"warnings", "max_new_tokens"}
     made = {path.name for path in (folder / "runs/mine/gspo").iterdir()}
     assert {"recipe.toml", "run.json", "before.jsonl", "after.jsonl", "eval.json", "model", "checkpoints"} <= made
+
+
+def test_the_recipe_and_the_line_for_own_questions_are_valid(tmp_path):
+    text = GUIDE.read_text(encoding="utf-8").partition("\n## Running\n")[2].partition("\n## ")[0]
+    (tmp_path / "own.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
+    recipe = load(tmp_path / "own.toml")
+    assert recipe.gspo.start == "start" and recipe.heldout.manifest == "data/heldout.jsonl"
+    (tmp_path / "train.jsonl").write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    (prompt,) = load_prompts(tmp_path / "train.jsonl").prompts
+    assert prompt.answer == "A" and prompt.options == ("bikes", "horses")
+    table = text.partition("| TRL's `GRPOConfig`")[2].partition("\n\n")[0]
+    keys = {key for key in re.findall(r"`gspo\.(\w+)", table)}
+    assert keys <= {field.name for field in fields(Gspo)}
 
 
 def test_tables_give_every_key_with_its_default():
