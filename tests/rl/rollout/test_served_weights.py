@@ -171,7 +171,9 @@ def test_two_ranks_train_with_a_server_that_is_started_again_in_the_middle(tmp_p
     rows = [json.loads(line) for line in (run / "gspo/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["grad_norm"] > 0
     assert all(row["sampler_difference_max"] < 1e-4 for row in rows), [row["sampler_difference_max"] for row in rows]
-    assert loaded[:2] == ["0", "1"] and set(loaded[2:]) >= {"1", "2", "3"} and not list(run.glob("gspo/policy/*"))
+    # The second server loads "1" again only if the first one ends before it has answered the second step.
+    assert loaded[:2] == ["0", "1"] and {"2", "3"} <= set(loaded[2:]) <= {"1", "2", "3"}
+    assert not list(run.glob("gspo/policy/*"))
     trained = load_model(run / "gspo/model", "cpu", "float32")
     answers = [Answered(**json.loads(line)) for line in (run / "gspo/after.jsonl").read_text().splitlines()]
     assert len(answers) == 4
