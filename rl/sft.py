@@ -15,11 +15,11 @@ from torch import nn
 
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor
+from rl.policy.model import freeze
 from rl.preference.phase import (
     HeldOutQuestions,
     find_start,
     finished,
-    freeze,
     heldout_questions,
     release,
     write_text,

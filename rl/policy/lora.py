@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from keye.checkpoint.shards import Computed, Stored, atomic_directory, write_shards
-from keye.errors import CheckpointError, RecipeError
+from keye.errors import CheckpointError, RecipeError, writing
 from keye.model.keye import KeyeForConditionalGeneration
 from stages.distributed.engine import master_weight
-from stages.distributed.ranks import agree, waiting_group
+from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start
 
 ADAPTER = "default"
@@ -44,13 +43,12 @@ def add_lora(model: KeyeForConditionalGeneration, rank: int, alpha: float, seed:
     except ValueError as error:
         raise RecipeError(f"gspo.lora_rank: the decoder has no matrices for LoRA ({error})") from error
     numbers = torch.Generator().manual_seed(seed)
-    for name, module in lora_layers(model).items():
+    for module in lora_layers(model).values():
         down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
         bound = down.in_features**-0.5
         value = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=numbers)
         down.weight = nn.Parameter(value.to(device))
         up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
-        del name
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 
@@ -96,23 +94,18 @@ def replace_merged(
         name: [master_weight(part[ADAPTER].weight).to("cpu", torch.float32) for part in (layer.lora_A, layer.lora_B)]
         for name, layer in layers.items()
     }
-    error: Exception | None = None
-    if dist.get_rank() == 0:
+
+    def write() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        try:
-            with atomic_directory(out) as part:
-                write_shards(_tensors(start, layers, pairs, dtype), part)
-                model.config.architectures, model.config.dtype = [type(model).__name__], dtype
-                model.config.save_pretrained(part)
-                model.generation_config.save_pretrained(part)
-                _write_adapter(model, pairs, part / "adapter")
-                write_extras(part)
-        except OSError as caught:
-            reason = caught.strerror or caught
-            error = CheckpointError(f"{out} cannot be written ({reason}); make room and repeat the command")
-        except Exception as caught:
-            error = caught
-    agree(error, waiting_group(dist.group.WORLD))
+        with writing(out, "the model", CheckpointError), atomic_directory(out) as part:
+            write_shards(_tensors(start, layers, pairs, dtype), part)
+            model.config.architectures, model.config.dtype = [type(model).__name__], dtype
+            model.config.save_pretrained(part)
+            model.generation_config.save_pretrained(part)
+            _write_adapter(model, pairs, part / "adapter")
+            write_extras(part)
+
+    first_rank(write)
 
 
 def _tensors(

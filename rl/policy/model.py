@@ -56,21 +56,26 @@ def build_policy(start: Start, config: Gspo, seed: int) -> Policy:
     place = torch.device("meta") if config.zero == 3 else device()
     model = start.build(torch.bfloat16 if half else torch.float32, place)
     sources = start.sources(model)
-    _freeze(model, config.freeze)
+    freeze(model, config.freeze, "gspo")
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, seed, device())
     apply_memory_options(model, config.checkpointing, config.offload, config.mlp_tiles)
     return Policy(model, sources, start)
 
 
-def _freeze(model: KeyeForConditionalGeneration, names: tuple[str, ...]) -> None:
+def freeze(model: KeyeForConditionalGeneration, parts: tuple[str, ...], table: str) -> None:
+    """Freeze parts of the model, such as "visual".
+
+    Raises:
+        RecipeError: `table`.freeze names a part that the model does not have.
+    """
     backbone = model.base_model
-    for name in names:
+    for name in parts:
         try:
             (model if name.startswith("lm_head") else backbone).get_submodule(name).requires_grad_(False)
         except AttributeError:
-            parts = ", ".join([*(child for child, _ in backbone.named_children()), "lm_head"])
-            raise RecipeError(f"gspo.freeze names {name!r}: the model's parts are {parts}") from None
+            known = ", ".join([*(child for child, _ in backbone.named_children()), "lm_head"])
+            raise RecipeError(f"{table}.freeze names {name!r}: the model's parts are {known}") from None
 
 
 @contextmanager

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from keye.errors import CheckpointError, ManifestError, RecipeError, writing
+from keye.errors import CheckpointError, ManifestError, writing
 from keye.files import write_atomically
-from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import KeyeProcessor, Sample
 from rl.questions.heldout import Answered, ask, compare, read_answers, write_answers
 from rl.questions.prompts import Prompt, PromptSet, load_prompts
@@ -70,21 +69,6 @@ class Answerer:
     def encode(self, prompt: Prompt) -> Sample:
         """The prompt's chat up to the answer, with the processor's encoder settings and those of its messages."""
         return self.processor.sample(prompt.messages, prompt.base_dir, add_generation_prompt=True)
-
-
-def freeze(model: KeyeForConditionalGeneration, parts: tuple[str, ...], table: str) -> None:
-    """Freeze parts of the model, such as "visual".
-
-    Raises:
-        RecipeError: `table`.freeze names a part that the model does not have.
-    """
-    backbone = model.base_model
-    for name in parts:
-        try:
-            (model if name.startswith("lm_head") else backbone).get_submodule(name).requires_grad_(False)
-        except AttributeError:
-            known = ", ".join([*(child for child, _ in backbone.named_children()), "lm_head"])
-            raise RecipeError(f"{table}.freeze names {name!r}: the model's parts are {known}") from None
 
 
 def release() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, writing
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.slowfast.pixels import normalised
+from rl.policy.model import freeze
 from rl.policy.scoring import Group
 from rl.preference.losses import MpoWeights, RewardShift, mpo_loss
 from rl.preference.pairs import PairSet, idle_group, load_pairs, pair_group
@@ -26,7 +27,6 @@ from rl.preference.phase import (
     HeldOutQuestions,
     find_start,
     finished,
-    freeze,
     heldout_questions,
     release,
     write_text,

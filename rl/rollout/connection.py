@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from keye.errors import KeyeError
+from keye.inference.batching import FIRST
 
 Result = TypeVar("Result")
 
-FIRST = "start"
-"""The version of weights that `keye serve` was started with."""
 LOADS = 3  # of a server that answers with its first weights, for one request
 
 
