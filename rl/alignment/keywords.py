@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from rl.alignment.base import Constraint, Counted, constraint, filled, require
-from rl.alignment.text import count_word, paragraphs, sentences, words
+from rl.alignment.text import as_whole, count_word, paragraphs, sentences, words
 
 
 def _listed(texts: tuple[str, ...]) -> str:
@@ -80,7 +79,7 @@ class KeywordOrder(Constraint):
         return f"Use these words, and introduce them in this order: {_listed(self.words)}."
 
     def holds(self, text: str) -> bool:
-        found = [re.search(rf"(?<![^\W_]){re.escape(w)}(?![^\W_])", text, re.IGNORECASE) for w in self.words]
+        found = [as_whole(word).search(text) for word in self.words]
         places = [match.start() for match in found if match]
         return len(places) == len(self.words) and places == sorted(places)
 

@@ -31,7 +31,16 @@ class Json(Constraint):
         except (ValueError, RecursionError):
             return False
         values = [found.get(key) for key in self.keys] if isinstance(found, dict) else []
-        return isinstance(found, dict) and bool(found) and all(v is not None and v != "" and v != [] for v in values)
+        return isinstance(found, dict) and bool(found) and all(map(_filled, values))
+
+
+def _filled(value: Any) -> bool:
+    """Whether a value of JSON is not empty: null, a blank text, and lists and objects of such values are."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, list | dict):
+        return any(map(_filled, value.values() if isinstance(value, dict) else value))
+    return value is not None and value not in (float("inf"), float("-inf"))
 
 
 def _refuse(name: str) -> None:

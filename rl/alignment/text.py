@@ -9,9 +9,25 @@ from functools import lru_cache
 _UNSPACED = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 """Kana and Han, which are written without spaces; each character counts as a word."""
 
-_WORD = re.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED})[^\W_])+(?:['’\-](?:(?!{_UNSPACED})[^\W_])+)*")
+
+def _marks() -> str:
+    """The inside of a class of a regular expression: combining marks, such as accents and the vowels of Devanagari."""
+    places = [place for place in range(0x300, 0x20000) if _is_mark(place)]
+    starts = [place for place in places if not _is_mark(place - 1)]
+    ends = [place for place in places if not _is_mark(place + 1)]
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in zip(starts, ends, strict=True))
+
+
+def _is_mark(place: int) -> bool:
+    return unicodedata.category(chr(place))[0] == "M"
+
+
+_MARKS = _marks()
+_PART = rf"(?:(?!{_UNSPACED})[^\W_][{_MARKS}]*)+"
+_WORD = re.compile(rf"{_UNSPACED}|{_PART}(?:['’\-]{_PART})*")
 _ABBREVIATION = re.compile(r"(?<![^\W_])(?:e\.g|i\.e|p\.p\.s|p\.s|mrs?|ms|dr|prof|vs)\.$", re.IGNORECASE)
-_END = re.compile(r"[.!?…]+[\"'”’»)\]*_]*(?=\s|$)|[。！？]+[”’」』）]*")
+# A match begins at the first mark of a run only: a long run that is no end would take quadratic time otherwise.
+_END = re.compile(r"(?<![.!?…؟۔।॥])[.!?…؟۔।॥]+[\"'”’»)\]*_]*(?=\s|$)|[。！？]+[”’」』）]*")
 _HEADING = re.compile(r"\s*#{1,6}\s")
 _ITEM = re.compile(r"\s*(?:[-*+•]\s|\d{1,3}[.)]\s|\||```)")
 _MARKER = re.compile(r"^\s*(?:[-*+•]|\d{1,3}[.)]|#{1,6})\s+")
@@ -89,4 +105,12 @@ def paragraphs(text: str) -> list[str]:
 
 def count_word(text: str, word: str) -> int:
     """Occurrences of a word or phrase as a whole, in any case."""
-    return len(re.findall(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", text, re.IGNORECASE))
+    return len(as_whole(word).findall(text))
+
+
+@lru_cache(maxsize=256)
+def as_whole(word: str) -> re.Pattern[str]:
+    """A word or phrase that no letter, digit or mark continues; beside Han and kana, which have no spaces, any may."""
+    before = "" if re.match(_UNSPACED, word) else rf"(?<!(?!{_UNSPACED})[^\W_])"
+    after = "" if re.match(_UNSPACED, word[-1:]) else rf"(?!(?!{_UNSPACED})[^\W_]|[{_MARKS}])"
+    return re.compile(before + re.escape(word) + after, re.IGNORECASE)

@@ -1,5 +1,7 @@
 """Every kind of constraint against answers that were judged by hand."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -236,3 +238,46 @@ def test_joined_words_are_counted(chosen):
 def test_a_wrong_entry_is_named(entries, sentence):
     with pytest.raises(ManifestError, match=f"a.jsonl:7.*{sentence}"):
         read_constraints(entries, "a.jsonl:7")
+
+
+def test_long_runs_of_marks_are_read_in_linear_time():
+    # A run of 20,000 dots took 100 s; 200,000 characters may be read, in the training process.
+    began = time.process_time()
+    for run in (".", "…", "。", "!?", '."', "_", "؟"):
+        assert len(sentences("a" + run * (LONGEST // 2 // len(run)) + "x")) in (1, 2)
+    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("मेरा भाई किताब पढ़ता है।", 5),
+        ("كِتَابٌ جَدِيدٌ", 2),
+        ("re\u0301sume\u0301 cafe\u0301", 2),
+        ("שָׁלוֹם עוֹלָם", 2),
+        ("👍🏽 done 👨‍👩‍👧", 1),
+    ],
+)
+def test_combining_marks_belong_to_their_word(text, number):
+    assert len(words(visible(text))) == number
+
+
+def test_sentences_end_with_the_marks_of_their_script():
+    assert len(sentences("मेरा भाई है। वह आता है।")) == 2
+    assert len(sentences("هل هذا كتاب؟ نعم هذا كتاب۔")) == 2
+
+
+def test_words_without_spaces_around_them_are_found():
+    present = KINDS["keywords_present"](("罗盘", "灯"))
+    absent = KINDS["keywords_absent"](("罗盘",))
+    assert present.check("这是一个罗盘和灯的图片。") and not absent.check("这是一个罗盘的图片。")
+    assert not present.check("这是一个图片。") and absent.check("这是一个图片。")
+    assert KINDS["keyword_order"](("罗盘", "灯")).check("先有罗盘后有灯。")
+    assert KINDS["keywords_present"](("camera",)).check("用camera拍照")
+    assert not KINDS["keywords_present"](("cafe",)).check("un cafe\u0301 noir")  # another word
+
+
+@pytest.mark.parametrize("value", ['" "', "{}", '[""]', '{"a": null}', "1e999", '"\\n"'])
+def test_values_of_json_that_are_empty_in_another_way_do_not_count(value):
+    assert not KINDS["json"](("answer",)).check(f'{{"answer": {value}}}')
+    assert KINDS["json"](("answer",)).check('{"answer": 0}') and KINDS["json"](("answer",)).check('{"answer": false}')
