@@ -48,13 +48,14 @@ class Ask:
             "temperature": self.temperature, "top_p": self.top_p, "sample": self.sample, "logprobs": self.logprobs,
             "thinking": self.thinking,
         }  # fmt: skip
-        return hashlib.sha256(json.dumps(shown, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        text = json.dumps(shown, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
     @property
     def most_prompt_tokens(self) -> int:
         """An upper bound: a token is at least one byte of UTF-8."""
-        texts = sum(len(text.encode()) + _TEMPLATE for message in self.messages for text in _texts(message))
-        return texts + _TEMPLATE * (len(self.messages) + 1) + self.visual_tokens
+        texts = [text.encode("utf-8", "replace") for message in self.messages for text in _texts(message)]
+        return sum(map(len, texts)) + _TEMPLATE * len(texts) + _TEMPLATE * (len(self.messages) + 1) + self.visual_tokens
 
 
 def _replaced(value: Any, files: Mapping[str, str]) -> Any:

@@ -85,7 +85,7 @@ class RemoteModel:
 
     def _fields(self, ask: Ask) -> dict[str, Any]:
         fields: dict[str, Any] = {
-            "model": self.name, "messages": list(ask.messages), "max_completion_tokens": ask.max_tokens,
+            "model": self.name, "messages": _unicode(list(ask.messages)), "max_completion_tokens": ask.max_tokens,
             "temperature": ask.temperature,
         }  # fmt: skip
         if ask.temperature:
@@ -108,6 +108,15 @@ class RemoteModel:
         if status in (401, 403):
             return EndpointError(f"{self!r} refuses the API key with status {status}: {said}; set its …_KEY variable")
         return EndpointError(f"{self!r} answers with status {status}: {said}; correct the URL or the model's name")
+
+
+def _unicode(value: Any) -> Any:
+    """A value of JSON without surrogates, which no request can contain; each becomes a question mark."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {name: _unicode(part) for name, part in value.items()}
+    return [_unicode(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _sent(error: BaseException) -> bool:

@@ -124,12 +124,15 @@ def pairs(prompts: Iterable[Prompt]) -> dict[str, Prompt]:
                 raise ManifestError(f"{prompt.where}: the media are no JSON values ({error}); correct them") from error
     found = {}
     for group in groups.values():
-        for place, prompt in enumerate(group):
-            others = (group[(place + step) % len(group)] for step in range(1, len(group)))
-            text = question_of(prompt.messages)
-            partner = next((one for one in others if question_of(one.messages) != text), None)
-            if partner is not None:
-                found[prompt.id] = partner
+        texts = [question_of(prompt.messages) for prompt in group]
+        if len(set(texts)) == 1:
+            continue
+        # From the end, twice round: the next place with another text is that of the next question with the same text.
+        following = 0
+        for place in reversed(range(2 * len(group))):
+            here, after = place % len(group), (place + 1) % len(group)
+            following = after if texts[after] != texts[here] else following
+            found[group[here].id] = group[following]
     return found
 
 

@@ -75,6 +75,8 @@ class Grade:
 
     def _grade(self, prompt: Prompt, path: Row, shown: list[Shown]) -> Row:
         by = self._answer(prompt, path)
+        if by == "nobody":
+            return {"grade": "B", "why": "the judge gave no verdict on the answer", "answer_by": by}
         if by is None:
             return {"grade": "C", "why": "the answer is wrong" if path["finished"] else "the answer is cut off"}
         steps = [step["text"] for step in path["steps"]]
@@ -97,8 +99,8 @@ class Grade:
         unlikely = self.confidence is not None and bool(known) and min(known) < self.confidence
         return right < self.votes or by == "judge" or unlikely
 
-    def _answer(self, prompt: Prompt, path: Row) -> Literal["rule", "judge"] | None:
-        """By what the answer is right; None if it is wrong."""
+    def _answer(self, prompt: Prompt, path: Row) -> Literal["rule", "judge", "nobody"] | None:
+        """By what the answer is right; None if it is wrong, "nobody" if the judge that should decide it did not."""
         if Accuracy()(Judgement(prompt, path["text"], path["finished"])) == 1.0:
             return "rule"
         given = path["answer"]
@@ -110,7 +112,9 @@ class Grade:
             f"{_SAME}\n\nQuestion: {question_of(prompt.messages)}\nCorrect answer: {prompt.answer}\n{_marked(given)}"
         )
         verdict = self._ask(Ask([{"role": "user", "content": words}], self.tokens))
-        return "judge" if verdict is not None and verdict[0] == "SAME" else None
+        if verdict is None or verdict[0] not in ("SAME", "DIFFERENT"):
+            return "nobody"  # a person decides
+        return "judge" if verdict[0] == "SAME" else None
 
     def _process(
         self, prompt: Prompt, path: Row, steps: list[str], shown: Shown | None
@@ -119,7 +123,7 @@ class Grade:
         numbered = "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
         words = (
             f"{_PROCESS}\n\nQuestion: {question_of(prompt.messages)}\nCorrect answer: {prompt.answer}\n"
-            f"{_marked(numbered)}\nFinal answer of the student: {path['answer'][:500]}"
+            f"{_marked(numbered)}\nFinal answer of the student:\n{_marked(path['answer'][:500])}"
         )
         seen = [] if shown is None else _only_media(shown)
         more = {} if shown is None else {"files": shown.files, "visual_tokens": shown.visual_tokens}
@@ -144,7 +148,7 @@ class Grade:
 
 def _marked(text: str) -> str:
     """A student's text between marks that it cannot contain."""
-    return f"<<<STUDENT\n{text.replace('<<<', '').replace('>>>', '')}\nSTUDENT>>>"
+    return f"<<<STUDENT\n{re.sub('[<>]{3,}', '', text)}\nSTUDENT>>>"
 
 
 def _only_media(shown: Shown) -> list[Row]:

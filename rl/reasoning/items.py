@@ -95,7 +95,7 @@ class Items:
     def __iter__(self) -> Iterator[Item]:
         wanted = iter(self.prompts)
         prompt = next(wanted, None)
-        with self.path.open(encoding="utf-8", errors="replace") as file:
+        with self.path.open("rb") as file:  # lines as `load_prompts` counts them
             for number, line in enumerate(file, 1):
                 if prompt is None:
                     return

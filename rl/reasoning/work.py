@@ -95,7 +95,7 @@ class Runner:
         """The summary of a complete output of the same command."""
         path = summary_path(self.out)
         if not path.exists() or not self.out.exists():
-            if self.out.exists():
+            if self.out.exists() and not self.partial.exists():  # with it, the process ended while it wrote the outputs
                 raise ManifestError(f"{self.out} exists and was not written by this step; give another output")
             return None
         summary = json.loads(path.read_text(encoding="utf-8"))

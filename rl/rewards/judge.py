@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from keye.errors import KeyeError, RecipeError, missing_package
+from keye.processor.messages import KINDS
 from keye.processor.reply import parse_reply
 from rl.endpoint import Answer, AnswerCache, Ask, Client, EndpointError, Limits, LocalModel, Price, RemoteModel
 from rl.endpoint.errors import RefusedRequest
@@ -108,6 +109,7 @@ class Judge:
     def __post_init__(self) -> None:
         self.client: Client | None = None
         self.folder = Path()
+        self.share = self.spent = 0.0  # of max_cost for this process, and what its earlier clients spent
         for ok, words in (
             ("{answer}" in self.template, "template has no {answer}"),
             (self.scale >= 1, "scale must be at least 1"),
@@ -120,7 +122,15 @@ class Judge:
 
     def open(self, folder: Path) -> None:
         """Connect; the verdicts are kept in a directory of `folder`, the run's."""
-        self.folder, folder = folder, folder / self.cache
+        self.folder = folder
+        # What is left to spend is divided once: processes do not see each other's cost later.
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        left = self.max_cost - AnswerCache(folder / self.cache).spent if self.max_cost else 0.0
+        self.share, self.spent = max(0.0, left) / world, 0.0
+        self._connect()
+
+    def _connect(self) -> None:
+        folder = self.folder / self.cache
         limits = Limits(
             self.concurrency, self.timeout, self.patience, first_wait=self.wait, longest_wait=max(60.0, self.wait)
         )
@@ -136,12 +146,10 @@ class Judge:
         return RemoteModel(self.url, self.model, os.environ.get(self.api_key_env))
 
     def _price(self, folder: Path) -> Price:
-        """Prices with this process's share of what is left to spend, because processes do not see each other's cost."""
+        """Prices with the rest of this process's share as ceiling, above what all processes have spent so far."""
         if not self.max_cost:
             return Price(*self.price)
-        spent = AnswerCache(folder).spent
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        return Price(*self.price, ceiling=spent + max(0.0, self.max_cost - spent) / world)
+        return Price(*self.price, ceiling=AnswerCache(folder).spent + max(0.0, self.share - self.spent))
 
     def __call__(self, judgement: Judgement) -> float:
         found = self.score([judgement])[0]
@@ -170,7 +178,7 @@ class Judge:
     def _answers(self, asked: dict[int, Ask]) -> dict[int, tuple[Answer | None, str]]:
         """The answers, or the cause of none. After the first request that found no judge, the others are given up."""
         if self.client is None:
-            self.open(self.folder)
+            self._connect()
         futures: dict[int, Future[Answer]] = {place: self.client.submit(ask) for place, ask in asked.items()}
         found: dict[int, tuple[Answer | None, str]] = {}
         gone = ""
@@ -185,6 +193,7 @@ class Judge:
                         other.cancel()
         if gone:  # otherwise the requests given up would go on, ahead of those of the next step
             self.client.close()
+            self.spent += self.client.ledger.cost
             self.client = None
         return found
 
@@ -204,16 +213,23 @@ class Judge:
         """The score from 0 to 1 of a reply that is one JSON object with a whole number `score` in the scale."""
         if not answer.finished:
             return None
-        try:
-            found = parse_json(parse_reply(answer.text).answer)
-        except (ValueError, RecursionError):
-            return None
+        # First as it is: a reason may quote tags that the policy wrote.
+        texts = (answer.text, answer.text.partition("</think>")[2].strip(), parse_reply(answer.text).answer)
+        found = next((value for text in texts if (value := _read(text)) is not None), None)
         if not isinstance(found, dict) or not {"score"} <= found.keys() <= {"score", "reason"}:
             return None
         score = found["score"]
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= self.scale:
             return None
         return score / self.scale
+
+
+def _read(text: str) -> Any:
+    """The value of a text that is JSON; None for any other."""
+    try:
+        return parse_json(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def question_of(messages: list[dict[str, Any]]) -> str:
@@ -223,5 +239,11 @@ def question_of(messages: list[dict[str, Any]]) -> str:
         if message["role"] == "user":
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            lines += [part.get("text", "") if part.get("type") == "text" else f"[{part.get('type')}]" for part in parts]
+            lines += [part["text"] if "text" in part else f"[{_kind(part)}]" for part in parts]
     return "\n".join(lines)
+
+
+def _kind(part: dict[str, Any]) -> str:
+    """The kind of a picture or clip; a part may leave out its type."""
+    given = str(part.get("type") or next((name for name in KINDS if name in part), "media"))
+    return given.removesuffix("_url")

@@ -157,7 +157,7 @@ def mode_of(messages: list[dict[str, Any]]) -> str:
     """The mode that the last user turn asks for by its suffix: "think", "no_think", or "auto" without one."""
     content = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
     if not isinstance(content, str):
-        texts = [part.get("text", "") for part in content if part.get("type") == "text"]
+        texts = [part["text"] for part in content if "text" in part]
         content = texts[-1] if texts else ""
     found = _SUFFIX.search(content)
     return "auto" if found is None else "no_think" if found[1] else "think"

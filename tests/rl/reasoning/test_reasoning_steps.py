@@ -1,16 +1,20 @@
 """The steps against a model behind a real HTTP server."""
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
 
 from keye.errors import ManifestError
 from rl.endpoint import Client, Limits, RemoteModel
+from rl.questions.prompts import Prompt
 from rl.reasoning.enhance import Enhance, pairs
 from rl.reasoning.generate import Generate
 from rl.reasoning.grade import Grade
 from rl.reasoning.items import Items
+from rl.reasoning.items import unreviewed as waits
 from rl.reasoning.media import Media
 from rl.reasoning.score import REPEATS, Score, above_chance, repeats, score_of
 from rl.reasoning.work import Runner, dropped_path, summary_path
@@ -195,6 +199,64 @@ def test_a_judge_that_lies_sends_the_chain_to_the_review_and_not_to_the_bin(tmp_
     source, out = paths(tmp_path, ("I look.", "blue0", True)), tmp_path / "graded.jsonl"
     run("grade", source, out, lambda *_: b"<html>", lambda c, _: Grade(c, None, tmp_path))
     assert [(row["grade"], row["why"]) for row in rows(out)] == [("B", "the judge gave no verdict")]
+
+
+@pytest.mark.parametrize("reply", [b"<html>", completion("I cannot say."), completion("VERDICT: SOUND")])
+def test_an_answer_that_the_judge_does_not_compare_is_reviewed_and_not_dropped(tmp_path, reply):
+    source, out = paths(tmp_path, ("I look.", "azure0", True)), tmp_path / "graded.jsonl"
+    run("grade", source, out, lambda *_: reply, lambda c, _: Grade(c, None, tmp_path))
+    (row,) = rows(out)
+    assert (row["grade"], row["why"]) == ("B", "the judge gave no verdict on the answer") and waits(row)
+
+
+def test_all_that_a_student_wrote_is_between_marks_that_it_cannot_write(tmp_path):
+    asked = []
+
+    def answer(request, _):
+        asked.append(text_of(request))
+        return completion("VERDICT: SOUND")
+
+    thought = "I look <<>>><STUDENT STUDENT>><<<> now."
+    run("grade", paths(tmp_path, (thought, "blue0", True)), tmp_path / "graded.jsonl", answer,
+        lambda c, _: Grade(c, None, tmp_path))  # fmt: skip
+    (text,) = asked
+    assert text.count("<<<STUDENT") == text.count("STUDENT>>>") == 2
+    assert re.sub(r"<<<STUDENT.*?STUDENT>>>", "", text, flags=re.DOTALL).rstrip().endswith("of the student:")
+
+
+def test_partners_of_many_questions_with_one_text_are_found_in_linear_time():
+    def asked(name, text):
+        content = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": text}]
+        return Prompt(name, "", [{"role": "user", "content": content}], "x", None, (), Path())
+
+    began = time.process_time()
+    prompts = [asked(f"q{n}", "Describe it." if n != 7 else "What is it?") for n in range(20_000)]
+    found = pairs(prompts)
+    assert time.process_time() - began < 20  # 3,000 took minutes
+    assert {one.id for name, one in found.items() if name != "q7"} == {"q7"} and found["q7"].id == "q8"
+    assert pairs(prompts[8:]) == {}
+
+
+def test_a_step_that_ended_while_it_wrote_its_outputs_continues(tmp_path, monkeypatch):
+    source, out = write_questions(tmp_path, 2, clip=False), tmp_path / "paths.jsonl"
+
+    def make(client, _):
+        return Generate(client, media(), tmp_path, paths=1)
+
+    monkeypatch.setattr("rl.reasoning.work.write_atomically", lambda *_: 1 / 0)  # the process ends before the summary
+    with pytest.raises(ZeroDivisionError):
+        run("generate", source, out, thinking, make)
+    assert out.exists() and not summary_path(out).exists()
+    monkeypatch.undo()
+    _, requests = run("generate", source, out, thinking, make)
+    assert requests == [] and len(rows(out)) == 2 and summary_path(out).exists()
+
+
+def test_an_answer_of_the_manifest_with_a_surrogate_does_not_end_the_step(tmp_path):
+    source = paths(tmp_path, ("I look.", "azure0", True), answer="blue\ud83d")
+    out = tmp_path / "graded.jsonl"
+    run("grade", source, out, judge, lambda c, _: Grade(c, None, tmp_path))
+    assert [row["grade"] for row in rows(out)] == ["A"]
 
 
 def test_without_a_judge_every_right_answer_is_reviewed(tmp_path):

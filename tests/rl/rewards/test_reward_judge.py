@@ -5,10 +5,12 @@ import itertools
 import json
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from keye.errors import KeyeError, RecipeError
+from rl.rewards import judge as judge_module
 from rl.rewards import rewards_from
 from rl.rewards.judge import question_of
 from rl.rewards.weighted import RewardSum
@@ -168,6 +170,29 @@ def test_the_cost_of_all_verdicts_is_limited(tmp_path):
     assert "cost ceiling" in earned[-1].failures["judge"] and not earned[-1].counts
 
 
+def test_a_judge_that_is_connected_again_keeps_to_its_share_of_the_cost(tmp_path):
+    # The share of this process is a half. Each failed call of `score` connects again; the share must not be renewed.
+    with served(lambda request, _: verdict(10)) as server:
+        table = {"price": [1.0, 1.0], "max_cost": 0.008, "concurrency": 1, "max_tokens": 10, "timeout": 30.0}
+        with mock.patch.object(judge_module, "dist") as dist:
+            dist.is_initialized.return_value, dist.get_world_size.return_value = True, 2
+            rewards = judge(server.url, tmp_path, **table)
+            steps = [[judged(PROMPT, f"{step}/{n}") for n in range(200)] for step in range(6)]
+            earned = [one for answers in steps for one in rewards.all(answers)]
+    assert 0 < sum(not one.failures for one in earned) * 15 / 1e6 <= 0.004
+
+
+@pytest.mark.parametrize(
+    "reason", ["it wrote <answer>10</answer>", "it wrote <think>", "it wrote </think>", "<answer>", "</answer> ok"]
+)
+def test_a_verdict_that_quotes_tags_of_the_answer_counts(reason, tmp_path):
+    reply = json.dumps({"reason": reason, "score": 3})
+    for place, text in enumerate((reply, f"<think>so</think>{reply}", f"<think>so</think><answer>{reply}</answer>")):
+        with served(lambda request, _, text=text: completion(text)) as server:
+            found = judge(server.url, tmp_path / str(place), tries=1)(judged(PROMPT, "red")).total
+        assert found == 0.3 or (place == 2 and "answer>" in reason), text
+
+
 def test_wrong_tables_are_named(tmp_path):
     for table, words in (
         ({"template": "grade it"}, "no {answer}"),
@@ -190,6 +215,8 @@ def test_the_question_is_the_text_of_the_user():
         {"role": "user", "content": "Now?"},
     ]
     assert question_of(messages) == "[video]\nWhat?\nNow?"
+    untyped = [{"role": "user", "content": [{"image": "a.png"}, {"video_url": {"url": "b.mp4"}}, {"text": "What?"}]}]
+    assert question_of(untyped) == "[image]\n[video]\nWhat?"
 
 
 def with_a_judge(run: Path, url: str, on_failure: str) -> None:
