@@ -13,8 +13,9 @@ _BOX = re.compile(
     rf"(?<![\w.,-])(?<![\w.,-]\s)[\[(]{{0,2}}\s*{_SIDE}{_GAP}{_SIDE}\s*[\])]?(?:{_GAP}|\s+to\s+)"
     rf"[\[(]?\s*{_SIDE}{_GAP}{_SIDE}\s*[\])]{{0,2}}(?![\w-]|[.,]\d|\s*,\s*\d)"
 )
-_FIELDS = re.compile(r"\"(?:bbox_2d|bbox|box)\"\s*:|\"label\"\s*:\s*\"[^\"]*\"|^\s*```(?:json)?|```\s*$")
+_FIELDS = re.compile(r"\"(?:bbox_2d|bbox|box)\"\s*:|\"label\"\s*:\s*\"[^\"]*\"|^\s*```(?:json)?|```\s*$|</?box>")
 _HARMLESS = FRAMING | THINGS | COLOURS | SHAPES | {"bounding", "box", "bbox", "located", "coordinates"}
+_HARMLESS |= frozenset("坐 标 標 框 位 置".split())
 
 
 def parse_box(text: str) -> tuple[float, float, float, float] | None:

@@ -12,13 +12,14 @@ __all__ = ["choose", "letter_of", "pick", "says"]
 POLAR = (frozenset({"yes", "no"}), frozenset({"true", "false"}))
 _LEAD = re.compile(
     r"\s*(?:(?:(?:i\s+(?=[a-z])|i['’](?:d|ll)|would|will|choose|pick|select|go|with|think|believe|say|so|thus|hence|therefore"
-    r"|the|my|final|correct|best|answer|option|choice|is|it|must|be)\b(?![-'’]))(?:\s*[:=,]|\s+[-–—](?=\s))*\s*)+",
+    r"|the|my|final|correct|best|answer|option|choice|is|it['’]s|it|must|be)\b(?![-'’])|[正确最终答案选選项項择擇应應该該因此所以故为為是])"
+    r"(?:\s*[:=,]|\s+[-–—](?=\s))*\s*)+",
     re.I,
 )
 _LETTER = re.compile(
     r"""\s*(?:
         [\[({"']+\s*(?P<enclosed>[A-Za-z])\s*[\])}"']+[.):,;]*        # (B)  [b]
-      | (?P<marked>[A-Za-z])\s*[.):,;](?!\w)                        # B.  b)  B:
+      | (?P<marked>[A-Za-z])\s*[.):,;。、!](?!\w)                     # B.  b)  B:
       | (?P<bare>[A-Za-z])\s*$                                      # B
       | (?P<spaced>[B-HJ-Z])(?=\s)                                  # B blue; "A blue one" and "I see" are no letters
     )\s*""",

@@ -34,6 +34,14 @@ _MIXED = re.compile(r"(?<![\w.])(\d{1,9})\s*&0(?=\.\d)")
 _MINUTES = re.compile(r"(?<![\w.])(\d{1,4})m\s?(?=\d{1,2}s\b)")
 _PRONOUN = re.compile(r"\b(?:the|this|that|which)\s+(?:[a-z]+\s+)?one\b(?!\s+time)")
 """`one` as a pronoun: `The red one flashes three times.`"""
+_CHINESE = (
+    (re.compile("[小钟]时|小時|钟头"), " hours "),
+    (re.compile(r"分钟|分鐘|(?<=\d)\s*分(?=\s*\d+(?:\.\d+)?\s*秒)"), " minutes "),
+    (re.compile("毫秒"), " ms "),
+    (re.compile("秒[钟鐘]?"), " seconds "),
+    (re.compile("[一总總]共|共[计計]"), " "),
+)
+"""Units of time in Chinese, and words for "in all", whose first sign is a number."""
 _DIGITS = r"(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,2}(?![\w]))?"
 _TOKEN = re.compile(rf"(?P<number>(?<![\w.)\]+-])[-+]?{_DIGITS}|(?<![\w.]){_DIGITS})|[^\W\d_]+(?:'[^\W\d_]+)*|\S", re.I)
 _NUMBER = re.compile(rf"[-+]?{_DIGITS}", re.I)
@@ -108,6 +116,8 @@ Tokens = list[tuple[str, bool, bool]]
 
 
 def _tokens(text: str) -> Tokens:
+    for pattern, word in _CHINESE if not text.isascii() else ():
+        text = pattern.sub(word, text)
     text = plain(text)
     large = re.sub(r"(?<=\d)\s*(?=[A-Z]\b)", " ^", text)  # `3 M` and `3K` are multiples
     text = _CLOCK.sub(_clock_seconds, _MINUTES.sub(r"\1 min ", large.lower()))

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,10 @@ _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", 
 _SQRT = re.compile(r"(?<!\\)\bsqrt\s*\(([^()]{1,100})\)")
 _GREEK = re.compile(r"(?<![\\A-Za-z])(pi|theta|alpha|beta|infty)(?![A-Za-z])")
 _NAMED = re.compile(r"\\(?:begin|end|mathrm|operatorname)\{[a-z]{1,12}\}")
+_EQUALS = re.compile(r"(?<![<>!:=])=(?!=)")
+_NAME = re.compile(r"\\?[A-Za-z]{1,8}(?:_\{?\w{1,4}\}?)?'?(?:\s*\(\s*[A-Za-z]\s*\))?")
+_EMPHASIS = re.compile(r"^(\*{1,2})(?=[^\s*])(.*[^\s*])\1$")
+_SCIENTIFIC = re.compile(r"(?<![\w.])([0-9]{1,20}(?:\.[0-9]{1,20})?)[eE]([-+]?[0-9]{1,3})(?![\w.])")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _DECIMAL = re.compile(r"[-+]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][-+]?[0-9]{1,3})?")
 _GENERATORS = ("/sympy/polys/monomials.py", "/dataclasses.py", "/collections/__init__.py")
@@ -80,6 +85,9 @@ def _boxed(text: str) -> list[str]:
 
 def _latex(text: str) -> str:
     """A plain expression such as `2*sqrt(3)/x` as LaTeX; empty for a text with words."""
+    text = _EMPHASIS.sub(r"\2", text)
+    text = re.sub("[¼½¾⅓⅔⅕⅛]", lambda sign: "{}/{}".format(*unicodedata.normalize("NFKC", sign[0]).split("⁄")), text)
+    text = _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", re.sub(r"√\s*(\d{1,20})", r"\\sqrt{\1}", text))
     text = _GREEK.sub(r"\\\1 ", _SQRT.sub(r"\\sqrt{\1}", text.replace("**", "^")))
     text = re.sub(r"\^\(([^()]{1,50})\)", r"^{\1}", text).replace("*", r" \cdot ")
     text = re.sub(r"(?<![\w.])([0-9]{1,20})\s*/\s*([0-9]{1,20})(?![\w.])", r"\\frac{\1}{\2}", text)
@@ -110,9 +118,10 @@ class Math:
         truth = _parsed(expression(judgement.prompt.answer))
         if not truth:
             raise ValueError(f"the manifest's answer {judgement.prompt.answer!r:.80} is no mathematical expression")
-        reply = _parsed(expression(judgement.raw_answer))
+        sides = _sides(expression(judgement.raw_answer), expression(judgement.prompt.answer))
         # Without math-verify's own time limit: the worker process has one.
-        return float(bool(reply) and verify(truth, reply, timeout_seconds=None))
+        found = [bool(side := _parsed(text)) and verify(truth, side, timeout_seconds=None) for text in sides]
+        return float(bool(found) and all(found))
 
     def load(self) -> None:
         """Import the library and fill the caches of its parser, which the children of the process then share."""
@@ -132,6 +141,31 @@ class Math:
         """Refuse, from now on and in this process, what no comparison needs."""
         sys.addaudithook(_refuse)
         _CONFINED.append(True)
+
+
+def _sides(reply: str | None, truth: str | None) -> list[str]:
+    """The expressions that must all equal the truth: the sides of an equation, except a name such as `x` or `f(x)`.
+
+    math-verify compares the last side alone, so that `3 = 5` would equal 5, and `5 = x` would not. A truth that is an
+    equation is compared as a whole.
+    """
+    if reply is None:
+        return []
+    parts = _parts(reply)
+    if len(parts) == 1 or truth is None or len(_parts(truth)) > 1:
+        return [reply]
+    values = [part for part in parts if not _NAME.fullmatch(part)]
+    return values if len(parts) - len(values) <= 1 and values else [reply]
+
+
+def _parts(latex: str) -> list[str]:
+    """An expression divided at the equality signs that are in no braces, unlike that of `\\sum_{k=1}`."""
+    parts, begin = [], 0
+    for found in _EQUALS.finditer(latex):
+        if latex.count("{", 0, found.start()) == latex.count("}", 0, found.start()):
+            parts.append(latex[begin : found.start()].strip())
+            begin = found.end()
+    return [*parts, latex[begin:].strip()]
 
 
 def _number(text: str, *_: Any, **__: Any) -> Any:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from keye.errors import RecipeError
 from keye.evaluation.boxes import iou, parse_box
+from keye.evaluation.choices import without_lead
 from keye.evaluation.numbers import parse_number
 from keye.evaluation.words import plain
 from rl.rewards.base import Judgement, register
 from rl.rewards.rules import LONGEST
-from rl.rewards.units import Quantity, parse_quantity
+from rl.rewards.units import Quantity, parse_quantity, parse_unit
 
 _SECONDS = parse_quantity("1 s")
 _CLIP_TAG = re.compile(r"<\|clip_time_(?:start|end)\|>")
 _TIME = r"(?:[0-9]{1,3}:)?[0-9]{1,3}:[0-9]{2}(?:\.[0-9]{1,6})?|[0-9]{1,6}(?:\.[0-9]{1,6})?"
+_SECOND = r"(?:s|secs?\.?|seconds?|秒)?"
 _SPAN = re.compile(
-    rf"(?:from|between)?\s*[\[(]?\s*({_TIME})\s*(?:s|sec|seconds)?\s*(?:-|–|—|,|to|and|until|\s)\s*({_TIME})\s*"
-    r"(?:s|sec|seconds)?\s*[\])]?\s*\.?",
+    rf"(?:from|between|从|從|在)?\s*[\[(]?\s*({_TIME})\s*{_SECOND}\s*(?:-|–|—|~|→|,|to|and|until|到|至|\s)\s*({_TIME})"
+    rf"\s*{_SECOND}\s*[\])]?\s*[.。]?",
     re.IGNORECASE,
 )
 
@@ -57,6 +59,7 @@ class Number:
             return 0.0
         if truth.unit is not None and reply.unit is None and self.unit_optional:
             reply = Quantity(reply.number, truth.unit)
+        truth, reply = (_share(one, other) for one, other in ((truth, reply), (reply, truth)))
         if (truth.unit is None) != (reply.unit is None):
             return 0.0
         if truth.unit is not None and truth.unit.dimension != reply.unit.dimension:
@@ -67,6 +70,14 @@ class Number:
         )
         # Angles and units such as oz have factors in floats' decimals, hence the billionth.
         return float(abs(truth.base - reply.base) <= accepted + abs(truth.base) / 10**9)
+
+
+def _share(one: Quantity, other: Quantity) -> Quantity:
+    """A number without a unit beside percent as a share of 1: `0.5` is `50 %`."""
+    percent = parse_unit("%")
+    return (
+        replace(one, unit=replace(percent, factor=Fraction(1))) if one.unit is None and other.unit == percent else one
+    )
 
 
 @register("iou")
@@ -107,7 +118,7 @@ def parse_span(text: str) -> tuple[float, float] | None:
     Returns:
         (start, end) with start ≤ end; None for any other text.
     """
-    text = plain(_CLIP_TAG.sub(" ", text)).strip() if len(text) <= 200 else ""
+    text = without_lead(plain(_CLIP_TAG.sub(" ", text))).strip() if len(text) <= 200 else ""
     found = _SPAN.fullmatch(text)
     if found is None:
         return None

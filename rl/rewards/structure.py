@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from keye.errors import KeyeError, missing_package
 from rl.rewards.base import Judgement, register
 from rl.rewards.rules import LONGEST
 
-_FENCED = re.compile(r"\s*```(?:json)?[ \t]*\n(.*)\n[ \t]*```\s*", re.DOTALL | re.IGNORECASE)
+_FENCED = re.compile(r"\s*```(?:json)?[ \t]*\r?\n(.*)\n[ \t]*```\s*", re.DOTALL | re.IGNORECASE)
 DEPTH = 64
 """Deepest nesting of JSON that is read."""
 
@@ -41,7 +42,7 @@ def parse_json(text: str) -> Any:
     text = fenced[1] if fenced else text
     if _depth(text) > DEPTH:
         raise _NotJson("nested too deeply")
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _depth(text: str) -> int:
@@ -63,6 +64,24 @@ def _no_constant(name: str) -> Any:
     raise _NotJson(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _NotJson(f"{text:.40} is larger than any number")
+    return value
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of JSON are equal: numbers by value, and neither true nor false is a number."""
+    if isinstance(one, bool) or isinstance(other, bool) or type(one) is type(other) is str:
+        return one is other or type(one) is type(other) and one == other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    return one == other
+
+
 def fits(value: Any, schema: dict[str, Any]) -> bool:
     """Whether a JSON value fits a schema with the keywords type, properties, required, additionalProperties, items,
     enum, minItems, maxItems, minLength, maxLength, minimum and maximum. A key without a value in `properties` is free.
@@ -81,8 +100,10 @@ def _has_type(value: Any, schema: dict[str, Any]) -> bool:
     names = [wanted] if isinstance(wanted, str) else wanted
     if any(name not in _TYPES for name in names):
         raise ValueError(f"the manifest's schema has the type {wanted!r:.80}, which is none of JSON")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 3.0 is an integer
     matches = [isinstance(value, _TYPES[name]) and (name == "boolean" or not isinstance(value, bool)) for name in names]
-    return (not names or any(matches)) and ("enum" not in schema or value in schema["enum"])
+    return (not names or any(matches)) and ("enum" not in schema or any(same(value, one) for one in schema["enum"]))
 
 
 def _has_size(value: Any, schema: dict[str, Any]) -> bool:
@@ -134,11 +155,11 @@ class Json:
             found = parse_json(judgement.raw_answer)
         except (ValueError, RecursionError):
             return 0.0
-        if self.values and json.dumps(found, sort_keys=True) != json.dumps(truth, sort_keys=True):
+        if self.values and not same(found, truth):
             return 0.0
         if schema is not None:
             return float(fits(found, schema))
-        return float(isinstance(found, dict | list) and len(found) > 0)
+        return float(self.values or isinstance(found, dict | list) and len(found) > 0)
 
 
 ELEMENTS = {

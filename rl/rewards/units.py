@@ -6,6 +6,7 @@ The grammar is closed: a number, then units with exponents joined by `/`, `·`, 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -67,6 +68,7 @@ _TABLE = """
 1      1        -               | rad | radian radians
 3.141592653589793/180 1 -       | ° deg | degree degrees
 0.01   1        -               | % | percent
+1      kg       -               | | kilo kilos
 1      currency -               | $ USD | dollar dollars
 """
 
@@ -77,10 +79,21 @@ _NUMBER = re.compile(
 )
 _PIECE = re.compile(r"(?P<name>[^\W\d_]+|[°%$Ω](?:[CF]\b)?)(?:\^?\{?(?P<power>[-+]?[1-9])\}?)?")
 _JOIN = re.compile(r"\s*(?P<per>/|\bper\b)\s*|\s*[·*⋅]\s*|\s+")
-_TEMPERATURES = {
-    "°C": (Fraction(1), Fraction("273.15")), "celsius": (Fraction(1), Fraction("273.15")),
-    "°F": (Fraction(5, 9), Fraction("459.67") * 5 / 9), "fahrenheit": (Fraction(5, 9), Fraction("459.67") * 5 / 9),
+_TEMPERATURES = {"C": (Fraction(1), Fraction("273.15")), "F": (Fraction(5, 9), Fraction("459.67") * 5 / 9)}
+_TEMPERATURE = re.compile(r"(?:°|deg(?:rees?)?)\s*([CF])|(?i:(?:(?:°|deg(?:rees?)?)\s*)?(celsius|fahrenheit))")
+
+_CURRENCY = re.compile(r"(?:US\s?)?\$|USD\b")
+_COMPOUND = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([^\W\d_]{1,12})")
+_ANY_CASE = frozenset("km cm kg sec min hrs".split())
+_LENGTHS = {"公里": "km", "千米": "km", "厘米": "cm", "毫米": "mm", "米": "m"}
+_CHINESE_UNITS = {
+    **_LENGTHS, **{f"平方{name}": f"{unit}^2" for name, unit in _LENGTHS.items()},
+    **{f"立方{name}": f"{unit}^3" for name, unit in _LENGTHS.items()}, "千克": "kg", "公斤": "kg",
+    "毫克": "mg", "克": "g", "吨": "t",
+    "毫升": "mL", "升": "L", "小时": "h", "分钟": "min", "毫秒": "ms", "秒钟": "s", "秒": "s", "天": "day",
+    "摄氏度": "°C", "度": "°", "美元": "$", "每": "/",
 }  # fmt: skip
+_CHINESE = re.compile("|".join(sorted(_CHINESE_UNITS, key=len, reverse=True)))
 
 Dimension = tuple[int, ...]
 """Exponents of the base units `_BASES`."""
@@ -112,11 +125,12 @@ def parse_quantity(text: str) -> Quantity | None:
     """The single quantity that a text consists of, after `The answer is`; None for any other text."""
     if len(text) > 200:
         return None
+    text = _written(text)
     text = re.sub(r"\\(?:text|mathrm|,|;|!|\s)|[{}](?=\s*$)", " ", plain(text.replace("²", "^2").replace("³", "^3")))
-    text = text.replace("µ", "μ").replace("Ω", "Ω").strip().removesuffix(".").strip()
+    text = text.replace("µ", "μ").replace("Ω", "Ω").strip().rstrip(".。").strip()
     before, text = text, without_lead(text)
-    if text.startswith("$") and before[:1] != "":
-        text = f"{text[1:].strip()} $"
+    if (sign := _CURRENCY.match(text)) and before[:1] != "":
+        text = f"{text[sign.end() :].strip()} $"
     found = _NUMBER.match(text)
     if not found or not (found["whole"] or found["part"]):
         return None
@@ -127,7 +141,35 @@ def parse_quantity(text: str) -> Quantity | None:
     if not unit:
         return Quantity(number, None)
     known = parse_unit(unit)
-    return None if known is None else Quantity(number, known)
+    return _compound(text) if known is None else Quantity(number, known)
+
+
+def _written(text: str) -> str:
+    """Signs of LaTeX, fractions and units in Chinese in the form of the grammar."""
+    text = re.sub(r"\\([%$])", r"\1", re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*", "°", text))
+    text = re.sub(r"\\[dt]?frac\{(\d{1,30})\}\{(\d{1,30})\}", r"\1/\2", text)
+    text = re.sub(r"(\d?)([¼½¾⅓⅔⅕⅛])", _vulgar, text)
+    text = re.sub(r"[⁻⁺⁰¹²³⁴-⁹]+", lambda power: f"^{unicodedata.normalize('NFKC', power[0])}".replace("−", "-"), text)
+    return text if text.isascii() else _CHINESE.sub(lambda unit: f" {_CHINESE_UNITS[unit[0]]} ", text)
+
+
+def _vulgar(found: re.Match[str]) -> str:
+    above, below = map(int, unicodedata.normalize("NFKC", found[2]).split("⁄"))
+    return f"{int(found[1] or 0) * below + above}/{below}"
+
+
+def _compound(text: str) -> Quantity | None:
+    """Several parts in falling units of one dimension, such as `1 min 30 s` and `5 ft and 10 in`, as their sum."""
+    parts = [(Fraction(number), parse_unit(unit)) for number, unit in _COMPOUND.findall(text)]
+    if len(parts) < 2 or not re.fullmatch(rf"(?:{_COMPOUND.pattern}\s*(?:,|and)?\s*)+", text):
+        return None
+    units = [unit for _, unit in parts]
+    if any(unit is None or unit.offset or unit.dimension != units[0].dimension for unit in units):
+        return None
+    pairs = zip(parts, parts[1:], strict=False)
+    if any(n * unit.factor >= before.factor or unit.factor >= before.factor for (_, before), (n, unit) in pairs):
+        return None
+    return Quantity(sum(number * unit.factor for number, unit in parts) / units[0].factor, units[0])
 
 
 def _fraction(found: re.Match[str]) -> Fraction | None:
@@ -142,15 +184,15 @@ def _fraction(found: re.Match[str]) -> Fraction | None:
 
 def parse_unit(text: str) -> Unit | None:
     """A unit such as `km/h`, `kg m^-3`, `N·m` or `°C`; None for an unknown one."""
-    if text in _TEMPERATURES or text.lower() in _TEMPERATURES or text.lower().startswith("degrees "):
-        factor, offset = _TEMPERATURES.get(text) or _TEMPERATURES.get(
-            text.lower().removeprefix("degrees "), (None, None)
-        )
-        return None if factor is None else Unit(factor, _dimension("K"), offset)
+    if re.fullmatch(r"(?i)per\s+cent", text):
+        text = "%"
+    if found := _TEMPERATURE.fullmatch(text):
+        factor, offset = _TEMPERATURES[(found[1] or found[2])[0].upper()]
+        return Unit(factor, _dimension("K"), offset)
     factor, exponents, at, sign = Fraction(1), [0] * len(_BASES), 0, 1
     while at < len(text):
         piece = _PIECE.match(text, at)
-        unit = _NAMES.get(piece["name"]) if piece else None
+        unit = _named(piece["name"]) if piece else None
         if piece is None or unit is None:
             return None
         power = sign * int(piece["power"] or 1)
@@ -163,6 +205,12 @@ def parse_unit(text: str) -> Unit | None:
                 return None
             sign, at = (-1 if join["per"] else sign), join.end()
     return Unit(factor, tuple(exponents))
+
+
+def _named(name: str) -> Unit | None:
+    """A unit by its symbol or name; names and a few symbols in capitals too, where they can be nothing else."""
+    small = name.lower()
+    return _NAMES.get(name) or (_NAMES.get(small) if len(name) > 3 or small in _ANY_CASE else None)
 
 
 def _dimension(text: str) -> Dimension:
