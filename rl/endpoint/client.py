@@ -37,9 +37,9 @@ class Limits:
     """Limits of requests.
 
     concurrency: requests at a time. seconds: until an attempt's answer is complete. patience: seconds from the first
-    attempt of a request until no further one is made. invalid: attempts that give no usable answer, such as one that
-    is not JSON, until the request is refused. first_wait, longest_wait: seconds between two attempts; the wait doubles
-    from one to the other.
+    attempt of a request until no further one is made; while an endpoint limits the rate, from its latest answer.
+    invalid: attempts that give no usable answer, such as one that is not JSON, until the request is refused.
+    first_wait, longest_wait: seconds between two attempts; the wait doubles from one to the other.
     """
 
     concurrency: int = 16
@@ -56,6 +56,8 @@ class Limits:
 
 
 FREE, DEFAULTS = Price(), Limits()
+QUIET = 30.0
+"""Least seconds between two sentences that attempts fail; a busy endpoint fails and answers by turns."""
 
 
 class Client:
@@ -84,6 +86,7 @@ class Client:
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._running: dict[str, asyncio.Task[Answer]] = {}
         self._failing = self._closing = False
+        self._answered, self._said = 0.0, -QUIET  # time of the latest answer, and of the latest sentence
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="keye-endpoint", daemon=True)
         self._thread.start()
@@ -189,17 +192,26 @@ class Client:
                 except TransientError as error:
                     await self.ledger.lose(reserved, error.charged)
                     invalid += "not a chat completion" in str(error)
-                    self._check(error, attempt, invalid, started)
-                    pause = max(wait * random.uniform(0.5, 1.0), min(error.wait or 0.0, self.limits.longest_wait))
+                    # Others are answered: the endpoint is not gone, and this request waits for its turn.
+                    self._check(error, attempt, invalid, max(started, self._answered) if error.busy else started)
+                    pause = self._pause(error, wait)
                 except BaseException as error:
                     cancelled = isinstance(error, asyncio.CancelledError)  # it is sent, and may be billed
                     await asyncio.shield(self.ledger.lose(reserved, charged=cancelled))
                     raise
                 else:
                     self._report(None)
+                    self._answered = time.monotonic()
                     return await self.ledger.settle(reserved, ask, key, answer)
                 attempt, wait, self.retries = attempt + 1, min(wait * 2, self.limits.longest_wait), self.retries + 1
                 await asyncio.sleep(pause)
+
+    def _pause(self, error: TransientError, wait: float) -> float:
+        """Seconds until the next attempt: those that the endpoint asks for, else `wait`, which doubles."""
+        if error.wait is None:
+            return wait * random.uniform(0.5, 1.0)
+        asked = min(error.wait, self.limits.longest_wait) * random.uniform(1.0, 1.5)
+        return max(self.limits.first_wait * random.uniform(0.5, 1.0), asked)
 
     async def _attempt(self, ask: Ask) -> Answer:
         """One attempt within the time limit, which also ends an answer that comes byte by byte."""
@@ -222,8 +234,11 @@ class Client:
         self._report(error)
 
     def _report(self, error: TransientError | None) -> None:
-        if error is not None and not self._failing:
+        """Say that attempts begin to fail, at most twice a minute, and that they succeed again."""
+        now = time.monotonic()
+        if error is not None and not self._failing and now - self._said >= QUIET:
             self.log(f"{self.backend!r}: {error}; the request is repeated for up to {self.limits.patience:g} s")
+            self._failing, self._said = True, now
         if error is None and self._failing:
             self.log(f"{self.backend!r} answers again")
-        self._failing = error is not None
+            self._failing = False

@@ -12,8 +12,9 @@ class RefusedRequest(EndpointError):
 
 
 class TransientError(Exception):
-    """A failed attempt that is repeated. charged: whether the endpoint may bill for it; wait: seconds it asks for."""
+    """A failed attempt that is repeated. charged: whether the endpoint may bill for it; wait: seconds it asks for;
+    busy: whether it limits the rate of requests."""
 
-    def __init__(self, message: str, charged: bool = False, wait: float | None = None) -> None:
+    def __init__(self, message: str, charged: bool = False, wait: float | None = None, busy: bool = False) -> None:
         super().__init__(message)
-        self.charged, self.wait = charged, wait
+        self.charged, self.wait, self.busy = charged, wait, busy

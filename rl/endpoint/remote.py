@@ -102,7 +102,8 @@ class RemoteModel:
         """The error of a response with a status that is not 2xx."""
         status, said = error.status_code, str(error).replace(self._key, "…")[:200]
         if status in _PASSING or status >= 500:
-            return TransientError(f"status {status}: {said}", charged=status >= 500, wait=_wait(error.response.headers))
+            wait = _wait(error.response.headers)
+            return TransientError(f"status {status}: {said}", charged=status >= 500, wait=wait, busy=status == 429)
         if status in _ITEM:
             return RefusedRequest(f"{self!r} refuses a request with status {status}: {said}; correct the question")
         if status in (401, 403):

@@ -7,6 +7,7 @@ are bounded in bytes, and the number of prompts and rows in flight follows from 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -233,6 +234,11 @@ class _Run:
         drawn = self.sampler(logits, self.temperature, uniform)
         columns = torch.stack([drawn.tokens.double(), drawn.log_probs.double(), drawn.sampler_log_probs.double()])
         for row, token, log_prob, sampled in zip(rows, *columns.tolist(), strict=True):
+            if math.isnan(log_prob):
+                raise KeyeError(
+                    "the policy gives logits that are not numbers, so its weights have diverged; continue from an "
+                    "earlier checkpoint with a lower learning rate"
+                )
             row.tokens.append(int(token))
             row.log_probs.append(log_prob)
             row.sampler_log_probs.append(sampled)

@@ -82,4 +82,5 @@ def _inverse_cdf(table: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1:].contiguous()
     tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     last = torch.searchsorted(cumulative, total)  # the last token with a probability, where rounding reached the total
-    return torch.minimum(tokens, last)[:, 0]
+    # Of logits that are not numbers both are V, and an index of V would end a process with a GPU without a sentence.
+    return torch.minimum(tokens, last)[:, 0].clamp_max(table.shape[-1] - 1)

@@ -81,6 +81,6 @@ GROUPS = {
             gpu=True,
             draw=_curves,
         ),
-        Group("rl", ("group_price", "trl", "cost"), RL, apart=("phases", "blindness", "hints")),
+        Group("rl", ("group_price", "trl", "cost", "judges"), RL, apart=("phases", "blindness", "hints")),
     )
 }

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from keye.errors import KeyeError
-from scripts.bench.rl import group_price, trl
+from rl.questions.prompts import Prompt
+from rl.rewards import Judgement, rewards_from
+from scripts.bench.rl import group_price, judges, trl
 from scripts.bench.rl.cost import BASE, Case, estimated
 
 
@@ -68,3 +70,16 @@ def test_an_estimate_follows_its_case():
     fixed = estimated(Case("fixed", freeze=("visual",)))
     assert fixed["update"] < base["update"]
     assert torch.stack([s.input_ids for s in BASE.samples()]).shape == (BASE.prompts, BASE.prompt)
+
+
+def test_the_judge_of_the_bench_scores_by_the_distance_and_misbehaves_as_asked(tmp_path):
+    said = iter(["verdict", "lie", "429", "slow", "verdict"])
+    server = judges.Judge(lambda number: next(said))
+    try:
+        table = {"url": server.url, "model": "judge", "timeout": 5.0, "patience": 20.0, "wait": 0.01}
+        rewards = rewards_from({"judge": table}, tmp_path)
+        prompt = Prompt("1+2", "", [{"role": "user", "content": "1+2="}], "3", None, (), tmp_path)
+        found = [rewards(Judgement(prompt, text, finished=True)).total for text in ("3", "5", "x")]
+    finally:
+        server.close()
+    assert found == [1.0, 0.8, 0.0] and server.counts["requests"] == 5

@@ -1,5 +1,6 @@
 """The client against a real server that is down, slow, silent, cut off, or answers with something else."""
 
+import itertools
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import pytest
 
 from keye.errors import KeyeError
 from rl.endpoint import Ask, Client, CostCeiling, EndpointError, Limits, Price, RefusedRequest, RemoteModel
+from rl.endpoint.errors import TransientError
 from tests.rl.endpoint.fake_server import completion, served, text_of
 
 QUICK = Limits(concurrency=4, seconds=5, patience=20, invalid=3, first_wait=0.02, longest_wait=0.05)
@@ -267,3 +269,41 @@ def test_the_environment_names_the_model_and_a_missing_variable_is_a_sentence(tm
     monkeypatch.setenv("KEYE_JUDGE_KEY", "k-123")
     with Client.from_environment("judge", tmp_path) as one:
         assert one.backend.name == "big" and "k-123" not in repr(one.backend)
+
+
+@pytest.mark.parametrize("header", ["Retry-After: 0.02\r\n", ""])
+def test_an_endpoint_that_limits_the_rate_loses_no_request(tmp_path, header):
+    # Three of four requests are refused. One that is refused often is behind others, and the endpoint is not gone.
+    numbers, said = itertools.count(), []
+
+    def limiting(request, handler):
+        if next(numbers) % 4 == 0:
+            return completion("yes")
+        handler.wfile.write(f"HTTP/1.1 429 No\r\nConnection: close\r\n{header}Content-Length: 2\r\n\r\n{{}}".encode())
+        return None
+
+    limits = Limits(concurrency=16, seconds=10, patience=1.0, first_wait=0.02, longest_wait=0.3)
+    with served(limiting) as fake, client(fake, tmp_path, limits, log=said.append) as one:
+        began = time.monotonic()
+        answers = one.ask_many(ask(f"w{number}") for number in range(150))
+        assert [answer.text for answer in answers] == ["yes"] * 150
+        assert header == "" or time.monotonic() - began < 60
+    assert 1 <= sum("is repeated" in text for text in said) <= 3 and len(said) <= 6
+
+
+def test_an_endpoint_that_refuses_everything_is_left_after_the_patience(tmp_path):
+    limits = replace(QUICK, patience=0.5)
+    with served(lambda *_: (429, {"error": "busy"})) as fake, client(fake, tmp_path, limits) as one:
+        began = time.monotonic()
+        with pytest.raises(EndpointError, match="status 429"):
+            one.ask(ask())
+        assert time.monotonic() - began < 20
+
+
+def test_the_wait_that_an_endpoint_asks_for_is_kept_and_not_doubled(tmp_path):
+    with client("http://127.0.0.1:1/v1", tmp_path, Limits(first_wait=0.1, longest_wait=60)) as one:
+        pauses = [one._pause(TransientError("busy", wait=2.0), 32.0) for _ in range(200)]
+        assert min(pauses) >= 2.0 and max(pauses) <= 3.0 and len(set(pauses)) > 100  # not all at the same time
+        assert max(one._pause(TransientError("busy", wait=1e9), 1.0) for _ in range(50)) <= 90
+        assert min(one._pause(TransientError("busy", wait=0.0), 1.0) for _ in range(50)) >= 0.05
+        assert 16 <= one._pause(TransientError("down"), 32.0) <= 32

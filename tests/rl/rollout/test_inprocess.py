@@ -181,3 +181,11 @@ def test_an_error_leaves_the_model_in_its_mode(model, processor, prompts, monkey
     with pytest.raises(ZeroDivisionError):
         InProcessRollout(model, processor).generate(prompts[:1], 2, 1.0, 4)
     assert model.training
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_have_diverged_end_the_rollout_with_a_sentence(model, processor, prompts, temperature):
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    with pytest.raises(KeyeError, match="weights have diverged"):
+        InProcessRollout(model, processor).generate(prompts, 2, temperature, 4)
