@@ -5,8 +5,12 @@ of this machine, whose score falls with the distance from the right sum. It misb
 questions.
 """
 
+import contextlib
+import io
 import json
+import re
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
@@ -165,18 +169,35 @@ def measure(case: Case, start: Path, folder: Path, steps: int) -> dict[str, Any]
     before = folder / "gspo/before.jsonl"
     judge = Judge(lambda number: case.behave(number) if before.exists() else "verdict")
     stop = threading.Thread(target=_outage, args=(judge, before, case.outage), daemon=True)
+    said: list[str] = []
     began = time.perf_counter()
     try:
         trainer = GspoTrainer(recipe(case, judge.url, steps), folder)
         if case.outage:
             stop.start()
-        trainer.train()
+        with contextlib.redirect_stdout(_Copied(sys.stdout, said)):
+            trainer.train()
     finally:
         judge.released.set()
         stop.join() if stop.is_alive() else None
         judge.close()
     rows = [json.loads(line) for line in (folder / "gspo/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {"rows": rows, "counts": dict(judge.counts), "seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    return {"rows": rows, "counts": dict(judge.counts), "said": said, "seconds": seconds}
+
+
+class _Copied(io.TextIOBase):
+    """The standard output, whose lines about the judge are kept in `said`."""
+
+    def __init__(self, out: Any, said: list[str]) -> None:
+        self.out, self.said = out, said
+
+    def write(self, text: str) -> int:
+        self.said += [line for line in text.splitlines() if line.startswith("judge at")]
+        return self.out.write(text)
+
+    def flush(self) -> None:
+        self.out.flush()
 
 
 def _outage(judge: Judge, before: Path, seconds: float) -> None:
@@ -194,12 +215,13 @@ def row_of(case: Case, found: dict[str, Any], healthy: dict[str, Any]) -> list[s
     rows, counts, each = found["rows"], found["counts"], PROMPTS * GROUP
     failed = sum(int(row.get("reward_failures/judge", 0)) for row in rows)
     unread = sum(round((1 - row["finished"]) * each) + round(row["empty"] * each) for row in rows)
-    said = next((text for row in rows for text in row["warnings"] if "judge" in text), "–")
+    warned = [text for row in rows for text in row.get("warnings", []) if "judge" in text]
+    said = next(iter([*warned, *found["said"]]), "–")
     judged = len(rows) * each - failed - unread
     wrong = counts["requests"] - counts.get("verdict", 0) - counts.get("slow", 0)
     same = "yes" if curve(found) == curve(healthy) else "no"
     return [case.name, len(rows), judged, failed, unread, counts["requests"], wrong, same, f"{found['seconds']:.1f}",
-            said[:160]]  # fmt: skip
+            re.sub(r" at http://\S+/v1", "", said)[:160]]  # fmt: skip
 
 
 def curve(found: dict[str, Any]) -> list[list[float]]:
