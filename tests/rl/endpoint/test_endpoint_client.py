@@ -307,3 +307,9 @@ def test_the_wait_that_an_endpoint_asks_for_is_kept_and_not_doubled(tmp_path):
         assert max(one._pause(TransientError("busy", wait=1e9), 1.0) for _ in range(50)) <= 90
         assert min(one._pause(TransientError("busy", wait=0.0), 1.0) for _ in range(50)) >= 0.05
         assert 16 <= one._pause(TransientError("down"), 32.0) <= 32
+
+
+def test_a_text_that_is_not_unicode_is_sent_with_question_marks(tmp_path):
+    echo = lambda request, _: completion(text_of(request))  # noqa: E731
+    with served(echo) as fake, client(fake, tmp_path, price=Price(1, 1)) as one:
+        assert one.ask(ask("blue\ud83d 青")).text == "blue? 青"

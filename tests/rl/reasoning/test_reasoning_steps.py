@@ -252,13 +252,6 @@ def test_a_step_that_ended_while_it_wrote_its_outputs_continues(tmp_path, monkey
     assert requests == [] and len(rows(out)) == 2 and summary_path(out).exists()
 
 
-def test_an_answer_of_the_manifest_with_a_surrogate_does_not_end_the_step(tmp_path):
-    source = paths(tmp_path, ("I look.", "azure0", True), answer="blue\ud83d")
-    out = tmp_path / "graded.jsonl"
-    run("grade", source, out, judge, lambda c, _: Grade(c, None, tmp_path))
-    assert [row["grade"] for row in rows(out)] == ["A"]
-
-
 def test_without_a_judge_every_right_answer_is_reviewed(tmp_path):
     source, out = paths(tmp_path, ("I look.", "blue0", True), ("I look.", "red", True)), tmp_path / "graded.jsonl"
     _, requests = run("grade", source, out, judge, lambda c, _: Grade(c, None, tmp_path, judged=False))
