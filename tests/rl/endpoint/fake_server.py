@@ -29,9 +29,16 @@ class Fake:
         self.lock, self.url = threading.Lock(), ""
 
 
+class Server(ThreadingHTTPServer):
+    """A server whose queue has room for all connections of a client; five are the default, others are reset."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+
 @contextmanager
 def served(answer, port=0):
-    """`answer(request, handler)` gives a body, (status, body), or None if it wrote the response itself."""
+    """`answer(request, handler)` gives a body, (status, body, *headers), or None if it wrote the response itself."""
     fake = Fake(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -51,19 +58,20 @@ def served(answer, port=0):
             if given is None:
                 self.close_connection = True
                 return
-            status, body = given if isinstance(given, tuple) else (200, given)
+            status, body, *headers = given if isinstance(given, tuple) else (200, given)
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
+            for name, value in headers:
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
 
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", port), Handler)
     fake.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
