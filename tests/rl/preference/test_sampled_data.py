@@ -1,5 +1,6 @@
 """Filtering by sampled correctness and pairs of a model's answers: what is kept, why not, and resuming."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 from keye.errors import CheckpointError, RecipeError
 from rl.commands import posttrain
 from rl.policy.scoring import Group
-from rl.preference.answers import CHUNK, Answer, Answers, Draw, Journal, Sampled, draw_answers, seed_of
+from rl.preference.answers import CHUNK, Answer, Answers, Draw, Journal, Sampled, draw_all, draw_answers, seed_of
 from rl.preference.pairs import load_pairs
 from rl.preference.phase import Answerer
 from rl.preference.selecting import Kept, choose, filter_questions, make_pairs, moved
 from rl.questions.prompts import load_prompts
 from rl.rewards import rewards_from
+from rl.rollout.config import Rollout
 from stages.distributed import engine
 from stages.distributed.weights import open_start
 from tests.rl.test_trainer import make_run
@@ -157,6 +159,18 @@ def test_a_line_that_a_killed_process_left_at_a_bracket_is_drawn_again(run, tmp_
     journal.file.write_bytes(whole[: len(whole) // 4])
     journal.add(0, [row])
     assert list(journal.rows()) == [row]
+
+
+def test_a_phase_samples_as_the_recipe_says(run, tmp_path):
+    start, rollout = open_start(run / "annealing/model"), Rollout(cache_mb=7, top_k=3, stop_tokens=("0",))
+    plain, given = Answerer(start, "fp32", 64).rollout, Answerer(start, "fp32", 64, rollout).rollout
+    assert given.ends - plain.ends == {given.processor.tokenizer.convert_tokens_to_ids("0")}
+    assert (given.cache_bytes, given.sampler.top_k, given.sampler.top_p) == (7 << 20, 3, 1.0)
+    found = load_prompts(run / "world/train.jsonl")
+    sampled = Sampled(found, (), 2, {"accuracy": 1.0}, "fp32", 64, rollout)
+    assert len(list(draw_all(tmp_path / "answers", start, sampled, Draw(2, 1.0, 2, 0)).rows())) == 2
+    with pytest.raises(CheckpointError, match="stop_tokens = .'0'., but now it is None"):
+        draw_all(tmp_path / "answers", start, dataclasses.replace(sampled, rollout=Rollout()), Draw(2, 1.0, 2, 0))
 
 
 @pytest.mark.parametrize("seed", [0, -3, 20261128 * 1000 + 2, 1 << 62])
