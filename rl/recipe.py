@@ -17,6 +17,7 @@ from rl.rollout.config import Rollout
 from rl.rollout.correction import Correction
 from rl.rollout.truncated import Truncation
 from stages import typed_toml
+from stages.distributed.parallel import check_sequence
 from stages.optimizer import OptimizerConfig
 from stages.recipe import located
 from stages.recipe_checks import STAGES, TRACKERS, check_launch
@@ -56,6 +57,10 @@ class Gspo(OptimizerConfig):
 
     micro_batch_tokens: int = 0
     """Tokens of a forward and backward pass at most, each prompt counted once for its answers; 0 = a mini-batch."""
+
+    sequence_parallel: int = 1
+    """Neighbouring processes that share the rows of an update, each with a part of the tokens; a row then has at most
+    `micro_batch_tokens` over all of them. Must divide the number of processes and the query heads."""
 
     loss: str = "gspo"
     """The policy loss: "gspo", "gspo_token", "grpo", "dapo", "dr_grpo" or "cispo"."""
@@ -268,7 +273,7 @@ def _check(recipe: RlRecipe, file: str) -> None:
 
 def _check_gspo(g: Gspo, need: Need) -> None:
     g.check("gspo", need)
-    counts = ("steps", "prompts", "mini_batches", "max_new_tokens", "decode_batch_size")
+    counts = ("steps", "prompts", "mini_batches", "max_new_tokens", "decode_batch_size", "sequence_parallel")
     for key in (*counts, "checkpoint_every", "keep_checkpoints"):
         need(getattr(g, key) >= 1, f"gspo.{key} must be at least 1")
     for key in ("cache_mb", "max_prompt_tokens", "extra_prompts"):
@@ -309,10 +314,13 @@ def _check_gspo(g: Gspo, need: Need) -> None:
 def check_world(recipe: RlRecipe, world: int) -> None:
     """Refuse mini-batches with fewer prompts than processes, each of which must take part in every step.
 
+    Refuse also a number of processes that `gspo.sequence_parallel` does not divide.
+
     Raises:
         RecipeError: names the keys and the remedy.
     """
     g = recipe.gspo
+    check_sequence("gspo", g.sequence_parallel, world)
     if g.prompts // g.mini_batches < world:
         raise RecipeError(
             f"gspo.prompts = {g.prompts} in {g.mini_batches} mini-batches is less than one prompt for each of {world} "

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from keye.model.heads import RowScores
 from keye.processor.processor import Sample
 from keye.slowfast.pixels import join
 from rl.policy.prefix import PrefixTree
@@ -72,28 +73,46 @@ def score(model: nn.Module, groups: list[Group], temperature: float = 1.0) -> Sc
         Log-probabilities (with gradient where it is enabled) and entropy of all completion tokens.
     """
     device = next(model.parameters()).device
-    tree = PrefixTree(
-        [len(group.sample.input_ids) for group in groups], [[len(c) for c in group.completions] for group in groups]
-    )
-    samples = [group.sample for group in groups]
-    input_ids = tree.pack([s.input_ids for s in samples], [group.completions for group in groups])
-    positions = tree.pack(
-        [s.position_ids for s in samples],
-        [[continued_positions(g.sample, len(c)) for c in g.completions] for g in groups],
-    )
-    targets = torch.cat([completion for group in groups for completion in group.completions]).to(device)
-    banned = banned_tokens(getattr(model, "module", model))
+    row = packed(groups)
     log_probs, entropy = model(
-        input_ids=input_ids[None].to(device),
-        position_ids=positions[:, None].to(device),
-        cu_seqlens=tree.cu_seqlens().to(device),
-        varlen=tree.attention,
-        logits_to_keep=tree.predictors().to(device),
-        row_targets=targets,
-        row_scores=partial(_score_rows, temperature=temperature, banned=banned),
-        **vision_inputs(samples, device),
+        input_ids=row.input_ids[None].to(device),
+        position_ids=row.position_ids[:, None].to(device),
+        cu_seqlens=row.tree.cu_seqlens().to(device),
+        varlen=row.tree.attention,
+        logits_to_keep=row.tree.predictors().to(device),
+        row_targets=row.targets.to(device),
+        row_scores=row_scores(model, temperature),
+        **vision_inputs([group.sample for group in groups], device),
     ).scores
-    return Score(log_probs, entropy, tree.owner().to(device))
+    return Score(log_probs, entropy, row.tree.owner().to(device))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Groups in one packed row of L tokens: input_ids int64 [L], position_ids int64 [3, L], completion tokens [T]."""
+
+    tree: PrefixTree
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+
+
+def packed(groups: list[Group]) -> Row:
+    """The groups in one row, each prompt once."""
+    samples = [group.sample for group in groups]
+    tree = PrefixTree([len(s.input_ids) for s in samples], [[len(c) for c in group.completions] for group in groups])
+    continued = [[continued_positions(g.sample, len(c)) for c in g.completions] for g in groups]
+    return Row(
+        tree,
+        tree.pack([s.input_ids for s in samples], [group.completions for group in groups]),
+        tree.pack([s.position_ids for s in samples], continued),
+        torch.cat([completion for group in groups for completion in group.completions]),
+    )
+
+
+def row_scores(model: nn.Module, temperature: float) -> RowScores:
+    """What the model, or the DeepSpeed engine around it, computes of the logits that predict a completion's tokens."""
+    return partial(_score_rows, temperature=temperature, banned=banned_tokens(getattr(model, "module", model)))
 
 
 def _score_rows(logits: Tensor, targets: Tensor, temperature: float, banned: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The update of a GSPO step: its answers are scored once, then one optimizer step follows for each mini-batch.
 
 A mini-batch is computed in micro-batches. Every rank makes the same number of forward and backward passes, whatever its
-data, because ZeRO communicates in each of them.
+data, because ZeRO communicates in each of them. With sequence parallelism the ranks of a group share every micro-batch
+(`rl.policy.sequence_parallel`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rl.losses import LossInput, LossOutput
 from rl.policy.lora import without_lora
 from rl.policy.microbatch import MicroBatch, pad, split
 from rl.policy.scoring import Group, Score, score
+from rl.policy.sequence_parallel import SequenceParallel
 from rl.recipe import Gspo
 from rl.rollout.correction import Gap, gap_of, log_ratio_of
 from rl.run.metrics import Moments
@@ -52,17 +54,21 @@ class Plan:
 
 
 class PolicyUpdate:
-    """Trains the policy on the answers of a step.
+    """Trains the policy on the answers of a step; collective: every rank builds it.
 
     Args:
         engine: the DeepSpeed engine around `KeyeForConditionalGeneration`. config: the recipe's `[gspo]`.
         reference: the start model, if the loss has a KL term. With LoRA None: it is the policy without LoRA's change.
+
+    Raises:
+        RecipeError: `sequence_parallel` does not divide the processes and the heads.
     """
 
     def __init__(self, engine: Any, config: Gspo, reference: nn.Module | None = None) -> None:
         self.engine, self.config, self.reference = engine, config, reference
         self.loss, self.correction = config.policy_loss, config.correction
-        self.world = dist.get_world_size()
+        self.world, ranks = dist.get_world_size(), config.sequence_parallel
+        self.sequence = SequenceParallel(ranks, engine.module.config) if ranks > 1 else None
 
     def run(self, groups: list[Group], advantages: Tensor, parts: list[slice]) -> list[Update]:
         """One optimizer step for each mini-batch; collective.
@@ -71,6 +77,8 @@ class PolicyUpdate:
             groups: this rank's P groups of G completions. advantages: float32 [P, G].
             parts: the groups of each mini-batch; none is empty.
         """
+        if self.sequence is not None:
+            groups, advantages, parts = self.sequence.shared(groups, advantages, parts)
         plans = self._plan(groups, advantages, parts)
         # Scored before the first update: this is the policy that all mini-batches are compared with.
         with torch.no_grad():
@@ -93,10 +101,12 @@ class PolicyUpdate:
             dist.all_reduce(counts, op=dist.ReduceOp.MAX)
             dist.all_reduce(tokens)
         columns = zip(mine, counts.tolist(), tokens.tolist(), strict=True)
-        return [Plan(pad(batches, count), int(total)) for batches, count, total in columns]
+        shares = self.config.sequence_parallel  # ranks that count the same tokens
+        return [Plan(pad(batches, count), int(total) // shares) for batches, count, total in columns]
 
     def _score(self, model: Any, batch: MicroBatch) -> Score:
-        return score(model, batch.groups, self.config.temperature)
+        compute = score if self.sequence is None else self.sequence.score
+        return compute(model, batch.groups, self.config.temperature)
 
     def _reference(self, plans: list[Plan]) -> list[list[Tensor | None]]:
         """The start model's log-probabilities [T] of each micro-batch; None of each without a KL term or reference.
@@ -114,17 +124,18 @@ class PolicyUpdate:
         """One optimizer step on a mini-batch: `old` are its answers' scores before, `start` those of the reference."""
         outputs, entropies = [], []
         gaps: list[Gap] = []
+        measures = self.sequence is None or self.sequence.first
         for place, (batch, before, reference) in enumerate(zip(plan.batches, old, start, strict=True), 1):
             new = self._score(self.engine, batch)
             given = self._input(plan, batch, before, new, reference)
             if batch.weight and (gap := self._gap(given)) is not None:
-                gaps.append(gap)
+                gaps += [gap] * measures
                 given = replace(given, weights=gap.applied)
             output = self.loss(given)
             # The gradients of all micro-batches are summed; the last one is followed by the optimizer's step.
             self.engine.set_gradient_accumulation_boundary(place == len(plan.batches))
             self.engine.backward(output.loss * batch.weight)
-            if batch.weight:
+            if batch.weight and measures:
                 outputs.append(_detached(output))
                 entropies.append(new.entropy)
         self.engine.step()
@@ -155,7 +166,8 @@ class PolicyUpdate:
             old.log_probs,
             new.owner,
             batch.advantages.to(device),
-            # DeepSpeed averages gradients over the ranks; the loss is a sum over all ranks' sequences.
+            # DeepSpeed averages gradients over the ranks; the loss is a sum over all ranks' sequences. The ranks of a
+            # sequence group have parts of one gradient, which DeepSpeed's average adds up as well.
             sequences=g.prompts * g.group_size / g.mini_batches / self.world,
             tokens=plan.tokens / self.world,
             max_tokens=g.max_new_tokens,

@@ -22,7 +22,7 @@ from stages.typed_toml import former_names
 FILE = "run.json"
 MAY_CHANGE = (
     "gspo.steps", "gspo.checkpoint_every", "gspo.keep_checkpoints", "gspo.decode_batch_size", "gspo.cache_mb",
-    "gspo.micro_batch_tokens", "gspo.checkpointing", "gspo.offload", "gspo.mlp_tiles",
+    "gspo.micro_batch_tokens", "gspo.sequence_parallel", "gspo.checkpointing", "gspo.offload", "gspo.mlp_tiles",
     "rollout.cache_mb", "rollout.urls", "rollout.model", "rollout.folder", "rollout.concurrency", "rollout.patience",
     "trackers", "mpo.micro_pairs",
     "mpo.checkpointing", "mpo.offload", "mpo.mlp_tiles",

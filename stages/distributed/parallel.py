@@ -264,9 +264,20 @@ def shard(
         "cu_seqlens": pack["cu_seqlens"],
         "varlen": ulysses(grid.sequence_group, partial(varlen, backend=attention)),
     }
+    return inputs | shard_vision(pack, grid, image_token, video_token, attention)
+
+
+def shard_vision(
+    pack: dict[str, Tensor], grid: ParallelDims, image_token: int, video_token: int, attention: str = "auto"
+) -> dict[str, object]:
+    """The vision inputs of `shard`, with the same arguments; of the other tensors only `input_ids` are needed.
+
+    Empty for a pack without stills and frames.
+    """
     both = [pack[name] for name in ("image_grid_thw", "video_grid_thw") if name in pack]
     if not both:
-        return inputs
+        return {}
+    inputs: dict[str, object] = {}
     grids = torch.cat(both)
     shares = vision_shares(grids, grid.sequence)
     mine = shares[grid.sequence_rank]
@@ -274,6 +285,7 @@ def shard(
         pixels = pack["pixel_values_mine"] if "pixel_values_mine" in pack else own_pixels(pack, mine)
         inputs |= _visual_inputs(pixels, grids, shares, grid, attention)
     ids = pack["input_ids"][0]
+    length = len(ids) // grid.sequence
     stills, frames = ((ids == token).nonzero()[:, 0] for token in (image_token, video_token))
     route = route_features(grids, shares, torch.cat([stills, frames]) // length, grid.sequence_rank)
     inputs["exchange"] = _exchange(route, grid.sequence_group)
