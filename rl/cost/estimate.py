@@ -125,7 +125,8 @@ def _remedy(
         except KeyeError:
             return False
 
-    for changes in _changes(settings, lengths_of(settings, pretrain, assumed.prompt, assumed.answer)):
+    heads = math.gcd(config.text_config.num_attention_heads, gpus)
+    for changes in _changes(settings, lengths_of(settings, pretrain, assumed.prompt, assumed.answer), heads):
         if not set(changes) <= set(keys()):
             continue
         if fits(changes):
@@ -136,8 +137,11 @@ def _remedy(
     return "no setting of the recipe makes it fit; use a larger GPU, or more of them"
 
 
-def _changes(gspo: Settings, lengths: Lengths) -> Iterator[dict[str, Any]]:
-    """Changes that save memory, about the cheapest first, each in addition to the ones before."""
+def _changes(gspo: Settings, lengths: Lengths, ranks: int) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, about the cheapest first, each in addition to the ones before.
+
+    ranks: a row is shared by this number of GPUs, or one that divides it.
+    """
     changes: dict[str, Any] = {}
     if not gspo.checkpointing:
         yield (changes := {**changes, "checkpointing": True})
@@ -152,6 +156,9 @@ def _changes(gspo: Settings, lengths: Lengths) -> Iterator[dict[str, Any]]:
     for key in ("offload", "offload_optimizer"):
         if not getattr(gspo, key):
             yield (changes := {**changes, key: True})
+    for sharing in range(gspo.sequence_parallel + 1, ranks + 1):
+        if ranks % sharing == 0:
+            yield (changes := {**changes, "sequence_parallel": sharing})
     limit = lengths.longest_prompt // 2
     while limit >= 1024:
         yield (changes := {**changes, "max_prompt_tokens": limit, "micro_batch_tokens": limit + lengths.longest_answer})
@@ -216,7 +223,14 @@ def _host(
     tokens = questions * lengths.prompt * gpus
     step = Share(tokens, round(lengths.pixels_of(tokens)), 0)
     made = host_footprint(
-        config, plan, assumed.node, step, total, trained, cache=float(gspo.cache_mb << 20), pinned=part.tokens
+        config,
+        plan,
+        assumed.node,
+        step,
+        total,
+        trained,
+        cache=float(gspo.cache_mb << 20),
+        pinned=math.ceil(part.tokens / gspo.sequence_parallel),
     )
     if gspo.offload_optimizer:  # fp32 weights, two moments and the gradients
         share = 16 * trained / gpus * min(assumed.node.ranks, gpus)

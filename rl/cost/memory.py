@@ -20,7 +20,10 @@ from stages.cost.footprint import CHANNELS, FP32, Footprint, Plan, Share, activa
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The largest forward and backward pass of a rank: tokens, those of them in answers, patches, and prompts."""
+    """The largest row of a forward and backward pass: tokens, those of them in answers, patches, and prompts.
+
+    With `gspo.sequence_parallel` several ranks share it.
+    """
 
     tokens: int
     labels: int
@@ -109,13 +112,13 @@ def plan_of(gspo: Settings, ranks: int, loading: Loading, micro_batches: int) ->
 
 
 def micro_batch_of(gspo: Settings, lengths: Lengths, ranks: int) -> MicroBatch:
-    """The largest micro-batch: longest prompts with longest answers, up to `gspo.micro_batch_tokens`.
+    """The largest row: longest prompts with longest answers, up to `gspo.micro_batch_tokens`.
 
     An answer whose prompt leaves no room for it has a micro-batch of its own (`rl.policy.microbatch`).
     """
     prompt, answer = lengths.longest_prompt, lengths.longest_answer
     group = prompt + gspo.group_size * answer
-    groups = math.ceil(gspo.prompts / gspo.mini_batches / ranks)
+    groups = gspo.sequence_parallel * math.ceil(gspo.prompts / gspo.mini_batches / ranks)
     budget = gspo.micro_batch_tokens or groups * group
     if budget < group:
         answers = max(1, (budget - prompt) // answer)
@@ -142,12 +145,14 @@ def step_memory(
     loading = loading or Loading()
     part = micro_batch_of(gspo, lengths, ranks)
     total, trained = parameters_of_policy(config, gspo, counts)
-    tokens = math.ceil(gspo.prompts / gspo.mini_batches / ranks) * (
-        lengths.longest_prompt + gspo.group_size * lengths.longest_answer
+    tokens = (
+        gspo.sequence_parallel
+        * math.ceil(gspo.prompts / gspo.mini_batches / ranks)
+        * (lengths.longest_prompt + gspo.group_size * lengths.longest_answer)
     )
     plan = plan_of(gspo, ranks, loading, math.ceil(tokens / part.tokens))
     fixed = "visual" in gspo.freeze or gspo.lora_rank > 0
-    update = _update(config, plan, part, lengths, total, trained, not fixed)
+    update = _update(config, plan, part, gspo.sequence_parallel, lengths, total, trained, not fixed)
     if gspo.offload_optimizer:
         update = replace(update, optimizer=0.0, gradients=0.0, before=0.0, step=0.0)
     copied = gspo.kl and not gspo.lora_rank  # with LoRA the start model is the policy without LoRA's change
@@ -165,23 +170,32 @@ def parameters_of_policy(config: Any, gspo: Settings, counts: dict[str, int]) ->
 
 
 def _update(
-    config: Any, plan: Plan, part: MicroBatch, lengths: Lengths, total: int, trained: int, tower_trains: bool
-) -> Footprint:
+    config: Any, plan: Plan, part: MicroBatch, sharing: int, lengths: Lengths, total: int, trained: int,
+    tower_trains: bool,
+) -> Footprint:  # fmt: skip
     text, e = config.text_config, plan.element
-    share = Share(part.tokens, part.patches, part.labels, min(lengths.frame, part.patches))
+    share = share_of(part, sharing, lengths)
     kept, layer, _ = activations(config, plan, share, False, reduced(trained, plan), tower_trains)
     merged, again = _merged(text, plan, part)
-    kept, layer = kept + merged, layer + again
+    # A rank has its share of the heads for all tokens: as many numbers as all heads of its share of the tokens.
+    kept, layer = kept + merged / sharing, layer + again / sharing
     head = text.vocab_size * text.hidden_size
     held = states(total, trained, plan, head)
     return Footprint(
         **held,
         before=held["gradients"] * (plan.micro_batches > 1),
         activations=kept,
-        pixels=plan.pixel * CHANNELS * config.vision_config.patch_size**2 * part.patches,
+        pixels=plan.pixel * CHANNELS * config.vision_config.patch_size**2 * share.patches,
         layer=layer,
-        logits=_scored(text, e, part.labels),
+        logits=_scored(text, e, share.labels),
     )
+
+
+def share_of(part: MicroBatch, sharing: int, lengths: Lengths) -> Share:
+    """The largest share of a row of one of the `sharing` ranks; the last ones have the answers of a single prompt."""
+    frame = min(lengths.frame, part.patches)
+    tokens = math.ceil(part.tokens / sharing)
+    return Share(tokens, max(frame, math.ceil(part.patches / sharing)), min(tokens, part.labels), frame)
 
 
 def _merged(text: Any, plan: Plan, part: MicroBatch) -> tuple[float, float]:

@@ -19,6 +19,7 @@ class Settings:
     max_prompt_tokens: int = 0
     decode_batch_size: int = 256
     micro_batch_tokens: int = 0
+    sequence_parallel: int = 1
     cache_mb: int = 1024
     cache_bytes: int = 8 << 30
     freeze: tuple[str, ...] = ()

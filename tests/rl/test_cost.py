@@ -187,6 +187,31 @@ def test_options_of_memory_lower_their_components(plain):
     assert memory(kl=0.1).reference == 2 * sum(counts.values())
 
 
+def test_ranks_that_share_a_row_divide_the_activations_and_the_pixels_of_the_update_alone(plain):
+    counts, sizes = parameters_of(plain.config), lengths(160, 24, frames=4)
+    alone = Settings(prompts=2, mini_batches=1, group_size=4, max_new_tokens=24, precision="bf16")
+    shared = replace(alone, sequence_parallel=2)
+    # One row of the two prompts of two ranks, half of it on each: as much as a row of one prompt on each.
+    whole, half = (step_memory(plain.config, given, sizes, 2, counts) for given in (alone, shared))
+    assert half.update.activations == pytest.approx(whole.update.activations, rel=0.05)
+    assert half.update.pixels == whole.update.pixels and half.rollout == whole.rollout
+    limited = replace(shared, micro_batch_tokens=160 + 4 * 24)
+    part = step_memory(plain.config, limited, sizes, 2, counts)
+    assert micro_batch_of(limited, sizes, 2).prompts == 1 and micro_batch_of(shared, sizes, 2).prompts == 2
+    assert part.update.activations == pytest.approx(whole.update.activations / 2, rel=0.15)
+    assert part.update.pixels == whole.update.pixels / 2
+
+
+def test_a_prompt_that_fits_no_gpu_of_the_update_is_shared_before_prompts_are_left_out():
+    pretrain = load_pretrain(ROOT / "stages/recipes/keye_8b.toml")
+    longer = ["gspo.max_prompt_tokens=500_000", "gspo.micro_batch_tokens=520_000", "rollout.cache_mb=82_000"]
+    recipe = load(ROOT / "rl/recipes/keye_8b.toml", longer)
+    made = estimate(recipe, pretrain, gpu_named("h200"), 8, Assumptions(prompt=300_000))
+    assert made.fits or "gspo.sequence_parallel=" in made.remedy, made.remedy
+    with pytest.raises(RecipeError, match=r"gspo.sequence_parallel = 3 needs a multiple of 3 processes"):
+        estimate(load(ROOT / "rl/recipes/tiny.toml", ["gspo.sequence_parallel=3"]), pretrain, GPU, 2)
+
+
 def test_time_and_money_follow_from_the_operations():
     recipe, pretrain = load(ROOT / "rl/recipes/tiny.toml"), load_pretrain(ROOT / "stages/recipes/tiny.toml")
     assumed = Assumptions(utilisation=0.5, bandwidth=0.5)

@@ -24,6 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "zero3": SAVING | {"zero": 3},
     "offload": SAVING | {"offload": True, "offload_optimizer": True},
+    "shared rows": SAVING | {"zero": 3, "sequence_parallel": 2},
 }
 
 
