@@ -9,6 +9,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
 from keye.errors import RecipeError
+from keye.slowfast.pixels import as_bytes
 from rl.losses import LossInput, build_loss, group_advantages
 from rl.policy.scoring import Group, score
 from rl.policy.update import PolicyUpdate
@@ -23,13 +24,15 @@ from tests.stages.test_parallel import sample
 KL = {"gspo": 0.0, "dapo": 0.1}
 
 
-def prompts(offset: int = 0) -> list[Group]:
-    """Four prompts: stills and frames of different sizes, one with a text alone; completions of 1 to 6 tokens."""
-    g = torch.Generator().manual_seed(3 + offset)
+def prompts() -> list[Group]:
+    """Four prompts: stills and frames of different sizes, one of them in bytes, one of text alone; completions."""
+    g = torch.Generator().manual_seed(3)
     contents = [([(1, 2)], [(3, 2), (1, 1)]), ([], [(2, 2), (1, 3), (2, 1)]), ([], []), ([(2, 1), (1, 1)], [])]
     groups = []
     for stills, frames in contents:
         one = sample(g, stills, frames, int(torch.randint(3, 9, (), generator=g)))
+        if not stills and frames:
+            one.pixel_values_videos = as_bytes(one.pixel_values_videos)
         lengths = torch.randint(1, 7, (GROUP,), generator=g).tolist()
         completions = [torch.randint(3, VOCABULARY, (n,), generator=g) for n in lengths]
         sampled = [-4 - torch.rand(n, generator=g) for n in lengths]
@@ -52,7 +55,7 @@ def one_pass(loss: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
     batch = LossInput(new.log_probs, new.log_probs.detach(), new.owner, advantages, 4 * GROUP, len(new.owner), 6, other)
     value = build_loss(loss, kl=KL[loss])(batch).loss
     value.backward()
-    return {name: p.grad for name, p in model.named_parameters()}, new.entropy, float(value)
+    return {name: p.grad for name, p in model.named_parameters()}, new.entropy, value.item()
 
 
 def update_of(zero: int, loss: str, budget: int, recompute: bool, sequence: int = 2) -> dict[str, Any]:
