@@ -21,6 +21,7 @@ from keye.model.config import KeyeConfig
 from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import CACHE, KeyeGenerationMixin
 from keye.model.heads import Readout
+from keye.model.placeholders import fill_placeholders
 from keye.model.pretrained import KeyePreTrainedModel
 from keye.model.rope import batch_positions
 from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace
@@ -155,7 +156,8 @@ class KeyeModel(KeyePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if input_ids is not None:
-            inputs_embeds = self._embed(input_ids, inputs_embeds, features)
+            kinds = self.config.image_token_id, self.config.video_token_id
+            inputs_embeds = fill_placeholders(input_ids, inputs_embeds, features, kinds)
         if cu_seqlens is not None:
             kwargs |= {"cu_seqlens": cu_seqlens, "varlen_fn": varlen, "attention": self.config.attention}
             attention_mask, use_cache = self._packed_mask(inputs_embeds), False
@@ -238,31 +240,6 @@ class KeyeModel(KeyePreTrainedModel):
         grid = torch.tensor([[1, 2, 2]], device=self.device)
         size = self.config.vision_config.patch_size
         return self.encode_vision(torch.zeros(4, 3, size, size, device=self.device), grid)[:0]
-
-    def _embed(self, input_ids: Tensor, embeds: Tensor, features: Tensor | None) -> Tensor:
-        """Embeddings `[B, L, hidden]` with visual features in place of the placeholders, in stream order.
-
-        Images come first in `features`, then frames: each kind fills its own placeholders.
-        """
-        if features is None and input_ids.shape[1] == 1:
-            return embeds  # a step of generation: do not wait for the device to count placeholders
-        stills, frames = input_ids == self.config.image_token_id, input_ids == self.config.video_token_id
-        places = stills | frames
-        if torch.compiler.is_compiling():  # a graph cannot count placeholders: it fills all of them
-            return embeds if features is None else _filled(embeds, stills, frames, features)
-        count, total = int(stills.sum()), int(places.sum())
-        given = 0 if features is None else len(features)
-        if total != given:
-            raise ValueError(
-                f"{total} placeholders in the text, but {given} visual tokens: "
-                "prepare text and pixels with one call of the processor"
-            )
-        if features is None:
-            return embeds
-        if 0 < count < total:
-            is_still = stills[places]
-            features = features[torch.where(is_still, is_still.cumsum(0) - 1, count + (~is_still).cumsum(0) - 1)]
-        return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
 
 
 class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
@@ -385,13 +362,6 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         rows, targets = hidden[chosen], shifted[chosen]
         total = self.readout(rows, targets, head=self.lm_head)
         return total / (max(len(targets), 1) if num_items is None else num_items)
-
-
-def _filled(embeds: Tensor, stills: Tensor, frames: Tensor, features: Tensor) -> Tensor:
-    """`KeyeModel._embed` in operations whose shapes do not depend on the ids."""
-    order = torch.where(stills.flatten(), stills.flatten().cumsum(0), stills.sum() + frames.flatten().cumsum(0)) - 1
-    rows = features.to(embeds.device, embeds.dtype)[order.clamp(0, features.shape[0] - 1)]
-    return torch.where((stills | frames)[..., None], rows.view_as(embeds), embeds)
 
 
 AutoModel.register(KeyeConfig, KeyeModel)
