@@ -23,8 +23,9 @@ from keye.model.generation import CACHE, KeyeGenerationMixin
 from keye.model.heads import Readout
 from keye.model.placeholders import fill_placeholders
 from keye.model.pretrained import KeyePreTrainedModel
+from keye.model.projector import Projector
 from keye.model.rope import batch_positions
-from keye.model.vision import FramePart, KeyeVisionModel, Projector, Trace
+from keye.model.vision import FramePart, KeyeVisionModel, Trace
 from keye.slowfast.pixels import join
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from keye.errors import RecipeError
 from keye.model.attention import Varlen, varlen
-from keye.model.vision import FRAME_PATCHES, FramePart, merge_order
+from keye.model.projector import merge_order
+from keye.model.vision import FRAME_PATCHES, FramePart
 from stages.distributed.collectives import all_to_all, exchange_rows
 
 UNEVEN = 0.02  # share of the mean by which the most expensive rank of a sequence group may exceed it

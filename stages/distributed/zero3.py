@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from keye.checkpoint.shards import Stored
 from keye.errors import CheckpointError, KeyeError
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.model.vision import KeyeVisionModel, Projector
+from keye.model.projector import Projector
+from keye.model.vision import KeyeVisionModel
 from stages.distributed.ranks import agree, waiting_group
 
 

@@ -12,8 +12,8 @@ import torch
 
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
+from keye.model.projector import merge_order
 from keye.model.rope import stream_positions
-from keye.model.vision import merge_order
 from keye.processor.processor import Sample
 from scripts.bench.common import record
 from scripts.bench.stages import extension as stages_extension

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.model.vision import merge_order
+from keye.model.projector import merge_order
 from scripts.bench.model.layers import gated_width
 
 VISION_START, VIDEO, ANSWER, TIMESTAMP = 1, 2, 32, 4

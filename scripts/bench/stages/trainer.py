@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from keye.errors import run
 from keye.model.keye import KeyeForConditionalGeneration
-from keye.model.vision import merge_order
+from keye.model.projector import merge_order
 from keye.processor.processor import KeyeProcessor
 from keye.processor.stream import IMAGE_PAD, VIDEO_PAD, VISION_START
 from keye.processor.tokenizer import load_tokenizer

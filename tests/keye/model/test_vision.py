@@ -13,8 +13,9 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from keye.errors import KeyeError
 from keye.model.config import PRESETS, KeyeConfig, KeyeVisionConfig
 from keye.model.keye import KeyeModel
+from keye.model.projector import Projector
 from keye.model.rope import block_coordinates, rotate, vision_tables
-from keye.model.vision import KeyeVisionModel, Projector, VisionEmbeddings, VisionLayer, places_of
+from keye.model.vision import KeyeVisionModel, VisionEmbeddings, VisionLayer, places_of
 
 SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 FRAMES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
