@@ -25,15 +25,16 @@ from keye.encoded import (
 )
 from keye.encoder_config import EncoderConfig
 from keye.errors import CheckpointError, KeyeError, loading
+from keye.planning import plan_clip
 from keye.slowfast.budget import LEAST_FAST, fit_size
-from keye.slowfast.clip_walk import pixel_rule, reads_packets, walk
-from keye.slowfast.concessions import concede, smallest_slow_tokens
+from keye.slowfast.clip_walk import pixel_rule, reads_packets
+from keye.slowfast.concessions import smallest_slow_tokens
 from keye.slowfast.frame_buffer import FrameBuffer
 from keye.slowfast.frame_classifier import FrameClassifier
 from keye.slowfast.measures import as_measure
 from keye.slowfast.measures.base import Tower
 from keye.slowfast.pixels import Output, PixelFormat
-from keye.slowfast.plan import VideoPlan, span_of
+from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import Limits, as_policy
 from keye.video.clip import Clip, Source, open_clip
 from keye.video.fetch import UrlRules
@@ -373,31 +374,7 @@ class SlowFastEncoder:
     def _walk(self, clip: Clip, buffer: FrameBuffer | None) -> tuple[VideoPlan, list[int]]:
         """Classify the clip's frames; returns the plan, and which frame of the clip each of its entries shows."""
         limits = self._limits(clip.size)
-        walked = walk(clip, self.measure, self.policy, limits, buffer)
-        indices, times = walked.indices, walked.times
-        decided, allocation = concede(walked.decisions, limits, self.policy)
-        plan = VideoPlan(
-            source=clip.name,
-            frame_types=torch.tensor(decided.types, dtype=torch.long),
-            timestamps=torch.tensor([times[position] for position in decided.positions], dtype=torch.float32),
-            frame_indices=torch.tensor([indices[position] for position in decided.positions], dtype=torch.long),
-            similarity=torch.tensor(decided.scores, dtype=torch.float32),
-            source_size=clip.size,
-            slow_size=allocation.slow_size,
-            fast_size=allocation.fast_size,
-            max_tokens=self.max_tokens if decided.max_tokens is None else decided.max_tokens,
-            duration=clip.duration,
-            settings=self.settings if decided.threshold is None else {**self.settings, "threshold": decided.threshold},
-            warnings=(*clip.warnings, *self._thinned(clip), *decided.warnings),
-            sizes=decided.sizes,
-            levels=None if decided.levels is None else torch.tensor(decided.levels, dtype=torch.long),
-            end=None if len({*decided.positions}) == len(times) else span_of(times, clip.duration, self.fps)[1],
-        )
-        if walked.decoded:
-            return plan, decided.positions
-        kept = {position: place for place, position in enumerate(sorted(set(decided.positions)))}
-        clip.keep(list(kept))  # the others are never decoded
-        return plan, [kept[position] for position in decided.positions]
+        return plan_clip(clip, self.measure, self.policy, limits, self.settings, buffer, self._thinned)
 
     def _thinned(self, clip: Clip) -> list[str]:
         if not clip.wanted > clip.expected == self.most_frames:

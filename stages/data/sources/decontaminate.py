@@ -19,10 +19,10 @@ from torch import Tensor
 from keye.errors import ManifestError
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.slowfast.pixels import normalised
+from stages.data.recipe import SourceRecipe
 from stages.data.sources.formats import Table
 from stages.data.sources.parquet import NotReadableNow
 from stages.data.sources.stored import arrays_of, kept_array
-from stages.recipe import SourceRecipe
 
 SIDE, BITS = 32, 64
 FLAT = 2 / 255  # standard deviation of grey values below which a picture has no recognizable content

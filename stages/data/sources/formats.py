@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from keye.errors import ManifestError
+from stages.data.recipe import SourceRecipe
 from stages.data.sources.chat import EmptyRow, Row, as_chat, kind_of
 from stages.data.sources.parquet import GROUP, GROUP_ROWS, SCANNED, Parquet, outlines
 from stages.data.sources.stored import arrays_of, kept, kept_array
 from stages.data.sources.tars import Tar
-from stages.recipe import SourceRecipe
 from stages.recipe_checks import KINDS
 
 BAD, EMPTY = 254, 255  # codes of rows; others are places in KINDS

@@ -19,13 +19,13 @@ from keye.processor.processor import KeyeProcessor
 from keye.video.fetch import scheme_of
 from stages.data.items import Cache, Item
 from stages.data.quarantine import Quarantine, WarningLog
+from stages.data.recipe import SourceRecipe
 from stages.data.sources.chat import Row, caption_of, each_part
 from stages.data.sources.decontaminate import Decontamination
 from stages.data.sources.formats import LocatedRow, Table, marks
 from stages.data.sources.splitting import is_plain_text, split
 from stages.data.sources.streams import WINDOW, StreamLanes
 from stages.data.sources.transforms import apply
-from stages.recipe import SourceRecipe
 from stages.recipe_checks import KINDS
 
 REASON = 300  # characters kept of the reason why a sample is bad

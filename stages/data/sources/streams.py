@@ -16,10 +16,10 @@ import numpy as np
 
 from keye.errors import KeyeError, ManifestError
 from stages.data.quarantine import Quarantine
+from stages.data.recipe import SourceRecipe
 from stages.data.sources.chat import EmptyRow, Row, as_chat, kind_of
 from stages.data.sources.formats import LocatedRow, files_of, format_of, hub_name, marks, opened, parse_line
 from stages.data.sources.tars import stream_tars, tar_row
-from stages.recipe import SourceRecipe
 
 MAX_LANES = 64  # each lane has an open file and a full buffer
 KEPT = 512  # rows of all lanes kept after reading, for threads that request them out of order

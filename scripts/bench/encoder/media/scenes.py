@@ -8,105 +8,32 @@ Run it to render all: `python -m scripts.bench.encoder.media.scenes`.
 """
 
 import argparse
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from keye.errors import run
 from keye.world.render import write_mp4
 from scripts.bench.common.record import ROOT
 from scripts.bench.encoder.media.corpus import FOLDER, locked
-
-FPS = 10
-SECONDS = 10
-HEIGHT, WIDTH = 360, 640
-TUNING_SEEDS, HELD_OUT_SEEDS = (0, 1), (2, 3, 4)
-TUNING_PHOTOGRAPHS = ("astronaut", "coffee", "camera", "brick", "gravel")
-HELD_OUT_PHOTOGRAPHS = ("chelsea", "rocket", "coins", "grass", "moon")
-WORDS = "slow fast frame token visual detail change motion picture keye video clip stage patch long short".split()
-
-
-@dataclass(frozen=True)
-class Span:
-    """From `start` to `end` seconds something of a `kind` happens; a cut starts and ends at once."""
-
-    kind: str
-    start: float
-    end: float
-
-
-@dataclass
-class Scene:
-    """A clip with its true changes (`events`) and the times when nothing but a nuisance is to be seen.
-
-    start, end: the part that is used, in seconds. apart: it is reported separately and not included in all clips.
-    """
-
-    name: str
-    path: Path
-    events: list[Span] = field(default_factory=list)
-    nuisances: list[Span] = field(default_factory=list)
-    start: float = 0.0
-    end: float = 1e9
-    apart: bool = False
-
-
-class Drawing:
-    """What a kind of clip is drawn with: random numbers, photographs, event times, and the truth as it is drawn."""
-
-    def __init__(self, kind: str, seed: int):
-        self.random = np.random.default_rng([sum(kind.encode()), seed])
-        self.photographs = TUNING_PHOTOGRAPHS if seed in TUNING_SEEDS else HELD_OUT_PHOTOGRAPHS
-        self.events: list[Span] = []
-        self.nuisances: list[Span] = []
-        self.crf = int(self.random.choice([23, 26, 29]))
-
-    def times(self, count: int, gap: float = 1.3, first: float = 1.2, last: float = SECONDS - 1.2) -> list[float]:
-        """`count` ascending times on the grid of frames, at least `gap` apart."""
-        slack = last - first - gap * (count - 1)
-        picks = np.sort(self.random.uniform(0, slack, count)) + first + gap * np.arange(count)
-        return [round(float(t) * FPS) / FPS for t in picks]
-
-    def event(self, kind: str, start: float, end: float | None = None) -> None:
-        self.events.append(Span(kind, start, start if end is None else end))
-
-    def nuisance(self, kind: str, start: float = 0.0, end: float = SECONDS) -> None:
-        self.nuisances.append(Span(kind, start, end))
-
-    def photograph(self, name: str | None = None, wide: float = 1.0) -> np.ndarray:
-        """A part of a photograph as float [HEIGHT, WIDTH * wide, 3], softly textured."""
-        image = _photograph(name or str(self.random.choice(self.photographs)))
-        width = round(WIDTH * wide)
-        scale = self.random.uniform(0.7, 1) * min(image.height / HEIGHT, image.width / width)
-        h, w = HEIGHT * scale, width * scale
-        top, left = self.random.uniform(0, image.height - h), self.random.uniform(0, image.width - w)
-        part = image.resize((width, HEIGHT), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
-        if self.random.random() < 0.5:
-            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(part).astype(np.float32)
-
-    def photographs_in_turn(self, count: int, wide: float = 1.0) -> list[np.ndarray]:
-        names = list(self.random.permutation(self.photographs))
-        return [self.photograph(names[i % len(names)], wide) for i in range(count)]
-
-
-@functools.cache
-def _photograph(name: str) -> Image.Image:
-    from skimage import data
-
-    return Image.fromarray(getattr(data, name)()).convert("RGB")
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)
-
+from scripts.bench.encoder.media.drawing import (
+    FPS,
+    HEIGHT,
+    HELD_OUT_SEEDS,
+    SECONDS,
+    TUNING_SEEDS,
+    WIDTH,
+    WORDS,
+    Drawing,
+    Scene,
+    Span,
+    font,
+)
 
 Frames = Iterator[np.ndarray]
 
@@ -155,11 +82,11 @@ def _slides(draw: Drawing) -> Frames:
     size = int(draw.random.integers(14, 30))
     image = Image.new("RGB", (WIDTH, HEIGHT), tuple(int(v) for v in paper))
     canvas = ImageDraw.Draw(image)
-    canvas.text((30, 20), _line(draw), fill=ink, font=_font(32))
+    canvas.text((30, 20), _line(draw), fill=ink, font=font(32))
     pictures = [np.asarray(image).astype(np.float32)]
     for i, time in enumerate(times):
         draw.event("text", time)
-        canvas.text((40, 75 + i * 52), "- " + _line(draw), fill=ink, font=_font(size))
+        canvas.text((40, 75 + i * 52), "- " + _line(draw), fill=ink, font=font(size))
         pictures.append(np.asarray(image).astype(np.float32))
     for t in _clock():
         yield pictures[sum(t >= time for time in times)]
@@ -176,7 +103,7 @@ def _subtitles(draw: Drawing) -> Frames:
         image = Image.fromarray(picture.astype(np.uint8))
         text = texts[sum(t >= time for time in times)]
         ImageDraw.Draw(image).text(
-            (WIDTH / 2, 325), text, fill="white", font=_font(24), anchor="mm", stroke_width=2, stroke_fill="black"
+            (WIDTH / 2, 325), text, fill="white", font=font(24), anchor="mm", stroke_width=2, stroke_fill="black"
         )
         yield np.asarray(image).astype(np.float32)
 
@@ -204,7 +131,7 @@ def _screencast(draw: Drawing) -> Frames:
             if time <= t and not (closes and closes[0] <= t):
                 canvas.rectangle((x, y, x + width, y + height), fill=(238, 238, 236), outline=(90, 90, 90))
                 for row, text in enumerate(lines):
-                    canvas.text((x + 8, y + 6 + row * 22), text[: width // 8], fill=(40, 40, 40), font=_font(14))
+                    canvas.text((x + 8, y + 6 + row * 22), text[: width // 8], fill=(40, 40, 40), font=font(14))
         y, x = path[i]
         canvas.polygon([(x, y), (x, y + 14), (x + 9, y + 10)], fill="white", outline="black")
         yield np.asarray(image).astype(np.float32)
