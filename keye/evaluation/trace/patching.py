@@ -16,7 +16,6 @@ from keye.evaluation.trace.knockout import first_of_the_tail
 from keye.evaluation.trace.prompt import Prompt
 from keye.evaluation.trace.tracer import Patch, Row, Tracer
 
-
 EQUAL = 1e-3
 """Contrasts in nats that differ by less are equal."""
 
