@@ -8,6 +8,7 @@ from typing import TypedDict, Unpack
 
 import torch
 
+from keye.aggregation.plans import entry_frames
 from keye.checks import suggestion
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError, VideoError
@@ -30,7 +31,8 @@ class EncodedVideo:
 
     pixel_values: [N, 3, p, p] patches, frame after frame in time order, each frame in raster order; p is half of the
     encoder's `token_side`, 14 by default. Type and range: see `format`, float32 in [-1, 1] by default.
-    grid_thw: LongTensor [T, 3], a row (1, height / p, width / p) per frame. plan: the VideoPlan.
+    grid_thw: LongTensor [T, 3], a row (1, height / p, width / p) per entry of the plan, or per frame where the encoder
+    has an aggregation. plan: the VideoPlan.
     features: [plan.tokens, hidden] where the encoder has a vision tower, else None.
     """
 
@@ -73,13 +75,16 @@ class EncodedVideo:
 
     def pictures(self) -> list[torch.Tensor]:
         """The frames as the model sees them, uint8 [3, h, w] each."""
-        return [self.picture(entry) for entry in range(len(self.grid_thw))]
+        return [self._encoded_picture(row) for row in range(len(self.grid_thw))]
 
     def picture(self, entry: int) -> torch.Tensor:
-        """One frame as the model sees it, uint8 [3, h, w]."""
+        """The frame of an entry of the plan as the model sees it, uint8 [3, h, w]."""
+        return self._encoded_picture(entry_frames(self.plan)[entry])
+
+    def _encoded_picture(self, row: int) -> torch.Tensor:
         counts, patch = self.grid_thw.prod(1), self.pixel_values.shape[-1]
-        _, rows, columns = self.grid_thw[entry].tolist()
-        start = int(counts[:entry].sum())
+        _, rows, columns = self.grid_thw[row].tolist()
+        start = int(counts[:row].sum())
         grid = self.pixel_values[start : start + rows * columns].reshape(rows, columns, 3, patch, patch)
         picture = grid.permute(2, 0, 3, 1, 4).reshape(3, rows * patch, columns * patch)
         return as_bytes(picture, self.format.mean, self.format.std)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from keye.aggregation.plans import encoded_sizes, frame_entries, plan_features
 from keye.checks import fraction, height_width, integer
 from keye.encoded import (
     ChosenFrames,
@@ -203,13 +204,13 @@ class SlowFastEncoder:
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output)
         with self._chosen(source, sampling) as (clip, plan, frames):
-            sizes = plan.frame_sizes
+            sizes = encoded_sizes(plan)
             pixel_values, grid_thw = encode_patches(frames(sizes), sizes, self.token_side, pixel_format)
             plan = plan.with_warnings(clip.warnings)
         features = None
         if self.tower is not None:
             with torch.inference_mode():
-                features = self.tower(pixel_values, grid_thw)
+                features = plan_features(self.tower(pixel_values, grid_thw), grid_thw, plan)
         return EncodedVideo(pixel_values, grid_thw, plan, features, pixel_format)
 
     def frames(
@@ -231,8 +232,14 @@ class SlowFastEncoder:
 
         Raises:
             VideoError: the source cannot be read.
-            KeyeError: an option is unknown, or a size or the pixel format is impossible.
+            KeyeError: an option is unknown, a size or the pixel format is impossible, or the encoder has an
+                aggregation.
         """
+        if self.aggregation is not None:
+            raise KeyeError(
+                f"aggregation={self.aggregation!r} pools features inside a model of this project, and frames for other "
+                "models have none; use with_settings(aggregation=None), or keye.aggregation.llava"
+            )
         output, sampling = split_options(options)
         pixel_format = PixelFormat.of(output, torch.uint8)
         slow = None if size is None else height_width("size", size)
@@ -252,6 +259,8 @@ class SlowFastEncoder:
         with self._open(source, sampling) as clip:
             buffer = FrameBuffer(self._limits(clip.size), clip.expected, self.policy)
             plan, positions = self._walk(clip, buffer)
+            if self.aggregation is not None:  # each frame once
+                positions = [positions[entry] for entry in frame_entries(plan)]
             yield clip, plan, lambda sizes: buffer.entries(positions, sizes, (frame.pixels for frame in clip))
 
     def stream(self, frames: Iterable[torch.Tensor | tuple[float, torch.Tensor]]) -> Iterator[FrameDecision]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from keye.aggregation.settings import FeatureAggregation
 from keye.checks import fraction, integer, multiple, rate, suggestion
 from keye.errors import KeyeError
 from keye.slowfast.budget import SIDE
@@ -50,6 +51,12 @@ class EncoderConfig:
     slow_multiple: float = 4.0
     """Where the budget binds, a slow frame keeps this multiple of a fast frame's tokens; 0: no such rule (released)."""
 
+    aggregation: str | None = None
+    """Encode each frame once and pool its tokens, for slow and for fast ones: "mean" or "max" (default: resize frames).
+
+    With options as in "mean:oversample=2,layout=slow_then_fast", see `keye.aggregation.settings`.
+    """
+
     token_side: int = SIDE
     """Pixels along one side of a token, which is two patches: 28 for Keye-VL and Qwen2.5-VL, 32 for Qwen3-VL."""
 
@@ -60,6 +67,7 @@ class EncoderConfig:
             "fps": rate("fps", self.fps),
             "max_frames": None if self.max_frames is None else integer("max_frames", self.max_frames),
             "slow_multiple": multiple("slow_multiple", self.slow_multiple),
+            "aggregation": None if self.aggregation is None else FeatureAggregation.of(self.aggregation).spec,
         }
         for name in ("max_tokens", "min_tokens_per_frame", "max_tokens_per_frame", "token_side"):
             checked[name] = integer(name, getattr(self, name))
@@ -104,5 +112,6 @@ class EncoderConfig:
         return {"slow_multiple": 0.0, **values} if isinstance(values, Mapping) else values
 
     def to_dict(self) -> dict:
-        """Plain values by name."""
-        return {name: getattr(self, name) for name in self.names()}
+        """Plain values by name; without `aggregation` where there is none, so that settings and plans are as before."""
+        values = {name: getattr(self, name) for name in self.names()}
+        return values if self.aggregation is not None else {k: v for k, v in values.items() if k != "aggregation"}

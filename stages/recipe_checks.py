@@ -38,7 +38,13 @@ def check(recipe: Any, file: str) -> None:
     for name in recipe.stages:
         stage = getattr(recipe, name)
         stage.check(name, need, ("vision",) if name == "vision" else PARTS)
-        _check_encoder(f"{name}.encoder", {**recipe.processor.encoder, **stage.encoder}, need)
+        encoder = {**recipe.processor.encoder, **stage.encoder}
+        _check_encoder(f"{name}.encoder", encoder, need)
+        need(
+            not encoder.get("aggregation") or stage.sequence_parallel == 1,
+            f"{name}.sequence_parallel must be 1 with an encoder's aggregation, which needs all frames of a video on "
+            "one rank; set it to 1 or remove aggregation",
+        )
         _check_stage(name, stage, need)
         _check_data_of_stage(name, stage, recipe.data, need)
     if recipe.vision is not None:

@@ -54,6 +54,43 @@ def block_sources(blocks: Tensor) -> Tensor:
     return blocks[:, 1] + first - starts[video]
 
 
+def whole_frames(grids: Tensor) -> Tensor:
+    """Blocks `[F, 5]` that read each of the encoded frames with `grids` `[F, 2]` once, as it is."""
+    blocks = grids.new_zeros(len(grids), COLUMNS)
+    blocks[:1, 0] = len(grids)
+    blocks[:, 1] = torch.arange(len(grids), device=grids.device)
+    blocks[:, 2:4] = grids
+    return blocks
+
+
+def needed_blocks(blocks: Tensor, needed: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """Some of the blocks, over the frames that they read.
+
+    Args:
+        blocks: `[K, 5]`, of all videos.
+        needed: bool `[K]`, which blocks.
+        frames: number of encoded frames of all videos, F.
+
+    Returns:
+        bool `[F]`, the frames that these blocks read, and the blocks `[n, 5]` over those frames alone, as one video.
+
+    Raises:
+        KeyeError: the blocks are of another number of frames.
+    """
+    if int(blocks[:, 0].sum()) != frames:
+        raise KeyeError(
+            f"the blocks describe {int(blocks[:, 0].sum())} encoded frames and {frames} are given: "
+            "prepare blocks and pixels with one call of the processor"
+        )
+    sources = block_sources(blocks)[needed]
+    encoded = torch.zeros(frames, dtype=torch.bool, device=blocks.device).index_fill_(0, sources, True)
+    kept = blocks[needed].clone()
+    kept[:, 0] = 0
+    kept[:1, 0] = encoded.sum()
+    kept[:, 1] = encoded.cumsum(0)[sources] - 1
+    return encoded, kept
+
+
 def aggregate(features: Tensor, grids: Tensor, blocks: Tensor) -> Tensor:
     """The tokens of all blocks from the tokens of all encoded frames.
 

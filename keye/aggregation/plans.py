@@ -4,9 +4,12 @@ A plan names its aggregation in its settings, so that it is in effect wherever t
 encoded at its own size, and all functions say so.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from keye.aggregation.blocks import MAX, MEAN, aggregate, make_blocks
+from keye.aggregation.blocks import MAX, MEAN, aggregate, make_blocks, whole_frames
 from keye.aggregation.settings import FeatureAggregation
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import SLOW
@@ -64,6 +67,21 @@ def plan_blocks(plan: VideoPlan) -> Tensor | None:
         for entry in reading_order(plan)
     ]
     return make_blocks(max(frames) + 1, entries)
+
+
+def joined_blocks(plans: Sequence[VideoPlan]) -> Tensor | None:
+    """The blocks of several videos in order; None if no plan has an aggregation.
+
+    Where only some have one, the frames of the others are read as they are.
+    """
+    if all(aggregation_of(plan) is None for plan in plans):
+        return None
+    parts = []
+    for plan in plans:
+        blocks = plan_blocks(plan)
+        grids = torch.tensor(encoded_sizes(plan)) // plan.side
+        parts.append(whole_frames(grids) if blocks is None else blocks)
+    return torch.cat(parts)
 
 
 def plan_features(features: Tensor, grid_thw: Tensor, plan: VideoPlan) -> Tensor:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from keye.aggregation.plans import plan_features
 from keye.batch.fingerprint import array_content, code_hash, hash_of, lasting_name, marks, plain_value, samples, stamp
 from keye.batch.packed import blake, pack, unpack
 from keye.batch.protocol import Encoder
@@ -319,7 +320,8 @@ def add_features(encoder: Encoder, video: EncodedVideo) -> EncodedVideo:
     if encoder.tower is None:
         return video
     with torch.inference_mode():
-        return replace(video, features=encoder.tower(video.pixel_values, video.grid_thw))
+        features = encoder.tower(video.pixel_values, video.grid_thw)
+        return replace(video, features=plan_features(features, video.grid_thw, video.plan))
 
 
 def _read_plan(path: Path) -> VideoPlan:

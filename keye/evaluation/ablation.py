@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from keye.encoder import SlowFastEncoder
+from keye.errors import KeyeError
 from keye.evaluation.report import Report
 from keye.files import write_atomically
 from keye.slowfast.budget import SIDE, fit_size
@@ -125,6 +126,11 @@ def sweep(
 def measure_clip(clip: str | Path, thresholds: Sequence[float], settings: dict) -> Iterator[dict]:
     """One dict per threshold: tokens of the clip and detail that is kept of its frames."""
     base = SlowFastEncoder(**settings, policy="all_slow")
+    if base.aggregation is not None:
+        raise KeyeError(
+            f"aggregation={base.aggregation!r} pools features, and the detail of pictures does not measure that; "
+            "omit --aggregation"
+        )
     originals, source, times = sampled(clip, base)
     clock = {} if times is None else {"timestamps": times}
     all_slow = base.plan(source, **clock).tokens

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from keye.aggregation.plans import encoded_sizes, entry_frames
 from keye.errors import KeyeError
 from keye.evaluation.benchmark import Question
 from keye.slowfast.budget import PATCH
@@ -91,8 +92,10 @@ def one_frame(sample: "Sample") -> "Sample":
     """The same token stream; every frame of a video shows its slow frame that is nearest to the middle."""
     order: list[int] = []
     for start, plan in _videos(sample):
-        slow = [i for i, kind in enumerate(plan.frame_types.tolist()) if kind == SLOW] or list(range(len(plan)))
-        order += [start + min(slow, key=lambda i: abs(2 * i - (len(plan) - 1)))] * len(plan)  # noqa: B023
+        frames, types = entry_frames(plan), plan.frame_types.tolist()
+        last = max(frames)
+        slow = [frame for frame, kind in zip(frames, types, strict=True) if kind == SLOW] or frames
+        order += [start + min(slow, key=lambda frame: abs(2 * frame - last))] * (last + 1)  # noqa: B023
     return _reordered(sample, order)
 
 
@@ -101,7 +104,7 @@ def shuffled(sample: "Sample", seed: int) -> "Sample":
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for start, plan in _videos(sample):
-        order += [start + i for i in torch.randperm(len(plan), generator=generator).tolist()]
+        order += [start + i for i in torch.randperm(len(encoded_sizes(plan)), generator=generator).tolist()]
     return _reordered(sample, order)
 
 
@@ -145,7 +148,7 @@ def cut(pictures: Sequence[Tensor], grid: Tensor) -> Tensor:
 def _videos(sample: "Sample") -> list[tuple[int, object]]:
     starts = [0]
     for plan in sample.plans:
-        starts.append(starts[-1] + len(plan))
+        starts.append(starts[-1] + len(encoded_sizes(plan)))
     return list(zip(starts, sample.plans, strict=False))
 
 

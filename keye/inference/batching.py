@@ -220,7 +220,8 @@ class BatchEngine:
             mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
             if inputs.get("position_ids") is None:
                 grids = (inputs.get("image_grid_thw"), inputs.get("video_grid_thw"))
-                inputs["position_ids"] = self.model.positions(inputs["input_ids"], mask, *grids)
+                blocks = {"video_blocks": inputs.get("video_blocks")}
+                inputs["position_ids"] = self.model.positions(inputs["input_ids"], mask, *grids, **blocks)
             row.position = int(inputs["position_ids"].max()) + 1
             output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         finally:

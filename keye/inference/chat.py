@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from keye.aggregation.plans import encoded_sizes
 from keye.checkpoint.released_layout import is_released
 from keye.checkpoint.shards import read_json
 from keye.encoder import EncodedVideo, SlowFastEncoder
@@ -140,7 +141,7 @@ class Chat:
         self.plans: list[VideoPlan] = []
         self._media: list[dict[str, Any]] = []  # of the next question
         self._cache: Any = None
-        self._cached: tuple[list[int], list, list] = ([], [], [])
+        self._cached: tuple[list[int], list, list, list] = ([], [], [], [])
 
     def add_video(self, source: Any, progress: Progress | None = None) -> VideoPlan:
         """Add a clip to the next question; its plan lists the frames that the model sees.
@@ -169,7 +170,7 @@ class Chat:
         turn = self._turn([{"type": "video", "video": source}])
         sample = self.processor.sample([*self.messages, turn], max_length=max(room, 1))
         plan = sample.plans[-1]
-        grid = sample.video_grid_thw[-len(plan) :]
+        grid = sample.video_grid_thw[-len(encoded_sizes(plan)) :]
         pixels = sample.pixel_values_videos[-int(grid.prod(1).sum()) :].clone()
         return EncodedVideo(pixels, grid, plan, format=PixelFormat(pixels.dtype))
 
@@ -233,15 +234,15 @@ class Chat:
 
     def _remember(self, answering: Answering, sample: Sample) -> None:
         if answering.sequence is None or self._cache is None:
-            self._cache, self._cached = None, ([], [], [])
+            self._cache, self._cached = None, ([], [], [], [])
         else:
             known = answering.sequence[: self._cache.get_seq_length()].tolist()
             self._cached = (known, *_grids(sample))
 
 
-def _grids(sample: Sample) -> tuple[list, list]:
-    """The sizes of all images and frames."""
-    given = (sample.image_grid_thw, sample.video_grid_thw)
+def _grids(sample: Sample) -> tuple[list, list, list]:
+    """The sizes of all images and frames, and what is read of the frames."""
+    given = (sample.image_grid_thw, sample.video_grid_thw, sample.video_blocks)
     return tuple([] if grid is None else grid.tolist() for grid in given)
 
 

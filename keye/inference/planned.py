@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from keye.aggregation.plans import encoded_sizes
 from keye.encoded import EncodedVideo
 from keye.errors import VideoError
 from keye.slowfast.pixels import PixelFormat
@@ -21,15 +22,16 @@ def planned_video(given: Any, max_bytes: int) -> EncodedVideo:
     if not isinstance(given, dict) or not isinstance(given.get("plan"), dict):
         raise VideoError('a video_plan needs a plan and frames; write {"plan": {…}, "frames": ["data:…", …]}')
     plan, frames = VideoPlan.from_dict(given["plan"]), given.get("frames")
-    if not isinstance(frames, list) or len(frames) != len(plan):
+    sizes = encoded_sizes(plan)
+    if not isinstance(frames, list) or len(frames) != len(sizes):
         count = len(frames) if isinstance(frames, list) else 0
-        raise VideoError(f"a video_plan has {count} frames and its plan {len(plan)} entries; send one for each")
+        raise VideoError(f"a video_plan has {count} frames and its plan {len(sizes)} entries; send one for each")
     if not all(isinstance(frame, str) and frame.startswith("data:") for frame in frames):
         raise VideoError("the frames of a video_plan must be data: URLs; send PNG pictures in base64")
     if sum(map(len, frames)) * 3 // 4 > max_bytes:
         raise VideoError(f"the frames of a video_plan are larger than {max_bytes:,} bytes; send a smaller video")
     side, rows, grid = plan.side // 2, [], []
-    for number, (frame, (height, width)) in enumerate(zip(frames, plan.frame_sizes, strict=True)):
+    for number, (frame, (height, width)) in enumerate(zip(frames, sizes, strict=True)):
         picture = load_image(frame)
         if tuple(picture.shape[1:]) != (height, width):
             found = f"{picture.shape[2]}x{picture.shape[1]}"

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+from keye.aggregation.blocks import aggregate, block_tokens, needed_blocks, whole_frames
+
+PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "video_blocks")
 # Pixels kept for an assistant model, under names that `generate` does not copy for beams and can split in chunks.
 _KEPT = {f"_{name}": name for name in PIXELS}
 
@@ -37,7 +39,8 @@ class KeyeGenerationMixin(GenerationMixin):
         cached = 0 if cache is None else int(cache.get_seq_length())
         if cached and max(input_ids.shape[1], 0 if mask is None else mask.shape[1]) != input_ids.shape[1]:
             raise ValueError("to continue from a cache, give input_ids and pixels of the complete conversation")
-        return self.positions(input_ids, mask, model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw"))
+        grids = (model_kwargs.get("image_grid_thw"), model_kwargs.get("video_grid_thw"))
+        return self.positions(input_ids, mask, *grids, video_blocks=model_kwargs.get("video_blocks"))
 
     def _expand_inputs_for_generation(
         self,
@@ -72,33 +75,39 @@ class KeyeGenerationMixin(GenerationMixin):
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
+        video_blocks: Tensor | None = None,
     ) -> Tensor:
         """Features `[V, hidden]`, stills then frames, of the placeholders of `input_ids[:, cached:]`, rows copied."""
         config, device = self.config, self.device
         kinds = (
-            (config.image_token_id, pixel_values, image_grid_thw),
-            (config.video_token_id, pixel_values_videos, video_grid_thw),
+            (config.image_token_id, pixel_values, image_grid_thw, None),
+            (config.video_token_id, pixel_values_videos, video_grid_thw, video_blocks),
         )
-        wanted, pixels, grids, rows = [], [], [], []
-        for token_id, patches, grid in kinds:
-            if patches is None or grid is None:
-                continue
+        kinds = [kind for kind in kinds if kind[1] is not None and kind[2] is not None]
+        pixels, grids, rows, read = [], [], [], []
+        for token_id, patches, grid, blocks in kinds:
             row, column = (x.to(device) for x in (input_ids == token_id).nonzero(as_tuple=True))
             grid = grid.to(device)
-            block = torch.repeat_interleave(torch.arange(len(grid), device=device), grid.prod(dim=1) // 4)
-            if len(block) != len(row):
-                raise ValueError(f"{len(row)} placeholders of id {token_id}, but {len(block)} visual tokens")
+            parts = whole_frames(grid[:, 1:] // 2) if blocks is None else blocks.to(device)
+            part = torch.repeat_interleave(torch.arange(len(parts), device=device), block_tokens(parts))
+            if len(part) != len(row):
+                raise ValueError(f"{len(row)} placeholders of id {token_id}, but {len(part)} visual tokens")
             uncached = column >= cached
-            encoded = torch.zeros(len(grid), dtype=torch.bool, device=device).index_fill_(0, block[uncached], True)
+            needed = torch.zeros(len(parts), dtype=torch.bool, device=device).index_fill_(0, part[uncached], True)
+            encoded, kept = needed_blocks(parts, needed, len(grid))
             pixels.append(patches.to(device)[encoded.repeat_interleave(grid.prod(dim=1))])
             grids.append(grid[encoded])
-            wanted.append(uncached[encoded[block]])
             rows.append(row[uncached])
+            read.append((blocks is not None and len(kept) > 0, kept, uncached[needed[part]]))
         if not sum(map(len, grids)):
             return torch.zeros(0, config.text_config.hidden_size, dtype=self.dtype, device=device)
-        features = self.encode_vision(torch.cat(pixels), torch.cat(grids))[torch.cat(wanted)]
-        parts = features.split([len(row) for row in rows])
-        return torch.cat([_copy_rows(part, row, copies) for part, row in zip(parts, rows, strict=True)])
+        encoded_parts = self.encode_vision(torch.cat(pixels), torch.cat(grids))
+        found = []
+        sizes = [int(grid.prod(dim=1).sum()) // 4 for grid in grids]
+        for part, grid, row, (pooled, kept, wanted) in zip(encoded_parts.split(sizes), grids, rows, read, strict=True):
+            tokens = aggregate(part, grid[:, 1:] // 2, kept) if pooled else part
+            found.append(_copy_rows(tokens[wanted], row, copies))
+        return torch.cat(found)
 
     def _prefill(
         self,

@@ -21,7 +21,7 @@ from keye.model.config import KeyeConfig
 from keye.model.decoder import build_decoder, multimodal_rotary
 from keye.model.generation import CACHE, KeyeGenerationMixin
 from keye.model.heads import Readout
-from keye.model.placeholders import fill_placeholders
+from keye.model.placeholders import fill_placeholders, read_grids, read_tokens, refuse_parts
 from keye.model.pretrained import KeyePreTrainedModel
 from keye.model.projector import Projector
 from keye.model.rope import batch_positions
@@ -118,6 +118,7 @@ class KeyeModel(KeyePreTrainedModel):
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
+        video_blocks: Tensor | None = None,
         visual_features: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Any = None,
@@ -138,7 +139,8 @@ class KeyeModel(KeyePreTrainedModel):
             pixel_values, image_grid_thw: patches `[N, 3, 14, 14]` or `[N, 588]`, bytes (uint8) or floats in [−1, 1],
                 and grids `[n, 3]` of all images, in stream order.
             pixel_values_videos, video_grid_thw: the same for all frames of all videos.
-            visual_features: `[V, hidden]`, the output of `encode_vision` instead of pixels, images first.
+            video_blocks: `[K, 5]`, which tokens are read of the frames (`keye.aggregation.blocks`); by default all.
+            visual_features: `[V, hidden]`, the tokens that are read, instead of pixels, images first.
             varlen, frame_parts, exchange: see the module's docstring; `exchange` gets the tokens of `frame_parts`
                 before those of `pixel_values`.
 
@@ -146,14 +148,16 @@ class KeyeModel(KeyePreTrainedModel):
             last_hidden_state `[B, L, hidden]` after the decoder's norm, the cache, and the requested extras.
         """
         past = past_key_values if cache is None else cache
-        pixels = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
+        pixels = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, video_blocks
         features = self._features(*pixels, visual_features, frame_parts, exchange)
         if input_ids is None and (position_ids is None or features is not None):
             input_ids = self.placeholders(inputs_embeds)
         if position_ids is None:
             if past is not None and past.get_seq_length():
                 raise ValueError("positions after a cache cannot be computed from the ids: give position_ids [3, B, L]")
-            position_ids = self.positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, cu_seqlens)
+            position_ids = self.positions(
+                input_ids, attention_mask, image_grid_thw, video_grid_thw, cu_seqlens, video_blocks
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if input_ids is not None:
@@ -183,15 +187,15 @@ class KeyeModel(KeyePreTrainedModel):
         image_grid_thw: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        video_blocks: Tensor | None = None,
     ) -> Tensor:
         """Positions `[3, B, L]` of a padded batch, or of one packed row with `cu_seqlens`; grids over all its rows."""
         blocks = []
-        for token_id, grid in (
-            (self.config.image_token_id, image_grid_thw),
-            (self.config.video_token_id, video_grid_thw),
+        for token_id, sizes in (
+            (self.config.image_token_id, read_grids(image_grid_thw)),
+            (self.config.video_token_id, read_grids(video_grid_thw, video_blocks)),
         ):
-            sizes = input_ids.new_zeros(0, 2) if grid is None else grid[:, 1:].to(input_ids.device) // 2
-            blocks.append((token_id, sizes))
+            blocks.append((token_id, input_ids.new_zeros(0, 2) if sizes is None else sizes.to(input_ids.device)))
         return batch_positions(input_ids, attention_mask, blocks, cu_seqlens)
 
     def placeholders(self, inputs_embeds: Tensor) -> Tensor:
@@ -218,6 +222,7 @@ class KeyeModel(KeyePreTrainedModel):
         image_grid_thw: Tensor | None,
         pixel_values_videos: Tensor | None,
         video_grid_thw: Tensor | None,
+        video_blocks: Tensor | None,
         visual_features: Tensor | None,
         frame_parts: Sequence[FramePart],
         exchange: Callable[[Tensor], Tensor] | None,
@@ -230,6 +235,9 @@ class KeyeModel(KeyePreTrainedModel):
             grids = [g for g in (image_grid_thw, video_grid_thw) if g is not None and len(g)]
             joined = (join(pixels), join(grids)) if pixels else (None, None)
             features = self.encode_vision(*joined, frame_parts)
+            if video_blocks is not None:
+                refuse_parts(frame_parts, exchange)
+                features = read_tokens(features, image_grid_thw, video_grid_thw, video_blocks)
         elif exchange is None and not self.training:
             return None
         else:
@@ -301,6 +309,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         image_grid_thw: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
+        video_blocks: Tensor | None = None,
         visual_features: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -331,6 +340,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
             image_grid_thw=image_grid_thw,
             pixel_values_videos=pixel_values_videos,
             video_grid_thw=video_grid_thw,
+            video_blocks=video_blocks,
             visual_features=visual_features,
             past_key_values=past_key_values if cache is None else cache,
             **kwargs,

@@ -1,7 +1,47 @@
-"""Visual features in place of the placeholders of a token stream."""
+"""Visual features in place of the placeholders of a token stream, and the aggregation of frames before that."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from keye.aggregation.blocks import aggregate
+from keye.errors import KeyeError
+
+
+def read_grids(grid_thw: Tensor | None, blocks: Tensor | None = None) -> Tensor | None:
+    """Rows and columns `[K, 2]` of tokens of each image or block of a video; None without a grid.
+
+    Args:
+        grid_thw: `[F, 3]` in patches, of images or of encoded frames.
+        blocks: `[K, 5]` of `keye.aggregation.blocks`; without them each encoded frame is read as it is.
+    """
+    if blocks is not None:
+        return blocks[:, 2:4]
+    return None if grid_thw is None else grid_thw[:, 1:] // 2
+
+
+@torch.compiler.disable  # the blocks are read on the host: a graph breaks here
+def read_tokens(features: Tensor, image_grid_thw: Tensor | None, video_grid_thw: Tensor, blocks: Tensor) -> Tensor:
+    """Tokens `[N, hidden]` of all images and encoded frames → those that are read, `[V, hidden]`, images first.
+
+    Args:
+        features: the output of `encode_vision`, images first.
+        image_grid_thw, video_grid_thw: `[F, 3]` in patches.
+        blocks: `[K, 5]`, of all videos.
+    """
+    images = 0 if image_grid_thw is None else int(image_grid_thw.prod(1).sum()) // 4
+    frames = aggregate(features[images:], video_grid_thw[:, 1:] // 2, blocks)
+    return torch.cat((features[:images], frames)) if images else frames
+
+
+def refuse_parts(frame_parts: Sequence[object], exchange: Callable[[Tensor], Tensor] | None) -> None:
+    """Raise KeyeError where the frames of a video are divided among ranks, so that no rank can aggregate them."""
+    if frame_parts or exchange is not None:
+        raise KeyeError(
+            "aggregation needs all frames of a video on one rank, and sequence parallelism divides them; "
+            "set sequence_parallel = 1 or remove processor.encoder.aggregation"
+        )
 
 
 def fill_placeholders(

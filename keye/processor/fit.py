@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keye.aggregation.plans import reading_order
 from keye.encoder import EncodedVideo, Sampling, SlowFastEncoder
 from keye.errors import KeyeError
 from keye.processor.messages import Visual
@@ -48,7 +49,9 @@ class Media:
 
 def plan_ids(stream: Stream, plan: VideoPlan) -> list[int]:
     """The stream ids of a video with this plan."""
-    return stream.video(plan.frame_types.tolist(), plan.tokens_per_frame.tolist(), plan.timestamps.tolist())
+    columns = (plan.frame_types.tolist(), plan.tokens_per_frame.tolist(), plan.timestamps.tolist())
+    order = reading_order(plan)
+    return stream.video(*([column[entry] for entry in order] for column in columns))
 
 
 @dataclass

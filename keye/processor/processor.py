@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME
 
+from keye.aggregation.plans import joined_blocks
 from keye.encoder_config import EncoderConfig
 from keye.errors import ArgumentError, CheckpointError, KeyeError, ManifestError
 from keye.model.config import KeyeConfig
@@ -165,17 +166,14 @@ class KeyeProcessor(ProcessorMixin):
             ManifestError: `messages` are not a chat, or have another number of images or videos.
         """
         ids, _ = self._spelling.located(self._chat(messages, base_dir, True, None, False)[0])
-        image_grid = torch.empty(0, 3) if sample.image_grid_thw is None else sample.image_grid_thw
-        stills = [int(grid.prod()) // 4 for grid in image_grid]
+        stills = [] if sample.image_grid_thw is None else sample.read_grids[0].prod(1).tolist()
         videos = [plan_ids(self._stream, plan) for plan in sample.plans]
         try:
             input_ids = torch.tensor(self._stream.expand(ids, stills, videos))
         except ValueError as error:
             raise ManifestError(f"{error}; keep the images and videos of the prompt") from None
-        grids = ((IMAGE_PAD, sample.image_grid_thw), (VIDEO_PAD, sample.video_grid_thw))
-        blocks = [(self.token_id(token), grid[:, 1:] // 2) for token, grid in grids if grid is not None]
-        changed = {"labels": self._stream.labels(input_ids), "position_ids": stream_positions(input_ids, blocks)}
-        return replace(sample, input_ids=input_ids, **changed)
+        sample = replace(sample, input_ids=input_ids, labels=self._stream.labels(input_ids))
+        return replace(sample, position_ids=self._positions(sample))
 
     def build(
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), max_length: int | None = None
@@ -244,27 +242,28 @@ class KeyeProcessor(ProcessorMixin):
         stills, videos = media.stills, media.videos
         expanded = self._stream.expand(ids, media.still_tokens, media.groups(self._stream))
         input_ids = torch.tensor(expanded, dtype=torch.long)
-        image_grid = torch.cat([grid for _, grid in stills]) if stills else None
-        video_grid = torch.cat([v.grid_thw for v in videos]) if videos else None
-        blocks = [
-            (self.token_id(token), grid[:, 1:] // 2)
-            for token, grid in ((IMAGE_PAD, image_grid), (VIDEO_PAD, video_grid))
-            if grid is not None
-        ]
-        return Sample(
+        sample = Sample(
             input_ids=input_ids,
             labels=self._stream.labels(input_ids, last_turn_only)
             if spans is None
             else self._stream.spoken(input_ids, ids, places, spans),
-            position_ids=stream_positions(input_ids, blocks),
+            position_ids=input_ids.new_empty(3, 0),
             pixel_values=join([pixels for pixels, _ in stills]) if stills else None,
-            image_grid_thw=image_grid,
+            image_grid_thw=torch.cat([grid for _, grid in stills]) if stills else None,
             pixel_values_videos=join([v.pixel_values for v in videos]) if videos else None,
-            video_grid_thw=video_grid,
+            video_grid_thw=torch.cat([v.grid_thw for v in videos]) if videos else None,
+            video_blocks=joined_blocks([v.plan for v in videos]),
             plans=[v.plan for v in videos],
             warnings=media.warnings,
             thinned=media.thinned,
         )
+        return replace(sample, position_ids=self._positions(sample))
+
+    def _positions(self, sample: Sample) -> Tensor:
+        """Positions `[3, L]` of a sample's ids and media."""
+        kinds = zip((IMAGE_PAD, VIDEO_PAD), sample.read_grids, strict=True)
+        blocks = [(self.token_id(token), sizes) for token, sizes in kinds if sizes is not None]
+        return stream_positions(sample.input_ids, blocks)
 
     def collate(
         self, samples: Sequence[Sample], padding_side: str = "right", length: int | None = None

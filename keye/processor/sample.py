@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
+from keye.aggregation.blocks import whole_frames
+from keye.aggregation.plans import encoded_sizes
+from keye.model.placeholders import read_grids
 from keye.processor.stream import IGNORED
 from keye.slowfast.pixels import join, normalised
 from keye.slowfast.plan import VideoPlan
 
-PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "video_blocks")
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Sample:
     input_ids, labels: LongTensor `[L]`; labels are not shifted, −100 outside the assistant's words. position_ids:
     LongTensor `[3, L]`. pixel_values, pixel_values_videos: uint8 `[N, 3, 14, 14]` (or floats of a video given as
     encoded that uint8 cannot represent), with grids `[F, 3]` of the images and of all videos' frames, in stream order.
+    video_blocks: `[K, 5]`, which tokens are read of the videos' frames (`keye.aggregation`); None for all.
     plans: the plan of each video. warnings: messages about images made smaller to fit. thinned: visual tokens removed
     to fit `max_length`.
     """
@@ -33,6 +37,7 @@ class Sample:
     image_grid_thw: Tensor | None = None
     pixel_values_videos: Tensor | None = None
     video_grid_thw: Tensor | None = None
+    video_blocks: Tensor | None = None
     plans: list[VideoPlan] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     thinned: int = 0
@@ -43,8 +48,12 @@ class Sample:
     @property
     def visual_tokens(self) -> int:
         """The number of visual tokens."""
-        grids = [g for g in (self.image_grid_thw, self.video_grid_thw) if g is not None]
-        return sum(int(g.prod(1).sum()) // 4 for g in grids)
+        return sum(int(sizes.prod(1).sum()) for sizes in self.read_grids if sizes is not None)
+
+    @property
+    def read_grids(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows and columns `[n, 2]` of tokens of each image, and of each frame or block of the videos."""
+        return read_grids(self.image_grid_thw), read_grids(self.video_grid_thw, self.video_blocks)
 
     @property
     def all_warnings(self) -> list[str]:
@@ -70,11 +79,24 @@ def collate(
         batch["attention_mask"][row, at] = 1
         batch["labels"][row, at] = sample.labels
         batch["position_ids"][:, row, at] = sample.position_ids
-    for name in PIXELS:
+    if (blocks := batch_blocks(samples)) is not None:
+        batch["video_blocks"] = blocks
+    for name in PIXELS[:4]:
         parts = [getattr(s, name) for s in samples if getattr(s, name) is not None]
         if parts:
-            batch[name] = torch.cat(parts) if name.endswith("thw") else normalised(join(parts))
+            batch[name] = normalised(join(parts)) if name.startswith("pixel") else torch.cat(parts)
     return batch
+
+
+def batch_blocks(samples: Sequence[Sample]) -> Tensor | None:
+    """`video_blocks` of several samples; None if no sample has any.
+
+    Where only some have them, the frames of the others are read as they are.
+    """
+    if all(sample.video_blocks is None for sample in samples):
+        return None
+    videos = [sample for sample in samples if sample.video_grid_thw is not None]
+    return torch.cat([whole_frames(s.read_grids[1]) if s.video_blocks is None else s.video_blocks for s in videos])
 
 
 class KeyeInputs(BatchFeature):
@@ -90,7 +112,8 @@ class KeyeInputs(BatchFeature):
     ) -> None:
         super().__init__(data, tensor_type)  # moving a batch to a device makes a new one of its entries only
         self.plans = [sample.plans for sample in samples]
-        self.num_frames = torch.tensor([len(plan) for plans in self.plans for plan in plans], dtype=torch.long)
+        frames = [len(encoded_sizes(plan)) for plans in self.plans for plan in plans]
+        self.num_frames = torch.tensor(frames, dtype=torch.long)
         self.warnings = [sample.all_warnings for sample in samples]
 
     def __getstate__(self) -> dict[str, Any]:

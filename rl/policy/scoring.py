@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from keye.model.heads import RowScores
-from keye.processor.processor import Sample
+from keye.processor.sample import Sample, batch_blocks
 from keye.slowfast.pixels import join
 from rl.policy.prefix import PrefixTree
 
@@ -132,4 +132,6 @@ def vision_inputs(samples: list[Sample], device: torch.device) -> dict[str, Tens
     """The pixels and grids of several prompts, each once, in the order of their placeholders."""
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     columns = {name: [getattr(s, name) for s in samples if getattr(s, name) is not None] for name in names}
-    return {name: join(column).to(device) for name, column in columns.items() if column}
+    blocks = batch_blocks(samples)
+    aggregated = {} if blocks is None else {"video_blocks": blocks.to(device)}
+    return {name: join(column).to(device) for name, column in columns.items() if column} | aggregated

@@ -198,7 +198,16 @@ def _waiting_group(grid: ParallelDims) -> dist.ProcessGroup:
 
 
 def _shared(group: Group, source: int) -> SharedGroup:
-    """A group with what the update needs, as tensors of their own in host memory."""
+    """A group with what the update needs, as tensors of their own in host memory.
+
+    Raises:
+        RecipeError: its frames are aggregated, which needs all frames of a video on one rank.
+    """
+    if group.sample.video_blocks is not None:
+        raise RecipeError(
+            "aggregation needs all frames of a video on one rank, and gspo.sequence_parallel divides them; "
+            "set gspo.sequence_parallel = 1 or use a model whose processor has no aggregation"
+        )
     pixels = [value for name, _ in KINDS if (value := getattr(group.sample, name)) is not None]
     return SharedGroup(
         replace(group.sample, labels=group.sample.labels[:0], plans=[]),

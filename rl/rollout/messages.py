@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from keye.aggregation.plans import encoded_sizes
 from keye.encoded import EncodedVideo
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import IM_END, IM_START, IMAGE_PAD, VISION_END, VISION_START
@@ -62,7 +63,7 @@ def _videos(sample: Sample) -> Iterator[Part]:
         return
     pictures = iter(_pictures(sample.pixel_values_videos, sample.video_grid_thw))
     for plan in sample.plans:
-        frames = [_png(next(pictures)) for _ in range(len(plan))]
+        frames = [_png(next(pictures)) for _ in encoded_sizes(plan)]
         yield {"type": "video_plan", "video_plan": {"plan": plan.to_dict(), "frames": frames}}
 
 

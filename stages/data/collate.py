@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from keye.processor.processor import Sample
+from keye.processor.sample import Sample, batch_blocks
 from keye.slowfast.pixels import join
 from stages.data.items import PIXELS, Item
 from stages.data.packing.samples import Samples
@@ -22,7 +22,7 @@ from stages.distributed.parallel import Piece, piece_pixels, vision_shares
 
 IGNORED = -100
 GRIDS = ("image_grid_thw", "video_grid_thw")
-TENSORS = ("input_ids", "labels", "position_ids", *PIXELS, *GRIDS)
+TENSORS = ("input_ids", "labels", "position_ids", *PIXELS, *GRIDS, "video_blocks")
 
 Share = tuple[list[Piece] | None, list[Piece] | None]
 """What a rank encodes of a sample's stills and of its frames; None: all."""
@@ -34,8 +34,8 @@ def pack(samples: list[Sample], multiple: int = 1, pad: int = 0) -> dict[str, Te
     Returns:
         input_ids `[1, L]`, position_ids `[3, 1, L]`, shift_labels `[1, L]` (the label at i is token i + 1; the last one
         of each document is masked, so no document predicts the first token of the next), cu_seqlens int32 `[D + 1]`,
-        and the pixels and grids of all stills and frames in stream order. L is a multiple of `multiple`: a last
-        document of `pad` tokens without labels fills the row.
+        the pixels and grids of all stills and frames in stream order, and `video_blocks` if a sample has any. L is a
+        multiple of `multiple`: a last document of `pad` tokens without labels fills the row.
     """
     documents = [(s.input_ids, s.position_ids, F.pad(s.labels[1:], (0, 1), value=IGNORED)) for s in samples]
     rest = -sum(len(ids) for ids, _, _ in documents) % multiple
@@ -53,6 +53,8 @@ def pack(samples: list[Sample], multiple: int = 1, pad: int = 0) -> dict[str, Te
         parts = [getattr(s, name) for s in samples if getattr(s, name) is not None]
         if parts:
             row[name] = join(parts)
+    if (blocks := batch_blocks(samples)) is not None:
+        row["video_blocks"] = blocks
     return row
 
 

@@ -274,7 +274,15 @@ def shard_vision(
     """The vision inputs of `shard`, with the same arguments; of the other tensors only `input_ids` are needed.
 
     Empty for a pack without stills and frames.
+
+    Raises:
+        RecipeError: the frames of the pack are aggregated, which needs all frames of a video on one rank.
     """
+    if "video_blocks" in pack:
+        raise RecipeError(
+            "aggregation needs all frames of a video on one rank, and sequence parallelism divides them; "
+            "set sequence_parallel = 1 or remove aggregation from the encoder's settings and the messages"
+        )
     both = [pack[name] for name in ("image_grid_thw", "video_grid_thw") if name in pack]
     if not both:
         return {}

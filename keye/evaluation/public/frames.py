@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from keye.aggregation.plans import entry_frames
 from keye.encoded import EncodedVideo
 from keye.encoder import SlowFastEncoder
 from keye.errors import VideoError
@@ -138,11 +139,13 @@ def interleaved(video: EncodedVideo, subtitles: Sequence[Subtitle]) -> list[dict
 
 def part_of(video: EncodedVideo, first: int, stop: int) -> EncodedVideo:
     """The entries first … stop − 1 of an encoded video, with their times, types and sizes."""
-    if (first, stop) == (0, len(video.grid_thw)):
+    if (first, stop) == (0, len(video.plan)):
         return video
     ends = [0, *video.grid_thw.prod(1).cumsum(0).tolist()]
+    frames = entry_frames(video.plan)[first:stop]
     columns = ["frame_types", "timestamps", "frame_indices", "similarity"]
     columns += ["levels"] if video.plan.levels is not None else []
     plan = replace(video.plan, **{name: getattr(video.plan, name)[first:stop] for name in columns})
-    pixels = video.pixel_values[ends[first] : ends[stop]]
-    return replace(video, pixel_values=pixels, grid_thw=video.grid_thw[first:stop], plan=plan)
+    shown = slice(min(frames), max(frames) + 1)
+    pixels = video.pixel_values[ends[shown.start] : ends[shown.stop]]
+    return replace(video, pixel_values=pixels, grid_thw=video.grid_thw[shown], plan=plan)

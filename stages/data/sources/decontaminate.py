@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from scipy.fft import dctn
 from torch import Tensor
 
+from keye.aggregation.plans import entry_frames
 from keye.errors import ManifestError
 from keye.processor.processor import KeyeProcessor, Sample
 from keye.slowfast.pixels import normalised
@@ -51,10 +52,10 @@ def sample_hashes(sample: Sample) -> list[tuple[str, np.uint64]]:
     if sample.pixel_values_videos is not None:
         frames, first = _pictures(sample.pixel_values_videos, sample.video_grid_thw), 0
         for number, plan in enumerate(sample.plans, start=1):
-            slow = (plan.frame_types == 0).nonzero()[:, 0].tolist()
+            slow, shown = (plan.frame_types == 0).nonzero()[:, 0].tolist(), entry_frames(plan)
             for at in sorted({slow[0], slow[len(slow) // 2], slow[-1]}):
-                named.append((f"video {number} at {float(plan.timestamps[at]):.1f} s", frames[first + at]))
-            first += len(plan)
+                named.append((f"video {number} at {float(plan.timestamps[at]):.1f} s", frames[first + shown[at]]))
+            first += max(shown) + 1
     hashed = [(name, perceptual_hash(picture)) for name, picture in named]
     return [(name, value) for name, value in hashed if value is not None]
 
