@@ -288,7 +288,7 @@ def without_marked(found: PromptSet, config: Blindness) -> PromptSet:
             f"{config.drop_over_chance} above chance, or more, such as {found.prompts[0].where}; raise them or use "
             "other questions"
         )
-    return PromptSet(kept, rejected, found.digest)
+    return replace(found, prompts=kept, rejected=rejected)
 
 
 def kinds(prompt: Prompt) -> list[str]:

@@ -132,9 +132,9 @@ class GspoTrainer:
         first_rank(lambda: claim(self.out, self.run, mine), OSError)
         self.questions = self._limited(evaluated.prompts)
         self.rejected = found.rejected | evaluated.rejected
-        if self.rejected and self.rank == 0:
-            first = next(iter(self.rejected.values()))
-            print(f"{len(self.rejected)} lines of the manifests are left out, the first because {first}", flush=True)
+        if self.rank == 0:
+            for remark in [*found.remarks, *evaluated.remarks]:
+                print(remark, flush=True)
         return found.prompts
 
     # --- the loop ---------------------------------------------------------------------------------------------------

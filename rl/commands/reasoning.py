@@ -1,6 +1,6 @@
 """Make reasoning data in five steps, each from JSONL to JSONL; a repeated command continues.
 
-examples:
+examples (keye reasoning STEP --help has more of each step):
 keye reasoning enhance questions.jsonl hard.jsonl --merge
 keye reasoning generate hard.jsonl paths.jsonl --paths 8
 keye reasoning grade paths.jsonl graded.jsonl --votes 3
@@ -21,6 +21,35 @@ from keye.errors import KeyeError, run
 from rl.endpoint.cost import Price
 from rl.reasoning.items import Items
 from rl.reasoning.work import CONSOLE, Runner
+
+EXAMPLES = {
+    "enhance": """examples:
+  keye reasoning enhance questions.jsonl hard.jsonl
+  keye reasoning enhance questions.jsonl hard.jsonl --merge --checks 3
+  KEYE_GENERATOR_URL=http://localhost:8000/v1 KEYE_GENERATOR_MODEL=Qwen3-32B keye reasoning enhance q.jsonl hard.jsonl
+""",
+    "generate": """examples:
+  keye reasoning generate hard.jsonl paths.jsonl --paths 8
+  keye reasoning generate hard.jsonl paths.jsonl --prompt-price 0.2 --completion-price 0.6 --max-cost 50
+  KEYE_GENERATOR_MODEL=runs/demo/annealing/model keye reasoning generate questions.jsonl paths.jsonl --plain --tokens 32
+""",
+    "grade": """examples:
+  keye reasoning grade paths.jsonl graded.jsonl --votes 3
+  keye reasoning grade paths.jsonl graded.jsonl --rules-only
+  KEYE_JUDGE_URL=http://localhost:8000/v1 KEYE_JUDGE_MODEL=Qwen3-32B keye reasoning grade p.jsonl g.jsonl --send none
+""",
+    "review": """examples:
+  keye reasoning review graded.jsonl reviewed.jsonl
+  keye reasoning review graded.jsonl reviewed.jsonl --port 8080
+  keye reasoning review graded.jsonl reviewed.jsonl --export
+""",
+    "score": """examples:
+  keye reasoning score reviewed.jsonl coldstart.jsonl
+  keye reasoning score graded.jsonl coldstart.jsonl --unreviewed --samples 8
+  keye reasoning score reviewed.jsonl coldstart.jsonl --repeat 1:0,2:0,3:1,4:1,5:2 --seed 1
+""",
+}
+"""Of the help of each step."""
 
 
 def main() -> int:
@@ -122,7 +151,8 @@ def _report(step: str, out: Path, summary: dict[str, Any]) -> None:
     for what, count in sorted(summary["counts"].items()):
         print(f"{count:>8g}  {what}")
     if summary["rejected"]:
-        print(f"{len(summary['rejected']):>8}  lines of the input cannot be used; the summary has the reasons")
+        first = next(iter(summary["rejected"].values()))
+        print(f"{len(summary['rejected']):>8}  lines of the input cannot be used, the first because {first}")
     if step == "generate" and summary["counts"].get("without logprobs"):
         print("the endpoint gave no usable log-probabilities for some answers: their confidence is null")
     print(f"{out}: {json.dumps(summary['requests'])}")
@@ -141,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument("--votes", type=_count, default=1, metavar="N", help="judgements of a process")
     grade.add_argument("--confidence", type=float, metavar="X", help="an A with a step below X is reviewed, such as -1")
     grade.add_argument("--rules-only", action="store_true", help="no judge: every right answer is reviewed")
-    review = steps.add_parser("review", help="check chains of grade B and borderline A on a local page")
+    review = _step_parser(steps, "review", "check chains of grade B and borderline A on a local page")
     review.add_argument("--port", type=int, default=0, help="of 127.0.0.1 (default: a free one)")
     review.add_argument("--export", action="store_true", help="write the output from the decisions so far, and end")
     score = _add(steps, "score", "score 1 to 5 by asking with and without media; writes the final set", 4096)
@@ -163,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(steps: Any, name: str, text: str, tokens: int) -> argparse.ArgumentParser:
     """A step that asks a model."""
-    step = steps.add_parser(name, help=text, description=text)
+    step = _step_parser(steps, name, text)
     step.add_argument("--tokens", type=_count, default=tokens, metavar="N", help="of an answer (default: %(default)s)")
     step.add_argument("--limit", type=_count, metavar="N", help="only the first questions")
     step.add_argument("--cache", metavar="DIR", help="folder of all answers (default: answers, next to OUT)")
@@ -182,6 +212,11 @@ def _add(steps: Any, name: str, text: str, tokens: int) -> argparse.ArgumentPars
     )  # fmt: skip
     step.add_argument("--clip-root", metavar="DIR", help="the server's --media-root; clips are sent as paths in it")
     return step
+
+
+def _step_parser(steps: Any, name: str, text: str) -> argparse.ArgumentParser:
+    shown = {"epilog": EXAMPLES[name], "formatter_class": argparse.RawDescriptionHelpFormatter}
+    return steps.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **shown)
 
 
 def _count(text: str) -> int:

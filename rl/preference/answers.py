@@ -21,7 +21,7 @@ import torch.distributed as dist
 from keye.errors import CheckpointError, KeyeError, writing
 from keye.files import write_atomically
 from keye.processor.processor import Sample
-from rl.preference.phase import Answerer, progress_bar, release
+from rl.preference.phase import Answerer, progress_bar, release, say
 from rl.questions.prompts import Prompt, PromptSet
 from rl.rewards import Judgement, RewardSum, rewards_from
 from rl.rollout.config import Rollout
@@ -251,6 +251,7 @@ def draw_all(folder: Path, start: Start, sampled: Sampled, draw: Draw) -> Journa
         **sampled.rollout.sampling,
     }
     journal, prompts = Journal(folder, settings), sampled.questions
+    say(sampled.found.remarks)
     if journal.missing(len(prompts)):
         answerer = agree(lambda: Answerer(start, sampled.precision, sampled.batch, sampled.rollout))
         draw_answers(journal, prompts, answerer, agree(lambda: rewards_from(sampled.rewards, folder)), draw)

@@ -146,8 +146,17 @@ class HeldOutQuestions:
 
 
 def heldout_questions(recipe: RlRecipe, run: Path, families: tuple[str, ...]) -> PromptSet:
-    """The held-out questions of a recipe; collective."""
-    return agree(lambda: load_prompts(run / recipe.heldout.manifest, families, unique=True))
+    """The held-out questions of a recipe, with a remark on the screen on what is left out; collective."""
+    found = agree(lambda: load_prompts(run / recipe.heldout.manifest, families, unique=True))
+    say(found.remarks)
+    return found
+
+
+def say(lines: list[str]) -> None:
+    """Print sentences on the first rank."""
+    if dist.get_rank() == 0:
+        for line in lines:
+            print(line, flush=True)
 
 
 def finished(out: Path) -> dict[str, Any] | None:

@@ -63,11 +63,33 @@ class PromptSet:
     digest: str
     """SHA-256 of the file."""
 
+    path: str = ""
+    """The file."""
+
+    absent: tuple[str, ...] = ()
+    """Wanted families without a question in the file."""
+
+    families: tuple[str, ...] = ()
+    """Families of the file's lines, wanted or not."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences for the log: how many lines are left out and why the first, and which families have no question."""
+        found = []
+        if self.rejected:
+            lines = "1 line" if len(self.rejected) == 1 else f"{len(self.rejected)} lines"
+            found.append(f"{lines} of {self.path} left out, the first because {next(iter(self.rejected.values()))}")
+        if self.absent:
+            names = ", ".join(self.absent)
+            found.append(f"{self.path} has no question of the families {names}; {_known(self.families)}")
+        return found
+
 
 def load_prompts(manifest: str | Path, families: Iterable[str] = (), unique: bool = False) -> PromptSet:
     """The questions of `manifest` that have an answer or constraints, of `families` (all when empty).
 
-    A line that is not a chat in JSON, or has a value of the wrong type, is left out and listed in `rejected`.
+    A line that is not a chat in JSON, has a value of the wrong type, or neither answer nor constraints, is left out and
+    listed in `rejected`.
 
     Args:
         unique: refuse questions that share an id, because results are paired by it.
@@ -75,10 +97,10 @@ def load_prompts(manifest: str | Path, families: Iterable[str] = (), unique: boo
     Raises:
         ManifestError: the file is missing, has no such question, or two of them share an id.
     """
-    path, families = Path(manifest), set(families)
+    path, wanted = Path(manifest), set(families)
     if not path.is_file():
         raise ManifestError(f"{path} does not exist; give a .jsonl manifest or make one with python -m keye.world")
-    prompts, rejected, digest = [], {}, hashlib.sha256()
+    prompts, rejected, digest, known = [], {}, hashlib.sha256(), set()
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             digest.update(raw)
@@ -86,25 +108,34 @@ def load_prompts(manifest: str | Path, families: Iterable[str] = (), unique: boo
                 continue
             where = f"{path}:{number}"
             try:
-                prompt = _question(raw, path, number, families)
+                prompt = _question(raw, path, number, wanted, known)
             except ManifestError as error:
                 rejected[where] = str(error)
                 continue
             if prompt is not None:
                 prompts.append(replace(prompt, index=len(prompts)))
     if not prompts:
-        raise ManifestError(_nothing_to_ask(path, families, rejected))
+        raise ManifestError(_nothing_to_ask(path, wanted, known, rejected))
     if unique:
         _check_unique(prompts)
-    return PromptSet(prompts, rejected, digest.hexdigest())
+    absent = wanted - {prompt.family for prompt in prompts}
+    names = (tuple(sorted(absent)), tuple(sorted(known)))
+    return PromptSet(prompts, rejected, digest.hexdigest(), str(path), *names)
 
 
-def _nothing_to_ask(path: Path, families: set[str], rejected: dict[str, str]) -> str:
-    wanted = f" of the families {', '.join(sorted(families))}" if families else ""
-    message = f"{path} has no question{wanted} with an answer: add some or change gspo.families"
+def _nothing_to_ask(path: Path, wanted: set[str], known: set[str], rejected: dict[str, str]) -> str:
+    of = f" of the families {', '.join(sorted(wanted))}" if wanted else ""
+    remedy = f"{_known(known)}; choose some of them" if wanted else "add some"
+    message = f"{path} has no question{of} with an answer: {remedy}"
     if rejected:
         message += f"; {len(rejected)} lines cannot be used, the first because {next(iter(rejected.values()))}"
     return message
+
+
+def _known(families: Iterable[str]) -> str:
+    """The families of a manifest in words."""
+    names = sorted(filter(None, families))
+    return f"its families are {', '.join(names)}" if names else 'no line of it has a "family"'
 
 
 def _check_unique(prompts: list[Prompt]) -> None:
@@ -122,28 +153,30 @@ _OWN = frozenset(("messages", "answer", "id", "family", "tolerance", "options", 
 """Keys of a line that a prompt has as fields, and one that no reward reads."""
 
 
-def read_question(raw: bytes, path: Path, number: int) -> Prompt | None:
-    """Line `number` of the manifest `path` as a prompt; None if it has neither answer nor constraints.
+def read_question(raw: bytes, path: Path, number: int) -> Prompt:
+    """Line `number` of the manifest `path` as a prompt.
 
     Raises:
-        ManifestError: not a chat, or a value of the wrong type; names file, line and key.
+        ManifestError: not a chat, a value of the wrong type, or neither answer nor constraints; names file, line and
+            key.
     """
-    return _question(raw, path, number, set())
+    prompt = _question(raw, path, number, set(), set())
+    assert prompt is not None  # only a line of another family is none
+    return prompt
 
 
-def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt | None:
-    """A manifest's line as a prompt; None if it has neither answer nor constraints, or is of another family.
+def _question(raw: bytes, path: Path, number: int, wanted: set[str], known: set[str]) -> Prompt | None:
+    """A manifest's line as a prompt; None if its family is not `wanted`. The family is added to `known`.
 
     Raises:
-        ManifestError: not a chat, or a value of the wrong type; names file, line and key.
+        ManifestError: not a chat, a value of the wrong type, or neither answer nor constraints; names file, line and
+            key.
     """
     where = f"{path}:{number}"
 
-    def need(key: str, ok: bool, wanted: str) -> None:
+    def need(key: str, ok: bool, must: str, remedy: str = "correct or delete that line") -> None:
         if not ok:
-            raise ManifestError(
-                f"{where}: {key} is {line[key]!r:.80}, but must be {wanted}; correct or delete that line"
-            )
+            raise ManifestError(f"{where}: {key} is {line[key]!r:.80}, but must be {must}; {remedy}")
 
     try:
         text = raw.decode("utf-8")
@@ -151,14 +184,19 @@ def _question(raw: bytes, path: Path, number: int, families: set[str]) -> Prompt
         raise ManifestError(f"{where} is not UTF-8 text; save the manifest as UTF-8") from error
     line = parse_line(text, where)
     given = {key: value for key, value in line.items() if value is not None}  # tables write null for missing keys
-    if "answer" not in given and "constraints" not in given:
-        return None
     family = given.get("family", "")
     need("family", isinstance(family, str), "text")
-    if families and family not in families:
+    known.add(family)
+    if wanted and family not in wanted:
         return None
+    if "answer" not in given and "constraints" not in given:
+        raise ManifestError(f"{where} has neither answer nor constraints to judge by; add one or delete that line")
     answer, name, tolerance = given.get("answer", ""), given.get("id", f"{path.name}:{number}"), given.get("tolerance")
-    need("answer", "answer" not in given or isinstance(answer, str) and bool(answer.strip()), "text that is not empty")
+    remedy = "correct or delete that line"
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        remedy = f'write it in quotes: "answer": "{answer}"'
+    text = isinstance(answer, str) and bool(answer.strip())
+    need("answer", "answer" not in given or text, "text that is not empty", remedy)
     read_constraints(given.get("constraints", []), where)
     need("id", isinstance(name, str) and name != "" or type(name) is int, "text that is not empty, or a whole number")
     number_given = tolerance is None or isinstance(tolerance, int | float) and not isinstance(tolerance, bool)

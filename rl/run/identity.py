@@ -112,8 +112,13 @@ def claim(out: Path, run: Path, now: Identity) -> None:
 
     Raises:
         CheckpointError: `out` has checkpoints of another recipe, start model or manifest, or no valid record; names the
-            key or file and the remedy.
+            key or file and the remedy. Or `out` is a finished GSPO run without its checkpoints.
     """
+    if now.phase == "gspo" and (out / "eval.json").exists() and not checkpoints(out / "checkpoints"):
+        raise CheckpointError(
+            f"{out / 'eval.json'} is of a finished run, but {out / 'checkpoints'} has no complete checkpoint to go on "
+            f"from; put the checkpoints back, {_remedy(out)}"
+        )
     if checkpoints(out / "checkpoints") or now.phase != "gspo" and (out / "eval.json").exists():
         _check(out, run, now, _read(out))
     out.mkdir(parents=True, exist_ok=True)

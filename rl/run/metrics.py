@@ -22,6 +22,8 @@ MOMENTS = (
     "sampler_weight_squared", "applied_weight",
 )  # fmt: skip
 """The values of an update whose `Moments` are exchanged."""
+NO_FAMILY = "no_family"
+"""Name in the metrics of the questions whose line has no `family`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def step_metrics(
         "reward_mean": _mean(rewards),
         "reward_stderr": standard_error(rewards),
         **parts,
-        **{f"accuracy/{family}": fmean(values) for family, values in sorted(per_family.items()) if values},
+        **{f"accuracy/{name or NO_FAMILY}": fmean(given) for name, given in sorted(per_family.items()) if given},
         "informative": fmean(flat("informative")),
         "all_wrong": _mean([float(_all_wrong(group)) for group in counted if group]),
         **({"replaced": replaced} if (replaced := sum(rank.get("replaced", 0) for rank in ranks)) else {}),

@@ -241,3 +241,14 @@ def test_the_number_of_steps_may_change_only_with_a_constant_learning_rate(tmp_p
             claim(out, run, now)
     else:
         claim(out, run, now)
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_again(tmp_path):
+    run = make_run(tmp_path)
+    out, now = run / "gspo", identity(run, recipe_of(2), {})
+    claim(out, run, now)
+    (out / "eval.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"eval.json is of a finished run, .*remove {out} to train again"):
+        claim(out, run, now)
+    (out / "checkpoints/step-2").mkdir(parents=True)
+    claim(out, run, now)

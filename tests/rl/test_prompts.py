@@ -79,6 +79,36 @@ def test_a_value_of_a_wrong_type_is_named_with_file_line_and_key(tmp_path, key, 
         assert f"{path}:2" in found.rejected[f"{path}:2"] and key in found.rejected[f"{path}:2"]
 
 
+def test_a_question_without_an_answer_is_counted_and_named_with_its_line(tmp_path):
+    bare = {key: value for key, value in QUESTION.items() if key != "answer"}
+    path = write(tmp_path / "train.jsonl", QUESTION, bare, QUESTION | {"id": "b"}, bare | {"family": "other"})
+    found = load_prompts(path)
+    assert len(found.prompts) == 2 and list(found.rejected) == [f"{path}:2", f"{path}:4"]
+    [remark] = found.remarks
+    assert remark.startswith("2 lines") and f"{path}:2 has neither answer nor constraints" in remark
+    assert list(load_prompts(path, ["count"]).rejected) == [f"{path}:2"]  # lines of other families are not of interest
+
+
+@pytest.mark.parametrize(("number", "quoted"), [(5, '"answer": "5"'), (2.5, '"answer": "2.5"')])
+def test_an_answer_that_is_a_number_is_refused_with_the_text_to_write(tmp_path, number, quoted):
+    path = write(tmp_path / "train.jsonl", QUESTION, QUESTION | {"answer": number})
+    reason = load_prompts(path).rejected[f"{path}:2"]
+    assert quoted in reason
+    assert load_prompts(write(path, QUESTION | json.loads(f"{{{quoted}}}"))).prompts[0].answer == str(number)
+
+
+def test_an_unknown_family_names_the_families_that_there_are(tmp_path):
+    path = write(tmp_path / "train.jsonl", QUESTION, QUESTION | {"family": "read"}, QUESTION | {"family": None})
+    with pytest.raises(ManifestError, match=r"families cuont with an answer: its families are count, read; choose"):
+        load_prompts(path, ["cuont"])
+    found = load_prompts(path, ["count", "raed"])
+    assert len(found.prompts) == 1 and found.absent == ("raed",)
+    [remark] = found.remarks
+    assert "raed" in remark and "count, read" in remark
+    with pytest.raises(ManifestError, match='no line of it has a "family"'):
+        load_prompts(write(path, QUESTION | {"family": None}), ["count"])
+
+
 def test_lines_that_are_no_json_or_no_text_are_named_and_blank_ones_passed_over(tmp_path):
     line, path = json.dumps(QUESTION).encode(), tmp_path / "train.jsonl"
     huge = b'{"answer": ' + b"1" * 5000 + b"}"  # more digits than Python turns into a number
@@ -99,8 +129,9 @@ def test_absent_and_null_keys_take_their_defaults(tmp_path):
         bare | {"id": 7, "options": []},
         bare | {"answer": None},
     ]
-    found = load_prompts(write(tmp_path / "train.jsonl", *lines))
-    assert not found.rejected
+    path = write(tmp_path / "train.jsonl", *lines)
+    found = load_prompts(path)
+    assert list(found.rejected) == [f"{path}:3"] and "answer" in found.rejected[f"{path}:3"]
     assert [(p.id, p.family, p.tolerance, p.options) for p in found.prompts] == [
         ("train.jsonl:1", "", None, ()),
         ("7", "", None, ()),

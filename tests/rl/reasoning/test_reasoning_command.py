@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from keye.errors import KeyeError
-from rl.commands.reasoning import _policy, main
+from rl.commands.reasoning import _parser, _policy, main
 from rl.endpoint import CostCeiling
 from tests.rl.endpoint.fake_server import served
 from tests.rl.reasoning.questions import number_of, rows, spelled, write_questions
@@ -99,3 +99,15 @@ def test_the_output_is_not_the_input(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["keye reasoning", "grade", str(source), str(source)])
     with pytest.raises(KeyeError, match="also the input"):
         main()
+
+
+@pytest.mark.parametrize("step", ["enhance", "generate", "grade", "review", "score"])
+def test_the_help_of_each_step_has_examples_that_its_parser_accepts(step, capsys):
+    with pytest.raises(SystemExit) as ended:
+        _parser().parse_args([step, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "examples:" in text
+    commands = [line.split("keye reasoning ", 1)[1] for line in text.splitlines() if "keye reasoning " in line]
+    assert len(commands) >= 3
+    for command in commands:
+        assert _parser().parse_args(command.split()).step == step

@@ -127,6 +127,9 @@ def test_failures_are_counted_and_named_in_the_metrics():
     }  # fmt: skip
     metrics = step_metrics(1, [rank], {"rollout": 1.0, "update": 1.0})
     assert metrics["reward_mean"] == 0.75 and metrics["accuracy/count"] == 1.0
+    unnamed = step_metrics(1, [rank | {"families": ["", "order"]}], {"rollout": 1.0, "update": 1.0})
+    assert {name for name in unnamed if name.startswith("accuracy/")} == {"accuracy/no_family", "accuracy/order"}
+    assert unnamed["accuracy/no_family"] == 1.0 and unnamed["accuracy/order"] == 0.5
     assert metrics["reward/a"] == metrics["reward/b"] == pytest.approx(2 / 3)
     assert metrics["reward_failures/a"] == metrics["reward_failures/b"] == 1
     assert metrics["failures"] == failure_warnings(rank["earned"])
