@@ -24,6 +24,10 @@ class ImageLimits(TypedDict, total=False):
     max_tokens: int
 
 
+class VisionSettings(TypedDict, total=False):
+    mixer: str
+
+
 @dataclass(frozen=True)
 class ModelRecipe:
     """The model that is trained: a preset with random weights, or a Keye directory."""
@@ -33,6 +37,9 @@ class ModelRecipe:
 
     path: str = ""
     """A Hugging Face directory of a Keye; overrides the preset."""
+
+    vision: VisionSettings = field(default_factory=dict)
+    """Fields of the preset's vision tower that differ: mixer, "attention" or "hyperzzw"."""
 
     tokenizer: str = ""
     """A directory or hub id; empty: a byte-level BPE of `vocab_size` entries is trained on the world's text."""

@@ -86,10 +86,17 @@ def check_launch(key: str, precision: str, trackers: Collection[str], need: Need
 
 def _check_model(model: Any, need: Need) -> None:
     from keye.model.config import PRESETS  # loads transformers
+    from keye.model.vision import MIXERS
 
     need(
         model.preset in PRESETS,
         f"model.preset = {model.preset!r} is not a preset; {suggestion(model.preset, PRESETS)}",
+    )
+    mixer = model.vision.get("mixer", "attention")
+    need(mixer in MIXERS, f"model.vision.mixer = {mixer!r} is unknown; {suggestion(mixer, MIXERS)}")
+    need(
+        not (model.vision and model.path),
+        "model.vision changes a preset, and model.path names a trained model; remove one of them",
     )
 
 

@@ -294,7 +294,7 @@ def prepare_start(name: str, recipe: Recipe, run: Path) -> None:
         return
     shutil.rmtree(out, ignore_errors=True)
     processor = make_processor(recipe, recipe.chain[name], run)
-    config = KeyeConfig.preset(recipe.model.preset, vocab_size=len(processor.tokenizer))
+    config = KeyeConfig.preset(recipe.model.preset, dict(recipe.model.vision), vocab_size=len(processor.tokenizer))
     model = KeyeForConditionalGeneration(processor.configure(config)).to(torch.float32)
     with atomic_directory(out) as part:
         model.save_pretrained(part)

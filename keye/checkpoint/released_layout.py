@@ -173,6 +173,11 @@ def config_to_released(config: Mapping[str, Any]) -> dict[str, Any]:
             f"text_config.model_type is {text['model_type']}: serving engines build Keye-VL-1.5 with Qwen3 only; "
             "keep this model in its own layout"
         )
+    if vision.get("mixer", "attention") != "attention":
+        raise CheckpointError(
+            f"vision_config.mixer is {vision['mixer']}: the released tower has attention; keep this model in its own "
+            "layout"
+        )
     if not vision.get("rotary", True) or vision.get("rope_theta", 10_000.0) != 10_000.0:
         raise CheckpointError(
             "vision_config: the released tower always has 2-D RoPE of base 10000; set rotary and rope_theta so"

@@ -14,7 +14,8 @@ class KeyeVisionConfig(PreTrainedConfig):
     """The native-resolution vision tower; defaults are SigLIP-so400m-patch14-384 (the released tower).
 
     `position_grid` is the side of the learned position table in patches. `rotary` enables the 2-D RoPE; it is False
-    only to compare with plain SigLIP.
+    only to compare with plain SigLIP. `mixer` is what mixes the patches of a frame in each layer: "attention" or
+    "hyperzzw" (`keye.hyperzzw.HyperZZWMixer`), which has no heads and no rotary.
     """
 
     model_type = "keye_vision"
@@ -29,6 +30,7 @@ class KeyeVisionConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     rotary: bool = True
+    mixer: str = "attention"
 
 
 class KeyeConfig(PreTrainedConfig):
@@ -83,10 +85,10 @@ class KeyeConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def preset(cls, name: str, **text: Any) -> "KeyeConfig":
+    def preset(cls, name: str, vision: dict[str, Any] | None = None, **text: Any) -> "KeyeConfig":
         """A known size: "tiny" (two CPU cores, minutes), "small" (one GPU), "keye_8b" (the released shapes).
 
-        `text` overrides fields of the decoder's config, for example `vocab_size`.
+        `vision` overrides fields of the tower's config, `text` those of the decoder's, for example `vocab_size`.
 
         Raises:
             KeyeError: an unknown name.
@@ -95,7 +97,7 @@ class KeyeConfig(PreTrainedConfig):
             raise KeyeError(f"unknown model preset {name!r}: use one of {', '.join(PRESETS)}")
         sizes = PRESETS[name]
         text_config = Qwen3Config(**{**sizes["text"], **text})
-        return cls(vision_config=KeyeVisionConfig(**sizes["vision"]), text_config=text_config)
+        return cls(vision_config=KeyeVisionConfig(**{**sizes["vision"], **(vision or {})}), text_config=text_config)
 
 
 def _qwen3(

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from keye.hyperzzw.cost import mixer_operations
+
 TRAINING = 3  # forward, gradients of the activations, gradients of the weights
 
 
@@ -34,7 +36,7 @@ def attention_pairs(lengths: Iterable[int], causal: bool) -> int:
 
 
 def tower_layers(vision: Any, patches: Iterable[int]) -> Flops:
-    """The tower's layers (a KeyeVisionConfig) over frames with these numbers of patches."""
+    """Layers with attention (a KeyeVisionConfig's, or a text tower's) over frames with these numbers of patches."""
     patches = list(patches)
     width = vision.hidden_size
     weights = 4 * width * width + 2 * width * vision.intermediate_size
@@ -42,11 +44,23 @@ def tower_layers(vision: Any, patches: Iterable[int]) -> Flops:
     return Flops(2 * sum(patches) * weights * layers, 4 * width * attention_pairs(patches, causal=False) * layers)
 
 
+def frame_layers(vision: Any, frames: Iterable[tuple[int, int]]) -> Flops:
+    """The tower's layers over frames of (height, width) patches in one call, with attention or another mixer."""
+    frames = list(frames)
+    patches = [height * width for height, width in frames]
+    if vision.mixer == "attention":
+        return tower_layers(vision, patches)
+    linear, quadratic = mixer_operations(vision.hidden_size, frames)
+    mlp = 2 * sum(patches) * 2 * vision.hidden_size * vision.intermediate_size
+    return Flops((linear + mlp) * vision.num_hidden_layers, quadratic * vision.num_hidden_layers)
+
+
 def tower(vision: Any, frames: Iterable[tuple[int, int]]) -> Flops:
     """The complete tower over frames of (height, width) patches: patch embedding and layers."""
-    patches = [height * width for height, width in frames]
-    embedding = 2 * sum(patches) * 3 * vision.patch_size**2 * vision.hidden_size
-    return Flops(embedding) + tower_layers(vision, patches)
+    frames = list(frames)
+    patches = sum(height * width for height, width in frames)
+    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size
+    return Flops(embedding) + frame_layers(vision, frames)
 
 
 def projector(vision_width: int, hidden_size: int, patches: int) -> Flops:

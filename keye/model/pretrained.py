@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from keye.checkpoint import released_layout as names
+from keye.hyperzzw.mixer import HyperZZWMixer
+from keye.hyperzzw.slow import SlowNet
 from keye.model.config import KeyeConfig
 from keye.model.vision import PositionTable, position_std
 
@@ -43,6 +45,12 @@ class KeyePreTrainedModel(PreTrainedModel):
             usual = getattr(self.config.get_text_config(), "initializer_range", 0.02)
             std = position_std(usual, self.config.vision_config.patch_size)
             init.normal_(module.weight, std=std)
+        elif isinstance(module, SlowNet):
+            for name, value in module.initial().items():
+                init.copy_(getattr(module, name), value)
+        elif isinstance(module, HyperZZWMixer):
+            init.ones_(module.branch_scale)
+            init.zeros_(module.branch_shift)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

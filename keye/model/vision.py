@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keye.errors import KeyeError
+from keye.hyperzzw.mixer import FrameGroups, HyperZZWMixer
 from keye.model.attention import Varlen, varlen
 from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
@@ -29,6 +30,8 @@ POSITION_SHARE = 0.5
 # Patches per chunk where frames pass through the tower in chunks. It bounds the memory of activations (SigLIP-so400m in
 # bf16: about 5 GB) and still gives a GPU some milliseconds of work.
 FRAME_PATCHES = 4096
+
+MIXERS = ("attention", "hyperzzw")
 
 
 class Trace(NamedTuple):
@@ -195,27 +198,36 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention, or another mixer, and MLP."""
 
     def __init__(self, config: KeyeVisionConfig) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
         self.layer_norm1, self.layer_norm2 = norm(), norm()
-        self.self_attn, self.mlp = VisionAttention(config), VisionMLP(config)
+        if config.mixer == "attention":
+            self.self_attn = VisionAttention(config)
+        else:
+            self.mixer = HyperZZWMixer(config.hidden_size, config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
 
     def forward(
         self,
         x: Tensor,
         cu_seqlens: Tensor,
-        tables: tuple[Tensor, Tensor] | None,
+        tables: tuple[Tensor, Tensor] | FrameGroups | None,
         backend: str = "auto",
         varlen_fn: Varlen | None = None,
     ) -> Tensor:
         """x `[N, width]`, cu_seqlens `[F + 1]`, tables of `vision_tables`, backend of `varlen` → `[N, width]`.
 
-        varlen_fn: computes the attention instead of `varlen`.
+        tables: another mixer than attention takes the frames instead. varlen_fn: computes the attention instead of
+        `varlen`.
         """
-        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens, tables, backend, varlen_fn)
+        normed = self.layer_norm1(x)
+        if isinstance(tables, FrameGroups):
+            x = x + self.mixer(normed, tables)
+        else:
+            x = x + self.self_attn(normed, cu_seqlens, tables, backend, varlen_fn)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -237,7 +249,9 @@ class KeyeVisionModel(nn.Module):
     def __init__(self, config: KeyeVisionConfig, attention: str = "auto") -> None:
         super().__init__()
         width, heads = config.hidden_size, config.num_attention_heads
-        if width % heads or (config.rotary and width // heads % 4):
+        if config.mixer not in MIXERS:
+            raise KeyeError(f"vision_config: mixer {config.mixer!r} is unknown; use {' or '.join(MIXERS)}")
+        if config.mixer == "attention" and (width % heads or (config.rotary and width // heads % 4)):
             raise KeyeError(
                 f"vision_config: hidden_size {width} does not give {heads} heads of a multiple of 4, which rows and "
                 "columns of the rotary need; change num_attention_heads or hidden_size"
@@ -297,13 +311,34 @@ class KeyeVisionModel(nn.Module):
                 "prepare both with one call of the processor"
             )
         places = places_of(frames, len(pixel_values))
+        if self.config.mixer != "attention":
+            groups = self._groups(frames, trace)
+            hidden_states = None if trace is None else trace.hidden_states
+            return self._layers(pixel_values, places, cu_seqlens, len(pixel_values), None, hidden_states, groups)
         if trace is None:
             return self._layers(pixel_values, places, cu_seqlens, len(pixel_values))
         recording = None if trace.attentions is None else partial(_recording, trace.attentions, self.attention)
         return self._layers(pixel_values, places, cu_seqlens, 0, recording, trace.hidden_states)
 
+    def _groups(self, frames: Tensor, trace: Trace | None) -> FrameGroups:
+        """The frames `[F, 2]` for another mixer than attention.
+
+        Raises:
+            KeyeError: attention weights are requested, or the forward pass is compiled.
+        """
+        if trace is not None and trace.attentions is not None:
+            raise KeyeError(f"mixer {self.config.mixer!r} has no attention weights; do not request the tower's")
+        if torch.compiler.is_compiling():
+            raise KeyeError(f"mixer {self.config.mixer!r} cannot be compiled; compile only the decoder's layers")
+        return FrameGroups.of(frames)
+
     def _encode_part(self, part: FramePart) -> Tensor:
         """Features `[4n, width]` of the patches of a part, in their order; all processes of the frame call it."""
+        if self.config.mixer != "attention":
+            raise KeyeError(
+                f"mixer {self.config.mixer!r} encodes a frame as a whole, but sequence parallelism divides frames of "
+                f"more than {FRAME_PATCHES} patches; limit frames and stills to {FRAME_PATCHES // 4} tokens"
+            )
         total = torch.tensor([0, part.height * part.width], dtype=torch.int32)  # read on the host, by every layer
         return self._layers(part.pixels, part.places(), total, part.most, part.varlen)
 
@@ -315,10 +350,11 @@ class KeyeVisionModel(nn.Module):
         most: int,
         varlen_fn: Varlen | None = None,
         hidden_states: list[Tensor] | None = None,
+        groups: FrameGroups | None = None,
     ) -> Tensor:
         x = self.embeddings(pixels, places)
-        tables = None
-        if self.config.rotary:
+        tables: tuple[Tensor, Tensor] | FrameGroups | None = groups
+        if groups is None and self.config.rotary:
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             tables = vision_tables(places.row, places.column, head_dim, self.config.rope_theta)
         recomputed = self.gradient_checkpointing and self.training and most > FRAME_PATCHES

@@ -100,7 +100,8 @@ def config_of(recipe: Recipe) -> KeyeConfig:
     if recipe.model.path and (path / "config.json").is_file():
         return KeyeConfig.from_pretrained(path)
     own = not (recipe.model.path or recipe.model.tokenizer)
-    return KeyeConfig.preset(recipe.model.preset, **({"vocab_size": recipe.model.vocab_size} if own else {}))
+    words = {"vocab_size": recipe.model.vocab_size} if own else {}
+    return KeyeConfig.preset(recipe.model.preset, dict(recipe.model.vision), **words)
 
 
 def parameters_of(config: KeyeConfig) -> dict[str, int]:
@@ -311,7 +312,7 @@ def _contrastive(
     once = flops.tower(vision, frames).total + flops.tower_layers(text, [text.length] * settings.pairs).total
     done = flops.TRAINING * once + (once if micro > 1 else 0)  # the pass that makes the vectors
     if settings.checkpointing:
-        done += flops.tower_layers(vision, [height * width for height, width in frames]).total
+        done += flops.frame_layers(vision, frames).total
     return total, total, memory, (flops.TRAINING * once, done), patches // 4
 
 

@@ -8,6 +8,7 @@ moments in fp32. The memory of a step may peak at three times; `Footprint.peak` 
 from dataclasses import dataclass
 from typing import Any
 
+from keye.errors import RecipeError
 from keye.model.heads import LOSS_CHUNK
 from keye.model.vision import FRAME_PATCHES
 from stages.distributed.engine import BUCKET
@@ -175,7 +176,15 @@ def decoder_layer(text: Any, element: int, frozen: bool = False) -> tuple[float,
 
 
 def tower_layer(vision: Any, element: int) -> float:
-    """Bytes per patch that a layer of the tower keeps: two norms (input, result), q, k, v, their result, the MLP."""
+    """Bytes per patch that a layer of the tower keeps: two norms (input, result), q, k, v, their result, the MLP.
+
+    Raises:
+        RecipeError: a tower with another mixer than attention.
+    """
+    if getattr(vision, "mixer", "attention") != "attention":
+        raise RecipeError(
+            f"the memory of a tower with mixer {vision.mixer!r} is not estimated; estimate it with attention"
+        )
     return element * (8 * vision.hidden_size + 2 * vision.intermediate_size) + FP32 * vision.num_attention_heads
 
 

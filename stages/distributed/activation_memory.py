@@ -65,6 +65,9 @@ def compile_layers(model: KeyeForConditionalGeneration, backend: str = "inductor
     The functions are compiled, not the modules, so the names of parameters do not change. Lengths are dynamic, so packs
     of different lengths share a graph.
     """
+    mixer = model.config.vision_config.mixer
+    if mixer != "attention":
+        raise RecipeError(f"compile = true: layers with mixer {mixer!r} are not compiled; set compile = false")
     compiled: dict[type[nn.Module], Callable[..., Any]] = {}
     for layer in (*model.language_model.layers, *model.visual.encoder.layers):
         kind = type(layer)
