@@ -113,8 +113,8 @@ def initialise(
     drawn = [name for name in expected if name.startswith(own if pretrained else (*own, "model.visual."))]
     if config.vision_config.mixer != "attention" and drawn:
         raise CheckpointError(
-            f"vision_config.mixer is {config.vision_config.mixer}: only a tower with attention is initialised here; give "
-            "a recipe model.vision.mixer instead"
+            f"vision_config.mixer is {config.vision_config.mixer}: only a tower with attention is initialised here; "
+            "give a recipe model.vision.mixer instead"
         )
     for i, name in enumerate(drawn):
         sources[name] = _drawn(name, expected[name], seed + 1 + i)

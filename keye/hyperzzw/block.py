@@ -34,28 +34,32 @@ class Form:
     omega: float
 
 
-def pointwise(channels: int, out: int, start: Callable[..., Tensor]) -> nn.Conv2d:
-    """A 1×1 convolution with a bias of 0 and weights drawn by `start`, a function of torch.nn.init."""
-    made = nn.Conv2d(channels, out, 1)
+def pointwise(channels: int, out: int, start: Callable[..., Tensor], bias: bool = True) -> nn.Conv2d:
+    """A 1×1 convolution with weights drawn by `start`, a function of torch.nn.init, and a bias of 0, or none."""
+    made = nn.Conv2d(channels, out, 1, bias=bias)
     start(made.weight, nonlinearity="linear" if start is nn.init.kaiming_uniform_ else "leaky_relu")
-    nn.init.zeros_(made.bias)
+    if bias:
+        nn.init.zeros_(made.bias)
     return made
 
 
 class RecursiveGatedUnit(nn.Module):
-    """Y q with q = GELU(IS(K x · Q(V x))) + bias; K, Q, V, Y are 1×1 convolutions, the bias has a value per place."""
+    """Y q with q = GELU(IS(K x · Q(V x))) + bias; K, Q, V, Y are 1×1 convolutions, the bias has a value per place.
+
+    With maps of any size there is no bias after K x · Q(V x), as what follows standardises each channel.
+    """
 
     def __init__(self, channels: int, form: Form) -> None:
         super().__init__()
-        self.key, self.query, self.value, self.out = (
-            pointwise(channels, channels, nn.init.kaiming_uniform_) for _ in range(4)
-        )
-        self.bias = nn.Parameter(torch.zeros(1, 1, *(form.size or (1, 1))))
+        start = nn.init.kaiming_uniform_
+        self.key, self.query, self.value = (pointwise(channels, channels, start) for _ in range(3))
+        self.out = pointwise(channels, channels, start, form.size is not None)
+        self.bias = None if form.size is None else nn.Parameter(torch.zeros(1, 1, *form.size))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` → the same shape."""
         gated = instance_standardised(self.key(x) * self.query(self.value(x)))
-        return self.out(F.gelu(gated) + self.bias)
+        return self.out(F.gelu(gated) if self.bias is None else F.gelu(gated) + self.bias)
 
 
 class ChannelWeighting(nn.Module):
@@ -95,13 +99,15 @@ class LocalBranch(nn.Module):
         super().__init__()
         self.slow = ContextSlowNet(channels, side, omega=form.omega, shared=form.shared)
         self.mixer = pointwise(channels, channels, nn.init.kaiming_normal_)
-        self.bias = nn.Parameter(torch.zeros(1))
+        # In the first block, with one channel in each group of the standardisation, nothing would train it.
+        self.bias = None if form.size is None else nn.Parameter(torch.zeros(1))
         self.axes = (0, 2, 3) if form.shared else (1, 2, 3)
 
     def forward(self, source: Tensor, x: Tensor) -> Tensor:
         """Both `[B, C, H, W]` → the same shape."""
         kernel = self.slow(source).to(x.dtype)
-        return F.gelu(standardised(self.mixer(local_product(kernel, x)), self.axes)) + self.bias
+        found = F.gelu(standardised(self.mixer(local_product(kernel, x)), self.axes))
+        return found if self.bias is None else found + self.bias
 
 
 class Block(nn.Module):
@@ -121,10 +127,12 @@ class Block(nn.Module):
         self.form = form
         self.slow = SlowNet(2, 64, layers, channels, form.size, omega=form.omega)
         self.gated_kernel, self.gated_input = RecursiveGatedUnit(channels, form), RecursiveGatedUnit(channels, form)
-        self.mixer = pointwise(channels, channels, nn.init.kaiming_normal_)
+        # With maps of any size no bias precedes a standardisation that removes it.
+        self.mixer = pointwise(channels, channels, nn.init.kaiming_normal_, form.size is not None)
         self.weighting, self.interaction = ChannelWeighting(channels, form), Interaction(channels, form)
         self.local = nn.ModuleList(LocalBranch(channels, side, form) for side in SIDES)
-        self.bottleneck = pointwise(channels * (BRANCHES + earlier), out, nn.init.kaiming_normal_)
+        joined = channels * (BRANCHES + earlier)
+        self.bottleneck = pointwise(joined, out, nn.init.kaiming_normal_, form.size is not None)
         self.bias = nn.Parameter(torch.zeros(1))
         self.dropout = nn.Dropout2d(dropout)
 

@@ -18,17 +18,14 @@ def mixer_operations(width: int, frames: Iterable[tuple[int, int]]) -> tuple[int
     sizes = Counter(frames)
     patches = sum(height * wide * count for (height, wide), count in sizes.items())
     linear = patches * (1 + BRANCHES) * width * width + patches * SIDE**2 * width
-    linear += _slow(width, 1, LOCAL_HIDDEN, 1) if sizes else 0
+    linear += width * LOCAL_HIDDEN * (LAYERS * LOCAL_HIDDEN + 1) if sizes else 0  # one axis: no sums
     quadratic = 0
     for (height, wide), count in sizes.items():
-        linear += _slow(height * wide, 2, HIDDEN, width) + _slow(height * wide, 2, HIDDEN, 1)
+        linear += height * wide * HIDDEN * (2 * (2 * (LAYERS + 1) + LAYERS * HIDDEN) + width + 1)
         quadratic += count * width * height * wide * wide
         quadratic += count * width * wide * height * wide if height != wide else 0
-    cells = SIDE**2 * sum(sizes.values())
-    linear += cells * LOCAL_HIDDEN * (2 * width + (1 + 2 * LAYERS) * LOCAL_HIDDEN)
+    # The local kernel: sines and the first layer are made once for each size, the code and the rest for each frame.
+    of_size = 2 * (LAYERS + 1) + LOCAL_HIDDEN
+    of_frame = 2 * width + 2 * LAYERS * LOCAL_HIDDEN
+    linear += SIDE**2 * LOCAL_HIDDEN * (of_size * len(sizes) + of_frame * sum(sizes.values()))
     return 2 * linear, 2 * quadratic
-
-
-def _slow(points: int, axes: int, hidden: int, channels: int) -> int:
-    """Multiplications of a slow network."""
-    return points * hidden * ((LAYERS + 1) * axes + LAYERS * hidden + channels)

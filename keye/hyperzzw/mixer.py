@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keye.hyperzzw.operators import global_product, instance_standardised, local_product, twofold_product
+from keye.hyperzzw.operators import global_product, instance_standardised, local_product, twofold_product, widened
 from keye.hyperzzw.slow import ContextSlowNet, SlowNet
 
 HIDDEN, LAYERS = 32, 2  # of the slow network of the global kernel and of the gate over places
@@ -79,7 +79,7 @@ class HyperZZWMixer(nn.Module):
         self.channel = SlowNet(1, LOCAL_HIDDEN, LAYERS, 1, (width,), scale=1.0, omega=omega)
         self.space = SlowNet(2, HIDDEN, LAYERS, 1, omega=omega)
         self.local = ContextSlowNet(width, SIDE, LOCAL_HIDDEN, omega=omega)
-        self.value = nn.Linear(width, width)
+        self.value = nn.Linear(width, width, bias=False)  # IS removes a bias
         self.branch_scale = nn.Parameter(torch.ones(BRANCHES, width))
         self.branch_shift = nn.Parameter(torch.zeros(BRANCHES, width))
         self.out = nn.Linear(BRANCHES * width, width)
@@ -91,8 +91,8 @@ class HyperZZWMixer(nn.Module):
         channel = self.channel((x.shape[1],))[..., None, None]
         pairs = zip(frames.maps(x), frames.maps(self.value(x)), strict=True)
         found = torch.cat([self._branches(*pair, channel) for pair in pairs])  # [N, branches, C]
-        normed = F.layer_norm(found.float(), found.shape[-1:], eps=self.eps)
-        joined = normed * self.branch_scale.float() + self.branch_shift.float()
+        normed = F.layer_norm(widened(found), found.shape[-1:], eps=self.eps)
+        joined = normed * self.branch_scale + self.branch_shift
         out = self.out(joined.to(x.dtype).flatten(1))
         return out if frames.back is None else out[frames.back]
 
@@ -102,7 +102,7 @@ class HyperZZWMixer(nn.Module):
         weighted = x * self.slow(size).to(x.dtype)
         seen = global_product(weighted, instance_standardised(values)) * size[1] ** -0.5
         local = local_product(self.local(x).to(x.dtype), x)
-        by_channel = twofold_product(channel, seen.float().mean((2, 3), keepdim=True))
-        by_place = twofold_product(self.space(size), seen.float().mean(1, keepdim=True))
+        by_channel = twofold_product(channel, widened(seen).mean((2, 3), keepdim=True))
+        by_place = twofold_product(self.space(size), widened(seen).mean(1, keepdim=True))
         gated = x * torch.sigmoid(by_place * by_channel).to(x.dtype)
         return torch.stack((seen, local, gated), dim=1).permute(0, 3, 4, 1, 2).flatten(0, 2)

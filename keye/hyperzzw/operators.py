@@ -67,10 +67,15 @@ def resampled_rows(rows: int, count: int, device: torch.device | None = None) ->
 
 
 def standardised(values: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Values with mean 0 and variance 1 over the axes, without trained or running statistics; computed in float32."""
-    wide = values.float()
+    """Values with mean 0 and variance 1 over the axes, without trained or running statistics; at least in float32."""
+    wide = widened(values)
     variance, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
     return ((wide - mean) * torch.rsqrt(variance + EPS)).to(values.dtype)
+
+
+def widened(values: Tensor) -> Tensor:
+    """Values in float32, or in their own precision if that is higher."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def instance_standardised(values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 s_l(p) = sin(W_l p + b_l); z_0 = s_0; z_l = s_l · (A_l z_(l−1) + a_l) + bias; kernel = B z_L + b. The frequencies W_l
 are those of a linear layer times 2π ω₀ γ with γ ~ Gamma(6 / (l + 1), 1) for each unit and axis (a multiplicative filter
-network, as in the paper's code). Kernels are computed in float32 whatever the precision of the weights.
+network, as in the paper's code). Kernels are computed at least in float32.
 """
 
 import math
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from keye.hyperzzw.operators import widened
 
 GAMMA = 6.0  # concentration of γ in the first layer
 
@@ -94,18 +96,17 @@ class SlowNet(nn.Module):
                 f"this slow network has a bias for each place of {self.size}, it makes no kernel of {tuple(size)}; "
                 "use HyperZZWConfig.ours, whose kernels have any size"
             )
-        points = grid_coordinates(size, self.size is not None, self.frequencies.device)
+        frequencies = widened(self.frequencies)
+        points = grid_coordinates(size, self.size is not None, frequencies.device).to(frequencies)
         with torch.autocast(points.device.type, enabled=False):
-            sines = torch.sin(
-                torch.einsum("pa,lha->lph", points, self.frequencies.float()) + self.phases.float()[:, None]
-            )
+            sines = torch.sin(torch.einsum("pa,lha->lph", points, frequencies) + widened(self.phases)[:, None])
             state = sines[0]
             for layer in range(self.layers):
-                state = sines[layer + 1] * F.linear(state, self.weights[layer].float(), self.offsets[layer].float())
+                state = sines[layer + 1] * F.linear(state, widened(self.weights[layer]), widened(self.offsets[layer]))
                 if self.size is not None:
-                    state = state + self.place_bias.float()
+                    state = state + widened(self.place_bias)
                 state = changed(state, layer)
-            kernel = F.linear(state, self.out_weight.float(), self.out_bias.float()).transpose(-1, -2)
+            kernel = F.linear(state, widened(self.out_weight), widened(self.out_bias)).transpose(-1, -2)
             return kernel.unflatten(-1, tuple(size))
 
 
@@ -158,11 +159,11 @@ class ContextSlowNet(SlowNet):
         reduced = self.reduce(pooled)
         if self.shared:
             reduced = reduced.mean(0)
-        code = F.gelu(self.code(reduced)).float()
+        code = widened(F.gelu(self.code(reduced)))
 
         def changed(state: Tensor, layer: int) -> Tensor:
             direction = F.normalize(state, dim=-2)
-            state = self.keep[layer].float() * state.detach() + self.turn[layer].float() * direction
-            return state * F.linear(code, self.code_weights[layer].float(), self.code_offsets[layer].float())
+            state = widened(self.keep[layer]) * state.detach() + widened(self.turn[layer]) * direction
+            return state * F.linear(code, widened(self.code_weights[layer]), widened(self.code_offsets[layer]))
 
         return self._kernel((self.side, self.side), changed)
