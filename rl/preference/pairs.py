@@ -2,7 +2,8 @@
 
 A line is {"messages": [...], "chosen": ..., "rejected": ...}. `messages` is the chat up to the answer, with the options
 of its media; an assistant's last turn is ignored. An answer is a text, or an assistant's message with its thought as
-`reasoning_content`.
+`reasoning_content`. The conversational preference form of TRL is read and written as well, see
+`rl.preference.conversational`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from keye.processor.processor import KeyeProcessor, Sample
 from keye.processor.stream import IM_END
 from keye.world.manifest import parse_line
 from rl.policy.scoring import Group
+from rl.preference.conversational import from_conversational
 from rl.questions.prompts import Prompt
 
 
@@ -71,7 +73,7 @@ def load_pairs(path: str | Path) -> PairSet:
                     rejected[where] = str(error)
     if not pairs:
         reason = f"; the first line cannot be used because {next(iter(rejected.values()))}" if rejected else ""
-        raise ManifestError(f"{path} has no pair: give lines with messages, chosen and rejected{reason}")
+        raise ManifestError(f"{path} has no pair: give lines with messages (or prompt), chosen and rejected{reason}")
     return PairSet(pairs, rejected, digest.hexdigest())
 
 
@@ -80,7 +82,7 @@ def _pair(raw: bytes, base: Path, where: str, place: int) -> Pair:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ManifestError(f"{where} is not UTF-8 text; save the file as UTF-8") from error
-    row = parse_line(text, where)
+    row = parse_line(from_conversational(text), where)
     messages = row["messages"]
     if messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]

@@ -14,6 +14,7 @@ from keye.errors import ManifestError, writing
 from keye.files import atomic_file
 from keye.video.fetch import scheme_of
 from rl.preference.answers import Answer, Answers
+from rl.preference.conversational import to_conversational
 from rl.preference.pairs import write_pair
 from stages.data.sources.chat import each_part
 
@@ -88,7 +89,12 @@ def best_answers(manifest: Path, answered: Iterable[Answers], out: Path) -> dict
 
 
 def make_pairs(
-    manifest: Path, answered: Iterable[Answers], out: Path, method: str = "rejection", per_question: int = 1
+    manifest: Path,
+    answered: Iterable[Answers],
+    out: Path,
+    method: str = "rejection",
+    per_question: int = 1,
+    form: str = "messages",
 ) -> dict[str, int]:
     """Write the pairs of the answers to the questions of `manifest` to `out`.
 
@@ -97,6 +103,7 @@ def make_pairs(
 
     Args:
         method: "rejection" or "ranking". per_question: pairs of a question at most.
+        form: "messages", or "trl": TRL's, see `rl.preference.conversational`; for questions without videos.
 
     Returns:
         Counts: questions, pairs, and questions without a pair by their reason: all_right, all_wrong (ranking: equal),
@@ -112,10 +119,14 @@ def make_pairs(
             if not found:
                 counts[reason] += 1
             chat = [message for message in row["messages"] if message["role"] != "assistant"]
-            chat = moved(chat, manifest.parent, out.parent)
             more = {key: row[key] for key in ("id", "family") if row.get(key) is not None}
             for better, worse in found:
-                yield write_pair(chat, better.text, worse.text, rewards=[better.reward, worse.reward], **more)
+                more |= {"rewards": [better.reward, worse.reward]}
+                if form == "trl":
+                    pair = to_conversational(chat, better.text, worse.text, manifest.parent, answers.where)
+                    yield json.dumps(pair | more, ensure_ascii=False) + "\n"
+                else:
+                    yield write_pair(moved(chat, manifest.parent, out.parent), better.text, worse.text, **more)
 
     _write(out, lines())
     return dict(counts)
