@@ -62,6 +62,12 @@ To repeat all measurements: `python -m scripts.bench rl`; one part: `--part NAME
 (`pip install -e '.[trl]'`). The parts `phases`, `blindness` and `hints` train from the run of a demo:
 `python -m scripts.bench.rl.phases --run runs/demo`."""
 
+SYSTEMS = """# Five related systems, measured
+
+What five related slow-fast systems do in this project, and what they do not: docs/five-systems.md. To repeat all \
+measurements: `python -m scripts.bench systems`; one part: `--part NAME`. Models are tiny and clips are drawn: \
+differences are between arms of one part, at stated sizes, with 95 % intervals."""
+
 GROUPS = {
     group.name: group
     for group in (
@@ -82,5 +88,6 @@ GROUPS = {
             draw=_curves,
         ),
         Group("rl", ("group_price", "trl", "cost", "judges"), RL, apart=("phases", "blindness", "hints")),
+        Group("systems", ("aggregation",), SYSTEMS),
     )
 }

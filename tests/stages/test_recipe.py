@@ -106,6 +106,11 @@ def test_a_recipe_is_read_without_its_model(small):
         ("alignment.mixture.video=0.9", "alignment.mixture adds up to 0.9, but must to 1"),
         ("alignment.mixture.film=1.0", "alignment.mixture may name only"),
         ("vision.sequence_parallel=2", "vision.sequence_parallel must be 1"),
+        (
+            f"alignment={{{ONE_STEP},sequence_parallel=2,encoder={{aggregation='mean'}}}}",
+            "alignment.sequence_parallel must be 1 with an encoder's aggregation",
+        ),
+        ("processor.encoder.aggregation=median", "processor.encoder: aggregation: pool is 'median'"),
         ("vision.pairs=0", "vision.pairs must be at least 1"),
         ("processor.encoder.treshold=0.5", "did you mean processor.encoder.threshold?"),
         ("processor.encoder.max_tokens=many", "processor.encoder.max_tokens is 'many', but must be of type int"),
