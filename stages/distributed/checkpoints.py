@@ -9,11 +9,7 @@ read, with the optimizer's moments and fp32 weights.
 
 import json
 import os
-import pickle
 import shutil
-import subprocess
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +21,12 @@ import torch
 import torch.distributed as dist
 
 from keye.errors import CheckpointError
+from stages.distributed.conversion import convert, load_frozen, size_text
 from stages.distributed.ranks import first_rank, gather, waiting_group
 
 MARKER = "complete.json"
 FULL_CHECKSUM = 8 << 20  # bytes up to which the checksum covers the entire file; else its first and last MiB
 PART = 1 << 20
-REPORT = 60.0  # seconds between two messages of a long conversion
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def checksum(path: Path) -> int:
@@ -177,7 +172,7 @@ def _make_room(directory: Path, target: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise CheckpointError(
-            f"{target}: a checkpoint takes about {_size(needed)}, but only {_size(free)} are free there; "
+            f"{target}: a checkpoint takes about {size_text(needed)}, but only {size_text(free)} are free there; "
             f"{_remedy(directory)}"
         )
     target.mkdir()
@@ -187,8 +182,8 @@ def _remove(directory: Path, target: Path, needed: int, reason: str) -> None:
     shutil.rmtree(target, ignore_errors=True)
     free = shutil.disk_usage(directory).free
     raise CheckpointError(
-        f"{target} could not be written ({reason}) and was removed; a checkpoint takes about {_size(needed)}, "
-        f"{_size(free)} are free now; {_remedy(directory)}"
+        f"{target} could not be written ({reason}) and was removed; a checkpoint takes about {size_text(needed)}, "
+        f"{size_text(free)} are free now; {_remedy(directory)}"
     )
 
 
@@ -212,10 +207,6 @@ def _remedy(directory: Path) -> str:
     kept = newest(directory)[0]
     place = f"from {kept.name}" if kept else "at the first step"
     return f"make room or lower keep_checkpoints, then repeat the command, which resumes {place}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 @contextmanager
@@ -318,7 +309,7 @@ def _load_from_others(engine: Any, found: Path, before: int, now: int) -> None:
         _load(engine, found)
         return
     made = found.with_name(f"universal-{found.name}")
-    first_rank(lambda: _convert(found, made, bytes_needed(engine)), OSError)
+    first_rank(lambda: convert(found, made, bytes_needed(engine)), OSError)
     own = [{key: group[key] for key in ("weight_decay", "initial_lr")} for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
@@ -329,65 +320,10 @@ def _load_from_others(engine: Any, found: Path, before: int, now: int) -> None:
     rates = engine.lr_scheduler.get_last_lr() if engine.lr_scheduler else [None] * len(own)
     for group, settings, rate in zip(engine.optimizer.param_groups, own, rates, strict=True):
         group |= settings | ({} if rate is None else {"lr": rate})
-    _load_frozen(engine, found)
+    # It also gives one counter of steps to all its groups, which each of them would then increase in every step.
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = torch.as_tensor(state["step"]).clone()
+    load_frozen(engine, found)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def _convert(found: Path, made: Path, needed: int) -> None:
-    """Write the universal form of a checkpoint in a separate process, which uses several cores."""
-    shutil.rmtree(made, ignore_errors=True)
-    free = shutil.disk_usage(found).free
-    if free < 2 * needed:  # fragments first, then the merged files
-        raise CheckpointError(
-            f"{found}: to convert its shards takes about {_size(2 * needed)}, but only {_size(free)} are free "
-            "there; make room, or start the number of processes that wrote it"
-        )
-    workers = str(_workers(found))
-    command = [
-        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
-        *("--input_folder", str(found), "--output_folder", str(made)),
-        *("--num_extract_workers", workers, "--num_merge_workers", workers),
-    ]
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    environment["DS_ACCELERATOR"] = "cpu"
-    started, done, errors = time.monotonic(), None, ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as work:
-        while done is None:
-            try:
-                _, errors = work.communicate(timeout=REPORT)
-                done = work.returncode
-            except subprocess.TimeoutExpired:
-                written = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
-                minutes = (time.monotonic() - started) / 60
-                print(f"{found}: {_size(written)} converted after {minutes:.0f} minutes", flush=True)
-    if done:
-        shutil.rmtree(made, ignore_errors=True)
-        lines = [line for line in errors.splitlines() if line.strip()]
-        raise CheckpointError(
-            f"{found}: its shards cannot be converted ({lines[-1] if lines else done}); "
-            "start the number of processes that wrote it"
-        )
-
-
-def _workers(found: Path) -> int:
-    """Number of conversion processes: each has a shard and a copy of it in host memory."""
-    largest = max((path.stat().st_size for path in found.glob("*optim_states.pt")), default=1)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(8, len(os.sched_getaffinity(0)), free // (2 * largest)))
-
-
-def _load_frozen(engine: Any, found: Path) -> None:
-    """Load frozen parameters, which no optimizer shard has; without ZeRO-3 the first model file has them."""
-    files = sorted(found.glob("mp_rank_*_model_states.pt"))
-    frozen = {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
-    if not files or not frozen:
-        return
-    try:
-        saved = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)["module"]
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{files[0]} contains more than tensors and plain values; remove {found}") from error
-    with torch.no_grad():
-        for name, parameter in frozen.items():
-            parameter.copy_(saved[name])
