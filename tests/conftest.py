@@ -3,10 +3,19 @@
 import os
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("without a time limit", deadline=None)  # speed is measured in scripts/bench, not here
 settings.load_profile("without a time limit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `cuda` where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)

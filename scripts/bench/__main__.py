@@ -16,8 +16,7 @@ EXAMPLES = """examples:
   python -m scripts.bench encoder --part plan pixels   some parts
   python -m scripts.bench stages --part                only the document, from existing results
   python -m scripts.bench model --quick                a smoke test of every part, into .cache
-  python -m scripts.bench stages --gpu                 the part that needs a GPU; ten minutes at most
-  python -m scripts.bench model --gpu --small --device cpu
+  python -m scripts.bench.gpu --help                   what needs a GPU
   python -m scripts.bench.encoder.identity --help      the options of one part
 """
 
@@ -27,26 +26,17 @@ def main() -> int:
     parser.prog = "python -m scripts.bench"
     parser.add_argument("group", choices=GROUPS, help="what is measured")
     parser.add_argument("--part", nargs="*", metavar="PART", help="some parts; without a name, only the document")
-    parser.add_argument("--gpu", action="store_true", help="only the part that needs a GPU")
-    parser.add_argument("--small", action="store_true", help="with --gpu: small shapes, as a smoke test")
-    parser.add_argument("--device", default="cuda", help="with --gpu: cuda, or cpu with --small")
     args = parser.parse_args()
     group = GROUPS[args.group]
     args.results = group.name
     parts = group.parts if args.part is None else args.part
     if unknown := set(parts) - set(group.parts):
         parser.error(f"{group.name} has no part {', '.join(sorted(unknown))}; its parts are {', '.join(group.parts)}")
-    if args.gpu and not group.gpu:
-        parser.error(f"{group.name} has no part that needs a GPU")
-    args.quick |= args.gpu and args.small
     out = out_of(args).resolve()
     options = ["--out", str(out)]
-    if args.gpu:
-        parts = ["gpu"]
-        options += ["--device", args.device, *(["--small"] if args.small else [])]
-    elif args.quick:
+    if args.quick:
         options.append("--quick")
-    failed = run_parts({part: f"scripts.bench.{group.name}.{part}" for part in parts}, options)
+    failed = run_parts({part: group.module(part) for part in parts}, options)
     published = out == RESULTS / group.name
     path = (out.parent if published else out) / f"{group.name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +45,7 @@ def main() -> int:
     path.write_text(document(out, group.order, group.head), encoding="utf-8")
     print(f"\nwritten: {path}")
     if failed:
-        again = "--gpu" if args.gpu else f"--part {' '.join(failed)}"
+        again = f"--part {' '.join(failed)}"
         print(f"error: {', '.join(failed)} failed, see above; run again with {again}", file=sys.stderr)
     return 1 if failed else 0
 

@@ -20,19 +20,24 @@ class Group:
     """A folder of scripts/bench with a module for each part.
 
     draw: creates figures from the results of the parts. apart: parts of the document that need options of their own.
+    package: of the parts' modules, if it is not the folder itself.
     """
 
     name: str
     parts: tuple[str, ...]
     head: str
-    gpu: bool = False
+    package: str = ""
     draw: Callable[[Path], None] = _nothing
     apart: tuple[str, ...] = ()
 
     @property
     def order(self) -> tuple[str, ...]:
         """Parts in the order of the document."""
-        return (*self.parts, *self.apart, *(["gpu"] if self.gpu else []))
+        return (*self.parts, *self.apart)
+
+    def module(self, part: str) -> str:
+        """The module of a part."""
+        return f"{self.package or f'scripts.bench.{self.name}'}.{part}"
 
 
 ENCODER = """# The slow-fast encoder, measured
@@ -45,16 +50,14 @@ films from fixed seeds."""
 MODEL = """# The model, measured
 
 Compared with transformers: SigLIP, Qwen3, Qwen2 and Llama for equality, and Qwen2.5-VL with the same widths, depth and
-tokens for speed. To repeat all measurements: `python -m scripts.bench model`; one part: `--part NAME`; on a machine
-with a GPU: `--gpu`. The part `gpu` (TFLOP/s, share of the matrix ceiling and memory of the 8B layers, fused attention
-backends) needs a GPU; without one, its earlier results are kept, or it is listed below as not measured. Weights and
-tokens are random with fixed seeds; the comparisons do not depend on trained weights."""
+tokens for speed. To repeat all measurements: `python -m scripts.bench model`; one part: `--part NAME`. Weights and
+tokens are random with fixed seeds; the comparisons do not depend on trained weights. [gpu.md](gpu.md) has what needs a
+GPU."""
 
 STAGES = """# The stages, measured
 
-To repeat all measurements: `python -m scripts.bench stages`; one part: `--part NAME`; on a machine with a GPU: `--gpu`.
-The part `gpu` (seconds, MFU and the longest context of a step at 8B widths) needs a GPU; without one, its earlier
-results are kept, or it is listed below as not measured."""
+To repeat all measurements: `python -m scripts.bench stages`; one part: `--part NAME`. [gpu.md](gpu.md) has what needs a
+GPU."""
 
 RL = """# Post-training, measured
 
@@ -68,6 +71,12 @@ What five related slow-fast systems do in this project, and what they do not: do
 measurements: `python -m scripts.bench systems`; one part: `--part NAME`. Models are tiny and clips are drawn: \
 differences are between arms of one part, at stated sizes, with 95 % intervals."""
 
+GPU = """# One GPU: the 8B shapes
+
+The parts of `python -m scripts.bench.gpu`, on a machine with a GPU; the same code on small shapes, anywhere:
+`--small --device cpu`. A section that says *Quick* was run on a CPU with small shapes: it shows that the part runs, its
+times mean nothing, and nothing is claimed."""
+
 GROUPS = {
     group.name: group
     for group in (
@@ -79,15 +88,20 @@ GROUPS = {
             ),
             ENCODER,
         ),
-        Group("model", ("parity", "speed", "packing", "memory"), MODEL, gpu=True),
+        Group("model", ("parity", "speed", "packing", "memory"), MODEL),
         Group(
             "stages",
             ("packing", "balance", "context", "extension", "trainer", "cost", "host", "compile", "simulation", "kills"),
             STAGES,
-            gpu=True,
             draw=_curves,
         ),
         Group("rl", ("group_price", "trl", "cost", "judges"), RL, apart=("phases", "blindness", "hints")),
         Group("systems", ("aggregation",), SYSTEMS),
+        Group(
+            "gpu",
+            ("cuda_tests", "attention", "layers", "training", "context"),
+            GPU,
+            package="scripts.bench.gpu.parts",
+        ),
     )
 }

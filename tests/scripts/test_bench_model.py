@@ -1,7 +1,5 @@
 """The model's benches compare equal work, count correctly, and run at a small size."""
 
-import json
-import subprocess
 import sys
 import types
 
@@ -13,19 +11,19 @@ from scripts.bench import __main__ as bench
 from scripts.bench.common import record
 from scripts.bench.common import timing as model_timing
 from scripts.bench.common.record import Claim, save
-from scripts.bench.model import gpu as model_gpu
+from scripts.bench.gpu import settings as gpu_settings
 from scripts.bench.model import layers as model_layers
 from scripts.bench.model import memory as model_memory
 from scripts.bench.model import packing as model_packing
 from scripts.bench.model import pairs as model_pairs
 from scripts.bench.model import released_checkpoint as model_released
-from scripts.bench.model import settings as model_settings
+from tests.scripts.test_bench_gpu import drawn_plan
 
 CPU = torch.device("cpu")
 
 
-def sizes() -> model_settings.Sizes:
-    return model_settings.sizes_of(small=True)
+def sizes() -> gpu_settings.Sizes:
+    return gpu_settings.sizes_of(True, [drawn_plan()])
 
 
 def test_both_models_read_the_same_tokens_and_have_almost_the_same_weights() -> None:
@@ -83,66 +81,6 @@ def test_a_layer_gives_the_same_with_recomputing_and_compiled() -> None:
         torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=1e-5)
 
 
-def test_packings_of_the_released_shapes_hold_8192_tokens() -> None:
-    large = model_settings.sizes_of(small=False)
-    assert [sum(h * w for h, w in frames) for frames in large.frames.values()] == [8192, 4 * 8192]
-    assert all(sum(lengths) == 8192 for lengths in large.documents.values())
-    text, vision = large.config.text_config, large.config.vision_config
-    assert (text.hidden_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (4096, 32, 8, 128)
-    assert (vision.hidden_size, vision.intermediate_size, vision.num_attention_heads) == (1152, 4304, 16)
-
-
-def test_the_gpu_part_runs_small_and_counts_what_fails(tmp_path, monkeypatch, capsys) -> None:
-    broken = model_layers.their_vision
-
-    def theirs(*args: object) -> model_layers.Stack:
-        if theirs.calls:
-            raise torch.OutOfMemoryError("no room\nfor more")
-        theirs.calls += 1
-        return broken(*args)
-
-    theirs.calls = 0
-    monkeypatch.setattr(model_layers, "their_vision", theirs)
-    given = sizes()
-    quiet = type(given)(**{**vars(given), "compiler": "eager", "rounds": 1})
-    model_gpu.measure(quiet, CPU, tmp_path, limit=1e9)
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["quick"] and not (tmp_path / "gpu_partial.json").exists()
-    titles = [table["title"] for table in found["tables"]]
-    assert len(titles) == 5 and titles[3].startswith("One layer: decoder")
-    settings = [row[1] for row in found["tables"][3]["rows"]]
-    assert {"ours, sdpa", "ours, sdpa, compiled, checkpointing", "Qwen2.5-VL"} <= set(settings)
-    failed = [row for row in found["tables"][4]["rows"] if row[2].startswith("failed")]
-    assert len(failed) == 2 and failed[0][2] == "failed: OutOfMemoryError: no room"
-    claims = {claim["claim"]: claim for claim in found["claims"]}
-    share = claims["decoder layers, forward + backward, share of the measured matrix ceiling"]
-    assert share["goal"] == "≥ 50%" and share["met"] is not None
-    assert "no room" in capsys.readouterr().out
-
-
-def test_rows_after_the_time_is_up_are_named(tmp_path) -> None:
-    bench = model_gpu.Bench(sizes(), CPU, tmp_path, "gpu", limit=-1)
-    bench.ceiling = 1.0
-    row = model_settings.Row("decoder", "ours, sdpa", lambda: pytest.fail("began"))
-    bench.stacks([row])
-    assert row.failure == "not measured: the time was up"
-    assert "the time was up" in (tmp_path / "gpu_partial.json").read_text()
-
-
-def test_the_gpu_part_without_a_gpu_says_so_and_touches_nothing(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["model_gpu.py", "--out", str(tmp_path)])
-    (tmp_path / "gpu.json").write_text("earlier")
-    assert model_gpu.main() == 0
-    assert "need a GPU" in capsys.readouterr().out and (tmp_path / "gpu.json").read_text() == "earlier"
-
-
-def test_the_gpu_part_needs_no_video_library() -> None:
-    modules = ("av", "datasets", "deepspeed", "peft", "rich", "skimage")
-    code = f"import sys\nfor name in {modules}: sys.modules[name] = None\nimport scripts.bench.model.gpu"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=record.ROOT, timeout=120)
-
-
 def test_times_are_taken_in_alternating_order_after_a_warm_up() -> None:
     order: list[str] = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
@@ -189,4 +127,4 @@ def test_a_part_that_fails_is_named_and_the_document_says_what_was_not_measured(
     assert "run again with --part speed" in capfd.readouterr().err
     text = (tmp_path / "model.md").read_text()
     assert text.startswith("# The model, measured") and "| packed | faster | yes |  | yes |" in text
-    assert "Not measured yet: parity, speed, memory, gpu." in text
+    assert "Not measured yet: parity, speed, memory." in text

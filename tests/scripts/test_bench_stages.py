@@ -1,11 +1,8 @@
 """The benches of the stages compare equal work and count it correctly."""
 
 import itertools
-import json
 import math
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,9 +12,7 @@ from keye.model.keye import KeyeForConditionalGeneration
 from keye.model.projector import merge_order
 from keye.model.rope import stream_positions
 from keye.processor.processor import Sample
-from scripts.bench.common import record
 from scripts.bench.stages import extension as stages_extension
-from scripts.bench.stages import gpu as stages_gpu
 from scripts.bench.stages import packing as stages_packing
 from scripts.bench.stages import trainer as stages_trainer
 from stages.data.collate import pack
@@ -147,25 +142,3 @@ def test_lengths_beyond_the_context_alone_count_for_the_extension():
     assert claims[1].figure.startswith("10 ")  # one question of two at one length of five
     assert claims[1].met is False and claims[3].met is None  # equal arms are no gain; the base's part promises nothing
     assert [row[2] for row in table.rows][0] == "0.8 ×"
-
-
-def test_a_document_for_the_gpu_has_its_tokens_pixels_and_labels():
-    sizes = stages_gpu.sizes_of(small=True)
-    made = stages_gpu.sample(sizes, 40, 0.6, 0)
-    visual = made.input_ids == sizes.config.video_token_id
-    patches = int(made.video_grid_thw.prod(1).sum())
-    assert len(made.input_ids) == 40 and len(made.pixel_values_videos) == patches == 4 * int(visual.sum()) > 0
-    assert (made.labels[visual] == -100).all() and torch.equal(made.labels[~visual], made.input_ids[~visual])
-
-
-def test_the_model_for_the_gpu_has_the_layers_that_fit():
-    few, many = (stages_gpu.sizes_of(False, memory).config.text_config.num_hidden_layers for memory in (80e9, 1e12))
-    assert 0 < few < many == 36
-
-
-def test_steps_of_the_gpu_go_through_loader_and_deepspeed_and_leave_their_record(tmp_path):
-    command = [sys.executable, "-m", "scripts.bench.stages.gpu", "--small", "--device", "cpu", "--out", str(tmp_path)]
-    subprocess.run([*command, "--limit", "0"], check=True, cwd=record.ROOT)
-    kept = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row[0] for row in kept["tables"][0]["rows"]] == ["stage 2"] and kept["quick"]  # then the time is up
-    assert not (tmp_path / "gpu_partial.json").exists()

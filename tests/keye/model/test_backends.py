@@ -266,7 +266,7 @@ def test_a_trial_inside_a_forward_leaves_no_trace(monkeypatch: pytest.MonkeyPatc
 # Where there is a GPU: every kernel that runs there, in the shapes of the tower and of the decoders.
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", [*FLASH, "torch", "sdpa"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(16, 16, 72), (32, 8, 128), (12, 4, 64), (4, 2, 32)])
@@ -290,7 +290,7 @@ def test_a_gpu_kernel_equals_plain(name: str, causal: bool, heads: int, kv_heads
         assert error < roundings * torch.finfo(q.dtype).eps / 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.cuda
 def test_fp32_on_a_gpu_is_sdpa_without_copied_heads() -> None:
     q, k, v = (torch.randn(900, heads, 72, device=GPU) for heads in (16, 2, 2))
     segments = Segments.of_lengths((400, 200, 300))

@@ -62,7 +62,7 @@ def test_shared_attention_of_RHD_equals_separate_sequences(dtype, bound):
     check("cpu", dtype, bound)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 def test_shared_attention_on_a_gpu_equals_separate_sequences(dtype, bound):
     check("cuda", dtype, bound)

@@ -1,17 +1,21 @@
-"""What the GPU part measures: shapes and packings, and every setting of the layers, as rows to be filled in."""
+"""What the parts on kernels and layers measure: shapes, packs of real plans, and every setting of the layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 
 from keye.model import flops
 from keye.model.attention import available, choose
 from keye.model.config import KeyeConfig
+from scripts.bench.gpu.plans import DecodedPlan, frames_of
 from scripts.bench.model import layers as layers_of
 
 Frames = list[tuple[int, int]]
+COMPILER = "aot_eager"  # of small shapes
+MEASURED = ("flops", "count", "kept", "peak", "times", "failure")  # fields of a Row that a measurement fills in
 
 
 @dataclass(frozen=True)
@@ -27,27 +31,35 @@ class Sizes:
     compiler: str
 
 
-def sizes_of(small: bool) -> Sizes:
-    """The released shapes over 8,192 tokens in bfloat16, or tiny ones in float32."""
+def sizes_of(small: bool, plans: Sequence[DecodedPlan]) -> Sizes:
+    """The released shapes over 8,192 tokens in bfloat16, or tiny ones in float32; frames are those of the plans."""
     if small:
         config = KeyeConfig.preset("tiny", vocab_size=300, num_hidden_layers=2)
         config.vision_config.num_hidden_layers = 2
-        documents = {"3 documents": [50, 30, 16]}
-        return Sizes(config, {"96 patches": [(4, 12), (6, 8)]}, documents, ((128,) * 3,), 2, torch.float32, "aot_eager")
+        documents, frames = {"3 documents": [50, 30, 16]}, {"up to 96 patches": frames_up_to(plans, 96)}
+        return Sizes(config, frames, documents, ((128,) * 3,), 2, torch.float32, COMPILER)
     config = KeyeConfig.preset("keye_8b", num_hidden_layers=4)
     config.vision_config.num_hidden_layers = 6
-    # Slow frames of 28×44 patches, fast ones of 16×24, and a still: 8,192 patches.
-    pack = [(28, 44)] + [(16, 24)] * 2
-    once = [*pack * 4, (12, 16)]
     return Sizes(
         config,
-        {"8,192 patches": once, "32,768 patches (8,192 tokens)": once * 4},
+        {f"up to {patches:,} patches": frames_up_to(plans, patches) for patches in (8192, 32_768)},
         {"8 documents": [3000, 2200, 1300, 800, 492, 256, 100, 44], "1 document": [8192]},
         ((8192,) * 3, (16_384, 8192, 8192)),
         12,
         torch.bfloat16,
         "inductor",
     )
+
+
+def frames_up_to(plans: Sequence[DecodedPlan], patches: int) -> Frames:
+    """(height, width) of the plans' frames in order, repeated, as many as `patches` hold."""
+    found, total = [], 0
+    for _, size in frames_of(plans):
+        total += size[0] * size[1]
+        if total > patches:
+            return found
+        found.append(size)
+    return found
 
 
 @dataclass
@@ -78,6 +90,15 @@ class Row:
     def rate(self) -> float:
         """FLOP/s of the model's own operations; recomputed ones do not count."""
         return flops.TRAINING * self.flops / self.took
+
+    def values(self) -> dict[str, Any]:
+        """What was measured, as plain values."""
+        return {name: getattr(self, name) for name in MEASURED}
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take what `values` returned."""
+        for name in MEASURED:
+            setattr(self, name, values[name])
 
 
 def groups(sizes: Sizes, device: torch.device) -> list[list[Row]]:
