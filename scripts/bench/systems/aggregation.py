@@ -11,30 +11,32 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from keye.errors import run
+from keye.errors import KeyeError, run
 from keye.files import write_atomically
 from scripts.bench.common.intervals import paired_interval
 from scripts.bench.common.record import ROOT, Claim, Table, arguments, out_of, save
 from scripts.bench.systems.aggregation_reader import (
     CELLS,
-    ENCODERS,
     READ,
     SLOW,
     TOKENS,
     WATCHED,
+    Drawn,
     answers,
     changed_frames,
+    clip_part,
     clips,
     confident_frames,
     heldout,
     new_model,
-    saved,
     still_part,
     stills,
     train,
@@ -44,6 +46,7 @@ from scripts.bench.systems.aggregation_reader import (
 EXAMPLES = """examples:
   python -m scripts.bench.systems.aggregation                 three seeds; finished arms are read, not repeated
   python -m scripts.bench.systems.aggregation --seeds 0       one seed
+  python -m scripts.bench.systems.aggregation --page          only the results, from the arms that are finished
   python -m scripts.bench.systems.aggregation --quick         shows that it runs
 """
 SCRATCH = ROOT / ".cache" / "bench" / "systems" / "aggregation"
@@ -57,10 +60,38 @@ CHOSEN = {
 }
 """Ways to choose the slow frames; the last one knows the truth and is an upper bound."""
 SEEDS = (0, 1, 2)
-EACH, STEPS, CLIP_STEPS, BATCH, RATE = 60, 120, 110, 2048, 2e-3
+RATE = 2e-3
+PLAIN = str.maketrans({" ": "_", ",": None, "+": "and", ":": None})
 
 Rows = dict[str, dict[str, list[int]]]
 """Arm → family → 1 for each question that is answered correctly, else 0."""
+STILLS = {"still of the answer, image": False, "still of the answer, video of one frame": True}
+PICKS = {f"slow frames: {name}": name for name in CHOSEN}
+
+
+FREE_TOKENS = {
+    **dict.fromkeys(STILLS, 16), **dict.fromkeys(TRAINED, TOKENS), "slow + fast, maximum": TOKENS,
+    "slow + fast, slow block first": TOKENS, "slow frames, no fast": 16 * SLOW,
+    "1 token a fast frame": 16 * SLOW + CELLS, "16 tokens a fast frame": 16 * (SLOW + CELLS),
+}  # fmt: skip
+"""Arm without training → visual tokens of its still or clip."""
+FREE_ARMS = (*FREE_TOKENS, *PICKS)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One seed of the study: sizes, and the folder of its results. each: held-out questions of a family."""
+
+    seed: int
+    folder: Path
+    each: int = 60
+    steps: int = 120
+    clip_steps: int = 110
+    batch: int = 2048
+
+    def say(self, text: str) -> None:
+        """Print a line of progress."""
+        print(f"seed {self.seed}, {text}", flush=True)
 
 
 def by_family(rows: Sequence[int], families: Sequence[str], each: int) -> dict[str, list[int]]:
@@ -68,39 +99,43 @@ def by_family(rows: Sequence[int], families: Sequence[str], each: int) -> dict[s
     return {family: list(rows[i * each : (i + 1) * each]) for i, family in enumerate(families)}
 
 
-def free(seed: int, scratch: Path, each: int, steps: int, batch: int) -> dict[str, Any]:
-    """Train the reader of stills, and let it read clips in every way without training."""
-    cpu = [0.0]
+def learn_stills(work: Work) -> dict[str, Any]:
+    """Train the reader of stills and write `stills.pt`."""
+    model = new_model(work.seed)
+    cpu = train(model, stills(work.seed, work.batch), work.steps, RATE, lambda text: work.say(f"stills: {text}"))
+    torch.save(model.state_dict(), work.folder / "stills.pt")
+    return {"cpu": cpu}
 
-    def make() -> Any:
-        model = new_model(seed)
-        cpu[0] = train(model, stills(seed, batch), steps, RATE, lambda text: print(f"seed {seed}, stills: {text}"))
-        return model
 
-    model = saved(scratch / str(seed) / "stills.pt", make)
-    questions, families = heldout(seed, list(READ), each), list(READ)
-    found: Rows = {}
-    for as_video in (False, True):
-        rows = answers(model, questions, "slow only", lambda one: still_part(one, one.cells[0], as_video))  # noqa: B023
-        found[f"still of the answer, {'video of one frame' if as_video else 'image'}"] = by_family(rows, families, each)
-    for name in ENCODERS:
-        found[name] = by_family(answers(model, questions, name), families, each)
-        print(f"seed {seed}, {FREE}, {name}: {means(found[name])}", flush=True)
-    picks = {
-        "periodic": [list(range(0, CELLS, CELLS // SLOW))] * len(questions),
-        "adaptive": [changed_frames(one) for one in questions],
-        "question": confident_frames(model, questions),
-        "evidence": [_evidence(one.cells) for one in questions],
-    }
-    hits = {}
-    for name, chosen in picks.items():
+def reader(work: Work) -> Any:
+    """A copy of the reader of stills."""
+    model = new_model(work.seed)
+    model.load_state_dict(torch.load(work.folder / "stills.pt", weights_only=True))
+    return model
+
+
+def free(arm: str, work: Work) -> dict[str, Any]:
+    """Let the reader of stills read held-out clips, or stills of them, in one way and without training."""
+    model, questions = reader(work), heldout(work.seed, list(READ), work.each)
+    part, encoder, more = clip_part, arm, {}
+    if arm in STILLS:
+        encoder, part = "slow only", lambda one: still_part(one, one.cells[0], STILLS[arm])
+    elif arm in PICKS:
+        chosen = _picked(PICKS[arm], model, questions)
         places = {one.name: slow for one, slow in zip(questions, chosen, strict=True)}
-        rows = answers(model, questions, "slow + fast", lambda one: with_slow(one, places[one.name]))  # noqa: B023
-        found[f"slow frames: {name}"] = by_family(rows, families, each)
-        hit = [int(bool({*one.cells} & {*places[one.name]})) for one in questions]
-        hits[name] = by_family(hit, families, each)
-        print(f"seed {seed}, {FREE}, slow frames {name}: {means(found[f'slow frames: {name}'])}", flush=True)
-    return {"rows": found, "hits": hits, "cpu": cpu[0]}
+        encoder, part = "slow + fast", lambda one: with_slow(one, places[one.name])
+        more = {"hits": [int(bool({*one.cells} & {*places[one.name]})) for one in questions]}
+    found = by_family(answers(model, questions, encoder, part), list(READ), work.each)
+    return {"rows": {arm: found}, **more}
+
+
+def _picked(name: str, model: Any, questions: Sequence[Drawn]) -> list[list[int]]:
+    """The slow frames of each question."""
+    if name == "question":
+        return confident_frames(model, questions)
+    if name == "periodic":
+        return [list(range(0, CELLS, CELLS // SLOW))] * len(questions)
+    return [changed_frames(one) if name == "adaptive" else _evidence(one.cells) for one in questions]
 
 
 def _evidence(cells: Sequence[int]) -> list[int]:
@@ -109,17 +144,12 @@ def _evidence(cells: Sequence[int]) -> list[int]:
     return sorted([*cells[:SLOW], *rest][:SLOW])
 
 
-def trained(name: str, seed: int, scratch: Path, each: int, steps: int, batch: int) -> dict[str, Any]:
+def trained(arm: str, work: Work) -> dict[str, Any]:
     """Train a copy of the reader of stills on clips under one encoder, and let it read held-out clips."""
-    path = scratch / str(seed) / "stills.pt"
-    model = new_model(seed)
-    model.load_state_dict(torch.load(path, weights_only=True))
-    say = lambda text: print(f"seed {seed}, {name}: {text}", flush=True)  # noqa: E731
-    cpu = train(model, clips(name, seed, batch), steps, RATE, say)
-    questions = heldout(seed, list(WATCHED), each)
-    found = by_family(answers(model, questions, name), list(WATCHED), each)
-    say(str(means(found)))
-    return {"rows": {name: found}, "cpu": cpu}
+    model, families = reader(work), list(WATCHED)
+    cpu = train(model, clips(arm, work.seed, work.batch), work.clip_steps, RATE, lambda t: work.say(f"{arm}: {t}"))
+    rows = answers(model, heldout(work.seed, families, work.each), arm)
+    return {"rows": {arm: by_family(rows, families, work.each)}, "cpu": cpu}
 
 
 def means(rows: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -127,12 +157,31 @@ def means(rows: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return {family: round(100 * float(np.mean(values))) for family, values in rows.items()}
 
 
-def measured(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The results of `path`, measured if it is not there."""
+def measured(path: Path, make: Callable[[], dict[str, Any]] | None) -> dict[str, Any] | None:
+    """The results of `path`, measured if it is not there; None if it is not and there is no `make`."""
     if not path.exists():
+        if make is None:
+            return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(make()) + "\n")
+        began = time.monotonic()
+        found = make()
+        write_atomically(path, json.dumps({**found, "seconds": time.monotonic() - began}) + "\n")
+        shown = [f"{name}: {means(rows)}" for name, rows in found.get("rows", {}).items()]
+        print(f"{path.parent.name}/{path.stem}", *shown, flush=True)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def all_of(work: Work, measure: bool) -> dict[str, dict[str, Any]]:
+    """What is measured of a seed: "stills", and each arm under "free" and "trained"; all of it with `measure`."""
+    units = {"stills": lambda: learn_stills(work)}
+    units |= {f"free {arm}": partial(free, arm, work) for arm in FREE_ARMS}
+    units |= {f"trained {arm}": partial(trained, arm, work) for arm in TRAINED}
+    found = {}
+    for name, make in units.items():
+        path = work.folder / f"{name.translate(PLAIN)}.json"
+        if (result := measured(path, make if measure else None)) is not None:
+            found[name] = result
+    return found
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -163,89 +212,94 @@ def rows_of(
     return rows
 
 
-def tables(found: Sequence[Mapping[str, Any]], after: Sequence[Rows]) -> list[Table]:
+def complete(found: Sequence[Mapping[str, Any]], kind: str, arms: Sequence[str]) -> list[Rows]:
+    """The rows of each seed that has all of the arms."""
+    names = [f"{kind} {arm}" for arm in arms]
+    parts = [[one[name]["rows"] for name in names] for one in found if all(name in one for name in names)]
+    return [{arm: rows for part in seed for arm, rows in part.items()} for seed in parts]
+
+
+def tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Accuracy of every arm, training-free and trained, and of every way to choose slow frames."""
-    parts, families, watched = [one["rows"] for one in found], list(READ), list(WATCHED)
-    sizes = {
-        "slow + fast": TOKENS, "slow only": TOKENS, "fast only": TOKENS, "slow + fast, pixels": TOKENS,
-        "slow + fast, maximum": TOKENS, "slow + fast, slow block first": TOKENS,
-        "slow frames, no fast": 16 * SLOW, "1 token a fast frame": 16 * SLOW + CELLS,
-        "16 tokens a fast frame": 16 * (SLOW + CELLS),
-    }  # fmt: skip
-    stills_of = {arm: (tokens,) for tokens, kind in ((16, "image"), (16, "video of one frame"))
-                 for arm in [f"still of the answer, {kind}"]}  # fmt: skip
-    arms = {**stills_of, **{arm: (tokens,) for arm, tokens in sizes.items()}}
-    base = "slow + fast"
-    picks = {f"slow frames: {name}": (text, _hit(found, name)) for name, text in CHOSEN.items()}
+    families, watched, base, pick = list(READ), list(WATCHED), "slow + fast", "slow frames: periodic"
+    facts: dict[str, Sequence[Any]] = {arm: (tokens,) for arm, tokens in FREE_TOKENS.items()}
+    chosen = {arm: (CHOSEN[name], _hit(found, arm)) for arm, name in PICKS.items()}
     columns = ("arm", "visual tokens", *families, "mean by seed", f"difference to {base} (95 %)")
     ways = ("arm", "chosen", "clips with the answer in a slow frame, %", *families, "mean by seed",
             "difference to periodic (95 %)")  # fmt: skip
     last = ("arm", *watched, "mean by seed", f"difference to {base} (95 %)")
-    return [
-        Table("A reader of stills reads clips, no training on clips; accuracy in percent", columns,
-              rows_of(parts, arms, families, base)),
-        Table(f"The same, {TOKENS} tokens, by the choice of the slow frames; accuracy in percent", ways,
-              rows_of(parts, picks, families, "slow frames: periodic")),
-        Table(f"Trained on clips, each arm with its own tokens, {TOKENS} a clip; accuracy in percent", last,
-              rows_of(after, {arm: () for arm in TRAINED}, watched, base)),
-    ]  # fmt: skip
+    wanted = (
+        ("A reader of stills reads clips, no training on clips; accuracy in percent", columns, "free", facts, base),
+        (f"The same, {TOKENS} tokens, by the choice of the slow frames; accuracy in percent", ways, "free", chosen,
+         pick),
+        (f"Trained on clips, each arm with its own tokens, {TOKENS} a clip; accuracy in percent", last, "trained",
+         dict.fromkeys(TRAINED, ()), base),
+    )  # fmt: skip
+    made = []
+    for title, head, kind, arms, against_arm in wanted:
+        if parts := complete(found, kind, list(arms)):
+            seeds = f"{len(parts)} seed{'s' * (len(parts) > 1)}"
+            rows = rows_of(parts, arms, families if kind == "free" else watched, against_arm)
+            made.append(Table(f"{title}, {seeds}", head, rows))
+    return made
 
 
-def _hit(found: Sequence[Mapping[str, Any]], name: str) -> str:
-    values = [value for one in found for rows in one["hits"][name].values() for value in rows]
-    return f"{100 * np.mean(values):.0f}"
+def _hit(found: Sequence[Mapping[str, Any]], arm: str) -> str:
+    values = [value for one in found for value in one.get(f"free {arm}", {}).get("hits", [])]
+    return f"{100 * np.mean(values):.0f}" if values else "–"
 
 
-def claims(parts: Sequence[Rows], after: Sequence[Rows]) -> list[Claim]:
-    """The questions of the study, each as a paired difference."""
+def claims(found: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """The questions of the study, each as a paired difference over the seeds that have both arms."""
     free_pairs = [
         ("slow + fast", "slow only"), ("slow + fast", "fast only"), ("slow + fast", "slow + fast, pixels"),
         ("slow + fast, slow block first", "slow + fast"), ("slow + fast", "1 token a fast frame"),
         ("1 token a fast frame", "slow frames, no fast"),
         ("slow frames: adaptive", "slow frames: periodic"), ("slow frames: question", "slow frames: periodic"),
     ]  # fmt: skip
-    wanted = [(FREE, parts, one, other, list(READ)) for one, other in free_pairs]
-    wanted += [("trained", after, "slow + fast", other, list(WATCHED)) for other in TRAINED[1:]]
+    wanted = [("free", one, other, list(READ)) for one, other in free_pairs]
+    wanted += [("trained", "slow + fast", other, list(WATCHED)) for other in TRAINED[1:]]
     made = []
-    for kind, rows, one, other, families in wanted:
-        figure, low = against(rows, one, other, families)
-        made.append(Claim(f"{kind}: {one} − {other}, points", "above 0 (95 %)", figure, met=low > 0))
+    for kind, one, other, families in wanted:
+        if rows := complete(found, kind, (one, other)):
+            figure, low = against(rows, one, other, families)
+            title = f"{FREE if kind == 'free' else kind}: {one} − {other}, points"
+            made.append(Claim(title, "above 0 (95 %)", f"{figure}, {len(rows)} seeds", met=low > 0))
     return made
 
 
 def main() -> None:
     parser = arguments(__doc__, EXAMPLES, results="systems")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED", help="default: 0 1 2")
+    parser.add_argument("--page", action="store_true", help="measure nothing: the results of what is finished")
     args = parser.parse_args()
-    began, scratch, seeds = time.monotonic(), SCRATCH, list(args.seeds)
-    each, steps, clip_steps, batch = EACH, STEPS, CLIP_STEPS, BATCH
+    sizes, seeds, scratch = {}, list(args.seeds), SCRATCH
     if args.quick:
-        scratch, seeds, each, steps, clip_steps, batch = SCRATCH.with_name("aggregation_quick"), [0], 2, 2, 1, 256
+        scratch, seeds = SCRATCH.with_name("aggregation_quick"), [0]
+        sizes = {"each": 2, "steps": 2, "clip_steps": 1, "batch": 256}
         shutil.rmtree(scratch, ignore_errors=True)
-    found, after, cpu = [], [], 0.0
-    for seed in seeds:
-        folder = scratch / str(seed)
-        found.append(measured(folder / "free.json", lambda: free(seed, scratch, each, steps, batch)))  # noqa: B023
-        rows: Rows = {}
-        for name in TRAINED:
-            path = folder / f"{name.replace(' ', '_').replace(',', '')}.json"
-            part = measured(path, lambda: trained(name, seed, scratch, each, clip_steps, batch))  # noqa: B023
-            rows |= part["rows"]
-            cpu += part["cpu"]
-        after.append(rows)
-        cpu += found[-1]["cpu"]
-    parts = [one["rows"] for one in found]
+    works = [Work(seed, scratch / str(seed), **sizes) for seed in seeds]
+    found = [all_of(work, not args.page) for work in works]
+    one, units = works[0], [result for part in found for result in part.values()]
+    if not units:
+        raise KeyeError(f"nothing is measured in {scratch}; run the same command without --page")
+    names = ["stills", *(f"free {arm}" for arm in FREE_ARMS), *(f"trained {arm}" for arm in TRAINED)]
+    missing = [f"seed {work.seed}: {name}" for work, part in zip(works, found, strict=True)
+               for name in names if name not in part]  # fmt: skip
     notes = [
-        f"{len(seeds)} seeds of weights, training and held-out questions; {each} held-out questions a family and seed. "
+        f"Weights, training and held-out questions differ by seed; {one.each} held-out questions a family and seed. "
         "Intervals are by bootstrap over the questions of all seeds, paired by question; they do not contain the "
-        f"variation of a fourth seed. Stills: {steps} steps of {batch} tokens; clips: {clip_steps} steps each. "
-        f"Training took {cpu:.0f} processor seconds in all. Chance: read 10 %, find 17 %, order 50 %, motion 25 %.",
+        f"variation of another seed. Stills: {one.steps} steps of {one.batch} tokens; clips: {one.clip_steps} steps "
+        f"each. Training took at most {sum(unit.get('cpu', 0) for unit in units):.0f} processor seconds in all. Chance: read "
+        "10 %, find 17 %, order 50 %, motion 25 %.",
         f"A clip has {CELLS} frames (two a second); slow frames have 4 x 4 tokens, fast ones 2 x 2, pooled from 4 x 4. "
         f"The arm 'slow only' has {TOKENS // 16} frames, 'fast only' has {2 * CELLS} (four a second). Equal are the "
         "visual tokens; timestamps and marks of frames are not counted.",
     ]
-    save(out_of(args), "aggregation", claims(parts, after), tables(found, after), seconds=time.monotonic() - began,
-         quick=args.quick, seeds={"seeds": " ".join(map(str, seeds))}, notes=notes)  # fmt: skip
+    notes += [f"Not measured, the same command without --page continues: {'; '.join(missing)}."] if missing else []
+    seconds = sum(unit["seconds"] for unit in units)
+    save(out_of(args), "aggregation", claims(found), tables(found), seconds=seconds, quick=args.quick,
+         seeds={"seeds": " ".join(map(str, seeds))}, notes=notes)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -274,17 +273,3 @@ def confident_frames(model: KeyeForConditionalGeneration, questions: Sequence[Dr
         best = logits.float().softmax(-1).amax(-1).topk(SLOW).indices.tolist()
         found.append(sorted(best))
     return found
-
-
-def saved(path: Path, make: Callable[[], KeyeForConditionalGeneration]) -> KeyeForConditionalGeneration:
-    """The model of `path`, which is made and written if it is not there."""
-    model = new_model(0)
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
-    model = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    torch.save(model.state_dict(), scratch)
-    scratch.replace(path)
-    return model
