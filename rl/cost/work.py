@@ -18,7 +18,8 @@ class Lengths:
     """Tokens of prompts and answers.
 
     prompt, answer: of an average one. longest_prompt, longest_answer: any rank may get them in any step. visual: share
-    of visual tokens in a prompt. patches: of an average frame. frame: patches of the largest frame or still.
+    of visual tokens in a prompt. patches: four for each visual token of an average frame. frame: patches of the largest
+    frame or still. encoded: a frame's own patches over `patches`, see `stages.cost.work.Kind`.
     """
 
     prompt: int
@@ -28,14 +29,15 @@ class Lengths:
     visual: float
     patches: float
     frame: int
+    encoded: float = 1.0
 
     def pixels_of(self, tokens: float) -> float:
         """Patches in prompts of so many tokens."""
-        return 4 * self.visual * tokens
+        return 4 * self.visual * tokens * self.encoded
 
     def frames_of(self, tokens: float) -> list[tuple[int, int]]:
         """(height, width) in patches of the frames in a prompt of so many tokens."""
-        return [square(self.patches)] * round(self.pixels_of(tokens) / self.patches)
+        return [square(self.patches * self.encoded)] * round(4 * self.visual * tokens / self.patches)
 
 
 def lengths_of(gspo: Settings, pretrain: Recipe, prompt: int | None = None, answer: int | None = None) -> Lengths:
@@ -63,7 +65,8 @@ def lengths_of(gspo: Settings, pretrain: Recipe, prompt: int | None = None, answ
         longest_answer=gspo.max_new_tokens,
         visual=video.visual,
         patches=video.patches,
-        frame=min(largest_frame(pretrain, stage) * stage.sequence_parallel, 4 * limit),
+        frame=min(largest_frame(pretrain, stage) * stage.sequence_parallel, round(4 * limit * video.encoded)),
+        encoded=video.encoded,
     )
 
 

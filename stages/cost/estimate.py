@@ -282,7 +282,8 @@ def _contrastive(
     sizes = {k: kinds[k].tokens * kinds[k].visual * 4 for k in mixture}
     frames: list[tuple[int, int]] = []
     for kind, share in mixture.items():
-        frames += [square(kinds[kind].patches)] * round(settings.pairs * share * sizes[kind] / kinds[kind].patches)
+        size = square(kinds[kind].patches * kinds[kind].encoded)
+        frames += [size] * round(settings.pairs * share * sizes[kind] / kinds[kind].patches)
     patches = sum(height * width for height, width in frames)
     total = counts["visual"] + text.parameters + head_parameters(vision)
     held, read = patches / plan.ranks / micro, settings.pairs * text.length / plan.ranks / micro

@@ -5,7 +5,9 @@ Nobody has looked at the data: what the recipe does not say is assumed here.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from keye.aggregation.settings import FeatureAggregation
 from stages.recipe import Recipe, StageRecipe
 from stages.recipe_checks import KINDS
 from stages.stage import choose_sources
@@ -15,14 +17,16 @@ from stages.stage import choose_sources
 class Kind:
     """An average sample of one kind.
 
-    tokens: of a document, visual ones included. visual: share of visual tokens. patches: of a frame or still. labels:
-    share of tokens with a label.
+    tokens: of a document, visual ones included. visual: share of visual tokens. patches: four for each visual token of
+    a frame or still. labels: share of tokens with a label. encoded: the frame's own patches over `patches`, above 1
+    where an encoder's aggregation pools tokens.
     """
 
     tokens: float
     visual: float
     patches: float
     labels: float
+    encoded: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ def kinds_of(recipe: Recipe, stage: StageRecipe) -> dict[str, Kind]:
     """Average samples of each kind according to the recipe's budgets.
 
     A clip takes half of the encoder's budget or of the context, whichever is smaller; its frames have the geometric
-    mean of the smallest and largest size. A still has 500 tokens within its limits, a photograph of 600 × 650 pixels,
-    and 200 tokens of text. A text takes a quarter of the context.
+    mean of the smallest and largest size; with an aggregation all are encoded at the largest. A still has 500 tokens
+    within its limits, a photograph of 600 × 650 pixels, and 200 tokens of text. A text takes a quarter of the context.
     """
     encoder = {**recipe.processor.encoder, **stage.encoder}
     low, high = encoder.get("min_tokens_per_frame", 48), encoder.get("max_tokens_per_frame", 768)
@@ -54,11 +58,19 @@ def kinds_of(recipe: Recipe, stage: StageRecipe) -> dict[str, Kind]:
     still = min(max(500.0, stills.get("min_tokens", 4)), stills.get("max_tokens", 20_480), context / 2)
     words = min(200.0, context / 4)
     mark = 8.0  # tokens of a frame's timestamp
+    clip_tokens = clip * (1 + mark / frame) + words
+    encoded = _encoded_tokens(encoder, high) / frame if encoder.get("aggregation") else 1.0
     return {
-        "video": Kind(clip * (1 + mark / frame) + words, clip / (clip * (1 + mark / frame) + words), 4 * frame, 0.1),
+        "video": Kind(clip_tokens, clip / clip_tokens, 4 * frame, 0.1, encoded),
         "image": Kind(still + words, still / (still + words), 4 * still, 0.25),
         "text": Kind(stage.context / 4, 0.0, 4.0, 0.9),
     }
+
+
+def _encoded_tokens(encoder: dict[str, Any], largest: float) -> float:
+    """Tokens of a frame before it is pooled, of an encoder whose largest frames have `largest` tokens."""
+    spec = encoder.get("aggregation")
+    return largest * (1 if spec is None else FeatureAggregation.of(spec).oversample ** 2)
 
 
 def largest_frame(recipe: Recipe, stage: StageRecipe, frames: bool = True) -> int:
@@ -68,9 +80,10 @@ def largest_frame(recipe: Recipe, stage: StageRecipe, frames: bool = True) -> in
     """
     still = recipe.processor.image.get("max_tokens", 20_480)
     encoder = {**recipe.processor.encoder, **stage.encoder}
-    largest = max(still, encoder.get("max_tokens_per_frame", 768) if frames else 0)
+    context = stage.context if stage.limit is not None else math.inf
+    frame = _encoded_tokens(encoder, min(encoder.get("max_tokens_per_frame", 768), context)) if frames else 0
     # A sequence group cuts frames larger than a chunk among its ranks.
-    return round(4 * min(largest, stage.context if stage.limit is not None else math.inf) / stage.sequence_parallel)
+    return round(4 * max(min(still, context), frame) / stage.sequence_parallel)
 
 
 def mixture_read(name: str, recipe: Recipe, tokens: float) -> dict[str, float]:
@@ -108,7 +121,7 @@ def work_of(stage: StageRecipe, kinds: dict[str, Kind]) -> Work:
         count = max(1, round(share * tokens / kind.tokens)) if share else 0
         documents += [round(share * tokens / count)] * count if count else []
         patches = 4 * share * tokens * kind.visual
-        frames += [square(kind.patches)] * round(patches / kind.patches)
+        frames += [square(kind.patches * kind.encoded)] * round(patches / kind.patches)
         labels += share * tokens * kind.labels
     return Work(documents, frames, round(labels))
 

@@ -286,12 +286,13 @@ def main() -> None:
     names = ["stills", *(f"free {arm}" for arm in FREE_ARMS), *(f"trained {arm}" for arm in TRAINED)]
     missing = [f"seed {work.seed}: {name}" for work, part in zip(works, found, strict=True)
                for name in names if name not in part]  # fmt: skip
+    cpu = sum(unit.get("cpu", 0) for unit in units)
     notes = [
         f"Weights, training and held-out questions differ by seed; {one.each} held-out questions a family and seed. "
         "Intervals are by bootstrap over the questions of all seeds, paired by question; they do not contain the "
         f"variation of another seed. Stills: {one.steps} steps of {one.batch} tokens; clips: {one.clip_steps} steps "
-        f"each. Training took at most {sum(unit.get('cpu', 0) for unit in units):.0f} processor seconds in all. Chance: read "
-        "10 %, find 17 %, order 50 %, motion 25 %.",
+        f"each. Training took at most {cpu:.0f} processor seconds in all. Chance: "
+        "read 10 %, find 17 %, order 50 %, motion 25 %.",
         f"A clip has {CELLS} frames (two a second); slow frames have 4 x 4 tokens, fast ones 2 x 2, pooled from 4 x 4. "
         f"The arm 'slow only' has {TOKENS // 16} frames, 'fast only' has {2 * CELLS} (four a second). Equal are the "
         "visual tokens; timestamps and marks of frames are not counted.",

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,14 +19,19 @@ from keye.processor.tokenizer import train_tokenizer
 from keye.slowfast.plan import VideoPlan
 from rl.policy.scoring import Group, score
 from rl.policy.sequence_parallel import _shared
+from rl.rollout.inprocess import InProcessRollout
 from rl.rollout.messages import messages_of
+from stages import recipe as recipes
+from stages.cost.work import kinds_of, largest_frame, work_of
 from stages.data.collate import from_bytes, pack, to_bytes
 from stages.data.items import Item
 from stages.distributed.parallel import ParallelDims, shard_vision
+from stages.recipe import load
 
 SIZES = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 24, "max_tokens": 400, "fps": 2.0}
 SPECS = ["mean", "max", "mean:oversample=2", "mean:layout=slow_then_fast"]
 POLICIES = ["adaptive", "two_stream:slow=3,fast_tokens=4"]
+RECIPE = Path(recipes.__file__).parent / "recipes" / "tiny.toml"
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +275,31 @@ def test_what_cannot_be_done_is_refused(tokenizer):
         read_tokens(
             torch.zeros(int(bad.video_grid_thw.prod(1).sum()) // 4, 2), None, bad.video_grid_thw, bad.video_blocks
         )
+
+
+def test_a_rollout_samples_with_the_log_probabilities_that_the_update_scores(model, tokenizer):
+    processor = processor_of(tokenizer, "mean:layout=slow_then_fast", "two_stream:slow=2,fast_tokens=4")
+    network = copy.deepcopy(model)
+    network.set_attn_implementation("keye")
+    samples = [processor.sample(chat(seed)[:1], add_generation_prompt=True) for seed in (0, 1)]
+    engine = InProcessRollout(network, processor, torch.Generator().manual_seed(0))
+    groups = engine.generate(samples, 3, 1.0, 5)
+    sampled = torch.cat([row for group in groups for row in group.log_probs])
+    assert all(torch.equal(g.sample.video_blocks, s.video_blocks) for g, s in zip(groups, samples, strict=True))
+    torch.testing.assert_close(sampled, score(network, groups).log_probs.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_cost_of_a_recipe_counts_the_patches_that_are_encoded():
+    sizes = "processor.encoder={min_tokens_per_frame=16,max_tokens_per_frame=64"
+    works = {}
+    for spec in (None, "mean", "mean:oversample=2"):
+        recipe = load(
+            RECIPE, ["annealing.sequence_parallel=1", sizes + ("}" if spec is None else f",aggregation='{spec}'}}")]
+        )
+        stage = recipe.multitask
+        works[spec] = work_of(stage, kinds_of(recipe, stage)), largest_frame(recipe, stage)
+    # A frame has 32 tokens on average (between 16 and 64) and is encoded with 64, or 256 where it is oversampled.
+    videos = {spec: max(work.frames) for spec, (work, _) in works.items()}
+    assert videos == {None: (12, 12), "mean": (16, 16), "mean:oversample=2": (32, 32)}
+    assert len({len(work.frames) for work, _ in works.values()}) == 1
+    assert [frame for _, frame in works.values()] == [256, 256, 1024]
