@@ -45,6 +45,9 @@ def check(recipe: Any, file: str) -> None:
             f"{name}.sequence_parallel must be 1 with an encoder's aggregation, which needs all frames of a video on "
             "one rank; set it to 1 or remove aggregation",
         )
+        if recipe.model.vision.get("mixer", "attention") != "attention":
+            still = recipe.processor.image.get("max_tokens", 20_480)
+            _check_mixer(name, stage, max(encoder.get("max_tokens_per_frame", 768), still), need)
         _check_stage(name, stage, need)
         _check_data_of_stage(name, stage, recipe.data, need)
     if recipe.vision is not None:
@@ -52,6 +55,20 @@ def check(recipe: Any, file: str) -> None:
     if recipe.annealing is not None:
         need(recipe.annealing.rope_scale > 0, "annealing.rope_scale must be above 0")
         _check_context_schedule(recipe.annealing, need)
+
+
+def _check_mixer(name: str, stage: Any, tokens: int, need: Need) -> None:
+    """Refuse what a tower with another mixer than attention cannot do; tokens: of the largest frame or still."""
+    from keye.model.vision import FRAME_PATCHES
+
+    limit = FRAME_PATCHES // 4
+    need(
+        stage.sequence_parallel == 1 or min(tokens, stage.context) <= limit,
+        f"{name}.sequence_parallel = {stage.sequence_parallel} divides frames of more than {limit} tokens among ranks, "
+        f"which model.vision.mixer cannot do; set max_tokens_per_frame and processor.image.max_tokens to {limit} or "
+        "less",
+    )
+    need(not stage.compile, f"{name}.compile = true: model.vision.mixer cannot be compiled; set {name}.compile = false")
 
 
 def check_training(table: str, stage: Any, data: Any, need: Need) -> None:

@@ -1,0 +1,184 @@
+"""The claims, tables and notes of the runs there are."""
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+import numpy as np
+
+from scripts.bench.common.intervals import paired_interval
+from scripts.bench.common.record import Claim, Table
+from scripts.bench.systems.hyperzzw.curve import HEADS, MLP, WIDTH
+from scripts.bench.systems.hyperzzw.towers import FAMILIES, RATE, TOKENS
+
+Runs = Mapping[str, dict[str, Any]]
+Written = tuple[list[Claim], list[Table]]
+
+
+def written(
+    runs: Runs, names: Sequence[str], steps: int, tower_steps: int
+) -> tuple[list[Claim], list[Table], list[str]]:
+    """Claims, tables and notes; a part with no runs is left out, and the last note names missing runs."""
+    claims, tables = list[Claim](), list[Table]()
+    for part in (_curve(runs), _nets(runs, steps), _towers(runs, tower_steps)):
+        claims += part[0]
+        tables += part[1]
+    missing = [name for name in names if name not in runs]
+    notes = [
+        "Intervals: 95 %, paired bootstrap over images or questions, each the mean of its seeds; they do not include "
+        "the spread of seeds, which the tables list. Seconds are CPU seconds of one thread on a machine with other "
+        "work.",
+        "The released net is reconstructed from the published equations with ω₀ = 2000, the default of its functions; "
+        "no published figure is for these images.",
+    ]
+    return claims, tables, [*notes, *([f"Not measured: {', '.join(missing)}."] if missing else [])]
+
+
+def _curve(runs: Runs) -> Written:
+    rows = sorted((found for name, found in runs.items() if name.startswith("curve-")), key=lambda row: row["patches"])
+    if not rows:
+        return [], []
+    cells = []
+    for row in rows:
+        attention, mixer = row["attention"], row["hyperzzw"]
+        cells.append(
+            (
+                f"{row['patches']:,}",
+                *(f"{1000 * one['seconds']:.1f}" for one in (attention, mixer)),
+                f"{mixer['seconds'] / attention['seconds']:.2f}",
+                *(f"{one['bytes'] / 2**20:.1f}" for one in (attention, mixer)),
+                *(f"{one['operations'] / 1e9:.2f}" for one in (attention, mixer)),
+            )
+        )
+    table = Table(
+        f"One tower layer (width {WIDTH}, {HEADS} heads, MLP {MLP}) on one square frame, float32: median milliseconds "
+        "of a forward pass over 5 rounds in alternating order, MiB that a backward pass keeps, 10⁹ operations",
+        ("patches", "ms, attention", "ms, mixer", "ratio", "MiB, attention", "MiB, mixer", "operations, attention",
+         "operations, mixer"),
+        cells,
+    )  # fmt: skip
+    last = rows[-1]
+    ratio = last["hyperzzw"]["seconds"] / last["attention"]["seconds"]
+    claim = Claim(
+        f"a layer with the mixer is faster than attention at {last['patches']:,} patches",
+        "ratio < 1", f"{ratio:.2f} of attention's time", met=ratio < 1,
+    )  # fmt: skip
+    return [claim], [table]
+
+
+def _right(runs: Runs, pattern: str, *keys: str) -> dict[int, np.ndarray]:
+    """Seed → right or not, under these keys of the runs `pattern` with the seed."""
+    found = {seed: runs[name] for seed in range(10) if (name := pattern.format(seed)) in runs}
+    return {seed: np.array(reduce(getitem, keys, one)) for seed, one in found.items()}
+
+
+def _difference(one: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> tuple[float, float, float] | None:
+    """Difference in per cent and its interval, over the seeds of both; None without a common seed."""
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        return None
+    items = 100 * np.mean([one[seed].astype(float) - other[seed] for seed in seeds], axis=0)
+    return float(items.mean()), *paired_interval(items)
+
+
+def _said(difference: tuple[float, float, float] | None) -> str:
+    return "–" if difference is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*difference)
+
+
+def _shares(right: dict[int, np.ndarray]) -> str:
+    return ", ".join(f"{100 * values.mean():.1f}" for values in right.values()) or "–"
+
+
+def _nets(runs: Runs, steps: int) -> Written:
+    arms = {
+        "ours, AdamW": "net-digits-ours-AdamW-{}", "residual CNN, AdamW": "net-digits-residual-AdamW-{}",
+        "released, AdamW": "net-digits-released-AdamW-{}", "ours, Kar3": "net-digits-ours-Kar3-{}",
+        "ours, AdamW, slow neural loss": "net-digits-ours-AdamW-slow-{}",
+        "stills: ours, AdamW": "net-stills-ours-AdamW-{}",
+        "stills: residual CNN, AdamW": "net-stills-residual-AdamW-{}",
+    }  # fmt: skip
+    found = {name: _right(runs, pattern, "right") for name, pattern in arms.items()}
+    rows = []
+    for name, pattern in arms.items():
+        if not found[name]:
+            continue
+        some = runs[pattern.format(next(iter(found[name])))]
+        base = "stills: ours, AdamW" if name.startswith("stills") else "ours, AdamW"
+        difference = "" if name == base else _said(_difference(found[name], found[base]))
+        rows.append(
+            (name, f"{some['parameters']:,}", f"{some['rate']:g}", _shares(found[name]), difference,
+             f"{some['seconds']:.0f}")
+        )  # fmt: skip
+    if not rows:
+        return [], []
+    rates = [
+        (name.removeprefix("rate-").replace("-", ", "), ", ".join(f"{rate:g}: {score:.1f}" for rate, score in tried))
+        for name, tried in ((name, one["tried"]) for name, one in runs.items() if name.startswith("rate-"))
+    ]
+    alone = [
+        (name, _shares(_right(runs, pattern, "right")), _shares(_right(runs, pattern, "alone")))
+        for name, pattern in list(arms.items())[:3] if found[name]
+    ]  # fmt: skip
+    larger = [
+        (name, _shares(found[name]), _shares(_right(runs, arms[name], "larger")))
+        for name in arms if name.startswith("stills") and found[name]
+    ]  # fmt: skip
+    tables = [
+        Table(f"Right answers, per cent, of 600 digits (8×8) or 600 drawn stills (16×16) after {steps} steps of 32 "
+              "images; each seed, and the difference from ours with AdamW",
+              ("net", "parameters", "learning rate", "each seed", "difference", "CPU seconds of a run"), rows),
+        Table("Choice of the learning rates: right answers of 200 other digits, another seed, per cent",
+              ("net, optimizer", "rate: per cent"), rates),
+        Table("The same digits in batches of 64 and one at a time, per cent, each seed",
+              ("net", "batches of 64", "alone"), alone),
+        Table("Nets trained on 16×16 stills, asked about stills of 24×20, per cent, each seed",
+              ("net", "16×16", "24×20"), larger),
+    ]  # fmt: skip
+    pairs = (
+        ("ours equals a residual CNN of equal parameters on digits", "ours, AdamW", "residual CNN, AdamW"),
+        ("ours equals a residual CNN of equal parameters on drawn stills", "stills: ours, AdamW",
+         "stills: residual CNN, AdamW"),
+        ("Kar3 trains ours at least as well as AdamW", "ours, Kar3", "ours, AdamW"),
+        ("the slow neural loss does not harm", "ours, AdamW, slow neural loss", "ours, AdamW"),
+    )  # fmt: skip
+    claims = []
+    for claim, one, other in pairs:
+        if difference := _difference(found[one], found[other]):
+            claims.append(
+                Claim(claim, "the interval does not end below 0", f"{_said(difference)} points", met=difference[2] >= 0)
+            )
+    return claims, [table for table in tables if table.rows]
+
+
+def _towers(runs: Runs, steps: int) -> Written:
+    rows, claims = [], []
+    for family in FAMILIES:
+        arms = {m: _right(runs, f"tower-{m}-{{}}", "right", family) for m in ("attention", "hyperzzw")}
+        if not all(arms.values()):
+            continue
+        difference = _difference(arms["hyperzzw"], arms["attention"])
+        rows.append((family, *(_shares(right) for right in arms.values()), _said(difference)))
+        if difference:
+            claims.append(
+                Claim(f"the tiny model answers {family} as well with the mixer as with attention",
+                      "the interval does not end below 0", f"{_said(difference)} points", met=difference[2] >= 0)
+            )  # fmt: skip
+    if not rows:
+        return [], []
+    costs = []
+    for mixer in ("attention", "hyperzzw"):
+        found = [one for name, one in runs.items() if name.startswith(f"tower-{mixer}-")]
+        mean = {key: np.mean([one[key] for one in found]) for key in ("operations", "seconds", "loss")}
+        costs.append(
+            (mixer, f"{found[0]['tower']:,}", f"{mean['operations'] / 1e12:.3f}", f"{mean['seconds']:.0f}",
+             f"{mean['loss']:.3f}", ", ".join(f"{h}×{w}: {n:,}" for h, w, n in found[0]["frames"]))
+        )  # fmt: skip
+    tables = [
+        Table(f"The tiny model after {steps} steps of {TOKENS:,} tokens, learning rate {RATE:g}: right answers of 50 "
+              "held-out questions, per cent, each seed, and the difference of the mixer; chance 25",
+              ("family", "attention", "mixer", "difference"), rows),
+        Table("Cost of a run: the mixers read the same samples", ("mixer", "parameters of the tower",
+              "10¹² operations", "CPU seconds", "last loss", "frames in patches: number"), costs),
+    ]  # fmt: skip
+    return claims, tables
