@@ -125,7 +125,8 @@ class TwoStream(Policy):
     pathway, which contains every frame. A slow frame therefore has two entries, the slow one first.
 
     The paper has 10 slow frames of 24x12 tokens and 50 fast ones of 4x4. It pools after the vision tower, and its slow
-    pathway comes before its fast one; here both are in the order of time.
+    pathway comes before its fast one. Here frames are resized, and both are in the order of time; the encoder's setting
+    `aggregation` pools after the vision tower, and can put the slow pathway first (`keye.aggregation`).
     """
 
     name = "two_stream"

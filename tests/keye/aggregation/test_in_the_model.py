@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from keye import KeyeForConditionalGeneration, KeyeProcessor, SlowFastEncoder
-from keye.aggregation.plans import entry_frames, reading_order
+from keye.aggregation.plans import entry_frames, plan_blocks, reading_order
 from keye.errors import KeyeError, RecipeError
+from keye.evaluation import controls
+from keye.evaluation.public.frames import part_of
 from keye.inference.planned import planned_video
 from keye.model.config import KeyeConfig
 from keye.model.placeholders import read_tokens
@@ -25,6 +27,7 @@ from stages import recipe as recipes
 from stages.cost.work import kinds_of, largest_frame, work_of
 from stages.data.collate import from_bytes, pack, to_bytes
 from stages.data.items import Item
+from stages.data.sources.decontaminate import sample_hashes
 from stages.distributed.parallel import ParallelDims, shard_vision
 from stages.recipe import load
 
@@ -241,6 +244,37 @@ def test_an_encoder_with_a_tower_gives_the_plans_tokens(model):
     assert video.features.shape == (video.plan.tokens, 128)
     assert torch.equal(video.picture(0), video.picture(1))  # the two entries of the first frame
     assert len(video.pictures()) == 9
+
+
+def test_controls_change_the_pixels_of_encoded_frames_only(tokenizer):
+    processor = processor_of(tokenizer, "mean:layout=slow_then_fast", POLICIES[1])
+    sample, partner = processor.sample(chat(0)), processor.sample(chat(1, frames=5))
+    known = controls.frames_of(sample.pixel_values_videos, sample.video_grid_thw)
+    for changed in (controls.one_frame(sample), controls.shuffled(sample, 3), controls.other(sample, partner)):
+        assert changed.pixel_values_videos.shape == sample.pixel_values_videos.shape
+        assert changed.video_blocks is sample.video_blocks
+    shown = controls.frames_of(controls.one_frame(sample).pixel_values_videos, sample.video_grid_thw)
+    assert all(torch.equal(picture, known[3]) for picture in shown)  # 0, 3 and 6 of 9 are slow
+    shuffled = controls.frames_of(controls.shuffled(sample, 3).pixel_values_videos, sample.video_grid_thw)
+    assert sorted(int(p.long().sum()) for p in shuffled) == sorted(int(p.long().sum()) for p in known)
+
+
+def test_a_part_of_a_video_has_the_blocks_of_its_entries():
+    encoder = SlowFastEncoder(**SIZES, policy=POLICIES[1], aggregation="mean")
+    video = encoder(clip())
+    first = part_of(video, 0, 5)  # slow and fast of frame 0, fast of 1 and 2, slow of 3
+    rest = part_of(video, 6, 12)
+    assert [len(part.grid_thw) for part in (first, rest)] == [4, 5]
+    assert plan_blocks(first.plan)[:, 1].tolist() == [0, 0, 1, 2, 3]
+    assert plan_blocks(rest.plan)[:, 1].tolist() == [0, 1, 2, 2, 3, 4][: len(rest.plan)]
+    joined = torch.cat([first.pixel_values, rest.pixel_values])
+    assert torch.equal(joined, video.pixel_values)
+
+
+def test_the_hashes_of_decontamination_are_of_slow_frames(tokenizer):
+    sample = processor_of(tokenizer, "mean", POLICIES[1]).sample(chat())
+    plain = processor_of(tokenizer, None, POLICIES[1]).sample(chat())
+    assert sample_hashes(sample) == sample_hashes(plain)  # slow frames have the same pictures in both
 
 
 def test_a_smaller_context_shrinks_the_video(tokenizer):
