@@ -46,6 +46,7 @@ from scripts.bench.systems.aggregation_reader import (
 EXAMPLES = """examples:
   python -m scripts.bench.systems.aggregation                 three seeds; finished arms are read, not repeated
   python -m scripts.bench.systems.aggregation --seeds 0       one seed
+  python -m scripts.bench.systems.aggregation --only stills free      some of it; a later call continues
   python -m scripts.bench.systems.aggregation --page          only the results, from the arms that are finished
   python -m scripts.bench.systems.aggregation --quick         shows that it runs
 """
@@ -171,15 +172,20 @@ def measured(path: Path, make: Callable[[], dict[str, Any]] | None) -> dict[str,
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def all_of(work: Work, measure: bool) -> dict[str, dict[str, Any]]:
-    """What is measured of a seed: "stills", and each arm under "free" and "trained"; all of it with `measure`."""
+def all_of(work: Work, only: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What is measured of a seed: "stills", and each arm under "free" and "trained".
+
+    Args:
+        only: the beginnings of the names that are measured now, if they are not yet; "" is the beginning of all.
+    """
     units = {"stills": lambda: learn_stills(work)}
     units |= {f"free {arm}": partial(free, arm, work) for arm in FREE_ARMS}
     units |= {f"trained {arm}": partial(trained, arm, work) for arm in TRAINED}
     found = {}
     for name, make in units.items():
         path = work.folder / f"{name.translate(PLAIN)}.json"
-        if (result := measured(path, make if measure else None)) is not None:
+        wanted = any(name.startswith(start) for start in only)
+        if (result := measured(path, make if wanted else None)) is not None:
             found[name] = result
     return found
 
@@ -264,7 +270,9 @@ def claims(found: Sequence[Mapping[str, Any]]) -> list[Claim]:
         if rows := complete(found, kind, (one, other)):
             figure, low = against(rows, one, other, families)
             title = f"{FREE if kind == 'free' else kind}: {one} − {other}, points"
-            made.append(Claim(title, "above 0 (95 %)", f"{figure}, {len(rows)} seeds", met=low > 0))
+            made.append(
+                Claim(title, "above 0 (95 %)", f"{figure}, {len(rows)} seed{'s' * (len(rows) > 1)}", met=low > 0)
+            )
     return made
 
 
@@ -272,6 +280,13 @@ def main() -> None:
     parser = arguments(__doc__, EXAMPLES, results="systems")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--page", action="store_true", help="measure nothing: the results of what is finished")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="NAME",
+        help="measure these now: stills, 'free slow + fast', trained …",
+    )
     args = parser.parse_args()
     sizes, seeds, scratch = {}, list(args.seeds), SCRATCH
     if args.quick:
@@ -279,7 +294,7 @@ def main() -> None:
         sizes = {"each": 2, "steps": 2, "clip_steps": 1, "batch": 256}
         shutil.rmtree(scratch, ignore_errors=True)
     works = [Work(seed, scratch / str(seed), **sizes) for seed in seeds]
-    found = [all_of(work, not args.page) for work in works]
+    found = [all_of(work, [] if args.page else args.only) for work in works]
     one, units = works[0], [result for part in found for result in part.values()]
     if not units:
         raise KeyeError(f"nothing is measured in {scratch}; run the same command without --page")
