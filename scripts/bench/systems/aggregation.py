@@ -61,6 +61,7 @@ CHOSEN = {
 }
 """Ways to choose the slow frames; the last one knows the truth and is an upper bound."""
 SEEDS = (0, 1, 2)
+KINDS = {"stills": "training on stills", "free": "arms without training", "trained": "trained arms"}
 RATE = 2e-3
 PLAIN = str.maketrans({" ": "_", ",": None, "+": "and", ":": None})
 
@@ -299,8 +300,10 @@ def main() -> None:
     if not units:
         raise KeyeError(f"nothing is measured in {scratch}; run the same command without --page")
     names = ["stills", *(f"free {arm}" for arm in FREE_ARMS), *(f"trained {arm}" for arm in TRAINED)]
-    missing = [f"seed {work.seed}: {name}" for work, part in zip(works, found, strict=True)
-               for name in names if name not in part]  # fmt: skip
+    missing = []
+    for work, part in zip(works, found, strict=True):
+        counts = {kind: sum(name.startswith(kind) and name not in part for name in names) for kind in KINDS}
+        missing += [f"{KINDS[kind]} of seed {work.seed} ({count})" for kind, count in counts.items() if count]
     cpu = sum(unit.get("cpu", 0) for unit in units)
     notes = [
         f"Weights, training and held-out questions differ by seed; {one.each} held-out questions a family and seed. "
@@ -311,11 +314,15 @@ def main() -> None:
         f"A clip has {CELLS} frames (two a second); slow frames have 4 x 4 tokens, fast ones 2 x 2, pooled from 4 x 4. "
         f"The arm 'slow only' has {TOKENS // 16} frames, 'fast only' has {2 * CELLS} (four a second). Equal are the "
         "visual tokens; timestamps and marks of frames are not counted.",
+        "Clips of read and find change only where their answer appears and disappears, or move slowly, so that a "
+        "measure of change finds the answer. Its gain is not that of clips with other changes.",
     ]
-    notes += [f"Not measured, the same command without --page continues: {'; '.join(missing)}."] if missing else []
+    if missing:
+        notes.append(f"Not measured yet; the command without --page continues: {', '.join(missing)}.")
     seconds = sum(unit["seconds"] for unit in units)
+    shown = " ".join(str(work.seed) for work, part in zip(works, found, strict=True) if part)
     save(out_of(args), "aggregation", claims(found), tables(found), seconds=seconds, quick=args.quick,
-         seeds={"seeds": " ".join(map(str, seeds))}, notes=notes)  # fmt: skip
+         seeds={"seeds": shown}, notes=notes)  # fmt: skip
 
 
 if __name__ == "__main__":
