@@ -22,6 +22,7 @@ from keye.processor.messages import KINDS
 from keye.processor.processor import KeyeProcessor, Sample
 from rl.questions.prompts import Prompt, PromptSet, Taken
 from rl.questions.sampling import Experience, accuracy_of
+from rl.rewards import Earned
 from rl.run.agree import agree, gather
 from stages.typed_toml import Need
 
@@ -229,15 +230,22 @@ class BlindnessMonitor:
         asked = [(experience.prompts[i], self.blind_sample(experience.prompts[i])) for i in places]
         blind = torch.full((len(experience.prompts),), math.nan)
         blind[places] = torch.tensor(self.ask(asked, self.config.samples))
-        known = blind.nan_to_num(0.0)
+        asked_both = replace(experience, blind=blind)
+        factor = torch.tensor([self.factor(asked_both, i, earned) for i, earned in enumerate(experience.earned)])
+        return replace(asked_both, advantages=experience.advantages * factor[:, None])
+
+    def factor(self, experience: Experience, place: int, earned: list[Earned]) -> float:
+        """The factor on the advantages of the question at `place` of a guarded experience, 1 without a guard.
+
+        Args:
+            earned: of the answers that are trained on: its own, or those to the question with a hint. The accuracy
+                without frames is that of the question without the hint, because the hint may give the answer away.
+        """
+        if experience.blind is None or math.isnan(blind := float(experience.blind[place])):
+            return 1.0
         if self.config.guard == "penalise":
-            factor = 1 - known
-        else:
-            factor = torch.ones(len(experience.prompts))
-            for i in places:
-                seen, options = accuracy_of(experience.earned[i]), len(experience.prompts[i].options)
-                factor[i] = not self.config.leaves_out(seen, float(blind[i]), options)
-        return replace(experience, advantages=experience.advantages * factor[:, None], blind=blind)
+            return 1 - blind
+        return float(not self.config.leaves_out(accuracy_of(earned), blind, len(experience.prompts[place].options)))
 
     @property
     def stopped(self) -> bool:

@@ -138,6 +138,7 @@ class HintStage:
         earned: list[list[Earned]],
         advantages: Tensor,
         answer: Answer,
+        factor: Callable[[int, list[Earned]], float] = lambda place, earned: 1.0,
     ) -> tuple[list[Group], Tensor]:
         """The groups and advantages [P, G] of a step's update, with hinted answers where all were wrong; collective.
 
@@ -145,6 +146,8 @@ class HintStage:
 
         Args:
             prompts, groups, earned, advantages: of this rank's P questions.
+            factor: place of a question and what its hinted answers earned → factor on their advantages, such as the
+                guard's against blindness.
         """
         if self.config.update == "off":
             return groups, advantages
@@ -164,7 +167,7 @@ class HintStage:
             for i, (group, outcome) in zip(pending, asked, strict=True):
                 if i in now:
                     found[i] = group
-                    advantages[i] = self.advantages([outcome])[1][0]
+                    advantages[i] = self.advantages([outcome])[1][0] * factor(i, outcome)
             solved += now
             pending = [i for i in pending if i not in now]
             tally.level[level], tally.wrong[level] = len(now), tally.tried - len(solved)

@@ -86,6 +86,11 @@ def iterate(recipe: RlRecipe, run: str | Path, rounds: Rounds, done: Done | None
 def _check(recipe: RlRecipe, rounds: Rounds) -> None:
     if recipe.sft is None or recipe.gspo is None:
         raise RecipeError("iteration needs the tables [sft] and [gspo]; add the missing one to the recipe")
+    if "accuracy" not in recipe.rewards:
+        raise RecipeError(
+            "iteration keeps questions by their share of right answers; add accuracy = 1.0 to [rewards], or "
+            "accuracy = 0.0 to judge without rewarding it"
+        )
     if len(recipe.sft.data.sources) != 1:
         raise RecipeError("iteration needs one source in sft.data.sources, for the kind of its data; keep one")
     if rounds.number < 1 or rounds.samples < 2 or rounds.limit < 0 or rounds.temperature <= 0:

@@ -206,7 +206,10 @@ class GspoTrainer:
         self.stream.begin_step()
         drawn = self.stream.take(g.prompts, own, gather)
         first = agree(lambda: self._answer(drawn, parts))
-        groups, advantages = self.hints.apply(first.prompts, first.groups, first.earned, first.advantages, self._rolled)
+        groups, advantages = self.hints.apply(
+            first.prompts, first.groups, first.earned, first.advantages, self._rolled,
+            partial(self.blindness.factor, first),
+        )  # fmt: skip
         first = replace(first, groups=groups, advantages=advantages)
         found = replace_flat(first, own, g.extra_prompts, self.stream, lambda more: self._answer(more, []))
         self.curriculum.observe_step([found[0], *found[1]])
@@ -281,12 +284,11 @@ class GspoTrainer:
 
     def _keep_best(self, rows: list[Answered]) -> None:
         """Write the model to `model-best` when its mean held-out reward is the highest so far; collective."""
-        now = Best(self.step, fmean(one.sampled for one in rows))
-        if now.reward <= self.best.reward:
+        if not from_first(lambda: self.best.beaten_by(rows, self.out, self.questions)):
             return
-        self.best = now
-        self._save_policy(self.out / "model-best")
-        first_rank(lambda: now.write(self.out), OSError)
+        self.best = Best(self.step, fmean(one.sampled for one in rows))
+        self._save_policy(self.out / "model-best.new")  # the former one stays until this one is complete
+        first_rank(lambda: self.best.write(self.out, rows), OSError)
 
     def _measure(self, name: str) -> list[Answered]:
         """All ranks' answers to the held-out questions, written to `<name>.jsonl`."""

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from keye.errors import run
+from keye.errors import RecipeError, run
 from rl.commands.sampled import add_sampling, check_sampling, draw
 from stages.distributed.hosts import limit_threads
 
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--most", type=float, default=0.99, help="highest accuracy that is kept (default 0.99)")
     args = parser.parse_args()
     check_sampling(args)
+    if "accuracy" not in args.reward:
+        raise RecipeError("questions are kept by their share of right answers; add --reward accuracy=1")
     limit_threads()
     from rl.preference.selecting import Kept, filter_questions
     from stages.distributed import engine

@@ -201,6 +201,10 @@ def _seconds(
 ) -> Seconds:  # fmt: skip
     """Seconds of each part: products at their share of the peak rate, decoding at least at that of the bandwidth."""
     rate, read = gpus * gpu.peak * assumed.utilisation, gpu.bandwidth * assumed.bandwidth
+    steps = gspo.mini_batches * UPDATE_PASSES * 4 * trained / gpus / gpu.bandwidth
+    update = (done.update + done.again) / rate + steps
+    if memory.rollout is None:
+        return Seconds(0.0, 0.0, done.score / rate, update)
     text = config.text_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * gspo.element
@@ -209,8 +213,7 @@ def _seconds(
     passes = math.ceil(gspo.prompts * gspo.group_size / gpus / rows) * lengths.answer
     cached = per_token * (rows / gspo.group_size * lengths.prompt + rows * lengths.answer / 2)
     decode = max(done.decode / rate, passes * (gspo.element * total + cached) / read)
-    steps = gspo.mini_batches * UPDATE_PASSES * 4 * trained / gpus / gpu.bandwidth
-    return Seconds(done.prefill / rate, decode, done.score / rate, (done.update + done.again) / rate + steps)
+    return Seconds(done.prefill / rate, decode, done.score / rate, update)
 
 
 def _host(

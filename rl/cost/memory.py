@@ -52,10 +52,14 @@ class RolloutMemory:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of one rank in a step. update: as of a training step. reference: weights of the start model for the KL."""
+    """Bytes of one rank in a step.
+
+    update: as of a training step. rollout: None where other servers sample. reference: weights of the start model for
+    the KL.
+    """
 
     update: Footprint
-    rollout: RolloutMemory
+    rollout: RolloutMemory | None
     reference: float = 0.0
 
     @property
@@ -63,12 +67,17 @@ class StepMemory:
         """Time at which the memory may peak → component → bytes at that time."""
         u, r = self.update, self.rollout
         always = {"weights": u.weights + self.reference, "optimizer": u.optimizer}
-        rolling = {**always, "weights": always["weights"] + r.gathered, "kv cache": r.cache}
         training = {**always, "pixels": u.pixels}
+        sampling = {}
+        if r is not None:
+            rolling = {**always, "weights": always["weights"] + r.gathered, "kv cache": r.cache}
+            sampling = {
+                "while prompts are read": {**rolling, "pixels": r.pixels, "one layer": r.prefill},
+                "while answers are decoded": {**rolling, "logits": r.decoding},
+            }
         return {
             "at the start": {"weights": u.start + self.reference},
-            "while prompts are read": {**rolling, "pixels": r.pixels, "one layer": r.prefill},
-            "while answers are decoded": {**rolling, "logits": r.decoding},
+            **sampling,
             "at the loss": {**training, "gradients": u.before, "activations": u.activations, "logits": u.logits},
             "in the backward pass": {
                 **training, "gradients": u.gradients, "buckets": u.buckets, "activations": u.activations,
@@ -157,7 +166,7 @@ def step_memory(
         update = replace(update, optimizer=0.0, gradients=0.0, before=0.0, step=0.0)
     copied = gspo.kl and not gspo.lora_rank  # with LoRA the start model is the policy without LoRA's change
     reference = gspo.element * sum(counts.values()) if copied else 0.0
-    return StepMemory(update, _rollout(config, gspo, plan, lengths, total), reference)
+    return StepMemory(update, None if gspo.served else _rollout(config, gspo, plan, lengths, total), reference)
 
 
 def parameters_of_policy(config: Any, gspo: Settings, counts: dict[str, int]) -> tuple[int, int]:

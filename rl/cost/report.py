@@ -41,6 +41,12 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+SERVED = (
+    ' Answers are sampled by other servers (rollout.engine = "served"): their GPUs, their time and the wait for them '
+    "are not counted."
+)
+
+
 def _time(cost: RlCost) -> list[tuple[str, ...]]:
     seconds, done = cost.seconds, cost.operations
     update = done.update + done.again
@@ -87,7 +93,7 @@ def sentence(pretrain: str, gpu: Gpu, gpus: int, assumed: Assumptions, cost: RlC
         f"at {assumed.bandwidth:.0%} of {gpu.bandwidth / 1e12:g} TB/s; {assumed.usable:.0%} of {gpu.memory / GB:.0f} "
         f"GB for tensors; {gpu.price:g} $ per GPU hour ({PRICES_OF}); {min(assumed.node.ranks, gpus)} processes per "
         f"node, each of {assumed.node.process / GB:g} GB without model and data. Rewards, communication between GPUs "
-        "and held-out questions are not counted."
+        "and held-out questions are not counted." + (SERVED if cost.memory.rollout is None else "")
     )
 
 

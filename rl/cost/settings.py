@@ -9,7 +9,10 @@ from rl.recipe import Gspo, RlRecipe
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of `[gspo]` under their names, and `cache_bytes`: `rollout.cache_mb` in bytes."""
+    """The settings of `[gspo]` under their names, `cache_bytes`: `rollout.cache_mb` in bytes, and `served`.
+
+    served: answers are sampled by other servers (`rollout.engine = "served"`), not by the GPUs of the training.
+    """
 
     steps: int = 1
     prompts: int = 32
@@ -22,6 +25,7 @@ class Settings:
     sequence_parallel: int = 1
     cache_mb: int = 1024
     cache_bytes: int = 8 << 30
+    served: bool = False
     freeze: tuple[str, ...] = ()
     kl: float = 0.0
     zero: int = 2
@@ -41,7 +45,8 @@ class Settings:
 def settings_of(recipe: RlRecipe) -> Settings:
     """The settings of a recipe."""
     given = {name: getattr(recipe.gspo, name) for name in keys()}
-    return Settings(**given, cache_bytes=recipe.rollout.cache_mb << 20)
+    served = recipe.rollout.engine == "served"
+    return Settings(**given, cache_bytes=recipe.rollout.cache_mb << 20, served=served)
 
 
 def keys() -> list[str]:

@@ -98,7 +98,7 @@ def pieces(gspo: Settings, lengths: Lengths) -> int:
 
 
 def operations(config: Any, gspo: Settings, lengths: Lengths) -> Operations:
-    """The operations of a step, every group with an advantage."""
+    """The operations of a step on the GPUs of the training, every group with an advantage."""
     vision, text = config.vision_config, config.text_config
     groups, size, prompt, answer = gspo.prompts, gspo.group_size, lengths.prompt, lengths.answer
     frames = lengths.frames_of(prompt)
@@ -119,8 +119,8 @@ def operations(config: Any, gspo: Settings, lengths: Lengths) -> Operations:
     if gspo.checkpointing:
         again += once - frozen - logits.total
     return Operations(
-        prefill=groups * (prompts + flops.head(text, 1).total),
-        decode=groups * (answers.total + logits.total),
+        prefill=0.0 if gspo.served else groups * (prompts + flops.head(text, 1).total),
+        decode=0.0 if gspo.served else groups * (answers.total + logits.total),
         score=groups * once,
         update=groups * update,
         again=groups * again,

@@ -38,10 +38,14 @@ def sequence_log_ratio(log_probs: Tensor, old_log_probs: Tensor, owner: Tensor, 
     return sequence_means(log_probs.float() - old_log_probs.float(), owner, sequences)
 
 
-def _sequence_ratio(batch: LossInput) -> Tensor:
-    """s_i float32 [S]."""
-    mean = sequence_log_ratio(batch.log_probs, batch.old_log_probs.detach(), batch.owner, batch.advantages.numel())
-    return mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+def _log_ratio(batch: LossInput) -> Tensor:
+    """log s_i float32 [S]."""
+    return sequence_log_ratio(batch.log_probs, batch.old_log_probs.detach(), batch.owner, batch.advantages.numel())
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """s_i float32 [S]; without a gradient where |log s_i| is above its limit."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class Gspo(Settings):
     def __call__(self, batch: LossInput) -> LossOutput:
         """The loss; ratio and clipped are [S]. `weights` and the KL are averaged over the tokens of a sequence."""
         advantages = batch.advantages.float()
-        ratio = _sequence_ratio(batch)
+        ratio = _ratio(_log_ratio(batch))
         objective, clipped = self.limited(ratio, advantages)
         if batch.weights is not None:
             objective = objective * sequence_means(batch.weights.detach().float(), batch.owner, len(advantages))
@@ -78,9 +82,10 @@ class GspoToken(Settings):
     def __call__(self, batch: LossInput) -> LossOutput:
         """The loss; ratio and clipped are [S]."""
         count, owner = batch.advantages.numel(), batch.owner
-        sequence = _sequence_ratio(batch).detach()
-        new = batch.log_probs.float()
-        ratio = sequence[owner] * torch.exp(new - new.detach())
+        log_ratio = _log_ratio(batch).detach()
+        sequence, new = _ratio(log_ratio), batch.log_probs.float()
+        limited = (log_ratio.abs() > MAX_LOG_RATIO)[owner]
+        ratio = sequence[owner] * torch.exp(torch.where(limited, new.detach(), new) - new.detach())
         advantages = batch.advantages.float()
         objective = weighted(self.limited(ratio, advantages[owner])[0], batch)
         _, clipped = self.limited(sequence, advantages)

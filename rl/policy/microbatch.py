@@ -59,9 +59,12 @@ def split(groups: list[Group], advantages: Tensor, budget: int) -> list[MicroBat
     ]
 
 
-def pad(batches: list[MicroBatch], count: int) -> list[MicroBatch]:
-    """`count` micro-batches: those of a list, and passes of weight 0 over one token after the shortest prompt."""
-    groups = [group for batch in batches for group in batch.groups]
+def pad(batches: list[MicroBatch], count: int, groups: list[Group]) -> list[MicroBatch]:
+    """`count` micro-batches: those of a list, and passes of weight 0 over one token after the shortest prompt.
+
+    Args:
+        groups: of the mini-batch, with and without advantage; at least one.
+    """
     shortest = min(groups, key=lambda group: len(group.sample.input_ids))
     one = _part(shortest, slice(0, 1))
     idle = MicroBatch(

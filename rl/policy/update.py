@@ -91,18 +91,22 @@ class PolicyUpdate:
         mine = []
         for part in parts:
             # Groups with equal rewards have no gradient but that of the KL term.
-            places = [*range(len(groups))[part]] if self.config.kl else informative(advantages, part)
-            mine.append(split([groups[i] for i in places], advantages[places], self.config.micro_batch_tokens))
+            places = [i for i in range(len(groups))[part] if self.config.kl or advantages[i].any()]
+            chosen = [groups[i] for i in places]
+            mine.append(split(chosen, advantages[places], self.config.micro_batch_tokens) if chosen else [])
         device = self.engine.device
-        counts = torch.tensor([len(batches) for batches in mine], device=device)
+        # At least one pass: an optimizer step needs a backward pass before it.
+        counts = torch.tensor([max(1, len(batches)) for batches in mine], device=device)
         lengths = [sum(len(c) for group in groups[part] for c in group.completions) for part in parts]
         tokens = torch.tensor(lengths, dtype=torch.float64, device=device)
         if self.world > 1:
             dist.all_reduce(counts, op=dist.ReduceOp.MAX)
             dist.all_reduce(tokens)
-        columns = zip(mine, counts.tolist(), tokens.tolist(), strict=True)
+        columns = zip(mine, parts, counts.tolist(), tokens.tolist(), strict=True)
         shares = self.config.sequence_parallel  # ranks that count the same tokens
-        return [Plan(pad(batches, count), int(total) // shares) for batches, count, total in columns]
+        return [
+            Plan(pad(batches, count, groups[part]), int(total) // shares) for batches, part, count, total in columns
+        ]
 
     def _score(self, model: Any, batch: MicroBatch) -> Score:
         compute = score if self.sequence is None else self.sequence.score
@@ -174,16 +178,6 @@ class PolicyUpdate:
             reference_log_probs=reference,
             sampler_log_probs=torch.cat(sampled).to(device) if sampled and complete else None,
         )
-
-
-def informative(advantages: Tensor, part: slice) -> list[int]:
-    """The groups of a mini-batch whose rewards differ; at least one group, because every rank must take part.
-
-    Args:
-        advantages: [P, G]. part: the groups of the mini-batch.
-    """
-    places = range(len(advantages))[part]
-    return [i for i in places if advantages[i].any()] or [places[0]]
 
 
 def _detached(output: LossOutput) -> LossOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -54,8 +55,31 @@ class Best:
     step: int = 0
     reward: float = -math.inf
 
-    def write(self, folder: Path) -> None:
-        """Record it in `model-best.json`, after the model was written."""
+    def beaten_by(self, rows: list[Answered], folder: Path, questions: list[Prompt]) -> bool:
+        """Whether outcomes have a higher mean reward than this model's, over the questions that both have.
+
+        A judge that fails leaves out questions, and a mean without the hard ones is higher.
+
+        Args:
+            folder: has the outcomes of this model in `heldout`; without them the means are compared.
+            questions: the held-out questions.
+        """
+        mine = read_answers(folder / f"heldout/step-{self.step}.jsonl", questions) if self.step else None
+        if mine is None:
+            return fmean(row.sampled for row in rows) > self.reward
+        earlier = {row.id: row.sampled for row in mine}
+        gains = [row.sampled - earlier[row.id] for row in rows if row.id in earlier]
+        return math.fsum(gains) > 0
+
+    def write(self, folder: Path, rows: list[Answered]) -> None:
+        """Put `model-best.new` in the place of `model-best`, and record its outcomes and `model-best.json`."""
+        new, old, last = (folder / f"model-best{end}" for end in (".new", "", ".old"))
+        shutil.rmtree(last, ignore_errors=True)
+        if old.exists():
+            old.rename(last)
+        new.rename(old)
+        shutil.rmtree(last, ignore_errors=True)
+        write_answers(folder / f"heldout/step-{self.step}.jsonl", rows)
         write_atomically(folder / BEST, json.dumps(asdict(self)) + "\n")
 
     @classmethod

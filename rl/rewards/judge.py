@@ -81,7 +81,10 @@ class Judge:
     """Longest answer that is judged, in characters."""
 
     tries: int = 3
-    """Requests for a verdict until one is valid. The first is greedy, the others are sampled."""
+    """Requests for a verdict until one is valid. The first is greedy, the others are sampled.
+
+    Stored replies that are no verdict do not count.
+    """
 
     concurrency: int = 16
     """Requests of a process at the same time."""
@@ -163,17 +166,24 @@ class Judge:
         for place, judgement in enumerate(judgements):
             if not judgement.raw_answer.strip() or len(judgement.raw_answer) > self.longest:
                 found[place] = Outcome(0.0)
-        last = "the judge gave no answer"
-        for number in range(self.tries):
-            asked = {place: self._ask(one, number) for place, one in enumerate(judgements) if place not in found}
+        left = {place: self.tries for place in range(len(judgements)) if place not in found}
+        number = 0
+        while left:
+            asked = {place: self._ask(judgements[place], number) for place in left}
             for place, (answer, cause) in self._answers(asked).items():
                 if answer is None:
                     found[place] = Outcome(None, cause)
                 elif (score := self._verdict(answer)) is not None:
                     found[place] = Outcome(score)
                 else:
-                    last = f"{answer.text!r:.80} is no verdict, after {number + 1} tries"
-        return [found.get(place, Outcome(None, last)) for place in range(len(judgements))]
+                    # A stored answer of an earlier call is no try: a judge that is mended later is asked again.
+                    left[place] -= not answer.cached
+                    if left[place]:
+                        continue
+                    found[place] = Outcome(None, f"{answer.text!r:.80} is no verdict, after {self.tries} tries")
+                del left[place]
+            number += 1
+        return [found[place] for place in range(len(judgements))]
 
     def _answers(self, asked: dict[int, Ask]) -> dict[int, tuple[Answer | None, str]]:
         """The answers, or the cause of none. After the first request that found no judge, the others are given up."""

@@ -94,10 +94,10 @@ def step_metrics(
 
     reward_stderr is over prompts, because the answers of a group share their question. clip_fraction and the ratios
     are over the sequences of informative groups (over their tokens, if the loss has a ratio for each token), in all
-    mini-batches; informative is the share of such groups, those with an advantage after hints and guard; all_wrong that
-    of groups without a right answer; empty is the share of answers without text. Answers that do not count enter no
-    mean of rewards. failures: see `failure_warnings`, for the log. rejected, the questions left out so far, is the same
-    on every rank.
+    mini-batches, and absent without such a group. informative is the share of such groups, those with an advantage
+    after hints and guard; all_wrong that of groups without a right answer; empty is the share of answers without text.
+    Answers that do not count enter no mean of rewards. failures: see `failure_warnings`, for the log. rejected, the
+    questions left out so far, is the same on every rank.
     """
 
     def flat(name: str) -> list[Any]:
@@ -111,7 +111,6 @@ def step_metrics(
     for family, group in zip(families, earned, strict=True):
         per_family[family] += [e["parts"].get("accuracy", e["total"]) for e in group if e["counts"]]
     values = {name: Moments.join(Moments(**update[name]) for update in updates) for name in MOMENTS}
-    ratio = values["ratio"]
     tokens = sum(lengths) + sum(rank["prompt_tokens"] for rank in ranks)
     return {
         "step": step,
@@ -124,11 +123,7 @@ def step_metrics(
         "all_wrong": _mean([float(_all_wrong(group)) for group in counted if group]),
         **({"replaced": replaced} if (replaced := sum(rank.get("replaced", 0) for rank in ranks)) else {}),
         **own_metrics([row for rank in ranks for row in rank.get("seen_blind", ())], blindness or Blindness()),
-        "clip_fraction": values["clipped"].mean,
-        "ratio_mean": ratio.mean,
-        "ratio_min": ratio.least,
-        "ratio_max": ratio.most,
-        "entropy": values["entropy"].mean,
+        **_of_informative(values),
         **{name: values[name].mean for name in ("kl", "sampler_kl") if values[name].count},
         **_sampler(values),
         "response_length": fmean(lengths),
@@ -143,6 +138,20 @@ def step_metrics(
         "seconds_update": seconds["update"],
         "rejected": ranks[0]["rejected"],
         "failures": failure_warnings(earned),
+    }
+
+
+def _of_informative(values: dict[str, Moments]) -> dict[str, float]:
+    """Metrics of the groups with an advantage; empty for a step without one."""
+    ratio = values["ratio"]
+    if not ratio.count:
+        return {}
+    return {
+        "clip_fraction": values["clipped"].mean,
+        "ratio_mean": ratio.mean,
+        "ratio_min": ratio.least,
+        "ratio_max": ratio.most,
+        "entropy": values["entropy"].mean,
     }
 
 
@@ -197,9 +206,14 @@ def step_summary(values: dict[str, Any]) -> str:
     """A step's metrics as a line."""
     heldout = f"held-out {values['heldout/reward']:.3f}  " if "heldout/reward" in values else ""
     gap = f"gap {values['gap/smallest']:+.2f}  " if "gap/smallest" in values else ""
+    informative = "no advantage  "
+    if "entropy" in values:
+        informative = (
+            f"entropy {values['entropy']:.2f}  clipped {values['clip_fraction']:.0%}  "
+            f"ratio {values['ratio_min']:.3f}…{values['ratio_max']:.3f}  "
+        )
     return (
         f"reward {values['reward_mean']:.3f} ± {values['reward_stderr']:.3f}  {heldout}{gap}"
-        f"length {values['response_length']:.1f}  entropy {values['entropy']:.2f}  "
-        f"clipped {values['clip_fraction']:.0%}  ratio {values['ratio_min']:.3f}…{values['ratio_max']:.3f}  "
+        f"length {values['response_length']:.1f}  {informative}"
         f"{values['tokens_per_second']:,.0f} tokens/s  {duration(values['eta_seconds'])} left"
     )

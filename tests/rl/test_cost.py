@@ -298,3 +298,21 @@ def test_the_command_prints_tables_and_json_and_refuses_impossible_options(tmp_p
     other.write_text("[sft]\nsteps = 1\n")
     with pytest.raises(KeyeError, match=r"no table \[gspo\]"):
         command(other)
+
+
+def test_served_rollouts_take_no_memory_and_time_of_the_training(capsys, monkeypatch):
+    recipe, pretrain = load(ROOT / "rl/recipes/keye_8b.toml"), load_pretrain(ROOT / "stages/recipes/keye_8b.toml")
+    served = load(ROOT / "rl/recipes/keye_8b.toml", ["rollout.engine=served", "rollout.cache_mb=1"])
+    ours, theirs = (estimate(one, pretrain, GPU, 8) for one in (recipe, served))
+    assert theirs.seconds.prefill == theirs.seconds.decode == 0 < ours.seconds.decode
+    assert theirs.seconds.update == ours.seconds.update and theirs.operations.score == ours.operations.score
+    moments = {name for name in ours.memory.moments if name not in theirs.memory.moments}
+    assert moments == {"while prompts are read", "while answers are decoded"}
+    assert all(theirs.memory.moments[name] == ours.memory.moments[name] for name in theirs.memory.moments)
+    path = str(ROOT / "rl/recipes/keye_8b.toml")
+    monkeypatch.setattr(
+        sys, "argv", ["keye cost", path, "--gpus", "8", "--gpu", "h200", "--set", "rollout.engine=served"]
+    )
+    main()
+    shown = capsys.readouterr().out
+    assert "while answers are decoded" not in shown and "sampled by other servers" in " ".join(shown.split())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rl.policy.scoring import Group
-from rl.questions.heldout import Answered, ask, compare, standard_error
+from rl.questions.heldout import Answered, Best, ask, compare, standard_error, write_answers
 from rl.questions.prompts import Prompt
 from rl.rewards import Outcome, RewardOptions, RewardSum, Term, rewards_from
 
@@ -61,3 +61,35 @@ def test_every_answer_is_judged_for_its_own_question_and_all_in_one_call():
     assert [one.sampled for one in answered] == [1.0, 1.5, 1.5]  # of the last question one answer counts
     assert [one.greedy for one in answered] == [1.5, 0.5, 1.5]
     assert [one.failures for one in answered] == [{}, {}, {"judge": "down"}]
+
+
+def questions_of(names: str) -> list[Prompt]:
+    return [Prompt(name, "count", [], name, None, (), Path(), name) for name in names]
+
+
+def test_the_best_model_is_found_on_the_questions_that_were_judged_for_both(tmp_path):
+    """b is hard: without its judgement the mean of the later model is higher, although it is worse on a and c."""
+    best, questions = Best(2, 0.5), questions_of("abc")
+    write_answers(
+        tmp_path / "heldout/step-2.jsonl", [row("a", "", 0.75, 0), row("b", "", 0.0, 0), row("c", "", 0.75, 0)]
+    )
+    worse, better = [row("a", "", 0.625, 0), row("c", "", 0.75, 0)], [row("a", "", 0.875, 0), row("b", "", 0.0, 0)]
+    assert sum(one.sampled for one in worse) / 2 > best.reward > sum(one.sampled for one in better) / 2
+    assert not best.beaten_by(worse, tmp_path, questions) and best.beaten_by(better, tmp_path, questions)
+    assert not best.beaten_by([row("d", "", 1.0, 0)], tmp_path, questions_of("abcd"))
+    assert Best().beaten_by(worse, tmp_path, questions)
+    (tmp_path / "heldout/step-2.jsonl").unlink()  # of a run of an earlier version
+    assert best.beaten_by(worse, tmp_path, questions)
+
+
+def test_the_former_best_model_stays_until_the_new_one_is_complete(tmp_path):
+    for step in (1, 2):
+        new = tmp_path / "model-best.new"
+        new.mkdir()
+        (new / "config.json").write_text(str(step))
+        if step == 2:
+            assert (tmp_path / "model-best/config.json").read_text() == "1"
+        Best(step, 0.5).write(tmp_path, [row("a", "", 0.5, 0)])
+        assert (tmp_path / "model-best/config.json").read_text() == str(step)
+    assert Best.read(tmp_path, 2) == Best(2, 0.5) and Best.read(tmp_path, 1) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"model-best", "model-best.json", "heldout"}

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from keye.errors import ManifestError, RecipeError
 from keye.world.families import FAMILIES, deal
 from keye.world.hints import world_hints
 from keye.world.manifest import question_line
 from keye.world.scene import Setting
+from rl.blindness import Blindness
 from rl.hints import Hints, HintStage, hinted, hints_of, with_hint
 from rl.losses import group_advantages
 from rl.policy.scoring import Group
@@ -146,13 +148,13 @@ def advantages_of(earned: list[list[Earned]]) -> tuple[torch.Tensor, torch.Tenso
     return counted_advantages(earned, group_advantages)
 
 
-def applied(questions: list[Prompt], right: list[float], update: str = "hinted"):
+def applied(questions: list[Prompt], right: list[float], update: str = "hinted", **more: object):
     asked = Asked()
     stage = HintStage(Hints(update), Words(), advantages_of, lambda g: torch.full((2 * len(g.completions[0]),), -2.0))
     outcomes = [earned(value, 0.0) for value in right]
     groups = [group(3) for _ in questions]
     advantages = advantages_of(outcomes)[1]
-    found = stage.apply(questions, groups, outcomes, advantages, asked)
+    found = stage.apply(questions, groups, outcomes, advantages, asked, **more)
     return stage, asked, groups, found
 
 
@@ -175,6 +177,23 @@ def one_rank() -> None:
 
 def test_the_minimal_level_is_found_for_trusted_questions_that_fail():
     run_distributed(one_rank, 1, 60)
+
+
+def guarded() -> None:
+    questions = [prompt("a2"), prompt("b1"), prompt("c1")]
+    seen = []
+
+    def factor(place: int, outcome: list[Earned]) -> float:
+        seen.append((place, [one.total for one in outcome]))
+        return (0.0, 1.0, 0.25)[place]
+
+    *_, (found, advantages) = applied(questions, [0.0] * 3, factor=factor)
+    assert advantages.tolist() == [[0, 0], [1, -1], [0.25, -0.25]] and len(found) == 3
+    assert seen == [(1, [1, 0]), (2, [1, 0]), (0, [1, 0])]  # in the order in which they are solved
+
+
+def test_a_guard_acts_on_hinted_answers():
+    run_distributed(guarded, 1, 60)
 
 
 def original_prompt() -> None:
@@ -223,6 +242,31 @@ def trained(run: Path, update: str) -> dict:
     trainer.train()
     moved = any(not torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
     return json.loads((run / "gspo/metrics.jsonl").read_text()) | {"moved": moved}
+
+
+def trained_blind(run: Path) -> dict:
+    """All answers with frames are wrong, and the guard finds that the questions are answered without them."""
+    engine.start(threads=1)
+    gspo = dataclasses.replace(GSPO, steps=1, group_size=8, max_new_tokens=4)
+    recipe = dataclasses.replace(
+        RECIPE, gspo=gspo, hints=Hints("hinted", reward="needs_a_hint"), blindness=Blindness(guard="drop", samples=2)
+    )
+    trainer = GspoTrainer(dataclasses.replace(recipe, rewards={"needs_a_hint": 1.0}), run)
+    trainer.blindness.ask = lambda asked, samples: [1.0] * len(asked)
+    return trainer.train_step()
+
+
+def test_the_guard_against_blindness_leaves_out_hinted_questions(tmp_path):
+    run = make_run(tmp_path)
+    manifest = run / "world/train.jsonl"
+    Image.new("RGB", (56, 56), "red").save(run / "world/still.png")
+    lines = [json.loads(line) | {"hints": HINTS, "trusted": True} for line in manifest.read_text().splitlines()]
+    for line in lines:
+        words = {"type": "text", "text": line["messages"][0]["content"]}
+        line["messages"][0]["content"] = [{"type": "image", "image": "still.png"}, words]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [row] = run_distributed(trained_blind, 1, 120, run)
+    assert row["hints/level_2"] > 0.5 and row["blind/answered"] == 1.0 and row["informative"] == 0
 
 
 @pytest.mark.parametrize("update", ["hinted", "original"])

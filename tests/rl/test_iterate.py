@@ -113,6 +113,7 @@ def test_a_stopped_run_continues_and_a_finished_one_changes_nothing(tmp_path):
         (RECIPE, Rounds(), r"needs the tables \[sft\] and \[gspo\]"),
         (TWO_SOURCES, Rounds(), "one source"),
         (WHOLE, Rounds(0), "rounds ≥ 1"),
+        (dataclasses.replace(WHOLE, rewards={"format": 1.0}), Rounds(), "add accuracy = 1.0 to .rewards."),
     ],
 )
 def test_what_cannot_be_iterated_is_refused(recipe, rounds, sentence, tmp_path):

@@ -63,8 +63,9 @@ def test_a_group_that_does_not_fit_repeats_its_prompt_and_small_groups_share_a_p
     assert [batch.tokens for batch in batches] == [18, 14, 12]
     assert [len(batch.groups) for batch in batches] == [1, 1, 2]
     assert split(groups, torch.zeros(3, 3), 0)[0].tokens == 22 + 6 + 6
-    idle = pad(batches, 5)[3:]
+    idle = pad(batches, 5, groups)[3:]
     assert [(batch.tokens, batch.weight) for batch in idle] == [(4, 0.0)] * 2
+    assert [(batch.tokens, batch.weight) for batch in pad([], 1, groups)] == [(4, 0.0)]
 
 
 def settings_of(loss: str, budget: int, **more: Any) -> Gspo:
@@ -142,6 +143,25 @@ def test_processes_with_micro_batches_have_the_gradient_of_one_pass():
         # Every sequence that has a gradient is measured once, on one rank only; padding is not measured.
         measured = sum(len(c) for group in prompts()[: 4 if KL[loss] else 3] for c in group.completions)
         assert sum(one["metrics"].entropy.count for one in found) == measured
+
+
+def without_advantage() -> dict[str, Any]:
+    """Two mini-batches of one prompt each; on rank 0 the first has no advantage, on rank 1 neither has one."""
+    engine.start(threads=1)
+    model, config = policy(), replace(settings_of("gspo", 0), mini_batches=2)
+    made = engine.build(model, config, 2, zero=2, precision="fp32")
+    before = [p.detach().clone() for p in model.parameters()]
+    advantages = torch.tensor([[0.0] * GROUP, [1.0, -1.0] + [0.0] * (GROUP - 2)]) * (1 - dist.get_rank())
+    updates = PolicyUpdate(made, config).run(prompts()[:2], advantages, [slice(0, 1), slice(1, 2)])
+    moved = any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    return {"counts": [update.entropy.count for update in updates], "moved": moved, "updates": updates}
+
+
+def test_a_mini_batch_without_an_advantage_takes_part_and_is_not_measured():
+    first, second = run_distributed(without_advantage, 2, 120)
+    assert first["counts"] == [0, sum(map(len, prompts()[1].completions))] and second["counts"] == [0, 0]
+    assert first["moved"] and second["moved"]  # by the second mini-batch of rank 0
+    assert [update.loss for update in second["updates"]] == [0, 0] and second["updates"][0].grad_norm == 0
 
 
 def test_one_micro_batch_is_the_pass_of_the_whole_mini_batch():

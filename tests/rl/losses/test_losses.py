@@ -155,6 +155,17 @@ def test_a_ratio_that_would_overflow_gives_finite_gradients(name):
     assert output.loss.isfinite() and new.grad.isfinite().all() and new.grad[2] != 0
 
 
+@pytest.mark.parametrize("name", ["gspo", "gspo_token"])
+@pytest.mark.parametrize(("change", "passes"), [(19.0, True), (21.0, False)])
+def test_a_sequence_ratio_beyond_its_limit_has_no_gradient(name, change, passes):
+    """A negative advantage is not clipped above: e^19 has a gradient, e^21 only its limit as its value."""
+    old = torch.tensor([-30.0, -30.0, -1.0])
+    new = (old + torch.tensor([change, change, 0.0])).requires_grad_()
+    batch = LossInput(new, old, torch.tensor([0, 0, 1]), torch.tensor([-1.0, 1.0]), 2, 3)
+    build_loss(name)(batch).loss.backward()
+    assert bool(new.grad[:2].any()) == passes and new.grad[2] == pytest.approx(-0.5)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_float32_of_bf16_log_probs(name):
     batch = example()

@@ -78,13 +78,25 @@ def test_a_judge_that_lies_or_is_silent_gives_no_reward(reply, tmp_path):
         assert not earned.counts and earned.total == 0 and "is no verdict, after 3 tries" in earned.failures["judge"]
         assert [request.get("seed") for request in server.requests] == [None, 1, 2]
         judge(server.url, tmp_path)(judged(PROMPT, "red"))
-        assert len(server.requests) == 3  # what it said is kept as well
+        assert [request.get("seed") for request in server.requests[3:]] == [3, 4, 5]  # it is asked anew
 
 
 def test_a_verdict_that_is_invalid_at_first_is_asked_for_again(tmp_path):
     replies = itertools.chain([completion("hm"), completion("", finish="length")], itertools.repeat(verdict(10)))
     with served(lambda request, _: next(replies)) as server:
         assert judge(server.url, tmp_path)(judged(PROMPT, "red")).total == 1.0
+
+
+def test_stored_replies_that_are_no_verdict_do_not_answer_for_a_mended_judge(tmp_path):
+    with served(lambda request, _: completion("hm")) as server:
+        assert "after 2 tries" in judge(server.url, tmp_path, tries=2)(judged(PROMPT, "red")).failures["judge"]
+        assert len(server.requests) == 2
+        again = judge(server.url, tmp_path, tries=2)(judged(PROMPT, "red"))
+        assert "after 2 tries" in again.failures["judge"] and len(server.requests) == 4
+    with served(lambda request, _: verdict(10)) as server:
+        assert judge(server.url, tmp_path, tries=2)(judged(PROMPT, "red")).total == 1.0
+        assert judge(server.url, tmp_path, tries=2)(judged(PROMPT, "red")).total == 1.0
+        assert len(server.requests) == 1
 
 
 ATTACKS = [

@@ -14,7 +14,7 @@ from rl.questions.prompts import Prompt
 from rl.recipe import RlRecipe, load
 from rl.rewards import Earned, Judgement, counted_advantages, register, rewards_from
 from rl.run.identity import claim, identity
-from rl.run.metrics import MOMENTS, failure_warnings, step_metrics
+from rl.run.metrics import MOMENTS, Moments, failure_warnings, step_metrics, step_summary
 from stages.distributed import engine
 from stages.typed_toml import build, to_toml
 from tests.distributed import run_distributed
@@ -133,6 +133,12 @@ def test_failures_are_counted_and_named_in_the_metrics():
     assert metrics["reward/a"] == metrics["reward/b"] == pytest.approx(2 / 3)
     assert metrics["reward_failures/a"] == metrics["reward_failures/b"] == 1
     assert metrics["failures"] == failure_warnings(rank["earned"])
+    none = dataclasses.asdict(Moments())
+    flat = rank | {"updates": [{"loss": 0.0, "grad_norm": 0.0} | {name: none for name in MOMENTS}]}
+    flat = step_metrics(1, [flat], {"rollout": 1.0, "update": 1.0})
+    assert metrics.keys() - flat.keys() >= {"entropy", "clip_fraction", "ratio_mean", "ratio_min", "ratio_max"}
+    assert "no advantage" in step_summary(flat | {"eta_seconds": 1.0})
+    assert "entropy" in step_summary(metrics | {"eta_seconds": 1.0})
     assert metrics["failures"]["reward/b"] == "the reward b failed for 1 of 4 answers, first because: it broke"
     rank["earned"] = [[dataclasses.asdict(Earned(0.0, {"a": 0.0}, {"a": "x"}, counts=False))] * 2] * 2
     assert step_metrics(1, [rank], {"rollout": 1.0, "update": 1.0})["reward_mean"] == 0.0
