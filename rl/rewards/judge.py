@@ -176,7 +176,7 @@ class Judge:
                 elif (score := self._verdict(answer)) is not None:
                     found[place] = Outcome(score)
                 else:
-                    # A stored answer of an earlier call is no try: a judge that is mended later is asked again.
+                    # A stored answer of an earlier call is no try: a judge that is corrected later is asked again.
                     left[place] -= not answer.cached
                     if left[place]:
                         continue

@@ -87,7 +87,7 @@ def test_a_verdict_that_is_invalid_at_first_is_asked_for_again(tmp_path):
         assert judge(server.url, tmp_path)(judged(PROMPT, "red")).total == 1.0
 
 
-def test_stored_replies_that_are_no_verdict_do_not_answer_for_a_mended_judge(tmp_path):
+def test_stored_replies_that_are_no_verdict_do_not_answer_for_a_corrected_judge(tmp_path):
     with served(lambda request, _: completion("hm")) as server:
         assert "after 2 tries" in judge(server.url, tmp_path, tries=2)(judged(PROMPT, "red")).failures["judge"]
         assert len(server.requests) == 2
