@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from keye.aggregation.plans import encoded_sizes, frame_entries, plan_features
+from keye.aggregation.plans import ClipTower, encoded_sizes, frame_entries, plan_features, pools
 from keye.checks import fraction, height_width, integer
 from keye.encoded import (
     ChosenFrames,
@@ -134,7 +134,8 @@ class SlowFastEncoder:
             raise CheckpointError(f'{path}, key "encoder": {error}; save the processor again') from error
         with loading(directory):
             model = KeyeForConditionalGeneration.from_pretrained(directory).eval()
-        return cls(**settings, tower=model.encode_vision)
+        motion = model.config.vision_config.motion is not None
+        return cls(**settings, tower=ClipTower(model.encode_vision) if motion else model.encode_vision)
 
     @property
     def settings(self) -> dict:
@@ -210,7 +211,7 @@ class SlowFastEncoder:
         features = None
         if self.tower is not None:
             with torch.inference_mode():
-                features = plan_features(self.tower(pixel_values, grid_thw), grid_thw, plan)
+                features = plan_features(self.tower, pixel_values, grid_thw, plan)
         return EncodedVideo(pixel_values, grid_thw, plan, features, pixel_format)
 
     def frames(
@@ -235,7 +236,7 @@ class SlowFastEncoder:
             KeyeError: an option is unknown, a size or the pixel format is impossible, or the encoder has an
                 aggregation.
         """
-        if self.aggregation is not None:
+        if self.aggregation not in (None, "none"):
             raise KeyeError(
                 f"aggregation={self.aggregation!r} pools features inside a model of this project, and frames for other "
                 "models have none; use with_settings(aggregation=None), or keye.aggregation.llava"
@@ -259,7 +260,7 @@ class SlowFastEncoder:
         with self._open(source, sampling) as clip:
             buffer = FrameBuffer(self._limits(clip.size), clip.expected, self.policy)
             plan, positions = self._walk(clip, buffer)
-            if self.aggregation is not None:  # each frame once
+            if pools(plan):  # each frame once
                 positions = [positions[entry] for entry in frame_entries(plan)]
             yield clip, plan, lambda sizes: buffer.entries(positions, sizes, (frame.pixels for frame in clip))
 

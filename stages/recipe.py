@@ -26,6 +26,7 @@ class ImageLimits(TypedDict, total=False):
 
 class VisionSettings(TypedDict, total=False):
     mixer: str
+    motion: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class ModelRecipe:
     """A Hugging Face directory of a Keye; overrides the preset."""
 
     vision: VisionSettings = field(default_factory=dict)
-    """Fields of the preset's vision tower that differ: mixer, "attention" or "hyperzzw"."""
+    """Fields of the preset's vision tower that differ: mixer, "attention" or "hyperzzw"; motion, the settings of a
+    motion pathway (`keye.motion.settings.MotionSettings`), which needs an encoder with an aggregation."""
 
     tokenizer: str = ""
     """A directory or hub id; empty: a byte-level BPE of `vocab_size` entries is trained on the world's text."""

@@ -9,6 +9,7 @@ from typing import Any
 from keye.checks import suggestion
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError
+from keye.motion.settings import MotionSettings
 from keye.slowfast.measures import get_measure
 from keye.slowfast.policies import as_policy
 from stages.data.sources.transforms import checked
@@ -48,6 +49,11 @@ def check(recipe: Any, file: str) -> None:
         if recipe.model.vision.get("mixer", "attention") != "attention":
             still = recipe.processor.image.get("max_tokens", 20_480)
             _check_mixer(name, stage, max(encoder.get("max_tokens_per_frame", 768), still), need)
+        need(
+            "motion" not in recipe.model.vision or name == "vision" or encoder.get("aggregation"),
+            'model.vision.motion needs the type and time of each frame; set processor.encoder.aggregation = "none", '
+            'or "mean" or "max" to pool features as well',
+        )
         _check_stage(name, stage, need)
         _check_data_of_stage(name, stage, recipe.data, need)
     if recipe.vision is not None:
@@ -111,6 +117,11 @@ def _check_model(model: Any, need: Need) -> None:
     )
     mixer = model.vision.get("mixer", "attention")
     need(mixer in MIXERS, f"model.vision.mixer = {mixer!r} is unknown; {suggestion(mixer, MIXERS)}")
+    if "motion" in model.vision:
+        try:
+            MotionSettings.of(model.vision["motion"])
+        except KeyeError as error:
+            need(False, f"model.vision.motion: {error}")
     need(
         not (model.vision and model.path),
         "model.vision changes a preset, and model.path names a trained model; remove one of them",

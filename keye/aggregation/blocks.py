@@ -1,14 +1,17 @@
 """Blocks: which tokens a model reads of a video whose frames were encoded once, and the pooling that makes them.
 
-A block is the pooled grid of one frame. Blocks are an int64 tensor [K, 5] in the order in which the model reads them:
+A block is the pooled grid of one frame. Blocks are an int64 tensor [K, 5] or [K, 7] in the order in which the model
+reads them:
 
     frames   encoded frames of the video, in the video's first block; 0 in its other blocks
     source   position of the block's frame among the encoded frames of its video
     rows     rows of the pooled grid
     columns  columns of the pooled grid
     kind     MEAN, MAX, or k of 2 or more: the maximum over runs of k tokens of the row-major list
+    type     of the frame as this block shows it, 0 slow or 1 fast     } read by a motion pathway (`keye.motion`);
+    time     of the frame in milliseconds, −1 where it is not known    } not there in [K, 5]
 
-Blocks of several videos are joined by `torch.cat`: the column `frames` says where each video begins.
+Blocks of several videos are joined by `join_blocks`: the column `frames` says where each video begins.
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,8 @@ from torch import Tensor
 from keye.errors import KeyeError
 
 MEAN, MAX = 0, 1
-COLUMNS = 5
+COLUMNS, TIMED_COLUMNS = 5, 7
+UNKNOWN_TIME = -1
 
 
 def make_blocks(frames: int, entries: Sequence[tuple[int, int, int, int]]) -> Tensor:
@@ -39,6 +43,27 @@ def make_blocks(frames: int, entries: Sequence[tuple[int, int, int, int]]) -> Te
         raise KeyeError(f"a block reads frame {outside[0]} of a video of {frames} frames; give 0 to {frames - 1}")
     rows = [(0 if place else frames, *entry) for place, entry in enumerate(entries)]
     return torch.tensor(rows, dtype=torch.long)
+
+
+def timed_blocks(blocks: Tensor, types: Sequence[int], seconds: Sequence[float]) -> Tensor:
+    """Blocks `[K, 5]` with the type (0 slow, 1 fast) and the time of each block's frame, `[K, 7]`."""
+    times = [round(1000 * value) for value in seconds]
+    return torch.cat((blocks, torch.tensor([list(types), times], dtype=torch.long).T), dim=1)
+
+
+def has_times(blocks: Tensor) -> bool:
+    """Whether the blocks say the type and time of every frame."""
+    return blocks.shape[1] == TIMED_COLUMNS and not bool((blocks[:, 6] == UNKNOWN_TIME).any())
+
+
+def join_blocks(parts: Sequence[Tensor]) -> Tensor:
+    """The blocks of several videos, with seven columns if any part has; times that a part lacks are unknown."""
+    columns = max(part.shape[1] for part in parts)
+    unknown = torch.tensor([[0, UNKNOWN_TIME]])
+    return torch.cat([
+        part if part.shape[1] == columns else torch.cat((part, unknown.to(part).expand(len(part), -1)), dim=1)
+        for part in parts
+    ])  # fmt: skip
 
 
 def block_tokens(blocks: Tensor) -> Tensor:
@@ -111,7 +136,9 @@ def aggregate(features: Tensor, grids: Tensor, blocks: Tensor) -> Tensor:
     """
     _check(features, grids, blocks)
     frames, sources = features.split(grids.prod(1).tolist()), block_sources(blocks).tolist()
-    sizes, shapes = grids.tolist(), blocks[:, 2:].tolist()
+    sizes, shapes = grids.tolist(), blocks[:, 2:5].tolist()
+    if sources == list(range(len(sizes))) and shapes == [[*size, MEAN] for size in sizes]:
+        return features  # each frame as it is
     groups: dict[tuple[int, ...], list[int]] = {}
     for place, (source, shape) in enumerate(zip(sources, shapes, strict=True)):
         groups.setdefault((*sizes[source], *shape), []).append(place)
@@ -149,8 +176,10 @@ def pool(frames: Tensor, rows: int, columns: int, kind: int) -> Tensor:
 
 
 def _check(features: Tensor, grids: Tensor, blocks: Tensor) -> None:
-    if blocks.ndim != 2 or blocks.shape[1] != COLUMNS or not len(blocks):
-        raise KeyeError(f"blocks have the shape {list(blocks.shape)}; give [K, {COLUMNS}] with one block or more")
+    if blocks.ndim != 2 or blocks.shape[1] not in (COLUMNS, TIMED_COLUMNS) or not len(blocks):
+        raise KeyeError(
+            f"blocks have the shape {list(blocks.shape)}; give [K, {COLUMNS}] or [K, {TIMED_COLUMNS}] with one or more"
+        )
     described, given = int(blocks[:, 0].sum()), len(grids)
     if described != given or int(blocks[0, 0]) < 1:
         raise KeyeError(

@@ -4,13 +4,14 @@ A plan names its aggregation in its settings, so that it is in effect wherever t
 encoded at its own size, and all functions say so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from keye.aggregation.blocks import MAX, MEAN, aggregate, make_blocks, whole_frames
+from keye.aggregation.blocks import MAX, MEAN, aggregate, join_blocks, make_blocks, timed_blocks, whole_frames
 from keye.aggregation.settings import FeatureAggregation
+from keye.motion.timing import clips_of
 from keye.slowfast.plan import VideoPlan
 from keye.slowfast.policies import SLOW
 
@@ -33,9 +34,15 @@ def reading_order(plan: VideoPlan) -> list[int]:
     return sorted(entries, key=lambda entry: types[entry] != SLOW)  # stable: in time order within a pathway
 
 
+def pools(plan: VideoPlan) -> bool:
+    """Whether the tokens of entries are pooled from frames that are encoded once."""
+    found = aggregation_of(plan)
+    return found is not None and found.pool != "none"
+
+
 def entry_frames(plan: VideoPlan) -> list[int]:
     """The encoded frame of each entry: a row of the video's `grid_thw`."""
-    if aggregation_of(plan) is None:
+    if not pools(plan):
         return list(range(len(plan)))
     return plan.frame_indices.unique(return_inverse=True)[1].tolist()
 
@@ -49,7 +56,7 @@ def frame_entries(plan: VideoPlan) -> list[int]:
 def encoded_sizes(plan: VideoPlan) -> list[Size]:
     """(height, width) in pixels of each encoded frame."""
     found = aggregation_of(plan)
-    if found is None:
+    if found is None or not pools(plan):
         return plan.frame_sizes
     # The largest side of any entry, because a fast frame may have more rows than a slow one of another aspect.
     height, width = (found.oversample * max(sides) for sides in zip(*plan.frame_sizes, strict=True))
@@ -57,16 +64,16 @@ def encoded_sizes(plan: VideoPlan) -> list[Size]:
 
 
 def plan_blocks(plan: VideoPlan) -> Tensor | None:
-    """The blocks `[K, 5]` of a plan's entries in the order of the stream; None for a plan without aggregation."""
+    """The blocks `[K, 7]` of a plan's entries in the order of the stream; None for a plan without aggregation."""
     found = aggregation_of(plan)
     if found is None:
         return None
     frames, sizes, kind = entry_frames(plan), plan.frame_sizes, MAX if found.pool == "max" else MEAN
-    entries = [
-        (frames[entry], sizes[entry][0] // plan.side, sizes[entry][1] // plan.side, kind)
-        for entry in reading_order(plan)
-    ]
-    return make_blocks(max(frames) + 1, entries)
+    order = reading_order(plan)
+    entries = [(frames[entry], sizes[entry][0] // plan.side, sizes[entry][1] // plan.side, kind) for entry in order]
+    types, seconds = plan.frame_types.tolist(), plan.timestamps.tolist()
+    blocks = make_blocks(max(frames) + 1, entries)
+    return timed_blocks(blocks, [types[entry] for entry in order], [seconds[entry] for entry in order])
 
 
 def joined_blocks(plans: Sequence[VideoPlan]) -> Tensor | None:
@@ -81,10 +88,32 @@ def joined_blocks(plans: Sequence[VideoPlan]) -> Tensor | None:
         blocks = plan_blocks(plan)
         grids = torch.tensor(encoded_sizes(plan)) // plan.side
         parts.append(whole_frames(grids) if blocks is None else blocks)
-    return torch.cat(parts)
+    return join_blocks(parts)
 
 
-def plan_features(features: Tensor, grid_thw: Tensor, plan: VideoPlan) -> Tensor:
-    """Tokens `[N, D]` of the encoded frames of a plan → `[plan.tokens, D]` in the order of the stream."""
+class ClipTower:
+    """A tower with a motion pathway: a function of pixels, grids and `clips` of `keye.motion.timing`."""
+
+    def __init__(self, encode: Callable[..., Tensor]) -> None:
+        self.encode = encode
+
+    def __call__(self, pixel_values: Tensor, grid_thw: Tensor, clips: Tensor) -> Tensor:
+        """See `KeyeModel.encode_vision`."""
+        return self.encode(pixel_values, grid_thw, clips=clips)
+
+
+def plan_features(tower: Callable[..., Tensor], pixel_values: Tensor, grid_thw: Tensor, plan: VideoPlan) -> Tensor:
+    """The tokens of an encoded video, `[plan.tokens, D]` in the order of the stream.
+
+    Args:
+        tower: patches and grids → tokens `[N, D]` of the encoded frames; a `ClipTower` also gets their clip and times.
+        pixel_values, grid_thw: the encoded frames.
+        plan: the plan.
+
+    Raises:
+        KeyeError: a `ClipTower` and a plan without aggregation, which says no times.
+    """
     blocks = plan_blocks(plan)
+    clips = (clips_of(0, len(grid_thw), blocks),) if isinstance(tower, ClipTower) else ()
+    features = tower(pixel_values, grid_thw, *clips)
     return features if blocks is None else aggregate(features, grid_thw[:, 1:] // 2, blocks)

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from keye.errors import KeyeError
 
-_VALUES = {"pool": ("mean", "max"), "layout": ("time", "slow_then_fast")}
+_VALUES = {"pool": ("mean", "max", "none"), "layout": ("time", "slow_then_fast")}
 _MOST = 8
 
 
@@ -14,14 +14,16 @@ class FeatureAggregation:
     """How an encoder aggregates features; as text "mean", "max:oversample=2" or "mean:layout=slow_then_fast".
 
     The plan decides types, sizes and tokens of frames as without aggregation. Every frame is then encoded once, at the
-    size of slow frames, and the tokens of an entry of the plan are pooled from its frame's.
+    size of slow frames, and the tokens of an entry of the plan are pooled from its frame's. With the pool "none" each
+    entry is encoded at its own size, as without aggregation, and its tokens are read as they are; the model also gets
+    the type and time of each frame, which a motion pathway needs (`keye.motion`).
 
     Raises:
         KeyeError: a value is impossible.
     """
 
-    pool: Literal["mean", "max"] = "mean"
-    """Mean or maximum over the cells of the pooled grid."""
+    pool: Literal["mean", "max", "none"] = "mean"
+    """Mean or maximum over the cells of the pooled grid, or no pooling."""
 
     oversample: int = 1
     """Frames are encoded at this multiple of the height and width of slow frames; slow tokens are then pooled too."""
@@ -33,6 +35,8 @@ class FeatureAggregation:
         for name, known in _VALUES.items():
             if getattr(self, name) not in known:
                 raise KeyeError(f"aggregation: {name} is {getattr(self, name)!r}; use {' or '.join(known)}")
+        if self.pool == "none" and (self.oversample, self.layout) != (1, "time"):
+            raise KeyeError("aggregation: without pooling there is no oversample and no layout; remove them, or pool")
         if not 1 <= self.oversample <= _MOST:
             raise KeyeError(f"aggregation: oversample is {self.oversample}; give a whole number from 1 to {_MOST}")
 

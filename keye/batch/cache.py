@@ -320,8 +320,7 @@ def add_features(encoder: Encoder, video: EncodedVideo) -> EncodedVideo:
     if encoder.tower is None:
         return video
     with torch.inference_mode():
-        features = encoder.tower(video.pixel_values, video.grid_thw)
-        return replace(video, features=plan_features(features, video.grid_thw, video.plan))
+        return replace(video, features=plan_features(encoder.tower, video.pixel_values, video.grid_thw, video.plan))
 
 
 def _read_plan(path: Path) -> VideoPlan:

@@ -126,7 +126,7 @@ def sweep(
 def measure_clip(clip: str | Path, thresholds: Sequence[float], settings: dict) -> Iterator[dict]:
     """One dict per threshold: tokens of the clip and detail that is kept of its frames."""
     base = SlowFastEncoder(**settings, policy="all_slow")
-    if base.aggregation is not None:
+    if base.aggregation not in (None, "none"):
         raise KeyeError(
             f"aggregation={base.aggregation!r} pools features, and the detail of pictures does not measure that; "
             "omit --aggregation"

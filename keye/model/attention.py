@@ -212,3 +212,18 @@ def _padded(
 
 AttentionInterface.register("keye", decoder_attention)
 AttentionMaskInterface.register("keye", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def recording(
+    weights: list[Tensor], backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
+) -> Tensor:
+    """`varlen`, which also appends its weights to the list; they are computed separately, as no kernel returns them."""
+    weights.append(attention_weights(q, k, cu_seqlens))
+    return varlen(q, k, v, cu_seqlens, causal, backend=backend)
+
+
+def attention_weights(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """q, k `[N, heads, D]`, segments of `cu_seqlens` → weights `[heads, N, N]` float32, 0 between segments."""
+    segment = torch.bucketize(torch.arange(len(q), device=q.device), cu_seqlens[1:].to(q.device), right=True)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+    return scores.masked_fill(segment[:, None] != segment[None], -torch.inf).softmax(dim=-1)

@@ -15,7 +15,8 @@ class KeyeVisionConfig(PreTrainedConfig):
 
     `position_grid` is the side of the learned position table in patches. `rotary` enables the 2-D RoPE; it is False
     only to compare with plain SigLIP. `mixer` is what mixes the patches of a frame in each layer: "attention" or
-    "hyperzzw" (`keye.hyperzzw.HyperZZWMixer`), which has no heads and no rotary.
+    "hyperzzw" (`keye.hyperzzw.HyperZZWMixer`), which has no heads and no rotary. `motion` are the settings of a motion
+    pathway (`keye.motion.settings.MotionSettings`); None for a tower without one.
     """
 
     model_type = "keye_vision"
@@ -31,6 +32,7 @@ class KeyeVisionConfig(PreTrainedConfig):
     rope_theta: float = 10_000.0
     rotary: bool = True
     mixer: str = "attention"
+    motion: dict[str, Any] | None = None
 
 
 class KeyeConfig(PreTrainedConfig):

@@ -94,6 +94,8 @@ class KeyeGenerationMixin(GenerationMixin):
                 raise ValueError(f"{len(row)} placeholders of id {token_id}, but {len(part)} visual tokens")
             uncached = column >= cached
             needed = torch.zeros(len(parts), dtype=torch.bool, device=device).index_fill_(0, part[uncached], True)
+            if blocks is not None and config.vision_config.motion is not None and needed.any():
+                needed[:] = True  # a motion pathway reads complete clips
             encoded, kept = needed_blocks(parts, needed, len(grid))
             pixels.append(patches.to(device)[encoded.repeat_interleave(grid.prod(dim=1))])
             grids.append(grid[encoded])
@@ -101,7 +103,10 @@ class KeyeGenerationMixin(GenerationMixin):
             read.append((blocks is not None and len(kept) > 0, kept, uncached[needed[part]]))
         if not sum(map(len, grids)):
             return torch.zeros(0, config.text_config.hidden_size, dtype=self.dtype, device=device)
-        encoded_parts = self.encode_vision(torch.cat(pixels), torch.cat(grids))
+        given = {kind[0]: (grid, kept) for kind, grid, (_, kept, _) in zip(kinds, grids, read, strict=True)}
+        stills, frames = given.get(config.image_token_id, (None, None)), given.get(config.video_token_id, (None, None))
+        clips = self.clips(stills[0], frames[0], frames[1])
+        encoded_parts = self.encode_vision(torch.cat(pixels), torch.cat(grids), clips=clips)
         found = []
         sizes = [int(grid.prod(dim=1).sum()) // 4 for grid in grids]
         for part, grid, row, (pooled, kept, wanted) in zip(encoded_parts.split(sizes), grids, rows, read, strict=True):

@@ -26,6 +26,7 @@ from keye.model.pretrained import KeyePreTrainedModel
 from keye.model.projector import Projector
 from keye.model.rope import batch_positions
 from keye.model.vision import FramePart, KeyeVisionModel, Trace
+from keye.motion.timing import clips_of
 from keye.slowfast.pixels import join
 
 
@@ -59,15 +60,16 @@ class KeyeModel(KeyePreTrainedModel):
         self.language_model.rotary_emb = multimodal_rotary(self.language_model.rotary_emb.own, text)
 
     def encode_vision(
-        self, pixel_values: Tensor | None, grid_thw: Tensor | None, frame_parts: Sequence[FramePart] = ()
-    ) -> Tensor:
+        self, pixel_values: Tensor | None, grid_thw: Tensor | None,
+        frame_parts: Sequence[FramePart] = (), clips: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Patches `[N, 3, 14, 14]` of frames or images with grids `[F, 3]` → tokens `[N / 4, hidden]`.
 
         Pixels are bytes (uint8) or floats in [−1, 1]. Without a gradient, and with gradient checkpointing, frames pass
         through tower and projector in chunks, so that only the activations of a chunk are in memory. The tokens of
-        `frame_parts` come first.
+        `frame_parts` come first. `clips` `[F, 3]` are for a motion pathway (`keye.motion.timing`).
         """
-        features = self.visual(pixel_values, grid_thw, frame_parts)
+        features = self.visual(pixel_values, grid_thw, frame_parts, clips=clips)
         return self.projector(features, grid_thw, sum(len(part.pixels) for part in frame_parts))
 
     def get_image_features(
@@ -77,6 +79,7 @@ class KeyeModel(KeyePreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        clips: Tensor | None = None,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
         """Patches and grids of images, as for `forward` → the tower's features and the decoder's tokens.
 
@@ -89,7 +92,7 @@ class KeyeModel(KeyePreTrainedModel):
         weights = self.config.output_attentions if output_attentions is None else output_attentions
         trace = Trace([] if hidden else None, [] if weights else None)
         grid = image_grid_thw.to(pixel_values.device)
-        features = self.visual(pixel_values, grid, trace=trace)
+        features = self.visual(pixel_values, grid, trace=trace, clips=clips)
         tokens = self.projector(features, grid).split((grid.prod(dim=1) // 4).tolist())
         output = BaseModelOutputWithPooling(
             last_hidden_state=features,
@@ -103,8 +106,9 @@ class KeyeModel(KeyePreTrainedModel):
     def get_video_features(
         self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **kwargs: Any
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """The same for the frames of videos: pooler_output has an entry per frame."""
-        return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs)
+        """The same for the frames of videos: an entry per frame. A motion pathway needs `video_blocks`."""
+        clips = self.clips(None, video_grid_thw, kwargs.pop("video_blocks", None))
+        return self.get_image_features(pixel_values_videos, video_grid_thw, **kwargs, clips=clips)
 
     @can_return_tuple
     def forward(
@@ -234,15 +238,24 @@ class KeyeModel(KeyePreTrainedModel):
         elif pixels or frame_parts:
             grids = [g for g in (image_grid_thw, video_grid_thw) if g is not None and len(g)]
             joined = (join(pixels), join(grids)) if pixels else (None, None)
-            features = self.encode_vision(*joined, frame_parts)
-            if video_blocks is not None:
+            if video_blocks is not None or self.config.vision_config.motion is not None:
                 refuse_parts(frame_parts, exchange)
+            features = self.encode_vision(
+                *joined, frame_parts, self.clips(image_grid_thw, video_grid_thw, video_blocks)
+            )
+            if video_blocks is not None:
                 features = read_tokens(features, image_grid_thw, video_grid_thw, video_blocks)
         elif exchange is None and not self.training:
             return None
         else:
             features = self._no_features()
         return features if exchange is None else exchange(features)
+
+    def clips(self, image_grid: Tensor | None, video_grid: Tensor | None, blocks: Tensor | None) -> Tensor | None:
+        """`clips` of `encode_vision`; None without a motion pathway. KeyeError: the blocks have no times."""
+        if self.config.vision_config.motion is None:
+            return None
+        return clips_of(*(0 if grid is None else len(grid) for grid in (image_grid, video_grid)), blocks)
 
     def _no_features(self) -> Tensor:
         """No visual tokens `[0, hidden]`, but through the tower: in training every rank must use every parameter."""
@@ -280,9 +293,13 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         """See `KeyeModel.set_rope_theta`."""
         self.model.set_rope_theta(theta)
 
-    def encode_vision(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    def encode_vision(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
         """See `KeyeModel.encode_vision`."""
-        return self.model.encode_vision(pixel_values, grid_thw)
+        return self.model.encode_vision(*args, **kwargs)
+
+    def clips(self, *args: Tensor | None) -> Tensor | None:
+        """See `KeyeModel.clips`."""
+        return self.model.clips(*args)
 
     def positions(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
         """See `KeyeModel.positions`."""

@@ -39,8 +39,8 @@ def refuse_parts(frame_parts: Sequence[object], exchange: Callable[[Tensor], Ten
     """Raise KeyeError where the frames of a video are divided among ranks, so that no rank can aggregate them."""
     if frame_parts or exchange is not None:
         raise KeyeError(
-            "aggregation needs all frames of a video on one rank, and sequence parallelism divides them; "
-            "set sequence_parallel = 1 or remove processor.encoder.aggregation"
+            "aggregation and a motion pathway need all frames of a video on one rank, and sequence parallelism divides "
+            "them; set sequence_parallel = 1, or remove processor.encoder.aggregation and vision_config.motion"
         )
 
 

@@ -12,6 +12,7 @@ from keye.hyperzzw.mixer import HyperZZWMixer
 from keye.hyperzzw.slow import SlowNet
 from keye.model.config import KeyeConfig
 from keye.model.vision import PositionTable, position_std
+from keye.motion.pathway import MotionOutput, TimedConv
 
 
 class KeyePreTrainedModel(PreTrainedModel):
@@ -48,6 +49,10 @@ class KeyePreTrainedModel(PreTrainedModel):
         elif isinstance(module, SlowNet):
             for name, value in module.initial().items():
                 init.copy_(getattr(module, name), value)
+        elif isinstance(module, TimedConv):
+            module.initialize(init.normal_)
+        elif isinstance(module, MotionOutput):
+            init.zeros_(module.weight)
         elif isinstance(module, HyperZZWMixer):
             init.ones_(module.branch_scale)
             init.zeros_(module.branch_shift)

@@ -16,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from keye.errors import KeyeError
 from keye.hyperzzw.mixer import FrameGroups, HyperZZWMixer
-from keye.model.attention import Varlen, varlen
+from keye.model.attention import Varlen, recording, varlen
 from keye.model.config import KeyeVisionConfig
 from keye.model.rope import block_coordinates, rotate, vision_tables
 from keye.model.segments import segments_of
+from keye.motion.pathway import MotionPathway
+from keye.motion.settings import MotionSettings
 from keye.slowfast.pixels import normalised
 
 # Standard deviation of a new position table relative to a patch embedding of unit pixels. A tower learns where things
@@ -95,18 +97,23 @@ def chunks_of(grid_thw: Tensor) -> list[tuple[int, int]]:
 
 
 def in_chunks(
-    run: Callable[[Tensor, Tensor], Tensor], values: Tensor, grid_thw: Tensor, recomputed: bool = False
+    run: Callable[..., Tensor],
+    values: Tensor,
+    grid_thw: Tensor,
+    recomputed: bool = False,
+    added: Tensor | None = None,
 ) -> Tensor:
     """`run(values, grid_thw)` over consecutive chunks of complete frames (`chunks_of`), concatenated along dimension 0.
 
-    recomputed: save only the inputs of a chunk, and compute it again in the backward pass.
+    recomputed: save only the inputs of a chunk, and compute it again in the backward pass. added: a third argument of
+    `run`, which has a row for each of `values`.
     """
-    chunks = chunks_of(grid_thw)
+    chunks, more = chunks_of(grid_thw), () if added is None else (added,)
     if not chunks or sum(patches for _, patches in chunks) != len(values):
-        return run(values, grid_thw)  # it raises the error
-    parts = zip(
-        values.split([patches for _, patches in chunks]), grid_thw.split([rows for rows, _ in chunks]), strict=True
-    )
+        return run(values, grid_thw, *more)  # it raises the error
+    sizes = [patches for _, patches in chunks]
+    rows = grid_thw.split([rows for rows, _ in chunks])
+    parts = zip(values.split(sizes), rows, *(each.split(sizes) for each in more), strict=True)
     step = partial(checkpoint, run, use_reentrant=False) if recomputed else run
     results = [step(*part) for part in parts]
     return results[0] if len(results) == 1 else torch.cat(results)
@@ -261,6 +268,8 @@ class KeyeVisionModel(nn.Module):
         self.embeddings = VisionEmbeddings(config)
         self.encoder = VisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.motion is not None:
+            self.motion = MotionPathway(MotionSettings.of(config.motion), width)
         self.gradient_checkpointing = False
 
     def forward(
@@ -269,6 +278,7 @@ class KeyeVisionModel(nn.Module):
         grid_thw: Tensor | None,
         parts: Sequence[FramePart] = (),
         trace: Trace | None = None,
+        clips: Tensor | None = None,
     ) -> Tensor:
         """pixel_values `[N, 3, 14, 14]` in raster order, grid_thw `[F, 3]` rows (1, h, w) in patches → `[N, width]`.
 
@@ -280,9 +290,15 @@ class KeyeVisionModel(nn.Module):
             parts: parts of frames that other processes also encode; their features come first, in the order of their
                 pixels.
             trace: filled with intermediate results; nothing is recomputed then.
+            clips: `[F, 3]` of `keye.motion.timing`, for a motion pathway; None if all are stills.
         """
+        added = None
+        if self.config.motion is not None:
+            if parts:
+                raise KeyeError("a motion pathway reads whole clips, and other processes encode parts of these frames")
+            added = self.motion(pixel_values, grid_thw, clips)
         if trace is not None or (torch.compiler.is_compiling() and not parts):
-            return self._encode(pixel_values, grid_thw, trace)
+            return self._encode(pixel_values, grid_thw, added, trace)
         values = [part.pixels for part in parts] + ([] if pixel_values is None else [pixel_values])
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (*values, *self.parameters()))
         recomputed = trains and self.gradient_checkpointing and self.training
@@ -293,11 +309,16 @@ class KeyeVisionModel(nn.Module):
             if pixel_values is not None:
                 chunked = recomputed or not trains
                 run = partial(in_chunks, self._encode, recomputed=recomputed) if chunked else self._encode
-                found.append(run(pixel_values, grid_thw))
+                found.append(run(pixel_values, grid_thw, added=added))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _encode(self, pixel_values: Tensor, grid_thw: Tensor, trace: Trace | None = None) -> Tensor:
-        """All frames in one call; with checkpointing, layers over more than `FRAME_PATCHES` patches are recomputed."""
+    def _encode(
+        self, pixel_values: Tensor, grid_thw: Tensor, added: Tensor | None = None, trace: Trace | None = None
+    ) -> Tensor:
+        """All frames in one call, with `added` to their patch embeddings.
+
+        With checkpointing, layers over more than `FRAME_PATCHES` patches are recomputed.
+        """
         frames = grid_thw[:, 1:]
         if torch.compiler.is_compiling():  # a graph knows the number of frames only from the rows
             torch._assert_async((grid_thw[:, 0] == 1).all(), "inside a graph every row of grid_thw is one frame")
@@ -314,11 +335,12 @@ class KeyeVisionModel(nn.Module):
         if self.config.mixer != "attention":
             groups = self._groups(frames, trace)
             hidden_states = None if trace is None else trace.hidden_states
-            return self._layers(pixel_values, places, cu_seqlens, len(pixel_values), None, hidden_states, groups)
+            total = len(pixel_values)
+            return self._layers(pixel_values, places, cu_seqlens, total, None, hidden_states, groups, added)
         if trace is None:
-            return self._layers(pixel_values, places, cu_seqlens, len(pixel_values))
-        recording = None if trace.attentions is None else partial(_recording, trace.attentions, self.attention)
-        return self._layers(pixel_values, places, cu_seqlens, 0, recording, trace.hidden_states)
+            return self._layers(pixel_values, places, cu_seqlens, len(pixel_values), added=added)
+        recorded = None if trace.attentions is None else partial(recording, trace.attentions, self.attention)
+        return self._layers(pixel_values, places, cu_seqlens, 0, recorded, trace.hidden_states, added=added)
 
     def _groups(self, frames: Tensor, trace: Trace | None) -> FrameGroups:
         """The frames `[F, 2]` for another mixer than attention.
@@ -351,8 +373,10 @@ class KeyeVisionModel(nn.Module):
         varlen_fn: Varlen | None = None,
         hidden_states: list[Tensor] | None = None,
         groups: FrameGroups | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         x = self.embeddings(pixels, places)
+        x = x if added is None else x + added
         tables: tuple[Tensor, Tensor] | FrameGroups | None = groups
         if groups is None and self.config.rotary:
             head_dim = self.config.hidden_size // self.config.num_attention_heads
@@ -369,18 +393,3 @@ class KeyeVisionModel(nn.Module):
         if hidden_states is not None:
             hidden_states.append(x)
         return x
-
-
-def _recording(
-    weights: list[Tensor], backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
-) -> Tensor:
-    """`varlen`, which also appends its weights to the list; they are computed separately, as no kernel returns them."""
-    weights.append(attention_weights(q, k, cu_seqlens))
-    return varlen(q, k, v, cu_seqlens, causal, backend=backend)
-
-
-def attention_weights(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """q, k `[N, heads, D]`, segments of `cu_seqlens` → weights `[heads, N, N]` float32, 0 between segments."""
-    segment = torch.bucketize(torch.arange(len(q), device=q.device), cu_seqlens[1:].to(q.device), right=True)
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[-1] ** -0.5
-    return scores.masked_fill(segment[:, None] != segment[None], -torch.inf).softmax(dim=-1)

@@ -1,7 +1,8 @@
 """Settings of SlowFast Networks (arXiv 1812.03982) and the published presets."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from keye.errors import ArgumentError
 
@@ -98,3 +99,47 @@ PRESETS = {
 `50_50` has temporal kernels in the first 6 blocks of res4 only, as the paper's ResNet-101 of 106 and 213 GFLOPs;
 `nl` has non-local blocks. `tiny` is for tests.
 """
+
+
+@dataclass(frozen=True)
+class MotionSettings:
+    """The motion pathway of a vision tower (`vision_config.motion`), see `keye.motion.pathway`.
+
+    Raises:
+        ArgumentError: a value is impossible.
+    """
+
+    size: int = 112
+    """Height and width in pixels of the frames that the pathway reads."""
+
+    width: int = 8
+    """Channels of the stem; a stage ends with 4, 8, 16, … times as many."""
+
+    blocks: tuple[int, ...] = (3, 4, 6)
+    """Residual blocks of res2 and the following stages."""
+
+    alpha: int = 4
+    """Steps into which the time between two slow frames is divided."""
+
+    lateral_kernel: int = 5
+    """Steps that a lateral connection sees, with the slow frame in the middle."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.lateral_kernel % 2 == 0:
+            raise ArgumentError(f"motion: lateral_kernel {self.lateral_kernel} must be odd, so that it has a middle")
+        if not self.blocks or min(self.width, self.alpha, self.lateral_kernel, *self.blocks) < 1:
+            raise ArgumentError("motion: width, alpha, lateral_kernel and blocks must be at least 1")
+        if self.size < 4 << len(self.blocks):
+            raise ArgumentError(
+                f"motion: frames of {self.size} pixels are too small for {len(self.blocks)} stages; "
+                f"give size {4 << len(self.blocks)} or more"
+            )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "MotionSettings":
+        """The settings of a mapping such as `vision_config.motion`; ArgumentError names an unknown key."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping) or set(values) - set(known):
+            raise ArgumentError(f"motion is {values!r:.80}; give a table with some of the keys {', '.join(known)}")
+        return cls(**values)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
-from keye.aggregation.blocks import whole_frames
+from keye.aggregation.blocks import join_blocks, whole_frames
 from keye.aggregation.plans import encoded_sizes
 from keye.model.placeholders import read_grids
 from keye.processor.stream import IGNORED
@@ -25,7 +25,7 @@ class Sample:
     input_ids, labels: LongTensor `[L]`; labels are not shifted, −100 outside the assistant's words. position_ids:
     LongTensor `[3, L]`. pixel_values, pixel_values_videos: uint8 `[N, 3, 14, 14]` (or floats of a video given as
     encoded that uint8 cannot represent), with grids `[F, 3]` of the images and of all videos' frames, in stream order.
-    video_blocks: `[K, 5]`, which tokens are read of the videos' frames (`keye.aggregation`); None for all.
+    video_blocks: `[K, 7]`, which tokens are read of the videos' frames (`keye.aggregation`); None for all.
     plans: the plan of each video. warnings: messages about images made smaller to fit. thinned: visual tokens removed
     to fit `max_length`.
     """
@@ -96,7 +96,7 @@ def batch_blocks(samples: Sequence[Sample]) -> Tensor | None:
     if all(sample.video_blocks is None for sample in samples):
         return None
     videos = [sample for sample in samples if sample.video_grid_thw is not None]
-    return torch.cat([whole_frames(s.read_grids[1]) if s.video_blocks is None else s.video_blocks for s in videos])
+    return join_blocks([whole_frames(s.read_grids[1]) if s.video_blocks is None else s.video_blocks for s in videos])
 
 
 class KeyeInputs(BatchFeature):
