@@ -178,6 +178,10 @@ def config_to_released(config: Mapping[str, Any]) -> dict[str, Any]:
             f"vision_config.mixer is {vision['mixer']}: the released tower has attention; keep this model in its own "
             "layout"
         )
+    if vision.get("motion") is not None:
+        raise CheckpointError(
+            "vision_config.motion: the released tower has no motion pathway; keep this model in its own layout"
+        )
     if not vision.get("rotary", True) or vision.get("rope_theta", 10_000.0) != 10_000.0:
         raise CheckpointError(
             "vision_config: the released tower always has 2-D RoPE of base 10000; set rotary and rope_theta so"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from keye.hyperzzw.cost import mixer_operations
+from keye.motion.cost import motion_operations
+from keye.motion.settings import MotionSettings
 
 TRAINING = 3  # forward, gradients of the activations, gradients of the weights
 
@@ -56,10 +58,13 @@ def frame_layers(vision: Any, frames: Iterable[tuple[int, int]]) -> Flops:
 
 
 def tower(vision: Any, frames: Iterable[tuple[int, int]]) -> Flops:
-    """The complete tower over frames of (height, width) patches: patch embedding and layers."""
+    """The complete tower over frames of (height, width) patches: patch embedding, layers and the motion pathway."""
     frames = list(frames)
     patches = sum(height * width for height, width in frames)
     embedding = 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size
+    motion = getattr(vision, "motion", None)
+    if motion is not None:
+        embedding += len(frames) * motion_operations(MotionSettings.of(motion))
     return Flops(embedding) + frame_layers(vision, frames)
 
 

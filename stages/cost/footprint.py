@@ -179,12 +179,14 @@ def tower_layer(vision: Any, element: int) -> float:
     """Bytes per patch that a layer of the tower keeps: two norms (input, result), q, k, v, their result, the MLP.
 
     Raises:
-        RecipeError: a tower with another mixer than attention.
+        RecipeError: a tower with another mixer than attention, or with a motion pathway.
     """
     if getattr(vision, "mixer", "attention") != "attention":
         raise RecipeError(
             f"the memory of a tower with mixer {vision.mixer!r} is not estimated; estimate it with attention"
         )
+    if getattr(vision, "motion", None) is not None:
+        raise RecipeError("the memory of a motion pathway is not estimated; estimate the recipe without it")
     return element * (8 * vision.hidden_size + 2 * vision.intermediate_size) + FP32 * vision.num_attention_heads
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from keye.aggregation.blocks import make_blocks, timed_blocks
 from keye.errors import KeyeError
 from keye.model.config import KeyeVisionConfig
 from keye.model.vision import KeyeVisionModel
+from keye.motion.cost import motion_operations
 from keye.motion.network import Lateral
 from keye.motion.pathway import GatheredConv, MotionPathway, TimedConv, small_frames
 from keye.motion.settings import MotionSettings, SlowFastSettings
@@ -135,6 +137,27 @@ def test_without_clips_every_parameter_still_gets_a_gradient(stills):
     assert out.shape == (4 * stills, 24) and not out.any()
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in pathway.parameters())
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, MotionSettings(), MotionSettings(size=45, width=4, blocks=(2, 1))])
+def test_operations_of_a_frame_are_those_that_torch_counts(settings):
+    with torch.device("meta"):
+        pathway = MotionPathway(settings, 24)
+        x = torch.zeros(3, 3, settings.size, settings.size)
+    wide, narrow = (neighbours(strided(3, 3, 40.0), kernel) for kernel in (5, 3))
+    with FlopCounterMode(display=False) as counter:
+        x = F.max_pool2d(pathway.stem(x, wide), 3, 2, 1)
+        for stage in pathway.stages:
+            for block in stage:
+                x = block(x, narrow)
+    assert counter.get_total_flops() == 3 * motion_operations(settings)
+
+
+def test_the_default_pathway_is_small():
+    with torch.device("meta"):
+        pathway = MotionPathway(MotionSettings(), 1152)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in pathway.named_children()}
+    assert sum(counts.values()) == 948_232 and counts["output"] == 465 * 1152
 
 
 def tower(motion: dict | None) -> KeyeVisionModel:
