@@ -106,8 +106,8 @@ class KeyeGenerationMixin(GenerationMixin):
         given = {kind[0]: (grid, kept) for kind, grid, (_, kept, _) in zip(kinds, grids, read, strict=True)}
         stills, frames = given.get(config.image_token_id, (None, None)), given.get(config.video_token_id, (None, None))
         clips = self.clips(stills[0], frames[0], frames[1])
-        told = {} if clips is None else {"clips": clips}
-        encoded_parts = self.encode_vision(torch.cat(pixels), torch.cat(grids), **told)
+        extra = {} if clips is None else {"clips": clips}
+        encoded_parts = self.encode_vision(torch.cat(pixels), torch.cat(grids), **extra)
         found = []
         sizes = [int(grid.prod(dim=1).sum()) // 4 for grid in grids]
         for part, grid, row, (pooled, kept, wanted) in zip(encoded_parts.split(sizes), grids, rows, read, strict=True):
