@@ -84,7 +84,7 @@ class KeyeGenerationMixin(GenerationMixin):
             (config.video_token_id, pixel_values_videos, video_grid_thw, video_blocks),
         )
         kinds = [kind for kind in kinds if kind[1] is not None and kind[2] is not None]
-        pixels, grids, rows, read = [], [], [], []
+        pixels, grids, rows, read, of_kind = [], [], [], [], {}
         for token_id, patches, grid, blocks in kinds:
             row, column = (x.to(device) for x in (input_ids == token_id).nonzero(as_tuple=True))
             grid = grid.to(device)
@@ -101,11 +101,12 @@ class KeyeGenerationMixin(GenerationMixin):
             grids.append(grid[encoded])
             rows.append(row[uncached])
             read.append((blocks is not None and len(kept) > 0, kept, uncached[needed[part]]))
+            of_kind[token_id] = grids[-1], None if blocks is None else parts
         if not sum(map(len, grids)):
             return torch.zeros(0, config.text_config.hidden_size, dtype=self.dtype, device=device)
-        given = {kind[0]: (grid, kept) for kind, grid, (_, kept, _) in zip(kinds, grids, read, strict=True)}
-        stills, frames = given.get(config.image_token_id, (None, None)), given.get(config.video_token_id, (None, None))
-        clips = self.clips(stills[0], frames[0], frames[1])
+        stills, _ = of_kind.get(config.image_token_id, (None, None))
+        frames, all_blocks = of_kind.get(config.video_token_id, (None, None))
+        clips = self.clips(stills, frames, all_blocks)  # a motion pathway encodes all frames or none
         extra = {} if clips is None else {"clips": clips}
         encoded_parts = self.encode_vision(torch.cat(pixels), torch.cat(grids), **extra)
         found = []

@@ -8,6 +8,7 @@ import torch
 
 from keye import KeyeConfig, KeyeForConditionalGeneration, KeyeProcessor
 from keye.errors import KeyeError
+from keye.model.placeholders import fill_placeholders
 from keye.model.rope import stream_positions
 from keye.processor.tokenizer import train_tokenizer
 from scripts.bench.common.streams import IMAGE, VIDEO, family_model, stream
@@ -39,7 +40,7 @@ def test_images_and_frames_in_any_order_fill_their_own_places(model: KeyeForCond
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     with torch.no_grad():
         features = model.model._features(*(inputs[n] for n in names), None, None, (), None)
-        embeds = model.model._embed(ids, model.get_input_embeddings()(ids), features)
+        embeds = fill_placeholders(ids, model.get_input_embeddings()(ids), features, (IMAGE, VIDEO))
         stills = model.encode_vision(*(inputs[n] for n in names[:2]))
         pictures = model.encode_vision(*(inputs[n] for n in names[2:]))
         text = (ids != IMAGE) & (ids != VIDEO)

@@ -117,6 +117,19 @@ def test_generate_equals_forward_also_from_a_cache(model, tokenizer, spec):
         assert torch.equal(found, model.generate(**inputs, **options, past_key_values=cache))
 
 
+@torch.no_grad()
+def test_clips_of_a_batch_stay_apart_in_generate(model, tokenizer):
+    """Clips of one length would be joined to one clip whose time goes back, or whose last frames move the next one's."""
+    processor = processor_of(tokenizer)
+    chats = [chat(seed, frames, image)[:1] for seed, frames, image in ((0, 9, False), (1, 5, True), (2, 9, False))]
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    given = {"tokenize": True, "add_generation_prompt": True, "return_tensors": "pt"}
+    together = model.generate(**processor.apply_chat_template(chats, padding=True, **given), **options)
+    for row, one in enumerate(chats):
+        alone = model.generate(**processor.apply_chat_template([one], **given), **options)
+        assert together[row, -3:].tolist() == alone[0, -3:].tolist()
+
+
 def test_a_document_has_the_same_loss_and_gradients_in_a_pack(model, tokenizer):
     samples = [
         processor_of(tokenizer, spec).sample(chat(seed, frames, image))
