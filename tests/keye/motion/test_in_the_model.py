@@ -119,7 +119,7 @@ def test_generate_equals_forward_also_from_a_cache(model, tokenizer, spec):
 
 @torch.no_grad()
 def test_clips_of_a_batch_stay_apart_in_generate(model, tokenizer):
-    """Clips of one length would be joined to one clip whose time goes back, or whose last frames move the next one's."""
+    """Clips of one length would be joined to one clip whose time goes back, or move each other."""
     processor = processor_of(tokenizer)
     chats = [chat(seed, frames, image)[:1] for seed, frames, image in ((0, 9, False), (1, 5, True), (2, 9, False))]
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
