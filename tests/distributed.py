@@ -1,7 +1,10 @@
 """Runs a function on several gloo processes and returns each result or raises the first exception."""
 
+import contextlib
+import faulthandler
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -16,6 +19,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 GRACE = 10.0  # seconds for the other ranks after one has failed
+STACKS = 2.0  # seconds to write the stacks of a rank that is late
+END = " in <module>\n"  # of the stack of the main thread, which is the last one
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int = 2, timeout: float = 120, *args: Any) -> list[Any]:
@@ -29,7 +34,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int = 2, timeout: float 
         The results, by rank.
 
     Raises:
-        TimeoutError: a rank exceeded the timeout; all are killed.
+        TimeoutError: a rank exceeded the timeout; all are killed. Its notes are the stacks of the ranks' threads.
         Exception: the first exception that any rank raised, with its traceback as a note.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +45,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int = 2, timeout: float 
         ]
         for process in processes:
             process.start()
-        late = _wait(processes, timeout)
+        late = _wait(processes, timeout, Path(folder))
+        stacks = {rank: _stacks(Path(folder) / f"{rank}.stacks") for rank in late}
         found = {rank: _read(Path(folder) / f"{rank}.pickle") for rank in range(world_size)}
     failed = [outcome for outcome in found.values() if outcome is not None and outcome["error"] is not None]
     if failed:
@@ -48,7 +54,10 @@ def run_distributed(fn: Callable[..., Any], world_size: int = 2, timeout: float 
         first["error"].add_note(f"on rank {first['rank']} of {world_size}:\n{first['trace']}")
         raise first["error"]
     if late:
-        raise TimeoutError(f"ranks {late} of {world_size} were not done after {timeout} s")
+        error = TimeoutError(f"ranks {late} of {world_size} were not done after {timeout} s")
+        for rank, text in stacks.items():
+            error.add_note(f"rank {rank}: {text}")
+        raise error
     lost = {rank: processes[rank].exitcode for rank, outcome in found.items() if outcome is None}
     if lost:
         raise RuntimeError(f"ranks ended without a result: {lost} (rank: exit code)")
@@ -62,10 +71,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait(processes: list[Any], timeout: float) -> list[int]:
+def _wait(processes: list[Any], timeout: float, folder: Path) -> list[int]:
     """Join all processes, kill those that exceed the timeout, and return their ranks.
 
-    After a rank has failed, the others have `GRACE` seconds.
+    After a rank has failed, the others have `GRACE` seconds. A rank that is killed has written the stacks of its
+    threads to `<rank>.stacks` in the folder, unless it had not begun.
     """
     deadline = time.monotonic() + timeout
     while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
@@ -73,11 +83,26 @@ def _wait(processes: list[Any], timeout: float) -> list[int]:
             deadline = min(deadline, time.monotonic() + GRACE)
         time.sleep(0.05)
     late = [rank for rank, p in enumerate(processes) if p.is_alive()]
+    _ask_for_stacks([processes[rank] for rank in late], [folder / f"{rank}.stacks" for rank in late])
     for rank in late:
         processes[rank].kill()
     for process in processes:
         process.join()
     return late
+
+
+def _ask_for_stacks(processes: list[Any], files: list[Path]) -> None:
+    begun = [(process, file) for process, file in zip(processes, files, strict=True) if file.exists()]
+    for process, _ in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR2)
+    deadline = time.monotonic() + STACKS
+    while not all(_stacks(file).endswith(END) for _, file in begun) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _stacks(file: Path) -> str:
+    return file.read_text() if file.exists() else "it had not begun"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -97,6 +122,10 @@ def _work(
         "DS_ACCELERATOR": "cpu",
     }
     torch.set_num_threads(1)
+    # Registered before the file has its name, because the signal would end a process that does not handle it.
+    stacks = (Path(folder) / f"{rank}.begun").open("w")
+    faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)
+    Path(stacks.name).rename(Path(folder) / f"{rank}.stacks")
     outcome: dict[str, Any] = {"rank": rank, "result": None, "error": None, "trace": ""}
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
