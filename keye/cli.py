@@ -39,6 +39,7 @@ SUMMARIES = {
     "pretrain": "train a model in four stages",
     "reasoning": "make reasoning data in five steps",
     "report": "write a report of a training run",
+    "trace": "find the tokens and blocks that carry an answer",
 }
 """What `keye --help` says about the commands of entry points, without importing them."""
 

@@ -4,7 +4,7 @@ The effect of a group is the log-probability of the answer minus its log-probabi
 above 0 if the group supports the answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,8 @@ def knock_out(
     groups: Sequence[TokenGroup] | None = None,
     windows: Sequence[tuple[int, ...]] = (),
     attention: bool = True,
+    readers: Readers = "later",
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Effect]:
     """The effect of each group on an answer.
 
@@ -62,12 +64,22 @@ def knock_out(
         groups: default: those of the prompt.
         windows: blocks in which each group is also cut alone (`windows_of`).
         attention: also measure attention weights.
+        readers: who cannot read a group, in `nats`, `kl`, `flips` and `windows`; "answer" is fast with prompts of any
+            length, because it continues from the prompt's cache.
+        advance: called after each of the 2 + len(windows) + attention measurements.
     """
     groups = list(prompt.groups if groups is None else groups)
-    later = _scores(tracer, prompt, answer, groups, None, "later")
     own = _scores(tracer, prompt, answer, groups, None, "answer")
-    layered = [_scores(tracer, prompt, answer, groups, window, "later")[0] for window in windows]
-    weights = attention_weights(tracer, prompt, answer, groups) if attention else [float("nan")] * len(groups)
+    advance()
+    later = own if readers == "answer" else _scores(tracer, prompt, answer, groups, None, "later")
+    advance()
+    layered, weights = [], [float("nan")] * len(groups)
+    for window in windows:
+        layered.append(_scores(tracer, prompt, answer, groups, window, readers)[0])
+        advance()
+    if attention:
+        weights = attention_weights(tracer, prompt, answer, groups)
+        advance()
     return [
         Effect(group, later[0][i], later[1][i], later[2][i], own[0][i], tuple(nats[i] for nats in layered), weights[i])
         for i, group in enumerate(groups)

@@ -72,25 +72,33 @@ def patch(
     groups = list(right.groups if groups is None else groups)
     depth, last = tracer.anatomy.depth, len(right) - 1
     states = tracer.states(right)
-    others = tuple(range(last))
     rows = [
         Row(patches=(Patch(layer, places, states[layer + 1, list(places)]),))
-        for places in (*(group.places for group in groups), (last,), others)
+        for places in (*(group.places for group in groups), tuple(range(last)))
         for layer in range(depth)
     ]
     base_right = float(contrasts(tracer, right, answers, [Row()])[0])
     base_wrong, *patched = contrasts(tracer, wrong, answers, [Row(), *rows]).tolist()
     span = base_right - base_wrong
-    by_group = [patched[i * depth : (i + 1) * depth] for i in range(len(groups) + 2)]
+    *by_group, others = [patched[i * depth : (i + 1) * depth] for i in range(len(groups) + 1)]
     share = [
-        tuple((v - base_wrong) / span if abs(span) > EQUAL else float("nan") for v in values)
-        for values in by_group[:-2]
+        tuple((v - base_wrong) / span if abs(span) > EQUAL else float("nan") for v in values) for values in by_group
     ]
-    own, rest = by_group[-2:]
-    return Patching(
-        tuple(groups), base_right, base_wrong, tuple(share),
-        first_of_the_tail([value > 0 for value in own]), first_of_the_tail([value <= 0 for value in rest]),
-    )  # fmt: skip
+    committed = first_of_the_tail([value <= 0 for value in others])
+    handed = handed_over(tracer, right, wrong, answers)
+    return Patching(tuple(groups), base_right, base_wrong, tuple(share), handed, committed)
+
+
+@torch.no_grad()
+def handed_over(tracer: Tracer, right: Prompt, wrong: Prompt, answers: tuple[Sequence[int], Sequence[int]]) -> int:
+    """`Patching.handed_over`, which also fits prompts of different lengths; the depth, if no state restores the answer.
+
+    Only the state of the last token is patched, from the last token of `right` into that of `wrong`.
+    """
+    states = tracer.run(right, [0], record=[len(right) - 1]).states[0, 1:, 0]
+    last = (len(wrong) - 1,)
+    rows = [Row(patches=(Patch(layer, last, state[None]),)) for layer, state in enumerate(states)]
+    return first_of_the_tail([value > 0 for value in contrasts(tracer, wrong, answers, rows).tolist()])
 
 
 def contrasts(
