@@ -96,7 +96,7 @@ GROUPS = {
             draw=_curves,
         ),
         Group("rl", ("group_price", "trl", "cost", "judges"), RL, apart=("phases", "blindness", "hints")),
-        Group("systems", ("aggregation", "hyperzzw"), SYSTEMS),
+        Group("systems", ("aggregation", "hyperzzw", "motion"), SYSTEMS),
         Group(
             "gpu",
             ("cuda_tests", "attention", "layers", "training", "context"),
