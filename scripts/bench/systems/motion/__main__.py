@@ -43,6 +43,8 @@ def main() -> None:
         claims += more
         tables.append(table)
         notes.append(part.NOTE)
+    if args.finished:
+        notes.append("Written from the arms that earlier calls have finished; each takes about 30 s of CPU.")
     if not tables:
         raise KeyeError("nothing is finished; run without --finished")
     save(
