@@ -244,7 +244,8 @@ def tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     )  # fmt: skip
     made = []
     for title, head, kind, arms, against_arm in wanted:
-        if parts := complete(found, kind, list(arms)):
+        arms = {arm: facts for arm, facts in arms.items() if any(f"{kind} {arm}" in one for one in found)}
+        if against_arm in arms and (parts := complete(found, kind, list(arms))):
             seeds = f"{len(parts)} seed{'s' * (len(parts) > 1)}"
             rows = rows_of(parts, arms, families if kind == "free" else watched, against_arm)
             made.append(Table(f"{title}, {seeds}", head, rows))
