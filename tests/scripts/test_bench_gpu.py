@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from keye.model import flops
 from keye.processor.processor import Sample
 from scripts.bench.common import record
 from scripts.bench.gpu import __main__ as gpu_main
+from scripts.bench.gpu import pack as gpu_pack
 from scripts.bench.gpu import plans as gpu_plans
 from scripts.bench.gpu import settings as gpu_settings
 from scripts.bench.gpu import steps as gpu_steps
 from scripts.bench.gpu import waterfall
 from scripts.bench.gpu.journal import TIMES_UP, Journal
-from scripts.bench.gpu.parts import attention, cuda_tests, layers
+from scripts.bench.gpu.parts import attention, cuda_tests, estimates, layers
 from scripts.bench.gpu.plans import DecodedPlan
 from scripts.bench.model import layers as model_layers
 from stages.data import collate
@@ -251,7 +253,7 @@ def test_passes_of_the_waterfall_count_and_compute_what_they_say() -> None:
 
 def test_parts_on_kernels_need_neither_deepspeed_nor_a_video_library() -> None:
     modules = ("av", "datasets", "deepspeed", "peft", "skimage")
-    names = ("__main__", "parts.cuda_tests", "parts.attention", "parts.layers")
+    names = ("__main__", "parts.cuda_tests", "parts.attention", "parts.layers", "pack")
     code = f"import sys\nfor name in {modules}: sys.modules[name] = None\n"
     code += "".join(f"import scripts.bench.gpu.{name}\n" for name in names)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=record.ROOT, timeout=120)
@@ -294,13 +296,79 @@ def test_a_part_that_hangs_or_fails_is_recorded_and_the_next_one_runs(tmp_path, 
     assert "Incomplete: it was stopped" in text and "Not measured yet: cuda_tests, training" in text
 
 
+# --- the archive and the estimates
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive with a made wheel, clip and plan, and the code of this checkout."""
+    clip, plan = tmp_path / "made.mp4", tmp_path / f"made{gpu_plans.SUFFIX}"
+    clip.write_bytes(b"clip")
+    drawn_plan().save(plan)
+
+    def wheels(folder: Path, python: str) -> list[str]:
+        (folder / f"av-1-{python}.whl").write_bytes(b"wheel")
+        return ["without deepspeed (no network)"]
+
+    monkeypatch.setattr(gpu_pack, "wheels", wheels)
+    monkeypatch.setattr(gpu_pack, "make", lambda folder, clips: [plan])
+    scratch, out = tmp_path / "scratch", tmp_path / "gpu.tar"
+    scratch.mkdir()
+    gpu_pack.write(out, *gpu_pack.sections(scratch, "3.12", [clip]))
+    return out
+
+
+def test_an_archive_holds_what_it_lists(packed, tmp_path) -> None:
+    with tarfile.open(packed) as archive:
+        names = {entry.name: entry for entry in archive.getmembers()}
+        listing = archive.extractfile("gpu/CONTENTS.txt").read().decode().splitlines()
+    assert listing[0] == "without deepspeed (no network)"
+    assert {f"gpu/{line.split(maxsplit=1)[1]}" for line in listing[1:]} == names.keys() - {"gpu/CONTENTS.txt"}
+    wanted = ("wheels/av-1-3.12.whl", "cache/clips/made.mp4", f"cache/bench/gpu_plans/made{gpu_plans.SUFFIX}")
+    wanted += ("code/keye/encoder.py", "code/tests/conftest.py", "code/pyproject.toml", "code/scripts/clips.py")
+    assert all(f"gpu/{name}" in names for name in wanted)
+    assert names["gpu/run.sh"].mode & 0o100 and {entry.uname for entry in names.values()} == {"root"}
+    assert not any("code/docs/" in name for name in names)
+
+
+def test_an_archive_that_is_too_large_is_refused(packed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_pack, "LIMIT", 1 << 10)
+    large = tmp_path / "large"
+    large.write_bytes(b"x" * 4096)
+    with pytest.raises(KeyeError, match="most of it is plans"):
+        gpu_pack.write(tmp_path / "other.tar", {"plans": [(large, "large")]}, [])
+    assert not (tmp_path / "other.tar").exists()
+
+
+def test_estimates_leave_cells_empty_until_a_gpu_has_measured(tmp_path) -> None:
+    row = estimates.Row("training", "ZeRO-2, plain", 15, 16_384, 9e10, 1.4)
+    assert estimates.measured(tmp_path, row) == ("", "")
+    lines = [{"device": "a GPU", "small": True}, {"key": row.key, "state": "begun"}]
+    lines.append({"key": row.key, "state": "done", "values": {"peak": 91.2, "seconds": 1.52}})
+    path = tmp_path / "rows" / "training.jsonl"
+    path.parent.mkdir()
+    for small, expected in ((True, ("", "")), (False, ("91", "1.5"))):
+        lines[0]["small"] = small
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert estimates.measured(tmp_path, row) == expected
+
+
+def test_a_step_is_estimated_for_the_tokens_that_it_has() -> None:
+    work = estimates.work_of(2, 1000, 0.7)
+    visual = work.patches // 4
+    assert sum(work.documents) == 2000 and visual == 4 * 230  # two frames of 230 tokens in each document
+    assert work.labels == 2 * (1000 - 1 - 2 * 230)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["training", "context"])
+@pytest.mark.parametrize("part", ["training", "context", "encoder", "gspo", "recipe"])
 def test_a_part_on_the_path_of_a_run_runs_small(part, tmp_path, plans) -> None:
     command = [sys.executable, "-m", f"scripts.bench.gpu.parts.{part}", "--small", "--device", "cpu"]
     subprocess.run([*command, "--out", str(tmp_path), "--plans", str(plans)], check=True, cwd=record.ROOT)
     found = json.loads((tmp_path / f"{part}.json").read_text())
-    assert found["tables"][-1]["title"] != "Failed or not measured" and found["claims"] == []
+    tables = {table["title"]: table["rows"] for table in found["tables"]}
+    failed = [row[0] for row in tables.get("Failed or not measured", [])]
+    assert all(row.startswith("decoding with NVDEC") for row in failed) and found["claims"] == []
     if part == "training":  # the same weights and packs in every setting
         losses = {row[-1].split(", ")[0] for row in found["tables"][-1]["rows"]}
         assert len(losses) == 1

@@ -1,8 +1,9 @@
-"""Runs what needs a GPU: parts, the most valuable first, each under eight minutes on an H200.
+"""Runs what needs a GPU: eight parts, the most valuable first, each under eight minutes on an H200.
 
 Each part is a process of its own. It writes every row as it is measured, so that a part that is killed or runs out of
 time leaves what it has, and the same command continues. A part that fails leaves its reason in its record, and the next
-part runs. The parts need torch, transformers and triton, d and e also deepspeed and av.
+part runs. The parts need torch, transformers and triton; d to h also av, d, e, g and h also
+deepspeed, h also datasets.
 """
 
 import argparse
@@ -26,6 +27,9 @@ PARTS = {
     "c": "layers",
     "d": "training",
     "e": "context",
+    "f": "encoder",
+    "g": "gspo",
+    "h": "recipe",
 }
 GRACE = 60.0  # seconds that a part has after its limit, for the row that it is measuring
 EXAMPLES = """examples:
@@ -34,6 +38,8 @@ EXAMPLES = """examples:
   python -m scripts.bench.gpu --part a --small --device cpu  the same code on small shapes, anywhere
   python -m scripts.bench.gpu --part                         only the document, from existing results
   python -m scripts.bench.gpu.parts.attention --help         the options of one part
+  python -m scripts.bench.gpu.parts.estimates                what keye cost expects of d, e and g
+  python -m scripts.bench.gpu.pack --out gpu.tar             an archive for a machine without a network
 """
 
 
@@ -97,7 +103,9 @@ def main() -> int:
     if unknown := sorted(set(names) - set(PARTS.values())):
         raise KeyeError(f"--part {unknown[0]} is not a part; choose among {letters}")
     out = (args.out or (QUICK if args.small else RESULTS / "gpu")).resolve()
-    options = ["--device", args.device, "--limit", str(args.limit), "--plans", str(args.plans.resolve())]
+    options = ["--device", args.device]
+    options += ["--limit", str(args.limit)] if args.limit != LIMIT else []
+    options += ["--plans", str(args.plans.resolve())] if args.plans != PLANS else []
     options += [f"--{flag}" for flag in ("small", "again") if getattr(args, flag)]
     failed = []
     for number, name in enumerate(names, 1):

@@ -21,7 +21,7 @@ from keye.errors import KeyeError
 from keye.files import atomic_file
 from keye.model.rope import stream_positions
 
-MOST = 4096  # tokens of a plan
+MOST = 3072  # tokens of a plan: the plans of all clips fill a pack of 8,192, and an archive
 STAMP = 4  # tokens of a time stamp
 SUFFIX = ".safetensors.xz"
 FIRST_WORD, LAST_WORD = 64, 8  # ids at the ends of the vocabulary that stand for no word
