@@ -73,12 +73,13 @@ def net_tasks(scratch: Path, steps: int, seeds: tuple[int, ...]) -> list[Task]:
 
 
 def tower_tasks(steps: int, questions: int, seeds: tuple[int, ...]) -> list[Task]:
-    """The tiny model with each mixer."""
+    """The tiny model with each mixer; with attention also in twice the steps ("longer")."""
+    arms = ("attention", "attention", steps), ("hyperzzw", "hyperzzw", steps), ("longer", "attention", 2 * steps)
     return [
-        (f"tower-{mixer}-{seed}", lambda mixer=mixer, seed=seed: run_of(mixer, seed, steps, questions))
-        for seed in seeds
-        for mixer in ("attention", "hyperzzw")
-    ]
+        (f"tower-{name}-{seed}",
+         lambda mixer=mixer, seed=seed, count=count: run_of(mixer, seed, count, questions))
+        for name, mixer, count in arms for seed in seeds
+    ]  # fmt: skip
 
 
 def main() -> None:
