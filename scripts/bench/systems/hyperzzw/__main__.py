@@ -112,6 +112,8 @@ def main() -> None:
     paths = {name: scratch / f"{name}.json" for name, _ in tasks}
     runs = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     claims, tables, notes = report.written(runs, [name for name, _ in tasks], steps, tower_steps)
+    if args.report:
+        notes.append("`--report` writes the results of runs that the command without it measured.")
     seconds = sum(found["cpu"] for found in runs.values())
     seeds_of = {"runs": ", ".join(map(str, seeds)), "choice of learning rates": DEV_SEED, "world": 0}
     save(out, "hyperzzw", claims, tables, seconds=seconds, quick=args.quick, seeds=seeds_of, notes=notes)
