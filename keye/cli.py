@@ -33,6 +33,7 @@ SUMMARIES = {
     "convert": "make, read and write model directories",
     "cost": "estimate memory and time of a recipe",
     "data": "check training data before a run",
+    "dream": "train and walk in a video diffusion model with a temporary memory",
     "evaluate": "measure a model's accuracy on questions",
     "merge": "average model directories",
     "posttrain": "tune a model with SFT, preference optimization and GSPO",

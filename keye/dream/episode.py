@@ -1,30 +1,30 @@
 """Dreaming along a path: chunk after chunk is watched or generated, and each is written into a temporary memory.
 
 Source: SlowFast-VGen (arXiv 2410.23277), section 3.3. The form of a write is a setting: "temporary" is the published
-one, "text" and "past" are the alternatives of its ablation, "none" is the model without a memory.
+one, "text" and "past" are the alternatives of its ablation, "both" is this project's, and "none" is the model without a
+memory.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from keye.dream.diffusion import conditional_errors, draw_noise, sample, unconditional_errors
 from keye.dream.model import NO_ACTION, DreamModel
-from keye.dream.scenes import CHUNK
+from keye.dream.scenes import CHUNK, opposite
 from keye.errors import ArgumentError, CheckpointError, writing
 from keye.files import write_atomically
 from keye.memory import attach
 
-Write = Literal["none", "temporary", "text", "past"]
 WRITES: dict[str, str] = {
     "none": "no memory",
     "temporary": "the previous and the new chunk, all frames noised, no condition (as published)",
     "text": "the new chunk, given the clean previous one and the action (the original Temp-LoRA of text)",
     "past": "windows from everything seen so far, all frames noised, no condition",
+    "both": "as text, and the same backwards in time with opposite actions, half of the draws each (not published)",
 }
 """Form of a write → what it trains on."""
 
@@ -172,10 +172,11 @@ class Episode:
         draws, use = self.settings.draws, self.settings.write
         start, middle, end = self.edges[-3:]
         start = max(start, middle - (self.model.config.window - (end - middle)))
-        if use == "text":
-            past, new = (self.frames[a:b].expand(draws, -1, -1, -1, -1) for a, b in ((start, middle), (middle, end)))
-            actions = torch.tensor(self.actions[start:end], device=new.device).expand(draws, -1)
-            return conditional_errors(self.model, past, new, actions, *draw_noise(new, self.numbers)).mean()
+        if use in ("text", "both"):
+            forwards = self._directed(draws if use == "text" else -(-draws // 2), start, middle, end)
+            if use == "text" or draws == 1:
+                return forwards.mean()
+            return torch.cat([forwards, self._directed(draws // 2, end - 1, middle - 1, start - 1)]).mean()
         if use == "past":
             length = min(self.model.config.window, end)
             first = torch.randint(0, end - length + 1, (draws,), generator=self.numbers).tolist()
@@ -183,3 +184,17 @@ class Episode:
         else:
             window = self.frames[start:end].expand(draws, -1, -1, -1, -1)
         return unconditional_errors(self.model, window, *draw_noise(window, self.numbers)).mean()
+
+    def _directed(self, draws: int, start: int, middle: int, end: int) -> Tensor:
+        """Errors of the frames middle … end, given start … middle; backwards in time where end < start; [draws]."""
+        step = 1 if start < end else -1
+        order = list(range(start, end, step))
+        if step < 0:  # the camera comes from the frame after, by the opposite of the action that led there
+            actions = [NO_ACTION, *(opposite(self.actions[at + 1]) for at in order[1:])]
+        else:
+            actions = self.actions[start:end]
+        window = self.frames[order].expand(draws, -1, -1, -1, -1)
+        before = abs(middle - start)
+        given = torch.tensor(actions, device=window.device).expand(draws, -1)
+        noise = draw_noise(window[:, before:], self.numbers)
+        return conditional_errors(self.model, window[:, :before], window[:, before:], given, *noise)

@@ -232,6 +232,24 @@ def test_a_write_trains_on_what_its_name_says(write):
             assert ((action == NO_ACTION).all().item()) == (write != "text")
 
 
+def test_the_backward_half_of_a_write_is_the_walk_reversed():
+    """Its windows equal those of the walk back, drawn with opposite actions."""
+    made, seen = model(), []
+    path = walk((0, 3), np.random.default_rng(0))
+    frames, actions = path.frames, [action for action in path.actions for _ in range(CHUNK)]
+    made.register_forward_pre_hook(lambda _, given: seen.append(given))
+    with Episode(made, frames[:1], FastSettings("both", 1, 4, rank=2)) as episode:
+        episode.watch(frames[1:5], 0)
+        episode.watch(frames[5:], 3)
+    (first, _, _), (back, _, _), (forwards, _, ahead), (backwards, level, given) = seen
+    assert len(first) == len(back) == len(forwards) == len(backwards) == 2
+    assert torch.equal(back[:, :4], frames[1:5].flip(0).expand(2, -1, -1, -1, -1)) and back.shape[1] == 5
+    assert torch.equal(forwards[0, :4], frames[1:5]) and ahead[0].tolist() == actions
+    assert torch.equal(backwards[0, :4], frames[5:].flip(0)) and (level[:, 4:] > 0).all() and (level[:, :4] == 0).all()
+    # Down undone is up (2), right undone is left (1); the frame before the turn is reached by undoing down.
+    assert given[0].tolist() == [NO_ACTION, 2, 2, 2, 2, 1, 1, 1]
+
+
 def test_a_resumed_walk_continues_with_the_same_bits(tmp_path):
     made, path = model(), circling_walk(np.random.default_rng(0))
     with Episode(made, path.frames[:1], FAST, seed=1) as episode:
