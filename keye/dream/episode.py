@@ -42,7 +42,7 @@ class FastSettings:
     draws: int = 8
     """Noises and noise levels of a step. Not published."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Of the memory. Published: 1e-4, for a model of 1.7 billion parameters."""
 
     rank: int = 32
