@@ -67,6 +67,7 @@ def cas(intended: Tensor, competing: Tensor) -> Tensor:
     return one / (one + other)
 
 
+@torch.no_grad()
 def cas_of(
     tracer: Tracer,
     prompt: Prompt,
@@ -142,6 +143,7 @@ def dss_markers(scores: Sequence[float]) -> Markers:
     return Markers(onset, inversion, min(range(len(values)), key=values.__getitem__))
 
 
+@torch.no_grad()
 def dss_of(tracer: Tracer, prompt: Prompt, right: Sequence[Sequence[str]], wrong: Sequence[Sequence[str]]) -> Tensor:
     """DSS after each block `[depth]`; pathways are lists of words of the prompt, whose last token's state is used.
 
