@@ -120,7 +120,8 @@ class _Binding:
         if self.slow <= self.most and self.slow * floor + even * least <= budget:
             room = min(full, (budget - even * least) // self.slow)
             return self._with_fast(self.slow, best_size(*limits.size, floor, room, limits.side))
-        size = limits.least_slow_size
+        # Of a small picture the smallest size with the least tokens can exceed the full size, which has another aspect.
+        size = min(limits.least_slow_size, self.free.slow_size, key=self._tokens)
         tokens = self._tokens(size)
         kept = budget // (tokens + least)
         if kept > self.most - kept:

@@ -319,14 +319,14 @@ def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("group", GROUPS.values(), ids=lambda group: group.name)
 def test_every_part_is_a_module(group):
     for part in group.order:
-        assert importlib.util.find_spec(f"scripts.bench.{group.name}.{part}"), part
+        assert importlib.util.find_spec(group.module(part)), part
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS.values(), ids=lambda group: group.name)
 def test_every_part_has_the_common_options(group):
     for part in group.parts:
-        command = [sys.executable, "-m", f"scripts.bench.{group.name}.{part}", "--help"]
+        command = [sys.executable, "-m", group.module(part), "--help"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=record.ROOT).stdout
         assert "--quick" in shown and "--out" in shown, part
 

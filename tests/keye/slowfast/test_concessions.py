@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keye.encoder import SlowFastEncoder
@@ -120,6 +120,7 @@ def test_a_policy_that_does_not_look_at_frames_gives_up_evenly():
     st.sampled_from([28, 32]),
     st.integers(0, 10),
 )
+@example(height=30, width=73, slow=2, fast=0, ratio=1.0, low=6, more=4, budget=10, multiple=1.0, side=28, seed=0)
 def test_exact_within_the_budget_and_in_the_stated_order(
     height, width, slow, fast, ratio, low, more, budget, multiple, side, seed
 ):

@@ -168,8 +168,9 @@ def test_two_processes_that_were_stopped_and_resumed_equal_one(two_runs):
             assert ours[key] == pytest.approx(theirs[key], abs=2e-4, rel=2e-3), key
         assert ours["tokens"] == theirs["tokens"]
     first, *_, last = rows[1]
-    # The policy is the start model before the first update, so that every implicit reward is 0.
-    assert first["reward_chosen"] == first["reward_rejected"] == first["shift"] == 0
+    # The policy is the start model before the first update, so that every implicit reward is 0, but for the rounding of
+    # products of matrices of other shapes, which depends on the processor.
+    assert all(abs(first[key]) < 1e-6 for key in ("reward_chosen", "reward_rejected", "shift"))
     assert first["preference"] == pytest.approx(np.log(2)) and first["quality"] == pytest.approx(2 * np.log(2))
     assert last["margin"] > 0 and last["generation"] < first["generation"] and last["shift"] != 0
     ours, theirs = map(weights, runs)
