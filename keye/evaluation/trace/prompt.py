@@ -46,8 +46,17 @@ class Prompt:
     @classmethod
     @torch.no_grad()
     def of_sample(cls, model: "KeyeForConditionalGeneration", processor: "KeyeProcessor", sample: "Sample") -> "Prompt":
-        """The prompt of a Keye model; `sample` with `add_generation_prompt`. Its pixels are encoded once, here."""
+        """The prompt of a Keye model; `sample` with `add_generation_prompt`. Its pixels are encoded once, here.
+
+        Raises:
+            KeyeError: the processor aggregates features of frames.
+        """
         batch = processor.collate([sample])
+        if "video_blocks" in batch:
+            raise KeyeError(
+                "the encoder's setting aggregation pools features of frames, which a trace cannot follow yet; set it "
+                "to nothing, or trace a model without it"
+            )
         parts = [
             model.encode_vision(batch[kind].to(model.device), batch[grid].to(model.device))
             for kind, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))

@@ -3,7 +3,9 @@
 import pytest
 from PIL import Image
 
+from keye.errors import KeyeError
 from keye.evaluation.trace import groups_of, of_kind, words_of
+from keye.processor.processor import KeyeProcessor
 from tests.keye.evaluation.trace.parts import keye_parts, keye_prompt, write_clip
 
 
@@ -58,3 +60,11 @@ def test_words_are_split_at_spaces_and_punctuation(parts):
     expected = ["A", "purple", "square", "moves", "left", ".", "Which", "way", ",", "0", ".", "5", "or", "12", "?"]
     assert [g.name for g in words] == expected
     assert sorted(place for g in words for place in g.places) == list(range(len(ids)))
+
+
+def test_a_processor_that_pools_features_is_refused(tmp_path):
+    model, processor = keye_parts()
+    pooling = KeyeProcessor(processor.tokenizer, {"max_tokens": 256, "aggregation": "mean"})
+    write_clip(tmp_path / "clip.mp4")
+    with pytest.raises(KeyeError, match="aggregation"):
+        keye_prompt(model, pooling, tmp_path, "clip.mp4")
