@@ -104,8 +104,8 @@ def run_walk(args: argparse.Namespace) -> None:
     unknown = [write for write in args.write if write not in WRITES]
     if unknown:
         raise ArgumentError(f"--write {unknown[0]} is not one of {', '.join(WRITES)}")
-    beside = Path(args.model).parent / "recipe.toml"
-    recipe = load(args.recipe or (beside if beside.is_file() else SHIPPED), args.set)
+    above = [folder / "recipe.toml" for folder in Path(args.model).resolve().parents[:2]]  # a loop is inside its run
+    recipe = load(args.recipe or next((path for path in above if path.is_file()), SHIPPED), args.set)
     rng = np.random.default_rng(args.seed)
     if args.actions:
         path = walk_of(_actions(args.actions), rng)

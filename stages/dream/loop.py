@@ -6,7 +6,7 @@ updated on the conditional loss of the stored chunks, each under its stored memo
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,17 @@ from keye.errors import RecipeError
 from keye.memory import TemporaryLora, attach
 from stages.dream.recipe import DreamRecipe
 from stages.dream.slow import progress
-from stages.dream.state import MetricsFile, load_checkpoint, rank, save_checkpoint, sum_gradients, wait, world
+from stages.dream.state import (
+    MetricsFile,
+    digest,
+    load_checkpoint,
+    rank,
+    record_inputs,
+    save_checkpoint,
+    sum_gradients,
+    wait,
+    world,
+)
 
 CHECKPOINT = "loop.safetensors"
 
@@ -48,11 +58,14 @@ def loop(model: DreamModel, recipe: DreamRecipe, out: str | Path) -> DreamModel:
 
     Raises:
         RecipeError: episodes or chunks of a step that do not divide among the processes.
+        CheckpointError: the loop in `out` was begun with another model or recipe; only the rounds may change.
     """
     out, use = Path(out), recipe.loop
     for key in ("episodes", "group"):
         if getattr(use, key) % world():
             raise RecipeError(f"loop.{key} is {getattr(use, key)}; give a multiple of the {world()} processes")
+    settings = asdict(dataclasses.replace(use, rounds=1)) | {"seed": recipe.seed, "fast": asdict(recipe.fast)}
+    record_inputs(out / "loop.json", {"model": digest(model.state_dict().values()), **settings})
     optimizer = torch.optim.AdamW(model.parameters(), lr=use.learning_rate, weight_decay=0.0)
     begin = load_checkpoint(out / CHECKPOINT, model, optimizer)
     metrics = MetricsFile(out / "metrics.jsonl", begin, "round")

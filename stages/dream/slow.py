@@ -4,7 +4,6 @@ Source: SlowFast-VGen (arXiv 2410.23277), section 3.2. Every sample of a step is
 a resumed run, or one with another number of processes, trains on the same samples and noise.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,16 @@ from keye.dream.scenes import CHUNK, any_walk
 from keye.errors import CheckpointError, writing
 from keye.files import write_atomically
 from stages.dream.recipe import DreamRecipe
-from stages.dream.state import MetricsFile, load_checkpoint, rank, save_checkpoint, sum_gradients, wait, world
+from stages.dream.state import (
+    MetricsFile,
+    load_checkpoint,
+    rank,
+    record_inputs,
+    save_checkpoint,
+    sum_gradients,
+    wait,
+    world,
+)
 from stages.optimizer import build_optimizer
 from stages.typed_toml import to_toml
 
@@ -138,19 +146,8 @@ def _begin(recipe: DreamRecipe, run: Path) -> None:
     Raises:
         CheckpointError: another recipe, or the directory cannot be written.
     """
-    record = run / "slow.json"
-    trained = {key: value for key, value in asdict(recipe).items() if key not in FREE}
-    trained = json.loads(json.dumps(trained))
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        changed = [key for key in trained if trained[key] != before.get(key)]
-        if changed:
-            raise CheckpointError(
-                f"{run} was begun with another {', '.join(changed)}; give the former values or another --out"
-            )
+    record_inputs(run / "slow.json", {key: value for key, value in asdict(recipe).items() if key not in FREE})
     if rank() == 0:
         with writing(run, "the run", CheckpointError):
-            run.mkdir(parents=True, exist_ok=True)
             write_atomically(run / "recipe.toml", to_toml(recipe))
-            write_atomically(record, json.dumps(trained) + "\n")
     wait()

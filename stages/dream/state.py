@@ -4,7 +4,9 @@ A checkpoint is written completely or not at all. Samples and noise of a step ar
 weights, Adam's moments and the step are the entire state of a run.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,41 @@ from keye.errors import CheckpointError, writing
 from keye.files import atomic_file, write_atomically
 
 FORMAT = "keye dream checkpoint 1"
+
+
+def record_inputs(record: Path, inputs: dict[str, Any]) -> None:
+    """Write what determines a result, or check that the work in this folder was begun with the same.
+
+    Collective.
+
+    Args:
+        record: a JSON file in the folder.
+        inputs: name → value, as JSON.
+
+    Raises:
+        CheckpointError: it was begun with others, or the folder cannot be written.
+    """
+    given = json.loads(json.dumps(inputs))
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [key for key in given if given[key] != before.get(key)]
+        if changed:
+            raise CheckpointError(
+                f"{record.parent} was begun with another {', '.join(changed)}; give the former values or another --out"
+            )
+    if rank() == 0:
+        with writing(record.parent, "the run", CheckpointError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(record, json.dumps(given) + "\n")
+    wait()
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """A hash of the values of tensors."""
+    found = hashlib.sha256()
+    for value in tensors:
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -1,6 +1,7 @@
 """A walk in a trained model: chunks are watched, then dreamed, saved after each chunk, and compared with the truth."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path as Folder
 
 import torch
@@ -11,6 +12,7 @@ from keye.dream.measure import consistency, cuts, from_memory, psnr
 from keye.dream.model import DreamModel
 from keye.dream.scenes import CHUNK, Path
 from stages.dream.slow import progress
+from stages.dream.state import digest, record_inputs
 
 
 def dream_walk(
@@ -20,8 +22,19 @@ def dream_walk(
 
     Args:
         folder: the walk is saved there after each chunk, and continued if it has been begun there.
+
+    Raises:
+        CheckpointError: the walk in the folder was begun with another model, path, seed or other settings.
     """
     frames = path.frames
+    if folder is not None:
+        inputs = {
+            "model": digest(model.state_dict().values()),
+            "path": digest([frames]),
+            "actions": [int(one) for one in path.actions],
+        }
+        inputs |= {"watched chunks": path.outward, "settings": asdict(settings), "seed": seed}
+        record_inputs(folder / "inputs.json", inputs)
     with Episode(model, frames[:1].to(next(model.parameters()).device), settings, seed) as episode:
         if folder is not None and (folder / "episode.json").exists():
             episode.load(folder)

@@ -37,6 +37,10 @@ def test_train_loop_and_walk(tmp_path, monkeypatch, capsys):
     call(monkeypatch, "walk", str(model), "--out", str(out), "--write", "none", "both", "--seed", "3")
     assert json.loads((out / "walk.json").read_text()) == found
     assert "PSNR from memory" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="begun with another path, .*seed; give the former values"):
+        call(monkeypatch, "walk", str(model), "--out", str(out), "--write", "none", "--seed", "4")
+    with pytest.raises(CheckpointError, match="begun with another model;"):
+        call(monkeypatch, "walk", str(run / "model"), "--out", str(out), "--write", "none", "--seed", "3")
     call(monkeypatch, "walk", str(model), "--out", str(tmp_path / "mine"), "--actions", "right,up", "--watch", "1")
     with pytest.raises(ArgumentError, match="leave at least one"):
         call(monkeypatch, "walk", str(model), "--actions", "right", "--watch", "1")

@@ -84,6 +84,10 @@ def test_a_killed_loop_resumes_to_the_bits_of_an_uninterrupted_one(tmp_path, mon
     assert [line["round"] for line in lines(tmp_path / "killed")] == [1]
     again(tmp_path / "killed")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole") != weights(tmp_path / "run")
+    other = dataclasses.replace(RECIPE, loop=dataclasses.replace(RECIPE.loop, memory=False))
+    model = DreamModel(RECIPE.model)
+    with pytest.raises(CheckpointError, match="begun with another model, memory;"):
+        loops.loop(model, other, tmp_path / "whole")
 
 
 def test_the_slow_update_changes_the_slow_weights_under_memories_that_stay_fixed():
