@@ -35,7 +35,7 @@ OPTIONS = {
 }
 SHARE = 0.9  # of the training questions that are planted
 BLIND = 0.1  # a policy with a smaller gap counts as blind
-SEEDS = (11, 12, 13)  # others were used for the choice of the setting
+SEEDS = (21, 22, 23)  # others were used for the choice of the setting
 GUARDS = ("off", "drop")
 REMOVED = ("blind", "zeroed")
 SETTINGS = (
@@ -43,7 +43,7 @@ SETTINGS = (
     "gspo.checkpoint_every=10", "heldout.limit=24", "heldout.samples=1", "blindness.every=10",
     "blindness.questions=48", "blindness.samples=8", 'blindness.controls=["blind", "zeroed"]',
 )  # fmt: skip
-GUARDED = ('blindness.guard="drop"', "blindness.drop_over_chance=0.125", "gspo.extra_prompts=32")
+GUARDED = ('blindness.guard="drop"', "blindness.drop_gap=0.125", "gspo.extra_prompts=48")
 TRIALS = (
     "Trials before the setting was fixed, with other seeds, whose runs are not among those above; gaps on 48 to 60 "
     "held-out questions. (1) Planted questions with their own clips, 80 % planted: after 90 steps without a guard "
@@ -54,8 +54,12 @@ TRIALS = (
     "Exchanged clips, 90 %, drop_above 0.75 alone, 32 extra questions, seed 0: +0.01 after 50 steps without a "
     "guard, +0.30 after 30 with it. (4) Exchanged clips with 8 questions a step, drop_above 0.5 alone and 8 extra "
     "questions, seed 2: +0.07 without a guard and +0.05 with it after 30 steps. The guard failed: a planted "
-    "question that is not yet answered blind stays in the update, and one step has hardly an honest question. So "
-    "the guard here compares with chance and draws more questions.",
+    "question that is not yet answered blind stays in the update, and one step has hardly an honest question. (5) "
+    "This study with drop_over_chance 0.125, which compares with chance, and 32 extra questions, seeds 11 to 13: all "
+    "blind without a guard, and one of three with it (gap with the guard minus gap without: +0.08, +0.00 to +0.16). "
+    "Planted questions below the limit stay in the update. (6) drop_gap, which also compares with the step's answers "
+    "with frames: seed 100 with drop_gap 0 fell from +0.29 to +0.13; seed 101 with 0.125 and 48 extra questions "
+    "stayed at +0.30 of +0.33. This is the setting here.",
     "Not measured: the guard penalise, and questions marked by keye data mark-blind before training.",
 )
 
