@@ -43,7 +43,7 @@ SETTINGS = (
     "gspo.checkpoint_every=10", "heldout.limit=24", "heldout.samples=1", "blindness.every=10",
     "blindness.questions=48", "blindness.samples=8", 'blindness.controls=["blind", "zeroed"]',
 )  # fmt: skip
-GUARDED = ('blindness.guard="drop"', "blindness.drop_gap=0.125", "gspo.extra_prompts=48")
+GUARDED = ('blindness.guard="drop"', "blindness.drop_gap=0.3", "gspo.extra_prompts=112")
 TRIALS = (
     "Trials before the setting was fixed, with other seeds, whose runs are not among those above; gaps on 48 to 60 "
     "held-out questions. (1) Planted questions with their own clips, 80 % planted: after 90 steps without a guard "
@@ -58,8 +58,10 @@ TRIALS = (
     "This study with drop_over_chance 0.125, which compares with chance, and 32 extra questions, seeds 11 to 13: all "
     "blind without a guard, and one of three with it (gap with the guard minus gap without: +0.08, +0.00 to +0.16). "
     "Planted questions below the limit stay in the update. (6) drop_gap, which also compares with the step's answers "
-    "with frames: seed 100 with drop_gap 0 fell from +0.29 to +0.13; seed 101 with 0.125 and 48 extra questions "
-    "stayed at +0.30 of +0.33. This is the setting here.",
+    "with frames: seed 100 with drop_gap 0 fell from +0.29 to +0.13. With 0.125 and 48 extra questions seed 101 "
+    "ended at +0.30 of +0.33, and seed 102 at +0.10 of +0.26: with 8 answers each, planted questions pass 0.125 by "
+    "chance too often. With 0.3 and 112 extra questions seed 102 ended at +0.25 of +0.26 and seed 103 at +0.32 of "
+    "+0.21. This is the setting here.",
     "Not measured: the guard penalise, and questions marked by keye data mark-blind before training.",
 )
 
