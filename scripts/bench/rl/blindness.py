@@ -254,9 +254,10 @@ def failures(found: dict[tuple[int, str], dict[str, Any]]) -> list[str]:
         return []
     return [
         f"The guard drop did not prevent blindness in {len(failed)} of {len(guarded)} runs (seed "
-        f"{', '.join(map(str, failed))}). Probable cause: it judges a question by its words alone. Planted questions "
-        "below its limit stay in the update; their clips contradict the answer, so looking is punished. The guard does "
-        "not repair wrong pairs of clip and question. The table of runs shows the accuracy that the other runs lost."
+        f"{', '.join(map(str, failed))}). The column of the training reward tells two cases apart. Where it rose, the "
+        "policy follows the words. Where it did not, as with seed 21, the policy answers at chance: the entropy of its "
+        "answers fell from 0.8 to 0.02 while few groups passed the rule. The guard does not "
+        "repair wrong pairs of clip and question."
     ]
 
 
