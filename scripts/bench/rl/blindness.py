@@ -35,12 +35,12 @@ OPTIONS = {
 }
 SHARE = 0.9  # of the training questions that are planted
 BLIND = 0.1  # a policy with a smaller gap counts as blind
-SEEDS = (21, 22, 23)  # others were used for the choice of the setting
+SEEDS = (31, 32, 33)  # others were used for the choice of the setting
 GUARDS = ("off", "drop")
 REMOVED = ("blind", "zeroed")
 SETTINGS = (
     "gspo.prompts=16", "gspo.mini_batches=2", "gspo.learning_rate=4e-4", 'gspo.freeze=["visual"]', "gspo.families=[]",
-    "gspo.checkpoint_every=10", "heldout.limit=24", "heldout.samples=1", "blindness.every=10",
+    "gspo.kl=0.1", "gspo.checkpoint_every=10", "heldout.limit=24", "heldout.samples=1", "blindness.every=10",
     "blindness.questions=48", "blindness.samples=8", 'blindness.controls=["blind", "zeroed"]',
 )  # fmt: skip
 GUARDED = ('blindness.guard="drop"', "blindness.drop_gap=0.3", "gspo.extra_prompts=112")
@@ -61,7 +61,10 @@ TRIALS = (
     "with frames: seed 100 with drop_gap 0 fell from +0.29 to +0.13. With 0.125 and 48 extra questions seed 101 "
     "ended at +0.30 of +0.33, and seed 102 at +0.10 of +0.26: with 8 answers each, planted questions pass 0.125 by "
     "chance too often. With 0.3 and 112 extra questions seed 102 ended at +0.25 of +0.26 and seed 103 at +0.32 of "
-    "+0.21. This is the setting here.",
+    "+0.21. (7) This study with that setting, seeds 21 to 23: all blind without a guard, and one of three with it (gap "
+    "with the guard minus gap without: +0.18, +0.10 to +0.28). Seed 21 did not follow the words but answered at "
+    "chance; the entropy of its answers had fallen from 0.8 to 0.02. With kl = 0.1 it ended at +0.25 of +0.21. This "
+    "is the setting here, kl in all runs.",
     "Not measured: the guard penalise, and questions marked by keye data mark-blind before training.",
 )
 
@@ -254,10 +257,9 @@ def failures(found: dict[tuple[int, str], dict[str, Any]]) -> list[str]:
         return []
     return [
         f"The guard drop did not prevent blindness in {len(failed)} of {len(guarded)} runs (seed "
-        f"{', '.join(map(str, failed))}). The column of the training reward tells two cases apart. Where it rose, the "
-        "policy follows the words. Where it did not, as with seed 21, the policy answers at chance: the entropy of its "
-        "answers fell from 0.8 to 0.02 while few groups passed the rule. The guard does not "
-        "repair wrong pairs of clip and question."
+        f"{', '.join(map(str, failed))}). The column of the training reward tells two cases apart: where it rose, the "
+        "policy follows the words; where it did not, it answers at chance. The guard does not repair wrong pairs of "
+        "clip and question."
     ]
 
 
