@@ -168,8 +168,13 @@ def report(trace: dict[str, Any]) -> str:
         other = trace["counterfactual"]
         lines.append(f"against     {other['answer']}" + (f"  ({other['note']})" if "note" in other else ""))
         if "handed_over" in other:
-            block = _block(other["handed_over"] + 1, trace["depth"])
-            lines.append(f"            the last token's state restores the answer {block}")
+            at = other["handed_over"]
+            said = (
+                "does not restore the answer"
+                if at == trace["depth"]
+                else (f"restores the answer {_block(at + 1, trace['depth'])}")
+            )
+            lines.append(f"            the last token's state {said}")
     return "\n".join(lines)
 
 

@@ -199,8 +199,9 @@ def _counterfactual(trace: Trace) -> str:
         return ""
     text = f"Its answer is {found['answer']!r}."
     if "handed_over" in found:
-        at = min(found["handed_over"], trace["depth"] - 1) + 1
-        text += f" The state of the last token alone restores the answer from block {at} on."
+        at = found["handed_over"]
+        text += " The state of the last token alone "
+        text += "does not restore the answer." if at == trace["depth"] else f"restores it from block {at + 1} on."
     if "committed" in found:
         text += f" The states of all other tokens no longer do from block {found['committed'] + 1} on. Cells: share of "
         text += "the contrast that a group's states after a block restore."

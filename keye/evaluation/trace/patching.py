@@ -29,7 +29,8 @@ class Patching:
         right, wrong: contrasts of the two runs without patches, in nats.
         restored: `[groups][blocks]`; 0: like the counterfactual run, 1: like the right run. NaN if both are equal.
         handed_over: the first block from which on the right run's state of the prompt's last token alone makes the
-            counterfactual run prefer the right answer. The depth − 1 at the latest: the last state is the output.
+            counterfactual run prefer the right answer. The depth, if none does: the answers then begin
+            with the same token, or a later token decides.
         committed: the first block from which on the right run's states of all other tokens no longer do, so that the
             answer is decided in the last token: the causal commitment.
     """
