@@ -7,6 +7,7 @@ new LoRA for each episode); its ancestor for text, Temp-LoRA (arXiv 2401.11504).
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,10 @@ def attach(
     if not layers:
         raise ArgumentError(f"match {match!r} finds no linear layer; see the names in model.named_modules()")
     scale = (rank if alpha is None else alpha) / rank
-    return TemporaryLora(layers, rank, scale, learning_rate, betas, max_norm, seed)
+    memory = TemporaryLora(layers, rank, scale, learning_rate, betas, max_norm, seed)
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    memory.shared = tuple(name for name, layer in layers.items() if holders[id(layer.weight)] > 1)
+    return memory
 
 
 class TemporaryLora:
@@ -69,7 +73,10 @@ class TemporaryLora:
         layers: name → the linear layer.
         factors: name → (A float32 [r, in], B float32 [out, r]) on the layer's device.
         writes: Adam steps since the last `reset`.
+        shared: names of layers whose weight another module has too, such as a head tied to the embeddings.
     """
+
+    shared: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -149,10 +156,16 @@ class TemporaryLora:
         loses changes of less than about 0.4 % of a weight; the hooks add in float32.
 
         Raises:
-            ArgumentError: the memory is detached or merged already, or a layer's weight is partitioned (ZeRO-3).
+            ArgumentError: the memory is detached or merged already, or a layer's weight is partitioned (ZeRO-3) or
+                shared with another module, which would change too.
         """
         if not self._hooks or self._merged:
             raise ArgumentError("a memory that is detached or merged cannot be merged; attach it first")
+        if self.shared:
+            raise ArgumentError(
+                f"the weight of {self.shared[0]} is tied to that of another module; attach with a match that leaves it "
+                "out, or use the memory without merging it"
+            )
         for name, layer in self.layers.items():
             if layer.weight.numel() != layer.in_features * layer.out_features:
                 raise ArgumentError(f"the weight of {name} is partitioned; use the memory without merging it")

@@ -101,6 +101,18 @@ def test_merged_gives_the_outputs_of_the_hooks_and_restores_every_bit():
     assert torch.equal(model(data()[0]), apart)
 
 
+def test_a_tied_weight_is_written_through_the_hooks_and_never_merged():
+    tied = nn.ModuleDict({"embedding": nn.Embedding(5, 6), "head": nn.Linear(6, 5, bias=False)})
+    tied["head"].weight = tied["embedding"].weight
+    memory = attach(tied, rank=2, learning_rate=1e-1)
+    ids = torch.arange(5)
+    memory.write(lambda: nn.functional.cross_entropy(tied["head"](tied["embedding"](ids)), ids.flip(0)), steps=3)
+    before, written = bits(tied["embedding"].weight), tied["head"](tied["embedding"](ids))
+    with pytest.raises(ArgumentError, match="head is tied"), memory.merged():
+        pass
+    assert bits(tied["embedding"].weight) == before and torch.equal(tied["head"](tied["embedding"](ids)), written)
+
+
 def test_small_changes_of_a_bf16_layer_reach_its_output_through_the_hooks_and_are_lost_when_merged():
     layer = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
     with torch.no_grad():
