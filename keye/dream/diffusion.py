@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from keye.dream.model import NO_ACTION, DreamModel
+from keye.dream.model import DreamModel
+from keye.dream.scenes import NO_ACTION
 
 LEAST_KEPT = 1e-3  # the sampler divides by the root of ᾱ
 LEAST_LEVEL = 0.02  # below it the noise is hardly visible, and the loss says nothing about the frames

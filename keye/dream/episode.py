@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from keye.dream.diffusion import conditional_errors, draw_noise, sample, unconditional_errors
-from keye.dream.model import NO_ACTION, DreamModel
-from keye.dream.scenes import CHUNK, opposite
+from keye.dream.model import DreamModel
+from keye.dream.scenes import CHUNK, NO_ACTION, opposite
 from keye.errors import ArgumentError, CheckpointError, writing
 from keye.files import write_atomically
 from keye.memory import attach

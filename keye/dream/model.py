@@ -18,9 +18,6 @@ from keye.dream.scenes import ACTIONS, MOVES, SIZE, STEP
 from keye.errors import ArgumentError, CheckpointError, loading, writing
 from keye.files import atomic_file, write_atomically
 
-NO_ACTION = len(ACTIONS)
-"""The index of no condition."""
-
 
 @dataclass(frozen=True)
 class DreamConfig:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 ACTIONS = ("right", "left", "up", "down")
+NO_ACTION = len(ACTIONS)
+"""The index of no condition: that of a frame that no known action led to."""
 MOVES = ((0, 1), (0, -1), (-1, 0), (1, 0))  # (rows, columns)
 SIZE, STEP, CELL, CHUNK = 16, 4, 8, 4
 COLOURS = np.array(
@@ -81,8 +83,8 @@ def walk(actions: tuple[int, ...], rng: np.random.Generator, outward: int | None
 
 
 def opposite(action: int) -> int:
-    """The action that undoes another."""
-    return action ^ 1
+    """The action that undoes another; none undoes none."""
+    return action if action == NO_ACTION else action ^ 1
 
 
 def any_walk(rng: np.random.Generator, chunks: int) -> Path:

@@ -44,7 +44,7 @@ def main() -> None:
     walk.add_argument("--watch", type=int, metavar="N", help="chunks that are seen, not dreamed (default: the way out)")
     walk.add_argument("--seed", type=int, default=0, help="of the place, the way and the noise")
     walk.add_argument(
-        "--write", nargs="+", default=["none", "temporary"], metavar="W", help="none, temporary, text or past"
+        "--write", nargs="+", default=["none", "temporary"], metavar="W", help="none, temporary, text, past or both"
     )
     walk.add_argument("--recipe", help="for its table fast (default: recipe.toml of the model's run)")
     walk.add_argument("--out", default="walk", help="directory to write to (default walk)")

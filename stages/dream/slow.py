@@ -93,7 +93,7 @@ def slow_step(model: DreamModel, recipe: DreamRecipe, step: int, device: torch.d
     conditional, unconditional = sum_gradients(model, *sums)
     return {
         "loss": (conditional + unconditional) / recipe.batch,
-        "conditional": conditional / (recipe.batch - bare),
+        "conditional": conditional / max(recipe.batch - bare, 1),
         "unconditional": unconditional / max(bare, 1),
     }
 

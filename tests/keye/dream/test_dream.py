@@ -9,8 +9,8 @@ import torch
 from keye.dream.diffusion import conditional_errors, draw_noise, kept, noised, sample, unconditional_errors
 from keye.dream.episode import WRITES, Episode, FastSettings
 from keye.dream.measure import consistency, cuts, from_memory, psnr
-from keye.dream.model import NO_ACTION, DreamConfig, DreamModel
-from keye.dream.scenes import ACTIONS, CHUNK, any_walk, circling_walk, opposite, returning_walk, walk
+from keye.dream.model import DreamConfig, DreamModel
+from keye.dream.scenes import ACTIONS, CHUNK, NO_ACTION, any_walk, circling_walk, opposite, returning_walk, walk
 from keye.errors import ArgumentError, CheckpointError
 
 SMALL = DreamConfig(width=32, depth=2, heads=2)
