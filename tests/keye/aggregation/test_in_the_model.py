@@ -4,7 +4,6 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,6 +29,7 @@ from stages.data.items import Item
 from stages.data.sources.decontaminate import sample_hashes
 from stages.distributed.parallel import ParallelDims, shard_vision
 from stages.recipe import load
+from tests.keye.drawn_chat import chat, clip
 
 SIZES = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 24, "max_tokens": 400, "fps": 2.0}
 SPECS = ["mean", "max", "mean:oversample=2", "mean:layout=slow_then_fast"]
@@ -54,19 +54,6 @@ def model(tokenizer) -> KeyeForConditionalGeneration:
 
 def processor_of(tokenizer, aggregation: str | None, policy: str = "adaptive") -> KeyeProcessor:
     return KeyeProcessor(tokenizer, encoder={**SIZES, "policy": policy, "aggregation": aggregation})
-
-
-def clip(frames: int = 9, seed: int = 0) -> np.ndarray:
-    pictures = np.random.default_rng(seed).integers(0, 255, (3, 4, 6, 3), dtype=np.uint8)
-    return pictures.repeat(28, 1).repeat(28, 2)[np.arange(frames) * 3 // frames]
-
-
-def chat(seed: int = 0, frames: int = 9, image: bool = False) -> list[dict]:
-    media = [{"type": "video", "video": clip(frames, seed)}]
-    if image:
-        media.insert(0, {"type": "image", "image": clip(1, seed + 1)[0]})
-    question = {"role": "user", "content": [*media, {"type": "text", "text": "Which colour?"}]}
-    return [question, {"role": "assistant", "content": "red"}]
 
 
 def by_hand(model: KeyeForConditionalGeneration, sample: Sample, kind: str) -> torch.Tensor:

@@ -4,7 +4,6 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from stages.data.collate import from_bytes, pack, to_bytes
 from stages.data.items import Item
 from stages.distributed.parallel import ParallelDims, shard_vision
 from stages.recipe import load
+from tests.keye.drawn_chat import chat, clip
 
 MOTION = {"size": 32, "width": 8, "blocks": [1, 1]}
 SIZES = {"min_tokens_per_frame": 4, "max_tokens_per_frame": 16, "max_tokens": 400, "fps": 2.0}
@@ -47,19 +47,6 @@ def model(tokenizer) -> KeyeForConditionalGeneration:
 
 def processor_of(tokenizer, aggregation: str | None = "none", policy: str = "adaptive") -> KeyeProcessor:
     return KeyeProcessor(tokenizer, encoder={**SIZES, "policy": policy, "aggregation": aggregation})
-
-
-def clip(frames: int = 9, seed: int = 0) -> np.ndarray:
-    pictures = np.random.default_rng(seed).integers(0, 255, (3, 4, 6, 3), dtype=np.uint8)
-    return pictures.repeat(28, 1).repeat(28, 2)[np.arange(frames) * 3 // frames]
-
-
-def chat(seed: int = 0, frames: int = 9, image: bool = False) -> list[dict]:
-    media = [{"type": "video", "video": clip(frames, seed)}]
-    if image:
-        media.insert(0, {"type": "image", "image": clip(1, seed + 1)[0]})
-    question = {"role": "user", "content": [*media, {"type": "text", "text": "Which colour?"}]}
-    return [question, {"role": "assistant", "content": "red"}]
 
 
 def features_of(model: KeyeForConditionalGeneration, sample: Sample) -> torch.Tensor:

@@ -78,7 +78,7 @@ def test_a_judge_that_lies_or_is_silent_gives_no_reward(reply, tmp_path):
         assert not earned.counts and earned.total == 0 and "is no verdict, after 3 tries" in earned.failures["judge"]
         assert [request.get("seed") for request in server.requests] == [None, 1, 2]
         judge(server.url, tmp_path)(judged(PROMPT, "red"))
-        assert [request.get("seed") for request in server.requests[3:]] == [3, 4, 5]  # it is asked anew
+        assert [request.get("seed") for request in server.requests[3:]] == [3, 4, 5]  # it is asked again
 
 
 def test_a_verdict_that_is_invalid_at_first_is_asked_for_again(tmp_path):
