@@ -79,9 +79,12 @@ def run_parts(modules: dict[str, str], options: Sequence[str]) -> list[str]:
 
 
 def forget_other_code(scratch: Path, packages: Sequence[str] = ("keye", "stages")) -> None:
-    """Delete saved measurements in `scratch` if they were taken with other code of the packages."""
+    """Delete saved measurements in `scratch` if they were taken with other code of the packages or files."""
     digest = hashlib.sha256()
-    for path in sorted(path for package in packages for path in (ROOT / package).rglob("*.py")):
+    found = {
+        path for each in packages for path in ((ROOT / each).rglob("*.py") if (ROOT / each).is_dir() else [ROOT / each])
+    }
+    for path in sorted(found):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     mark = scratch / "code.txt"
     if not mark.exists() or mark.read_text() != digest.hexdigest():

@@ -1,6 +1,6 @@
 """HyperZ·Z·W: cost against attention, pixel-level classification, Kar3, the slow neural loss, and the tiny model.
 
-About 25 CPU minutes on one core. Every run is kept in .cache/bench/systems, so a repeated command continues; what is
+About 45 CPU minutes on one core. Every run is kept in .cache/bench/systems, so a repeated command continues; what is
 missing when it is interrupted is said in the results (`--report` writes them from the runs there are).
 """
 
@@ -19,7 +19,7 @@ from scripts.bench.common.record import ROOT, arguments, forget_other_code, out_
 from scripts.bench.systems.hyperzzw import report
 from scripts.bench.systems.hyperzzw.classify import DEV_SEED, chosen_rate, correct, digits, parameters, stills, trained
 from scripts.bench.systems.hyperzzw.curve import measured
-from scripts.bench.systems.hyperzzw.towers import run_of
+from scripts.bench.systems.hyperzzw.towers import ARMS, run_of
 
 EXAMPLES = """examples:
   python -m scripts.bench.systems.hyperzzw             everything that is not measured yet
@@ -28,13 +28,14 @@ EXAMPLES = """examples:
   python -m scripts.bench.systems.hyperzzw --quick     a smoke test
 """
 SEEDS = (0, 1, 2)
+MEASURING = tuple(f"scripts/bench/systems/hyperzzw/{name}.py" for name in ("curve", "classify", "towers"))
 Task = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def curve_tasks(quick: bool) -> list[Task]:
     """One for each side of a frame in patches."""
     sides = (4, 8) if quick else (8, 16, 32, 48, 64, 96)
-    return [(f"curve-{side}", lambda side=side: measured(side, 1 if quick else 5)) for side in sides]
+    return [(f"curve-{side}", lambda side=side: measured(side, 2 if quick else 15)) for side in sides]
 
 
 def rate_tasks(steps: int) -> list[Task]:
@@ -72,13 +73,11 @@ def net_tasks(scratch: Path, steps: int, seeds: tuple[int, ...]) -> list[Task]:
     ]  # fmt: skip
 
 
-def tower_tasks(steps: int, questions: int, seeds: tuple[int, ...]) -> list[Task]:
-    """The tiny model with each mixer; with attention also in twice the steps ("longer")."""
-    arms = ("attention", "attention", steps), ("hyperzzw", "hyperzzw", steps), ("longer", "attention", 2 * steps)
+def tower_tasks(marks: tuple[int, ...], questions: int, seeds: tuple[int, ...]) -> list[Task]:
+    """The tiny model with each mixer, and with a convolution beside attention, evaluated after `marks` steps."""
     return [
-        (f"tower-{name}-{seed}",
-         lambda mixer=mixer, seed=seed, count=count: run_of(mixer, seed, count, questions))
-        for name, mixer, count in arms for seed in seeds
+        (f"tower-{arm}-{seed}", lambda arm=arm, seed=seed: run_of(arm, seed, marks, questions))
+        for seed in seeds for arm in ARMS
     ]  # fmt: skip
 
 
@@ -90,12 +89,12 @@ def main() -> None:
     out = out_of(args)
     scratch = ROOT / ".cache" / "bench" / "systems" / ("hyperzzw_quick" if args.quick else "hyperzzw")
     if not args.report:
-        forget_other_code(scratch, ("keye/hyperzzw",))
+        forget_other_code(scratch, ("keye/hyperzzw", *MEASURING))
     torch.set_num_threads(1)
-    steps, tower_steps, questions = (2, 1, 2) if args.quick else (80, 70, 50)
+    steps, marks, questions = (2, (1, 2), 2) if args.quick else (80, (70, 140, 280), 100)
     seeds = SEEDS[:1] if args.quick else SEEDS
     tasks = [
-        *curve_tasks(args.quick), *rate_tasks(steps), *tower_tasks(tower_steps, questions, seeds),
+        *curve_tasks(args.quick), *rate_tasks(steps), *tower_tasks(marks, questions, seeds),
         *net_tasks(scratch, steps, seeds),
     ]  # fmt: skip
     with Progress(transient=True) as progress:
@@ -111,7 +110,7 @@ def main() -> None:
             progress.advance(bar)
     paths = {name: scratch / f"{name}.json" for name, _ in tasks}
     runs = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-    claims, tables, notes = report.written(runs, [name for name, _ in tasks], steps, tower_steps)
+    claims, tables, notes = report.written(runs, [name for name, _ in tasks], steps)
     if args.report:
         notes.append("`--report` writes the results of runs that the command without it measured.")
     seconds = sum(found["cpu"] for found in runs.values())

@@ -17,7 +17,7 @@ from keye.hyperzzw import HyperZZWConfig, HyperZZWNet, Kar3, slow_neural_loss
 from keye.world.scene import COLOURS, SHAPES, paint
 
 BATCH, WARM_UP = 32, 0.1
-RATES = {"AdamW": (1e-3, 3e-3, 1e-2), "Kar3": (1e-4, 3e-4, 1e-3)}
+RATES = {"AdamW": (1e-3, 3e-3, 1e-2, 3e-2), "Kar3": (1e-4, 3e-4, 1e-3, 3e-3)}
 DEV_SEED = 100  # of the runs that choose the learning rates, on images that no result reads
 
 

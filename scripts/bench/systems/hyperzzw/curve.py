@@ -46,7 +46,10 @@ def saved_bytes(layer: VisionLayer, x: Tensor, *rest: Any) -> int:
 
 
 def measured(side: int, rounds: int) -> dict[str, Any]:
-    """One square frame of side² patches: mixer → median seconds of a forward pass, saved bytes, operations."""
+    """One square frame of side² patches: mixer → median seconds of a forward pass, saved bytes, operations.
+
+    "ratios" are seconds with the mixer per second with attention, in each round.
+    """
     patches = side * side
     frames = torch.tensor([[side, side]])
     places = places_of(frames, patches)
@@ -65,6 +68,7 @@ def measured(side: int, rounds: int) -> dict[str, Any]:
     times = in_turn({mixer: lambda mixer=mixer: forward(mixer) for mixer in MIXERS}, rounds, x.device)
     return {
         "patches": patches,
+        "ratios": [mixer / attention for mixer, attention in zip(times["hyperzzw"], times["attention"], strict=True)],
         **{
             mixer: {
                 "seconds": statistics.median(times[mixer]),
