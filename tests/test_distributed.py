@@ -1,5 +1,6 @@
 """Results by rank, the first exception, and the timeout."""
 
+import os
 import time
 
 import pytest
@@ -16,6 +17,10 @@ def sum_of_ranks(offset: int) -> tuple[int, float]:
     return dist.get_rank(), value.item()
 
 
+def seen_environment() -> tuple[str, str | None]:
+    return os.environ["KEYE_SEEN"], os.environ.get("KEYE_GONE")
+
+
 def fail_on_one() -> None:
     if dist.get_rank() == 1:
         raise RecipeError("the reason")
@@ -29,6 +34,15 @@ def sleep_on_one() -> None:
 
 def test_results_come_back_by_rank():
     assert run_distributed(sum_of_ranks, 2, 60, 5) == [(0, 11.0), (1, 11.0)]
+
+
+def test_ranks_have_the_environment_of_their_call(monkeypatch):
+    monkeypatch.setenv("KEYE_SEEN", "first")
+    monkeypatch.setenv("KEYE_GONE", "here")
+    assert run_distributed(seen_environment, 1, 60) == [("first", "here")]
+    monkeypatch.setenv("KEYE_SEEN", "second")
+    monkeypatch.delenv("KEYE_GONE")
+    assert run_distributed(seen_environment, 1, 60) == [("second", None)]
 
 
 def test_first_exception_is_raised_as_it_was():
