@@ -11,7 +11,7 @@ import torch
 from keye.evaluation.benchmark import Question
 from keye.motion.frames import macs, slow_places
 from scripts.bench.common.record import ROOT
-from scripts.bench.systems.motion.alias import ARMS
+from scripts.bench.systems.motion.alias import ARMS, seeds_interval
 from scripts.bench.systems.motion.clips import FRAMES, SIDE, VALUES, classes_of, draw
 from scripts.bench.systems.motion.vlm import reversed_clip
 
@@ -49,6 +49,14 @@ def test_a_reversed_clip_has_the_opposite_answer():
     found = reversed_clip(question)
     assert found.answer == "down" and found.family == "reversed"
     assert found.messages[0]["content"][0]["video"][:, 0, 0, 0].tolist() == [3, 2, 1, 0]
+
+
+def test_the_interval_over_seeds_is_that_of_two_independent_means():
+    rng = np.random.default_rng(4)
+    one, other = rng.normal(0.7, 0.1, 400), rng.normal(0.5, 0.2, 400)
+    low, high = seeds_interval(one, other)
+    half = 1.96 * np.hypot(one.std(), other.std()) / 20
+    assert (low, high) == pytest.approx((one.mean() - other.mean() - half, one.mean() - other.mean() + half), abs=3e-3)
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """SlowFast Networks: pathways at equal operations on clips that alias, and the tiny model with a motion pathway."""
 
-import time
 from pathlib import Path
 
 import torch
 
 from keye.errors import KeyeError, run
-from scripts.bench.common.record import arguments, out_of, save
-from scripts.bench.encoder.media.corpus import FOLDER
+from scripts.bench.common.record import ROOT, arguments, forget_other_code, out_of, save
 from scripts.bench.systems.motion import alias, vlm
 
 EXAMPLES = """examples:
@@ -24,32 +22,36 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="train nothing: record what is finished")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.monotonic()
-    folder = FOLDER / ("motion_quick" if args.quick else "motion")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = ROOT / ".cache" / "bench" / "systems" / ("motion_quick" if args.quick else "motion")
     if not args.finished:
+        forget_other_code(folder, ("keye/motion", "scripts/bench/systems/motion/clips.py"))
         alias.measure(folder, args.quick)
         if (args.run / "annealing" / "model").is_dir():
             vlm.measure(args.run, folder, args.quick)
         else:
             print(f"without the tiny model: {args.run} is no finished demo; name one with --run", flush=True)
-    claims, tables, notes = [], [], []
+    claims, tables, notes, seconds = [], [], [], 0.0
     for part in (alias, vlm):
         found = part.finished(folder)
         if found is None:
             notes.append(part.MISSING)
             continue
-        more, table = part.report(found)
+        seconds += found[1]
+        more, table = part.report(found[0])
         claims += more
         tables.append(table)
         notes.append(part.NOTE)
     if args.finished:
-        notes.append("Written from the arms that earlier calls have finished; each takes about 30 s of CPU.")
+        notes.append("Written from the arms that earlier calls have finished.")
+    notes.append("Seconds are CPU seconds of one thread, of all arms.")
     if not tables:
         raise KeyeError("nothing is finished; run without --finished")
     save(
-        out_of(args), "motion", claims, tables, seconds=time.monotonic() - began, quick=args.quick,
-        seeds={"weights and order of training": ", ".join(map(str, alias.SEEDS)), "held-out discs": alias.TEST_SEED},
+        out_of(args), "motion", claims, tables, seconds=seconds, quick=args.quick,
+        seeds={
+            "discs: weights and order of training": ", ".join(map(str, alias.SEEDS)), "held-out discs": alias.TEST_SEED,
+            "tiny model: order of training": ", ".join(map(str, vlm.SEEDS)),
+        },
         notes=notes,
     )  # fmt: skip
 

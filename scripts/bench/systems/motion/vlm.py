@@ -170,20 +170,24 @@ def measure(run: Path, folder: Path, quick: bool) -> None:
             model = train(model_folder, arm, seed, samples, steps)
         share = steps_of("with", list(itertools.chain(*samples.values())), model.config, steps)[1]
         answers = answers_of(model, processor, asked)
-        write_atomically(_path(folder, arm, seed), json.dumps({"answers": answers, "share": share}) + "\n")
+        cpu = time.process_time() - began
+        write_atomically(_path(folder, arm, seed), json.dumps({"answers": answers, "share": share, "cpu": cpu}) + "\n")
         means = ", ".join(f"{name} {100 * np.mean(values):.1f} %" for name, values in answers.items())
-        print(f"  {arm}, seed {seed}: {means} ({time.process_time() - began:.0f} s of CPU)", flush=True)
+        print(f"  {arm}, seed {seed}: {means} ({cpu:.0f} s of CPU)", flush=True)
 
 
-def finished(folder: Path) -> dict[str, list[dict[str, list[int]]]] | None:
-    """Arm → seed → family → answers, of the seeds that `folder` has for both arms; None if there is none."""
+def finished(folder: Path) -> tuple[dict[str, list[dict[str, list[int]]]], float] | None:
+    """Arm → seed → family → answers, of the seeds that `folder` has for both arms, and the CPU seconds of all.
+
+    None if there is no such seed.
+    """
     seeds = [seed for seed in SEEDS if all(_path(folder, arm, seed).exists() for arm in ARMS)]
     if not seeds or not _path(folder, "start", 0).exists():
         return None
     kept = {"start": [0], **dict.fromkeys(ARMS, seeds)}
-    return {
-        arm: [json.loads(_path(folder, arm, seed).read_text())["answers"] for seed in own] for arm, own in kept.items()
-    }
+    found = {arm: [json.loads(_path(folder, arm, seed).read_text()) for seed in own] for arm, own in kept.items()}
+    answers = {arm: [one["answers"] for one in own] for arm, own in found.items()}
+    return answers, sum(one["cpu"] for own in found.values() for one in own)
 
 
 def _path(folder: Path, arm: str, seed: int) -> Path:
