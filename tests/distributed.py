@@ -18,6 +18,7 @@ import unittest.mock
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,9 @@ def run_distributed(fn: Callable[..., Any], world_size: int = 2, timeout: float 
         Exception: the first exception that any rank raised, with its traceback as a note.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context, port, environment = _context(), free_port(), dict(os.environ)
+        context, port, caller = _context(), free_port(), (dict(os.environ), _Output())
         processes = [
-            context.Process(
-                target=_work, args=(fn, args, rank, world_size, port, timeout, folder, environment), daemon=True
-            )
+            context.Process(target=_work, args=(fn, args, rank, world_size, port, timeout, folder, caller), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
@@ -84,6 +83,17 @@ def _context() -> Any:
     with unittest.mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):  # deepspeed reads it when it is imported
         forkserver.ensure_running()
     return context
+
+
+class _Output:
+    """Standard output and error of the process that pickles it; unpickled in a rank, their file descriptors there."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _descriptors, (DupFd(1), DupFd(2))
+
+
+def _descriptors(*streams: Any) -> list[int]:
+    return [stream.detach() for stream in streams]
 
 
 def free_port() -> int:
@@ -139,9 +149,15 @@ def _work(
     port: int,
     timeout: float,
     folder: str,
-    environment: dict[str, str],
+    caller: tuple[dict[str, str], list[int]],
 ) -> None:
-    os.environ.clear()  # a server has the environment of its own start
+    # A rank has the environment and the output of the server, or in a new process those of the caller.
+    environment, output = caller
+    for target, given in enumerate(output, 1):
+        if given != target:
+            os.dup2(given, target)
+            os.close(given)
+    os.environ.clear()
     os.environ |= environment | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -158,7 +174,7 @@ def _work(
     Path(stacks.name).rename(Path(folder) / f"{rank}.stacks")
     outcome: dict[str, Any] = {"rank": rank, "result": None, "error": None, "trace": ""}
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=timeout + GRACE))
         outcome["result"] = fn(*args)
         # No rank leaves while another still communicates with it.
         if dist.is_initialized():

@@ -1,6 +1,7 @@
 """Results by rank, the first exception, and the timeout."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -19,6 +20,11 @@ def sum_of_ranks(offset: int) -> tuple[int, float]:
 
 def seen_environment() -> tuple[str, str | None]:
     return os.environ["KEYE_SEEN"], os.environ.get("KEYE_GONE")
+
+
+def printed(text: str) -> None:
+    print(text, flush=True)
+    print(f"{text} too", file=sys.stderr, flush=True)
 
 
 def fail_on_one() -> None:
@@ -43,6 +49,13 @@ def test_ranks_have_the_environment_of_their_call(monkeypatch):
     monkeypatch.setenv("KEYE_SEEN", "second")
     monkeypatch.delenv("KEYE_GONE")
     assert run_distributed(seen_environment, 1, 60) == [("second", None)]
+
+
+def test_what_ranks_print_goes_where_the_caller_prints(capfd):
+    for text in ("one", "two"):
+        run_distributed(printed, 1, 60, text)
+        said = capfd.readouterr()
+        assert (said.out, said.err) == (f"{text}\n", f"{text} too\n")
 
 
 def test_first_exception_is_raised_as_it_was():
