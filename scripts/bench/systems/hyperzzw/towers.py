@@ -51,13 +51,13 @@ def add_convolutions(tower: KeyeVisionModel) -> None:
         layer.self_attn = AttentionAndConvolution(layer.self_attn, tower.config.hidden_size)
     encode = tower._encode
 
-    def told(pixels: Tensor, grids: Tensor, *others: Any, **named: Any) -> Tensor:
+    def given(pixels: Tensor, grids: Tensor, *others: Any, **named: Any) -> Tensor:
         groups = FrameGroups.of(grids[:, 1:])
         for layer in layers:
             layer.self_attn.groups = groups
         return encode(pixels, grids, *others, **named)
 
-    tower._encode = told
+    tower._encode = given
 
 
 def new_processor() -> KeyeProcessor:
