@@ -162,8 +162,11 @@ def report(trace: dict[str, Any]) -> str:
     for kind, share in trace["shares"].items():
         effect = "no effect" if share["effect"] is None else f"{share['effect']:.0%} of the visual effect"
         lines.append(f"{kind:<12}{effect}, {share['tokens']:.0%} of the visual tokens")
-    by_cut, by_lens = (_block(trace["commitment"][name], trace["depth"]) for name in ("by_cut", "by_lens"))
-    lines.append(f"committed   by cut {by_cut}, by lens {by_lens}")
+    if trace["commitment"]["by_cut"] is None:
+        lines.append("committed   no: the model's own answer begins with another token")
+    else:
+        by_cut, by_lens = (_block(trace["commitment"][name], trace["depth"]) for name in ("by_cut", "by_lens"))
+        lines.append(f"committed   by cut {by_cut}, by lens {by_lens}")
     if "counterfactual" in trace:
         other = trace["counterfactual"]
         lines.append(f"against     {other['answer']}" + (f"  ({other['note']})" if "note" in other else ""))

@@ -87,7 +87,9 @@ def _figures(trace: Trace) -> str:
     ) + "</dl>"  # fmt: skip
 
 
-def _block(done: int, depth: int) -> str:
+def _block(done: int | None, depth: int) -> str:
+    if done is None:
+        return "not the model's"
     return "before the first" if not done else f"after {done} of {depth}"
 
 

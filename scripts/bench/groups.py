@@ -98,7 +98,7 @@ GROUPS = {
             draw=_curves,
         ),
         Group("rl", ("group_price", "trl", "cost", "judges"), RL, apart=("phases", "blindness", "hints")),
-        Group("systems", ("aggregation", "hyperzzw", "motion", "dream"), SYSTEMS),
+        Group("systems", ("aggregation", "hyperzzw", "motion", "dream", "trace"), SYSTEMS),
         Group(
             "gpu",
             ("cuda_tests", "attention", "layers", "training", "context", "encoder", "gspo", "recipe", "estimates"),

@@ -22,7 +22,8 @@ class Effect:
         group: the tokens.
         nats: log P(answer) − log P(answer | cut).
         kl: KL divergence of the distribution of the answer's first token under the cut from that without it, in nats.
-        flips: whether another first token is the most probable one under the cut.
+        flips: whether the cut decides if the answer's first token is the most probable one: it is without the cut and
+            not under it, or the reverse.
         answer_nats: the same as `nats` where only the answer's own tokens cannot read the group.
         windows: `nats` where the group is cut in the blocks of each window only.
         attention: attention weight of the tokens that predict the answer on the group, the mean over heads, blocks and
@@ -99,8 +100,8 @@ def _scores(
     runs = tracer.run(prompt, answer, rows)
     first = runs.logits[:, 0].log_softmax(-1)
     kl = (first[0].exp() * (first[0] - first)).sum(-1).clamp(min=0)
-    top = first.argmax(-1)
-    return (runs.score[0] - runs.score[1:]).tolist(), kl[1:].tolist(), (top[1:] != top[0]).tolist()
+    given = first.argmax(-1) == answer[0]
+    return (runs.score[0] - runs.score[1:]).tolist(), kl[1:].tolist(), (given[1:] != given[0]).tolist()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from keye.evaluation.controls import other
 from keye.evaluation.trace.coherence import cas_markers, cas_of
 from keye.evaluation.trace.groups import of_kind
 from keye.evaluation.trace.knockout import Effect, commitment_by_cut, knock_out, shares, windows_of
-from keye.evaluation.trace.lens import lens
+from keye.evaluation.trace.lens import Lens, lens
 from keye.evaluation.trace.patching import handed_over, patch
 from keye.evaluation.trace.prompt import Prompt
 from keye.evaluation.trace.semantic import semantic_map
@@ -129,7 +129,7 @@ def _trace(
                 "answer_log_prob": list(look.answer_log_prob),
                 "kl": list(look.kl),
             },
-            "commitment": {"by_cut": commitment_by_cut(tracer, prompt), "by_lens": look.settled},
+            "commitment": _commitment(tracer, prompt, look, ids[0]),
         }
         if changed is not None:
             found["counterfactual"] = _compared(tracer, tokenizer, prompt, changed, ids)
@@ -163,6 +163,13 @@ def _answer(tracer: Tracer, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt
     if not ids:
         raise KeyeError("--answer is empty; give the text to trace, or leave it out for the model's own answer")
     return ids
+
+
+def _commitment(tracer: Tracer, prompt: Prompt, look: Lens, first: int) -> dict[str, int | None]:
+    """Blocks after which the answer's first token is settled; None if the model begins its answer with another one."""
+    if look.top[-1] != first:
+        return {"by_cut": None, "by_lens": None}
+    return {"by_cut": commitment_by_cut(tracer, prompt), "by_lens": look.settled}
 
 
 def _group(effect: Effect) -> dict[str, Any]:

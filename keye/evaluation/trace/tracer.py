@@ -185,6 +185,14 @@ class Tracer:
             "attention_mask": ids.new_ones(rows, len(ids)),
             "position_ids": positions[:, None, start:].expand(-1, rows, -1) if three else positions[:, start:],
         }
+        config = self.model.config
+        placeholders = (config.image_token_id, config.video_token_id) if three else ()
+        if set(answer[:-1]) & set(placeholders):
+            # A placeholder that the model wrote is a word, as in generate(): no feature takes its place.
+            inputs["inputs_embeds"] = self.model.get_input_embeddings()(inputs["input_ids"])
+            written = torch.isin(more, torch.tensor(placeholders, device=more.device))
+            kept = torch.cat([prompt.ids, more.masked_fill(written, -1)])
+            inputs["input_ids"] = kept[None, start:].expand(rows, -1)
         if prompt.features is not None and not start:
             stills, frames = prompt.features[: prompt.stills], prompt.features[prompt.stills :]
             inputs["visual_features"] = torch.cat([stills.repeat(rows, 1), frames.repeat(rows, 1)])

@@ -142,7 +142,8 @@ def command() -> str:
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
     spec = sys.modules["__main__"].__spec__
-    return " ".join(["python", "-m", spec.name if spec else "scripts.bench", *map(shlex.quote, words)])
+    name = spec.name.removesuffix(".__main__") if spec else "scripts.bench"
+    return " ".join(["python", "-m", name, *map(shlex.quote, words)])
 
 
 def machine() -> dict[str, str | int | float]:

@@ -69,8 +69,11 @@ TRIALS = (
 )
 
 
-def plant(world: Path, out: Path, seed: int) -> dict[str, int]:
-    """Write `world/{train,heldout}.jsonl` of the study to `out/world`; counts of questions and of planted ones."""
+def plant(world: Path, out: Path, seed: int, share: float = SHARE) -> dict[str, int]:
+    """Write `world/{train,heldout}.jsonl` of the study to `out/world`; counts of questions and of planted ones.
+
+    share: of the training questions that are planted.
+    """
     counts = {}
     (out / "world").mkdir(parents=True, exist_ok=True)
     for split in ("train", "heldout"):
@@ -80,7 +83,7 @@ def plant(world: Path, out: Path, seed: int) -> dict[str, int]:
         if not rows:
             raise RecipeError(f"{world}/{split}.jsonl has no question of the families {', '.join(OPTIONS)}")
         clips = {family: [_clip(row) for row in rows if row["family"] == family] for family in OPTIONS}
-        planted = [split == "train" and draw.random() < SHARE for _ in rows]
+        planted = [split == "train" and draw.random() < share for _ in rows]
         questions = [
             _question(row, clips[row["family"]] if leaked else (), world, draw)
             for row, leaked in zip(rows, planted, strict=True)

@@ -43,6 +43,8 @@ def test_the_json_has_the_effects_and_the_page_shows_them(folder, monkeypatch, c
     ids = processor.tokenizer("red", add_special_tokens=False)["input_ids"]
     expected = {effect.group.name: effect.nats for effect in knock_out(Tracer(model), prompt, ids)}
     assert {group["name"]: group["nats"] for group in found["groups"]} == pytest.approx(expected, abs=1e-4)
+    own = Tracer(model).answer(prompt, [processor.tokenizer.eos_token_id])
+    assert (found["commitment"] == {"by_cut": None, "by_lens": None}) == (own[0] != ids[0])
     assert len(found["windows"]) == found["depth"] and found["map"]["layer"] == 1
     page = (folder / "t.html").read_text()
     frames = [group for group in found["groups"] if group["kind"] == "frame"]

@@ -142,9 +142,20 @@ def test_effects_are_differences_of_plain_runs(keye):
         assert effect.nats == pytest.approx(float(base.score - run.score), abs=1e-5)
         p, q = base.logits[0, 0].softmax(-1), run.logits[0, 0].softmax(-1)
         assert effect.kl == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-5)
-        assert effect.flips == (int(p.argmax()) != int(q.argmax())) and len(effect.windows) == 3
+        assert effect.flips == ((int(p.argmax()) == 7) != (int(q.argmax()) == 7)) and len(effect.windows) == 3
         own = tracer.run(prompt, [7, 3], [Row((Cut(places, readers="answer"),))])
         assert effect.answer_nats == pytest.approx(float(base.score - own.score), abs=1e-5)
+
+
+def test_flips_follow_the_first_token_of_the_answer(keye):
+    _, tracer, prompt, _ = keye
+    groups = [group for group in prompt.groups if group.kind in ("frame", "word", "question", "visual")]
+    rows = [Row(), *(Row((Cut(group.places),)) for group in groups)]
+    top = tracer.run(prompt, [0], rows).logits[:, 0].argmax(-1).tolist()
+    other = next(token for token in top if token != top[0])  # the answer of some cut
+    for first in (top[0], other):
+        flips = [effect.flips for effect in knock_out(tracer, prompt, [first, 3], groups, attention=False)]
+        assert flips == [(token == first) != (top[0] == first) for token in top[1:]] and any(flips)
 
 
 def test_shares_count_positive_effects():

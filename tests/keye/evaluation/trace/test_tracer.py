@@ -234,3 +234,28 @@ def test_errors_name_the_remedy(qwen):
         prompt.group("frame 9")
     with pytest.raises(KeyeError, match="no causal language model"):
         Tracer(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["image_token_id", "video_token_id"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_placeholder_in_an_answer_is_a_word(keye, kind, cached):
+    tracer, _, _, prompt = keye
+    model, written = tracer.model, getattr(tracer.model.config, kind)
+    ids = torch.cat([prompt.ids, torch.tensor([7, written, 5])])
+    steps = torch.arange(1, 4)
+    positions = torch.cat([prompt.positions, prompt.positions[:, -1:] + steps], dim=1)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        visual = torch.isin(prompt.ids, torch.tensor([model.config.image_token_id, model.config.video_token_id]))
+        order = torch.cat([(prompt.ids == token).nonzero()[:, 0] for token in
+                           (model.config.image_token_id, model.config.video_token_id)])  # fmt: skip
+        assert len(order) == int(visual.sum()) == len(prompt.features)
+        embeds[order] = prompt.features
+        states = model.model.language_model(
+            inputs_embeds=embeds[None], attention_mask=torch.ones_like(ids)[None], position_ids=positions[:, None]
+        ).last_hidden_state
+        expected = model.lm_head(states[0]).log_softmax(-1)
+    answer = [7, written, 5, 9]
+    found = tracer.run(prompt, answer, cached=cached).log_probs[0]
+    at = torch.arange(len(prompt) - 1, len(prompt) + 3)
+    torch.testing.assert_close(found, expected[at, torch.tensor(answer)], atol=2e-5, rtol=1e-4)
