@@ -67,10 +67,12 @@ class SlowNet(nn.Module):
         def uniform(gain: float, *shape: int) -> Tensor:
             return torch.empty(shape, device="cpu").uniform_(-1, 1) * gain * shape[-1] ** -0.5
 
-        rates = torch.tensor([GAMMA / (layer + 1) for layer in range(layers + 1)], device="cpu")
+        dtype = torch.get_default_dtype()  # bfloat16 where transformers loads a model in it, which has no gamma
+        wide = torch.promote_types(dtype, torch.float32)
+        rates = torch.tensor([GAMMA / (layer + 1) for layer in range(layers + 1)], device="cpu", dtype=wide)
         gamma = torch._standard_gamma(rates[:, None, None].expand(layers + 1, hidden, self.axes).contiguous())
         values = {
-            "frequencies": uniform(2 * math.pi * self.omega, layers + 1, hidden, self.axes) * gamma,
+            "frequencies": uniform(2 * math.pi * self.omega, layers + 1, hidden, self.axes) * gamma.to(dtype),
             "phases": torch.zeros(layers + 1, hidden, device="cpu"),
             "weights": uniform(math.sqrt(3), layers, hidden, hidden),
             "offsets": torch.ones(layers, hidden, device="cpu"),

@@ -164,6 +164,14 @@ def test_saved_and_loaded_it_is_the_same_model(model, tmp_path) -> None:
     assert all(one == other and torch.equal(a, b) for (one, a), (other, b) in states)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_saved_model_loads_in_half_precision(model, tmp_path, dtype) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = KeyeForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    states = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(value.to(dtype), half) for value, half in states)
+
+
 def test_weights_of_attention_leave_the_mixer_new_and_are_reported(model, tmp_path) -> None:
     small("attention").save_pretrained(tmp_path)
     loaded, report = KeyeForConditionalGeneration.from_pretrained(
