@@ -199,11 +199,13 @@ def _counterfactual(trace: Trace) -> str:
     found = trace.get("counterfactual")
     if not found:
         return ""
-    text = f"Its answer is {found['answer']!r}."
+    text = f"Its answer is “{found['answer']}”."
     if "handed_over" in found:
         at = found["handed_over"]
         text += " The state of the last token alone "
-        text += "does not restore the answer." if at == trace["depth"] else f"restores it from block {at + 1} on."
+        restores = f"restores “{trace['answer']}” in its run"
+        text += "never " * (at == trace["depth"]) + restores
+        text += "." if at == trace["depth"] else f" from block {at + 1} on."
     if "committed" in found:
         text += f" The states of all other tokens no longer do from block {found['committed'] + 1} on. Cells: share of "
         text += "the contrast that a group's states after a block restore."

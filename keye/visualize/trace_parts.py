@@ -24,7 +24,9 @@ h3{font-size:1rem;margin:14px 0 0}
 .film .effect,td.heat{text-align:right;font-variant-numeric:tabular-nums}
 .film .effect{padding:2px 6px;font-weight:600}
 .film figcaption{font-size:.75rem;color:var(--quiet)}
-.scroll table{width:auto;min-width:60%}
+.scroll{max-height:none}
+.scroll table{width:auto;min-width:100%}
+tbody tr:last-child>*{border-bottom:0}
 .words{display:flex;flex-wrap:wrap;gap:4px 10px;padding:0;list-style:none;margin:8px 0 0}
 .words li{background:var(--tile);border-radius:6px;padding:1px 8px}
 .words span{color:var(--quiet);font-size:.8rem}
@@ -34,8 +36,10 @@ tbody th{font-weight:500}
 
 
 def number(value: float | None) -> str:
-    """A signed effect with two digits; a dash if there is none."""
-    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+    """A signed effect with two digits, zero without a sign; a dash if there is none."""
+    if value is None:
+        return "–"
+    return "0.00" if round(value, 2) == 0 else f"{value:+.2f}".replace("-", "−")
 
 
 def cell(value: float | None, top: float) -> str:
