@@ -25,7 +25,7 @@ from torch import Tensor
 
 from keye.errors import CheckpointError, KeyeError, ManifestError, writing
 from keye.files import write_atomically
-from keye.processor.processor import KeyeProcessor, Sample
+from keye.processor.processor import Sample
 from rl.blindness import BlindnessMonitor, without_marked
 from rl.hints import HintStage
 from rl.losses import group_advantages
@@ -50,6 +50,7 @@ from stages.distributed.engine import build, resolve_precision
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import Start, open_start
 from stages.metrics import MetricsLogger, open_tracker, read_metrics
+from stages.opening import open_processor
 from stages.signals import SignalRequests
 from stages.typed_toml import to_toml
 
@@ -58,8 +59,7 @@ class GspoTrainer:
     """Tunes the model of `run/<start>/model` and writes `run/gspo/{metrics.jsonl, eval.json, checkpoints, model}`.
 
     Raises:
-        CheckpointError: the stage to start from has no model, or `run/gspo` is of another recipe, start model or
-            manifest.
+        CheckpointError: the stage to start from has no model, or `run/gspo` is of another recipe, model or manifest.
         ManifestError: no questions.
         RecipeError: the recipe does not fit the number of processes.
     """
@@ -73,7 +73,7 @@ class GspoTrainer:
         self.start = agree(self._open_start)
         self.rejected: dict[str, str] = {}
         prompts = self._claim()
-        self.processor = agree(lambda: KeyeProcessor.from_pretrained(self.start.directory))
+        self.processor = agree(lambda: open_processor("gspo", recipe.gspo, self.start))
         self.policy = agree(lambda: build_policy(self.start, recipe.gspo, recipe.seed))
         self.model = self.policy.model
         self.engine = self._engine()

@@ -1,6 +1,7 @@
 """Open a stage for training: its model, data and trainer, and write its model when it is trained."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from stages.distributed.activation_memory import apply_memory_options
 from stages.distributed.parallel import ParallelDims, build_parallel_dims
 from stages.distributed.ranks import on_every_rank, waiting_group
 from stages.distributed.weights import Start, replace_model
-from stages.recipe import Recipe, StageRecipe, VisionRecipe
+from stages.recipe import Recipe, StageRecipe, VisionRecipe, stage_of
+from stages.recipe_checks import check_tower
 from stages.stage import Stage, open_mixture
 from stages.trainer import Trainer, micro_batches
+from stages.typed_toml import requirement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ def open_trainer(
     config = recipe.chain[name]
     folder = run / (name if settings is None else stage.name)
     each = partial(on_every_rank, group=waiting_group(dist.group.WORLD))
+    label = stage_of(name) if settings is None else stage.name
+    check_start(label, config, start, processor.encoder, processor.image)
     grid = build_parallel_dims(config.sequence_parallel)
     dtype = torch.bfloat16 if engine.resolve_precision(recipe.precision) == "bf16" else torch.float32
     # With ZeRO-3 the engine reads the weights, so that no rank keeps more of them than its share.
@@ -77,6 +82,31 @@ def open_trainer(
         settings or dataclasses.asdict(recipe), sources=start.sources(model), heldout=heldout,
     )  # fmt: skip
     return Opened(trainer, model, module, start, processor, quarantine)
+
+
+def check_start(
+    name: str, stage: Any, start: Start, encoder: Mapping[str, Any], image: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse what the model `start` cannot do with the settings of a stage or phase.
+
+    A recipe that draws its model is refused before that.
+
+    Args:
+        name: of the stage's table. stage: its settings. encoder, image: the processor's settings.
+
+    Raises:
+        RecipeError: names the model's directory and the key.
+    """
+    tower = start.config.vision_config
+    parts = {"mixer": tower.mixer, "motion": tower.motion}
+    check_tower(name, stage, parts, encoder, image or {}, requirement(str(start.directory)))
+
+
+def open_processor(name: str, config: Any, start: Start) -> KeyeProcessor:
+    """The processor of a phase's start model, after `check_start`."""
+    processor = KeyeProcessor.from_pretrained(start.directory)
+    check_start(name, config, start, processor.encoder, processor.image)
+    return processor
 
 
 def batches_of(name: str, stage: StageRecipe, grid: ParallelDims) -> int:

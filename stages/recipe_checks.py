@@ -3,15 +3,17 @@
 The dataclasses are those of `stages.recipe`, which imports this module.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from keye.aggregation.settings import FeatureAggregation
 from keye.checks import suggestion
 from keye.encoder_config import EncoderConfig
 from keye.errors import KeyeError
 from keye.motion.settings import MotionSettings
 from keye.slowfast.measures import get_measure
 from keye.slowfast.policies import as_policy
+from keye.slowfast.policies.wholeclip import TwoStream
 from stages.data.sources.transforms import checked
 from stages.optimizer import PARTS
 from stages.typed_toml import Need, requirement
@@ -41,19 +43,7 @@ def check(recipe: Any, file: str) -> None:
         stage.check(name, need, ("vision",) if name == "vision" else PARTS)
         encoder = {**recipe.processor.encoder, **stage.encoder}
         _check_encoder(f"{name}.encoder", encoder, need)
-        need(
-            not encoder.get("aggregation") or stage.sequence_parallel == 1,
-            f"{name}.sequence_parallel must be 1 with an encoder's aggregation, which needs all frames of a video on "
-            "one rank; set it to 1 or remove aggregation",
-        )
-        if recipe.model.vision.get("mixer", "attention") != "attention":
-            still = recipe.processor.image.get("max_tokens", 20_480)
-            _check_mixer(name, stage, max(encoder.get("max_tokens_per_frame", 768), still), need)
-        need(
-            "motion" not in recipe.model.vision or name == "vision" or encoder.get("aggregation"),
-            'model.vision.motion needs the type and time of each frame; set processor.encoder.aggregation = "none", '
-            'or "mean" or "max" to pool features as well',
-        )
+        check_tower(name, stage, recipe.model.vision, encoder, recipe.processor.image, need)
         _check_stage(name, stage, need)
         _check_data_of_stage(name, stage, recipe.data, need)
     if recipe.vision is not None:
@@ -63,18 +53,57 @@ def check(recipe: Any, file: str) -> None:
         _check_context_schedule(recipe.annealing, need)
 
 
-def _check_mixer(name: str, stage: Any, tokens: int, need: Need) -> None:
-    """Refuse what a tower with another mixer than attention cannot do; tokens: of the largest frame or still."""
+def check_tower(
+    name: str,
+    stage: Any,
+    vision: Mapping[str, Any],
+    encoder: Mapping[str, Any],
+    image: Mapping[str, Any],
+    need: Need,
+) -> None:
+    """Refuse what the parts of a tower and an encoder's aggregation cannot do with the settings of a stage or phase.
+
+    Args:
+        name: of the stage's table, for the messages.
+        stage: its settings.
+        vision: the tower's `mixer` and `motion`, each of which may be missing.
+        encoder, image: the processor's settings.
+
+    Raises:
+        RecipeError: by `need`.
+    """
     from keye.model.vision import FRAME_PATCHES
 
-    limit = FRAME_PATCHES // 4
+    sequence, limit = getattr(stage, "sequence_parallel", 1), FRAME_PATCHES // 4
+    aggregation = encoder.get("aggregation")
     need(
-        stage.sequence_parallel == 1 or min(tokens, stage.context) <= limit,
-        f"{name}.sequence_parallel = {stage.sequence_parallel} divides frames of more than {limit} tokens among ranks, "
-        f"which model.vision.mixer cannot do; set max_tokens_per_frame and processor.image.max_tokens to {limit} or "
-        "less",
+        not aggregation or sequence == 1,
+        f"{name}.sequence_parallel must be 1 with an encoder's aggregation, which needs all frames of a video on "
+        "one rank; set it to 1 or remove aggregation",
     )
-    need(not stage.compile, f"{name}.compile = true: model.vision.mixer cannot be compiled; set {name}.compile = false")
+    if vision.get("motion") is not None and name != "vision":
+        need(
+            bool(aggregation),
+            "model.vision.motion needs the type and time of each frame; set processor.encoder.aggregation = "
+            '"none", or "mean" or "max" to pool features as well',
+        )
+        policy = str(encoder.get("policy") or "").partition(":")[0].strip()
+        need(
+            policy != TwoStream.name or FeatureAggregation.of(aggregation).pool != "none",
+            f"{name}: model.vision.motion needs each frame once, and the policy two_stream shows slow frames twice; "
+            'use another policy, or aggregation "mean" or "max", which encode a frame once',
+        )
+    if vision.get("mixer", "attention") != "attention":
+        tokens = max(encoder.get("max_tokens_per_frame", 768), image.get("max_tokens", 20_480))
+        need(
+            sequence == 1 or min(tokens, getattr(stage, "context", tokens)) <= limit,
+            f"{name}.sequence_parallel = {sequence} divides frames of more than {limit} tokens among ranks, which "
+            f"model.vision.mixer cannot do; set max_tokens_per_frame and processor.image.max_tokens to {limit} or less",
+        )
+        need(
+            not getattr(stage, "compile", False),
+            f"{name}.compile = true: model.vision.mixer cannot be compiled; set {name}.compile = false",
+        )
 
 
 def check_training(table: str, stage: Any, data: Any, need: Need) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keye.errors import CheckpointError, KeyeError, ManifestError, RecipeError, writing
-from keye.processor.processor import KeyeProcessor, Sample
+from keye.processor.processor import Sample
 from keye.slowfast.pixels import normalised
 from rl.policy.model import freeze
 from rl.policy.scoring import Group
@@ -46,6 +46,7 @@ from stages.distributed.parallel import sum_over_ranks
 from stages.distributed.ranks import first_rank
 from stages.distributed.weights import replace_model
 from stages.metrics import MetricsLogger, duration, open_tracker
+from stages.opening import open_processor
 from stages.signals import REQUESTS, SignalRequests
 from stages.typed_toml import to_toml
 
@@ -219,7 +220,7 @@ class MpoTrainer:
     def _build(self) -> None:
         """The model that is trained and its engine."""
         m = self.config
-        self.processor = agree(lambda: KeyeProcessor.from_pretrained(self.start.directory))
+        self.processor = agree(lambda: open_processor("mpo", m, self.start))
         dtype = torch.bfloat16 if resolve_precision(m.precision) == "bf16" else torch.float32
         where = "meta" if m.zero == 3 else device()
         self.model = agree(lambda: self.start.build(dtype, where)).train()
