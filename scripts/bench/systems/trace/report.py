@@ -32,12 +32,15 @@ def hits(rows: Rows, title: str) -> Table:
         if not of:
             continue
         cells = [f"{100 * fmean(grading.hit(row, method) for row in of):.0f}" for method in grading.METHODS]
-        right = f"{100 * fmean(row['right'] for row in of):.0f}"
+        good = [row for row in of if row["right"]]
+        right = f"{100 * len(good) / len(of):.0f}"
+        cells += [f"{100 * fmean(grading.hit(row, method) for row in good):.0f}" if good else "–"
+                  for method in ("knock-out", "attention")]  # fmt: skip
         gains = [spread(gain(of, other)) for other in ("attention", "most tokens", "chance")]
         lines.append((family, len(of), right, f"{100 * fmean(map(grading.chance, of)):.0f}", *cells, *gains))
     columns = (
-        "family", "questions", "right", "chance", *grading.METHODS, "knock-out − attention (95 %)",
-        "knock-out − most tokens (95 %)", "knock-out − chance (95 %)",
+        "family", "questions", "right", "chance", *grading.METHODS, "knock-out if right", "attention if right",
+        "knock-out − attention (95 %)", "knock-out − most tokens (95 %)", "knock-out − chance (95 %)",
     )  # fmt: skip
     return Table(f"Strongest frame shows the answer, % of questions, {title}", columns, lines)
 
@@ -178,7 +181,7 @@ def _correlated(rows: Rows) -> list[Claim]:
     found = correlations(rows)
     return [
         Claim(f"rank correlation of {name.upper()} with a wrong answer (published, DSS: {PUBLISHED})",
-              "below 0 (95 %)", found[name][2], met=found[name][3])
+              "below 0 (95 %)", f"{found[name][2]}; within families {found[name][4]}", met=found[name][3])
         for name in ("cas", "dss") if name in found
     ]  # fmt: skip
 
