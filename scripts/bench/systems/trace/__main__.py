@@ -111,6 +111,7 @@ def main() -> None:
     tables += [report.prompt_table(rows["prompts"])] if rows["prompts"] else []
     notes = [*NOTES, f"Fine-tuning: {1 if args.quick else STEPS} steps of {ROWS} questions at {RATE:g}, vision tower "
              "and projector frozen."]  # fmt: skip
+    notes += [report.first_frames(rows[kind], kind) for kind in ("trained", "untrained") if rows[kind]]
     if missing := [name for name in units if name not in found]:
         notes.append(f"Not measured yet: {', '.join(missing)}.")
     save(
@@ -136,10 +137,13 @@ NOTES = (
     "rates, not of single answers: correlations of ten groups are larger because grouping removes noise. Families "
     "differ in both accuracy and score; the column within families removes that.",
     "A trace names the sentence if its effect is larger than that of all visual tokens. The sentence is part of the "
-    "question in all runs, with 0 % planted too, where it says nothing about the answer.",
+    "question in all runs, with 0 % planted too, where it says nothing about the answer. "
+    "It has far fewer tokens than the frames, so attention never names it by that rule; AUC, the "
+    "probability that the margin of a followed answer is above that of another answer of the "
+    "same run, needs no threshold.",
     "The sentences of the five prompts are ours; the topics are the paper's. \"Handed over\" needs a prompt whose "
     "intended reading wins and a counterfactual whose competing reading wins; – otherwise, and where the last token's "
-    "state never restores the reading.",
+    "state never restores the reading. \"By cut\" and \"by lens\" are of the first token of the continuation.",
 )  # fmt: skip
 
 if __name__ == "__main__":

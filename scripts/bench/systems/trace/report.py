@@ -51,6 +51,14 @@ def gain(rows: Rows, other: str) -> list[float]:
             for r in rows]  # fmt: skip
 
 
+def first_frames(rows: Rows, kind: str) -> str:
+    """How often the strongest frame is the first one: a bias of position, which shows the answer less often."""
+    share = fmean(int(np.argmax(grading.values(row, "knock-out"))) == 0 for row in rows)
+    shown = fmean(row["frames"][0]["evidence"] for row in rows if grading.gradable(row))
+    return (f"The frame with the strongest knock-out is the first one in {share:.0%} of the questions of the {kind} "
+            f"model; the first frame shows the answer in {shown:.0%} of the graded ones.")  # fmt: skip
+
+
 def slow_shares(rows: Rows) -> Table:
     """Per family: the slow frames' share of tokens, effect and attention; the fast frames have the rest."""
     lines = []
@@ -135,7 +143,7 @@ def prompt_table(rows: Rows) -> Table:
         by_cas = ["–" if one["commitment"] is None else one["commitment"] for one in row["choices"]]
         ends = " · ".join(f"{one['final']:.2f}" for one in row["choices"])
         restores = row["contrast"] > 0 > row["other_contrast"]
-        handed = row["handed_over"] if restores and row["handed_over"] < row["depth"] else "–"
+        handed = row["handed_over"] + 1 if restores and row["handed_over"] < row["depth"] else "–"
         lines.append((
             row["name"], row["answer"].replace("\n", " "), f"{row['contrast']:+.1f}", *by_cas, ends,
             row["dss"]["commitment"], row["by_cut"], row["by_lens"], handed,
