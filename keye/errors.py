@@ -39,11 +39,13 @@ class FormerNameWarning(FutureWarning):
 
 @contextmanager
 def writing(path: str | os.PathLike, what: str = "the file", kind: type[KeyeError] = KeyeError) -> Iterator[None]:
-    """Raise an OSError of the block as a `kind` that names `what` and `path`."""
+    """Raise an OSError of the block, or one that safetensors wraps, as a `kind` that names `what` and `path`."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        why = error.strerror or str(error).splitlines()[0]
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise kind(f"{what} cannot be written to {path} ({why}); give a path that you may write to") from error
 
 

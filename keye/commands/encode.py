@@ -292,17 +292,13 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _save_pixels(encoded: "EncodedVideo", path: Path) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {"pixel_values": encoded.pixel_values, "grid_thw": encoded.grid_thw}
     if encoded.features is not None:
         tensors["features"] = encoded.features
     with errors.writing(path, "the pixels"):
-        try:
-            save_file(tensors, path, metadata={"plan": encoded.plan.to_json()})
-        except SafetensorError as error:  # raised for a path that cannot be written to, too
-            raise OSError(str(error)) from error
+        save_file(tensors, path, metadata={"plan": encoded.plan.to_json()})
 
 
 def _output(target: str, stem: str, suffix: str, several: bool) -> Path:

@@ -6,6 +6,7 @@ new LoRA for each episode); its ancestor for text, Temp-LoRA (arXiv 2401.11504).
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keye.checks import integer
 from keye.errors import ArgumentError, CheckpointError, writing
 from keye.files import atomic_file
 
@@ -40,25 +42,33 @@ def attach(
         model: any module. Its parameters may be bf16, frozen, or in inference mode.
         rank: columns of A and rows of B; less where a layer is narrower.
         alpha: the product of the two matrices is scaled by alpha / rank (default: rank, so by 1).
-        match: regular expression; a layer takes part if its name contains a match (default: all linear layers).
+        match: regular expression; a layer takes part if its name contains a match (default: all linear layers, which
+            are `nn.Linear` and the `Conv1D` of transformers' GPT-2).
         learning_rate, betas: of Adam. max_norm: clips the gradient's norm over all factors.
         seed: of the factors' initial values.
 
     Raises:
         ArgumentError: no layer matches, or a value is impossible.
     """
-    if rank < 1 or learning_rate <= 0 or (alpha is not None and alpha <= 0):
+    rank = integer("rank of a memory", rank, error=ArgumentError)
+    if learning_rate <= 0 or any(value is not None and value <= 0 for value in (alpha, max_norm)):
         raise ArgumentError(
-            f"rank {rank}, alpha {alpha} and learning_rate {learning_rate} of a memory must be positive; the paper uses"
-            " rank 32 and 1e-4"
+            f"alpha {alpha}, learning_rate {learning_rate} and max_norm {max_norm} of a memory must be positive; the "
+            "paper uses a learning rate of 1e-4"
         )
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.search(match, name)
-    }
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ArgumentError(f"betas of a memory are {betas}; give two numbers from 0 to below 1")
+    try:
+        pattern = re.compile(match)
+    except (re.error, TypeError) as error:
+        raise ArgumentError(
+            f"match {match!r} is not a regular expression ({error}); give text such as 'q_proj'"
+        ) from error
+    every = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    layers = {name: module for name, module in every.items() if pattern.search(name)}
     if not layers:
-        raise ArgumentError(f"match {match!r} finds no linear layer; see the names in model.named_modules()")
+        known = f"such as {', '.join(list(every)[:3])}" if every else "and the model has none"
+        raise ArgumentError(f"match {match!r} finds no linear layer, {known}; see the names in model.named_modules()")
     scale = (rank if alpha is None else alpha) / rank
     memory = TemporaryLora(layers, rank, scale, learning_rate, betas, max_norm, seed)
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
@@ -80,7 +90,7 @@ class TemporaryLora:
 
     def __init__(
         self,
-        layers: dict[str, nn.Linear],
+        layers: dict[str, nn.Module],
         rank: int,
         scale: float,
         learning_rate: float,
@@ -92,8 +102,8 @@ class TemporaryLora:
         self.learning_rate, self.betas, self.max_norm = learning_rate, betas, max_norm
         self.factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self._recording = self._merged = self._disabled = False
-        self._hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
         self.reset()
+        self._hooks = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
 
     # Use
 
@@ -110,7 +120,8 @@ class TemporaryLora:
             The loss before each step.
 
         Raises:
-            ArgumentError: the memory is detached, merged or disabled, or the loss does not depend on the layers.
+            ArgumentError: the memory is detached, merged or disabled, or the loss is not a finite number that depends
+                on the layers; the step is then not taken.
         """
         if not self._hooks or self._merged or self._disabled:
             raise ArgumentError("a memory that is detached, merged or disabled cannot be written; attach it first")
@@ -132,16 +143,23 @@ class TemporaryLora:
         """Forget everything: B is zero, A as at the start, Adam's moments are empty."""
         numbers = torch.Generator().manual_seed(self.seed)
         for name, layer in self.layers.items():
-            rank = min(self.rank, layer.in_features, layer.out_features)
-            bound = layer.in_features**-0.5
-            down = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=numbers)
-            self._put(name, down, torch.zeros(layer.out_features, rank))
+            inputs, outputs = _features(layer)
+            rank = min(self.rank, inputs, outputs)
+            bound = inputs**-0.5
+            down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=numbers)
+            self._put(name, down, torch.zeros(outputs, rank))
         self._optimizer = torch.optim.Adam(self._all(), lr=self.learning_rate, betas=self.betas)
         self.writes = 0
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model without the memory, for the block."""
+        """The model without the memory, for the block.
+
+        Raises:
+            ArgumentError: the memory is merged, so the weights contain it.
+        """
+        if self._merged:
+            raise ArgumentError("a merged memory cannot be disabled; leave the block of `merged` first")
         before, self._disabled = self._disabled, True
         try:
             yield
@@ -156,18 +174,18 @@ class TemporaryLora:
         loses changes of less than about 0.4 % of a weight; the hooks add in float32.
 
         Raises:
-            ArgumentError: the memory is detached or merged already, or a layer's weight is partitioned (ZeRO-3) or
-                shared with another module, which would change too.
+            ArgumentError: the memory is detached, disabled or merged already, or a layer's weight is partitioned
+                (ZeRO-3) or shared with another module, which would change too.
         """
-        if not self._hooks or self._merged:
-            raise ArgumentError("a memory that is detached or merged cannot be merged; attach it first")
+        if not self._hooks or self._merged or self._disabled:
+            raise ArgumentError("a memory that is detached, disabled or merged cannot be merged; attach it first")
         if self.shared:
             raise ArgumentError(
                 f"the weight of {self.shared[0]} is tied to that of another module; attach with a match that leaves it "
                 "out, or use the memory without merging it"
             )
         for name, layer in self.layers.items():
-            if layer.weight.numel() != layer.in_features * layer.out_features:
+            if layer.weight.numel() != math.prod(_features(layer)):
                 raise ArgumentError(f"the weight of {name} is partitioned; use the memory without merging it")
         kept = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         try:
@@ -175,7 +193,9 @@ class TemporaryLora:
             with torch.no_grad():
                 for name, layer in self.layers.items():
                     if self.writes:
-                        layer.weight.copy_(layer.weight.float() + self.change(name))
+                        change = self.change(name)
+                        change = change if isinstance(layer, nn.Linear) else change.T  # Conv1D has [in, out]
+                        layer.weight.copy_(layer.weight.float() + change)
             yield
         finally:
             with torch.no_grad():
@@ -276,6 +296,13 @@ class TemporaryLora:
         self._recording = True
         try:
             value = loss()
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ArgumentError(
+                    f"the loss is {found}; return one number as a tensor, such as `model(**batch).loss`"
+                )
+            if not value.isfinite():
+                raise ArgumentError(f"the loss is {float(value)}; check the inputs, or give a lower learning_rate")
             if not value.requires_grad:
                 raise ArgumentError("the loss does not depend on the layers of the memory; see `match`")
             return torch.autograd.grad(value.float(), every, allow_unused=True), float(value.detach())
@@ -291,6 +318,12 @@ class TemporaryLora:
             self.factors[name] = tuple(nn.Parameter(value.to(device, torch.float32)) for value in (down, up))
 
     def _check(self, state: dict[str, Tensor], source: str) -> None:
+        written = {name[:-2] for name in state if name.endswith(".B")}
+        if other := sorted(written - set(self.factors)):
+            raise CheckpointError(
+                f"{source}: {len(other)} layers are not in this memory, such as {other[0]}; attach with the match that "
+                "it was saved with"
+            )
         for name, pair in self.factors.items():
             for letter, factor in zip("AB", pair, strict=True):
                 value = state.get(f"{name}.{letter}")
@@ -316,3 +349,14 @@ class TemporaryLora:
                 return (output.float() + self.scale * nn.functional.linear(low, up)).to(output.dtype)
 
         return add
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is `nn.Linear` or the `Conv1D` of transformers, which is known by its name: nothing is imported."""
+    conv1d = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    return isinstance(module, nn.Linear) or conv1d
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a layer; not from the weight, which ZeRO-3 partitions and which may be packed."""
+    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (layer.nx, layer.nf)

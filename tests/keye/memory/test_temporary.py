@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from keye.errors import ArgumentError, CheckpointError
+from keye.errors import ArgumentError, CheckpointError, KeyeError
 from keye.memory import attach
 
 
@@ -172,8 +173,61 @@ def test_writing_works_where_gradients_are_off_and_needs_a_loss_of_the_layers():
     assert memory.writes == 2 and list(memory.factors) == ["2"]
     with pytest.raises(ArgumentError, match="finds no linear layer"):
         attach(model, match="attention")
-    with pytest.raises(ArgumentError, match="must be positive"):
-        attach(model, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "whole number of 1 or more"),
+        ({"rank": 4.5}, "whole number of 1 or more"),
+        ({"learning_rate": 0.0}, "must be positive"),
+        ({"max_norm": -1.0}, "must be positive"),
+        ({"betas": (1.0, 0.9)}, "two numbers from 0"),
+        ({"match": "["}, "not a regular expression"),
+        ({"match": "q_proj"}, "such as 0, 2"),
+    ],
+)
+def test_a_refused_memory_leaves_the_model_usable(options, said):
+    model = network()
+    before = bits(model(data()[0]))
+    with pytest.raises(ArgumentError, match=said):
+        attach(model, **options)
+    assert bits(model(data()[0])) == before and not any(layer._forward_hooks for layer in model)
+
+
+@pytest.mark.parametrize("loss", [lambda: 1.0, lambda: torch.ones(2), lambda: torch.tensor(float("nan"))])
+def test_a_loss_that_is_no_finite_number_writes_nothing(loss):
+    model = network()
+    memory = attach(model, rank=4)
+    memory.write(loss_of(model))
+    before = bits(model(data()[0]))
+    with pytest.raises(ArgumentError, match="the loss is"):
+        memory.write(loss)
+    assert memory.writes == 1 and bits(model(data()[0])) == before
+
+
+def test_a_file_of_more_layers_is_not_read_in_part(tmp_path):
+    memory = attach(network(), rank=4)
+    memory.save(tmp_path / "memory.safetensors")
+    with pytest.raises(CheckpointError, match="1 layers are not in this memory, such as 2"):
+        attach(network(), rank=4, match="^0$").load(tmp_path / "memory.safetensors")
+    with pytest.raises(KeyeError, match="cannot be written"):
+        memory.save(tmp_path / "missing" / "memory.safetensors")
+
+
+def test_the_layers_of_gpt2_are_written_and_merged():
+    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    model, ids = GPT2LMHeadModel(config).eval(), torch.arange(12).view(2, 6)
+    before = bits(model(ids).logits)
+    memory = attach(model, rank=2, match=r"transformer\.h", learning_rate=1e-2)
+    assert [tuple(memory.change(name).shape) for name in memory.layers] == [(24, 8), (8, 8), (32, 8), (8, 32)]
+    losses = memory.write(lambda: model(ids, labels=ids).loss, steps=10)
+    assert losses[-1] < losses[0]
+    written = model(ids).logits
+    with memory.merged():
+        torch.testing.assert_close(model(ids).logits, written, atol=1e-5, rtol=1e-4)
+    memory.detach()
+    assert bits(model(ids).logits) == before
 
 
 def test_two_memories_of_one_model_add_up():
@@ -189,3 +243,11 @@ def test_two_memories_of_one_model_add_up():
 
 def test_bytes_are_those_of_the_factors():
     assert attach(network(), rank=3).nbytes == 4 * 3 * (6 + 16 + 16 + 5)
+
+
+def test_merged_and_disabled_exclude_each_other():
+    memory = attach(network(), rank=4)
+    with memory.merged(), pytest.raises(ArgumentError, match="merged memory cannot be disabled"):
+        memory.disabled().__enter__()
+    with memory.disabled(), pytest.raises(ArgumentError, match="disabled or merged cannot be merged"):
+        memory.merged().__enter__()
