@@ -62,11 +62,23 @@ def load_zoo(network: nn.Module, state: Mapping[str, Tensor]) -> str:
         The format's name.
 
     Raises:
-        CheckpointError: a weight is missing, is not ours, or has another shape.
+        CheckpointError: `state` is not a mapping of tensors, or a weight is missing, is not ours, or has another shape.
     """
+    if not isinstance(state, Mapping) or "model_state" in state:
+        raise CheckpointError(
+            f"give the weights by name, not {'the complete file' if isinstance(state, Mapping) else f'{state!r:.60}'}: "
+            "torch.load(path)['model_state']"
+        )
+    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{other[0]} is a {type(state[other[0]]).__name__}; give tensors (torch.as_tensor)")
     ours = network.state_dict()
     names = {form: {own: rename(own) for own in ours} for form, rename in FORMATS.items()}
     form = max(names, key=lambda form: len(set(names[form].values()) & set(state)))
+    if not set(names[form].values()) & set(state):
+        raise CheckpointError(
+            f"no weight has a name of {' or '.join(FORMATS)}, such as {next(iter(names[form].values()))}; the first is "
+            f"{next(iter(state), 'none')}: remove a prefix such as 'module.', or use load_state_dict for our own names"
+        )
     missing = [theirs for theirs in names[form].values() if theirs not in state]
     extra = sorted(set(state) - set(names[form].values()))
     wrong = [

@@ -133,7 +133,7 @@ class SlowFastNet(nn.Module):
         settings: or the name of a preset (`keye.motion.settings.PRESETS`).
 
     Raises:
-        ArgumentError: no preset has this name.
+        ArgumentError: no preset has this name, or the settings are of another type.
     """
 
     def __init__(self, settings: SlowFastSettings | str = "r50_4x16") -> None:
@@ -142,6 +142,8 @@ class SlowFastNet(nn.Module):
             if settings not in PRESETS:
                 raise ArgumentError(f"no preset {settings!r}; use one of {', '.join(PRESETS)}")
             settings = PRESETS[settings]
+        if not isinstance(settings, SlowFastSettings):
+            raise ArgumentError(f"settings are {settings!r:.60}; give SlowFastSettings(…) or the name of a preset")
         self.settings = settings
         names = [name for name in ("slow", "fast") if getattr(settings, name)]
         widths = {"slow": settings.width, "fast": settings.width // settings.beta}
@@ -185,15 +187,22 @@ class SlowFastNet(nn.Module):
         """The outputs of res5, one of each pathway that exists.
 
         Args:
-            clips: float frames of the pathways that exist, Slow first: `[B, 3, T, H, W]` and `[B, 3, αT, H, W]`.
+            clips: float frames of the pathways that exist, Slow first: `[B, 3, T, H, W]` and `[B, 3, αT, H, W]`; they
+                are converted to the dtype of the weights.
 
         Raises:
-            ArgumentError: the number of tensors or of frames does not fit the settings.
+            ArgumentError: the number, type or shape of the tensors or the number of frames does not fit the settings.
         """
         names = list(self.stem)
         if len(clips) != len(names):
             raise ArgumentError(f"give {len(names)} tensors ({', '.join(names)}), not {len(clips)}")
-        x = dict(zip(names, clips, strict=True))
+        for name, clip in zip(names, clips, strict=True):
+            if clip.ndim != 5 or clip.shape[1] != 3 or not clip.is_floating_point() or len(clip) != len(clips[0]):
+                raise ArgumentError(
+                    f"the {name} frames are {clip.dtype} {list(clip.shape)}; give normalised floats "
+                    "[B, 3, frames, H, W] with one B for all pathways (keye.motion.frames.pathways makes them)"
+                )
+        x = {name: clip.to(self.head.weight.dtype) for name, clip in zip(names, clips, strict=True)}
         if len(x) == 2 and x["fast"].shape[2] != self.settings.alpha * x["slow"].shape[2]:
             raise ArgumentError(
                 f"{x['slow'].shape[2]} slow and {x['fast'].shape[2]} fast frames; the Fast pathway needs alpha = "

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from keye.checks import integer
 from keye.errors import ArgumentError
 
 Lateral = Literal["none", "sum", "concat", "sample", "conv"]
@@ -61,6 +62,12 @@ class SlowFastSettings:
     def __post_init__(self) -> None:
         if self.lateral not in LATERALS:
             raise ArgumentError(f"lateral is {self.lateral!r}; use one of {', '.join(LATERALS)}")
+        if len(self.blocks) != 4:
+            raise ArgumentError(f"blocks are {self.blocks}; give four numbers, for res2 to res5")
+        if outside := [place for place in self.nonlocal_blocks if not 0 <= place < self.blocks[2]]:
+            raise ArgumentError(
+                f"nonlocal_blocks names block {outside[0]} of res4, which has {self.blocks[2]}; count from 0"
+            )
         if not (self.slow or self.fast):
             raise ArgumentError("a network needs the Slow or the Fast pathway: set slow or fast to True")
         if self.lateral == "sum" and self.alpha != self.beta:
@@ -125,11 +132,17 @@ class MotionSettings:
     """Steps that a lateral connection sees, with the slow frame in the middle."""
 
     def __post_init__(self) -> None:
+        for name in ("size", "width", "alpha", "lateral_kernel"):
+            integer(f"motion: {name}", getattr(self, name), error=ArgumentError)
+        if not isinstance(self.blocks, list | tuple):
+            raise ArgumentError(f"motion: blocks is {self.blocks!r}; give a list such as [3, 4, 6]")
+        for count in self.blocks:
+            integer("motion: an entry of blocks", count, error=ArgumentError)
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if self.lateral_kernel % 2 == 0:
             raise ArgumentError(f"motion: lateral_kernel {self.lateral_kernel} must be odd, so that it has a middle")
-        if not self.blocks or min(self.width, self.alpha, self.lateral_kernel, *self.blocks) < 1:
-            raise ArgumentError("motion: width, alpha, lateral_kernel and blocks must be at least 1")
+        if not self.blocks:
+            raise ArgumentError("motion: blocks is empty; give a list such as [3, 4, 6]")
         if self.size < 4 << len(self.blocks):
             raise ArgumentError(
                 f"motion: frames of {self.size} pixels are too small for {len(self.blocks)} stages; "

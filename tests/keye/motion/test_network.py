@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from keye.errors import ArgumentError, CheckpointError
 from keye.motion.frames import macs, pathways, slow_places
 from keye.motion.names import load_zoo, pyslowfast, pytorchvideo
 from keye.motion.network import Lateral, SlowFastNet
-from keye.motion.settings import PRESETS, SlowFastSettings
+from keye.motion.settings import PRESETS, MotionSettings, SlowFastSettings
 
 PACKAGES = ("pytorchvideo==0.1.5", "fvcore==0.1.5.post20221221", "iopath==0.1.10", "parameterized==0.9.0",
             "yacs==0.1.8", "portalocker", "tabulate", "termcolor")  # fmt: skip
@@ -76,6 +77,51 @@ def test_impossible_settings_and_inputs_are_refused():
         SlowFastNet("r50")
     with pytest.raises(ArgumentError, match="4 times as many"):
         SlowFastNet("tiny")([torch.zeros(1, 3, 2, 8, 8), torch.zeros(1, 3, 4, 8, 8)])
+    with pytest.raises(ArgumentError, match="four numbers"):
+        SlowFastSettings(blocks=(1, 1, 1))
+    with pytest.raises(ArgumentError, match="block 6 of res4, which has 6"):
+        SlowFastSettings(nonlocal_blocks=(6,))
+    with pytest.raises(ArgumentError, match="name of a preset"):
+        SlowFastNet({"width": 16})
+
+
+@pytest.mark.parametrize("values", [{"size": "32"}, {"blocks": 2}, {"blocks": [1, 0]}, {"alpha": 0}])
+def test_impossible_values_of_the_motion_pathway_are_named(values):
+    with pytest.raises(ArgumentError, match=f"motion: .*{next(iter(values))}.* give"):
+        MotionSettings.of(values)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [torch.rand(1, 16, 3, 8, 8), torch.zeros(16, 3, 8, 8, dtype=torch.uint8), np.zeros((1, 16, 3, 8, 8), np.uint8)],
+)
+def test_frames_of_another_type_or_shape_are_refused(frames):
+    """Floats from 0 to 1 would be divided by 255 once more."""
+    with pytest.raises(ArgumentError, match=r"give a tensor torch.uint8 \[B, frames, 3, H, W\]"):
+        pathways(frames, PRESETS["tiny"])
+    with pytest.raises(ArgumentError, match="give normalised floats"):
+        SlowFastNet("tiny")([torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8, 8)])
+
+
+def test_a_network_in_bfloat16_takes_the_frames_of_pathways():
+    network = SlowFastNet("tiny").eval()
+    clips = pathways(torch.randint(0, 256, (1, 16, 3, 32, 32), dtype=torch.uint8), network.settings)
+    expected = network(clips)
+    torch.testing.assert_close(network.bfloat16()(clips).float(), expected, atol=2e-2, rtol=5e-2)
+
+
+def test_a_file_that_is_not_weights_by_name_is_refused():
+    network = SlowFastNet("tiny")
+    state = {pyslowfast(name): value for name, value in network.state_dict().items()}
+    for wrong, said in [
+        ({"model_state": state}, "the complete file"),
+        ("file.pkl", "file.pkl"),
+        ({name: value.numpy() for name, value in state.items()}, "ndarray; give tensors"),
+        ({f"module.{name}": value for name, value in state.items()}, "remove a prefix"),
+        (network.state_dict(), "use load_state_dict"),
+    ]:
+        with pytest.raises(CheckpointError, match=said):
+            load_zoo(network, wrong)
 
 
 def test_a_single_pathway_is_a_network_of_its_own():
