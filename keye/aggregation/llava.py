@@ -37,9 +37,7 @@ class AggregatedLlava:
     def __init__(self, model: nn.Module, aggregation: SlowFastAggregation | None = None) -> None:
         inner = getattr(model, "model", None)
         if not all(hasattr(inner, name) for name in ("vision_tower", "multi_modal_projector")):
-            raise KeyeError(
-                f"{type(model).__name__} has no vision_tower and multi_modal_projector; give a LLaVA model"
-            )
+            raise KeyeError(f"{type(model).__name__} has no vision_tower and multi_modal_projector; give a LLaVA model")
         self.model, self.tower, self.projector = model, inner.vision_tower, inner.multi_modal_projector
         self.aggregation = SlowFastAggregation.released() if aggregation is None else aggregation
         config = model.config
@@ -54,7 +52,15 @@ class AggregatedLlava:
         Args:
             frames: of any size.
             image_processor: the model's; its `image_mean` and `image_std` are used.
+
+        Raises:
+            KeyeError: frames of another type or shape, or none.
         """
+        if not isinstance(frames, Tensor) or frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+            found = f"{frames.dtype} {list(frames.shape)}" if isinstance(frames, Tensor) else type(frames).__name__
+            raise KeyeError(f"frames are {found}; give a tensor torch.uint8 [T, 3, H, W] with values 0 to 255")
+        if not len(frames):
+            raise KeyeError("a video without frames has no tokens; give one frame or more")
         squared = torch.cat([resize(frame[None], (self.side, self.side), "bicubic") for frame in frames])
         mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
         return (squared.float() / 255 - mean[:, None, None]) / std[:, None, None]
@@ -99,8 +105,12 @@ class AggregatedLlava:
             inputs_embeds `[B, L', hidden]`, attention_mask `[B, L']` and, if given, labels `[B, L']`; −100 at videos.
 
         Raises:
-            KeyeError: more or fewer placeholders than videos.
+            KeyeError: more or fewer placeholders than videos, or labels of another shape than the ids.
         """
+        if isinstance(input_ids, Tensor) and input_ids.ndim != 2:
+            raise KeyeError(f"input_ids have the shape {list(input_ids.shape)}; give a list of rows, [ids]")
+        if labels is not None and [len(row) for row in labels] != [len(row) for row in input_ids]:
+            raise KeyeError("labels have other lengths than the ids; give a label for each id, -100 where no loss is")
         places = sum(int((row == self.placeholder).sum()) for row in input_ids)
         if places != len(videos):
             raise KeyeError(

@@ -61,7 +61,10 @@ class Pooling:
             raise KeyeError(f"pooling is {self.kind!r}; use mean, max or list")
         if (self.factor is None) == (self.size is None):
             raise KeyeError("pooling needs a factor or a size; give one of factor=(1, 2) and size=(4, 4)")
-        for value in self.factor or self.size:
+        given = self.size if self.factor is None else self.factor
+        if not isinstance(given, list | tuple) or len(given) != 2:
+            raise KeyeError(f"pooling has {given!r}; give two whole numbers, (rows, columns)")
+        for value in given:
             integer("factor" if self.factor else "size", value)
         if self.kind == "list" and (self.factor is None or math.prod(self.factor) < 2):
             raise KeyeError("pooling of kind list needs a factor of two tokens or more; give factor=(1, 2)")
@@ -110,6 +113,11 @@ class SlowFastAggregation:
         integer("slow", self.slow, 0)
         if self.layout not in LAYOUTS:
             raise KeyeError(f"layout is {self.layout!r}; use one of {', '.join(LAYOUTS)}")
+        for name in ("slow_pool", "fast_pool"):
+            if not isinstance(getattr(self, name), Pooling | None):
+                raise KeyeError(
+                    f'{name} is {getattr(self, name)!r:.60}; give a Pooling such as Pooling("mean", size=(4, 4))'
+                )
         if self.slow == 0 and self.fast_pool is None:
             raise KeyeError("slow is 0 and there is no fast pathway; give slow frames or a fast_pool")
         if self.max_tokens is not None:
@@ -134,6 +142,8 @@ class SlowFastAggregation:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Features `[T, H, W, D]` of all frames → `[V, D]`, the tokens that the model reads; differentiable."""
+        if features.ndim != 4:
+            raise KeyeError(f"features have the shape {list(features.shape)}; give [frames, rows, columns, channels]")
         frames, height, width, _ = features.shape
         grids = torch.tensor([[height, width]]).expand(frames, 2)
         return aggregate(features.flatten(0, 2), grids, self.blocks(frames, height, width))

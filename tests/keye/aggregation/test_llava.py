@@ -127,6 +127,16 @@ def test_mistakes_are_named():
     reader = AggregatedLlava(llava("next"))
     with pytest.raises(KeyeError, match="1 placeholders .* for 2 videos"):
         reader([PROMPT], [video(), video()])
+    with pytest.raises(KeyeError, match="list of rows"):
+        reader(PROMPT, [video()])
+    for labels in ([PROMPT[:-1]], []):
+        with pytest.raises(KeyeError, match="a label for each id"):
+            reader([PROMPT], [video()], labels=labels)
+    for frames in (torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3, dtype=torch.uint8), [1]):
+        with pytest.raises(KeyeError, match=r"torch.uint8 \[T, 3, H, W\]"):
+            reader.pixels(frames, None)
+    with pytest.raises(KeyeError, match="one frame or more"):
+        reader.pixels(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), None)
     with pytest.raises(KeyeError, match="give a LLaVA model"):
         AggregatedLlava(torch.nn.Linear(2, 2))
     reader.model.config.vision_feature_select_strategy = "full"

@@ -165,6 +165,13 @@ def test_blocks_of_several_videos_join():
 def test_mistakes_are_named():
     with pytest.raises(KeyeError, match="factor or a size"):
         Pooling()
+    for value in (2, (2, 2, 2)):
+        with pytest.raises(KeyeError, match=r"two whole numbers, \(rows, columns\)"):
+            Pooling("mean", factor=value)
+    with pytest.raises(KeyeError, match="slow_pool is 'max'; give a Pooling"):
+        SlowFastAggregation(slow_pool="max")
+    with pytest.raises(KeyeError, match="frames, rows, columns, channels"):
+        SlowFastAggregation()(torch.zeros(5, 576, 8))
     with pytest.raises(KeyeError, match="use mean, max or list"):
         Pooling("median", size=(1, 1))
     with pytest.raises(KeyeError, match="fast_pool"):
