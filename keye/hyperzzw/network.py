@@ -84,6 +84,11 @@ class HyperZZWNet(nn.Module):
                 f"HyperZZWConfig: {config.channels} channels × factor {config.factors[0]} is no multiple of {GROUPS}, "
                 "the groups of the standardisation; change factors[0]"
             )
+        if too_many := [n for n, count in enumerate(config.earlier) if not 0 <= count <= max(0, n - 1)]:
+            raise KeyeError(
+                f"HyperZZWConfig: earlier is {config.earlier[too_many[0]]} in block {too_many[0]}, which has "
+                f"{max(0, too_many[0] - 1)} outputs before its input; give at most that many"
+            )
         self.config = config
         form = Form(config.size and (config.size, config.size), config.shared, config.omega)
         width, blocks = config.channels, []
@@ -94,7 +99,16 @@ class HyperZZWNet(nn.Module):
         self.head = nn.Linear(width, config.classes)
 
     def forward(self, images: Tensor) -> NetOutput:
-        """images `[B, C, H, W]`, normalised floats."""
+        """images `[B, C, H, W]`, normalised floats in the dtype of the net.
+
+        Raises:
+            KeyeError: another type or shape.
+        """
+        wanted = self.config.channels
+        if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != wanted:
+            raise KeyeError(
+                f"images are {images.dtype} {list(images.shape)}; give normalised floats [B, {wanted}, H, W]"
+            )
         outputs, kernels, x = list[Tensor](), list[Tensor](), images
         for block, earlier in zip(self.blocks, self.config.earlier, strict=True):
             # The latest output is the input itself; those before it are joined with the branches.

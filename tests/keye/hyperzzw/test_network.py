@@ -66,6 +66,16 @@ def test_impossible_configs_are_refused() -> None:
         HyperZZWNet(HyperZZWConfig(earlier=(0,)))
     with pytest.raises(KeyeError, match="multiple of 12"):
         HyperZZWNet(HyperZZWConfig(channels=1))
+    with pytest.raises(KeyeError, match="earlier is 5 in block 2, which has 1 outputs"):
+        HyperZZWNet(HyperZZWConfig(earlier=(0, 0, 5, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 1, 8, 8), torch.zeros(3, 8, 8)]
+)
+def test_images_of_another_type_or_shape_are_refused(ours, images) -> None:
+    with pytest.raises(KeyeError, match=r"give normalised floats \[B, 3, H, W\]"):
+        ours(images)
 
 
 def test_every_parameter_gets_a_gradient_and_is_saved(ours, tmp_path) -> None:
