@@ -34,12 +34,13 @@ from stages.distributed.ranks import first_rank, on_every_rank, waiting_group
 from stages.distributed.weights import open_start
 from stages.metrics import open_tracker
 from stages.multitask import Multitask
-from stages.opening import Opened, batches_of, check_start, open_trainer, save_model, say
+from stages.opening import Opened, batches_of, open_trainer, save_model, say
 from stages.preparation import environment, prepare_tokenizer, prepare_world
 from stages.recipe import STAGES, Recipe, StageRecipe, VisionRecipe, stage_of
+from stages.recipe_checks import check_tower
 from stages.report import page as report
 from stages.stage import choose_sources
-from stages.typed_toml import current_names, to_toml
+from stages.typed_toml import current_names, requirement, to_toml
 from stages.vision import Vision
 
 STAGE_CLASSES = {"vision": Vision, "alignment": Alignment, "multitask": Multitask, "annealing": Annealing}
@@ -129,13 +130,14 @@ def check(recipe: Recipe, run: Path, only: str | None) -> None:
     begins = wanted(first, only) and not (run / first / DONE).exists()
     if path and begins and not (Path(path) / "config.json").is_file():
         raise RecipeError(f'model.path = "{path}" is not a model directory; create one with keye convert init')
-    start = open_start(path) if path and begins else None
+    tower = read_json(Path(path) / "config.json").get("vision_config") if path and begins else None
     world = dist.get_world_size()
     for name, stage in recipe.chain.items():
         if wanted(name, only) and not (run / name / DONE).exists():
             encoder = make_encoder(recipe, stage)
-            if start is not None:
-                check_start(stage_of(name), stage, start, encoder.settings, recipe.processor.image)
+            if tower is not None:
+                need = requirement(path)
+                check_tower(stage_of(name), stage, tower, encoder.settings, recipe.processor.image, need)
             choose_sources(name, recipe)
             if stage.heldout_every:
                 choose_sources(name, recipe, heldout=True)
