@@ -153,7 +153,7 @@ class KeyeModel(KeyePreTrainedModel):
         """
         past = past_key_values if cache is None else cache
         pixels = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, video_blocks
-        features = self._features(*pixels, visual_features, frame_parts, exchange)
+        features = self.visual_tokens(*pixels, visual_features, frame_parts, exchange)
         if input_ids is None and (position_ids is None or features is not None):
             input_ids = self.placeholders(inputs_embeds)
         if position_ids is None:
@@ -220,18 +220,18 @@ class KeyeModel(KeyePreTrainedModel):
             raise ValueError("packed rows need the attention 'keye': call model.set_attn_implementation('keye')")
         return embeds.new_empty(0, 0, 0, 0)
 
-    def _features(
+    def visual_tokens(
         self,
-        pixel_values: Tensor | None,
-        image_grid_thw: Tensor | None,
-        pixel_values_videos: Tensor | None,
-        video_grid_thw: Tensor | None,
-        video_blocks: Tensor | None,
-        visual_features: Tensor | None,
-        frame_parts: Sequence[FramePart],
-        exchange: Callable[[Tensor], Tensor] | None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        video_blocks: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        frame_parts: Sequence[FramePart] = (),
+        exchange: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | None:
-        """Visual tokens `[V, hidden]`, images first; None if there are none and no parameter needs a gradient."""
+        """The visual tokens `[V, hidden]`, images first; None if there are none and no parameter needs a gradient."""
         pixels = [p for p in (pixel_values, pixel_values_videos) if p is not None and len(p)]
         if visual_features is not None:
             features = visual_features

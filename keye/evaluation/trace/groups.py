@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from keye.aggregation.plans import reading_order
 from keye.processor.stream import (
     FAST,
     FAST_END,
@@ -103,8 +104,9 @@ def of_kind(groups: Iterable[TokenGroup], *kinds: Kind) -> list[TokenGroup]:
 def _visual(
     ids: list[int], special: dict[str, int], sample: "Sample"
 ) -> tuple[list[TokenGroup], list[TokenGroup], list[int]]:
-    kinds = [kind for plan in sample.plans for kind in plan.frame_types.tolist()]
-    clock = [time for plan in sample.plans for time in plan.timestamps.tolist()]
+    entries = [(plan, entry) for plan in sample.plans for entry in reading_order(plan)]
+    kinds = [int(plan.frame_types[entry]) for plan, entry in entries]
+    clock = [float(plan.timestamps[entry]) for plan, entry in entries]
     stills = [] if sample.image_grid_thw is None else (sample.image_grid_thw.prod(1) // 4).tolist()
     marks = {special[FAST_START], special[FAST_END]}
     pads: list[list[int]] = []

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from keye.processor.sample import Sample
     from keye.slowfast.plan import VideoPlan
 
+VISUAL = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "video_blocks")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -46,25 +48,11 @@ class Prompt:
     @classmethod
     @torch.no_grad()
     def of_sample(cls, model: "KeyeForConditionalGeneration", processor: "KeyeProcessor", sample: "Sample") -> "Prompt":
-        """The prompt of a Keye model; `sample` with `add_generation_prompt`. Its pixels are encoded once, here.
-
-        Raises:
-            KeyeError: the processor aggregates features of frames.
-        """
+        """The prompt of a Keye model; `sample` with `add_generation_prompt`. Its pixels are encoded once, here."""
         batch = processor.collate([sample])
-        if "video_blocks" in batch:
-            raise KeyeError(
-                "the encoder's setting aggregation pools features of frames, which a trace cannot follow yet; set it "
-                "to nothing, or trace a model without it"
-            )
-        parts = [
-            model.encode_vision(batch[kind].to(model.device), batch[grid].to(model.device))
-            for kind, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-            if kind in batch
-        ]
-        stills = len(parts[0]) if "pixel_values" in batch else 0
+        features = model.model.visual_tokens(**{name: batch[name].to(model.device) for name in VISUAL if name in batch})
+        stills = int(batch["image_grid_thw"].prod(1).sum()) // 4 if "image_grid_thw" in batch else 0
         groups = tuple(groups_of(processor, sample))
-        features = torch.cat(parts) if parts else None
         ids, positions = sample.input_ids.to(model.device), sample.position_ids.to(model.device)
         return cls(ids, positions, features, stills, groups, tuple(sample.plans))
 

@@ -39,7 +39,7 @@ def test_images_and_frames_in_any_order_fill_their_own_places(model: KeyeForCond
     ids = inputs.pop("input_ids")
     names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
     with torch.no_grad():
-        features = model.model._features(*(inputs[n] for n in names), None, None, (), None)
+        features = model.model.visual_tokens(*(inputs[n] for n in names), None, None, (), None)
         embeds = fill_placeholders(ids, model.get_input_embeddings()(ids), features, (IMAGE, VIDEO))
         stills = model.encode_vision(*(inputs[n] for n in names[:2]))
         pictures = model.encode_vision(*(inputs[n] for n in names[2:]))

@@ -36,14 +36,14 @@ def text_prompt(length: int = 12, seed: int = 0) -> Prompt:
     return Prompt(ids, torch.arange(length)[None])
 
 
-def keye_parts():
-    """(model, processor) with three blocks and large random weights."""
+def keye_parts(motion=None, **encoder):
+    """(model, processor) with three blocks and large random weights; motion pathway and settings of the encoder."""
     torch.manual_seed(4)
     tokenizer = train_tokenizer(texts(samples=5), 600)
     settings = {"max_tokens": 256, "min_tokens_per_frame": 1, "max_tokens_per_frame": 4, "fast_ratio": 0.3,
-                "threshold": 0.97}  # fmt: skip
+                "threshold": 0.97, **encoder}  # fmt: skip
     processor = KeyeProcessor(tokenizer, settings, image={"min_tokens": 1, "max_tokens": 4})
-    config = processor.configure(KeyeConfig.preset("tiny", vocab_size=len(tokenizer)))
+    config = processor.configure(KeyeConfig.preset("tiny", {"motion": motion}, vocab_size=len(tokenizer)))
     model = KeyeForConditionalGeneration(config).eval()
     for name, value in model.model.language_model.named_parameters():
         if value.ndim == 2 and "embed" not in name:

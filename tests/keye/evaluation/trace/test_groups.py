@@ -1,12 +1,13 @@
 """Groups of tokens, against a hand-written stream and the processor's own counts."""
 
 import pytest
+import torch
 from PIL import Image
 
-from keye.errors import KeyeError
 from keye.evaluation.trace import groups_of, of_kind, words_of
-from keye.processor.processor import KeyeProcessor
 from tests.keye.evaluation.trace.parts import keye_parts, keye_prompt, write_clip
+
+MOTION = {"size": 32, "width": 8, "blocks": [1, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,30 @@ def test_words_are_split_at_spaces_and_punctuation(parts):
     assert sorted(place for g in words for place in g.places) == list(range(len(ids)))
 
 
-def test_a_processor_that_pools_features_is_refused(tmp_path):
-    model, processor = keye_parts()
-    pooling = KeyeProcessor(processor.tokenizer, {"max_tokens": 256, "aggregation": "mean"})
+@pytest.mark.parametrize(
+    ("aggregation", "motion"),
+    [("mean", None), ("max:layout=slow_then_fast", None), ("none", MOTION), ("mean:layout=slow_then_fast", MOTION)],
+)
+def test_a_prompt_has_the_tokens_that_the_model_reads_of_pooled_frames_and_of_a_motion_pathway(
+    tmp_path, aggregation, motion
+):
+    model, processor = keye_parts(motion=motion, aggregation=aggregation)
     write_clip(tmp_path / "clip.mp4")
-    with pytest.raises(KeyeError, match="aggregation"):
-        keye_prompt(model, pooling, tmp_path, "clip.mp4")
+    Image.new("RGB", (56, 56), (200, 30, 90)).save(tmp_path / "c.png")
+    sample, prompt = keye_prompt(model, processor, tmp_path, "c.png", "clip.mp4")
+    with torch.no_grad():
+        wanted = model(**processor.collate([sample])).logits[0, -1]
+        found = model(input_ids=prompt.ids[None], position_ids=prompt.positions[:, None],
+                      visual_features=prompt.features).logits[0, -1]  # fmt: skip
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    slow = sum(
+        n
+        for plan in sample.plans
+        for n, kind in zip(plan.tokens_per_frame.tolist(), plan.frame_types.tolist(), strict=True)
+        if kind == 0
+    )
+    assert len(prompt.group("all slow frames")) == slow  # fmt: skip
+    frames = of_kind(prompt.groups, "frame")
+    if "slow_then_fast" in aggregation:
+        assert [g.fast for g in frames] == sorted(g.fast for g in frames) and any(g.fast for g in frames)
+        assert [g.seconds for g in frames] != sorted(g.seconds for g in frames)
