@@ -108,7 +108,8 @@ def semantic_map(
         KeyeError: a layer that the model does not have.
     """
     if not 0 <= layer < tracer.anatomy.depth:
-        raise KeyeError(f"layer {layer} does not exist; the model has 0 to {tracer.anatomy.depth - 1}")
+        depth = tracer.anatomy.depth
+        raise KeyeError(f"layer {layer}, block {layer + 1}, does not exist; the last are {depth - 1} and {depth}")
     weights = tracer.anatomy.unembedding
     vocabulary = Vocabulary(tokenizer, len(weights)) if vocabulary is None else vocabulary
     states = tracer.states(prompt)[layer + 1]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 
 DRAWS = 2000
 
@@ -13,17 +14,12 @@ def spearman(one: np.ndarray, other: np.ndarray, parts: Sequence[str] | None = N
     parts: the part of each pair; the means of parts are removed from the ranks, so that only differences within parts
         count.
     """
-    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (one, other)]
+    ranks = [rankdata(np.asarray(values, dtype=float)) for values in (one, other)]
     if parts is not None:
         _, of = np.unique(np.asarray(parts), return_inverse=True)
         sizes = np.bincount(of)
         ranks = [rank - (np.bincount(of, weights=rank) / sizes)[of] for rank in ranks]
     return float(np.corrcoef(*ranks)[0, 1]) if all(rank.std() > 1e-9 for rank in ranks) else float("nan")
-
-
-def _ranks(found: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(found, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def spearman_interval(

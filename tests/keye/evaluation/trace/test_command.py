@@ -62,7 +62,7 @@ def test_the_json_has_the_effects_and_the_page_shows_them(folder, monkeypatch, c
         (["--window", "0"], "--window 0 is too small"),
         (["--chat"], "for causal LMs"),
         (["--against", "b.mp4", "--against", "b.mp4"], "2 times for 1 clips"),
-        (["--map", "9"], "layer 8 does not exist"),
+        (["--map", "9"], "block 9, does not exist"),
     ],
 )
 def test_errors_name_the_option(folder, monkeypatch, arguments, message):

@@ -223,7 +223,7 @@ def test_a_semantic_map_has_the_falls_of_probabilities(keye):
         else:
             after = tracer.run(prompt.replaced(edge.place, stop), [0]).logits[0, 0].softmax(-1)[tokens].sum()
         assert edge.weight == pytest.approx(float(before - after), abs=1e-6)
-    with pytest.raises(KeyeError, match="layer 4 does not exist"):
+    with pytest.raises(KeyeError, match="block 5, does not exist"):
         semantic_map(tracer, prompt, tokenizer, 4)
 
 
