@@ -36,3 +36,10 @@ def test_probes_leave_out_the_words_of_the_question():
 def test_walks_of_seeds_differ_and_repeat():
     first, again, other = (draw_walks(seed, 2)[1] for seed in (0, 0, 1))
     assert first.picture.equal(again.picture) and not first.picture.equal(other.picture)
+
+
+def test_a_memory_of_other_families_has_no_probe_of_the_question():
+    row = {"family": "when", "messages": [{"content": [{"text": "When is it white?"}]}]}
+    probes = dream_reader._probes(row, np.random.default_rng(0))
+    kept = [probe for probe in probes if not dream_reader._is_of(probe, "when")]
+    assert len(kept) == 10 and set(probes) - set(kept) == {"At what second is it white?"}

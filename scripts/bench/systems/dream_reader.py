@@ -2,7 +2,9 @@
 
 While it sees the clip, the model answers probe questions of every family, never in the words that are asked later. The
 memory is written with these questions and answers, without the clip, as the original Temp-LoRA is written with the text
-that the model has generated (arXiv 2401.11504). Then the question is asked without the clip.
+that the model has generated (arXiv 2401.11504). Then the question is asked without the clip. Two controls say what the
+memory holds: one is written without any probe of the question's family, one has the probes and answers as text in the
+context.
 """
 
 import json
@@ -20,16 +22,19 @@ from keye.world.draft import QUESTIONS
 from keye.world.scene import COLOURS
 
 FAMILIES = ("read", "find", "order", "motion", "when", "count")
-ARMS = ("clip in the context", "same bytes as fast tokens", "LoRA memory", "LoRA memory of another clip", "nothing")
+ARMS = (
+    "clip in the context", "same bytes as fast tokens", "LoRA memory", "LoRA memory of other families",
+    "LoRA memory of another clip", "the answers as text", "nothing",
+)  # fmt: skip
 MATCH = r"language_model\.layers\.\d+\.self_attn\.(q|v)_proj$"
 RANK, RATE, STEPS = 2, 1e-2, 30
 
 
-def read_arms(run: Path, seed: int, each: int, steps: int = STEPS) -> dict[str, Any]:
-    """Right answers of every arm on `each` held-out clips of each family; seeds have different clips.
+def read_arm(run: Path, arm: str, seed: int, each: int, steps: int = STEPS) -> dict[str, Any]:
+    """Right answers of an arm on `each` held-out clips of each family; seeds have different clips.
 
     Returns:
-        {"bytes": of the memory, "tokens": of the same size, "right": {arm: {family: [0 or 1]}}}
+        {"bytes": of the memory, "tokens": of the same size, "right": {family: [0 or 1]}}
 
     Raises:
         KeyeError: the run has no model or too few clips.
@@ -42,7 +47,7 @@ def read_arms(run: Path, seed: int, each: int, steps: int = STEPS) -> dict[str, 
     model = KeyeForConditionalGeneration.from_pretrained(folder).eval()
     processor = KeyeProcessor.from_pretrained(folder)
     rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-    right: dict[str, dict[str, list[int]]] = {arm: {family: [] for family in FAMILIES} for arm in ARMS}
+    right: dict[str, list[int]] = {family: [] for family in FAMILIES}
     memory = attach(model, RANK, match=MATCH, learning_rate=RATE, max_norm=1.0, seed=seed)
     tokens = memory.nbytes // (4 * model.config.text_config.hidden_size)
     for family in FAMILIES:
@@ -53,17 +58,22 @@ def read_arms(run: Path, seed: int, each: int, steps: int = STEPS) -> dict[str, 
             probes = _probes(row, np.random.default_rng([seed, index]))
             other = found[(index + 1) % each]
             clip, few = _clip(row, manifest.parent), _clip(row, manifest.parent, tokens)
-            for arm in ARMS:
-                memory.reset()
-                if arm == "LoRA memory":
-                    _remember(model, processor, memory, clip, probes, steps)
-                elif arm == "LoRA memory of another clip":
-                    _remember(model, processor, memory, _clip(other, manifest.parent), probes, steps)
-                shown = {ARMS[0]: [clip], ARMS[1]: [few]}.get(arm, [])
-                reply = _ask(model, processor, shown, [_question(row)])[0]
-                right[arm][family].append(
-                    int(match(reply.text, row["answer"], row["tolerance"], row["options"], reply.finished))
-                )
+            memory.reset()
+            shown: list[dict[str, Any]] = []
+            before: list[dict[str, Any]] = []
+            if arm in ("clip in the context", "same bytes as fast tokens"):
+                shown = [clip if arm == "clip in the context" else few]
+            elif arm == "the answers as text":
+                before = [turn for chat in _answered(model, processor, clip, probes) for turn in chat]
+            elif arm != "nothing":
+                source = _clip(other, manifest.parent) if arm == "LoRA memory of another clip" else clip
+                if arm == "LoRA memory of other families":
+                    probes = [probe for probe in probes if not _is_of(probe, family)]
+                _remember(model, processor, memory, _answered(model, processor, source, probes), steps)
+            reply = _ask(model, processor, shown, [_question(row)], before)[0]
+            right[family].append(
+                int(match(reply.text, row["answer"], row["tolerance"], row["options"], reply.finished))
+            )
     return {"bytes": memory.nbytes, "tokens": tokens, "right": right}
 
 
@@ -89,26 +99,43 @@ def _probes(row: dict[str, Any], rng: np.random.Generator) -> list[str]:
     return [probe for probe in probes if not probe.startswith(same.split("{")[0])]
 
 
-def _remember(
-    model: Any, processor: Any, memory: TemporaryLora, clip: dict[str, Any], probes: Sequence[str], steps: int
-) -> None:
-    """Write the model's own answers to the probes, which it gives while it sees the clip."""
+def _is_of(probe: str, family: str) -> bool:
+    """Whether a probe asks about this family in any words."""
+    return any(probe.startswith(text.split("{")[0]) for text in QUESTIONS[family])
+
+
+def _answered(model: Any, processor: Any, clip: dict[str, Any], probes: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Chats of the probes and the model's own answers, which it gives while it sees the clip."""
     replies = _ask(model, processor, [clip], probes)
-    chats = [
+    return [
         [{"role": "user", "content": probe}, {"role": "assistant", "content": reply.text}]
         for probe, reply in zip(probes, replies, strict=True)
         if reply.finished and reply.text
     ]
+
+
+def _remember(
+    model: Any, processor: Any, memory: TemporaryLora, chats: Sequence[list[dict[str, Any]]], steps: int
+) -> None:
+    """Write the chats."""
     if not chats:
         return
     batch = processor.collate([processor.sample(chat) for chat in chats])
     memory.write(lambda: model(**batch, use_cache=False).loss, steps)
 
 
-def _ask(model: Any, processor: Any, media: Sequence[dict[str, Any]], questions: Sequence[str]) -> list[Any]:
+def _ask(
+    model: Any,
+    processor: Any,
+    media: Sequence[dict[str, Any]],
+    questions: Sequence[str],
+    before: Sequence[dict[str, Any]] = (),
+) -> list[Any]:
+    """Replies to questions about the media, each after the turns `before`."""
     samples = [
         processor.sample(
-            [{"role": "user", "content": [*media, {"type": "text", "text": question}]}], add_generation_prompt=True
+            [*before, {"role": "user", "content": [*media, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
         )
         for question in questions
     ]
