@@ -68,8 +68,8 @@ To repeat all measurements: `python -m scripts.bench rl`; one part: `--part NAME
 SYSTEMS = """# Five related systems, measured
 
 What five related slow-fast systems do in this project, and what they do not: docs/five-systems.md. To repeat all \
-measurements: `python -m scripts.bench systems`; one part: `--part NAME`. Models are tiny and clips are drawn: \
-differences are between arms of one part, at stated sizes, with 95 % intervals."""
+measurements: `bash scripts/demo`, then `python -m scripts.bench systems`; one part: `--part NAME`. Models are tiny \
+and clips are drawn: differences are between arms of one part, at stated sizes, with 95 % intervals."""
 
 GPU = """# One GPU: the 8B shapes
 

@@ -29,7 +29,7 @@ from stages.optimizer import OptimizerConfig
 
 EXAMPLES = """examples:
   python -m scripts.bench.systems.dream --run runs/demo       three seeds; finished arms are read, not repeated
-  python -m scripts.bench.systems.dream --seeds 0             one seed, without the reader
+  python -m scripts.bench.systems.dream --seeds 0             one seed
   python -m scripts.bench.systems.dream --page                only the results, from the arms that are finished
   python -m scripts.bench.systems.dream --quick               shows that it runs
 """
@@ -161,22 +161,33 @@ def walk_tables(seeds: Sequence[dict[str, Any]]) -> list[Table]:
     ]
 
 
-def reader_table(found: Sequence[dict[str, Any]]) -> list[Table]:
-    """Right answers by family of every arm of the reader, over the seeds that have all arms."""
+def reader_right(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
+    """Arm → family → 1 or 0 for each question, over the seeds that have all arms; empty without such a seed."""
     seeds = [part for part in found if len(part) == len(READER)]
-    if not seeds:
-        return []
-    right = {
+    return {
         arm: {family: [value for part in seeds for value in part[arm]["right"][family]] for family in FAMILIES}
-        for arm in READER
+        for arm in (READER if seeds else ())
     }
+
+
+def against_nothing(right: dict[str, dict[str, list[int]]], arm: str) -> str:
+    """Difference of an arm to no memory in points, with its 95 % interval over questions."""
+    one, none = (100.0 * np.concatenate([right[each][family] for family in FAMILIES]) for each in (arm, "nothing"))
+    low, high = paired_interval(one - none)
+    return f"{(one - none).mean():+.1f} ({low:+.1f} … {high:+.1f})"
+
+
+def reader_table(found: Sequence[dict[str, Any]]) -> list[Table]:
+    """Right answers by family of every arm of the reader."""
+    right = reader_right(found)
+    if not right:
+        return []
     rows = []
-    for arm in READER:
-        every, none = (100.0 * np.concatenate([right[one][family] for family in FAMILIES]) for one in (arm, "nothing"))
-        low, high = paired_interval(every - none)
-        shares = [f"{100 * np.mean(right[arm][family]):.0f}" for family in FAMILIES]
-        rows.append((arm, *shares, f"{every.mean():.1f}", f"{(every - none).mean():+.1f} ({low:+.1f} … {high:+.1f})"))
-    one = seeds[0]["nothing"]
+    for arm, cells in right.items():
+        shares = [f"{100 * np.mean(cells[family]):.0f}" for family in FAMILIES]
+        every = 100 * np.mean([value for values in cells.values() for value in values])
+        rows.append((arm, *shares, f"{every:.1f}", against_nothing(right, arm)))
+    one = next(part["nothing"] for part in found if len(part) == len(READER))
     size = f"{one['bytes']:,} bytes of memory, {one['tokens']} tokens of the same size"
     return [
         Table(
@@ -188,9 +199,9 @@ def reader_table(found: Sequence[dict[str, Any]]) -> list[Table]:
     ]
 
 
-def claims(seeds: Sequence[dict[str, Any]]) -> list[Claim]:
+def claims(seeds: Sequence[dict[str, Any]], readers: Sequence[dict[str, Any]]) -> list[Claim]:
     """What was measured, without a goal."""
-    memory = "PSNR from memory"
+    memory, right = "PSNR from memory", reader_right(readers)
     return [
         Claim("temporary LoRA against no memory, PSNR from memory in dB", "",
               difference(seeds, "temporary LoRA", "no memory", memory)),
@@ -200,6 +211,8 @@ def claims(seeds: Sequence[dict[str, Any]]) -> list[Claim]:
               difference(seeds, "both directions (ours)", "temporary LoRA", memory)),
         Claim("loop against the same steps without memory, both with a temporary LoRA", "",
               difference(seeds, "loop: temporary LoRA", "same steps without memory: temporary LoRA", memory)),
+        *(Claim(f"a clip that has left the context: {arm} against nothing, points", "", against_nothing(right, arm))
+          for arm in READER[:3] if right),
     ]  # fmt: skip
 
 
@@ -220,7 +233,9 @@ def main() -> None:
     parser = arguments(__doc__, EXAMPLES, results="systems")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     parser.add_argument("--walks", type=int, default=8, help="walks of a seed (default 8)")
-    parser.add_argument("--run", type=Path, help="a run of the demo, for the reader; without it that part is left out")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/demo"), help="a run of the demo, for the reader (default runs/demo)"
+    )
     parser.add_argument("--clips", type=int, default=6, help="clips of a family and seed, for the reader (default 6)")
     parser.add_argument("--page", action="store_true", help="measure nothing; only the results of what is finished")
     args = parser.parse_args()
@@ -229,7 +244,10 @@ def main() -> None:
     count, chosen = (2, args.seeds[:1]) if args.quick else (args.walks, args.seeds)
     seeds = [walk_results(seed, count, args.quick, scratch, args.page) for seed in chosen]
     each, steps = (1, 1) if args.quick else (args.clips, 30)
-    readers = [reader_results(args.run, seed, each, steps, scratch, args.page) for seed in chosen]
+    reader_run = args.run if (args.run / "annealing/model").is_dir() else None
+    if reader_run is None:
+        print(f"without the reader: {args.run} is no finished demo; name one with --run", flush=True)
+    readers = [reader_results(reader_run, seed, each, steps, scratch, args.page) for seed in chosen]
     out = out_of(args)
     if not args.page:
         picture(chosen[0], args.quick, scratch, out)
@@ -243,7 +261,8 @@ def main() -> None:
     ]
     tables = [*walk_tables(seeds), *reader_table(readers)]
     save(
-        out, "dream", claims(seeds), tables, seconds=spent(scratch, time.monotonic() - began), quick=args.quick,
+        out, "dream", claims(seeds, readers), tables,
+        seconds=spent(scratch, time.monotonic() - began), quick=args.quick,
         seeds={"weights, walks and noise": ", ".join(map(str, chosen))}, notes=notes,
     )  # fmt: skip
 

@@ -41,6 +41,8 @@ def main() -> None:
         claims += more
         tables.append(table)
         notes.append(part.NOTE)
+        if part is vlm:
+            notes.append(vlm.added_operations(folder))
     if args.finished:
         notes.append("Written from the arms that earlier calls have finished.")
     notes.append("Seconds are CPU seconds of one thread, of all arms.")

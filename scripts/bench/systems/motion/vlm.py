@@ -1,4 +1,4 @@
-"""The tiny model of a demo, trained further with and without a motion pathway, at equal tokens, data and operations."""
+"""The tiny model of a demo, trained on with and without a motion pathway, at equal tokens and operations."""
 
 import copy
 import itertools
@@ -188,6 +188,12 @@ def finished(folder: Path) -> tuple[dict[str, list[dict[str, list[int]]]], float
     found = {arm: [json.loads(_path(folder, arm, seed).read_text()) for seed in own] for arm, own in kept.items()}
     answers = {arm: [one["answers"] for one in own] for arm, own in found.items()}
     return answers, sum(one["cpu"] for own in found.values() for one in own)
+
+
+def added_operations(folder: Path) -> str:
+    """A sentence about the operations that the pathway adds to a step."""
+    share = json.loads(_path(folder, "start", 0).read_text())["share"]
+    return f"The pathway adds {share:.1%} to the operations of the tiny model's step."
 
 
 def _path(folder: Path, arm: str, seed: int) -> Path:
