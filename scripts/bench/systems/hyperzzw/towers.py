@@ -92,7 +92,7 @@ def frames_of(sample: Sample) -> list[tuple[int, int]]:
 
 
 def new_model(arm: str, processor: KeyeProcessor, seed: int) -> KeyeForConditionalGeneration:
-    """A new tiny model of an arm, a key of `ARMS`; weights that two arms share have the same values."""
+    """A new tiny model of an arm, a key of `ARMS`; the two arms with attention begin with the same weights."""
     torch.manual_seed(seed)
     mixer = "hyperzzw" if arm == "hyperzzw" else "attention"
     config = KeyeConfig.preset("tiny", {"mixer": mixer}, vocab_size=1024)
