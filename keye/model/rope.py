@@ -43,7 +43,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = x32 * cos
     out[..., :half].addcmul_(x32[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(x32[..., :half], sin[..., half:])
-    return out.to(x.dtype)
+    # torch 2.11 compiles an autograd function that ends with a cast to the same dtype without its gradient.
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def vision_tables(row: Tensor, column: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:

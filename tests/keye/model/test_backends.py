@@ -10,6 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keye.errors import KeyeError
 from keye.model import attention, backends
@@ -213,6 +216,33 @@ def test_every_release_of_a_kernel_is_called_rightly(
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+
+
+class Calls(TorchDispatchMode):
+    """Argument name → value of each call of torch's varlen operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[dict[str, object]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
+        if func is torch.ops.torch_attn._varlen_attn.default:
+            names = [argument.name for argument in func._schema.arguments]
+            self.found.append(dict(zip(names, args, strict=False)) | (kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_installed_torch_takes_the_call(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    # Its kernel needs a GPU; fake tensors pass through its checks and its operators, forward and backward.
+    monkeypatch.setattr(backends, "_functions", {"torch": varlen_attn})
+    with FakeTensorMode(), Calls() as calls:
+        q, k, v = (torch.empty(21, heads, 72, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+        out = backends.fused("torch", q, k, v, torch.empty(4, dtype=torch.int32), 15, causal, 0.3)
+        gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert out.shape == q.shape and [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+    (call,) = calls.found
+    assert (call["is_causal"], call["scale"], call["max_q"], call["max_k"]) == (causal, 0.3, 15, 15)
 
 
 def test_a_compiled_model_calls_a_fused_kernel_with_boundaries_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
