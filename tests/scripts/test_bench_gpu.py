@@ -1,9 +1,14 @@
 """The parts of scripts/bench/gpu run small on a CPU, keep their rows when they are killed, and count what fails."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,9 +18,12 @@ from keye.errors import KeyeError
 from keye.model import flops
 from keye.processor.processor import Sample
 from scripts.bench.common import record
+from scripts.bench.common.process import reason_of
 from scripts.bench.gpu import __main__ as gpu_main
+from scripts.bench.gpu import journal as gpu_journal
 from scripts.bench.gpu import pack as gpu_pack
 from scripts.bench.gpu import plans as gpu_plans
+from scripts.bench.gpu import runner as gpu_runner
 from scripts.bench.gpu import settings as gpu_settings
 from scripts.bench.gpu import steps as gpu_steps
 from scripts.bench.gpu import waterfall
@@ -277,23 +285,112 @@ def test_reports_of_tests_are_counted(tmp_path) -> None:
 # --- the runner
 
 
-def test_a_part_that_hangs_or_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch) -> None:
-    codes = {"attention": "import time; time.sleep(60)", "layers": "raise SystemExit(3)", "context": "pass"}
-    real = subprocess.Popen
+CODES = {
+    "attention": "import time; time.sleep(60)",
+    "layers": "import sys; print('no layers'); sys.exit(3)",
+    "context": "print('all found')",
+}
 
-    def start(command: list[str], **options: object) -> subprocess.Popen:
-        name = command[2].rpartition(".")[2]
-        return real([sys.executable, "-c", codes[name]], **options)
 
-    monkeypatch.setattr(gpu_main.subprocess, "Popen", start)
-    monkeypatch.setattr(gpu_main, "GRACE", 1.0)
-    options = ["--small", "--device", "cpu", "--limit", "0", "--out", str(tmp_path), "--part", "b", "layers", "e"]
-    monkeypatch.setattr(sys, "argv", ["gpu", *options])
-    assert gpu_main.main() == 1
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Short programs in the place of parts; the options that each of them got."""
+    real, options = subprocess.Popen, []
+
+    def start(command: list[str], **settings: object) -> subprocess.Popen:
+        options.append(command[3:])
+        return real([sys.executable, "-c", CODES[command[2].rpartition(".")[2]]], **settings)
+
+    monkeypatch.setattr(gpu_runner.subprocess, "Popen", start)
+    return options
+
+
+def run_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--small", "--device", "cpu", "--out", str(out), *options])
+    return gpu_main.main()
+
+
+def test_a_part_that_hangs_or_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch, parts) -> None:
+    monkeypatch.setattr(gpu_runner, "GRACE", 1.0)
+    journal(tmp_path, "attention")._write({"key": "a", "state": "begun"})
+    assert run_gpu(monkeypatch, tmp_path, "--limit", "0", "--part", "b", "layers", "e") == 1
     notes = [json.loads((tmp_path / f"{name}.json").read_text())["notes"][0] for name in ("attention", "layers")]
     assert "was stopped after 1 s" in notes[0] and "ended with code 3" in notes[1]
     text = (tmp_path / "gpu.md").read_text()
     assert "Incomplete: it was stopped" in text and "Not measured yet: cuda_tests, training" in text
+    assert (tmp_path / "rows" / "layers.log").read_text().splitlines()[-1] == "no layers"
+    assert "stopped" in (tmp_path / "rows" / "attention.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_row_that_was_stopped_for_its_time_is_measured_again_however_often(tmp_path) -> None:
+    for _ in range(3):
+        journal(tmp_path)._write({"key": "a", "state": "begun"})
+        gpu_journal.mark_stopped(tmp_path, "made")
+        gpu_journal.mark_stopped(tmp_path, "made")  # a second mark does not count for another row
+    assert journal(tmp_path).failed == {"a": gpu_journal.STOPPED}
+    assert journal(tmp_path).row("a", lambda: {"value": 1}) == {"value": 1}
+
+
+def test_a_call_leaves_what_it_has_no_time_for(tmp_path, monkeypatch, parts, capsys) -> None:
+    bundle = tmp_path / "results.tar"
+    options = ["--within", "100", "--since", str(time.time() - 20), "--bundle", str(bundle), "--part", "e", "b"]
+    monkeypatch.setattr(gpu_runner.Call, "has_time", lambda call: len(parts) < 1)
+    assert run_gpu(monkeypatch, tmp_path / "gpu", *options) == 1
+    assert "no time was left for attention: the same command continues" in capsys.readouterr().out
+    given = {name: parts[0][parts[0].index(name) + 1] for name in ("--limit", "--parent")}
+    limit = 100 - 20 - gpu_runner.MARGIN - gpu_runner.GRACE
+    assert limit - 5 < float(given["--limit"]) <= limit and given["--parent"] == str(os.getpid())
+    with tarfile.open(bundle) as archive:
+        names = archive.getnames()
+        assert archive.extractfile("gpu/rows/context.log").read().endswith(b"all found\n")
+    assert {"gpu/gpu.md", "gpu/rows/context.log"} == set(names)
+
+
+def test_the_time_of_a_part_is_its_own_or_what_is_left_of_the_call(tmp_path) -> None:
+    own = gpu_runner.Call(tmp_path, 420.0)
+    assert own.times() == (420.0, 480.0) and own.has_time()
+    late = gpu_runner.Call(tmp_path, 420.0, within=570.0, since=time.time() - 500)
+    assert not late.has_time()
+    early = gpu_runner.Call(tmp_path, 420.0, within=1200.0)
+    assert early.times() == (420.0, 420.0 + gpu_runner.LONGEST) and early.has_time()
+    begun, stopped = gpu_runner.Call(tmp_path, 420.0, within=570.0, since=time.time() - 100).times()
+    assert 399 < begun <= 400 and 459 < stopped <= 460
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_parts_end_with_a_runner_that_is_ended_and_the_next_call_continues(tmp_path, number) -> None:
+    code = (
+        "import sys, time, subprocess\nfrom scripts.bench.gpu.journal import end_with\n"
+        "end_with(int(sys.argv[sys.argv.index('--parent') + 1]), 0.05)\n"
+        "print(subprocess.Popen(['sleep', '60']).pid, flush=True)\ntime.sleep(60)\n"
+    )
+    runner = (
+        "import subprocess, sys\nfrom scripts.bench.gpu import __main__ as main, runner\nreal = subprocess.Popen\n"
+        f"runner.subprocess.Popen = lambda c, **o: real([sys.executable, '-c', {code!r}, *c[3:]], **o)\n"
+        f"sys.argv = ['gpu', '--small', '--device', 'cpu', '--out', {str(tmp_path)!r}, '--part', 'b']\nmain.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", runner], cwd=record.ROOT, stdout=subprocess.PIPE, text=True)
+    child = next(int(line) for line in process.stdout if line.strip().isdigit())
+    assert Path(f"/proc/{child}").exists()
+    with pytest.raises(KeyeError, match="another call writes to"), gpu_runner.alone(tmp_path, patience=0):
+        pass
+    process.send_signal(number)
+    assert process.wait(timeout=60) == (-9 if number == signal.SIGKILL else 143)
+    with gpu_runner.alone(tmp_path, patience=30):  # as soon as its part has ended
+        state = Path(f"/proc/{child}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_the_reason_of_a_failed_process_is_its_exception() -> None:
+    errors = "\n".join([
+        "[rank0]: Traceback (most recent call last):", '[rank0]:   File "steps.py", line 3, in step',
+        "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+        "[rank0]:[W1129 11:00:00 ProcessGroupNCCL.cpp:1553] Warning: destroy_process_group() was not called",
+    ])  # fmt: skip
+    assert reason_of(errors, 1) == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert reason_of("warning\nerror: no plans here\n", 2) == "error: no plans here"
+    assert reason_of("Killed\n", -9) == "its process ended with code -9: Killed"
+    assert reason_of("", -9) == "its process ended with code -9"
 
 
 # --- the archive and the estimates
@@ -329,6 +426,70 @@ def test_an_archive_holds_what_it_lists(packed, tmp_path) -> None:
     assert all(f"gpu/{name}" in names for name in wanted)
     assert names["gpu/run.sh"].mode & 0o100 and {entry.uname for entry in names.values()} == {"root"}
     assert not any("code/docs/" in name for name in names)
+
+
+def test_its_script_installs_continues_from_results_and_starts_the_parts(packed, tmp_path) -> None:
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "earlier" / "gpu").mkdir(parents=True)
+    (tmp_path / "earlier" / "gpu" / "made.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    with tarfile.open(tmp_path / "out" / "results.tar", "w") as archive:
+        archive.add(tmp_path / "earlier" / "gpu", "gpu")
+    python = tmp_path / "python"
+    script = '#!/bin/bash\nif [ "$2" = pip ]; then mkdir -p "${@: -2:1}"; fi\necho "$PWD|$PYTHONPATH|$*" >>%s/calls\n'
+    python.write_text(script % tmp_path)
+    python.chmod(0o755)
+    command = ["bash", "gpu/run.sh", "out", "b c", "--small", "--device", "cpu"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": str(python)}
+    environment |= {"PIP_TARGET": str(tmp_path / "gpu" / "site")}
+    (tmp_path / "gpu" / "site").mkdir()
+    for _ in range(2):
+        subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    calls = [line.split("|") for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [" pip install" in call[2] for call in calls] == [True, False, False]  # once
+    assert str(tmp_path / "gpu" / "wheels" / "av-1-3.12.whl") in calls[0][2]
+    code, site, results = (tmp_path / "gpu" / name for name in ("code", "site", "results"))
+    for call in calls[1:]:
+        assert call[:2] == [str(code), f"{code}:{site}"]
+        words = call[2].split()
+        assert words[:5] == ["-m", "scripts.bench.gpu", "--part", "b", "c"]
+        assert words[-3:] == ["--small", "--device", "cpu"] and words[words.index("--out") + 1] == f"{results}/gpu"
+        assert words[words.index("--bundle") + 1] == str(tmp_path / "out" / "results.tar")
+        assert 0 <= time.time() - float(words[words.index("--since") + 1]) < 600
+    assert (results / "gpu" / "made.json").exists() and (code / ".cache" / "clips" / "made.mp4").exists()
+    (tmp_path / "nothing").mkdir()
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment | {"CODE": str(tmp_path / "nothing")})
+    assert (tmp_path / "calls").read_text().splitlines()[-1].startswith(f"{tmp_path}/nothing|{tmp_path}/nothing:")
+
+
+def test_pip_installs_a_wheel_that_was_compressed_again(tmp_path, monkeypatch) -> None:
+    wheel, info = tmp_path / "made-1-py3-none-any.whl", "made-1.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("made.py", "VALUE = 7\n" + "#" * 10_000)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: made\nVersion: 1\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    assert gpu_pack.smaller(wheel, tmp_path / "again") == wheel  # too small to be worth it
+    monkeypatch.setattr(gpu_pack, "LARGE", 100)
+    found = gpu_pack.smaller(wheel, tmp_path / "again")
+    assert found.name == wheel.name and found.stat().st_size < wheel.stat().st_size / 4
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
+    subprocess.run([*command, str(tmp_path / "site"), str(found)], check=True, timeout=120)
+    assert (tmp_path / "site" / "made.py").read_text().startswith("VALUE = 7")
+
+
+def test_new_files_of_a_checkout_travel_and_ignored_ones_do_not() -> None:
+    new, ignored = (record.ROOT / "scripts" / "bench" / f"made_{os.getpid()}{end}" for end in (".py", ".egg-info/made"))
+    try:
+        ignored.parent.mkdir()
+        for path in (new, ignored):
+            path.write_text("")
+        found = gpu_pack.code()
+    finally:
+        new.unlink(missing_ok=True)
+        shutil.rmtree(ignored.parent)
+    assert new in found and ignored not in found
 
 
 def test_an_archive_that_is_too_large_is_refused(packed, tmp_path, monkeypatch) -> None:

@@ -136,11 +136,12 @@ def save(
 
 
 def command() -> str:
-    """The command line of this process, without --out."""
+    """The command line of this process, without --out and --parent, which say nothing of the measurement."""
     words = sys.argv[1:]
-    if "--out" in words:
-        at = words.index("--out")
-        words = words[:at] + words[at + 2 :]
+    for option in ("--out", "--parent"):
+        if option in words:
+            at = words.index(option)
+            words = words[:at] + words[at + 2 :]
     spec = sys.modules["__main__"].__spec__
     name = spec.name.removesuffix(".__main__") if spec else "scripts.bench"
     return " ".join(["python", "-m", name, *map(shlex.quote, words)])

@@ -2,14 +2,19 @@
 
 `<out>/rows/<part>.jsonl` has a line when a row begins and one when it ends. A rerun on the same device takes finished
 rows from there and measures the others, those that failed included. A row that has twice ended its process is left
-out. `<out>/<part>.json` is written again after each row, in the format of `scripts.bench.common.record`.
+out; a row that the runner has stopped for its time is not. `<out>/<part>.json` is written again after each row, in the
+format of `scripts.bench.common.record`.
 """
 
 import argparse
 import gc
 import json
 import os
+import signal
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +32,7 @@ LIMIT = 420.0  # seconds after which a part begins no further row
 QUICK = ROOT / ".cache" / "bench" / "quick_gpu"
 PLANS = ROOT / ".cache" / "bench" / "gpu_plans"
 TIMES_UP = "not measured: the time of the part was up; the same command continues"
+STOPPED = "not measured: it was stopped when the time of the part was up; the same command continues"
 SMALL = (
     "Small shapes on a CPU: this shows that the part runs and that its results agree with their references. Its times "
     "are not those of a GPU, and nothing is claimed."
@@ -48,7 +54,25 @@ def parser(about: str | None, part: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--plans", type=Path, default=PLANS, help="folder of decoded plans (.cache/bench/gpu_plans)")
     made.add_argument("--again", action="store_true", help="measure all rows again")
+    made.add_argument("--parent", type=int, metavar="PROCESS", help="end with this process, which has started the part")
     return made
+
+
+def check_device(name: str, small: bool, what: str) -> torch.device:
+    """The device that `what` is measured on.
+
+    Raises:
+        KeyeError: the device is not there, or a CPU is to measure shapes of a GPU.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise KeyeError(
+            f"{what} is measured on a GPU, and torch finds none here; no earlier result was touched. The same code "
+            "on small shapes: --small --device cpu"
+        )
+    if device.type != "cuda" and not small:
+        raise KeyeError(f"--device {name} takes --small: {what} at the shapes of the 8B model needs a GPU")
+    return device
 
 
 @dataclass
@@ -84,14 +108,9 @@ class Journal:
         """
         if args.quick:
             args.small, args.device = True, "cpu"
-        device = torch.device(args.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise KeyeError(
-                f"{part} is measured on a GPU, and torch finds none here; no earlier result was touched. The same code "
-                "on small shapes: --small --device cpu"
-            )
-        if device.type != "cuda" and not args.small:
-            raise KeyeError(f"--device {args.device} takes --small: {part} at the shapes of the 8B model needs a GPU")
+        device = check_device(args.device, args.small, part)
+        if args.parent:
+            end_with(args.parent)
         out = args.out or (QUICK if args.small else RESULTS / "gpu")
         journal = cls(part, out.resolve(), device, args.small, args.limit, args.plans.resolve())
         journal._read(args.again)
@@ -192,6 +211,10 @@ class Journal:
             if state == "begun":
                 self._fatal[key] = self._fatal.get(key, 0) + 1
                 continue
+            if state == "stopped":
+                self._fatal[key] = max(0, self._fatal.get(key, 0) - 1)
+                self.failed[key] = STOPPED
+                continue
             self._fatal.pop(key, None)
             if state == "done":
                 self.found[key] = line["values"]
@@ -205,6 +228,26 @@ class Journal:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def mark_stopped(out: Path, part: str) -> None:
+    """Note that the row that a part was measuring was stopped from outside, and did not end the process itself."""
+    path = out / "rows" / f"{part}.jsonl"
+    lines = complete_lines(path)[1:] if path.exists() else []
+    if lines and lines[-1]["state"] == "begun":
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": lines[-1]["key"], "state": "stopped"}, ensure_ascii=False) + "\n")
+
+
+def end_with(parent: int, period: float = 0.5) -> None:
+    """From a thread, end the process group of this process once its parent is another than `parent`."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(period)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def complete_lines(path: Path) -> list[Values]:
@@ -227,7 +270,9 @@ def release(device: torch.device) -> None:
 
 
 def failure(error: BaseException) -> str:
-    """The sentence of a row that failed."""
+    """The sentence of a row that failed; where it does not say all, the traceback goes to stderr."""
+    if not isinstance(error, KeyeError):
+        traceback.print_exception(error, file=sys.stderr)
     return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0][:200]}"
 
 

@@ -7,25 +7,30 @@ parts.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 from keye.errors import KeyeError, run
+from keye.files import atomic_file
 from scripts.bench.common.record import ROOT
 from scripts.bench.gpu.journal import PLANS, say
 from scripts.bench.gpu.plans import make
 
 LIMIT = 60 << 20  # bytes of an archive
+LARGE = 3 << 20  # bytes of a wheel that is compressed again
 PACKAGES = (
     "av", "datasets", "dill", "multiprocess", "hjson", "pydantic", "pydantic-core", "typing-inspection",
     "annotated-types",
 )  # fmt: skip
 """What a machine with the usual packages lacks; each in the version that is installed here."""
+WHEELS = ROOT / ".cache" / "bench" / "gpu_wheels"
 TREES = ("keye", "stages", "rl", "scripts", "tests")
 FILES = ("pyproject.toml", "LICENSE")
 EXAMPLES = """examples:
@@ -35,14 +40,18 @@ EXAMPLES = """examples:
 
 On the machine:
   tar -xf gpu.tar && bash gpu/run.sh results "a b c"              the parts; the same command continues
+  bash gpu/run.sh results "a b c" --within 570                    what the time suffices for
   bash gpu/run.sh results "a" --small --device cpu                the same code on small shapes
   CODE=. bash gpu/run.sh results "a b c"                          the code of a checkout
 """
 RUN = """#!/usr/bin/env bash
 # run.sh RESULTS "PARTS" [options of python -m scripts.bench.gpu]: installs the wheels beside this file, then runs the
-# parts one after the other. RESULTS/results.tar has all results after each part; an earlier one is continued.
+# parts one after the other. RESULTS has one file, results.tar: records, rows, logs and the document. It is kept up to
+# date while parts run, and a call on another machine that finds it there continues.
 # CODE: a checkout to run instead of the code beside this file. PYTHON: the interpreter (python3).
 set -u
+began=$(date +%s)
+[ $# -gt 0 ] || { sed -n 2,6p "$0"; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 code=$(cd "${CODE:-$here/code}" && pwd) || exit 2
 mkdir -p "$1" && results=$(cd "$1" && pwd) || exit 2
@@ -53,16 +62,14 @@ if [ ! -e "$here/site/installed" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$here/site" \\
     "$here"/wheels/*.whl && touch "$here/site/installed" || exit 2
 fi
-mkdir -p "$code/.cache" && cp -rn "$here/cache/." "$code/.cache/"
+mkdir -p "$code/.cache" && cp -ru "$here/cache/." "$code/.cache/" || exit 2
+if [ -e "$results/results.tar" ] && [ ! -e "$here/results" ]; then
+  mkdir "$here/results" && tar -xf "$results/results.tar" -C "$here/results" || exit 2
+fi
 export PYTHONPATH="$code:$here/site" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 cd "$code" || exit 2
-[ -e "$results/results.tar" ] && [ ! -e "$results/gpu" ] && tar -xf "$results/results.tar" -C "$results"
-failed=0
-for part in $parts; do
-  "$python" -m scripts.bench.gpu --part "$part" --out "$results/gpu" "$@" || failed=1
-  tar -cf "$results/results.tar" -C "$results" gpu
-done
-exit $failed
+exec "$python" -m scripts.bench.gpu --part $parts --out "$here/results/gpu" --bundle "$results/results.tar" \\
+  --since "$began" "$@"
 """
 
 
@@ -96,13 +103,33 @@ def wheels(folder: Path, python: str) -> list[str]:
     return []
 
 
+def smaller(wheel: Path, folder: Path) -> Path:
+    """The wheel compressed with LZMA, which pip reads, made once into a folder of its digest in `folder`.
+
+    It takes a minute for the video libraries and saves a quarter of them. A small wheel is returned as it is.
+    """
+    if wheel.stat().st_size < LARGE:
+        return wheel
+    with wheel.open("rb") as file:
+        made = folder / hashlib.file_digest(file, "sha256").hexdigest()[:16] / wheel.name
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        say(f"compressing {wheel.name}; a minute or two, once")
+        with atomic_file(made) as part, zipfile.ZipFile(wheel) as source, zipfile.ZipFile(part, "w") as target:
+            for entry in source.infolist():
+                copy = zipfile.ZipInfo(entry.filename, entry.date_time)
+                copy.external_attr = entry.external_attr
+                target.writestr(copy, source.read(entry), zipfile.ZIP_LZMA)
+    return made
+
+
 def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[-1][:200]
 
 
 def code() -> list[Path]:
-    """The files of the repository that travel: the packages, scripts and tests that git tracks."""
-    command = ["git", "ls-files", "-z", "--", *TREES, *FILES]
+    """Packages, scripts and tests of the repository that travel: tracked or new files that git does not ignore."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *TREES, *FILES]
     done = subprocess.run(command, capture_output=True, check=False, cwd=ROOT)
     if done.returncode:
         raise KeyeError(f"{ROOT} is not a git checkout ({last_line(done.stderr.decode())}); pack from one")
@@ -119,7 +146,7 @@ def sections(scratch: Path, python: str, clips: list[Path]) -> tuple[dict[str, l
     script.chmod(0o755)
     plans = make(PLANS, clips)
     found = {
-        "wheels": [(path, f"wheels/{path.name}") for path in sorted(built.glob("*.whl"))],
+        "wheels": [(smaller(path, WHEELS), f"wheels/{path.name}") for path in sorted(built.glob("*.whl"))],
         "code": [(path, f"code/{path.relative_to(ROOT)}") for path in code()],
         "clips": [(path, f"cache/clips/{path.name}") for path in clips],
         "plans": [(path, f"cache/bench/gpu_plans/{path.name}") for path in plans],

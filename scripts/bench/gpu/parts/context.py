@@ -61,6 +61,11 @@ def key_of(variant: str, context: int) -> str:
     return f"{variant}: {context:,} tokens"
 
 
+def complete(journal: Journal, variant: str) -> bool:
+    """Whether all rows of a variant are measured."""
+    return all(key_of(variant, context) in journal.found for context in contexts_of(variant, journal.small))
+
+
 def measure_trainer(journal: Journal, variant: str) -> None:
     """Rows of a variant on the path of a run; none beyond a context that failed."""
     memory = torch.cuda.get_device_properties(journal.device).total_memory if journal.device.type == "cuda" else 0.0
@@ -188,7 +193,7 @@ def main() -> int:
     args = made.parse_args()
     journal = journal_of(args)
     if args.variant:
-        if any(key_of(args.variant, c) not in journal.found for c in contexts_of(args.variant, journal.small)):
+        if not complete(journal, args.variant):
             measure_stack(journal) if args.variant == "stack" else measure_trainer(journal, args.variant)
         return 0
     ceiling = ceiling_of(journal, kernel_sizes(journal.small, plans_in(journal.plans, journal.small)))
@@ -197,6 +202,8 @@ def main() -> int:
     ended: dict[str, str] = {}
     for variant in VARIANTS:
         left = UNTIL[variant] * journal.limit - journal.spent
+        if left <= 0 or complete(journal, variant):
+            continue
         command = [sys.executable, "-m", f"{__package__}.{PART}", "--variant", variant, "--limit", f"{left:.0f}"]
         code = subprocess.run([*command, *options], check=False, cwd=ROOT).returncode
         if code:
