@@ -9,6 +9,8 @@ from hypothesis import settings
 settings.register_profile("without a time limit", deadline=None)  # speed is measured in scripts/bench, not here
 settings.load_profile("without a time limit")
 
+THREADS = torch.get_num_threads()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked `cuda` where there is no GPU."""
@@ -24,6 +26,17 @@ def unchanged_scheduling():
     before = _policy()
     yield
     assert _policy() == before, "the test changes the scheduling policy of its process (see kept_scheduling)"
+
+
+@pytest.fixture(autouse=True)
+def unchanged_threads():
+    """A command that runs in the process of a test takes all cores; the workers of xdist, which share them, then wait.
+
+    Fixtures of a module run before this one, so the threads are also set before the test.
+    """
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 def _policy() -> int | None:
