@@ -106,6 +106,8 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "python" and words[0] == "-m" and words[1].startswith("scripts."):
         package = words[1] + (".__main__" if (ROOT / words[1].replace(".", "/")).is_dir() else "")
         check_parsed(package, words[2:], monkeypatch)
+    elif program == "bash" and words[0] == "gpu/run.sh":  # of the archive of scripts.bench.gpu.pack
+        check_parsed("scripts.bench.gpu.__main__", ["--part", *words[2].split(), *words[3:]], monkeypatch)
     elif program == "bash":
         assert (ROOT / words[0]).is_file(), line
         if words[0] == "scripts/demo":
@@ -116,7 +118,7 @@ def check(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "lmms-eval":
         check_lmms_eval(words)
     else:
-        assert program in ("curl", "python", "uv"), f"{line}: a kind of command that this test does not know"
+        assert program in ("curl", "python", "tar", "uv"), f"{line}: a kind of command that this test does not know"
 
 
 def check_lmms_eval(words: list[str]) -> None:

@@ -485,7 +485,7 @@ def test_new_files_of_a_checkout_travel_and_ignored_ones_do_not() -> None:
         ignored.parent.mkdir()
         for path in (new, ignored):
             path.write_text("")
-        found = gpu_pack.code()
+        found = gpu_pack.checkout(*gpu_pack.TREES)
     finally:
         new.unlink(missing_ok=True)
         shutil.rmtree(ignored.parent)

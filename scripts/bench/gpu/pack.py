@@ -127,9 +127,9 @@ def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[-1][:200]
 
 
-def code() -> list[Path]:
-    """Packages, scripts and tests of the repository that travel: tracked or new files that git does not ignore."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *TREES, *FILES]
+def checkout(*within: str) -> list[Path]:
+    """The files of the repository in these files and folders, tracked or new, that git does not ignore."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *within]
     done = subprocess.run(command, capture_output=True, check=False, cwd=ROOT)
     if done.returncode:
         raise KeyeError(f"{ROOT} is not a git checkout ({last_line(done.stderr.decode())}); pack from one")
@@ -147,7 +147,7 @@ def sections(scratch: Path, python: str, clips: list[Path]) -> tuple[dict[str, l
     plans = make(PLANS, clips)
     found = {
         "wheels": [(smaller(path, WHEELS), f"wheels/{path.name}") for path in sorted(built.glob("*.whl"))],
-        "code": [(path, f"code/{path.relative_to(ROOT)}") for path in code()],
+        "code": [(path, f"code/{path.relative_to(ROOT)}") for path in checkout(*TREES, *FILES)],
         "clips": [(path, f"cache/clips/{path.name}") for path in clips],
         "plans": [(path, f"cache/bench/gpu_plans/{path.name}") for path in plans],
         "script": [(script, "run.sh")],
@@ -209,7 +209,8 @@ def main() -> int:
         say(f"{name:8} {size / 2**20:6.1f} MiB  {len(found[name])} files")
     for sentence in missing:
         say(sentence)
-    say(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB of at most {LIMIT >> 20}")
+    size, tree = args.out.stat().st_size / 2**20, sum(path.stat().st_size for path in checkout()) / 2**20
+    say(f"{args.out}: {size:.1f} MiB of at most {LIMIT >> 20}; with a checkout of {tree:.1f} MiB {size + tree:.1f}")
     return 0
 
 
