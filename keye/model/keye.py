@@ -69,6 +69,8 @@ class KeyeModel(KeyePreTrainedModel):
         through tower and projector in chunks, so that only the activations of a chunk are in memory. The tokens of
         `frame_parts` come first. `clips` `[F, 3]` are for a motion pathway (`keye.motion.timing`).
         """
+        if grid_thw is not None and not torch.compiler.is_compiling():
+            grid_thw = grid_thw.cpu()  # read once for tower and projector
         features = self.visual(pixel_values, grid_thw, frame_parts, clips=clips)
         return self.projector(features, grid_thw, sum(len(part.pixels) for part in frame_parts))
 
@@ -386,8 +388,8 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
 
         Without labels it is 0, and still a function of every parameter.
         """
-        chosen = shifted != -100
-        rows, targets = hidden[chosen], shifted[chosen]
+        places = (shifted != -100).flatten().nonzero()[:, 0]  # their number is read from the device once
+        rows, targets = hidden.flatten(0, 1).index_select(0, places), shifted.flatten()[places]
         total = self.readout(rows, targets, head=self.lm_head)
         return total / (max(len(targets), 1) if num_items is None else num_items)
 

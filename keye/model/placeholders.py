@@ -64,7 +64,7 @@ def fill_placeholders(
     places = stills | frames
     if torch.compiler.is_compiling():  # a graph cannot count placeholders: it fills all of them
         return embeds if features is None else _filled(embeds, stills, frames, features)
-    count, total = int(stills.sum()), int(places.sum())
+    count, total = torch.stack((stills.sum(), places.sum())).tolist()  # the device is waited for once
     given = 0 if features is None else len(features)
     if total != given:
         raise ValueError(

@@ -42,7 +42,10 @@ class Projector(nn.Module):
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _project(self, features: Tensor, grid_thw: Tensor | None) -> Tensor:
-        squares = features.unflatten(0, (-1, 4)) if grid_thw is None else features[merge_order(grid_thw, len(features))]
+        if grid_thw is None:
+            squares = features.unflatten(0, (-1, 4))
+        else:
+            squares = features[merge_order(grid_thw.to(features.device), len(features))]
         merged = squares.flatten(1)
         return self.linear_2(F.gelu(self.linear_1(self.pre_norm(merged))))
 

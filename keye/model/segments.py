@@ -40,6 +40,13 @@ class Segments:
             self._bounds[device] = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device)
         return self._bounds[device]
 
+    def boundaries(self, device: torch.device) -> Tensor:
+        """A new tensor int32 `[S + 1]` on `device` that `segments_of` knows, so that nothing waits for the device."""
+        bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device)
+        # Segments of its own: these may keep their tensors on the device, and must not keep the key of the table alive.
+        _read[bounds] = (_version(bounds), Segments(self.lengths))
+        return bounds
+
     def runs(self, token_bytes: int, call_bytes: int, device: torch.device) -> tuple[Tensor | None, Runs]:
         """Segments as runs (count, length) of equal ones, each of which is one batched call.
 
@@ -75,14 +82,18 @@ def segments_of(cu_seqlens: Tensor) -> Segments:
     Raises:
         KeyeError: boundaries that do not start at 0 or that decrease.
     """
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
     known = _read.get(cu_seqlens)
-    if known is not None and known[0] == version:
+    if known is not None and known[0] == _version(cu_seqlens):
         return known[1]
     bounds = cu_seqlens.tolist()
     lengths = tuple(stop - start for start, stop in pairwise(bounds))
     if not bounds or bounds[0] != 0 or min(lengths, default=0) < 0:
         raise KeyeError(f"cu_seqlens must rise from 0 to the number of tokens, got {bounds[:8]}")
     segments = Segments.of_lengths(lengths)
-    _read[cu_seqlens] = (version, segments)
+    _read[cu_seqlens] = (_version(cu_seqlens), segments)
     return segments
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; torch does not count it in inference mode."""
+    return None if tensor.is_inference() else tensor._version

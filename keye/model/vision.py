@@ -293,6 +293,8 @@ class KeyeVisionModel(nn.Module):
             clips: `[F, 3]` of `keye.motion.timing`, for a motion pathway; None if all are stills.
         """
         added = None
+        if grid_thw is not None and not torch.compiler.is_compiling():
+            grid_thw = grid_thw.cpu()  # read once, here: the device is not waited for in chunks or recomputations
         if self.config.motion is not None:
             if parts:
                 raise KeyeError("a motion pathway reads whole clips, and other processes encode parts of these frames")
@@ -325,13 +327,16 @@ class KeyeVisionModel(nn.Module):
         else:
             frames = frames.repeat_interleave(grid_thw[:, 0], dim=0)
         cu_seqlens = F.pad(frames.prod(dim=1).cumsum(0), (1, 0))
-        # Checked here for all layers; a GPU does not report a wrong number, and would read out of bounds.
-        if not torch.compiler.is_compiling() and segments_of(cu_seqlens).total != len(pixel_values):
-            raise KeyeError(
-                f"grid_thw has {segments_of(cu_seqlens).total} patches, but pixel_values {len(pixel_values)}: "
-                "prepare both with one call of the processor"
-            )
-        places = places_of(frames, len(pixel_values))
+        if not torch.compiler.is_compiling():
+            segments = segments_of(cu_seqlens)
+            # Checked here for all layers; a GPU does not report a wrong number, and would read out of bounds.
+            if segments.total != len(pixel_values):
+                raise KeyeError(
+                    f"grid_thw has {segments.total} patches, but pixel_values {len(pixel_values)}: "
+                    "prepare both with one call of the processor"
+                )
+            cu_seqlens = segments.boundaries(pixel_values.device)
+        places = places_of(frames.to(pixel_values.device), len(pixel_values))
         if self.config.mixer != "attention":
             groups = self._groups(frames, trace)
             hidden_states = None if trace is None else trace.hidden_states

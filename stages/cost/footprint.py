@@ -23,11 +23,12 @@ class Plan:
     """The settings of a stage's training on one rank.
 
     element: bytes of a value in training (2 in bf16, 4 in fp32). zero: ZeRO's stage, over `ranks`. checkpointing,
-    offload, mlp_tiles: as in a stage's recipe (`stages.distributed.activation_memory`). fused: whether the optimizer
-    creates no temporary tensors (true on a GPU). buckets: of gradients in reduction (two if reduction and backward
-    overlap). live: parameters that ZeRO-3 gathers at most. pixel: bytes of a pixel in a batch. micro_batches: of a
-    step; the pixels of all are on the device from its start, and the gradients of earlier ones stay during the forward
-    passes of later ones. hpz: ranks that keep a second copy of the weights of ZeRO-3 among them; 1 = none.
+    offload, mlp_tiles: as in a stage's recipe (`stages.distributed.activation_memory`). fused: whether norms keep their
+    inputs alone and the optimizer creates no temporary tensors (true on a GPU). buckets: of gradients in reduction (two
+    if reduction and backward overlap). live: parameters that ZeRO-3 gathers at most. pixel: bytes of a pixel in a
+    batch. micro_batches: of a step; the pixels of all are on the device from its start, and the gradients of earlier
+    ones stay during the forward passes of later ones. hpz: ranks that keep a second copy of the weights of ZeRO-3 among
+    them; 1 = none.
     """
 
     element: int
@@ -160,17 +161,19 @@ def states(parameters: float, trained: float, plan: Plan, largest: float = 0.0) 
     }
 
 
-def decoder_layer(text: Any, element: int, frozen: bool = False) -> tuple[float, float]:
+def decoder_layer(text: Any, element: int, frozen: bool = False, fused: bool = True) -> tuple[float, float]:
     """Bytes per token that a decoder layer keeps: (norms, heads and attention; the gated MLP), as Qwen3 computes them.
 
-    frozen: no weight trains, so only tensors for the gradient of the tokens are kept.
+    frozen: no weight trains, so only tensors for the gradient of the tokens are kept. fused: see `Plan`.
     """
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    # A norm keeps its input in fp32, its result for its own weight and, after the weight, for the next product.
-    norm = FP32 if frozen else FP32 + 2 * element
+    # A norm keeps its input, in fp32 unless it is one kernel, and its result: without fusion for its own weight, and
+    # after the weight for the next product.
+    own = element if fused else FP32 if frozen else FP32 + element
+    norm = own if frozen else own + element
     # Norms of heads precede attention, which itself keeps the rotated heads: the "next product" of above.
-    heads = element + (FP32 + (0 if frozen else element) if text.model_type.startswith("qwen3") else 0)
+    heads = element + (own if text.model_type.startswith("qwen3") else 0)
     attention = heads * (queries + keys) + element * (keys + queries) + FP32 * text.num_attention_heads
     return 2 * norm * text.hidden_size + attention, (3 if frozen else 4) * element * text.intermediate_size
 
@@ -207,7 +210,8 @@ def activations(
     several = plan.checkpointing and share.patches > FRAME_PATCHES
     chunk += (0.0 if fixed else tower_gradients(config.vision_config, e)) if several else reduced
     # The last norm, the labelled rows, and the visual tokens.
-    kept += seen + (FP32 + e) * text.hidden_size * share.tokens + e * text.hidden_size * share.labels
+    norm = e if plan.fused else FP32 + e
+    kept += seen + norm * text.hidden_size * share.tokens + e * text.hidden_size * share.labels
     return kept, max(layer + reduced, seen + chunk - kept), _loss(text, e, share.labels, frozen)
 
 
@@ -226,7 +230,7 @@ def _loss(text: Any, element: int, labels: int, frozen: bool) -> float:
 def _decoder(text: Any, plan: Plan, frozen: bool) -> tuple[float, float]:
     """Bytes per token: (kept by each layer, additional in the current layer with its widest gradients)."""
     e, hidden = plan.element, text.hidden_size
-    rest, mlp = decoder_layer(text, e, frozen)
+    rest, mlp = decoder_layer(text, e, frozen, plan.fused)
     at_once = mlp / plan.mlp_tiles
     gradients = 2 * e * text.intermediate_size / plan.mlp_tiles + 2 * e * hidden
     if not plan.checkpointing:

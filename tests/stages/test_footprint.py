@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from keye.model.config import KeyeConfig
+from keye.model.decoder import RMSNorm
 from keye.model.keye import KeyeForConditionalGeneration
 from scripts.bench.stages.cost import BASE, Case, pack_of
 from stages.cost.footprint import Plan, Share, activations, footprint, reduced, states, tower_chunk, tower_layer
@@ -31,16 +32,34 @@ def kept_by_autograd(case: Case, dtype: torch.dtype) -> int:
     return sum(x.untyped_storage().nbytes() for x in held.values())
 
 
+class KeepsItsInput(torch.autograd.Function):
+    """A norm that keeps for its backward pass what a GPU's kernel keeps: input, weight, and a number for each row."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x.float() * scale * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [
     replace(BASE, layers=2, tower=2, tokens=512, documents=1),
     replace(BASE, width=256, layers=1, tower=4, tokens=512),
     replace(BASE, layers=3, tower=1, tokens=256, stage="alignment"),
 ], ids=["decoder", "tower", "alignment"])  # fmt: skip
-def test_activations_are_what_autograd_keeps(case: Case, dtype: torch.dtype):
+def test_activations_are_what_autograd_keeps(case: Case, dtype: torch.dtype, fused: bool, monkeypatch):
+    if fused:
+        run = KeepsItsInput.apply
+        monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: run(x, norm.weight, norm.variance_epsilon))
     work, element = case.work(), torch.finfo(dtype).bits // 8
     share = Share(case.tokens, work.patches, work.labels)
-    kept, _, _ = activations(case.config(), Plan(element, 1, 1), share, case.stage == "alignment")
+    kept, _, _ = activations(case.config(), Plan(element, 1, 1, fused=fused), share, case.stage == "alignment")
     assert kept == pytest.approx(kept_by_autograd(case, dtype), rel=0.06)
 
 

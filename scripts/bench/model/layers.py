@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from keye.model import flops
 from keye.model.config import KeyeVisionConfig
-from keye.model.decoder import build_decoder
+from keye.model.decoder import build_decoder, fuse_norms
 from keye.model.rope import block_coordinates, vision_tables
 from keye.model.vision import VisionLayer
 
@@ -119,6 +119,7 @@ def our_decoder(
     x = _input((1, sum(lengths), config.hidden_size), device, dtype)
     tables, cu_seqlens = rotary(x, _positions(lengths, device)), bounds(lengths, device)
     layers = _made(lambda number: Qwen3DecoderLayer(config, number), config.num_hidden_layers, device, dtype)
+    fuse_norms(layers)
 
     def call(layer: nn.Module, x: Tensor) -> Tensor:
         return _first(
