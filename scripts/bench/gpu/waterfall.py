@@ -80,7 +80,6 @@ def passes_of(
     text = no_pixels | {"input_ids": torch.where(visual, drawn, ids)}
     learnt = torch.where(batch["shift_labels"] == -100, drawn, batch["shift_labels"])
     width, dtype = config.text_config.hidden_size, model.dtype
-    all_learnt = text | {"shift_labels": learnt}
     features = torch.randn(int(visual.sum()), width, device=ids.device, dtype=dtype).requires_grad_()
     embeds = torch.randn(1, ids.numel(), width, device=ids.device, dtype=dtype).requires_grad_()
 
@@ -93,14 +92,15 @@ def passes_of(
 
     def layers() -> None:
         model.zero_grad(set_to_none=True)
-        inputs = {"inputs_embeds": embeds, "position_ids": batch["position_ids"], "cu_seqlens": batch["cu_seqlens"]}
-        # The model's own call, whose mask of a packed row the decoder needs.
-        hidden = model.model(**inputs, visual_features=embeds.new_empty(0, width)).last_hidden_state
+        # The model's own call, whose mask of a packed row the decoder needs. The ids are those of words.
+        inputs = {name: no_tower[name] for name in ("input_ids", "position_ids", "cu_seqlens", "visual_features")}
+        hidden = model.model(**inputs, inputs_embeds=embeds).last_hidden_state
         hidden.backward(embeds.detach())
 
     given = no_pixels | {"visual_features": features}
     # Without features, training runs the tower over an empty frame, so that every rank issues the same collectives.
     no_tower = text | {"visual_features": features.detach()[:0]}
+    all_learnt = no_tower | {"shift_labels": learnt}
     return {
         WHOLE: (learn(batch), operations(config, batch)),
         FEATURES: (learn(given), operations(config, batch, vision=False)),
