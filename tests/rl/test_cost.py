@@ -204,12 +204,12 @@ def test_ranks_that_share_a_row_divide_the_activations_and_the_pixels_of_the_upd
 
 def test_a_prompt_that_fits_no_gpu_of_the_update_is_shared_before_prompts_are_left_out():
     pretrain = load_pretrain(ROOT / "stages/recipes/keye_8b.toml")
-    longer = ["gspo.max_prompt_tokens=400_000", "gspo.micro_batch_tokens=420_000", "rollout.cache_mb=70_000"]
-    file, assumed = ROOT / "rl/recipes/keye_8b.toml", Assumptions(prompt=200_000)
-    made = estimate(load(file, longer), pretrain, gpu_named("h200"), 8, assumed)
+    longer = ["gspo.max_prompt_tokens=200_000", "gspo.micro_batch_tokens=220_000", "rollout.cache_mb=30_000"]
+    file, assumed = ROOT / "rl/recipes/keye_8b.toml", Assumptions(prompt=100_000)
+    made = estimate(load(file, longer), pretrain, gpu_named("h100"), 2, assumed)
     assert "gspo.sequence_parallel=2" in made.remedy and "max_prompt_tokens" not in made.remedy
     changes = [word for word in made.remedy.split() if word != "--set"]
-    assert estimate(load(file, [*longer, *changes]), pretrain, gpu_named("h200"), 8, assumed).fits
+    assert estimate(load(file, [*longer, *changes]), pretrain, gpu_named("h100"), 2, assumed).fits
     with pytest.raises(RecipeError, match=r"gspo.sequence_parallel = 3 needs a multiple of 3 processes"):
         estimate(load(ROOT / "rl/recipes/tiny.toml", ["gspo.sequence_parallel=3"]), pretrain, GPU, 2)
 
