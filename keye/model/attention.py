@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 
 from keye.errors import KeyeError
-from keye.model.backends import BACKENDS, available, check_name, choose, fused, run
+from keye.model.backends import BACKENDS, SEGMENTED, available, check_name, choose, fused, run
 from keye.model.segments import segments_of
 
 __all__ = ["BACKENDS", "Varlen", "available", "check_name", "choose", "decoder_attention", "varlen"]
@@ -80,7 +80,7 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool,
     whose backward pass computes the forward pass again.
     """
     name = _constant_choice(backend, q.device, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
-    if name in ("sdpa", "plain"):
+    if name in SEGMENTED:
         return torch.ops.keye.packed_attention(q, k, v, cu_seqlens, causal, scale, backend)
     bounds = cu_seqlens.to(device=q.device, dtype=torch.int32)
     return fused(name, q, k, v, bounds, q.shape[0], causal, scale)

@@ -1,8 +1,9 @@
 """The kernels of packed attention: which of them this machine can run, which one is chosen, and how each is called.
 
-Six kernels, best first: flash-attn 4, 3 and 2 (optional packages), `torch.nn.attention.varlen` (torch ≥ 2.10, CUDA),
-sdpa (any device), and plain, which computes the full score matrix and is the reference of the others. That a kernel can
-be imported is not enough: a GPU kernel is chosen only after a forward and a backward pass over a small pack.
+Seven kernels, best first: flash-attn 4, 3 and 2 (optional packages), `torch.nn.attention.varlen` (torch ≥ 2.10, CUDA),
+sdpa (any device), cudnn (sdpa with cuDNN's kernel, which "auto" does not choose: for which packs it is faster has not
+been measured), and plain, which computes the full score matrix and is the reference of the others. That a kernel can be
+imported is not enough: a GPU kernel is chosen only after a forward and a backward pass over a small pack.
 """
 
 import inspect
@@ -18,11 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keye.errors import KeyeError
 from keye.model.segments import Segments
 
-BACKENDS = ("flash4", "flash3", "flash2", "torch", "sdpa", "plain")
+BACKENDS = ("flash4", "flash3", "flash2", "torch", "sdpa", "cudnn", "plain")
+SEGMENTED = ("sdpa", "cudnn", "plain")  # compute one run of equal segments at a time
 
 # Module, function, and the major CUDA capabilities that the kernel supports.
 _PACKAGES: dict[str, tuple[str, str, tuple[int, ...]]] = {
@@ -30,6 +33,7 @@ _PACKAGES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "flash3": ("flash_attn_interface", "flash_attn_varlen_func", (9,)),
     "flash2": ("flash_attn", "flash_attn_varlen_func", (8, 9, 10, 11, 12)),
     "torch": ("torch.nn.attention.varlen", "varlen_attn", (8, 9, 10, 11, 12)),
+    "cudnn": ("torch", "", (8, 9, 10, 11, 12)),
 }
 _HALF = (torch.bfloat16, torch.float16)
 # The cost of one more sdpa call, in bytes of memory traffic that take as long: measured on one core (21 to 40 µs at
@@ -107,7 +111,7 @@ def obstacle(name: str, device: torch.device) -> str:
     if name not in _PACKAGES:
         return ""
     module, function, majors = _PACKAGES[name]
-    if name not in _functions:
+    if name not in _functions and name != "cudnn":  # a part of torch
         try:
             _functions[name] = getattr(import_module(module), function)
         except ModuleNotFoundError as error:
@@ -124,6 +128,9 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: 
     """`name`'s packed attention: q `[L, H, D]`, k and v `[L, Hkv, D]` → `[L, H, D]`; shapes are not checked."""
     if name == "sdpa":
         return sdpa(q, k, v, segments, causal, scale)
+    if name == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # it fails where cuDNN cannot, and does not use another kernel
+            return sdpa(q, k, v, segments, causal, scale)
     if name == "plain":
         return plain(q, k, v, segments, causal, scale)
     return fused(name, q, k, v, segments.bounds_on(q.device), segments.longest, causal, scale)

@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from keye.errors import KeyeError
+from keye.model import vision
+from keye.model.backends import choose
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
 from keye.processor.processor import Sample
@@ -54,7 +57,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model trains. fields: of `StageRecipe`; micro_batches: packs of a step, summed in fp32 in bf16 runs."""
+    """How a model trains. fields: of `StageRecipe`; micro_batches: packs of a step, summed in fp32 in bf16 runs.
+
+    attention: of the config, on a GPU. patches: of a chunk of frames, see `keye.model.vision.FRAME_PATCHES`.
+    """
 
     zero: int = 1
     compile: bool = False
@@ -62,6 +68,8 @@ class Setting:
     offload: bool = False
     mlp_tiles: int = 1
     micro_batches: int = 1
+    attention: str = "auto"
+    patches: int = vision.FRAME_PATCHES
 
 
 def sizes_of(small: bool, memory: float = 80e9, share: float = SHARE) -> Sizes:
@@ -94,6 +102,15 @@ def parameters_around(config: KeyeConfig) -> tuple[int, int]:
     heads = 2 * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
     layer = text.hidden_size * (heads + 3 * text.intermediate_size)
     return 2 * text.vocab_size * text.hidden_size + tower, layer
+
+
+def check_attention(config: KeyeConfig, device: torch.device) -> None:
+    """Raise a KeyeError if the decoder would use another attention than the config names."""
+    text = config.text_config
+    groups = text.num_attention_heads // text.num_key_value_heads
+    chosen = choose(config.attention, device, torch.bfloat16, text.head_dim, groups)
+    if config.attention not in ("auto", chosen):
+        raise KeyeError(f"attention {config.attention!r} does not compute these heads here; {chosen!r} would")
 
 
 class Documents:
@@ -141,6 +158,9 @@ class Steps:
             zero=setting.zero, checkpointing=setting.checkpointing, mixture={"video": 1.0},
         )  # fmt: skip
         self.grid = build_parallel_dims(1)
+        vision.FRAME_PATCHES = setting.patches  # a setting has a process of its own
+        sizes.config.attention = setting.attention if device.type == "cuda" else "auto"
+        check_attention(sizes.config, device)
         torch.manual_seed(0)
         with torch.device(device):
             self.model = KeyeForConditionalGeneration(sizes.config)

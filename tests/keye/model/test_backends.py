@@ -111,7 +111,8 @@ def test_the_best_that_the_gpu_can_run_is_chosen(
     machine(packages, capability)
     monkeypatch.setattr(backends, "import_module", absent)
     assert backends.choose("auto", GPU, torch.bfloat16, 128, 4) == chosen
-    assert backends.available(GPU)[-2:] == ["sdpa", "plain"] and backends.available(GPU)[0] == chosen
+    last = ["sdpa", "cudnn", "plain"] if capability >= (8, 0) else ["sdpa", "plain"]
+    assert backends.available(GPU)[-len(last) :] == last and backends.available(GPU)[0] == chosen
 
 
 def absent(module: str) -> ModuleType:
@@ -158,11 +159,11 @@ def test_a_name_that_cannot_run_lists_those_that_can(
 ) -> None:
     machine(("flash3", "torch"), (8, 0))
     monkeypatch.setattr(backends, "import_module", absent)
-    with pytest.raises(KeyeError, match="'flash2' cannot run on cuda .not installed.: .* torch, sdpa, plain"):
+    with pytest.raises(KeyeError, match="'flash2' cannot run on cuda .not installed.: .* torch, sdpa, cudnn, plain"):
         backends.choose("flash2", GPU, torch.bfloat16, 128)
     with pytest.raises(KeyeError, match="not built for compute capability 8.0"):
         backends.choose("flash3", GPU, torch.bfloat16, 128)
-    with pytest.raises(KeyeError, match="attention = 'fast' is not a backend of Keye.*torch, sdpa, plain"):
+    with pytest.raises(KeyeError, match="attention = 'fast' is not a backend of Keye.*torch, sdpa, cudnn, plain"):
         backends.choose("fast", GPU, torch.bfloat16, 128)
     assert backends.choose("plain", GPU, torch.float32, 20) == "plain"
 
@@ -297,7 +298,7 @@ def test_a_trial_inside_a_forward_leaves_no_trace(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", [*FLASH, "torch", "sdpa"])
+@pytest.mark.parametrize("name", [*FLASH, "torch", "cudnn", "sdpa"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(16, 16, 72), (32, 8, 128), (12, 4, 64), (4, 2, 32)])
 def test_a_gpu_kernel_equals_plain(name: str, causal: bool, heads: int, kv_heads: int, dim: int) -> None:
@@ -308,7 +309,10 @@ def test_a_gpu_kernel_equals_plain(name: str, causal: bool, heads: int, kv_heads
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], device=GPU)
     shapes = [(sum(lengths), h, dim) for h in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(s, device=GPU, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
-    assert backends.choose(name, q.device, q.dtype, dim, heads // kv_heads) == name
+    chosen = backends.choose(name, q.device, q.dtype, dim, heads // kv_heads)
+    if name == "cudnn" and chosen == "sdpa":
+        pytest.skip(f"cuDNN computes no heads of {dim} here")  # its trial says so; which ones differs between releases
+    assert chosen == name
     weight = torch.randn_like(q)
     results = []
     for backend in (name, "plain"):

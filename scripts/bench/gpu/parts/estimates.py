@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keye.errors import run
+from keye.model.vision import FRAME_PATCHES
 from rl.cost.memory import step_memory
 from rl.cost.settings import Settings
 from rl.cost.work import Lengths, operations
@@ -106,6 +107,8 @@ def rows_of() -> Iterator[Row]:
     sizes = sizes_of(False, GPU.memory)
     pack = work_of(sizes.documents, sizes.context // sizes.documents, 0.7)
     for name, setting in training.SETTINGS.items():
+        if setting.patches != FRAME_PATCHES:  # the estimate has chunks of this size only
+            continue
         yield step_of("training", name, sizes, setting, pack)
     sizes = sizes_of(False, GPU.memory, share=0.5)
     for variant, (setting, contexts) in context.VARIANTS.items():

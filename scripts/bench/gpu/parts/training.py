@@ -28,6 +28,7 @@ SETTINGS = {
     "ZeRO-2, compiled, nothing recomputed": Setting(zero=2, compile=True, checkpointing=False, micro_batches=2),
     "ZeRO-3, plain": Setting(zero=3, micro_batches=2),
     "ZeRO-3, compiled": Setting(zero=3, compile=True, micro_batches=2),
+    "ZeRO-2, plain, frames in large chunks": Setting(zero=2, micro_batches=2, patches=32_768),
     "ZeRO-1, plain": Setting(zero=1, micro_batches=2),
 }
 COLUMNS = (
