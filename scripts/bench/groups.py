@@ -79,8 +79,8 @@ network: 49.5 MiB, of them wheels 31.2, decoded plans 9.0, code 5.7 and clips 2.
 commands for a machine that is lent for half an hour. The archive was run with small shapes on Python 3.12 with torch
 2.11 (CUDA 13.0), transformers 5.17 and no network; no part has run on a GPU yet. A section that says *Quick* was run on
 a CPU with small shapes: it shows that the part runs, its times mean nothing, and nothing is claimed. The estimates are
-computed, and the cells beside them are empty until a GPU fills them. The last section runs the code of the parts c and e
-at full size on a device that computes nothing."""
+computed, and the cells beside them are empty until a GPU fills them. The last section runs the code of the parts c and
+e at full size on a device that computes nothing."""
 
 GROUPS = {
     group.name: group
