@@ -1,7 +1,7 @@
 """Runs a function on several gloo processes and returns each result or raises the first exception.
 
 The ranks are forked from a server that has imported the large packages and the parts of the project that most ranks
-use, which saves about four CPU seconds a rank.
+use, which saves about eight CPU seconds a rank.
 They then share the seed of `hash(str)`, unlike the ranks of torchrun; KEYE_TEST_START=spawn starts each as a new
 process.
 """
@@ -30,9 +30,12 @@ import torch.multiprocessing as mp
 GRACE = 10.0  # seconds for the other ranks after one has failed
 STACKS = 2.0  # seconds to write the stacks of a rank that is late
 PRELOADED = ["torch", "torch.distributed", "transformers.modeling_utils", "deepspeed", "pytest", "hypothesis"]
-PRELOADED += ["keye.model.keye", "keye.processor.processor", "keye.world", "rl.recipe", "rl.policy.scoring"]
-PRELOADED += ["stages.distributed.activation_memory", "stages.distributed.checkpoints"]
-"""Modules that start no thread when they are imported: a fork copies only one. (pyarrow starts one.)"""
+PRELOADED += ["deepspeed.runtime.zero.muon.original_muon"]  # imports torch's compiler; every engine imports it
+PRELOADED += ["torch.utils.tensorboard", "datasets", "scipy.stats", "keye.world", "stages.run", "rl.trainer"]
+PRELOADED += ["tests.probed_ops"]
+"""Modules that start no thread when they are imported: a fork copies only one."""
+NO_THREADS = {"DS_ACCELERATOR": "cpu", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Variables that deepspeed and the allocator of pyarrow read when they are imported."""
 END = " in <module>\n"  # of the stack of the main thread, which is the last one
 
 
@@ -83,7 +86,7 @@ def _context() -> Any:
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with unittest.mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):  # deepspeed reads it when it is imported
+    with unittest.mock.patch.dict(os.environ, NO_THREADS):
         forkserver.ensure_running()
     return context
 
