@@ -346,6 +346,20 @@ def test_a_call_leaves_what_it_has_no_time_for(tmp_path, monkeypatch, parts, cap
     assert {"gpu/gpu.md", "gpu/rows/context.log"} == set(names)
 
 
+def test_a_log_keeps_the_end_of_earlier_calls_and_the_beginning_of_this_one(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(gpu_runner, "LOG", 50)
+    path = tmp_path / "rows" / "made.log"
+    for call in ("first", "second", "third"):
+        reader, writer = os.pipe()
+        os.write(writer, f"{call} begins\n{'x' * 100}\n{call} ends\n".encode())
+        os.close(writer)
+        with os.fdopen(reader, "rb") as stream:
+            gpu_runner.copy_output(stream, path)
+    kept = path.read_text()
+    assert "third begins" in kept and "first" not in kept and len(kept) < 50 + 50 + 30
+    assert capfd.readouterr().out.count(" ends\n") == 3
+
+
 def test_the_time_of_a_part_is_its_own_or_what_is_left_of_the_call(tmp_path) -> None:
     own = gpu_runner.Call(tmp_path, 420.0)
     assert own.times() == (420.0, 480.0) and own.has_time()

@@ -29,7 +29,7 @@ LONGEST = 180.0  # the same where the call has a time of its own, and later part
 MARGIN = 10.0  # seconds of a call for ending its last part and writing the bundle
 LEAST = 30.0  # seconds of a part that are worth its start
 PERIOD = 10.0  # seconds between two bundles
-LOG = 1 << 19  # bytes of a part's log
+LOG = 1 << 19  # bytes of a part's log that one call adds at most, and that are kept of earlier calls
 
 
 @dataclass
@@ -121,9 +121,11 @@ class Call:
 
 
 def copy_output(stream: IO[bytes], path: Path) -> None:
-    """Copy a part's output to this process's, and to its log up to `LOG` bytes of a call."""
+    """Copy a part's output to this process's, and to its log up to `LOG` bytes after as many of earlier calls."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as log:
+    earlier = path.read_bytes()[-LOG:] if path.exists() else b""
+    with path.open("wb") as log:
+        log.write(earlier)
         log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC\n".encode())
         log.flush()
         left = LOG

@@ -69,11 +69,16 @@ def frames_of(clip: Path) -> Tensor:
 
 
 def measure_decoding(clip: Path, hardware: bool) -> Values:
-    """Raises KeyeError where PyAV has no NVDEC."""
+    """Raises KeyeError where PyAV has no NVDEC, or cannot use it."""
     if hardware and "cuda" not in hwdevices_available():
         raise KeyeError(f"PyAV was built without NVDEC; it has {', '.join(hwdevices_available()) or 'none'}")
     began = time.perf_counter()
-    count = decode(clip, hardware)
+    try:
+        count = decode(clip, hardware)
+    except (av.FFmpegError, RuntimeError) as error:
+        if not hardware:
+            raise
+        raise KeyeError(f"PyAV cannot decode with NVDEC here: {error}") from error
     took = time.perf_counter() - began
     return {"seconds": took, "rate": count / took}
 
