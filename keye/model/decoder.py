@@ -86,8 +86,9 @@ def multimodal_rotary(own: type[nn.Module], config: PreTrainedConfig) -> Multimo
 class RMSNorm(nn.Module):
     """`weight · x / √(mean(x²) + eps)` over the last dimension, computed in fp32; in and out `[…, size]`.
 
-    On a GPU it is torch's fused kernel. Transformers' norms are seven kernels there, and keep an fp32 copy of x and a
-    copy of the result for the backward pass: of a Qwen3 layer of 8B over 524,288 tokens, 39 GB in all norms.
+    On a GPU it is torch's fused kernel. Transformers' norms are several kernels there, and keep an fp32 copy of x and a
+    copy of the result for the backward pass: with layers of Qwen3-8B a pass over 524,288 tokens peaks 51 GB higher
+    (simulated, docs/results/gpu.md).
     """
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
