@@ -33,8 +33,11 @@ class FrameGroups:
     back: Tensor | None = None
 
     @classmethod
-    def of(cls, frames: Tensor) -> "FrameGroups":
-        """Groups of frames `[F, 2]` (height, width in patches), in the order of their first frames; reads `frames`."""
+    def of(cls, frames: Tensor, device: torch.device | None = None) -> "FrameGroups":
+        """Groups of frames `[F, 2]` (height, width in patches), in the order of their first frames; reads `frames`.
+
+        device: of the patches; by default that of `frames`.
+        """
         listed = [(int(height), int(width)) for height, width in frames.tolist()]
         spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
         start = 0
@@ -49,7 +52,8 @@ class FrameGroups:
         order = torch.cat([torch.arange(*span) for span in gathered])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
-        return cls(sizes, order.to(frames.device), back.to(frames.device))
+        device = frames.device if device is None else device
+        return cls(sizes, order.to(device), back.to(device))
 
     def maps(self, values: Tensor) -> Iterator[Tensor]:
         """values `[N, C]` of all patches, gathered → the maps `[n, C, height, width]` of each group, as views."""

@@ -57,8 +57,9 @@ class SlowNet(nn.Module):
         self.axes, self.hidden, self.layers, self.channels = axes, hidden, layers, channels
         self.size, self.omega = None if size is None else tuple(size), omega
         self.scale = (1.0 if size is None else math.prod(size) ** -0.5) if scale is None else scale
+        device = torch.get_default_device()  # the values are drawn on the CPU, so that they are the same on all devices
         for name, value in self.initial().items():
-            self.register_parameter(name, nn.Parameter(value))
+            self.register_parameter(name, nn.Parameter(value.to(device)))
 
     def initial(self) -> dict[str, Tensor]:
         """New values of the module's own parameters, drawn with torch's generator."""
@@ -135,11 +136,12 @@ class ContextSlowNet(SlowNet):
         super().__init__(2, hidden, layers, channels, (side, side), omega=omega)
         self.side, self.shared = side, shared
         self.reduce, self.code = nn.Linear(channels, hidden), nn.Linear(hidden, hidden)
+        device = torch.get_default_device()
         for name, value in self._shares().items():
             if shared:
-                self.register_buffer(name, value, persistent=False)
+                self.register_buffer(name, value.to(device), persistent=False)
             else:
-                self.register_parameter(name, nn.Parameter(value))
+                self.register_parameter(name, nn.Parameter(value.to(device)))
 
     def initial(self) -> dict[str, Tensor]:
         """See `SlowNet.initial`."""

@@ -338,7 +338,7 @@ class KeyeVisionModel(nn.Module):
             cu_seqlens = segments.boundaries(pixel_values.device)
         places = places_of(frames.to(pixel_values.device), len(pixel_values))
         if self.config.mixer != "attention":
-            groups = self._groups(frames, trace)
+            groups = self._groups(frames, pixel_values.device, trace)
             hidden_states = None if trace is None else trace.hidden_states
             total = len(pixel_values)
             return self._layers(pixel_values, places, cu_seqlens, total, None, hidden_states, groups, added)
@@ -347,8 +347,8 @@ class KeyeVisionModel(nn.Module):
         recorded = None if trace.attentions is None else partial(recording, trace.attentions, self.attention)
         return self._layers(pixel_values, places, cu_seqlens, 0, recorded, trace.hidden_states, added=added)
 
-    def _groups(self, frames: Tensor, trace: Trace | None) -> FrameGroups:
-        """The frames `[F, 2]` for another mixer than attention.
+    def _groups(self, frames: Tensor, device: torch.device, trace: Trace | None) -> FrameGroups:
+        """The frames `[F, 2]` of patches on `device` for another mixer than attention.
 
         Raises:
             KeyeError: attention weights are requested, or the forward pass is compiled.
@@ -357,7 +357,7 @@ class KeyeVisionModel(nn.Module):
             raise KeyeError(f"mixer {self.config.mixer!r} has no attention weights; do not request the tower's")
         if torch.compiler.is_compiling():
             raise KeyeError(f"mixer {self.config.mixer!r} cannot be compiled; compile only the decoder's layers")
-        return FrameGroups.of(frames)
+        return FrameGroups.of(frames, device)
 
     def _encode_part(self, part: FramePart) -> Tensor:
         """Features `[4n, width]` of the patches of a part, in their order; all processes of the frame call it."""
