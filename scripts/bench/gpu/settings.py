@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -107,8 +108,8 @@ def groups(sizes: Sizes, device: torch.device) -> list[list[Row]]:
     found = []
     for number, (documents, frames) in enumerate(zip(sizes.documents.items(), sizes.frames.items(), strict=True)):
 
-        def decoder(backend: str, lengths: list[int] = documents[1]) -> layers_of.Stack:
-            return layers_of.our_decoder(text, lengths, device, sizes.dtype, backend)
+        def decoder(backend: str, lengths: list[int] = documents[1], fused: bool = True) -> layers_of.Stack:
+            return layers_of.our_decoder(text, lengths, device, sizes.dtype, backend, fused)
 
         def their_decoder(lengths: list[int] = documents[1]) -> layers_of.Stack:
             return layers_of.their_decoder(text, lengths, device, sizes.dtype)
@@ -123,6 +124,10 @@ def groups(sizes: Sizes, device: torch.device) -> list[list[Row]]:
         width = vision.hidden_size // vision.num_attention_heads
         names = fitting(device, sizes.dtype, text.head_dim, shared), fitting(device, sizes.dtype, width, 1)
         found.append(_settings(f"decoder, {documents[0]}", decoder, their_decoder, names[0], number == 0))
+        if number == 0:
+            best = names[0][0]
+            plain = Row(found[-1][0].name, f"ours, {best}, transformers' norms", partial(decoder, best, fused=False))
+            found[-1].insert(len(names[0]), plain)
         found.append(_settings(f"vision, {frames[0]}", tower, their_tower, names[1], number == 0))
     return found
 

@@ -110,16 +110,18 @@ def their_vision(
 
 
 def our_decoder(
-    config: Qwen3Config, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, backend: str
-) -> Stack:
-    """Qwen3's layers with M-RoPE, documents of these lengths packed into one row."""
+    config: Qwen3Config, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, backend: str,
+    fused: bool = True,
+) -> Stack:  # fmt: skip
+    """Qwen3's layers with M-RoPE, documents of these lengths packed into one row; fused: with the model's own norms."""
     config._attn_implementation = "keye"
     with torch.device("meta"):
         rotary = build_decoder(config).rotary_emb
     x = _input((1, sum(lengths), config.hidden_size), device, dtype)
     tables, cu_seqlens = rotary(x, _positions(lengths, device)), bounds(lengths, device)
     layers = _made(lambda number: Qwen3DecoderLayer(config, number), config.num_hidden_layers, device, dtype)
-    fuse_norms(layers)
+    if fused:
+        fuse_norms(layers)
 
     def call(layer: nn.Module, x: Tensor) -> Tensor:
         return _first(
