@@ -98,9 +98,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # On a CPU torch has no fused kernel; nor has it one for a weight of another dtype.
         if x.device.type == "cpu" or x.dtype != self.weight.dtype:
-            wide = x.to(torch.float32)
-            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-            return self.weight * wide.to(x.dtype)
+            return _normed(x, self.weight, self.variance_epsilon)
         return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
@@ -118,19 +116,29 @@ def fuse_norms(module: nn.Module) -> None:
                 setattr(parent, name, RMSNorm(child.weight, child.variance_epsilon))
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`RMSNorm` in operations that every device has."""
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
 @lru_cache(maxsize=64)
 def is_rms_norm(kind: type[nn.Module]) -> bool:
-    """Whether a class of norms computes what `RMSNorm` does; a small instance of it is tried."""
+    """Whether a class of norms computes what `RMSNorm` does, from its weight and epsilon alone; a small one is tried.
+
+    Its `__init__` is not called: inside `deepspeed.zero.Init` that would partition the weight.
+    """
     if not kind.__name__.endswith("RMSNorm") or issubclass(kind, RMSNorm):
         return False
     draw, eps = torch.Generator().manual_seed(0), 0.5
     x, weight = (torch.randn(size, generator=draw, device="cpu") for size in ((3, 8), (8,)))
-    with torch.device("cpu"), torch.no_grad():
+    norm = kind.__new__(kind)
+    nn.Module.__init__(norm)
+    norm.weight, norm.variance_epsilon = weight, eps
+    with torch.no_grad():
         try:
-            norm = kind(8, eps=eps).float()
-        except TypeError:
+            found = norm.forward(x)
+        except AttributeError:  # it has more than a weight and an epsilon
             return False
-        if [name for name, _ in norm.named_parameters()] != ["weight"] or not hasattr(norm, "variance_epsilon"):
-            return False
-        norm.weight.copy_(weight)
-        return torch.allclose(norm(x), RMSNorm(norm.weight, eps)(x), rtol=1e-5, atol=1e-6)
+        return torch.allclose(found, _normed(x, weight, eps), rtol=1e-5, atol=1e-6)

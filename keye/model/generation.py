@@ -87,7 +87,7 @@ class KeyeGenerationMixin(GenerationMixin):
         pixels, grids, rows, read, of_kind = [], [], [], [], {}
         for token_id, patches, grid, blocks in kinds:
             row, column = (x.to(device) for x in (input_ids == token_id).nonzero(as_tuple=True))
-            grid = grid.to(device)
+            grid = grid.to(device, torch.long)
             parts = whole_frames(grid[:, 1:] // 2) if blocks is None else blocks.to(device)
             part = torch.repeat_interleave(torch.arange(len(parts), device=device), block_tokens(parts))
             if len(part) != len(row):

@@ -70,7 +70,7 @@ class KeyeModel(KeyePreTrainedModel):
         `frame_parts` come first. `clips` `[F, 3]` are for a motion pathway (`keye.motion.timing`).
         """
         if grid_thw is not None and not torch.compiler.is_compiling():
-            grid_thw = grid_thw.cpu()  # read once for tower and projector
+            grid_thw = grid_thw.to("cpu", torch.long)  # read once for tower and projector
         features = self.visual(pixel_values, grid_thw, frame_parts, clips=clips)
         return self.projector(features, grid_thw, sum(len(part.pixels) for part in frame_parts))
 
@@ -93,7 +93,7 @@ class KeyeModel(KeyePreTrainedModel):
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         weights = self.config.output_attentions if output_attentions is None else output_attentions
         trace = Trace([] if hidden else None, [] if weights else None)
-        grid = image_grid_thw.to(pixel_values.device)
+        grid = image_grid_thw.to(pixel_values.device, torch.long)
         features = self.visual(pixel_values, grid, trace=trace, clips=clips)
         tokens = self.projector(features, grid).split((grid.prod(dim=1) // 4).tolist())
         output = BaseModelOutputWithPooling(
@@ -196,12 +196,12 @@ class KeyeModel(KeyePreTrainedModel):
         video_blocks: Tensor | None = None,
     ) -> Tensor:
         """Positions `[3, B, L]` of a padded batch, or of one packed row with `cu_seqlens`; grids over all its rows."""
-        blocks = []
+        empty, blocks = torch.zeros(0, 2, dtype=torch.long, device=input_ids.device), []
         for token_id, sizes in (
             (self.config.image_token_id, read_grids(image_grid_thw)),
             (self.config.video_token_id, read_grids(video_grid_thw, video_blocks)),
         ):
-            blocks.append((token_id, input_ids.new_zeros(0, 2) if sizes is None else sizes.to(input_ids.device)))
+            blocks.append((token_id, empty if sizes is None else sizes.to(empty)))
         return batch_positions(input_ids, attention_mask, blocks, cu_seqlens)
 
     def placeholders(self, inputs_embeds: Tensor) -> Tensor:
@@ -389,7 +389,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         Without labels it is 0, and still a function of every parameter.
         """
         places = (shifted != -100).flatten().nonzero()[:, 0]  # their number is read from the device once
-        rows, targets = hidden.flatten(0, 1).index_select(0, places), shifted.flatten()[places]
+        rows, targets = hidden.flatten(0, 1).index_select(0, places), shifted.flatten()[places].long()
         total = self.readout(rows, targets, head=self.lm_head)
         return total / (max(len(targets), 1) if num_items is None else num_items)
 

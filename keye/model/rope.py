@@ -91,7 +91,7 @@ def stream_positions(input_ids: Tensor, blocks: list[tuple[int, Tensor]]) -> Ten
             block.
     """
     device = input_ids.device
-    advance = torch.ones_like(input_ids)
+    advance = torch.ones_like(input_ids, dtype=torch.long)
     inside = torch.zeros(2, len(input_ids), dtype=torch.long, device=device)
     for token_id, sizes in blocks:
         places = (input_ids == token_id).nonzero(as_tuple=True)[0]
@@ -124,7 +124,7 @@ def batch_positions(
         cu_seqlens: `[D + 1]` bounds of the documents of one packed row (B = 1, no mask).
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    positions = input_ids.new_zeros(3, *input_ids.shape)
+    positions = input_ids.new_zeros(3, *input_ids.shape, dtype=torch.long)
     counts = real.sum(dim=1) if cu_seqlens is None else cu_seqlens.to(input_ids.device).diff()
     if len(stream := input_ids[real]):
         # All rows as one stream; the position at the start of each row or document is then subtracted.

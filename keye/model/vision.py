@@ -294,7 +294,7 @@ class KeyeVisionModel(nn.Module):
         """
         added = None
         if grid_thw is not None and not torch.compiler.is_compiling():
-            grid_thw = grid_thw.cpu()  # read once, here: the device is not waited for in chunks or recomputations
+            grid_thw = grid_thw.to("cpu", torch.long)  # read once, not in every chunk and recomputation
         if self.config.motion is not None:
             if parts:
                 raise KeyeError("a motion pathway reads whole clips, and other processes encode parts of these frames")

@@ -28,6 +28,18 @@ def test_only_norms_with_the_same_formula_are_replaced() -> None:
     assert isinstance(gemma.norm, Gemma2RMSNorm)
 
 
+def test_a_class_is_recognised_where_new_modules_are_partitioned(monkeypatch) -> None:
+    for kind in (Qwen3RMSNorm, RMSNorm):  # as inside deepspeed.zero.Init
+
+        def partitioned(module, *args, run=kind.__init__) -> None:
+            run(module, *args)
+            module.weight.data = torch.empty(0)
+
+        monkeypatch.setattr(kind, "__init__", partitioned)
+    is_rms_norm.cache_clear()
+    assert Qwen3RMSNorm(8).weight.shape == (0,) and is_rms_norm(Qwen3RMSNorm)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama3"])
 def test_every_norm_of_a_decoder_is_replaced_and_keeps_its_name_and_weight(name: str) -> None:
     config = family_config(name).text_config
