@@ -45,6 +45,8 @@ with gpu:
     ids[1] = 9
     assert ids.repeat_interleave(torch.tensor([1, 2, 0, 0], device=gpu.device)).tolist() == [3, 9, 9]
     assert sum(gpu.waits.values()) == 4  # the mask, the two lists, the length of the repetition
+    assert torch.bincount(ids, minlength=12).tolist() == [1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0]
+    assert [x.tolist() for x in ids.unique_consecutive(return_counts=True)] == [[3, 9, 5, 0], [1, 1, 1, 1]]
     for wrong, error in (
         (lambda: torch.ones(3) + torch.ones(3, device=gpu.device), "simulated:0"),  # named in every release
         (lambda: int(torch.empty(1 << 20, device=gpu.device).argmax()), "does not have"),

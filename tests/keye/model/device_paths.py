@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from keye.aggregation.blocks import make_blocks, timed_blocks
+from keye.model.attention import varlen
 from keye.model.config import KeyeConfig
 from keye.model.keye import KeyeForConditionalGeneration
+from keye.model.vision import FramePart
+from rl.losses import Gspo, LossInput
+from rl.policy.prefix import PrefixTree
+from rl.policy.scoring import row_scores
 from scripts.bench.gpu.simulated.device import SimulatedGPU
+from stages.distributed.activation_memory import apply_memory_options
 
 GPU = SimulatedGPU()
 IMAGE, VIDEO = 1, 2
@@ -56,16 +62,19 @@ def blocks() -> Tensor:
 def padded_rows() -> None:
     made = model()
     made(**batch(2)).loss.backward()
-    made(**batch(2, grids_on_host=True)).loss.backward()
+    with torch.no_grad():
+        made(**batch(2, grids_on_host=True))
 
 
 def packed_documents() -> None:
     inputs = batch()
     del inputs["attention_mask"]
     inputs["shift_labels"] = inputs.pop("labels")
-    made = model()
-    for bounds in (torch.tensor([0, 1, len(IDS) + 1]), torch.tensor([0, 1, len(IDS) + 1]).to(GPU.device)):
-        made(**inputs, cu_seqlens=bounds).loss.backward()
+    made, bounds = model(), torch.tensor([0, 1, len(IDS) + 1])
+    with torch.no_grad():
+        made(**inputs, cu_seqlens=bounds)
+    apply_memory_options(made, checkpointing=True, offload=True, mlp_tiles=2)
+    made(**inputs, cu_seqlens=bounds.to(GPU.device)).loss.backward()
 
 
 def another_mixer() -> None:
@@ -74,8 +83,9 @@ def another_mixer() -> None:
 
 def motion_pathway() -> None:
     made = model(motion={"size": 16, "blocks": [1]})
-    for here in (blocks(), blocks().to(GPU.device)):
-        made(**batch(), video_blocks=here).loss.backward()
+    made(**batch(), video_blocks=blocks().to(GPU.device)).loss.backward()
+    with torch.no_grad():
+        made(**batch(), video_blocks=blocks())
 
 
 def tower_features() -> None:
@@ -85,7 +95,44 @@ def tower_features() -> None:
     assert all(x.device == GPU.device for x in (*found.pooler_output, *found.hidden_states, *found.attentions))
 
 
-PATHS: tuple[Callable[[], None], ...] = (padded_rows, packed_documents, another_mixer, motion_pathway, tower_features)
+def parts_of_frames() -> None:
+    part = FramePart(torch.zeros(16, 3, 14, 14, dtype=torch.uint8, device=GPU.device), 4, 4, 0, 16, whole)
+    made = model()
+    made.encode_vision(None, None, [part]).float().sum().backward()
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+    """The attention of a part that is the complete frame."""
+    assert cu_seqlens.tolist() == [0, len(q)]
+    return varlen(q, k, v, cu_seqlens, causal)
+
+
+def policy_update() -> None:
+    made, tree = model(), PrefixTree([4, 3], [[2, 5], [1, 3]])
+    ids = torch.arange(3, 3 + tree.length)[None].to(GPU.device)
+    log_probs, _ = made(
+        input_ids=ids,
+        position_ids=torch.arange(tree.length).expand(3, 1, -1).to(GPU.device),
+        cu_seqlens=tree.cu_seqlens().to(GPU.device),
+        varlen=tree.attention,
+        logits_to_keep=tree.predictors().to(GPU.device),
+        row_targets=torch.full((11,), 7).to(GPU.device),
+        row_scores=row_scores(made, 1.0),
+    ).scores
+    owner, advantages = tree.owner().to(GPU.device), torch.ones(4, device=GPU.device)
+    Gspo()(LossInput(log_probs, log_probs.detach(), owner, advantages, 4, 11)).loss.backward()
+
+
+def sampled_answers() -> None:
+    inputs = batch(labels=False)
+    found = model().eval().generate(**inputs, max_new_tokens=2, do_sample=True, num_return_sequences=2)
+    assert found.device == GPU.device and found.shape == (2, inputs["input_ids"].shape[1] + 2)
+
+
+PATHS: tuple[Callable[[], None], ...] = (
+    padded_rows, packed_documents, another_mixer, motion_pathway, tower_features, parts_of_frames, policy_update,
+    sampled_answers,
+)  # fmt: skip
 
 
 def main() -> None:

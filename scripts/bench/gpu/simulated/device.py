@@ -90,6 +90,8 @@ class SimulatedGPU(TorchDispatchMode):
             aten.nonzero.default: self._by_value,
             aten.masked_select.default: self._by_value,
             aten.repeat_interleave.Tensor: self._by_value,
+            aten.bincount.default: self._by_value,
+            aten.unique_consecutive.default: self._by_value,
             aten.equal.default: self._compare,
             aten.allclose.default: self._compare,
         }
@@ -178,8 +180,8 @@ class SimulatedGPU(TorchDispatchMode):
         setattr(made, CONTENTS, value)
         return made
 
-    def _by_value(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """The result of an operation whose shape depends on contents."""
+    def _by_value(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The results of an operation whose shapes depend on contents."""
         first = args[0]
         if func is not aten.repeat_interleave.Tensor or kwargs.get("output_size") is None:
             self._wait(first)
@@ -190,7 +192,7 @@ class SimulatedGPU(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, self._known, (args, kwargs))
         with _disable_current_modes():
             value = func(*args, **kwargs)
-        return self._give(value, first.device)
+        return tree_map_only(Tensor, lambda found: self._give(found, first.device), value)
 
     def _scalar(self, func: Any, args: Any, kwargs: Any) -> Any:
         self._wait(args[0])
