@@ -75,7 +75,7 @@ GPU = """# One GPU: the 8B shapes
 
 The parts of `python -m scripts.bench.gpu`, on a machine with a GPU; the same code on small shapes, anywhere:
 `--small --device cpu`. `python -m scripts.bench.gpu.pack --out gpu.tar` makes an archive for a machine without a
-network: 49.5 MiB, of them wheels 31.2, decoded plans 9.0, code 5.7 and clips 2.1. scripts/bench/README.md has the
+network: 49.6 MiB, of them wheels 31.2, decoded plans 9.0, code 5.8 and clips 2.1. scripts/bench/README.md has the
 commands for a machine that is lent for half an hour. The archive was run with small shapes on Python 3.12 with torch
 2.11 (CUDA 13.0), transformers 5.17 and no network; no part has run on a GPU yet. A section that says *Quick* was run on
 a CPU with small shapes: it shows that the part runs, its times mean nothing, and nothing is claimed. The estimates are
