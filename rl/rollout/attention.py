@@ -17,12 +17,13 @@ from torch import Tensor
 class Members:
     """The rows of the batch that continue the P prompts of a block, up to g for each.
 
-    index: int64 [P, g]. real: bool [P, g], False where a prompt has fewer rows. padding: bool [P, L], True behind the
-    end of a prompt, or None if they are equally long.
+    index: int64 [P, g]. real: two int64 [rows], the places in `index` of the rows that exist, where prompts have fewer
+    than g; a mask would make the host wait for its count in every layer. padding: bool [P, L], True behind the end of a
+    prompt, or None if they are equally long.
     """
 
     index: Tensor
-    real: Tensor
+    real: tuple[Tensor, ...]
     padding: Tensor | None
 
 

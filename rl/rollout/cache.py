@@ -108,7 +108,8 @@ class PromptBlock:
         padding = None
         if min(self.lengths) < max(self.lengths):
             padding = torch.arange(max(self.lengths), device=device) >= torch.tensor(self.lengths).to(device)[:, None]
-        return Members(index.clamp_min(0).to(device), (index >= 0).to(device), padding)
+        real = tuple(places.to(device) for places in (index >= 0).nonzero(as_tuple=True))
+        return Members(index.clamp_min(0).to(device), real, padding)
 
 
 class RolloutCache:

@@ -19,6 +19,8 @@ from keye.model.vision import FramePart
 from rl.losses import Gspo, LossInput
 from rl.policy.prefix import PrefixTree
 from rl.policy.scoring import row_scores
+from rl.rollout.attention import SharedPrompts, shared_attention
+from rl.rollout.cache import PromptBlock
 from scripts.bench.gpu.simulated.device import SimulatedGPU
 from stages.distributed.activation_memory import apply_memory_options
 
@@ -129,9 +131,21 @@ def sampled_answers() -> None:
     assert found.device == GPU.device and found.shape == (2, inputs["input_ids"].shape[1] + 2)
 
 
+def shared_prompts() -> None:
+    prompts = PromptBlock([0, 1], [7, 3], [(torch.empty(2, 2, 7, 16, device=GPU.device),) * 2])
+    members = prompts.members({0: [2, 0], 1: [1]}, GPU.device)
+    own = torch.empty(3, 2, 4, 16, device=GPU.device)
+    ends = torch.zeros(3, 4, dtype=torch.bool, device=GPU.device)
+    GPU.waits.clear()
+    for _ in range(2):  # layers
+        blocks = [SharedPrompts(members, *prompts.layers[0])]
+        assert shared_attention(torch.empty(3, 4, 16, device=GPU.device), own, own, ends, blocks).shape == (3, 4, 16)
+    assert not GPU.waits, GPU.waits
+
+
 PATHS: tuple[Callable[[], None], ...] = (
     padded_rows, packed_documents, another_mixer, motion_pathway, tower_features, parts_of_frames, policy_update,
-    sampled_answers,
+    sampled_answers, shared_prompts,
 )  # fmt: skip
 
 

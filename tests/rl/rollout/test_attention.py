@@ -21,10 +21,10 @@ def case(device: str, dtype: torch.dtype) -> tuple:
     # A block of two prompts of 7 and 3 tokens with two rows and one, and a block of one prompt with two.
     two = Members(
         torch.tensor([[3, 0], [2, 0]], device=device),
-        torch.tensor([[True, True], [True, False]], device=device),
+        torch.tensor([[True, True], [True, False]], device=device).nonzero(as_tuple=True),
         torch.arange(7, device=device) >= torch.tensor([7, 3], device=device)[:, None],
     )
-    one = Members(torch.tensor([[1, 4]], device=device), torch.ones(1, 2, dtype=torch.bool, device=device), None)
+    one = Members(torch.tensor([[1, 4]], device=device), torch.ones(1, 2, device=device).nonzero(as_tuple=True), None)
     blocks = [
         SharedPrompts(members, draw(count, KEY_HEADS, length, DIM), draw(count, KEY_HEADS, length, DIM))
         for members, count, length in ((two, 2, 7), (one, 1, 2))
