@@ -389,7 +389,7 @@ class KeyeForConditionalGeneration(KeyePreTrainedModel, KeyeGenerationMixin):
         Without labels it is 0, and still a function of every parameter.
         """
         places = (shifted != -100).flatten().nonzero()[:, 0]  # their number is read from the device once
-        rows, targets = hidden.flatten(0, 1).index_select(0, places), shifted.flatten()[places].long()
+        rows, targets = hidden.flatten(0, 1)[places], shifted.flatten()[places].long()
         total = self.readout(rows, targets, head=self.lm_head)
         return total / (max(len(targets), 1) if num_items is None else num_items)
 
